@@ -1,0 +1,140 @@
+"""Every way this program fails on purpose, and the exit status each one means.
+
+::
+
+    BuilderError
+    ├── DefectError             1   a defect in this program
+    ├── UsageError              2   command line or manifest; lists every problem
+    ├── ColdError              10   `check`: something is cold
+    ├── TasksError             11   some tasks failed, were partial, timed out or were skipped
+    ├── PreflightError         12   this machine cannot run any of it; lists every problem
+    ├── GpusHeldError          13   GPUs were not released
+    ├── BudgetError            14   the budget ended with tasks still cold
+    ├── BusyError              15   cache or GPUs are in use by another builder
+    ├── EngineLostError        16   the engine stopped answering
+    │   └── EngineRefusedError 16   the engine answered, and said no
+    ├── DeferredError          17   `refresh --when-idle`: the machine never became idle
+    └── Interrupted            130 / 143   a signal: 128 + its number
+
+A message says what failed, what was seen, and what to do next. What a container last said travels with the
+error as a note (``notes``), so that no caller can forget to show it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class BuilderError(Exception):
+    """Base of everything this program raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, notes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.notes = tuple(notes)
+
+
+class DefectError(BuilderError):
+    """Something that cannot happen did: a defect here, not in what was asked."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong and what to do about it.
+
+    place: where it is (``manifest.toml:12``, ``disk``, ``GPUs``); text: what was found; remedy: what would be right.
+    """
+
+    place: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class ProblemsError(BuilderError):
+    """Several problems reported at once, never one per run."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class UsageError(ProblemsError):
+    """The command line or the manifest is wrong."""
+
+    exit_code = 2
+
+
+class ColdError(BuilderError):
+    """`check` found something cold."""
+
+    exit_code = 10
+
+
+class TasksError(BuilderError):
+    """At least one task failed, was partial, timed out or was skipped."""
+
+    exit_code = 11
+
+
+class PreflightError(ProblemsError):
+    """This machine cannot run any of it."""
+
+    exit_code = 12
+
+
+class GpusHeldError(BuilderError):
+    """A GPU did not become free again after a task."""
+
+    exit_code = 13
+
+
+class BudgetError(BuilderError):
+    """The run's budget ended while tasks were still cold."""
+
+    exit_code = 14
+
+
+class BusyError(BuilderError):
+    """Another builder works on this cache or on these GPUs."""
+
+    exit_code = 15
+
+
+class EngineLostError(BuilderError):
+    """The engine cannot be reached, or stopped answering."""
+
+    exit_code = 16
+
+
+class EngineRefusedError(EngineLostError):
+    """The engine answered and refused. ``status`` is its HTTP status (0 where it gave none)."""
+
+    def __init__(self, message: str, *, status: int = 0, notes: Sequence[str] = ()) -> None:
+        super().__init__(message, notes=notes)
+        self.status = status
+
+
+class DeferredError(BuilderError):
+    """The machine never became idle, so nothing was started."""
+
+    exit_code = 17
+
+
+class Interrupted(BuilderError):
+    """A signal ended the run. ``exit_code`` is 128 + the signal's number."""
+
+    exit_code = 130
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum

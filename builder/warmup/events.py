@@ -1,0 +1,46 @@
+"""The protocol on the container's stdout: JSON lines behind a prefix that carries the run's nonce.
+
+A line counts as an event only if it begins with ``@warmup <nonce> `` and the rest parses as a JSON object with a known
+``event``. Anything else, a broken event included, is log.
+
+| event | fields |
+| --- | --- |
+| start | pid, lease ("flock" or "stdin"), family_keys {family: key}, toolchain (digest) |
+| phase | phase (a short word or two for people) |
+| progress | done, total, unit |
+| entries | families {family: valid entries}, added {family: new since the start} |
+| locked | path (mode ``lock`` only: the run lock is held from now on) |
+| toolchain | record (what `probe` found: toolchain.py) |
+| swept | family, path, why (one per leftover moved aside) |
+| verdict | state (warmed, failed, partial, skipped, stopped), reason, entries {family: n}, added {family: n}, proof, second_pass_added, shapes [str], marker (path below the root, or null), seconds |
+| end | stdout, stderr: bytes this program wrote to each, this line not included. Always the last line. |
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+NAMES = frozenset({"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "verdict", "end"})
+
+
+def prefix(nonce: str) -> bytes:
+    """What an event line begins with."""
+    return f"@warmup {nonce} ".encode("ascii")
+
+
+def encode(nonce: str, event: str, **fields: Any) -> bytes:
+    """One event line, newline included."""
+    return prefix(nonce) + json.dumps({"event": event, **fields}, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode(line: bytes, nonce: str) -> dict[str, Any] | None:
+    """The event in this line (with or without its newline), or None when it is log. Never raises."""
+    start = prefix(nonce)
+    if not line.startswith(start):
+        return None
+    try:
+        event = json.loads(line[len(start) :])
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and event.get("event") in NAMES else None

@@ -1,0 +1,117 @@
+"""What crosses the border between the builder and its container: one task, and the job that carries it.
+
+The job is one JSON document in the environment variable ``WARM_CACHE_JOB``. It never holds a secret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+JOB_VARIABLE = "WARM_CACHE_JOB"
+SCHEMA = 1
+
+#: The line sglang logs for every GEMM it warms (compile_utils.py of 0.5.12 to 0.5.23); `shapes` of a manifest accept it as it is.
+SHAPE = re.compile(r"<?(?P<kernel>[A-Z][A-Z0-9_]+)>?,?\s+N=(?P<n>\d+),?\s+K=(?P<k>\d+),?\s+num_groups=(?P<groups>\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One DeepGEMM problem: kernel type, N, K and the number of groups. M is swept."""
+
+    kernel: str
+    n: int
+    k: int
+    groups: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From sglang's own wording, e.g. ``GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1``. Raises ValueError."""
+        found = SHAPE.fullmatch(text.strip())
+        if not found:
+            raise ValueError(f"{text!r} is not of the form 'GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1'")
+        return cls(found["kernel"], int(found["n"]), int(found["k"]), int(found["groups"]))
+
+    def __str__(self) -> str:
+        return f"{self.kernel} N={self.n}, K={self.k}, num_groups={self.groups}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One warm-up. Durations in seconds. ``families`` None means: what the recipe requires by default."""
+
+    label: str
+    model: str
+    recipe: str
+    argv: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    gpus: int = 0
+    timeout: float = 1200.0
+    silence: float = 600.0
+    success: str | None = None
+    families: tuple[str, ...] | None = None
+    shapes: tuple[Shape, ...] = ()
+    m_values: tuple[int, ...] = ()
+    requests: tuple[tuple[int, int], ...] = ((4, 8), (64, 8), (1024, 8))
+    load: str = "weights"
+    layers: int | None = None
+    verify: str = "second-pass"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Task:
+        """The task that `asdict` wrote."""
+        known = dict(data)
+        known["argv"] = tuple(known.get("argv", ()))
+        known["shapes"] = tuple(Shape(**shape) for shape in known.get("shapes", ()))
+        known["m_values"] = tuple(known.get("m_values", ()))
+        known["requests"] = tuple((int(a), int(b)) for a, b in known.get("requests", ()))
+        families = known.get("families")
+        known["families"] = None if families is None else tuple(families)
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the in-container program is told.
+
+    mode: ``probe`` | ``run`` | ``lock``. mount: the cache root inside the container. workdir: the image's own
+    working directory, where children start. lifetime: seconds after which the container ends by itself. grace:
+    seconds between SIGTERM and giving up on children. secrets: NAMES of environment variables whose values must
+    never be printed. image: id, digest, labels of the serving image (identity of image-bound families).
+    """
+
+    mode: str
+    nonce: str
+    mount: str
+    image: Mapping[str, Any] = field(default_factory=dict)
+    task: Task | None = None
+    lease: str | None = None
+    lifetime: float = 7200.0
+    grace: float = 8.0
+    log_limit: int = 2 << 30
+    workdir: str = "/"
+    secrets: tuple[str, ...] = ()
+    force: bool = False
+    observed: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The document for ``WARM_CACHE_JOB``."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Raises ValueError with one sentence when the document is not a job of this schema."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+                raise ValueError(f"schema {SCHEMA} expected")
+            task = data.get("task")
+            data["task"] = None if task is None else Task.from_json(task)
+            data["secrets"] = tuple(data.get("secrets", ()))
+            return cls(**data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{JOB_VARIABLE} does not hold a job: {error}") from None
