@@ -1,0 +1,177 @@
+"""A TOML file as people wrote it: typed reading that collects every problem, each with the line it is on.
+
+Reading never stops at the first mistake: a value that is wrong is recorded as a problem and read as the default, so
+that one run shows all of them. Whoever reads asks `Reader.problems` at the end.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from builder.errors import Problem, UsageError
+from builder.values import a_table, list_of, near
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+D = TypeVar("D")  # of a default, which may be None
+Path = tuple[Any, ...]  # of keys; a table of an array of tables is its position
+
+_KEY = r"""[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
+_DOTTED = rf"(?:{_KEY})(?:[ \t]*\.[ \t]*(?:{_KEY}))*"
+_STATEMENT = re.compile(rf"[ \t]*(?:(?P<open>\[\[?)[ \t]*(?P<header>{_DOTTED})[ \t]*\]\]?|(?P<key>{_DOTTED})[ \t]*=)")
+_TOKEN = re.compile(
+    r'"""(?:[^\\]|\\.)*?"{3,5}|' + r"'''.*?'{3,5}" + r'|"(?:[^"\\\n]|\\.)*"|' + r"'[^'\n]*'|#[^\n]*|[\[{]|[\]}]|\n",
+    re.DOTALL,
+)
+
+
+def _split(dotted: str) -> list[str]:
+    return [part[1:-1] if part[0] in "\"'" else part for part in re.findall(_KEY, dotted)]
+
+
+def find_lines(text: str) -> dict[Path, int]:
+    """The line (from 1) of every table and key of a valid TOML text. Keys of inline tables are not listed."""
+    lines: dict[Path, int] = {}
+    counts: dict[Path, int] = {}
+    table: Path = ()
+
+    def resolve(parts: list[str]) -> Path:
+        path: Path = ()
+        for part in parts:
+            path += (part,)
+            if path in counts:
+                path += (counts[path] - 1,)
+        return path
+
+    position, line = 0, 1
+    while position < len(text):
+        statement = _STATEMENT.match(text, position)
+        if statement and statement["header"]:
+            parts = _split(statement["header"])
+            if statement["open"] == "[[":
+                whole = (*resolve(parts[:-1]), parts[-1])
+                counts[whole] = counts.get(whole, 0) + 1
+            table = resolve(parts)
+            lines.setdefault(table, line)
+        elif statement:
+            lines.setdefault((*table, *_split(statement["key"])), line)
+        position, depth = (statement.end() if statement else position), 0
+        for token in _TOKEN.finditer(text, position):
+            line += token[0].count("\n")
+            position = token.end()
+            depth += (token[0] in "[{") - (token[0] in "]}")
+            if token[0] == "\n" and depth <= 0:
+                break
+        else:
+            break
+    return lines
+
+
+@dataclass
+class Document:
+    """A parsed file. name: how messages call it."""
+
+    name: str
+    data: dict[str, Any]
+    lines: Mapping[Path, int]
+    problems: list[Problem] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, name: str, raw: bytes) -> Document:
+        """Raises UsageError with the line where this is no TOML."""
+        try:
+            text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            problem = Problem(
+                f"{name}:{line}", f"byte 0x{raw[error.start]:02x} is not UTF-8.", "Save the file as UTF-8."
+            )
+            raise UsageError(f"{name} cannot be read", [problem]) from None
+        try:
+            data = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            at = re.search(r"\(at line (\d+)", str(error))
+            line = int(at[1]) if at else text.count("\n") + 1
+            reason = "nested too deeply" if isinstance(error, RecursionError) else re.sub(r" \(at .*", "", str(error))
+            raise UsageError(f"{name} is not valid TOML", [Problem(f"{name}:{line}", reason)]) from None
+        return cls(name, data, find_lines(text))
+
+    def place(self, path: Path) -> str:
+        """``FILE:LINE`` of what is at this path, or of the nearest thing around it."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name}:{self.lines.get(path, 1)}"
+
+    def blame(self, path: Path, text: str, remedy: str = "") -> None:
+        self.problems.append(Problem(self.place(path), text, remedy))
+
+    def root(self) -> Table:
+        return Table(self, (), self.data)
+
+    def in_order(self) -> list[Problem]:
+        """The problems by line; those of other places (options) last."""
+        prefix = f"{self.name}:"
+
+        def line(problem: Problem) -> float:
+            return int(problem.place[len(prefix) :]) if problem.place.startswith(prefix) else float("inf")
+
+        return sorted(self.problems, key=line)
+
+
+@dataclass
+class Table:
+    """One table of the document. Every read names a key; `finish` reports those that nobody read."""
+
+    document: Document
+    path: Path
+    data: Mapping[str, Any]
+    known: dict[str, None] = field(default_factory=dict)
+
+    def has(self, key: str) -> bool:
+        return key in self.data
+
+    def blame(self, key: str | None, text: str, remedy: str = "") -> None:
+        self.document.blame(self.path if key is None else (*self.path, key), text, remedy)
+
+    def read(self, key: str, convert: Callable[[Any], T], default: D) -> T | D:
+        """The value, converted. ``convert`` raises ValueError with what is wanted and what was found."""
+        self.known[key] = None
+        if key not in self.data:
+            return default
+        try:
+            return convert(self.data[key])
+        except ValueError as error:
+            self.blame(key, f"{key}: {error}.")
+            return default
+
+    def require(self, key: str, convert: Callable[[Any], T], default: D) -> T | D:
+        if key not in self.data:
+            self.blame(None, f"{self.title()} needs {key!r}.")
+        return self.read(key, convert, default)
+
+    def table(self, key: str) -> Table:
+        """The table at this key; an empty one where there is none."""
+        return Table(self.document, (*self.path, key), self.read(key, a_table, {}))
+
+    def tables(self, key: str) -> list[Table]:
+        """The array of tables at this key."""
+        rows = self.read(key, list_of(a_table, f"[[{key}]]"), ())
+        return [Table(self.document, (*self.path, key, index), row) for index, row in enumerate(rows)]
+
+    def title(self) -> str:
+        names = [str(part) for part in self.path if isinstance(part, str)]
+        in_array = bool(self.path) and isinstance(self.path[-1], int)
+        return ("[[%s]]" if in_array else "[%s]") % ".".join(names) if names else "the file"
+
+    def finish(self) -> None:
+        for key in self.data:
+            if key not in self.known:
+                self.blame(key, f"{self.title()} has no key {key!r};", near(key, self.known))

@@ -1,0 +1,270 @@
+"""The tasks of a manifest: defaults merged, checked against their recipe, and labelled.
+
+A label is what people and file names call a task: the model's last part and its parallelism. Where that names two
+tasks of one manifest, both get a suffix from what they are (their recipe, else a digest of the task), so that a label
+does not depend on the order of the tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from builder.document import Table
+from builder.values import (
+    SECRET_NAME,
+    SECRET_VALUE,
+    VARIABLE,
+    a_string,
+    a_table,
+    an_argument,
+    count,
+    describe,
+    list_of,
+    one_of,
+    positive,
+    positive_seconds,
+)
+from builder.warmup.families import FAMILIES
+from builder.warmup.task import Shape, Task
+
+RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
+VERIFY = ("second-pass", "steady", "inventory")
+
+_OWN_VARIABLES = {name for family in FAMILIES for name, _ in family.env} | {
+    "HF_HOME",
+    "HF_MODULES_CACHE",
+    "DG_JIT_CACHE_DIR",
+}
+_SECRET_OPTIONS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
+_MODEL_OPTIONS = ("--model-path", "--model")
+_SERVERS = ("compile-deep-gemm", "serve")
+#: Keys that mean something for some recipes only.
+_ONLY_FOR = {
+    "shapes": ("shapes",),
+    "m_values": ("shapes",),
+    "requests": ("serve",),
+    "load": _SERVERS,
+    "layers": _SERVERS,
+}
+_PARALLELISM = {
+    "tp": ("--tp", "--tp-size", "--tensor-parallel-size"),
+    "pp": ("--pp", "--pp-size", "--pipeline-parallel-size"),
+    "dp": ("--dp", "--dp-size", "--data-parallel-size"),
+    "ep": ("--ep", "--ep-size", "--expert-parallel-size"),
+}
+
+
+def read_tasks(root: Table, *, gpus: int, timeout: float | None, silence: float | None) -> tuple[Task, ...]:
+    """Every [[task]] of the manifest over [defaults]. timeout and silence: seconds that replace every task's own.
+
+    gpus: how many the machine gives; what a task takes unless it says less. Problems go into the document.
+    """
+    defaults = root.table("defaults")
+    base = _read(defaults, Task(label="", model="", recipe="compile-deep-gemm", gpus=gpus))
+    defaults.finish()
+    tables = root.tables("task")
+    if not tables and not root.has("task"):
+        root.blame(None, "there is no [[task]]:", "a manifest names at least one model.")
+    tasks = []
+    for table in tables:
+        task = _read_task(table, base, gpus)
+        tasks.append(replace(task, timeout=timeout or task.timeout, silence=silence or task.silence))
+    _blame_twins(tables, tasks)
+    return tuple(replace(task, label=label) for task, label in zip(tasks, labels(tasks), strict=True))
+
+
+def _read(table: Table, base: Task) -> Task:
+    """What may stand in [defaults] and in a task."""
+    return replace(
+        base,
+        recipe=table.read("recipe", one_of(RECIPES, "recipe"), base.recipe),
+        env={**base.env, **_environment(table)},
+        gpus=table.read("gpus", count, base.gpus),
+        timeout=table.read("timeout", positive_seconds, base.timeout),
+        silence=table.read("silence", positive_seconds, base.silence),
+        requests=table.read("requests", list_of(_request, "[prompt tokens, new tokens] pairs"), base.requests),
+        m_values=table.read("m_values", list_of(positive, "values of M"), base.m_values),
+        load=table.read("load", one_of(("weights", "dummy"), "way to load"), base.load),
+        layers=table.read("layers", positive, base.layers),
+        verify=table.read("verify", one_of(VERIFY, "way to verify"), base.verify),
+        families=table.read("families", list_of(_family, "family names"), base.families),
+    )
+
+
+def _read_task(table: Table, base: Task, gpus: int) -> Task:
+    task = replace(
+        _read(table, base),
+        model=table.require("model", a_string, ""),
+        revision=table.read("revision", a_string, None),
+        argv=table.read("argv", list_of(an_argument, "arguments"), ()),
+        success=table.read("success", _regexp, None),
+        shapes=table.read("shapes", list_of(_shape, "shapes"), ()),
+    )
+    table.finish()
+    _check_recipe(table, task)
+    _check_argv(table, task)
+    if task.gpus > gpus:
+        table.blame("gpus", f"the task wants {task.gpus} GPUs, and [gpus] count is {gpus}.")
+    needed = _degree(task.argv, "tp") * _degree(task.argv, "pp")
+    if 0 < task.gpus < needed and task.recipe in _SERVERS:
+        table.blame("gpus" if table.has("gpus") else "argv", f"tp × pp is {needed}, and the task has {task.gpus} GPUs.")
+    return task
+
+
+def _check_recipe(table: Table, task: Task) -> None:
+    for key, recipes in _ONLY_FOR.items():
+        if table.has(key) and task.recipe not in recipes:
+            table.blame(
+                key, f"{key} means nothing to the recipe {task.recipe!r};", "it is for " + " and ".join(recipes) + "."
+            )
+    if task.recipe == "shapes" and not table.has("shapes"):
+        table.blame(
+            None,
+            "a task with the recipe 'shapes' needs 'shapes':",
+            f'e.g. ["{Shape("GEMM_NT_F8F8BF16", 4096, 7168)}"].',
+        )
+    if table.has("shapes") and table.data["shapes"] == []:
+        table.blame("shapes", "shapes is empty: nothing would be compiled.")
+    if task.recipe == "command":
+        if not table.has("argv") or table.data["argv"] == []:
+            table.blame("argv", "a task with the recipe 'command' needs 'argv'.")
+        if task.success is None and not task.families and not table.has("success"):
+            table.blame(
+                None,
+                "a task with the recipe 'command' needs evidence beyond its exit status:",
+                "'success' (a regexp that must appear) or 'families' (that must hold entries).",
+            )
+    if table.has("verify") and task.verify == "steady" and task.recipe != "serve":
+        table.blame("verify", "verify = 'steady' repeats requests;", "it is for serve.")
+    if table.has("layers") and task.recipe in _SERVERS and task.load != "dummy":
+        table.blame("layers", "layers keeps a few layers of a model without weights;", 'it needs load = "dummy".')
+
+
+def _check_argv(table: Table, task: Task) -> None:
+    names = [argument.partition("=")[0] for argument in task.argv]
+    if task.recipe in _SERVERS:
+        for option in _MODEL_OPTIONS:
+            if option in names:
+                table.blame("argv", f"argv holds {option}:", "the model is what 'model' says.")
+    for option in _SECRET_OPTIONS:
+        if option in names:
+            table.blame("argv", f"argv holds {option}, and argv is recorded in markers and logs:", "leave it out.")
+    if any(SECRET_VALUE.search(argument) for argument in task.argv):
+        table.blame("argv", "argv holds what looks like an access token:", "pass it by name, in [container] secrets.")
+
+
+def _environment(table: Table) -> dict[str, str]:
+    """The env table, checked entry by entry; refused entries are left out."""
+    env = {}
+    for name, value in table.read("env", a_table, {}).items():
+        path = (*table.path, "env", name)
+        if not VARIABLE.fullmatch(name):
+            table.document.blame(path, f"env: {name!r} is no name of an environment variable.")
+        elif SECRET_NAME.fullmatch(name) or (isinstance(value, str) and SECRET_VALUE.search(value)):
+            table.document.blame(
+                path,
+                f"env: {name} is a secret, and env is recorded in markers:",
+                "pass it by name, in [container] secrets.",
+            )
+        elif name in _OWN_VARIABLES or name.startswith("WARM_CACHE_"):
+            table.document.blame(path, f"env: {name} is set by the builder:", "it must point below the cache's mount.")
+        elif isinstance(value, bool) or not isinstance(value, (str, int)):
+            table.document.blame(path, f"env: {name}: a string is wanted, found {describe(value)}.")
+        elif "\0" in str(value):
+            table.document.blame(path, f"env: {name}: NUL cannot be part of a value.")
+        else:
+            env[name] = str(value)
+    return env
+
+
+def _blame_twins(tables: Sequence[Table], tasks: Sequence[Task]) -> None:
+    seen: dict[str, Table] = {}
+    for table, task in zip(tables, tasks, strict=True):
+        first = seen.setdefault(_content(task), table)
+        if first is not table and task.model:
+            table.blame(None, "this task is the same as the one at", first.document.place(first.path) + ".")
+
+
+def labels(tasks: Sequence[Task]) -> list[str]:
+    """One label per task, all different, each the same in whatever order the tasks stand."""
+    plain = [_plain_label(task) for task in tasks]
+    names = list(plain)
+    for tell in (lambda task: task.recipe, lambda task: digest(task)[:4], digest):
+        names = _told_apart(names, plain, tasks, tell)
+    return names
+
+
+def digest(task: Task) -> str:
+    """Of everything that makes the task what it is; not of its deadlines or its label."""
+    return hashlib.sha256(_content(task).encode()).hexdigest()[:16]
+
+
+def _told_apart(
+    names: Sequence[str], plain: Sequence[str], tasks: Sequence[Task], tell: Callable[[Task], str]
+) -> list[str]:
+    """Names, those that several tasks share (in whatever case: file systems differ) made longer by what `tell` says."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        groups[name.lower()].append(index)
+    result = list(names)
+    for members in groups.values():
+        told = {index: f"{plain[index]}-{tell(tasks[index])}" for index in members}
+        if len(members) > 1 and len(set(told.values())) == len(members):
+            for index, name in told.items():
+                result[index] = name
+    return result
+
+
+def _plain_label(task: Task) -> str:
+    parts = [re.sub(r"[^A-Za-z0-9._-]+", "-", task.model.rstrip("/").rpartition("/")[2]).strip("-.")[:64] or "task"]
+    parts += [f"{name}{degree}" for name in _PARALLELISM if (degree := _degree(task.argv, name)) > 1]
+    return "-".join(parts)
+
+
+def _degree(argv: Sequence[str], name: str) -> int:
+    """The degree that argv gives for tp, pp, dp or ep; 1 where it gives none. The last one counts, as with argparse."""
+    degree = 1
+    for index, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        if option in _PARALLELISM[name]:
+            text = value if equals else argv[index + 1] if index + 1 < len(argv) else ""
+            degree = int(text) if re.fullmatch(r"[0-9]{1,4}", text) else degree
+    return degree
+
+
+def _content(task: Task) -> str:
+    apart = {"label": "", "timeout": 0, "silence": 0}
+    return json.dumps({**asdict(task), **apart}, sort_keys=True)
+
+
+def _shape(value: Any) -> Shape:
+    return Shape.parse(a_string(value))
+
+
+def _family(value: Any) -> str:
+    name = one_of([family.name for family in FAMILIES], "family")(value)
+    if not next(family for family in FAMILIES if family.name == name).claimable:
+        raise ValueError(f"the family {name!r} cannot be claimed: its entries depend on the driver alone")
+    return name
+
+
+def _request(value: Any) -> tuple[int, int]:
+    numbers = list_of(positive, "two numbers")(value)
+    if len(numbers) != 2:
+        raise ValueError(f"[prompt tokens, new tokens] is wanted, found {describe(value)}")
+    return numbers[0], numbers[1]
+
+
+def _regexp(value: Any) -> str:
+    text = a_string(value)
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
