@@ -152,11 +152,13 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
 
 
 def _with_lifetime(manifest: Manifest, root: Table) -> Manifest:
-    """A container must outlive its task's own deadline, else the last line of defence would be the first."""
+    """The last line of defence must come after every other one: unless given, it is longer than the run can be."""
+    run = manifest.run
     longest = max((task.timeout for task in manifest.tasks), default=0.0)
     table = root.table("run")
     if not table.has("lifetime"):
-        return replace(manifest, run=replace(manifest.run, lifetime=max(manifest.run.lifetime, longest + 600)))
-    if manifest.run.lifetime <= longest:
+        whole = run.budget or sum(task.timeout for task in manifest.tasks)
+        return replace(manifest, run=replace(run, lifetime=max(run.lifetime, whole + 600, longest + 600)))
+    if run.lifetime <= longest:
         table.blame("lifetime", f"lifetime is not longer than the longest task timeout ({longest:.0f} s).", "Raise it.")
     return manifest

@@ -77,7 +77,7 @@ class RunSpec:
     """All in seconds. budget: for the whole run, None = unlimited. lock_timeout: how long to wait for another builder.
 
     start: until a container says its first word. grace: between a stop's SIGTERM and its SIGKILL. lifetime: after
-    which a container ends by itself, whatever became of the builder.
+    which whatever this run left somewhere ends by itself.
     """
 
     budget: float | None = None

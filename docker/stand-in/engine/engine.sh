@@ -1,0 +1,143 @@
+#!/bin/bash
+# A private Docker engine for tests and demos, with eight pretended GPUs and no network: a TEST DOUBLE of a GPU host.
+#
+#   engine.sh up DIR             starts it (nothing to do where it runs) and prints DOCKER_HOST=...
+#   engine.sh down DIR           stops it and everything in it; images stay in DIR for the next time
+#   engine.sh run DIR CMD...     runs CMD against the engine that DOCKER_HOST (or the default socket) reaches, else against
+#                                the private one in DIR, which is stopped again on every path
+#
+# It lives in PID, mount and network namespaces of its own, so that no other engine notices it and one signal ends all of
+# it. Missing packages are installed (root on Debian or Ubuntu; in a CI runner only with INSTALL_ENGINE=1).
+set -euo pipefail
+
+HERE=$(dirname "$(readlink -f "$0")")
+PACKAGES="docker.io containerd runc iptables tini busybox-static curl ca-certificates"
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }
+
+enter() {   # enter DIR: absolute, made, ours
+  mkdir -p "$1" 2>/dev/null || fail "cannot make the engine's directory $1"
+  DIR=$(readlink -f "$1")
+  SOCKET=$DIR/docker.sock
+  # A unix socket's path has at most 107 bytes.
+  [ ${#SOCKET} -le 107 ] || SOCKET=/tmp/warm-cache-engine-$(printf %s "$DIR" | sha256sum | cut -c1-12).sock
+  HOST=unix://$SOCKET
+}
+
+pings() { curl -sf -m 5 --unix-socket "$SOCKET" http://engine/_ping >/dev/null 2>&1; }
+
+guardian() {   # prints the pid of the engine's namespace, if it is alive and really this engine's (pids are used again)
+  local pid
+  pid=$(cat "$DIR/guardian.pid" 2>/dev/null) || return 1
+  [ -n "$pid" ] && tr '\0' '\n' <"/proc/$pid/cmdline" 2>/dev/null | grep -qxF -- "$DIR/data" || return 1
+  echo "$pid"
+}
+
+allowed() {   # ends with one sentence where this machine does not allow an engine of our own
+  [ -z "${CI:-}" ] || [ "${INSTALL_ENGINE:-}" = 1 ] || fail "no Docker engine answers, and this is a CI runner: set DOCKER_HOST, or INSTALL_ENGINE=1 to start a private one"
+  [ "$(id -u)" = 0 ] || fail "no Docker engine answers, and starting a private one needs root: set DOCKER_HOST, or run as root"
+  command -v unshare >/dev/null || fail "no Docker engine answers, and a private one needs unshare (package util-linux)"
+  unshare --pid --net --mount --fork true 2>/dev/null || fail "no Docker engine answers, and a private one needs namespaces that this machine refuses (unshare fails)"
+}
+
+install_packages() {
+  local missing=() tool
+  for tool in dockerd docker containerd runc curl; do command -v $tool >/dev/null || missing+=("$tool"); done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  command -v apt-get >/dev/null && grep -qE '^ID(_LIKE)?=.*(debian|ubuntu)' /etc/os-release ||
+    fail "no Docker engine answers, and ${missing[*]} cannot be installed here (Debian or Ubuntu only): install Docker and set DOCKER_HOST"
+  echo "installing ${missing[*]} (apt)" >&2
+  # No service may start: the engine is ours, and private.
+  local policy=/usr/sbin/policy-rc.d
+  if [ ! -e $policy ]; then
+    printf '#!/bin/sh\nexit 101\n' >$policy
+    chmod 755 $policy
+    trap "rm -f $policy" EXIT
+  fi
+  apt-get update -qq >&2 || fail "apt-get update failed"
+  # shellcheck disable=SC2086
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $PACKAGES >/dev/null || fail "apt-get install failed: $PACKAGES"
+}
+
+up() {
+  enter "$1"
+  if guardian >/dev/null && pings; then return; fi
+  allowed
+  install_packages
+  local runtime=() pid tries
+  # Without CAP_SYS_RESOURCE (bit 24) no container may get the limits that a warm-up asks for: then a wrapper lowers them.
+  if (($((16#$(sed -n 's/^CapEff:\s*//p' /proc/self/status))) >> 24 & 1)); then :; else
+    runtime=(--add-runtime "limited=$HERE/runc-limited" --default-runtime limited)
+  fi
+  halt
+  mkdir -p "$DIR/data" "$DIR/exec"
+  rm -f "$DIR/docker.pid" "$SOCKET"
+  PATH=$HERE/hook:$PATH setsid nohup unshare --pid --net --mount --fork --kill-child=SIGKILL --mount-proc -- \
+    sh -c 'ip link set lo up; exec dockerd "$@"' sh \
+    --data-root "$DIR/data" --exec-root "$DIR/exec" --pidfile "$DIR/docker.pid" -H "$HOST" \
+    --bridge=none --iptables=false --ip6tables=false "${runtime[@]}" >>"$DIR/log" 2>&1 </dev/null &
+  pid=$!
+  echo "$pid" >"$DIR/guardian.pid"
+  for ((tries = 0; tries < 600; tries++)); do
+    if pings; then return; fi
+    kill -0 "$pid" 2>/dev/null || break
+    sleep 0.05
+  done
+  tail -n 5 "$DIR/log" >&2
+  halt
+  fail "the private engine does not start; its log is $DIR/log"
+}
+
+halt() {   # ends the engine, in order if it can: what it has written must be there the next time
+  local pid child tries
+  if pid=$(guardian); then
+    child=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null || :)
+    if [ -n "$child" ]; then
+      # shellcheck disable=SC2086
+      kill -TERM $child 2>/dev/null || :
+      for ((tries = 0; tries < 300; tries++)); do kill -0 "$pid" 2>/dev/null || break; sleep 0.05; done
+    fi
+    kill -KILL "$pid" 2>/dev/null || :
+    for ((tries = 0; tries < 100; tries++)); do kill -0 "$pid" 2>/dev/null || break; sleep 0.05; done
+  fi
+  rm -rf "$DIR/guardian.pid" "$DIR/docker.pid" "$SOCKET" "$DIR/exec" 2>/dev/null || :
+}
+
+answers() {   # is there an engine without us?
+  if command -v docker >/dev/null; then timeout 15 docker version >/dev/null 2>&1; else
+    [ -z "${DOCKER_HOST:-}" ] || fail "DOCKER_HOST is $DOCKER_HOST, and the docker command is missing: install the Docker CLI"
+    return 1
+  fi
+}
+
+run() {
+  local dir=$1 status=0 child
+  shift
+  if answers; then exec "$@"; fi
+  [ -z "${DOCKER_HOST:-}" ] || fail "no engine answers at DOCKER_HOST=$DOCKER_HOST; start it, or unset DOCKER_HOST"
+  enter "$dir"
+  exec 8>"$DIR/use.lock"
+  flock -n 8 || { echo "the private engine in $DIR is in use; waiting" >&2; flock 8; }
+  trap halt EXIT
+  up "$DIR" 8>&-
+  # Not in the foreground: a shell waits for its foreground child before it heeds a signal. Ctrl-C reaches the child from
+  # the terminal (which the shell would have it ignore); SIGTERM is passed on.
+  DOCKER_HOST=$HOST env --default-signal=INT "$@" 8>&- &
+  child=$!
+  trap : INT
+  trap 'kill -TERM $child 2>/dev/null || :' TERM
+  while wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do :; done
+  status=0
+  wait "$child" || status=$?
+  exit $status
+}
+
+[ $# -ge 2 ] || usage
+case $1 in
+  up) up "$2"; echo "DOCKER_HOST=$HOST" ;;
+  down) enter "$2"; halt ;;
+  run) [ $# -ge 3 ] || usage; shift; run "$@" ;;
+  *) usage ;;
+esac
