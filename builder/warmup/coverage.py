@@ -1,0 +1,198 @@
+"""What a task asks for: the factors that name its marker, and the words for how two askings differ.
+
+A change of coverage asks for the task again. It never moves a family's directory, so it costs only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.warmup import files
+from builder.warmup.task import Task
+from builder.warmup.toolchain import Record
+
+#: Raise a recipe's number when what it makes compile changes: its tasks are then asked for again.
+RECIPE_VERSIONS: Mapping[str, int] = {"compile-deep-gemm": 1, "serve": 1, "shapes": 1, "command": 1}
+
+#: Recipes whose kernels depend on the model's config.json.
+NEEDS_CONFIG = frozenset({"compile-deep-gemm", "serve"})
+
+#: What of a task changes what its recipe makes compile. Time-outs and the kind of proof do not.
+_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "compile-deep-gemm": ("load", "layers", "m_values"),
+    "serve": ("load", "layers", "requests"),
+    "shapes": ("shapes", "m_values"),
+    "command": ("success",),
+}
+
+_CONFIG_LIMIT = 16 << 20
+_NUMBER = re.compile(r"-\.?\d")
+
+
+def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
+    """The coverage factors in the order in which a difference is named; JSON types only, so it survives a file."""
+    sglang = record["sglang"]
+    # Where a model's argv goes to sglang's own parser the order of options means nothing; a command's may.
+    argv = list(task.argv) if task.recipe == "command" else normalise_argv(task.argv)
+    factors: dict[str, Any] = {
+        "sglang": sglang["version"],
+        "sglang commit": sglang["commit"],
+        "model": task.model,
+        "revision": task.revision,
+        "config.json": config_digest,
+        "argv": argv,
+        "env": dict(sorted(task.env.items())),
+        "recipe": task.recipe,
+        "recipe version": RECIPE_VERSIONS.get(task.recipe, 0),
+        "gpus": task.gpus,
+        "families": None if task.families is None else sorted(set(task.families)),
+    }
+    for name in _SETTINGS.get(task.recipe, ()):
+        value = getattr(task, name)
+        if name == "shapes":
+            value = [str(shape) for shape in sorted(set(value))]
+        elif name == "m_values":
+            value = sorted(set(value))
+        elif name == "requests":
+            value = [list(pair) for pair in value]
+        factors[name] = value
+    return factors
+
+
+def coverage_digest(factors: Mapping[str, Any]) -> str:
+    """12 hex digits: equal exactly where every factor is."""
+    text = json.dumps(factors, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
+
+
+def normalise_argv(argv: Iterable[str]) -> list[str]:
+    """One spelling for argvs that mean the same to an option parser.
+
+    ``--a=b`` becomes ``--a b``; options are sorted by name, with their values behind them; repeated options keep their
+    order, because the last one wins; what stands before the first option stays in front, ``--`` and what follows it at
+    the end. A value that would look like an option (``--a=--b``) keeps its equals sign.
+    """
+    words = list(argv)
+    rest = words[words.index("--") :] if "--" in words else []
+    words = words[: len(words) - len(rest)]
+    front: list[str] = []
+    groups: list[list[str]] = []
+    for word in words:
+        if _is_option(word):
+            name, equals, value = word.partition("=")
+            groups.append([name, value] if word.startswith("--") and equals and not _is_option(value) else [word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            front.append(word)
+    groups.sort(key=lambda group: group[0].partition("=")[0])
+    return [*front, *itertools.chain.from_iterable(groups), *rest]
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-" and not _NUMBER.match(word)
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(factor, was, is) for every factor that differs, in words; variables of the environment one by one."""
+    before, after = _flat(was), _flat(now)
+    return [
+        (name, describe(before.get(name)), describe(after.get(name)))
+        for name in dict.fromkeys([*after, *before])
+        if before.get(name) != after.get(name)
+    ]
+
+
+def describe(value: Any) -> str:
+    """A factor's value in words, on as many lines as it has."""
+    if value is None:
+        return "absent"
+    if isinstance(value, str):
+        return files.printable(value) or "empty"
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return files.printable(shlex.join(value)) or "none"
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "nested beyond reason"
+
+
+def brief(was: str, now: str, limit: int = 100) -> tuple[str, str]:
+    """Both values as far as they differ: of several lines the different ones, of long values the different part."""
+    lines = was.splitlines(), now.splitlines()
+    if max(map(len, lines)) > 1:
+        was = " / ".join(line for line in lines[0] if line not in lines[1]) or was.replace("\n", " / ")
+        now = " / ".join(line for line in lines[1] if line not in lines[0]) or now.replace("\n", " / ")
+    if max(len(was), len(now)) <= limit:
+        return was, now
+    same = next((at for at, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    start = max(0, same - limit // 4)
+    return _window(was, start, limit), _window(now, start, limit)
+
+
+def _window(text: str, start: int, limit: int) -> str:
+    end = start + limit
+    return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+
+
+def _flat(factors: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in factors.items():
+        if name == "env" and isinstance(value, dict):
+            flat.update({f"env {variable}": text for variable, text in sorted(value.items())})
+        else:
+            flat[name] = value
+    return flat
+
+
+def config_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
+    """(sha256 of the model's config.json, None), or (None, what is wrong). Never raises.
+
+    model: a directory (absolute, or beginning with a dot) or ``org/name``, found below `store` (HF_HOME) where the
+    Hugging Face hub keeps it: ``hub/models--org--name/{refs/<revision>,snapshots/<commit>/config.json}``.
+    """
+    try:
+        if model.startswith(("/", ".")):
+            return _digest_of(Path(model) / "config.json", lambda path: True)
+        return _hub_digest(store, model, revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        return None, f"{files.printable(model)}: {files.why(error)}"
+
+
+def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
+    wanted = revision or "main"
+    folder = store / "hub" / f"models--{model.replace('/', '--')}"
+    if ".." in (*model.split("/"), *wanted.split("/")) or not model or "\0" in model + wanted:
+        return None, f"{files.printable(model)}: not a model and revision of the hub"
+    if not folder.is_dir():
+        return None, f"{model} is not in the store: there is no {folder}"
+    try:
+        commit = files.read_bytes(str(folder / "refs" / wanted), 4096).decode("ascii", "replace").strip()
+    except files.UnreadableError:
+        commit = wanted
+    if (
+        not re.fullmatch(r"[0-9A-Za-z._-]+", commit)
+        or commit in (".", "..")
+        or not (folder / "snapshots" / commit).is_dir()
+    ):
+        return None, f"{model} has no revision {wanted} in the store: {folder / 'refs' / wanted} names no snapshot"
+    inside = store.resolve()
+    return _digest_of(folder / "snapshots" / commit / "config.json", lambda path: path.is_relative_to(inside))
+
+
+def _digest_of(config: Path, inside: Callable[[Path], bool]) -> tuple[str | None, str | None]:
+    # Snapshots are links into blobs/; what a link leaves the store for is not there in a container.
+    target = config.resolve()
+    if not inside(target):
+        return None, f"{config} is a link that leaves the store, to {target}"
+    try:
+        return hashlib.sha256(files.read_bytes(str(target), _CONFIG_LIMIT)).hexdigest(), None
+    except files.UnreadableError as error:
+        return None, f"{config} {error}"

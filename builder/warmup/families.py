@@ -1,0 +1,204 @@
+"""The cache families of sglang on CUDA, as data.
+
+A family is one kind of JIT cache. The table says which variables point at it, which factors its kernels depend on,
+how its entries look on disk and what a killed process leaves behind. Nothing here has behaviour beyond joining paths;
+`toolchain` turns factors into keys and `inventory` reads the layouts.
+
+Sources: sglang 0.5.11 to 0.5.23 (``srt/environ.py``, ``kernels/jit``), sgl-deep-gemm 0.1.0 to 0.2.5, Triton 3.9
+(``runtime/cache.py``, ``knobs.py``), torch 2.14 (``cpp_extension.py``, ``codecache.py``), quack-kernels 0.6.5,
+nvidia-cutlass-dsl 4.8.0.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Part of every family key: raise it when the meaning of a family's directory changes.
+TABLE_VERSION = 1
+
+#: Families that hold host ``.so`` or ``.o`` files depend on what those link against.
+HOST_ABI = ("libc", "machine", "python_abi")
+
+#: Package factors: the distributions whose installed content is the factor's value, all that are present.
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "triton": ("triton",),
+    "flashinfer": ("flashinfer-python",),
+    "tvm_ffi": ("apache-tvm-ffi",),
+    # The distribution that people name holds nothing but a .pth file; the compiler is in the libs.
+    "cutlass_dsl": (
+        "nvidia-cutlass-dsl",
+        "nvidia-cutlass-dsl-libs-base",
+        "nvidia-cutlass-dsl-libs-cu12",
+        "nvidia-cutlass-dsl-libs-cu13",
+    ),
+    "quack": ("quack-kernels",),
+    "tilelang": ("tilelang",),
+}
+
+#: Where DeepGEMM comes from, the first that has it: its wheel, upstream's, or sgl-kernel (sglang <= 0.5.11).
+DEEP_GEMM_PACKAGES = ("sgl-deep-gemm", "deep-gemm", "sgl-kernel")
+
+#: Names of files and directories, at any depth, that are never entries: locks, and what is still being written.
+TRANSIENT = (
+    "lock",
+    "locks",
+    "*.lock",
+    ".ninja_lock",
+    "tmp",
+    "*.tmp",
+    "*.tmp-*",
+    ".tmp*",
+    ".*.tmp*",
+    "tmp.*",
+    ".staging-*",
+    ".nfs*",
+)
+
+_ABANDONED = "abandoned by a process that was killed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One kind of JIT cache.
+
+    env: (variable, path below the family's directory; "" is the directory itself).
+    factors: names of factors in the toolchain record.
+    layout: how entries are recognised: ``deep_gemm`` | ``triton`` | ``files``.
+    shared: images with equal factors may use one directory. Where not, ``image`` is among the factors.
+    claimable: a task may vouch for it. Where not, the driver manages it and nothing in it is ever moved.
+    transient: shell patterns of one path component that are never entries.
+    leftovers: (pattern, why it is unsafe or useless); a pattern with a slash is matched from the family's directory
+    on, component by component, one without is matched against the name at any depth.
+    host_specific: names, directly in the family's directory, that are true on one host only: never entries.
+    whole: patterns of directories that are published by one rename, so that they are moved aside only as a whole.
+    """
+
+    name: str
+    env: tuple[tuple[str, str], ...]
+    factors: tuple[str, ...]
+    layout: str = "files"
+    shared: bool = True
+    claimable: bool = True
+    transient: tuple[str, ...] = TRANSIENT
+    leftovers: tuple[tuple[str, str], ...] = ()
+    host_specific: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="deep_gemm",
+        # sglang overwrites DG_JIT_CACHE_DIR with SGLANG_DG_CACHE_DIR at import; DeepGEMM alone reads the former.
+        env=(("SGLANG_DG_CACHE_DIR", ""), ("DG_JIT_CACHE_DIR", "")),
+        factors=(
+            "deep_gemm_format",
+            "deep_gemm",
+            "deep_gemm_nvcc",
+            "compute_capability",
+            "sm_count",
+            # The old format has -I<site-packages> in every key; null for the new one, which is free of paths.
+            "deep_gemm_path",
+        ),
+        layout="deep_gemm",
+        leftovers=(("tmp/*", f"build {_ABANDONED}"),),
+    ),
+    Family(
+        name="triton",
+        env=(("TRITON_CACHE_DIR", ""),),
+        # __grp__*.json holds absolute paths, so the mount path is part of what a kernel is found by.
+        factors=("triton", "ptxas", "compute_capability", "mount", *HOST_ABI),
+        layout="triton",
+        leftovers=(("*/tmp.pid_*", f"write {_ABANDONED}"),),
+    ),
+    Family(
+        name="inductor",
+        env=(("TORCHINDUCTOR_CACHE_DIR", ""),),
+        factors=("torch", "triton", "torch_cuda", "gpu_name", *HOST_ABI),
+        leftovers=(("*.tmp", f"write {_ABANDONED}"), ("tmp.pid_*", f"write {_ABANDONED}")),
+    ),
+    Family(
+        name="flashinfer",
+        # FlashInfer appends .cache/flashinfer to its base. Its FLASHINFER_CUBIN_DIR stays in the image on purpose.
+        env=(("FLASHINFER_WORKSPACE_BASE", ""), ("TRTLLM_DG_CACHE_DIR", "trtllm_deep_gemm")),
+        factors=("flashinfer", "torch", "nvcc", "compute_capability", *HOST_ABI, "image"),
+        shared=False,
+        leftovers=(("trtllm_deep_gemm/tmp/*", f"build {_ABANDONED}"), ("*.tmp", f"write {_ABANDONED}")),
+    ),
+    Family(
+        name="sglang_jit",
+        env=(("SGLANG_JIT_CACHE_DIR", ""),),
+        factors=("tvm_ffi", "nvcc", "host_compiler", "compute_capability", *HOST_ABI),
+        leftovers=((".staging-*", f"build {_ABANDONED}"), ("*.tmp-*", f"write {_ABANDONED}")),
+        # sglang renames a finished build onto the leaf and takes "it exists" for success: half a leaf never heals.
+        whole=("deps-*",),
+    ),
+    Family(
+        name="tvm_ffi",
+        env=(("TVM_FFI_CACHE_DIR", ""),),
+        factors=("image", "torch", *HOST_ABI),
+        shared=False,
+    ),
+    Family(
+        name="cute_dsl",
+        env=(("CUTE_DSL_CACHE_DIR", ""), ("SGLANG_CUTE_AOT_CACHE_DIR", "aot")),
+        factors=("cutlass_dsl", "tvm_ffi", "quack", *HOST_ABI),
+        leftovers=(("*.tmp", f"write {_ABANDONED}"), (".*.tmp*", f"write {_ABANDONED}")),
+    ),
+    Family(
+        name="quack",
+        env=(("QUACK_CACHE_DIR", ""),),
+        factors=("cutlass_dsl", "tvm_ffi", "quack", *HOST_ABI),
+    ),
+    Family(
+        name="tilelang",
+        env=(("TILELANG_CACHE_DIR", ""),),
+        factors=("tilelang", "nvcc", "compute_capability", *HOST_ABI),
+        leftovers=(("tmp/*", f"build {_ABANDONED}"),),
+    ),
+    Family(
+        name="torch_extensions",
+        env=(("TORCH_EXTENSIONS_DIR", ""),),
+        factors=("image", "torch", *HOST_ABI),
+        shared=False,
+        # torch's FileBaton is the file's existence, so a lock whose owner was killed is waited for without end.
+        leftovers=(("lock", "lock file whose owner is gone: every later loader waits for it forever"),),
+    ),
+    Family(
+        name="sglang_cache",
+        env=(("SGLANG_CACHE_DIR", ""),),
+        factors=("image", "gpu_name"),
+        shared=False,
+        leftovers=(("*.tmp", f"write {_ABANDONED}"), ("tmp.pid_*", f"write {_ABANDONED}")),
+        # Keyed by CUDA_VISIBLE_DEVICES alone; on another host its answers are wrong.
+        host_specific=("gpu_p2p_access_cache_for_*",),
+    ),
+    Family(
+        name="cuda",
+        env=(("CUDA_CACHE_PATH", ""),),
+        factors=("driver",),
+        claimable=False,
+    ),
+)
+
+FAMILY: dict[str, Family] = {family.name: family for family in FAMILIES}
+
+
+def directory(root: str, family: str, key: str) -> str:
+    """Where the family with this key lives below the cache root: ``<root>/<family>/<key>``."""
+    return posixpath.join(root, family, key)
+
+
+def environment(mount: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Every variable, for old and new sglang alike, that makes a process use these families.
+
+    mount: the cache root as the process sees it. keys: family key by family; families without one are left alone.
+    """
+    return {
+        variable: posixpath.join(directory(mount, family.name, keys[family.name]), below).rstrip("/")
+        for family in FAMILIES
+        if family.name in keys
+        for variable, below in family.env
+    }

@@ -1,0 +1,148 @@
+"""Reading, listing and writing below a cache root that anybody may have written to.
+
+Reading never blocks on a FIFO, never follows a symlink and never takes in more than a limit. Writing is all or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+UNREADABLE = "is unreadable"
+
+
+class UnreadableError(Exception):
+    """A file that cannot be used; the text says why, without the path. ``missing``: it is not there at all."""
+
+    def __init__(self, why: str, *, missing: bool = False) -> None:
+        super().__init__(why)
+        self.missing = missing
+
+
+def why(error: BaseException) -> str:
+    """An operating system's refusal in its own words, without the path."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def open_regular(path: str) -> tuple[int, int]:
+    """A descriptor for reading and the size of a regular file. Raises UnreadableError for anything else.
+
+    O_NONBLOCK because opening a FIFO for reading would wait for a writer; a device or socket never passes the check.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnreadableError("is missing", missing=True) from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise UnreadableError("is a symbolic link") from None
+        raise UnreadableError(f"{UNREADABLE}: {why(error)}") from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise UnreadableError("is not a regular file")
+    return fd, status.st_size
+
+
+def read_bytes(path: str, limit: int) -> bytes:
+    """The whole file. Raises UnreadableError, also when it is larger than `limit` bytes."""
+    fd, size = open_regular(path)
+    try:
+        if size > limit:
+            raise UnreadableError(f"is too large: {size} bytes")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(limit)
+    except OSError as error:
+        raise UnreadableError(f"{UNREADABLE}: {why(error)}") from None
+    finally:
+        os.close(fd)
+
+
+def read_json(path: str, limit: int) -> Any:
+    """The document in the file. Raises UnreadableError, also for what is not JSON or nested beyond reason."""
+    data = read_bytes(path, limit)
+    if not data:
+        raise UnreadableError("is empty")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"is not JSON: {type(error).__name__}") from None
+
+
+def listing(path: str) -> list[os.DirEntry[str]] | None:
+    """What is in a directory, sorted; nothing where there is none; None where it cannot be read."""
+    try:
+        with os.scandir(path) as items:
+            return sorted(items, key=lambda item: item.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError):
+        return None
+
+
+def walk(base: str, skip: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+    """Everything below, not through symlinks, without what matches `skip`: (name, item), or (name, None) for a
+    directory that cannot be read."""
+    stack = [""]
+    while stack:
+        above = stack.pop()
+        items = listing(f"{base}/{above}" if above else base)
+        if items is None and above:
+            yield above, None
+        for item in items or ():
+            if not matches(item.name, skip):
+                name = f"{above}/{item.name}" if above else item.name
+                if is_dir(item):
+                    stack.append(name)
+                yield name, item
+
+
+def is_dir(item: os.DirEntry[str]) -> bool:
+    """A directory itself, not a link to one."""
+    try:
+        return item.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one path component matches any of these shell patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def printable(text: str) -> str:
+    """The text with what no terminal or JSON reader takes (a name's undecodable bytes) written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, fsync: Callable[[int], None] = os.fsync) -> None:
+    """The file holds `data` or what it held before, also after a crash of the machine. Raises OSError.
+
+    The parent directory is made when it is missing. A failure leaves no temporary file behind; a kill may leave one,
+    whose name ends in ``.tmp`` and which nothing ever reads.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)  # whatever the umask: others read what one user wrote
+            file.write(data)
+            file.flush()
+            fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fsync(parent)
+    finally:
+        os.close(parent)

@@ -1,0 +1,210 @@
+"""Entries on disk: list them, judge them, tell what is new, move aside what a killed process left.
+
+An entry is valid when it is self-consistent: its files are all there, its JSON parses and its ELF files are as long as
+their own tables say. It is never compared with a recorded size or digest, because recompiles are not byte-identical.
+
+A cache root is written by programs that know nothing of this one, and may hold anything. Nothing found there raises:
+symlinks are not followed, FIFOs never waited for, and what cannot be read is an entry with a problem. Names keep their
+undecodable bytes as Python's surrogate escapes; problems are always printable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from builder.warmup import elf
+from builder.warmup.entries import MISSING, NAMES, problem_of, size_and_stamp
+from builder.warmup.families import Family
+from builder.warmup.files import UNREADABLE, is_dir, listing, matches, walk, why
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compile result. name: posix, from the family's directory. bytes: of all its files. used_ns: mtime of the
+    stamp that a hit touches, 0 where the family has none. problem: why it is not valid, naming the file."""
+
+    name: str
+    bytes: int
+    used_ns: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a family's directory held at one moment."""
+
+    entries: Mapping[str, Entry]
+
+    @functools.cached_property
+    def valid(self) -> frozenset[str]:
+        """Names of the entries without a problem."""
+        return frozenset(name for name, entry in self.entries.items() if entry.problem is None)
+
+    @functools.cached_property
+    def invalid(self) -> dict[str, str]:
+        """The problem of each entry that has one."""
+        return {name: entry.problem for name, entry in self.entries.items() if entry.problem is not None}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all entries, valid or not."""
+        return sum(entry.bytes for entry in self.entries.values())
+
+
+def scan(family: Family, directory: Path, *, mount: str | None = None) -> Inventory:
+    """Every entry in the family's directory; none where there is no such directory.
+
+    mount: the cache root as its users see it. Where it is not given, an absolute path within an entry counts as right
+    when it ends in this family, key and entry.
+    """
+    base = str(directory)
+    entries = {}
+    for name in NAMES[family.layout](family, base):
+        size, used_ns = size_and_stamp(base, name)
+        problem = problem_of(family, base, name, mount)
+        if problem != MISSING:  # gone between listing and looking
+            entries[name] = Entry(name, size, used_ns, problem)
+    return Inventory(entries)
+
+
+def check(family: Family, directory: Path, name: str, *, mount: str | None = None) -> str | None:
+    """The problem of one named entry, or None when it is valid. ``missing`` when there is no such entry.
+
+    Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
+    """
+    parts = name.split("/")
+    depth = {"deep_gemm": 2, "triton": 1, "files": len(parts)}[family.layout]
+    if len(parts) != depth or not all(parts) or {".", ".."} & set(parts) or "\0" in name:
+        return "not a name of an entry"
+    if family.layout == "deep_gemm" and parts[0] != "cache":
+        return "not a name of an entry"
+    return problem_of(family, str(directory), name, mount)
+
+
+def added(before: Inventory, after: Inventory) -> set[str]:
+    """Entries that are valid now and were not before."""
+    return set(after.valid - before.valid)
+
+
+def used(before: Inventory, after: Inventory) -> set[str]:
+    """Valid entries that are new, or whose stamp a hit has touched; without stamps nothing tells: every valid entry."""
+    return {
+        name
+        for name in after.valid
+        if name not in before.valid
+        or after.entries[name].used_ns == 0
+        or after.entries[name].used_ns != before.entries[name].used_ns
+    }
+
+
+def sweep(family: Family, directory: Path, aside: Path, *, now: float, older_than: float) -> list[tuple[str, str]]:
+    """Renames leftovers and invalid entries into `aside`, so that they are compiled anew. Deletes nothing.
+
+    Only what nobody has written to for `older_than` seconds before `now` (seconds since the epoch, as file times are),
+    at any depth: a build in progress looks like a leftover. Each is one rename within a file system: readers see the
+    whole of it or nothing. Returns (path from the family's directory, why); what could not be moved says so in its why.
+    """
+    if not family.claimable:
+        return []
+    base = str(directory)
+    doomed = dict(_leftovers(family, base))
+    for name, problem in scan(family, directory).invalid.items():
+        if UNREADABLE in problem:
+            continue  # somebody else's file may be good
+        whole = _whole(family, name)
+        doomed.setdefault(whole, problem if whole == name else f"{name[len(whole) + 1 :]}: {problem}")
+    moved = []
+    for name, reason in sorted(doomed.items()):
+        newest = _newest(f"{base}/{name}")
+        if newest is None or newest > now - older_than:
+            continue
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            # A fresh name each time: renaming onto something would delete it.
+            tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+            (directory / name).rename(aside / f"{family.name}-{directory.name}-{tag}-{uuid.uuid4().hex}")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            moved.append((name, f"{reason} (not moved: {why(error)})"))
+        else:
+            moved.append((name, reason))
+    return moved
+
+
+def remove_host_specific(family: Family, directory: Path) -> list[str]:
+    """Deletes the files that are true on this host alone; their names. Other users of the root must never read them."""
+    removed = []
+    for item in listing(str(directory)) or ():
+        if matches(item.name, family.host_specific) and not item.is_dir(follow_symlinks=False):
+            with contextlib.suppress(OSError):
+                (directory / item.name).unlink()
+                removed.append(item.name)
+    return sorted(removed)
+
+
+def elf_problem(path: Path) -> str | None:
+    """What is wrong with an ELF file, by its name; None when header, tables, sections and segments lie within it."""
+    return elf.problem_of(str(path), path.name)
+
+
+# What a killed process leaves
+
+
+def _leftovers(family: Family, base: str) -> Iterator[tuple[str, str]]:
+    anywhere = []
+    for pattern, reason in family.leftovers:
+        if "/" in pattern:
+            yield from ((name, reason) for name in _glob(base, "", pattern.split("/")))
+        else:
+            anywhere.append((pattern, reason))
+    if anywhere:
+        for name, item in walk(base, ()):
+            for pattern, reason in anywhere if item else ():
+                if fnmatchcase(name.rpartition("/")[2], pattern):
+                    yield name, reason
+
+
+def _glob(base: str, above: str, patterns: list[str]) -> Iterator[str]:
+    for item in listing(f"{base}/{above}") or ():
+        if fnmatchcase(item.name, patterns[0]):
+            name = f"{above}/{item.name}" if above else item.name
+            if len(patterns) == 1:
+                yield name
+            elif is_dir(item):
+                yield from _glob(base, name, patterns[1:])
+
+
+def _whole(family: Family, name: str) -> str:
+    """The directory that has to move as a whole with this entry, or the entry itself."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts, 1):
+        if matches(part, family.whole):
+            return "/".join(parts[:depth])
+    return name
+
+
+def _newest(path: str) -> float | None:
+    """The latest mtime of a file or of anything in a directory; None where that cannot be told."""
+    try:
+        status = os.lstat(path)
+        newest = status.st_mtime
+        if stat.S_ISDIR(status.st_mode):
+            if listing(path) is None:
+                return None
+            for _, item in walk(path, ()):
+                if item is None:
+                    return None
+                newest = max(newest, item.stat(follow_symlinks=False).st_mtime)
+    except OSError:
+        return None
+    return newest
