@@ -70,8 +70,7 @@ def load(
     document = Document.parse(name, raw)
     manifest = _manifest(document, overrides)
     if document.problems:
-        number = len(document.problems)
-        raise UsageError(f"{name} has {number} problem{'s' * (number > 1)}", document.in_order())
+        raise UsageError(f"{name} cannot be used as it is", document.in_order())
     return select(manifest, only)
 
 

@@ -1,0 +1,463 @@
+"""The manifest: what is accepted, what is refused, where, and with which hint."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder import tasks, values
+from builder.document import Document, find_lines
+from builder.errors import Problem, UsageError
+from builder.manifest import Manifest, Overrides, load, profiles, select
+from builder.warmup.recipes import RECIPES
+from builder.warmup.task import Shape, Task
+
+Write = Callable[[str], Path]
+
+HEAD = """\
+schema = 1
+[image]
+ref = "lmsysorg/sglang:v0.5.23"
+[cache]
+root = "/data/jit"
+"""
+TASK = '[[task]]\nmodel = "org/model"\n'
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(text: str) -> Path:
+        path = tmp_path / "m.toml"
+        path.write_text(dedent(text), encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(path: Path, overrides: Overrides = Overrides()) -> list[Problem]:
+    with pytest.raises(UsageError) as caught:
+        load(path, overrides=overrides)
+    return list(caught.value.problems)
+
+
+def only_problem(path: Path, overrides: Overrides = Overrides()) -> str:
+    found = problems(path, overrides)
+    assert len(found) == 1, [str(problem) for problem in found]
+    return str(found[0]).replace(str(path), "m.toml")
+
+
+class TestGood:
+    def test_defaults(self, write: Write) -> None:
+        manifest = load(write(HEAD + TASK))
+        assert manifest.cache.root == Path("/data/jit")
+        assert (manifest.cache.volume, manifest.cache.mount, manifest.cache.job_max) == (None, "/jit", 21600)
+        assert manifest.container.shm_size == 32 << 30
+        assert manifest.container.secrets == ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        assert (manifest.gpus.count, manifest.models.store, manifest.run.budget) == (8, None, None)
+        (task,) = manifest.tasks
+        assert (task.label, task.recipe, task.gpus, task.timeout, task.silence) == (
+            "model",
+            "compile-deep-gemm",
+            8,
+            1200,
+            600,
+        )
+
+    def test_the_example_of_every_section(self, write: Write) -> None:
+        manifest = load(
+            write("""\
+                schema = 1
+                [image]
+                ref = "r:1"
+                setup = ["pip install x"]
+                [cache]
+                volume = "sglang-jit"
+                mount = "/root/.cache/jit"
+                job_max = "3h"
+                [models]
+                store = "/data/hf"
+                writable = true
+                [container]
+                network = "host"
+                shm_size = "2GiB"
+                secrets = ["MY_TOKEN"]
+                log_limit = "1m"
+                [gpus]
+                devices = "4-7"
+                name = "H200"
+                acquire = ["drain"]
+                release = ["undrain"]
+                [run]
+                budget = "1h30m"
+                lock_timeout = 0
+                start = "45s"
+                grace = 3
+                lifetime = "4h"
+                [defaults]
+                recipe = "serve"
+                timeout = 90
+                env = { A = "1", B = "1" }
+                [[task]]
+                model = "org/m"
+                revision = "abc"
+                argv = ["--tp", "2"]
+                gpus = 2
+                requests = [[1, 2]]
+                load = "dummy"
+                layers = 4
+                verify = "steady"
+                families = ["triton", "deep_gemm"]
+                success = "ready"
+                env = { B = 2 }
+                [[task]]
+                model = "org/s"
+                recipe = "shapes"
+                shapes = ["<GEMM_NT_F8F8BF16>, N=4096, K=7168, num_groups=1"]
+                m_values = [64, 128]
+                """)
+        )
+        assert (manifest.cache.volume, manifest.cache.root, manifest.cache.mount) == (
+            "sglang-jit",
+            None,
+            "/root/.cache/jit",
+        )
+        assert (manifest.container.shm_size, manifest.container.log_limit) == (2 << 30, 1 << 20)
+        assert (manifest.gpus.devices, manifest.gpus.count) == ((4, 5, 6, 7), 4)
+        run = manifest.run
+        assert (run.budget, run.lock_timeout, run.start, run.grace, run.lifetime) == (5400, 0, 45, 3, 14400)
+        first, second = manifest.tasks
+        assert dict(first.env) == {"A": "1", "B": "2"}
+        assert (first.requests, first.families, first.timeout) == (((1, 2),), ("triton", "deep_gemm"), 90)
+        assert (second.shapes, second.m_values, second.gpus) == ((Shape("GEMM_NT_F8F8BF16", 4096, 7168),), (64, 128), 4)
+
+    def test_overrides_come_first(self, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        path = write(HEAD + TASK + 'timeout = "5m"\n')
+        manifest = load(
+            path, overrides=Overrides(image="other:1", cache="here", models="hf", budget="9m", timeout="7", silence=5)
+        )
+        assert manifest.image.ref == "other:1"
+        assert (manifest.cache.root, manifest.models.store) == (tmp_path / "here", tmp_path / "hf")
+        assert manifest.run.budget == 540
+        assert (manifest.tasks[0].timeout, manifest.tasks[0].silence) == (7, 5)
+        volume = load(path, overrides=Overrides(cache="volume:jit"))
+        assert (volume.cache.root, volume.cache.volume) == (None, "jit")
+
+    def test_families_may_be_empty(self, write: Write) -> None:
+        (task,) = load(write(HEAD + TASK + 'recipe = "command"\nargv = ["true"]\nsuccess = "x"\nfamilies = []\n')).tasks
+        assert task.families == ()
+
+    def test_the_lifetime_outlasts_the_run(self, write: Write) -> None:
+        tasks_ = "".join(f'[[task]]\nmodel = "org/m{n}"\ntimeout = "1h"\n' for n in range(5))
+        assert load(write(HEAD + tasks_)).run.lifetime > 5 * 3600
+        assert load(write(HEAD + '[run]\nbudget = "30m"\n' + tasks_)).run.lifetime == 7200
+
+    @pytest.mark.parametrize("name", profiles())
+    def test_profiles_are_good(self, name: str) -> None:
+        manifest = load(profile=name, overrides=Overrides(cache="/c"))
+        assert len(manifest.tasks) >= 3
+
+    def test_the_h200_profile_warms_what_the_tests_launch(self) -> None:
+        manifest = load(profile="h200")
+        assert (manifest.gpus.count, manifest.gpus.name) == (8, "H200")
+        labels = [task.label for task in manifest.tasks]
+        for model in ("DeepSeek-V3.2", "GLM-5-FP8", "GLM-5.2-FP8"):
+            assert {f"{model}-tp8", f"{model}-tp8-dp8"} <= set(labels)
+        assert {"DeepSeek-V3-0324-tp8", "MiMo-V2-Flash-tp4-dp2", "MiMo-V2.5-tp8-dp2"} <= set(labels)
+        assert all("--speculative-num-draft-tokens" in task.argv for task in manifest.tasks)
+
+    def test_the_recipes_are_those_of_the_program(self) -> None:
+        assert set(tasks.RECIPES) == set(RECIPES)
+
+
+class TestBad:
+    """One problem each: (what the file says, what is said about it, with the line)."""
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            (HEAD.replace("schema = 1\n", "") + TASK, "m.toml:1: the file needs 'schema'."),
+            (HEAD.replace("= 1", "= 2", 1) + TASK, "m.toml:1: schema 2 is not known to this builder; it reads schema 1."),
+            (HEAD + "[imaeg]\n" + TASK, "m.toml:6: the file has no key 'imaeg'; did you mean 'image'?"),
+            (HEAD + "mout = '/x'\n" + TASK, "m.toml:6: [cache] has no key 'mout'; did you mean 'mount'?"),
+            (HEAD + "volume = 'jit'\n" + TASK, "m.toml:6: [cache] has both root and volume: keep one of them."),
+            (HEAD.replace("/data/jit", "jit") + TASK, "m.toml:5: root: an absolute path is wanted, found 'jit'."),
+            (HEAD + "mount = 'jit'\n" + TASK, "m.toml:6: mount: an absolute path of letters"),
+            (HEAD + "mount = '/jit/../root'\n" + TASK, "m.toml:6: mount: an absolute path of letters"),
+            (HEAD + "mount = '/a:b'\n" + TASK, "m.toml:6: mount: an absolute path of letters"),
+            (HEAD + "mount = '/root/.cache/'\n" + TASK, "m.toml:6: mount: the image has files of its own in /root/.cache"),
+            (HEAD + "[gpus]\ncount = '8'\n" + TASK, "m.toml:7: count: an integer is wanted, found a string: '8'."),
+            (HEAD + "[gpus]\ncount = true\n" + TASK, "m.toml:7: count: an integer is wanted, found a boolean: True."),
+            (HEAD + "[gpus]\ncount = -1\n" + TASK, "m.toml:7: count: a number of at least 0 is wanted, found -1."),
+            (HEAD + "[gpus]\ncount = 8\ndevices = '4-7'\n" + TASK, "m.toml:8: devices names 4 GPUs, and count says 8."),
+            (HEAD + "[gpus]\ndevices = '7-4'\n" + TASK, "m.toml:7: devices: GPU indices such as"),
+            (HEAD + "[gpus]\ndevices = [1, 1]\n" + TASK, "m.toml:7: devices: every GPU once"),
+            (HEAD + "[run]\nbudget = 'soon'\n" + TASK, "m.toml:7: budget: a duration such as"),
+            (HEAD + "[run]\nbudget = 0\n" + TASK, "m.toml:7: budget: more than 0 seconds are wanted, found 0."),
+            (HEAD + "[run]\nlifetime = '20m'\n" + TASK, "m.toml:7: lifetime is not longer than the longest task timeout (1200 s)."),
+            (HEAD + "[container]\nshm_size = '32 gallons'\n" + TASK, "m.toml:7: shm_size: a size such as"),
+            (HEAD + "[container]\nsecrets = ['a b']\n" + TASK, "m.toml:7: secrets: item 1: the NAME of an environment variable"),
+            (HEAD + "image = 3\n" + TASK, "m.toml:6: [cache] has no key 'image'; known: "),
+            (HEAD + "[models]\nwritable = 'yes'\n" + TASK, "m.toml:7: writable: true or false is wanted, found a string: 'yes'."),
+            (HEAD, "m.toml:1: there is no [[task]]: a manifest names at least one model."),
+            (HEAD + "[[task]]\nrecipe = 'serve'\n", "m.toml:6: [[task]] needs 'model'."),
+            (HEAD + TASK + "recipe = 'serv'\n", "m.toml:8: recipe: there is no recipe 'serv' (did you mean 'serve'?)."),
+            (HEAD + TASK + "families = ['deepgemm']\n", "m.toml:8: families: item 1: there is no family 'deepgemm' (did you mean 'deep_gemm'?)."),
+            (HEAD + TASK + "families = ['cuda']\n", "m.toml:8: families: item 1: the family 'cuda' cannot be claimed"),
+            (HEAD + TASK + "argv = '--tp 8'\n", "m.toml:8: argv: a list of arguments is wanted, found a string: '--tp 8'."),
+            (HEAD + TASK + "argv = ['--tp', 8]\n", "m.toml:8: argv: item 2: a string is wanted, found an integer: 8."),
+            (HEAD + TASK + "argv = ['--model-path=x']\n", "m.toml:8: argv holds --model-path: the model is what 'model' says."),
+            (HEAD + TASK + "argv = ['--api-key', 'x']\n", "m.toml:8: argv holds --api-key"),
+            (HEAD + TASK + "argv = ['--tp', '16']\n", "m.toml:8: tp × pp is 16, and the task has 8 GPUs."),
+            (HEAD + TASK + "gpus = 9\n", "m.toml:8: the task wants 9 GPUs, and [gpus] count is 8."),
+            (HEAD + TASK + "success = '('\n", "m.toml:8: success: '(' is no regular expression"),
+            (HEAD + TASK + "recipe = 'shapes'\n", "m.toml:6: a task with the recipe 'shapes' needs 'shapes'"),
+            (HEAD + TASK + "recipe = 'shapes'\nshapes = []\n", "m.toml:9: shapes is empty"),
+            (HEAD + TASK + "recipe = 'shapes'\nshapes = ['N=1']\n", "m.toml:9: shapes: item 1: 'N=1' is not of the form"),
+            (HEAD + TASK + "m_values = [64]\n", "m.toml:8: m_values means nothing to the recipe 'compile-deep-gemm'; it is for shapes."),
+            (HEAD + TASK + "recipe = 'command'\nsuccess = 'x'\n", "m.toml:6: a task with the recipe 'command' needs 'argv'."),
+            (HEAD + TASK + "recipe = 'command'\nargv = ['x']\n", "m.toml:6: a task with the recipe 'command' needs evidence"),
+            (HEAD + TASK + "verify = 'steady'\n", "m.toml:8: verify = 'steady' repeats requests; it is for serve."),
+            (HEAD + TASK + "layers = 2\n", "m.toml:8: layers keeps a few layers"),
+            (HEAD + TASK + "requests = [[1]]\nrecipe = 'serve'\n", "m.toml:8: requests: item 1: [prompt tokens, new tokens] is wanted"),
+            (HEAD + TASK + TASK, "m.toml:8: this task is the same as the one at m.toml:6."),
+            (HEAD + TASK + "[task.env]\nA = 1.5\n", "m.toml:9: env: A: a string is wanted, found a number: 1.5."),
+            (HEAD + TASK + "[task.env]\n'A=' = '1'\n", "m.toml:9: env: 'A=' is no name of an environment variable."),
+            (HEAD + TASK + "env.SGLANG_DG_CACHE_DIR = '/x'\n", "m.toml:8: env: SGLANG_DG_CACHE_DIR is set by the builder"),
+            (HEAD + "[defaults]\ntimout = 3\n" + TASK, "m.toml:7: [defaults] has no key 'timout'; did you mean 'timeout'?"),
+        ],
+    )  # fmt: skip
+    def test_says_what_and_where(self, write: Write, text: str, said: str) -> None:
+        assert only_problem(write(text)).startswith(said)
+
+    @pytest.mark.parametrize("name", ["HF_TOKEN", "MY_PASSWORD", "aws_secret", "OPENAI_API_KEY", "X_CREDENTIALS"])
+    def test_secrets_are_refused_and_not_repeated(self, write: Write, name: str) -> None:
+        said = only_problem(write(HEAD + TASK + f"env = {{ {name} = 'pssst' }}\n"))
+        assert said.startswith(f"m.toml:8: env: {name} is a secret")
+        assert "pssst" not in said
+
+    def test_a_secret_pasted_elsewhere_is_not_repeated(self, write: Write) -> None:
+        value = "hf_" + "a" * 30
+        for line in (f"argv = ['{value}']", f"env = {{ A = '{value}' }}"):
+            assert value not in only_problem(write(HEAD + TASK + line))
+        assert value not in only_problem(write(HEAD + f"[container]\nsecrets = ['{value}']\n" + TASK))
+
+    def test_switches_that_only_look_like_secrets_pass(self, write: Write) -> None:
+        load(write(HEAD + TASK + "env = { SGLANG_MAX_TOKENS = '1', DG_TOKENIZER = 'x' }\n"))
+
+    def test_everything_at_once_in_order(self, write: Write) -> None:
+        path = write(
+            "schema = 1\nnope = 1\n[image]\nref = 1\n[cache]\nmount = 'x'\n[[task]]\nmodel = 2\ntimeout = 'x'\n"
+        )
+        lines = [int(problem.place.rpartition(":")[2]) for problem in problems(path)]
+        assert lines == sorted(lines)
+        assert set(lines) == {2, 4, 5, 6, 8, 9}
+
+    def test_no_image_and_no_cache(self, write: Write) -> None:
+        texts = [problem.text for problem in problems(write("schema = 1\n" + TASK))]
+        assert texts == ["there is no image:", "there is no cache:"]
+        load(write("schema = 1\n" + TASK), overrides=Overrides(image="x", cache="/c"))
+
+    def test_bad_overrides_name_the_option(self, write: Write) -> None:
+        path = write(HEAD + TASK)
+        overrides = Overrides(budget="never", cache="volume:!", lock_timeout="x")
+        places = {problem.place for problem in problems(path, overrides)}
+        assert places == {"--budget", "--cache", "--lock-timeout"}
+
+    def test_a_task_that_is_no_table(self, write: Write) -> None:
+        assert only_problem(write("task = 3\n" + HEAD)).startswith("m.toml:1: task: a list of [[task]] is wanted")
+
+
+class TestUnreadable:
+    def test_missing(self, tmp_path: Path) -> None:
+        assert "No such file" in str(problems(tmp_path / "none.toml")[0])
+
+    def test_directory(self, tmp_path: Path) -> None:
+        assert "directory" in str(problems(tmp_path)[0])
+
+    @pytest.mark.parametrize(
+        ("raw", "line", "text"),
+        [
+            (b"schema = 1\nx = \n", 2, "Invalid value"),
+            (b"schema = 1\n\n[image\n", 3, "Expected"),
+            (b"schema = 1\nref = '", 2, "Expected"),
+            (b"schema = 1\n# caf\xe9\n", 2, "byte 0xe9 is not UTF-8."),
+            (b"a = 1\na = 2\n", 2, "Cannot overwrite a value"),
+            (b"a = " + b"[" * 5000, 1, ""),
+        ],
+    )
+    def test_not_toml(self, tmp_path: Path, raw: bytes, line: int, text: str) -> None:
+        path = tmp_path / "m.toml"
+        path.write_bytes(raw)
+        (problem,) = problems(path)
+        assert text in problem.text
+        assert problem.place == f"{path}:{line}"
+
+    def test_a_byte_order_mark_and_carriage_returns_are_fine(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.toml"
+        path.write_bytes(b"\xef\xbb\xbf" + (HEAD + TASK).replace("\n", "\r\n").encode())
+        assert len(load(path).tasks) == 1
+
+    def test_unknown_profile(self) -> None:
+        with pytest.raises(UsageError) as caught:
+            load(profile="h20")
+        assert "did you mean 'h200'?" in str(caught.value.problems[0])
+
+    @given(st.binary(max_size=200))
+    def test_no_bytes_give_anything_but_a_usage_error(self, raw: bytes) -> None:
+        with contextlib.suppress(UsageError):
+            Document.parse("m", raw)
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("argv", "label"),
+        [
+            (["--tp", "8"], "m-tp8"),
+            (["--tp=8", "--dp-size", "2"], "m-tp8-dp2"),
+            (["--ep-size=8", "--tp-size", "8", "--data-parallel-size=8"], "m-tp8-dp8-ep8"),
+            (["--tensor-parallel-size", "4", "--pipeline-parallel-size", "2"], "m-tp4-pp2"),
+            (["--tp", "1"], "m"),
+            (["--tp"], "m"),
+            (["--tp", "x"], "m"),
+            (["--tp", "2", "--tp", "4"], "m-tp4"),
+        ],
+    )
+    def test_parallelism(self, argv: list[str], label: str) -> None:
+        assert tasks.labels([Task(label="", model="org/m", recipe="serve", argv=tuple(argv))]) == [label]
+
+    @pytest.mark.parametrize("model", ["../../etc", "a/..", "/", "ü b/c d", "x" * 300, "a/b\nc"])
+    def test_safe_as_a_file_name(self, model: str) -> None:
+        (label,) = tasks.labels([Task(label="", model=model, recipe="serve")])
+        assert label
+        assert len(label) < 100
+        assert not set(label) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+        assert not label.startswith((".", "-"))
+
+    def test_told_apart_by_recipe(self) -> None:
+        both = [Task(label="", model="org/m", recipe=recipe) for recipe in ("serve", "compile-deep-gemm")]
+        assert tasks.labels(both) == ["m-serve", "m-compile-deep-gemm"]
+
+    def test_told_apart_whatever_the_order(self) -> None:
+        several = [Task(label="", model="a/m", recipe="serve", env={"A": str(n)}) for n in range(20)]
+        several += [Task(label="", model="b/M", recipe="serve"), Task(label="", model="c/other", recipe="serve")]
+        labels = dict(zip((repr(task) for task in several), tasks.labels(several), strict=True))
+        assert len({label.lower() for label in labels.values()}) == len(several)
+        assert labels[repr(several[-1])] == "other"
+        shuffled = random.Random(1).sample(several, len(several))
+        assert dict(zip((repr(task) for task in shuffled), tasks.labels(shuffled), strict=True)) == labels
+
+    def test_deadlines_do_not_change_a_label(self) -> None:
+        slow, fast = (
+            [Task(label="", model="a/m", recipe="serve", revision=revision, timeout=timeout) for revision in ("x", "y")]
+            for timeout in (1.0, 2.0)
+        )
+        assert tasks.labels(slow) == tasks.labels(fast)
+
+
+class TestSelect:
+    @pytest.fixture
+    def h200(self) -> Manifest:
+        return load(profile="h200")
+
+    @pytest.mark.parametrize(
+        ("only", "labels"),
+        [
+            (["deepseek-ai/DeepSeek-V3-0324"], ["DeepSeek-V3-0324-tp8"]),
+            (["DeepSeek-V3.2"], ["DeepSeek-V3.2-tp8-dp8", "DeepSeek-V3.2-tp8"]),
+            (["glm-5-fp8-tp8", "mimo*"], ["GLM-5-FP8-tp8", "MiMo-V2-Flash-tp4-dp2", "MiMo-V2.5-tp8-dp2"]),
+        ],
+    )
+    def test_by_model_last_part_label_and_pattern(self, h200: Manifest, only: list[str], labels: list[str]) -> None:
+        assert [task.label for task in select(h200, only).tasks] == labels
+
+    def test_nothing_asked_for_is_everything(self, h200: Manifest) -> None:
+        assert select(h200, []) is h200
+
+    def test_what_matches_nothing_is_said_with_a_near_match(self, h200: Manifest) -> None:
+        with pytest.raises(UsageError) as caught:
+            select(h200, ["GLM-5-FP8", "DeepSeek-V3.1", "nothing-like-it-at-all"])
+        first, second = caught.value.problems
+        assert "did you mean 'DeepSeek-V3.2" in str(first)
+        assert "known: " in str(second)
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("text", "seconds"),
+        [("20m", 1200), ("1h30m", 5400), ("45s", 45), ("1d", 86400), ("7", 7), ("1.5h", 5400), (3, 3), (0.5, 0.5)],
+    )
+    def test_durations(self, text: object, seconds: float) -> None:
+        assert values.seconds(text) == seconds
+
+    @pytest.mark.parametrize(
+        "text", ["", " ", "m", "1x", "-1s", "1m 2h", "inf", float("inf"), float("nan"), -1, True, None, [], "٣m"]
+    )
+    def test_no_durations(self, text: object) -> None:
+        with pytest.raises(ValueError, match="duration"):
+            values.seconds(text)
+
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [
+            ("32g", 32 << 30),
+            ("2GiB", 2 << 30),
+            ("1.5k", 1536),
+            ("10", 10),
+            ("10 MB", 10 << 20),
+            ("1t", 1 << 40),
+            (5, 5),
+            ("3b", 3),
+        ],
+    )
+    def test_sizes(self, text: object, size: int) -> None:
+        assert values.size(text) == size
+
+    @pytest.mark.parametrize("text", ["", "g", "1x", "-1", -1, 1.5, True, None])
+    def test_no_sizes(self, text: object) -> None:
+        with pytest.raises(ValueError, match="size"):
+            values.size(text)
+
+
+def test_lines_of_everything_a_text_can_hold() -> None:
+    text = dedent('''\
+        a = """
+        b = 1
+        """ # c = 1
+        "quoted key" = [
+          1, # d = 1
+          { e = 1 },
+        ]
+        f.g = '\\'
+        [t . u]
+        h = { i = 1 }
+        [[x]]
+        [[x]]
+        j = """a\\"""b"""
+        [x.y]
+        k = 1
+        [[x.z]]
+        l = 1
+        ''')
+    lines = find_lines(text)
+    assert lines == {
+        ("a",): 1,
+        ("quoted key",): 4,
+        ("f", "g"): 8,
+        ("t", "u"): 9,
+        ("t", "u", "h"): 10,
+        ("x", 0): 11,
+        ("x", 1): 12,
+        ("x", 1, "j"): 13,
+        ("x", 1, "y"): 14,
+        ("x", 1, "y", "k"): 15,
+        ("x", 1, "z", 0): 16,
+        ("x", 1, "z", 0, "l"): 17,
+    }
