@@ -1,0 +1,435 @@
+"""The only module that talks to docker-py. Everything it raises is an EngineLostError or an EngineRefusedError.
+
+docker-py is imported when an engine is connected to, because the import costs a tenth of a second. Only what may be
+asked twice is tried again; a create, start or build whose answer was lost may have happened, and its caller has to
+look.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import math
+import os
+import posixpath
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from builder.attachment import Connection
+from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
+from builder.errors import EngineLostError, EngineRefusedError
+from builder.frames import Demux, readable
+from builder.progress import PullProgress
+from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
+from builder.tunnel import Tunnel
+from builder.waiting import Deadline, poll, retry_reads
+
+__all__ = ["ContainerSpec", "Engine", "EngineTimeoutError", "Found", "Image", "Mount", "NotFoundError", "State"]
+
+#: Engine 19.03, the first with device requests for GPUs.
+MINIMUM_API = (1, 40)
+DEFAULT_SOCKET = "unix:///var/run/docker.sock"
+
+#: Seconds for questions that an engine answers from memory. One that takes longer is in trouble: who asks has to know.
+QUICK = 10.0
+#: Seconds for a start: the GPU driver's hook initialises every GPU when nothing keeps them awake.
+START = 120.0
+
+
+class Engine:
+    """One engine. url None means ``DOCKER_HOST``, else the default socket; timeout in seconds for one answer.
+
+    Nothing is contacted before `connect`, or the first question.
+    """
+
+    def __init__(self, url: str | None = None, timeout: float = 60.0) -> None:
+        self._given = url
+        self._timeout = timeout
+        self._client: Any = None
+        self._local: bool | None = None
+        self._tunnel: Tunnel | None = None
+        self.api_version = ""
+
+    # --- the connection ----------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """Where the engine is looked for."""
+        return self._given or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET
+
+    def connect(self) -> Engine:
+        """Raises EngineLostError, in words for whoever has to start one, when no usable engine answers."""
+        if self._client is None:
+            try:
+                with self._translated(f"cannot reach a container engine at {self._place()}"):
+                    self._client = self._open()
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def close(self) -> None:
+        """Lets go of the engine. May be called twice."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._tunnel is not None:
+            self._tunnel.close()
+            self._tunnel = None
+
+    def _open(self) -> Any:
+        import docker
+        from docker.constants import DEFAULT_DOCKER_API_VERSION
+        from docker.utils import kwargs_from_env
+
+        # Only APIClient, and never from_env(): that one asks for the version with errors of its own.
+        if self.url.startswith("ssh://"):
+            self._tunnel = Tunnel(self.url)
+            options: dict[str, Any] = {"base_url": self._tunnel.url}
+        else:
+            options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": self.url}))
+        new_client: Any = docker.APIClient
+        client = new_client(version="1.40", timeout=self._timeout, **options)
+        answer: Any = client.version(api_version=False)
+        newest = _version(answer.get("ApiVersion") if isinstance(answer, dict) else None)
+        if newest is None:
+            raise EngineLostError(f"what answers at {self._place()} is no container engine: it gave no API version")
+        oldest = _version(answer.get("MinAPIVersion")) or (1, 12)
+        if newest < MINIMUM_API:
+            raise EngineLostError(
+                f"the engine at {self._place()} is too old: it has API {newest[0]}.{newest[1]}, and device requests "
+                f"need {MINIMUM_API[0]}.{MINIMUM_API[1]}. Update it to Docker Engine 19.03 or later"
+            )
+        spoken = _version(DEFAULT_DOCKER_API_VERSION) or newest
+        chosen = max(oldest, min(newest, spoken))
+        self.api_version = f"{chosen[0]}.{chosen[1]}"
+        client.close()
+        return new_client(version=self.api_version, timeout=self._timeout, **options)
+
+    @property
+    def _quick(self) -> float:
+        return min(QUICK, self._timeout)
+
+    @property
+    def _api(self) -> Any:
+        if self._client is None:
+            self.connect()
+        return self._client
+
+    def _place(self) -> str:
+        if self._given or os.environ.get("DOCKER_HOST"):
+            return f"{self.url} (DOCKER_HOST)"
+        return f"{self.url} (DOCKER_HOST is not set)"
+
+    def ping(self) -> None:
+        """Raises EngineLostError when the engine does not answer."""
+        self._read("the engine does not answer a ping", lambda: self._get("/_ping"))
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the engine says about itself and its host."""
+        answer: Mapping[str, Any] = self._read("cannot ask the engine about itself", lambda: self._get("/info").json())
+        return answer
+
+    @property
+    def local(self) -> bool:
+        """Whether the engine's paths are ours, as far as it can be told without a container: a unix socket, the same
+        host name and the same running kernel. A builder in a container of its own has another host name.
+        """
+        if self._local is None:
+            here, info = os.uname(), self.info if self.url.startswith("unix://") else {}
+            self._local = info.get("Name") == here.nodename and info.get("KernelVersion") == here.release
+        return self._local
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def image(self, ref: str) -> Image | None:
+        """The image the engine has under this name or id, or None."""
+        try:
+            data = self._read(f"cannot look for the image {ref}", lambda: self._get("/images/{0}/json", ref).json())
+        except NotFoundError:
+            return None
+        config = data.get("Config") or {}
+        return Image(
+            id=data["Id"],
+            ref=ref,
+            digests=tuple(data.get("RepoDigests") or ()),
+            labels=config.get("Labels") or {},
+            env=dict(entry.partition("=")[::2] for entry in config.get("Env") or ()),
+            workdir=config.get("WorkingDir") or "",
+            size=data.get("Size") or 0,
+        )
+
+    def pull(self, ref: str, on_progress: Callable[[str], None] = lambda text: None) -> Image:
+        """Pulls, and says how far it is when that has changed: layers, and bytes of those being loaded."""
+        from docker.utils import parse_repository_tag
+
+        doing = f"cannot pull {ref}"
+        name, tag = parse_repository_tag(ref)
+        tag = tag or "latest"
+        with self._translated(doing):
+            stream = self._api.pull(name, tag=tag, stream=True, decode=True)
+        progress = PullProgress(tag)
+        for message in self._messages(stream, doing):
+            if text := progress.text(message):
+                on_progress(f"{ref}: {text}")
+        image = self.image(ref)
+        if image is None:
+            raise EngineRefusedError(f"{doing}: the engine pulled it and does not have it", status=404)
+        return image
+
+    def build(
+        self,
+        context: bytes,
+        *,
+        tag: str,
+        labels: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> Image:
+        """Builds from a tar with a Dockerfile, line by line. Raises EngineRefusedError whose notes are the last
+        lines.
+        """
+        doing = f"building {tag} failed"
+        with self._translated(doing):
+            stream = self._api.build(
+                fileobj=io.BytesIO(context),
+                custom_context=True,
+                tag=tag,
+                labels=dict(labels or {}),
+                rm=True,
+                forcerm=True,
+                decode=True,
+            )
+        tail: deque[str] = deque(maxlen=20)
+        try:
+            for message in self._messages(stream, doing):
+                for line in str(message.get("stream", "")).splitlines():
+                    if text := readable(line).rstrip():
+                        tail.append(text)
+                        on_line(text)
+        except EngineRefusedError as error:
+            error.notes = tuple(tail)
+            raise
+        image = self.image(tag)
+        if image is None:
+            raise EngineRefusedError(
+                f"{doing}: the engine built it and does not have it", status=404, notes=tuple(tail)
+            )
+        return image
+
+    def _messages(self, stream: Iterator[Any], doing: str) -> Iterator[Mapping[str, Any]]:
+        """The engine's progress messages; an error among them is the end."""
+        for message in self._iterated(stream, doing):
+            if not isinstance(message, dict):
+                continue
+            if message.get("error"):
+                raise EngineRefusedError(f"{doing}: {readable(str(message['error'])).strip()}")
+            yield message
+
+    # --- containers --------------------------------------------------------------------------------------------------
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Creates and returns the id. Never tried again: when the answer is lost, look for the name."""
+        with self._translated(f"cannot create {spec.name}"):
+            answer = self._request("POST", "/containers/create", params={"name": spec.name}, json=spec.body())
+            return str(answer.json()["Id"])
+
+    def start(self, container: str) -> None:
+        with self._translated(f"cannot start {container[:12]}"):
+            self._request("POST", "/containers/{0}/start", container, timeout=max(START, self._timeout))
+
+    def state(self, container: str) -> State:
+        data = self._read(
+            f"cannot look at {container[:12]}",
+            lambda: self._get("/containers/{0}/json", container, timeout=self._quick).json()["State"],
+        )
+        return State(
+            status=data["Status"],
+            exit_code=data.get("ExitCode") or 0,
+            oom_killed=bool(data.get("OOMKilled")),
+            error=data.get("Error") or "",
+            started_at=data.get("StartedAt") or "",
+            finished_at=data.get("FinishedAt") or "",
+            pid=data.get("Pid") or 0,
+        )
+
+    def stop(self, container: str, grace: float) -> None:
+        seconds = max(0, math.ceil(grace))
+        with self._translated(f"cannot stop {container[:12]}"):
+            self._request(
+                "POST", "/containers/{0}/stop", container, params={"t": seconds}, timeout=seconds + self._timeout
+            )
+
+    def remove(self, container: str, *, force: bool = False) -> None:
+        try:
+            with self._translated(f"cannot remove {container[:12]}"):
+                self._request("DELETE", "/containers/{0}", container, params={"v": 1, "force": int(force)})
+        except NotFoundError:
+            return
+        except EngineRefusedError as error:
+            # Another client is at it already.
+            if "in progress" not in error.message or not poll(
+                lambda: self._is_gone(container), Deadline(QUICK), every=0.05
+            ):
+                raise
+
+    def _is_gone(self, container: str) -> bool:
+        try:
+            self.state(container)
+        except NotFoundError:
+            return True
+        return False
+
+    def containers(self, labels: Sequence[str]) -> list[Found]:
+        params = {"all": 1, "filters": json.dumps({"label": list(labels)})}
+        listing = self._read("cannot list containers", lambda: self._get("/containers/json", params=params).json())
+        return [
+            Found(
+                entry["Id"],
+                (entry.get("Names") or ["/"])[0].lstrip("/"),
+                entry.get("State") or "",
+                entry.get("Labels") or {},
+            )
+            for entry in listing
+        ]
+
+    # --- streams -----------------------------------------------------------------------------------------------------
+
+    def attach_output(self, container: str) -> Attachment:
+        return self._attach(container, {"stdout": 1, "stderr": 1, "stream": 1})
+
+    def attach_stdin(self, container: str) -> Attachment:
+        return self._attach(container, {"stdin": 1, "stream": 1})
+
+    def _attach(self, container: str, params: Mapping[str, int]) -> Attachment:
+        """A connection of its own. docker-py's own attach has no timeout before the engine's first answer."""
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        with self._translated(f"cannot attach to {container[:12]}"):
+            response = self._request(
+                "POST", "/containers/{0}/attach", container, params=params, headers=headers, stream=True
+            )
+            return Connection(self._socket(response), response)
+
+    def _socket(self, response: Any) -> socket.socket:
+        raw = self._api._get_raw_response_socket(response)  # noqa: SLF001 - docker-py has no public way to it
+        found: socket.socket = getattr(raw, "_sock", raw)
+        return found
+
+    def log_frames(self, container: str, *, follow: bool, tail: int | None = None) -> Iterator[tuple[int, bytes]]:
+        params = {"stdout": 1, "stderr": 1, "follow": int(follow), "tail": "all" if tail is None else tail}
+        doing = f"cannot read the log of {container[:12]}"
+        with self._translated(doing):
+            response = self._request("GET", "/containers/{0}/logs", container, params=params, stream=True)
+            if follow:
+                self._socket(response).settimeout(None)
+        return self._frames(response, doing)
+
+    def _frames(self, response: Any, doing: str) -> Iterator[tuple[int, bytes]]:
+        demux = Demux()
+        with contextlib.closing(response):
+            for chunk in self._iterated(response.raw.stream(1 << 18, decode_content=False), doing):
+                yield from demux.whole(chunk)
+
+    # --- files and volumes -------------------------------------------------------------------------------------------
+
+    def archive(self, container: str, path: str) -> Iterator[bytes]:
+        """The tar of a path in a container that need not run. Raises NotFoundError at once when there is none."""
+        doing = f"cannot read {path} in {container[:12]}"
+        with self._translated(doing):
+            response = self._request("GET", "/containers/{0}/archive", container, params={"path": path}, stream=True)
+        return self._chunks(response, doing)
+
+    def _chunks(self, response: Any, doing: str) -> Iterator[bytes]:
+        with contextlib.closing(response):
+            yield from self._iterated(response.raw.stream(1 << 20, decode_content=False), doing)
+
+    def link_target(self, container: str, path: str) -> str | None:
+        """Where a symbolic link leads, relative to the directory it lies in; empty for anything else, None when it is
+        missing.
+        """
+        try:
+            response = self._read(
+                f"cannot look at {path} in {container[:12]}",
+                lambda: self._request(
+                    "HEAD", "/containers/{0}/archive", container, params={"path": path}, timeout=self._quick
+                ),
+            )
+        except NotFoundError:
+            return None
+        status = json.loads(base64.b64decode(response.headers.get("X-Docker-Container-Path-Stat", "e30=")))
+        target = str(status.get("linkTarget") or "")
+        # The engine resolves the link inside the container and answers with an absolute path.
+        return posixpath.relpath(target, posixpath.dirname(path)) if target.startswith("/") else target
+
+    def has_volume(self, name: str) -> bool:
+        """Whether the engine has this named volume."""
+        try:
+            self._read(f"cannot look for the volume {name}", lambda: self._get("/volumes/{0}", name))
+        except NotFoundError:
+            return False
+        return True
+
+    def ensure_volume(self, name: str, labels: Mapping[str, str] | None = None) -> None:
+        """Creates the named volume unless it is there."""
+        with self._translated(f"cannot create the volume {name}"):
+            self._api.create_volume(name, labels=dict(labels or {}))
+
+    # --- one request, one translator ---------------------------------------------------------------------------------
+
+    def _get(self, path: str, *names: str, **options: Any) -> Any:
+        return self._request("GET", path, *names, **options)
+
+    def _request(self, method: str, path: str, *names: str, timeout: float | None = None, **options: Any) -> Any:
+        api = self._api
+        url = api._url(path, *names)  # noqa: SLF001 - knows the transport and the version
+        response = api.request(method, url, timeout=timeout or self._timeout, **options)
+        api._raise_for_status(response)  # noqa: SLF001 - gives the engine's words, not only its status
+        return response
+
+    def _read(self, doing: str, read: Callable[[], Any]) -> Any:
+        def translated() -> Any:
+            with self._translated(doing):
+                return read()
+
+        return retry_reads(translated, is_transient)
+
+    def _iterated(self, items: Iterable[Any], doing: str) -> Iterator[Any]:
+        """The items, with only their arrival under the translator: what the caller does with them is not the engine's
+        fault.
+        """
+        iterator = iter(items)
+        while True:
+            with self._translated(doing):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        import docker
+        import requests
+        import urllib3
+
+        try:
+            yield
+        except docker.errors.APIError as error:
+            raise refusal(doing, error.status_code or 0, str(error.explanation or "")) from error
+        except (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            raise self._lost(doing, error) from error
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise self._lost(doing, error) from error
+
+    def _lost(self, doing: str, error: BaseException) -> EngineLostError:
+        return loss(doing, error, hint=self._tunnel.complaint() if self._tunnel else "")
+
+
+def _version(text: object) -> tuple[int, int] | None:
+    parts = text.split(".") if isinstance(text, str) else []
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdigit() for part in parts) else None

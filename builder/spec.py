@@ -1,0 +1,180 @@
+"""What the builder asks of an engine, and what it is told: plain values and Protocols, without the library that does
+it.
+
+`engine.Engine` keeps these promises with docker-py; a test's fake keeps them by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+#: Streams of a container, as the engine numbers them in its frames.
+STDOUT, STDERR = 1, 2
+
+#: sglang pins memory for its GPUs, and CUDA's host compilers recurse deeply.
+ULIMITS: Mapping[str, int] = {"memlock": -1, "stack": 67108864}
+
+#: One file that is never rotated: rotation makes every follower lose lines, and a bare json-file inherits the daemon's.
+LOG_OPTIONS: Mapping[str, str] = {"max-size": "1000g", "max-file": "1"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image the engine has. id: ``sha256:…``; ref: what it was asked for as; size in bytes."""
+
+    id: str
+    ref: str
+    digests: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Mount:
+    """kind ``bind``: source is a path on the engine's host that exists. kind ``volume``: source is a volume's name."""
+
+    source: str
+    target: str
+    kind: Literal["bind", "volume"] = "bind"
+    read_only: bool = False
+
+    def body(self) -> dict[str, Any]:
+        """As the engine wants it."""
+        mount = {"Type": self.kind, "Source": self.source, "Target": self.target, "ReadOnly": self.read_only}
+        # An empty named volume would be filled with what the image has at that path: somebody else's cache.
+        return mount | ({"VolumeOptions": {"NoCopy": True}} if self.kind == "volume" else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerSpec:
+    """A container to create. Sizes in bytes, durations in seconds.
+
+    gpus: a number of them, -1 for all, or their ids; 0 asks for none. stdin: opened, and closed for good when the one
+    who attached to it goes away. memory: a limit for all processes together; None is none.
+    """
+
+    image: str
+    name: str
+    command: Sequence[str] = ()
+    entrypoint: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+    gpus: int | tuple[str, ...] = 0
+    shm_size: int | None = None
+    network: str = "bridge"
+    ulimits: Mapping[str, int] = field(default_factory=lambda: ULIMITS)
+    tmpfs: Mapping[str, str] = field(default_factory=dict)
+    stop_timeout: int = 10
+    workdir: str = ""
+    stdin: bool = False
+    memory: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The request that creates it. The rest is the default: never privileged, never auto-removed."""
+        host: dict[str, Any] = {
+            "Init": True,
+            "IpcMode": "private",
+            "NetworkMode": self.network,
+            "Mounts": [mount.body() for mount in self.mounts],
+            "Tmpfs": dict(self.tmpfs),
+            "Ulimits": [{"Name": name, "Soft": value, "Hard": value} for name, value in self.ulimits.items()],
+            "LogConfig": {"Type": "json-file", "Config": dict(LOG_OPTIONS)},
+        }
+        if self.gpus:
+            wanted = {"Count": self.gpus} if isinstance(self.gpus, int) else {"DeviceIDs": list(self.gpus)}
+            host["DeviceRequests"] = [{"Driver": "", "Capabilities": [["gpu"]], **wanted}]
+        if self.shm_size is not None:
+            host["ShmSize"] = self.shm_size
+        if self.memory is not None:
+            host |= {"Memory": self.memory, "MemorySwap": self.memory}
+        body: dict[str, Any] = {
+            "Image": self.image,
+            "Env": [f"{name}={value}" for name, value in self.env.items()],
+            "Labels": dict(self.labels),
+            "StopTimeout": self.stop_timeout,
+            "AttachStdout": True,
+            "AttachStderr": True,
+            "AttachStdin": self.stdin,
+            "OpenStdin": self.stdin,
+            # What makes the engine close it for good when its one client goes, however that goes.
+            "StdinOnce": self.stdin,
+            "HostConfig": host,
+        }
+        optional = {"Cmd": list(self.command), "Entrypoint": list(self.entrypoint), "WorkingDir": self.workdir}
+        return body | {name: value for name, value in optional.items() if value}
+
+
+@dataclass(frozen=True)
+class State:
+    """What inspect says. status: created, running, paused, restarting, removing, exited or dead. exit_code only means
+    something once the container is over; oom_killed is true as well when only a child was killed."""
+
+    status: str
+    exit_code: int
+    oom_killed: bool = False
+    error: str = ""
+    started_at: str = ""
+    finished_at: str = ""
+    pid: int = 0
+
+    @property
+    def over(self) -> bool:
+        """It ran, and nothing of it runs any more."""
+        return self.status in ("exited", "dead")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A container in a listing."""
+
+    id: str
+    name: str
+    status: str
+    labels: Mapping[str, str]
+
+
+class Attachment(Protocol):
+    """A connection to a container's streams, all its own."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Waits for bytes; 0 at the end. Raises OSError when the connection breaks."""
+
+    def close(self) -> None:
+        """Ends it, also for a reader that waits in another thread. May be called twice."""
+
+
+class Containers(Protocol):
+    """The part of an engine that a container's life needs. Everything raises EngineLostError or EngineRefusedError."""
+
+    def create(self, spec: ContainerSpec) -> str: ...
+
+    def start(self, container: str) -> None: ...
+
+    def state(self, container: str) -> State:
+        """Raises NotFoundError when there is no such container."""
+
+    def stop(self, container: str, grace: float) -> None:
+        """SIGTERM, ``grace`` seconds later SIGKILL; returns when it is over. Nothing happens to one that does not
+        run.
+        """
+
+    def remove(self, container: str, *, force: bool = False) -> None:
+        """A container that is not there is removed already. force kills it first."""
+
+    def attach_output(self, container: str) -> Attachment:
+        """stdout and stderr from now on, as frames. Exact when attached before the start."""
+
+    def attach_stdin(self, container: str) -> Attachment:
+        """The container's stdin: closing it, or the death of this process, is end-of-file there."""
+
+    def log_frames(self, container: str, *, follow: bool, tail: int | None = None) -> Iterator[tuple[int, bytes]]:
+        """The stored log as (stream, entry): one line, or one piece of 16 KiB of a longer one. Not lines: an entry may
+        lack its newline."""
+
+    def containers(self, labels: Sequence[str]) -> list[Found]:
+        """Containers in every state that have all these labels (``name`` or ``name=value``)."""
