@@ -1,0 +1,101 @@
+"""``python3 -m builder.warmup``: reads its job from the environment and does it. Modes: probe, run, lock.
+
+Exit status: 0 done (``run``: warmed) · 20 failed · 21 partial · 22 skipped · 2 no job · 70 the lease ended · 71 the
+lifetime is over · 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from builder.warmup import layout, toolchain
+from builder.warmup.guard import Guard, Stopped, end
+from builder.warmup.output import Output
+from builder.warmup.task import JOB_VARIABLE, Job
+from builder.warmup.warm import FAILED, Warming, write_memo
+
+NO_JOB = 2
+
+
+def main() -> int:
+    """Never raises for what the job or the machine is like: that is said, and becomes the exit status."""
+    try:
+        # Gone before any child starts: the nonce in it is what makes a line an event.
+        job = Job.from_json(os.environ.pop(JOB_VARIABLE, ""))
+    except ValueError as error:
+        print(f"warm-cache: {error}", file=sys.stderr, flush=True)  # noqa: T201 - without a job there is no output yet
+        return NO_JOB
+    secrets = [os.environ[name] for name in job.secrets if name in os.environ]
+    output = Output(job.nonce, secrets, limit=job.log_limit)
+    task = job.task
+    guard = Guard(job, lambda: _say_lifetime(job, output, warming))
+    warming = Warming(job, task, output, guard) if task is not None and job.mode == "run" else None
+    try:
+        guard.start()
+        if warming is not None:
+            status = warming.run()
+        elif job.mode == "probe":
+            status = _probe(job, output)
+        elif job.mode == "lock":
+            status = _lock(job, output, guard)
+        else:
+            output.say(f"no such mode, or no task for it: {job.mode!r}")
+            status = NO_JOB
+    except Stopped as stopped:
+        status = 128 + stopped.signum
+    except Exception as error:  # noqa: BLE001 - a defect becomes a verdict, with its traceback in the log
+        for line in traceback.format_exc().splitlines():
+            output.say(line)
+        output.event(
+            "verdict", state="failed", reason=f"defect in the in-container program: {type(error).__name__}: {error}"
+        )
+        status = FAILED
+    output.end()
+    return status
+
+
+def _probe(job: Job, output: Output) -> int:
+    root = Path(job.mount)
+    env = {} if job.task is None else dict(job.task.env)
+    record = toolchain.probe(environ={**os.environ, **env}, mount=job.mount, image=job.image)
+    output.event("toolchain", record=record)
+    try:
+        layout.prepare(root)
+        write_memo(root, job, record, env)
+    except (layout.LayoutError, OSError) as error:
+        # The record is known all the same; a root that cannot be written is the next step's trouble, and named there.
+        output.say(str(error))
+        return FAILED
+    return 0
+
+
+def _lock(job: Job, output: Output, guard: Guard) -> int:
+    try:
+        layout.prepare(Path(job.mount))
+        path = layout.run_lock(Path(job.mount))
+        guard.acquire(path, exclusive=True)
+    except (layout.LayoutError, OSError) as error:
+        output.say(str(error))
+        return FAILED
+    output.event("locked", path=str(path.relative_to(job.mount)))
+    hold = threading.Event()
+    while True:
+        hold.wait(0.1)
+        guard.check()
+
+
+def _say_lifetime(job: Job, output: Output, warming: Warming | None) -> None:
+    reason = f"the container's lifetime of {job.lifetime:.0f} s is over"
+    output.say(reason)
+    if warming is not None:
+        output.event("verdict", **{**vars(warming.verdict), "state": "failed", "reason": reason})
+    output.end()
+
+
+if __name__ == "__main__":
+    # No interpreter teardown: threads that wait for a lease never return, and everything is published by now.
+    end(main())

@@ -1,0 +1,76 @@
+"""A server's command line: what it says, and what a recipe adds to it or takes away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+PORT = ("--port",)
+API_KEY = ("--api-key",)
+DATA_PARALLEL = ("--dp", "--dp-size", "--data-parallel-size")
+DP_ATTENTION = "--enable-dp-attention"
+CHUNKED_PREFILL = ("--chunked-prefill-size",)
+LOAD_FORMAT = ("--load-format",)
+LOADER_CONFIG = ("--model-loader-extra-config",)
+OVERRIDES = ("--json-model-override-args",)
+
+
+def value(argv: Sequence[str], names: Sequence[str]) -> str | None:
+    """The option's value, the last one where it is repeated (as argparse has it), or None."""
+    found = None
+    for at, word in enumerate(argv):
+        name, equals, rest = word.partition("=")
+        if name in names:
+            if equals:
+                found = rest
+            elif at + 1 < len(argv):
+                found = argv[at + 1]
+    return found
+
+
+def number(argv: Sequence[str], names: Sequence[str], default: int) -> int:
+    """The option's value as a whole number; the default where it is missing or none."""
+    try:
+        return int(value(argv, names) or "")
+    except ValueError:
+        return default
+
+
+def without(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The argv less these options and their values."""
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+            continue
+        name, equals, _ = word.partition("=")
+        if name in names:
+            skip = not equals
+            continue
+        kept.append(word)
+    return kept
+
+
+def with_dummy_weights(argv: Sequence[str], layers: int | None) -> list[str]:
+    """Real shapes without a checkpoint: random weights, and a few layers only when ``layers`` is given.
+
+    sglang refuses a loader configuration together with dummy weights. Overrides of the manifest are kept.
+    """
+    words = without(argv, (*LOAD_FORMAT, *LOADER_CONFIG))
+    words += ["--load-format", "dummy"]
+    if layers is not None:
+        try:
+            overrides = json.loads(value(words, OVERRIDES) or "{}")
+        except ValueError:
+            overrides = {}
+        words = without(words, OVERRIDES)
+        words += ["--json-model-override-args", json.dumps({**overrides, "num_hidden_layers": layers})]
+    return words
+
+
+def chunked_prefill_size(argv: Sequence[str], default: int) -> int:
+    """What a server makes of its flags: DP attention divides the size among its ranks."""
+    size = number(argv, CHUNKED_PREFILL, default)
+    ranks = number(argv, DATA_PARALLEL, 1) if DP_ATTENTION in argv else 1
+    return size // ranks if ranks > 1 and size > 0 else size

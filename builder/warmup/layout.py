@@ -1,0 +1,103 @@
+"""What lies at the top of a cache root, apart from the families, and who holds which lock.
+
+``layout.json`` names the schema of the layout and gives the root an identity; ``locks/`` holds files that are locked
+with flock and never unlinked: a file that is removed while somebody waits for it would let two holders in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.warmup import files
+
+SCHEMA = 1
+FOLDERS = ("images", "markers", "locks")
+
+
+class LayoutError(Exception):
+    """The cache root cannot be used. The message says what was seen and what to do."""
+
+
+def prepare(root: Path) -> str:
+    """Makes the layout where it is missing and returns the root's identity. Safe to run by several at once.
+
+    Raises LayoutError for a root that a newer version wrote, or that cannot be written.
+    """
+    try:
+        for name in FOLDERS:
+            (root / name).mkdir(parents=True, exist_ok=True)
+        path = root / "layout.json"
+        known = _read(path)
+        if known is None:
+            write = _write if path.exists() else _create
+            write(path, {"schema": SCHEMA, "id": str(uuid.uuid4())})
+            known = _read(path)
+        run_lock(root).touch()
+    except OSError as error:
+        place = error.filename or root
+        raise LayoutError(
+            f"the cache root cannot be written: {place}: {error.strerror}. Check its owner, mount and free space."
+        ) from None
+    if known is None:
+        raise LayoutError(f"{root / 'layout.json'} cannot be read back after it was written. Check the file system.")
+    if known["schema"] != SCHEMA:
+        raise LayoutError(
+            f"{root / 'layout.json'} has schema {known['schema']}, this program knows {SCHEMA}. "
+            "Use a newer builder or another cache root."
+        )
+    return str(known["id"])
+
+
+def run_lock(root: Path) -> Path:
+    """One warm-up run per cache root at a time: the run (or a container on its behalf) holds this exclusively."""
+    return root / "locks" / "run.lock"
+
+
+def family_lock(root: Path, family: str, key: str) -> Path:
+    """Held shared by everybody who compiles into this family's directory, exclusively by who removes from it."""
+    return root / "locks" / f"{family}-{key}.lock"
+
+
+def aside(root: Path, family: str, key: str) -> Path:
+    """Where leftovers of a family go: on the same file system, so that moving them is one rename."""
+    return root / "aside" / f"{family}-{key}"
+
+
+def describe_family(root: Path, family: str, key: str, factors: Mapping[str, str | None]) -> None:
+    """Makes the family's directory, and beside it ``<key>.json``, which spells the factors out. Raises OSError."""
+    (root / family / key).mkdir(parents=True, exist_ok=True)
+    path = root / family / f"{key}.json"
+    if not path.exists():
+        _write(path, {"schema": SCHEMA, "family": family, "key": key, "factors": dict(factors)})
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii") + b"\n")
+
+
+def _create(path: Path, document: Mapping[str, Any]) -> None:
+    """Publishes a file that must not exist yet: of two writers the first wins, and both then read the same."""
+    sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write(sibling, document)
+        with contextlib.suppress(FileExistsError):
+            os.link(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The layout file, or None where it is missing or garbage (a machine that lost power leaves an empty file)."""
+    try:
+        found = files.read_json(str(path), 1 << 16)
+    except files.UnreadableError:
+        return None
+    if isinstance(found, dict) and isinstance(found.get("schema"), int) and isinstance(found.get("id"), str):
+        return found
+    return None

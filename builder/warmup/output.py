@@ -1,0 +1,119 @@
+"""What this program writes: the child's log, untouched, and events between its lines.
+
+One object owns both streams, so that the byte counts of the last event are exact and an event never lands in the middle
+of a line. Secrets are taken out on the way in, before anything can print them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from builder.warmup import events
+
+MASK = b"***"
+SHORTEST_SECRET = 6  # bytes; anything shorter is a word, and masking words would garble the log
+STDOUT, STDERR = 0, 1
+
+
+class Redactor:
+    """Takes secret values out of one stream, also where a read cuts them in two."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        values = {secret.encode() for secret in secrets}
+        self._secrets = sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be printed now. The start of a secret at the end of the data waits for the rest of it."""
+        if not self._secrets:
+            return data
+        data = self.mask(self._held + data)
+        held = max(_overlap(data, secret) for secret in self._secrets)
+        self._held = data[len(data) - held :]
+        return data[: len(data) - held]
+
+    def flush(self) -> bytes:
+        """What was held back, when nothing can follow any more."""
+        held, self._held = self._held, b""
+        return held
+
+    def mask(self, data: bytes) -> bytes:
+        """The data with every whole secret replaced."""
+        for secret in self._secrets:
+            data = data.replace(secret, MASK)
+        return data
+
+
+class Output:
+    """Our stdout and stderr. Thread-safe. ``limit``: bytes of log after which nothing more is copied."""
+
+    def __init__(
+        self, nonce: str, secrets: Iterable[str] = (), *, limit: int, descriptors: tuple[int, int] = (1, 2)
+    ) -> None:
+        self._nonce = nonce
+        self.secrets = tuple(secrets)
+        self._redactor = Redactor(self.secrets)
+        self._limit = limit
+        self._descriptors = descriptors
+        self._lock = threading.Lock()
+        self._mid_line = False
+        self._closed = False
+        self.written = [0, 0]
+        self.full = False
+
+    def copy(self, stream: int, data: bytes) -> None:
+        """Log of a child, as it came."""
+        with self._lock:
+            if self._closed or self.full or not data:
+                return
+            self.full = sum(self.written) + len(data) > self._limit
+            self._write(stream, data)
+
+    def say(self, text: str) -> None:
+        """A line of our own for people, on stderr."""
+        with self._lock:
+            if not self._closed:
+                self._write(STDERR, self._redactor.mask(f"warm-cache: {text}\n".encode("utf-8", "replace")))
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One event line (events.py)."""
+        with self._lock:
+            if not self._closed:
+                self._event(name, fields)
+
+    def end(self) -> None:
+        """The last line: byte counts. Whatever is written after it is dropped."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._mid_line:
+                self._write(STDOUT, b"\n")
+            self._event("end", {"stdout": self.written[STDOUT], "stderr": self.written[STDERR]})
+            self._closed = True
+
+    def _event(self, name: str, fields: dict[str, Any]) -> None:
+        line = self._redactor.mask(events.encode(self._nonce, name, **fields))
+        self._write(STDOUT, b"\n" + line if self._mid_line else line)
+
+    def _write(self, stream: int, data: bytes) -> None:
+        if stream == STDOUT:
+            self._mid_line = data[-1:] not in (b"\n", b"\r")
+        view = memoryview(data)
+        with contextlib.suppress(OSError):  # nobody reads it any more: the work goes on, and the exit status tells
+            while view:
+                done = os.write(self._descriptors[stream], view)
+                self.written[stream] += done
+                view = view[done:]
+
+
+def _overlap(data: bytes, secret: bytes) -> int:
+    """How many bytes at the end of the data are the beginning of the secret."""
+    last = data[1 - len(secret) :]
+    for start in range(len(last)):
+        if secret.startswith(last[start:]):
+            return len(last) - start
+    return 0

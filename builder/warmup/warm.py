@@ -1,0 +1,281 @@
+"""One task from its job to its verdict: prepare, first pass, inventory, second pass, marker last.
+
+The order is what makes a marker true. Entries are counted before and after in the same directories; the second pass
+runs in a new process after everything of the first one is gone; host-specific files leave before anything vouches for
+the directory; and the marker is published when nothing can fail any more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder.warmup import families, inventory, layout, markers, models, recipes, toolchain
+from builder.warmup.child import Failed
+from builder.warmup.counter import Counter
+from builder.warmup.families import FAMILIES, FAMILY
+from builder.warmup.guard import Guard, Stopped
+from builder.warmup.inventory import Inventory
+from builder.warmup.output import Output
+from builder.warmup.recipes import Recipe
+from builder.warmup.setting import Partial, Setting
+from builder.warmup.task import Job, Task
+from builder.warmup.watch import Watch
+
+SWEEP_OLDER_THAN = 600.0  # seconds; a leftover younger than this may be somebody's work in progress
+
+FAILED, PARTIAL, SKIPPED, WARMED = 20, 21, 22, 0
+STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED}
+
+
+@dataclass
+class Verdict:
+    """The fields of the `verdict` event (events.py)."""
+
+    state: str = "failed"
+    reason: str = ""
+    entries: dict[str, int] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+    proof: str | None = None
+    second_pass_added: int | None = None
+    shapes: list[str] = field(default_factory=list)
+    marker: str | None = None
+    seconds: float = 0.0
+
+
+class Warming:
+    """One task's run. ``verdict`` is filled as the run goes on, so that a stop can report what there was."""
+
+    def __init__(self, job: Job, task: Task, output: Output, guard: Guard) -> None:
+        self._job, self._task, self._output, self._guard = job, task, output, guard
+        self._root = Path(job.mount)
+        self._begun = time.monotonic()
+        self._temporary: str | None = None
+        self._keys: dict[str, str] = {}
+        self._before: dict[str, Inventory] = {}
+        self._watches: list[Watch] = []
+        self.verdict = Verdict()
+
+    def run(self) -> int:
+        """Exit status of the program. Emits every event except the last one."""
+        verdict = self.verdict
+        try:
+            self._warm()
+            verdict.state = "warmed"
+        except models.Skipped as skipped:
+            verdict.state, verdict.reason = "skipped", str(skipped)
+        except Partial as partial:
+            verdict.state, verdict.reason = "partial", str(partial)
+        except (Failed, layout.LayoutError) as failed:
+            verdict.state, verdict.reason = "failed", str(failed)
+        except OSError as error:
+            verdict.state, verdict.reason = "failed", f"{error.filename or self._root}: {error.strerror or error}"
+        except Stopped as stopped:
+            self.say("stopped", str(stopped))
+            return 128 + stopped.signum
+        finally:
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+        self.say(verdict.state, verdict.reason)
+        return STATUS[verdict.state]
+
+    def say(self, state: str, reason: str) -> None:
+        """The `verdict` event, with the counts of this moment."""
+        verdict = self.verdict
+        verdict.state, verdict.reason, verdict.seconds = state, reason, round(time.monotonic() - self._begun, 3)
+        verdict.shapes = self._shapes()
+        if self._before and not verdict.entries:
+            self._count(self._scan(), only=self._candidates())
+        self._output.event("verdict", **vars(verdict))
+
+    def _warm(self) -> None:
+        task = self._task
+        recipe = recipes.RECIPES.get(task.recipe)
+        if recipe is None:
+            raise Failed(f"no recipe is called {task.recipe!r}")
+        unknown = [name for name in task.families or () if name not in FAMILY or not FAMILY[name].claimable]
+        if unknown:
+            raise Failed(f"no claimable family is called {unknown[0]!r}")
+        layout.prepare(self._root)
+        environ = {**os.environ, **task.env}
+        record = toolchain.probe(environ=environ, mount=self._job.mount, image=self._job.image)
+        self._keys = toolchain.family_keys(record)
+        self._output.event(
+            "start",
+            pid=os.getpid(),
+            lease=self._guard.mode,
+            family_keys=self._keys,
+            toolchain=toolchain.digest(self._keys),
+        )
+        self._guard.check()
+        self._prepare_families(record)
+        self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
+        digest = models.config_digest(task, environ) if recipe.needs_model else None
+        # Over the image's variables and the task's come the families', which nothing may redirect.
+        environ = {**models.defaults(environ, self._temporary), **environ}
+        environ.update(families.environment(self._job.mount, self._keys))
+        self._before = self._scan()
+        setting = Setting(
+            watches=self._watches,
+            task=task,
+            env=environ,
+            workdir=self._job.workdir,
+            output=self._output,
+            guard=self._guard,
+            grace=max(0.5, self._job.grace - 1.0),
+            entries=lambda: sum(len(found.valid) for found in self._scan().values()),
+            on_tick=Counter(self._output, {name: self._directory(name) for name in self._candidates()}).tick,
+        )
+        self._phase(task.recipe)
+        first = recipe.first(setting)
+        if recipe.sweeps and first.reduced:
+            self._phase("sweeping what memory cut short")
+            recipes.finish(setting, first)
+        after = self._scan()
+        claims, used = self._claim(recipe, first, after)
+        self._count(after, only=claims)
+        if not claims:
+            proof, doubt = "nothing-claimed", "the task claims no family, so there was nothing to prove"
+        else:
+            proof, doubt = self._prove(recipe, setting, first, after, claims)
+        self.verdict.proof, self.verdict.reason = proof, doubt
+        for family in FAMILIES:
+            inventory.remove_host_specific(family, self._directory(family.name))
+        marker = markers.build(
+            task,
+            record=record,
+            config_digest=digest,
+            claims=claims,
+            entries={name: sorted(used[name]) for name in claims},
+            proof=proof,
+            second_pass_added=self.verdict.second_pass_added,
+            shapes=self._shapes(),
+            observed=self._observed(),
+        )
+        self._guard.check()
+        self.verdict.marker = markers.publish(self._root, marker)
+
+    def _prepare_families(self, record: toolchain.Record) -> None:
+        """Directories, shared locks until the process ends, memo, leftovers of killed processes moved aside."""
+        for name, key in sorted(self._keys.items()):
+            layout.describe_family(self._root, name, key, toolchain.family_factors(record, name))
+            self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
+        write_memo(self._root, self._job, record, self._task.env)
+        for family in FAMILIES:
+            key = self._keys[family.name]
+            moved = inventory.sweep(
+                family,
+                self._directory(family.name),
+                layout.aside(self._root, family.name, key),
+                now=time.time(),
+                older_than=SWEEP_OLDER_THAN,
+            )
+            for path, why in moved:
+                self._output.event("swept", family=family.name, path=path, why=why)
+
+    def _claim(
+        self, recipe: Recipe, first: Watch, after: Mapping[str, Inventory]
+    ) -> tuple[list[str], dict[str, set[str]]]:
+        """The families this task vouches for, and the entries it used. Raises Failed where a required one has none."""
+        used = {name: inventory.used(self._before[name], found) for name, found in after.items()}
+        asked = self._task.families if self._task.families is not None else recipe.requires or None
+        claims = list(asked) if asked is not None else [name for name in used if used[name]]
+        for name in claims:
+            broken = {
+                entry: why for entry, why in after[name].invalid.items() if entry not in self._before[name].entries
+            }
+            if broken:
+                entry = min(broken)
+                raise Failed(f"{name}: {len(broken)} new entries are not valid (first: {entry}: {broken[entry]})")
+            if not used[name]:
+                held = len(after[name].valid)
+                why = f"none of its {held} entries was used" if held else "it holds no valid entry"
+                compiled = (
+                    "" if first.shapes or not recipe.requires else ": the log names no shape, so nothing was compiled"
+                )
+                raise Failed(f"{name} is required and {why}{compiled}")
+        return claims, used
+
+    def _prove(
+        self, recipe: Recipe, setting: Setting, first: Watch, after: Mapping[str, Inventory], claims: list[str]
+    ) -> tuple[str, str]:
+        """The proof's name and, where it is weaker than asked for, why."""
+        if self._task.verify == "inventory":
+            return "inventory", ""
+        if self._task.verify == "steady" and recipe.steady:
+            return "steady", ""
+        self._phase("second pass")
+        doubt = ""
+        try:
+            doubt = recipe.second(setting, first)
+        except Failed as failed:
+            raise Failed(f"second pass: {failed}") from None
+        except Partial as partial:
+            raise Failed(f"second pass: {partial}") from None
+        again = self._scan()
+        grown = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.added(after[name], again[name]))]
+        lost = [f"{name}/{entry}" for name in claims for entry in sorted(after[name].valid - again[name].valid)]
+        self.verdict.second_pass_added = len(grown)
+        self._count(again, only=claims)
+        if grown:
+            noun = "entry" if len(grown) == 1 else "entries"
+            raise Failed(
+                f"the second pass added {len(grown)} {noun} (first: {grown[0]}): the first one did not warm everything"
+            )
+        if lost:
+            raise Failed(
+                f"{len(lost)} entries were valid before the second pass and are not after it (first: {lost[0]})"
+            )
+        return ("inventory", doubt) if doubt else ("verified", "")
+
+    def _candidates(self) -> list[str]:
+        recipe = recipes.RECIPES.get(self._task.recipe)
+        if self._task.families is not None:
+            return list(self._task.families)
+        if recipe is not None and recipe.requires:
+            return list(recipe.requires)
+        return [family.name for family in FAMILIES if family.claimable]
+
+    def _scan(self) -> dict[str, Inventory]:
+        return {
+            family.name: inventory.scan(family, self._directory(family.name)) for family in FAMILIES if family.claimable
+        }
+
+    def _count(self, found: Mapping[str, Inventory], *, only: list[str]) -> None:
+        self.verdict.entries = {name: len(found[name].valid) for name in only if found[name].valid}
+        added = {name: len(inventory.added(self._before[name], found[name])) for name in only}
+        self.verdict.added = {name: count for name, count in added.items() if count or name in self.verdict.entries}
+
+    def _shapes(self) -> list[str]:
+        """What the first pass went over, as far as it came."""
+        return [str(shape) for shape in self._watches[0].shapes] if self._watches else []
+
+    def _directory(self, family: str) -> Path:
+        return Path(families.directory(self._job.mount, family, self._keys[family]))
+
+    def _phase(self, phase: str) -> None:
+        self._guard.check()
+        self._output.event("phase", phase=phase)
+
+    def _observed(self) -> dict[str, Any]:
+        return {
+            **self._job.observed,
+            "image": self._job.image.get("id"),
+            "host": self._job.observed.get("host") or socket.gethostname(),
+            "seconds": round(time.monotonic() - self._begun, 3),
+            "time": int(time.time()),
+        }
+
+
+def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str]) -> None:
+    """Remembers the record for the image, where it has an id. Raises OSError."""
+    image_id = job.image.get("id")
+    if isinstance(image_id, str) and image_id:
+        toolchain.write_memo(root, image_id, record, env=env)
