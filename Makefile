@@ -1,0 +1,82 @@
+# On a fresh machine: `make demo` or `make test`. Every target sets up its own virtual environment.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAND_IN := warm-cache-stand-in:real
+TINY := warm-cache-stand-in:tiny
+# Runs a command against the engine that answers, else against a private one that it stops again.
+ENGINE := docker/stand-in/engine/engine.sh run .demo/engine
+ARGS ?=
+
+.PHONY: help
+help: ## Show this help
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+.PHONY: venv
+venv: $(VENV)/.ready ## Set up the virtual environment in .venv
+
+$(VENV)/.ready: pyproject.toml
+	@python=
+	for candidate in $${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10; do
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$candidate; break; fi
+	done
+	[ -n "$$python" ] || { echo "error: no Python 3.10 or later found; install one, or set PYTHON" >&2; exit 1; }
+	"$$python" -m venv --clear $(VENV) || { echo "error: $$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+.PHONY: demo
+demo: $(VENV)/.ready ## Warm the stand-in profile: real compilers, no GPU (run it twice: cold, then warm)
+	@$(ENGINE) $(MAKE) --no-print-directory demo-here
+
+.PHONY: demo-here
+demo-here: $(VENV)/.ready
+	@docker/stand-in/real/build.sh $(STAND_IN)
+	mkdir -p .demo/cache
+	$(BIN)/warm-cache warm --profile stand-in --image $(STAND_IN) --cache .demo/cache --log-dir .demo/logs $(ARGS)
+
+.PHONY: warm-cache
+warm-cache: $(VENV)/.ready ## Warm the h200 profile on this machine's GPUs (ARGS="--cache DIR --image REF …")
+	@$(BIN)/warm-cache warm --profile h200 $(ARGS)
+
+.PHONY: test
+test: lint ## Run lint, types and all tests, with whatever images they need
+	@$(ENGINE) $(MAKE) --no-print-directory test-here
+
+.PHONY: test-here
+test-here: $(VENV)/.ready
+	@docker/stand-in/tiny/make-image.sh $(TINY)
+	docker/stand-in/real/build.sh $(STAND_IN)
+	WARM_CACHE_TEST_IMAGE=$(TINY) WARM_CACHE_STAND_IN=$(STAND_IN) WARM_CACHE_TESTS_COMPLETE=1 $(BIN)/pytest $(ARGS)
+
+.PHONY: unit
+unit: $(VENV)/.ready ## Run the tests that need no engine
+	@$(BIN)/pytest tests/unit $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.ready ## Check style and types
+	@$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(VENV)/.ready ## Measure (tests/bench/README.md has the numbers)
+	@$(ENGINE) $(MAKE) --no-print-directory bench-here
+
+.PHONY: bench-here
+bench-here: $(VENV)/.ready
+	@docker/stand-in/tiny/make-image.sh $(TINY)
+	docker/stand-in/real/build.sh $(STAND_IN)
+	WARM_CACHE_TEST_IMAGE=$(TINY) WARM_CACHE_STAND_IN=$(STAND_IN) WARM_CACHE_TESTS_COMPLETE=1 $(BIN)/pytest -m bench -s tests/bench $(ARGS)
+
+.PHONY: clean
+clean: ## Stop the private engine; remove everything that make made here
+	@[ ! -d .demo/engine ] || docker/stand-in/engine/engine.sh down .demo/engine
+	rm -rf .demo $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find builder tests docker -name __pycache__ -prune -exec rm -rf {} +
+
+.ONESHELL:

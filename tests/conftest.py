@@ -1,0 +1,94 @@
+"""What tests need from the machine, by marker. Where it is missing a test is skipped, or fails if all of them must run.
+
+Environment, set by `make test`: DOCKER_HOST (the engine, and the only way to it), WARM_CACHE_TEST_IMAGE and
+WARM_CACHE_STAND_IN (tags of the tiny and of the real stand-in image on it), WARM_CACHE_TESTS_COMPLETE=1 (nothing may be
+missing but GPUs).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from builder.engine import Engine
+from builder.errors import BuilderError
+
+TINY = "WARM_CACHE_TEST_IMAGE"
+REAL = "WARM_CACHE_STAND_IN"
+NEEDS = {"engine": TINY, "stand_in": REAL}
+
+
+@cache
+def missing(marker: str) -> str | None:
+    """Why tests with this marker cannot run here, or None."""
+    if marker == "gpu":
+        return None if Path("/dev/nvidia0").exists() else "this machine has no GPU"
+    if not os.environ.get("DOCKER_HOST"):
+        return "DOCKER_HOST is not set"
+    tag = os.environ.get(NEEDS[marker])
+    if not tag:
+        return f"{NEEDS[marker]} is not set"
+    try:
+        engine = Engine(os.environ["DOCKER_HOST"])
+        try:
+            engine.connect()
+            return None if engine.image(tag) else f"the engine at DOCKER_HOST has no image {tag}"
+        finally:
+            engine.close()
+    except BuilderError as error:
+        return error.message
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in ("engine", "stand_in", "gpu"):
+        if item.get_closest_marker(marker) and (reason := missing(marker)):
+            if marker != "gpu" and os.environ.get("WARM_CACHE_TESTS_COMPLETE") == "1":
+                pytest.fail(f"{reason}, and WARM_CACHE_TESTS_COMPLETE=1 says that every test must run", pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def docker_host() -> str:
+    return os.environ["DOCKER_HOST"]
+
+
+@pytest.fixture(scope="session")
+def tiny_image() -> str:
+    """Tag of the image whose fake sglang plays every failure."""
+    return os.environ[TINY]
+
+
+@pytest.fixture(scope="session")
+def stand_in_image() -> str:
+    """Tag of the image with the real sglang and the real compilers."""
+    return os.environ[REAL]
+
+
+@pytest.fixture
+def engine(docker_host: str) -> Iterator[Engine]:
+    """The engine that the tests were pointed to."""
+    engine = Engine(docker_host)
+    engine.connect()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """``until(predicate)``: returns as soon as it is true; fails after ``seconds``. Tests never just sleep."""
+
+    def until(predicate: Callable[[], object], *, seconds: float = 20.0, what: str = "the condition") -> None:
+        deadline = time.monotonic() + seconds
+        pause = threading.Event()
+        while not predicate():
+            if time.monotonic() > deadline:
+                pytest.fail(f"{what} did not come true within {seconds:.0f} s")
+            pause.wait(0.02)
+
+    return until

@@ -1,0 +1,188 @@
+"""The shape of the repository, kept by tests: imports go one way, borders hold, docker/ never hides docker-py."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builder import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILDER = ROOT / "builder"
+WARMUP = BUILDER / "warmup"
+
+#: Host modules; each imports only what stands above it (and the in-container program).
+ORDER = """
+    errors
+    values document sections tasks manifest
+    spec waiting frames tunnel progress attachment complaints engine image
+    gpus
+    resume sinks logs lease container
+    cache preflight plan report
+    session runlock run verbs
+    cli __main__
+""".split()
+
+MOST_LINES = 450
+#: Modules that may be longer, with their reason.
+LONGER: dict[str, str] = {}
+
+#: Everything at the top of the repository that is not a dot-file.
+TOP_LEVEL = {"docker", "builder", "tests", "Makefile", "pyproject.toml", "README.md"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def python_in_root(code: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+HOST_MODULES = sorted(BUILDER.glob("*.py"))
+PROGRAM_MODULES = sorted(WARMUP.glob("*.py"))
+
+
+def named(paths: list[Path]) -> list[object]:
+    return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
+
+
+@pytest.mark.parametrize("path", named([path for path in HOST_MODULES if path.stem != "__init__"]))
+def test_host_modules_import_only_what_stands_above_them(path: Path) -> None:
+    assert path.stem in ORDER, f"{path.name} has no place in ORDER yet: put it below everything that it imports"
+    above = {"warmup", "__version__", *ORDER[: ORDER.index(path.stem)]}
+    inner = {name.split(".")[1] for name in imports(path) if name.startswith("builder.")}
+    assert inner <= above, f"{path.name} imports {sorted(inner - above)}, which stand below it"
+
+
+def test_the_order_names_only_what_exists() -> None:
+    assert {path.stem for path in HOST_MODULES} == {*ORDER, "__init__"}
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("path", named(PROGRAM_MODULES))
+def test_the_in_container_program_needs_only_the_standard_library(path: Path) -> None:
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert name.startswith("builder.warmup") or top in sys.stdlib_module_names, f"{path.name} imports {name}"
+        assert top != "tomllib", "the serving image may have Python 3.10"
+
+
+def test_the_in_container_program_runs_alone(tmp_path: Path) -> None:
+    """With nothing but itself beside it, as in the warm-up image: no site-packages, no host side."""
+    alone = tmp_path / "builder"
+    shutil.copytree(WARMUP, alone / "warmup", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(BUILDER / "__init__.py", alone)
+    modules = [f"builder.warmup.{path.stem}" for path in PROGRAM_MODULES if path.stem not in ("__init__", "__main__")]
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", named(HOST_MODULES + PROGRAM_MODULES))
+def test_modules_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    name = path.relative_to(BUILDER).as_posix()
+    assert (lines > MOST_LINES) == (name in LONGER), f"{name} has {lines} lines"
+
+
+def test_docker_py_is_used_at_one_border() -> None:
+    users = {path.name for path in HOST_MODULES for name in imports(path) if name.split(".")[0] == "docker"}
+    assert users == {"engine.py"}
+
+
+def test_only_the_command_line_prints() -> None:
+    printing = set()
+    for path in HOST_MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                printing.add(path.name)
+    assert printing <= {"cli.py"}
+
+
+def test_importing_the_command_line_is_cheap() -> None:
+    heavy = ("docker", "requests", "rich", "psutil", "tenacity")
+    loaded = python_in_root(f"import sys, builder.cli; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+class TestDockerFolder:
+    def test_it_is_no_package(self) -> None:
+        found = [path for path in (ROOT / "docker").rglob("__init__.py") if ".demo" not in path.parts]
+        assert found == []
+
+    def test_docker_py_wins_from_the_repository_root(self) -> None:
+        where = python_in_root("import docker; print(docker.from_env.__module__, docker.__file__)")
+        module, file = where.split(" ", 1)
+        assert module.startswith("docker.")
+        assert Path(file).name == "__init__.py"
+        assert ROOT / "docker" not in Path(file).parents
+
+    def test_nothing_in_it_is_named_like_a_part_of_docker_py(self) -> None:
+        parts = python_in_root(
+            "import docker, pkgutil; print(*[m.name for m in pkgutil.iter_modules(docker.__path__)])"
+        )
+        names = {path.name.split(".")[0] for path in (ROOT / "docker").iterdir()}
+        assert names.isdisjoint(parts.split())
+
+    def test_the_dockerfile_is_what_the_builder_expects(self) -> None:
+        lines = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+        instructions = [line for line in lines if line and line[0].isupper()]
+        assert instructions[:2] == ["ARG SERVING_IMAGE", "FROM ${SERVING_IMAGE}"]
+
+
+def test_the_top_level_is_as_prescribed() -> None:
+    if shutil.which("git") and (ROOT / ".git").exists():
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        names = {line.split("/")[0] for line in done.stdout.splitlines()}
+    else:
+        names = {path.name for path in ROOT.iterdir()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
+
+
+def leaves(cls: type[errors.BuilderError] = errors.BuilderError) -> Iterator[type[errors.BuilderError]]:
+    for child in cls.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield child
+            yield from leaves(child)
+
+
+def test_every_way_to_fail_has_an_exit_status_of_its_own() -> None:
+    statuses: dict[int, str] = {}
+    for cls in leaves():
+        if cls in (errors.ProblemsError, errors.EngineRefusedError):
+            continue  # a base, and one way to lose the engine
+        assert cls.exit_code not in statuses, f"{cls.__name__} and {statuses[cls.exit_code]} share {cls.exit_code}"
+        statuses[cls.exit_code] = cls.__name__
+    assert set(statuses) == {1, 2, 10, 11, 12, 13, 14, 15, 16, 17, 130}
+    assert errors.EngineRefusedError.exit_code == errors.EngineLostError.exit_code
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    assert errors.__doc__
+    for cls in leaves():
+        if cls is not errors.ProblemsError:
+            assert cls.__name__ in errors.__doc__

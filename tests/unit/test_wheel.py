@@ -1,0 +1,59 @@
+"""The built wheel holds what the program needs outside a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hatchling")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_it_holds_the_package_the_profiles_and_the_dockerfile(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert archive.read("builder/_docker/Dockerfile") == (ROOT / "docker" / "Dockerfile").read_bytes()
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "*.toml")
+        for path in (ROOT / "builder").rglob(pattern)
+        if "_docker" not in path.parts
+    }
+    assert sources <= names
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"builder"}
+
+
+def test_the_console_script_and_the_python_versions(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(info).decode()
+        scripts = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
+    assert "warm-cache = builder.cli:main" in scripts
+    assert "Requires-Python: >=3.10" in metadata
+
+
+def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """From the wheel's own files, with the checkout out of reach: profiles load, and the Dockerfile is found."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import builder, builder.image, builder.manifest as m\n"
+        f"assert builder.__file__.startswith({str(tmp_path)!r}), builder.__file__\n"
+        "print(*m.profiles(), len(m.load(profile='h200').tasks), 'FROM' in builder.image.dockerfile())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["h200", "stand-in", "9", "True"], done.stderr
