@@ -83,33 +83,40 @@ class Engine:
             self._tunnel = None
 
     def _open(self) -> Any:
+        url = self.url
+        if url.startswith("ssh://"):
+            self._tunnel = Tunnel(url)
+            url = self._tunnel.url
+        elif url.startswith("unix://"):
+            # The usual failure, told before the import; docker-py would also leave its half-made socket behind.
+            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as knock:
+                knock.settimeout(self._timeout)
+                knock.connect(url.removeprefix("unix://"))
         import docker
-        from docker.constants import DEFAULT_DOCKER_API_VERSION
         from docker.utils import kwargs_from_env
 
-        # Only APIClient, and never from_env(): that one asks for the version with errors of its own.
-        if self.url.startswith("ssh://"):
-            self._tunnel = Tunnel(self.url)
-            options: dict[str, Any] = {"base_url": self._tunnel.url}
-        else:
-            options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": self.url}))
+        # Never from_env(): that one asks for the version with errors of its own.
+        options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
         new_client: Any = docker.APIClient
-        client = new_client(version="1.40", timeout=self._timeout, **options)
-        answer: Any = client.version(api_version=False)
+        with contextlib.closing(new_client(version="1.40", timeout=self._timeout, **options)) as client:
+            self.api_version = self._agree(client.version(api_version=False))
+        return new_client(version=self.api_version, timeout=self._timeout, **options)
+
+    def _agree(self, answer: Any) -> str:
+        """The newest version of the API that both sides know. Raises EngineLostError when there is none for us."""
+        from docker.constants import DEFAULT_DOCKER_API_VERSION
+
         newest = _version(answer.get("ApiVersion") if isinstance(answer, dict) else None)
         if newest is None:
             raise EngineLostError(f"what answers at {self._place()} is no container engine: it gave no API version")
-        oldest = _version(answer.get("MinAPIVersion")) or (1, 12)
         if newest < MINIMUM_API:
             raise EngineLostError(
                 f"the engine at {self._place()} is too old: it has API {newest[0]}.{newest[1]}, and device requests "
                 f"need {MINIMUM_API[0]}.{MINIMUM_API[1]}. Update it to Docker Engine 19.03 or later"
             )
-        spoken = _version(DEFAULT_DOCKER_API_VERSION) or newest
-        chosen = max(oldest, min(newest, spoken))
-        self.api_version = f"{chosen[0]}.{chosen[1]}"
-        client.close()
-        return new_client(version=self.api_version, timeout=self._timeout, **options)
+        oldest = _version(answer.get("MinAPIVersion")) or MINIMUM_API
+        major, minor = max(oldest, min(newest, _version(DEFAULT_DOCKER_API_VERSION) or newest))
+        return f"{major}.{minor}"
 
     @property
     def _quick(self) -> float:

@@ -3,17 +3,18 @@
 A line counts as an event only if it begins with ``@warmup <nonce> `` and the rest parses as a JSON object with a known
 ``event``. Anything else, a broken event included, is log.
 
-| event | fields |
-| --- | --- |
-| start | pid, lease ("flock" or "stdin"), family_keys {family: key}, toolchain (digest) |
-| phase | phase (a short word or two for people) |
-| progress | done, total, unit |
-| entries | families {family: valid entries}, added {family: new since the start} |
-| locked | path (mode ``lock`` only: the run lock is held from now on) |
-| toolchain | record (what `probe` found: toolchain.py) |
-| swept | family, path, why (one per leftover moved aside) |
-| verdict | state (warmed, failed, partial, skipped, stopped), reason, entries {family: n}, added {family: n}, proof, second_pass_added, shapes [str], marker (path below the root, or null), seconds |
-| end | stdout, stderr: bytes this program wrote to each, this line not included. Always the last line. |
+Events and their fields:
+
+- start: pid, lease ("flock" or "stdin"), family_keys {family: key}, toolchain (digest)
+- phase: phase (a short word or two for people)
+- progress: done, total, unit
+- entries: families {family: valid entries}, added {family: new since the start}
+- locked: path (mode ``lock`` only: the run lock is held from now on)
+- toolchain: record (what `toolchain.probe` found)
+- swept: family, path, why (one per leftover moved aside)
+- verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n}, added {family: n}, proof,
+  second_pass_added, shapes [str], marker (path below the root, or null), seconds
+- end: stdout, stderr: bytes this program wrote to each, this line not included. Always the last line.
 """
 
 from __future__ import annotations

@@ -26,6 +26,19 @@ from builder.warmup.entries import MISSING, NAMES, problem_of, size_and_stamp
 from builder.warmup.families import Family
 from builder.warmup.files import UNREADABLE, is_dir, listing, matches, walk, why
 
+__all__ = [
+    "MISSING",
+    "Entry",
+    "Inventory",
+    "added",
+    "check",
+    "elf_problem",
+    "remove_host_specific",
+    "scan",
+    "sweep",
+    "used",
+]
+
 
 @dataclass(frozen=True)
 class Entry:

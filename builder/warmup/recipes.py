@@ -26,15 +26,16 @@ STEADY_ROUNDS = 8
 COMPILED = "DeepGEMM Kernels compilation finished successfully."
 
 
-def _row(text: str, name: str = "", *, pattern: str = "") -> Row:
-    return Row(text.encode(), re.compile((pattern or re.escape(text)).encode()), name or text.rstrip(": ("))
+def _row(text: str, name: str = "", *, pattern: str = "", shared: str = "") -> Row:
+    expression = re.compile((pattern or re.escape(text)).encode())
+    return Row((shared or text).encode(), expression, name or text.rstrip(": ("))
 
 
 #: Lines after which nothing good comes, until a recipe has its evidence: teardown prints some of them.
 #: "Health check failed. Server couldn't get a response from detokenizer" is a symptom and not among them.
 CRASHES: tuple[Row, ...] = (
-    _row("Scheduler hit an exception: "),
-    _row("TokenizerManager hit an exception:"),
+    _row("Scheduler hit an exception: ", shared=" hit an exception:"),
+    _row("TokenizerManager hit an exception:", shared=" hit an exception:"),
     _row("Received sigquit from a child process. It usually means the child failed."),
     _row(
         "SIGQUIT received. signum=",
@@ -50,11 +51,11 @@ CRASHES: tuple[Row, ...] = (
     _row("Initialization failed. warmup error: "),
     _row("watchdog timeout ("),
     _row("DeepGEMM Kernels compilation timeout."),
-    _row("NVCC compilation failed:"),
+    _row("NVCC compilation failed:", shared="NVCC "),
     _row("Corrupted JIT cache directory (missing kernel.cu or kernel.cubin)"),
     _row("missing CUDA CUBIN: "),
-    _row("NVCC did not produce a valid CUBIN: "),
-    _row("NVCC version must be at least 12.9"),
+    _row("NVCC did not produce a valid CUBIN: ", shared="NVCC "),
+    _row("NVCC version must be at least 12.9", shared="NVCC "),
 )
 
 PHASES: tuple[Row, ...] = (
@@ -90,9 +91,9 @@ class Recipe:
     steady: bool = False
 
 
-def _watch(evidence: str | None = None) -> Watch:
+def _watch(evidence: str | None = None, *, sweeping: bool = False) -> Watch:
     pattern = None if evidence is None else re.compile(evidence.encode(), re.MULTILINE)
-    return Watch(crashes=CRASHES, phases=PHASES, progress=PROGRESS, evidence=pattern)
+    return Watch(crashes=CRASHES, phases=PHASES, progress=PROGRESS, evidence=pattern, sweeping=sweeping)
 
 
 def compile_deep_gemm(setting: Setting) -> Watch:
@@ -155,7 +156,7 @@ def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int |
         "m_values": list(task.m_values),
         "chunked_prefill_size": size,
     }
-    watch = _watch(r"^warm-cache sweep: all \d+ shapes done")
+    watch = _watch(r"^warm-cache sweep: all \d+ shapes done", sweeping=True)
     script = Path(__file__).with_name("sweep.py")
     with setting.child(["python3", str(script), json.dumps(order, separators=(",", ":"))], watch) as child:
         child.wait(lambda: child.ended)

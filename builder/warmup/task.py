@@ -14,7 +14,8 @@ from typing import Any
 JOB_VARIABLE = "WARM_CACHE_JOB"
 SCHEMA = 1
 
-#: The line sglang logs for every GEMM it warms (compile_utils.py of 0.5.12 to 0.5.23); `shapes` of a manifest accept it as it is.
+#: The line sglang logs for every GEMM it warms (compile_utils.py of 0.5.12 to 0.5.23); `shapes` of a manifest accept
+#: it as it is.
 SHAPE = re.compile(r"<?(?P<kernel>[A-Z][A-Z0-9_]+)>?,?\s+N=(?P<n>\d+),?\s+K=(?P<k>\d+),?\s+num_groups=(?P<groups>\d+)")
 
 

@@ -50,8 +50,8 @@ PROBE_ENV: tuple[str, ...] = (
     "PYTHONHOME",
     "PYTHONPATH",
     "SGLANG_BUILD_COMMIT",
-    "TRITONcompilers.PTXAS_BLACKWELL_PATH",
-    "TRITONcompilers.PTXAS_PATH",
+    "TRITON_PTXAS_BLACKWELL_PATH",
+    "TRITON_PTXAS_PATH",
 )
 
 _COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")

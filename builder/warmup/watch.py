@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from builder.warmup.task import Shape
 
-INFORM_BYTES = 64 << 10  # of a chunk, for rows that inform; more comes only in a flood
+INFORM_BYTES = 16 << 10  # of a chunk, for rows that inform; more comes only in a flood
 
 _DEEP_GEMM = re.compile(
     rb"DeepGEMM (?:JIT Compiling for <(?P<kernel>[A-Z][A-Z0-9_]*)>,? "
@@ -30,7 +30,10 @@ _TRACEBACK = re.compile(rb"Traceback \(most recent call last\):\n(?:[ \t][^\n]*\
 
 @dataclass(frozen=True)
 class Row:
-    """One thing a log line may say. ``text`` must occur in every match of ``pattern``; ``name`` is for people."""
+    """One thing a log line may say. ``name`` is for people.
+
+    ``text`` occurs in every match of ``pattern``; rows may share it, and then it is searched once for all of them.
+    """
 
     text: bytes
     pattern: re.Pattern[bytes]
@@ -52,7 +55,7 @@ class Watch:
     """Reads both streams of one child. Written by the pump's thread, read by the recipe's.
 
     evidence: what a recipe's success looks like, or None where something else is the evidence. ``succeeded`` is set
-    by its match (or by the recipe); from then on crash lines are only log.
+    by its match (or by the recipe); from then on crash lines are only log. sweeping: the child is sweep.py.
     """
 
     def __init__(
@@ -62,9 +65,14 @@ class Watch:
         phases: tuple[Row, ...] = (),
         progress: tuple[Row, ...] = (),
         evidence: re.Pattern[bytes] | None = None,
+        sweeping: bool = False,
     ) -> None:
-        self._crashes, self._phases, self._progress, self._evidence = crashes, phases, progress, evidence
-        self.lock = threading.Lock()
+        self._phases, self._progress, self._evidence = phases, progress, evidence
+        self._crashes: dict[bytes, list[Row]] = {}
+        for row in crashes:
+            self._crashes.setdefault(row.text, []).append(row)
+        self._sweeping = sweeping
+        self._lock = threading.Lock()
         self.succeeded = False
         self._current: Shape | None = None
         self.crash: Crash | None = None
@@ -81,14 +89,14 @@ class Watch:
         """Whole lines, each with its end (``\\n`` or ``\\r``)."""
         if b"\r" in text:
             text = text.replace(b"\r", b"\n")
-        with self.lock:
+        with self._lock:
             self._judge(text)
             self._collect(text)
             self._inform(text[-INFORM_BYTES:])
 
     def partial(self, text: bytes) -> None:
         """A line whose end has not come (yet): a crash may be the last thing that a hanging process says."""
-        with self.lock:
+        with self._lock:
             self._judge(text, whole=False)
             last = _last_line(text)
             if last:
@@ -109,11 +117,10 @@ class Watch:
 
     def _first_crash(self, text: bytes) -> Crash | None:
         first: tuple[int, Row] | None = None
-        for row in self._crashes:
-            if row.text in text:
-                found = row.pattern.search(text)
-                if found and (first is None or found.start() < first[0]):
-                    first = (found.start(), row)
+        for row in (row for shared, rows in self._crashes.items() if shared in text for row in rows):
+            found = row.pattern.search(text)
+            if found and (first is None or found.start() < first[0]):
+                first = (found.start(), row)
         if first is None:
             return None
         at, row = first
@@ -133,12 +140,12 @@ class Watch:
                     self.done = (int(found["done"]), int(found["total"]), "Ms")
                     if self._current:
                         self.shapes[self._current] = self.done[1]
-        if b"server_args=" in text:
-            for found in _CHUNKED.finditer(text):
-                self.chunked_prefill_size = int(found[1])
+        if self.chunked_prefill_size is None and b"server_args=" in text:
+            size = _CHUNKED.search(text)
+            self.chunked_prefill_size = int(size[1]) if size else None
         if b"reducing max_m to" in text:
             self.reduced = True
-        if b"warm-cache sweep: " in text:
+        if self._sweeping and b"warm-cache sweep: " in text:
             self.swept.update({_shape(found): int(found["ms"]) for found in _SWEPT.finditer(text)})
             self.failed_shapes += [_readable(m[1]) for m in re.finditer(rb"warm-cache sweep: failed ([^\n]*)", text)]
 

@@ -1,0 +1,232 @@
+"""The cache root as the builder sees it: read directly where it can be, through the engine elsewhere.
+
+Through the engine means: one container, created and never started, whose archive endpoint reads the mounted root. So a
+directory, a named volume and a remote engine are one case for everything above this module: a path below which the
+layout lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+from builder.engine import ContainerSpec, Engine, Mount
+from builder.errors import EngineRefusedError
+from builder.manifest import Manifest
+from builder.warmup import families, markers
+
+STORE = "/models"
+
+#: What decides whether a task is warm, without the entries themselves.
+INDEX = ("layout.json", "images", "markers")
+
+
+class CacheRoot:
+    """Reads one cache root. Nothing is opened before it is asked for."""
+
+    def __init__(self, manifest: Manifest, engine: Engine, *, image: str, labels: dict[str, str]) -> None:
+        self._manifest = manifest
+        self._engine = engine
+        self._image = image
+        self._labels = labels
+
+    @property
+    def name(self) -> str:
+        """For people: the directory, or ``volume NAME``."""
+        cache = self._manifest.cache
+        return str(cache.root) if cache.root else f"volume {cache.volume}"
+
+    def mount(self) -> Mount:
+        """How a container gets the root."""
+        cache = self._manifest.cache
+        if cache.root:
+            return Mount(source=str(cache.root), target=cache.mount)
+        return Mount(source=str(cache.volume), target=cache.mount, kind="volume")
+
+    def direct(self) -> Path | None:
+        """The root, where this process can read it itself: a directory with a layout, beside an engine on this
+        machine.
+        """
+        root = self._manifest.cache.root
+        if root is None or not self._engine.local:
+            return None
+        return (
+            root
+            if os.access(root / "layout.json", os.R_OK) and os.access(root / "markers", os.R_OK | os.X_OK)
+            else None
+        )
+
+    def exists(self) -> bool:
+        """False where there is certainly no such root; true also for a directory on another machine, which only a
+        mount can tell.
+        """
+        root = self._manifest.cache.root
+        if root is None:
+            return self._engine.has_volume(str(self._manifest.cache.volume))
+        return root.is_dir() if self._engine.local else True
+
+    def create(self) -> bool:
+        """Makes a missing root directory (the leaf only: a typo in the path must not become a tree). True if it made
+        one.
+        """
+        root = self._manifest.cache.root
+        if root is None or self.exists():
+            return False
+        root.mkdir()
+        return True
+
+    @contextlib.contextmanager
+    def view(self, *, entries: bool = True, everything: bool = False) -> Iterator[Path]:
+        """A path below which layout, memos and markers lie, and the entries that the markers list.
+
+        Direct, it is the root itself. Through the engine it is a private copy that goes with the context: of the whole
+        family directories that markers claim (``entries``), or of all of them (``everything``).
+        """
+        direct = self.direct()
+        if direct is not None:
+            yield direct
+            return
+        with tempfile.TemporaryDirectory(prefix="warm-cache-view-") as scratch, self._reader() as container:
+            copy = Path(scratch)
+            if container is not None:
+                self._fetch(container, ["."] if everything else INDEX, copy)
+                if entries and not everything:
+                    self._fetch(container, sorted(_claimed(copy)), copy)
+            yield copy
+
+    @contextlib.contextmanager
+    def store_view(self, models: Iterable[str]) -> Iterator[Path | None]:
+        """The model store (HF_HOME), or a copy of what identifies these models: refs and config.json. None without a
+        store.
+        """
+        store = self._manifest.models.store
+        if store is None:
+            yield None
+        elif self._engine.local and os.access(store, os.R_OK | os.X_OK):
+            yield store
+        else:
+            with (
+                tempfile.TemporaryDirectory(prefix="warm-cache-store-") as scratch,
+                self._reader(store=True) as container,
+            ):
+                copy = Path(scratch)
+                for model in models if container is not None else ():
+                    self._fetch_model(str(container), model, copy)
+                yield copy
+
+    @contextlib.contextmanager
+    def _reader(self, *, store: bool = False) -> Iterator[str | None]:
+        """A created container with the root mounted read-only, or None where the engine has no such directory yet."""
+        mount = self.mount()
+        if store:
+            mount = Mount(source=str(self._manifest.models.store), target=STORE)
+        mount = Mount(source=mount.source, target=mount.target, kind=mount.kind, read_only=True)
+        if mount.kind == "volume" and not self._engine.has_volume(mount.source):
+            yield None
+            return
+        spec = ContainerSpec(
+            image=self._image,
+            name=f"warm-cache-read-{os.getpid()}-{os.urandom(4).hex()}",
+            entrypoint=["/bin/true"],
+            command=[],
+            labels=self._labels,
+            mounts=(mount,),
+            network="none",
+        )
+        try:
+            container = self._engine.create(spec)
+        except EngineRefusedError as error:
+            if mount.kind == "bind" and "bind source" in error.message:
+                yield None
+                return
+            raise
+        try:
+            yield container
+        finally:
+            self._engine.remove(container)
+
+    def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
+        mount = PurePosixPath(self._manifest.cache.mount)
+        for name in names:
+            self._unpack(
+                container, str(mount / name), copy if name == "." else copy / PurePosixPath(name).parent, name == "."
+            )
+
+    def _fetch_model(self, container: str, model: str, copy: Path) -> None:
+        base = f"hub/models--{model.replace('/', '--')}"
+        self._unpack(container, f"{STORE}/{base}/refs", copy / base)
+        for reference in (copy / base / "refs").glob("*") if (copy / base / "refs").is_dir() else ():
+            snapshot = f"{base}/snapshots/{reference.read_text(errors='replace').strip()}"
+            target = self._engine.link_target(container, f"{STORE}/{snapshot}/config.json")
+            if target is None:
+                continue
+            source = os.path.normpath(f"{STORE}/{snapshot}/{target}") if target else f"{STORE}/{snapshot}/config.json"
+            with tempfile.TemporaryDirectory(dir=copy) as blob:
+                self._unpack(container, source, Path(blob))
+                for file in Path(blob).iterdir():
+                    (copy / snapshot).mkdir(parents=True, exist_ok=True)
+                    shutil.move(str(file), copy / snapshot / "config.json")
+
+    def _unpack(self, container: str, source: str, target: Path, strip: bool = False) -> None:
+        """What lies at source, below target. Regular files and directories only: a link or a device never leaves the
+        cache.
+        """
+        try:
+            stream = self._engine.archive(container, source)
+        except EngineRefusedError as error:
+            if error.status == 404:
+                return
+            raise
+        with tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts[1 if strip else 0 :]
+                if ".." in parts or PurePosixPath(member.name).is_absolute():
+                    continue
+                path = target.joinpath(*parts)
+                if member.isdir():
+                    path.mkdir(parents=True, exist_ok=True)
+                elif member.isreg():
+                    content = tar.extractfile(member)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("wb") as file:
+                        if content is not None:
+                            shutil.copyfileobj(content, file, 1 << 20)
+                    os.utime(path, (member.mtime, member.mtime))
+
+
+class _Reader:
+    """An iterator of chunks as the file that tarfile reads."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def read(self, size: int = -1) -> bytes:
+        parts, have = [self._rest], len(self._rest)
+        while size < 0 or have < size:
+            chunk = next(self._chunks, b"")
+            if not chunk:
+                break
+            parts.append(chunk)
+            have += len(chunk)
+        data = b"".join(parts)
+        if size < 0:
+            size = len(data)
+        self._rest = data[size:]
+        return data[:size]
+
+
+def _claimed(copy: Path) -> set[str]:
+    """Family directories that any readable marker claims, as ``family/key``."""
+    found = set()
+    for path in copy.glob("markers/*/*.json"):
+        for family, key in markers.claimed_keys(path).items():
+            if family in families.FAMILY and key.isalnum():
+                found.add(f"{family}/{key}")
+    return found

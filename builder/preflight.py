@@ -1,0 +1,136 @@
+"""What keeps this machine from running a manifest: every problem at once, each with its remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from builder import gpus
+from builder.engine import Engine
+from builder.errors import EngineRefusedError, Problem
+from builder.manifest import Manifest
+from builder.warmup.toolchain import Record
+
+#: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
+#: some GB).
+MIN_FREE_BYTES = 512 << 20
+
+
+def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+    """Everything that is known without starting a container. The engine is connected; `Engine.connect` says why it is
+    not.
+    """
+    yield from _image(manifest, engine)
+    yield from _gpus(manifest, engine)
+    yield from _cache(manifest, engine)
+    yield from _store(manifest, engine)
+
+
+def _image(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+    if engine.image(manifest.image.ref) is None:
+        yield Problem(
+            "image",
+            f"{manifest.image.ref} is not on this engine.",
+            f"Run: docker pull {manifest.image.ref}, or pass --pull.",
+        )
+
+
+def _gpus(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+    """What the host's driver says. A container's own view is the last word: `seen_problems`."""
+    wanted = manifest.gpus
+    if not wanted.count or not engine.local:
+        return
+    host = gpus.host_gpus()
+    if host is None or not host.names:
+        if engine.image(manifest.image.ref) is None:
+            what = "no NVIDIA driver is loaded on this machine" if host is None else "the driver sees no GPU"
+            yield Problem(
+                "GPUs",
+                f"{_wanted(manifest)} wanted, none found: {what}.",
+                "Install the NVIDIA driver and nvidia-container-toolkit, then restart dockerd.",
+            )
+        return
+    yield from _count_and_names(manifest, list(host.names))
+
+
+def seen_problems(manifest: Manifest, record: Record) -> Iterator[Problem]:
+    """What the probe's container, which had the GPUs, found about them."""
+    if manifest.gpus.count:
+        yield from _count_and_names(manifest, [str(gpu.get("name")) for gpu in record.get("gpus", ())])
+
+
+def _count_and_names(manifest: Manifest, names: list[str]) -> Iterator[Problem]:
+    wanted = manifest.gpus
+    if len(names) < wanted.count:
+        yield Problem(
+            "GPUs",
+            f"{_wanted(manifest)} wanted, {len(names)} found"
+            + (f" ({', '.join(sorted(set(names)))})." if names else "."),
+            "Set [gpus] count, or run on a machine that has them.",
+        )
+    other = sorted({name for name in names if wanted.name and wanted.name not in name})
+    if other:
+        yield Problem(
+            "GPUs",
+            f"every GPU's name must contain {wanted.name!r}, found {', '.join(other)}.",
+            "Set [gpus] name, or use the profile of this machine.",
+        )
+
+
+def _wanted(manifest: Manifest) -> str:
+    return f"{manifest.gpus.count} × {manifest.gpus.name or 'GPU'}"
+
+
+def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
+    """The engine's refusal to hand out GPUs, as the problem it is; None when the refusal is about something else.
+
+    The engine says so at start, not at create: ``could not select device driver "" with capabilities: [[gpu]]``.
+    """
+    if "could not select device driver" in error.message:
+        text = f'{_wanted(manifest)} wanted, none found: the engine knows no "gpu" device driver.'
+        return Problem("GPUs", text, "Install nvidia-container-toolkit and restart dockerd.")
+    if "nvidia-container-cli" in error.message or "CDI device injection failed" in error.message:
+        return Problem("GPUs", f"{_wanted(manifest)} wanted, but the container toolkit failed: {error.message}.")
+    return None
+
+
+def _cache(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+    root = manifest.cache.root
+    if root is None or not engine.local:
+        return
+    if not root.exists():
+        if not root.parent.is_dir():
+            yield Problem(
+                "cache",
+                f"{root} does not exist, and neither does {root.parent}.",
+                f"Run: mkdir -p {root}, or set [cache] root.",
+            )
+        elif not os.access(root.parent, os.W_OK):
+            yield Problem(
+                "cache", f"{root} does not exist, and {root.parent} is not writable.", f"Run: sudo mkdir {root}"
+            )
+        return
+    if not root.is_dir():
+        yield Problem("cache", f"{root} is not a directory.", "Set [cache] root to a directory on a local file system.")
+        return
+    free = shutil.disk_usage(root).free
+    if free < MIN_FREE_BYTES:
+        yield Problem(
+            "disk",
+            f"{root} has {free / 1e9:.1f} GB free, at least {MIN_FREE_BYTES / 1e9:.1f} GB are needed.",
+            "Free space.",
+        )
+
+
+def _store(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+    store = manifest.models.store
+    if store is None or not engine.local:
+        return
+    if not Path(store).is_dir():
+        yield Problem(
+            "models",
+            f"the model store {store} does not exist.",
+            "Set [models] store to the host's HF_HOME, or download the models there.",
+        )

@@ -1,0 +1,243 @@
+"""What a run tells: live lines, the table at the end, and one JSON document for machines."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from builder.errors import BuilderError, ProblemsError
+
+JSON_SCHEMA = 1
+
+
+@dataclass
+class TaskResult:
+    """What became of one task. seconds is None for a task that nothing was done for."""
+
+    label: str
+    model: str
+    key: str
+    state: str
+    reason: str = ""
+    seconds: float | None = None
+    entries: Mapping[str, int] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+    verified: bool = False
+    proof: str | None = None
+    since: str = ""
+    log: str | None = None
+    tail: Sequence[str] = ()
+
+    @property
+    def note(self) -> str:
+        """The last column of the table."""
+        if self.state == "warm":
+            return f"since {self.since}" if self.since else ""
+        return self.reason + (f" (log: {self.log})" if self.log and self.state not in ("warmed", "cold") else "")
+
+
+@dataclass
+class Report:
+    """One run's result; complete at every moment, so that an interrupted run has its report too."""
+
+    verb: str
+    image_ref: str = ""
+    image_id: str | None = None
+    toolchain: str | None = None
+    cache: str = ""
+    tasks: list[TaskResult] = field(default_factory=list)
+    gpus: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, *states: str) -> int:
+        """How many tasks are in one of these states."""
+        return sum(task.state in states for task in self.tasks)
+
+    def document(self, exit_code: int, error: BuilderError | None) -> str:
+        """The one document that ``--json`` prints."""
+        data: dict[str, Any] = {
+            "schema": JSON_SCHEMA,
+            "verb": self.verb,
+            "exit": exit_code,
+            "image": {"ref": self.image_ref, "id": self.image_id},
+            "toolchain": self.toolchain,
+            "cache": self.cache,
+            "tasks": [
+                {
+                    "model": task.model,
+                    "label": task.label,
+                    "key": task.key,
+                    "state": task.state,
+                    "reason": task.reason,
+                    "seconds": None if task.seconds is None else round(task.seconds, 3),
+                    "entries": dict(task.entries),
+                    "entries_added": sum(task.added.values()),
+                    "verified": task.verified,
+                    "proof": task.proof,
+                    "log": task.log,
+                }
+                for task in self.tasks
+            ],
+            "gpus": self.gpus,
+            "warnings": self.warnings,
+            "seconds": round(self.seconds, 3),
+            **self.extra,
+        }
+        if error is not None:
+            data["error"] = {"message": error.message}
+            if isinstance(error, ProblemsError):
+                data["error"]["problems"] = [
+                    {"place": problem.place, "text": problem.text, "remedy": problem.remedy}
+                    for problem in error.problems
+                ]
+        return json.dumps(data, indent=2)
+
+
+def duration(seconds: float | None) -> str:
+    """``3:41`` or ``1:02:03``; an en dash for None."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 task``, ``2 tasks``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def families(counts: Mapping[str, int], sign: str = "") -> str:
+    """``+518 deep_gemm, +3 triton``; an en dash for nothing."""
+    return ", ".join(f"{sign}{number} {name}" for name, number in sorted(counts.items()) if number) or "–"
+
+
+STATE_STYLE = {
+    "warm": "green",
+    "warmed": "green",
+    "cold": "yellow",
+    "partial": "yellow",
+    "skipped": "yellow",
+    "failed": "red",
+}
+
+
+def task_table(tasks: Sequence[TaskResult]) -> list[list[str]]:
+    """Rows of the table at the end of a run."""
+    rows = []
+    for task in tasks:
+        fresh = task.state != "warm"
+        if task.proof is None:
+            proven = "–"
+        elif task.state == "warmed":
+            proven = "0 new" if task.verified else task.proof
+        else:
+            proven = "yes" if task.verified else task.proof
+        entries = families(task.added, "+") if fresh else families(task.entries)
+        rows.append([task.label, task.state, duration(task.seconds), entries, proven, task.note])
+    return rows
+
+
+TASK_COLUMNS = ("model", "state", "time", "entries", "verified", "note")
+
+
+#: What stands before a line of a container, and before this program's remarks between them.
+LOG_MARKS = {"out": "│", "err": "┃", "note": "▸"}
+
+
+class Console:
+    """Everything people see. Colours and width only on a terminal; collapsed groups only in GitHub Actions.
+
+    A closed stream (``| head``) ends the display and nothing else: the run and its logs go on. Log lines may come from
+    another thread than the rest.
+    """
+
+    def __init__(
+        self, stream: TextIO, *, terminal: bool, github: bool = False, width: int = 80, verbose: bool = False
+    ) -> None:
+        self._stream = stream
+        self._github = github
+        self._terminal = terminal
+        self._width = max(40, width)
+        self._lock = threading.Lock()
+        self.verbose = verbose
+        self.closed = False
+
+    def say(self, text: str = "") -> None:
+        """One or more lines."""
+        with self._lock:
+            if self.closed:
+                return
+            try:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                self.closed = True
+
+    def log(self, stream: str, line: str) -> None:
+        """One line of a container. The mark before it keeps it apart from ours, and from a CI system's commands."""
+        if self._github:
+            line = line.replace("##[", "## [")
+        self.say(f"  {LOG_MARKS[stream]} {line}")
+
+    @contextmanager
+    def group(self, title: str) -> Iterator[None]:
+        """What is said inside belongs to this title; collapsed in GitHub Actions."""
+        self.say(f"::group::{_command_data(title)}" if self._github else title)
+        try:
+            yield
+        finally:
+            if self._github:
+                self.say("::endgroup::")
+
+    def annotate(self, title: str, text: str) -> None:
+        """An error that GitHub Actions shows on the run's page; nothing elsewhere, where the table says it."""
+        if self._github:
+            self.say(f"::error title={_command_property(title)}::{_command_data(text)}")
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Mapping[str, str] = STATE_STYLE
+    ) -> None:
+        """A table that wraps on a terminal, and keeps one row a line in a pipe."""
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in columns:
+            table.add_column(name, overflow="fold", no_wrap=not self._terminal)
+        for row in rows:
+            table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+        buffer = io.StringIO()
+        # A pipe has no width: rows are as long as they need to be, so that grep finds whole sentences.
+        width = self._width if self._terminal else 1000
+        console = RichConsole(
+            file=buffer, force_terminal=self._terminal, width=width, highlight=False, legacy_windows=False
+        )
+        console.print(table)
+        self.say("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
+
+
+def _command_data(text: str) -> str:
+    """Escaped as GitHub's runner unescapes it."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _command_property(text: str) -> str:
+    return _command_data(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,196 @@
+"""The story of a run: plan, and for every cold task container → log → verdict → marker; then what it all came to.
+
+``warm`` is that story on one screen. Everything it calls keeps one promise, in the module its name suggests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from builder import runlock
+from builder.container import Deadlines, Outcome
+from builder.errors import BudgetError, EngineLostError, TasksError
+from builder.plan import Item, Plan
+from builder.report import TaskResult, counted, duration
+from builder.session import Session, describe
+from builder.warmup import toolchain
+from builder.warmup.task import Task
+
+
+def warm(session: Session, tasks: tuple[Task, ...]) -> None:
+    """Makes every task warm. Raises what keeps it from that; the session's report is complete either way."""
+    plan = session.plan(tasks)
+    report(session, plan)
+    if not todo(session, plan):
+        return
+    session.ready()
+    with runlock.held(session):
+        plan = session.plan(tasks)  # another builder may have finished while this one waited
+        report(session, plan)
+        announce(session, plan)
+        for number, item in enumerate(todo(session, plan), start=1):
+            if session.budget.over:
+                break
+            with session.console.group(f"[{number}/{len(todo(session, plan))}] {item.task.label}"):
+                settle(session, item, warm_task(session, item))
+    conclude(session)
+
+
+def todo(session: Session, plan: Plan) -> tuple[Item, ...]:
+    """What a run has to do: the cold tasks, or all of them when forced."""
+    return plan.items if session.options.force else plan.cold
+
+
+def warm_task(session: Session, item: Item) -> TaskResult:
+    """One task in one container, to a result that the disk confirms."""
+    if item.config_problem:
+        return result_of(item, "skipped", item.config_problem)
+    limits = Deadlines(
+        task=item.task.timeout,
+        silence=item.task.silence,
+        start=session.manifest.run.start,
+        grace=session.manifest.run.grace,
+    )
+    outcome = session.run(
+        "run",
+        item.task,
+        limits,
+        display=session.console.log,
+        on_event=lambda event: tell(session, event),
+        budget=session.budget,
+    )
+    result = judge_outcome(session, item, outcome)
+    result.seconds = outcome.seconds
+    result.log = str(outcome.log_path) if outcome.log_path else None
+    result.tail = outcome.tail
+    if outcome.ended == "lost":
+        settle(session, item, result)
+        raise EngineLostError(f"the engine was lost while {item.task.label} ran", notes=outcome.problems)
+    return result
+
+
+ENDED_EARLY = {
+    "timeout": ("failed", "timeout: not finished after {task.timeout:.0f} s"),
+    "silence": ("failed", "silence: no output for {task.silence:.0f} s"),
+    "budget": ("cold", "budget: the run's budget ended while it was compiling"),
+    "cancelled": ("cold", "interrupted"),
+    "lost": ("failed", "the engine was lost"),
+}
+
+
+def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
+    """What became of the task. Only a marker that holds on disk makes it warmed, whatever the container said."""
+    verdict = outcome.verdict or {}
+    numbers = {
+        "entries": counts(verdict.get("entries")),
+        "added": counts(verdict.get("added")),
+        "proof": verdict.get("proof"),
+    }
+    if outcome.ended in ENDED_EARLY:
+        state, reason = ENDED_EARLY[outcome.ended]
+        return result_of(item, state, reason.format(task=item.task), **numbers)
+    if outcome.verdict is None:
+        return result_of(item, "failed", f"the container {describe(outcome)} and gave no verdict", **numbers)
+    state, reason = str(verdict.get("state")), str(verdict.get("reason") or "")
+    if outcome.oom and state != "warmed":
+        reason = f"out of memory inside the container; {reason}"
+    if state != "warmed":
+        state = state if state in ("partial", "skipped") else "failed"
+        return result_of(item, state, reason, **numbers)
+    now = session.plan((item.task,)).items[0]
+    if not now.warm:
+        return result_of(item, "failed", f"its marker does not hold: {now.judgement.reason}", **numbers)
+    return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
+
+
+def counts(value: object) -> dict[str, int]:
+    """A family → number table out of an event, whatever the event holds."""
+    if not isinstance(value, dict):
+        return {}
+    return {str(name): number for name, number in value.items() if isinstance(number, int)}
+
+
+def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResult:
+    return TaskResult(item.task.label, item.task.model, item.key, state, reason, **more)
+
+
+def settle(session: Session, item: Item, result: TaskResult) -> None:
+    """Puts a task's result into the report, in the place of its plan, and says it."""
+    tasks = session.report.tasks
+    tasks[[task.label for task in tasks].index(result.label)] = result
+    if result.state in ("warmed", "cold"):
+        session.console.say(f"{result.label}: {result.state} in {duration(result.seconds)}")
+        return
+    session.console.say(f"{result.label}: {result.state}: {result.reason}")
+    if result.tail:
+        session.console.say(
+            f"the last {counted(len(result.tail), 'line')} of its log"
+            + (f" ({result.log})" if result.log else "")
+            + ":"
+        )
+        for line in result.tail:
+            session.console.log("out", line)
+    session.console.annotate(f"{result.label} {result.state}", result.reason)
+
+
+def report(session: Session, plan: Plan) -> None:
+    """The plan as the report of a run that has done nothing yet."""
+    session.report.tasks = [planned(item) for item in plan.items]
+
+
+def planned(item: Item) -> TaskResult:
+    """A task's result before anything is done for it: what its marker says."""
+    marker: Mapping[str, Any] = item.judgement.marker or {}
+    if not item.warm:
+        return result_of(item, "cold", item.judgement.reason)
+    entries = marker.get("entries")
+    return result_of(
+        item,
+        "warm",
+        entries={name: len(names) for name, names in entries.items()} if isinstance(entries, dict) else {},
+        proof=marker.get("proof"),
+        verified=marker.get("proof") == "verified",
+        since=str(marker.get("written", ""))[:10],
+    )
+
+
+def announce(session: Session, plan: Plan) -> None:
+    """The head of a run that has work to do."""
+    image, manifest = session.serving, session.manifest
+    devices = f"{manifest.gpus.count} GPUs" if manifest.gpus.count else "no GPUs"
+    session.console.say(f"warm-cache  {image.ref} ({image.id[:19]}…)  {devices}  cache {session.cache.name}")
+    keys = toolchain.family_keys(plan.items[0].record)
+    session.console.say(f"toolchain {plan.digest} of {counted(len(keys), 'family').replace('familys', 'families')}")
+    cold = todo(session, plan)
+    session.console.say(f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(cold)} warm, {len(cold)} to do")
+    for item in cold:
+        session.console.say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
+
+
+def tell(session: Session, event: Mapping[str, Any]) -> None:
+    """An event of the container, as far as people want to see it above the log."""
+    match event.get("event"):
+        case "phase":
+            session.console.say(f"  ▸ {event.get('phase')}")
+        case "swept":
+            session.console.say(f"  ▸ moved aside {event.get('family')}/{event.get('path')}: {event.get('why')}")
+
+
+def conclude(session: Session) -> None:
+    """Raises the one error that says what the run came to, if it is not success."""
+    states = session.report
+    unfinished = states.count("failed", "partial", "skipped")
+    cold = states.count("cold")
+    if cold and session.budget.over:
+        raise BudgetError(
+            f"the budget ended with {cold} of {counted(len(states.tasks), 'task')} still cold; "
+            "what is finished stays warm, run again to go on"
+        )
+    if unfinished or cold:
+        kinds = [
+            f"{states.count(state)} {state}"
+            for state in ("failed", "partial", "skipped", "cold")
+            if states.count(state)
+        ]
+        raise TasksError(f"{', '.join(kinds)} of {counted(len(states.tasks), 'task')}")

@@ -1,0 +1,284 @@
+"""What one invocation shares: the serving image, the toolchain, the cache root, the lease. Each is resolved when
+first asked for.
+
+The fast path asks for little: an image id, a memo, the markers. So it starts no container, takes no lease and touches
+no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder import __version__, gpus, preflight
+from builder.cache import STORE, CacheRoot
+from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
+from builder.engine import ContainerSpec, Engine, Image, Mount
+from builder.errors import BuilderError, EngineRefusedError, PreflightError
+from builder.image import PROGRAM_ROOT, identity, warmup_image
+from builder.lease import Lease
+from builder.manifest import Manifest
+from builder.plan import Plan, ProbeEnv, make_plan, probe_env
+from builder.report import Console, Report
+from builder.waiting import Deadline
+from builder.warmup import toolchain
+from builder.warmup.task import JOB_VARIABLE, Job, Task
+from builder.warmup.toolchain import Record
+
+#: A probe reads metadata and asks two libraries: well under a second. The rest is a slow disk's share.
+PROBE_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the manifest. Paths are absolute."""
+
+    log_dir: Path
+    state_dir: Path
+    environ: Mapping[str, str]
+    pull: bool = False
+    force: bool = False
+    strict: bool = False
+
+
+@dataclass(eq=False)
+class Session:
+    """One invocation. Use as a context manager: what was taken on the way is given back on every way out."""
+
+    manifest: Manifest
+    engine: Engine
+    console: Console
+    cancel: Cancel
+    report: Report
+    options: Options
+    budget: Deadline
+    run_id: str = field(default_factory=lambda: os.urandom(6).hex())
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _lease: Lease | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def image(self) -> Image | None:
+        """The serving image, pulled first where that was asked for; None when the engine does not have it."""
+        ref = self.manifest.image.ref
+        if self.options.pull:
+            self.console.say(f"pulling {ref}")
+            image: Image | None = self.engine.pull(ref, self.console.say)
+        else:
+            image = self.engine.image(ref)
+        self.report.image_ref = ref
+        self.report.image_id = image.id if image else None
+        return image
+
+    @property
+    def serving(self) -> Image:
+        """The serving image; its absence is a preflight problem, reported with all the others."""
+        if self.image is None:
+            self.ready()
+            raise PreflightError(f"{self.manifest.image.ref} is not on this engine")
+        return self.image
+
+    @functools.cached_property
+    def cache(self) -> CacheRoot:
+        return CacheRoot(self.manifest, self.engine, image=self.serving.id, labels=self.labels("read"))
+
+    @property
+    def lease(self) -> Lease:
+        """The hold on every container of this run; taken with the first one."""
+        if self._lease is None:
+            self._lease = self._stack.enter_context(Lease(self.options.state_dir, run_id=self.run_id))
+        return self._lease
+
+    def labels(self, task: str) -> dict[str, str]:
+        """Labels of a container that is never started, and so needs no lease."""
+        return {"io.sglang.warm-cache.run": self.run_id, "io.sglang.warm-cache.task": task}
+
+    @functools.cached_property
+    def warmup(self) -> Image:
+        """The warm-up image, built on first use."""
+        return warmup_image(self.engine, self.serving, self.manifest.image.setup, self._build_line)
+
+    def _build_line(self, line: str) -> None:
+        if self.console.verbose:
+            self.console.say(line)
+
+    @functools.cache  # noqa: B019 - a session lives as long as the process
+    def ready(self) -> None:
+        """Preflight. Raises PreflightError with every problem of this machine."""
+        problems = list(preflight.problems(self.manifest, self.engine))
+        if problems:
+            raise PreflightError("this machine can't run it", problems)
+
+    def plan(self, tasks: Sequence[Task]) -> Plan:
+        """Judges these tasks against the cache as it is now."""
+        records = self.records(tasks)
+        models = {task.model for task in tasks}
+        with self.cache.view() as root, self.cache.store_view(models) as store:
+            plan = make_plan(tasks, records, root=root, store=store, strict=self.options.strict)
+        self.report.toolchain = plan.digest
+        self.report.cache = self.cache.name
+        return plan
+
+    def records(self, tasks: Sequence[Task]) -> Mapping[ProbeEnv, Record]:
+        """The toolchain record for every environment that tasks have: from the memo where it holds, from a probe
+        elsewhere.
+        """
+        if not hasattr(self, "_records"):
+            self._records: dict[ProbeEnv, Record] = {}
+        host = gpus.host_gpus() if self.engine.local else None
+        for env in sorted({probe_env(task) for task in tasks} - self._records.keys()):
+            with self.cache.view(entries=False) as root:
+                record = toolchain.read_memo(
+                    root,
+                    self.identity,
+                    mount=self.manifest.cache.mount,
+                    gpus=host.model if host else None,
+                    driver=host.driver if host else None,
+                    env=dict(env),
+                )
+            self._records[env] = record if record is not None else self.probe(env)
+        return self._records
+
+    @property
+    def identity(self) -> str:
+        return identity(self.serving, self.manifest.image.setup)
+
+    def probe(self, env: ProbeEnv) -> Record:
+        """Asks a container what its kernels would depend on. It also lays out the cache root and writes the memo."""
+        self.ready()
+        if self.cache.create():
+            self.console.say(f"created {self.cache.name}")
+        task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=PROBE_TIMEOUT)
+        outcome = self.run(
+            "probe",
+            task,
+            Deadlines(task=PROBE_TIMEOUT, silence=PROBE_TIMEOUT, start=self.manifest.run.start, grace=2.0),
+        )
+        found = [event["record"] for event in outcome.events if event.get("event") == "toolchain"]
+        if not found:
+            why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
+            raise BuilderError(f"the probe of {self.manifest.image.ref} told nothing: {why}", notes=outcome.tail)
+        record: Record = found[-1]
+        problems = list(preflight.seen_problems(self.manifest, record))
+        if problems:
+            raise PreflightError("this machine can't run it", problems)
+        return record
+
+    # --- one container -----------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        mode: str,
+        task: Task,
+        deadlines: Deadlines,
+        *,
+        cancel: Cancel | None = None,
+        display: Callable[[str, str], None] | None = None,
+        on_event: Callable[[Mapping[str, Any]], None] | None = None,
+        budget: Deadline | None = None,
+    ) -> Outcome:
+        """One container of the warm-up image in this mode, to its end. Raises PreflightError where no GPU can be
+        had.
+        """
+        manifest, lease = self.manifest, self.lease
+        lifetime = deadlines.task + deadlines.grace + manifest.run.start
+        job = Job(
+            mode=mode,
+            nonce=lease.nonce,
+            mount=manifest.cache.mount,
+            image={"id": self.identity, "digests": list(self.serving.digests), "labels": self.serving.labels},
+            task=task,
+            lease=lease.target,
+            lifetime=lifetime,
+            grace=deadlines.grace,
+            log_limit=manifest.container.log_limit,
+            workdir=self.serving.workdir or "/",
+            secrets=tuple(name for name in manifest.container.secrets if self.options.environ.get(name)),
+            force=self.options.force,
+            observed={"host": socket.gethostname(), "builder": __version__, "image": self.serving.ref},
+        )
+        needs_gpus = mode != "lock"
+        spec = ContainerSpec(
+            image=self.warmup.id,
+            name=f"warm-cache-{self.run_id}-{mode}-{task.label}"[:120],
+            entrypoint=["python3", "-m", "builder.warmup"],
+            command=[],
+            env=self._environment(job),
+            labels=lease.labels(task.label, lifetime),
+            mounts=self._mounts(),
+            gpus=_devices(manifest) if needs_gpus else 0,
+            shm_size=manifest.container.shm_size,
+            network=manifest.container.network,
+            workdir=PROGRAM_ROOT,
+            stop_timeout=int(deadlines.grace) + 1,
+        )
+        self.options.log_dir.mkdir(parents=True, exist_ok=True)
+        log = self.options.log_dir / f"{task.label}.log" if mode == "run" else None
+        sinks = Sinks(log_path=log, display=display)
+        try:
+            with self.cancel.shield() if cancel is None else contextlib.nullcontext():
+                outcome = run_container(
+                    self.engine,
+                    spec,
+                    job=job,
+                    lease=lease,
+                    deadlines=deadlines,
+                    cancel=cancel or self.cancel,
+                    sinks=sinks,
+                    on_event=on_event,
+                    budget=budget,
+                )
+        except EngineRefusedError as error:
+            problem = preflight.no_driver(manifest, error)
+            if problem is None:
+                raise
+            raise PreflightError("this machine can't run it", [problem]) from error
+        self.report.warnings += outcome.problems
+        if cancel is None:
+            self.cancel.check()
+        return outcome
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        """Secrets are handed on by name and never enter the job, a label or a log."""
+        env = {JOB_VARIABLE: job.to_json()}
+        if self.manifest.models.store:
+            env["HF_HOME"] = STORE
+            env["HF_HUB_OFFLINE"] = "0" if self.manifest.models.writable else "1"
+        return env | {name: self.options.environ[name] for name in job.secrets}
+
+    def _mounts(self) -> tuple[Mount, ...]:
+        models = self.manifest.models
+        store = (Mount(source=str(models.store), target=STORE, read_only=not models.writable),) if models.store else ()
+        return (self.cache.mount(), *store)
+
+
+def describe(outcome: Outcome) -> str:
+    """How a container ended, in words that name its status and never return it raw."""
+    if outcome.oom:
+        return "ran out of memory inside the container"
+    if outcome.exit_code is None:
+        return "never reported an exit status"
+    if outcome.exit_code > 128:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(outcome.exit_code - 128).name} (status {outcome.exit_code})"
+    return f"ended with status {outcome.exit_code}"
+
+
+def _devices(manifest: Manifest) -> int | tuple[str, ...]:
+    """What to ask the engine for: these GPUs where the manifest names some, else a number of them."""
+    devices = manifest.gpus.devices
+    return tuple(str(index) for index in devices) if devices else manifest.gpus.count

@@ -1,0 +1,186 @@
+"""The verbs that only read: check, explain, status, env and doctor."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from builder import preflight, run
+from builder.cache import STORE
+from builder.errors import ColdError, PreflightError, UsageError
+from builder.plan import Plan, probe_env
+from builder.report import TaskResult, counted, size
+from builder.session import Session
+from builder.warmup import families, inventory, markers, toolchain
+from builder.warmup.task import Task
+
+
+def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
+    """The plan, reported; None (and every task cold) where there is no cache root to judge by, so that reading makes
+    none.
+    """
+    session.report.image_ref = session.manifest.image.ref
+    if not session.cache.exists():
+        reason = f"no-marker: {session.cache.name} does not exist"
+        session.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in tasks]
+        session.report.cache = session.cache.name
+        return None
+    plan = session.plan(tasks)
+    run.report(session, plan)
+    return plan
+
+
+def check(session: Session, tasks: tuple[Task, ...]) -> None:
+    """Warm or cold per task. Raises ColdError when anything is cold."""
+    judged(session, tasks)
+    cold = [task for task in session.report.tasks if task.state == "cold"]
+    for task in cold:
+        session.console.annotate(f"{task.label} cold", task.reason)
+    if cold:
+        raise ColdError(f"{len(cold)} of {counted(len(tasks), 'task')} cold; run: warm-cache warm")
+
+
+def explain(session: Session, tasks: tuple[Task, ...]) -> None:
+    """Per task: state and reason, and what differs from the nearest marker."""
+    plan = judged(session, tasks)
+    explained = []
+    for index, result in enumerate(session.report.tasks):
+        judgement = plan.items[index].judgement if plan else None
+        because = f", because {result.reason}" if result.reason else f", since {result.since}"
+        session.console.say(f"{result.label}: {result.state}{because}")
+        differences = list(judgement.differences) if judgement else []
+        if differences:
+            session.console.table(("factor", "marker", "now"), [[str(cell) for cell in row] for row in differences])
+        explained.append(
+            {
+                "label": result.label,
+                "state": result.state,
+                "reason": result.reason,
+                "marker": judgement.path if judgement else None,
+                "factors": [dict(zip(("factor", "marker", "now"), row, strict=True)) for row in differences],
+            }
+        )
+    session.report.extra["explain"] = explained
+
+
+def status(session: Session, tasks: tuple[Task, ...]) -> None:
+    """What lies in the cache root: families by key with entries and bytes, and every marker, with its age."""
+    current: dict[str, str] = {}
+    found: list[dict[str, Any]] = []
+    marks: list[dict[str, Any]] = []
+    if session.cache.exists():
+        records = session.records(tasks)
+        current = toolchain.family_keys(next(iter(records.values())))
+        with session.cache.view(everything=True) as root:
+            found = [_family(root, path, current) for path in sorted(root.glob("*/*")) if _is_family(path)]
+            marks = [_marker(path, root) for path in sorted(root.glob("markers/*/*.json"))]
+        session.report.toolchain = toolchain.digest(current)
+    session.report.cache = session.cache.name
+    session.report.extra.update(families=found, markers=marks)
+    session.console.say(f"cache {session.cache.name}, toolchain {session.report.toolchain or 'unknown'}")
+    session.console.table(
+        ("family", "key", "entries", "invalid", "size", "used by"),
+        [
+            [row["family"], row["key"], str(row["entries"]), str(row["invalid"]), size(row["bytes"]), row["use"]]
+            for row in found
+            if row["entries"] or row["invalid"]
+        ],
+    )
+    session.console.table(
+        ("task", "written", "image", "proof", "claims"),
+        [[row["task"], row["written"], row["image"], row["proof"], ", ".join(row["claims"])] for row in marks],
+    )
+
+
+def _is_family(path: Path) -> bool:
+    return path.parent.name in families.FAMILY and path.is_dir()
+
+
+def _family(root: Path, path: Path, current: Mapping[str, str]) -> dict[str, Any]:
+    name, key = path.parent.name, path.name
+    found = inventory.scan(families.FAMILY[name], path)
+    return {
+        "family": name,
+        "key": key,
+        "entries": len(found.valid),
+        "invalid": len(found.invalid),
+        "bytes": found.bytes,
+        "use": "this image" if current.get(name) == key else "another toolchain",
+    }
+
+
+def _marker(path: Path, root: Path) -> dict[str, Any]:
+    marker = markers.read(path)
+    observed = marker.get("observed", {}) if isinstance(marker, dict) else {}
+    written = datetime.fromtimestamp(path.stat().st_mtime, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
+    return {
+        "task": path.parent.name,
+        "path": str(path.relative_to(root)),
+        "written": written,
+        "image": str(observed.get("image", "")) if isinstance(observed, dict) else "",
+        "proof": str(marker.get("proof")) if isinstance(marker, dict) else "unreadable",
+        "claims": sorted(markers.claimed_keys(path)),
+    }
+
+
+# --- env
+# -----------------------------------------------------------------------------------------------------------------
+
+
+def env(session: Session, tasks: tuple[Task, ...], form: str) -> str:
+    """The mounts and variables of a test job that must hit the cache, as docker arguments, shell, GitHub lines or JSON.
+
+    Raises ColdError where there is no cache root, and UsageError for the forms that a process uses in place (shell,
+    github) when the root does not lie at its mount path here.
+    """
+    if not session.cache.exists():
+        raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet; run: warm-cache warm")
+    keys = toolchain.family_keys(next(iter(session.records(tasks).values())))
+    cache = session.manifest.cache
+    variables = families.environment(cache.mount, keys)
+    session.report.toolchain = toolchain.digest(keys)
+    if form in ("shell", "github") and not Path(cache.mount, "layout.json").is_file():
+        raise UsageError(
+            f"--format {form} is for a process that sees the cache at {cache.mount}, and there is none here. "
+            f"Use --format docker, or mount {session.cache.name} at {cache.mount}."
+        )
+    if form == "shell":
+        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items()))
+    if form == "github":
+        return "\n".join(f"{name}={value}" for name, value in sorted(variables.items()))
+    mounts = _mounts(session)
+    if form == "docker":
+        flags = [f"--mount {shlex.quote(mount)}" for mount in mounts]
+        return " ".join(flags + [f"-e {shlex.quote(f'{name}={value}')}" for name, value in sorted(variables.items())])
+    return json.dumps({"toolchain": session.report.toolchain, "mounts": mounts, "env": variables}, indent=2)
+
+
+def _mounts(session: Session) -> list[str]:
+    """Markers and memos are read-only for a job: what it runs may add kernels, never vouch for any."""
+    cache, models = session.manifest.cache, session.manifest.models
+    if cache.root is None:
+        mounts = [f"type=volume,src={cache.volume},dst={cache.mount}"]
+    else:
+        mounts = [f"type=bind,src={cache.root},dst={cache.mount}"]
+        mounts += [
+            f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part},readonly" for part in ("markers", "images")
+        ]
+    if models.store:
+        mounts.append(f"type=bind,src={models.store},dst={STORE},readonly")
+    return mounts
+
+
+def doctor(session: Session, tasks: tuple[Task, ...]) -> None:
+    """Preflight alone. Raises PreflightError with every problem; with an image there, its GPUs are looked at by a
+    container.
+    """
+    problems = list(preflight.problems(session.manifest, session.engine))
+    if not problems:
+        session.probe(probe_env(tasks[0]))
+    else:
+        raise PreflightError("this machine can't run it", problems)
+    session.console.say(f"this machine can run {counted(len(tasks), 'task')} of {session.manifest.image.ref}")
