@@ -20,8 +20,7 @@ from builder.engine import ContainerSpec, Engine, Mount
 from builder.errors import EngineRefusedError
 from builder.manifest import Manifest
 from builder.warmup import families, markers
-
-STORE = "/models"
+from builder.warmup.coverage import STORE_MOUNT as STORE
 
 #: What decides whether a task is warm, without the entries themselves.
 INDEX = ("layout.json", "images", "markers")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__, gpus, preflight
-from builder.cache import STORE, CacheRoot
+from builder.cache import CacheRoot
 from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine, Image, Mount
 from builder.errors import BuilderError, EngineRefusedError, PreflightError
@@ -29,6 +29,7 @@ from builder.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.report import Console, Report
 from builder.waiting import Deadline
 from builder.warmup import toolchain
+from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.task import JOB_VARIABLE, Job, Task
 from builder.warmup.toolchain import Record
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from builder import preflight, run
-from builder.cache import STORE
 from builder.errors import ColdError, PreflightError, UsageError
 from builder.plan import Plan, probe_env
 from builder.report import TaskResult, counted, size
 from builder.session import Session
 from builder.warmup import families, inventory, markers, toolchain
+from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.task import Task
 
 

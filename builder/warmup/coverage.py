@@ -32,6 +32,9 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "command": ("success",),
 }
 
+#: Where containers have the model store (HF_HOME).
+STORE_MOUNT = "/models"
+
 _CONFIG_LIMIT = 16 << 20
 _NUMBER = re.compile(r"-\.?\d")
 
@@ -46,7 +49,7 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
         "sglang commit": sglang["commit"],
         "model": task.model,
         "revision": task.revision,
-        "config.json": config_digest,
+        "config.json": config_digest or _in_image(task, record),
         "argv": argv,
         "env": dict(sorted(task.env.items())),
         "recipe": task.recipe,
@@ -64,6 +67,12 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
             value = [list(pair) for pair in value]
         factors[name] = value
     return factors
+
+
+def _in_image(task: Task, record: Record) -> str | None:
+    """What stands for the config.json of a model that lies in the image."""
+    in_image = task.recipe in NEEDS_CONFIG and is_directory(task.model)
+    return f"in the image {record['factors'].get('image')}" if in_image else None
 
 
 def coverage_digest(factors: Mapping[str, Any]) -> str:
@@ -155,15 +164,24 @@ def _flat(factors: Mapping[str, Any]) -> dict[str, Any]:
 def config_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
     """(sha256 of the model's config.json, None), or (None, what is wrong). Never raises.
 
-    model: a directory (absolute, or beginning with a dot) or ``org/name``, found below `store` (HF_HOME) where the
-    Hugging Face hub keeps it: ``hub/models--org--name/{refs/<revision>,snapshots/<commit>/config.json}``.
+    model: ``org/name``, found below `store` (HF_HOME) where the Hugging Face hub keeps it:
+    ``hub/models--org--name/{refs/<revision>,snapshots/<commit>/config.json}``; or a directory as containers see it,
+    below the store's mount. A directory elsewhere belongs to the image, which the builder cannot look into and which
+    `coverage` names instead: (None, None).
     """
     try:
-        if model.startswith(("/", ".")):
-            return _digest_of(Path(model) / "config.json", lambda path: True)
-        return _hub_digest(store, model, revision)
+        if not is_directory(model):
+            return _hub_digest(store, model, revision)
+        if not Path(model).is_relative_to(STORE_MOUNT):
+            return None, None
+        return _digest_of(store / Path(model).relative_to(STORE_MOUNT) / "config.json", _within(store))
     except (OSError, ValueError, RuntimeError) as error:
         return None, f"{files.printable(model)}: {files.why(error)}"
+
+
+def is_directory(model: str) -> bool:
+    """Whether a task names its model by a path, not by its name on the hub."""
+    return model.startswith(("/", "."))
 
 
 def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
@@ -183,8 +201,12 @@ def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | No
         or not (folder / "snapshots" / commit).is_dir()
     ):
         return None, f"{model} has no revision {wanted} in the store: {folder / 'refs' / wanted} names no snapshot"
+    return _digest_of(folder / "snapshots" / commit / "config.json", _within(store))
+
+
+def _within(store: Path) -> Callable[[Path], bool]:
     inside = store.resolve()
-    return _digest_of(folder / "snapshots" / commit / "config.json", lambda path: path.is_relative_to(inside))
+    return lambda path: path.is_relative_to(inside)
 
 
 def _digest_of(config: Path, inside: Callable[[Path], bool]) -> tuple[str | None, str | None]:

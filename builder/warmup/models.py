@@ -9,6 +9,7 @@ from pathlib import Path
 
 from builder.warmup import flags
 from builder.warmup.coverage import config_digest as digest_of_config
+from builder.warmup.coverage import is_directory
 from builder.warmup.task import Task
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -22,16 +23,18 @@ class Skipped(Exception):
 
 
 def config_digest(task: Task, environ: Mapping[str, str]) -> str | None:
-    """Digest of the model's config.json. Raises Skipped where a part of the model is missing and may not be fetched."""
+    """Digest of the model's config.json; None for a model in the image. Raises Skipped where a part of the model is
+    missing and may not be fetched.
+    """
     store = _store(environ)
     digest, problem = digest_of_config(store, task.model, task.revision)
     if environ.get("HF_HUB_OFFLINE", "1").lower() in ("0", "false", "no", "off"):
         return digest
-    if digest is None:
+    folder = _folder(store, task)
+    if digest is None and (problem or folder is None or not (folder / "config.json").is_file()):
         raise Skipped(problem or f"{task.model} has no config.json")
     dummy = task.load == "dummy" or flags.value(task.argv, flags.LOAD_FORMAT) == "dummy"
-    folder = None if dummy else _folder(store, task)
-    if folder is not None and not any(_weights(folder)):
+    if folder is not None and not dummy and not any(_weights(folder)):
         kinds = ", ".join(WEIGHT_SUFFIXES)
         raise Skipped(f"{task.model}: config.json is there, but no weights ({kinds}) are in {folder}")
     return digest
@@ -58,7 +61,7 @@ def _store(environ: Mapping[str, str]) -> Path:
 
 def _folder(store: Path, task: Task) -> Path | None:
     """The folder of the model's files; None where it cannot be told."""
-    if task.model.startswith(("/", ".")):
+    if is_directory(task.model):
         return Path(task.model)
     home = store / "hub" / f"models--{task.model.replace('/', '--')}"
     revision = task.revision or "main"
