@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, fsync: Callable[[int], None] = os.fsync) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """The file holds `data` or what it held before, also after a crash of the machine. Raises OSError.
 
     The parent directory is made when it is missing. A failure leaves no temporary file behind; a kill may leave one,
@@ -136,13 +136,13 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, fsync: Calla
             os.fchmod(fd, mode)  # whatever the umask: others read what one user wrote
             file.write(data)
             file.flush()
-            fsync(file.fileno())
+            os.fsync(file.fileno())
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fsync(parent)
+        os.fsync(parent)
     finally:
         os.close(parent)

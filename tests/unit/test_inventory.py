@@ -1,0 +1,626 @@
+"""Entries on disk, sound and damaged, and whatever else may lie in a cache root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builder.warmup import inventory
+from builder.warmup.families import FAMILIES, FAMILY, Family
+
+DEEP_GEMM, TRITON, INDUCTOR = FAMILY["deep_gemm"], FAMILY["triton"], FAMILY["inductor"]
+HASH = "26919c501dcd7178482780b19909a352"
+NAME = f"cache/sm90_fp8_gemm_1d2d.{HASH}"
+KEY = "T32MIOZEMOB77T7YLOYO2H74KX47NJXKEGJG75KQVAKWSMNJ6VZA"
+
+
+def elf(size: int = 4096, *, wide: bool = True, order: str = "<", nobits: int = 0) -> bytes:
+    """An ELF file of this size: contents, one section over them, a blank one and NOBITS, then the tables."""
+    header, section, segment = (64, 64, 56) if wide else (52, 40, 32)
+    count = 3
+    sections_at = size - count * section - segment
+    segments_at = size - segment
+    ident = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]) + bytes(9)
+    word = "Q" if wide else "I"
+    head = ident + struct.pack(
+        f"{order}HHI{word}{word}{word}IHHHHHH",
+        2,
+        190,
+        1,
+        0,
+        segments_at,
+        sections_at,
+        0,
+        header,
+        segment,
+        1,
+        section,
+        count,
+        1,
+    )
+    body = bytes(sections_at - header)
+
+    def entry(kind: int, offset: int, length: int) -> bytes:
+        tail = struct.pack(f"{order}II{word}{word}", 0, 0, 1, 0)
+        return struct.pack(f"{order}II{word}{word}{word}{word}", 1, kind, 0, 0, offset, length) + tail
+
+    table = entry(0, 0, 0) + entry(1, header, sections_at - header) + entry(8, header, nobits)
+    if wide:
+        load = struct.pack(f"{order}IIQQQQQQ", 1, 5, header, 0, 0, sections_at - header, 0, 0)
+    else:
+        load = struct.pack(f"{order}IIIIIIII", 1, header, 0, 0, sections_at - header, 0, 5, 0)
+    made = head + body + table + load
+    assert len(made) == size
+    return made
+
+
+def deep_gemm_entry(directory: Path, name: str = NAME, *, old: bool = False) -> Path:
+    entry = directory / name
+    entry.mkdir(parents=True)
+    (entry / "kernel.cu").write_text("// source")
+    (entry / "kernel.cubin").write_bytes(elf())
+    if not old:
+        (entry / "meta.json").write_text('{"config": {}}')
+        (entry / ".committed").touch()
+    return entry
+
+
+def triton_entry(directory: Path, key: str = KEY, *, place: str | None = None) -> Path:
+    entry = directory / key
+    entry.mkdir(parents=True)
+    children = {"mm.ttir": b"module {}", "mm.ptx": b".version", "mm.cubin": elf(), "mm.json": b'{"name": "mm"}'}
+    for name, data in children.items():
+        (entry / name).write_bytes(data)
+    where = place if place is not None else str(entry)
+    (entry / "__grp__mm.json").write_text(json.dumps({"child_paths": {name: f"{where}/{name}" for name in children}}))
+    return entry
+
+
+def problem(family: Family, directory: Path, name: str) -> str | None:
+    """By `check`, which has to say what `scan` says."""
+    found = inventory.check(family, directory, name)
+    listed = inventory.scan(family, directory).entries.get(name)
+    assert found == (inventory.MISSING if listed is None else listed.problem)
+    return found
+
+
+# ELF
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_elf_is_as_long_as_its_tables_say(tmp_path: Path, wide: bool, order: str) -> None:
+    path = tmp_path / "kernel.cubin"
+    data = elf(1024, wide=wide, order=order, nobits=1 << 30)
+    path.write_bytes(data)
+    assert inventory.elf_problem(path) is None
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        assert (inventory.elf_problem(path) or "").startswith("kernel.cubin is "), size
+
+
+def test_elf_problems_say_what_is_wrong(tmp_path: Path) -> None:
+    path, data = tmp_path / "kernel.cubin", elf(32768)
+    assert inventory.elf_problem(path) == "kernel.cubin is missing"
+    expected = {
+        b"": "kernel.cubin is empty",
+        b"\x7fELF": "kernel.cubin is cut: 4 bytes, less than an ELF header",
+        b"not a cubin": "kernel.cubin is not ELF",
+        data[:4096]: f"kernel.cubin is cut: 4096 of {32768 - 56} bytes",
+        bytes(4096): "kernel.cubin is not ELF",
+        # What a machine that crashed leaves of a file that was not fsynced: the right size, zeros behind.
+        data[:4096] + bytes(32768 - 4096): "kernel.cubin is damaged: its section table is blank",
+        data[: 32768 - 56] + bytes(56): "kernel.cubin is damaged: its segment table is blank",
+        data[:32] + bytes(32): "kernel.cubin is damaged: it has neither sections nor segments",
+    }
+    for content, text in expected.items():
+        path.write_bytes(content)
+        assert inventory.elf_problem(path) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(flips=st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 255)), min_size=1, max_size=8))
+def test_a_damaged_elf_file_never_raises(
+    tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]
+) -> None:
+    data = bytearray(elf(1024))
+    for at, value in flips:
+        data[at if at < 64 else 1024 - at % 248 - 1] = value
+    path = tmp_path_factory.getbasetemp() / "flipped.cubin"
+    path.write_bytes(data)
+    found = inventory.elf_problem(path)
+    assert found is None or found.startswith("flipped.cubin is ")
+
+
+# DeepGEMM
+
+
+def test_a_deep_gemm_entry(tmp_path: Path) -> None:
+    entry = deep_gemm_entry(tmp_path)
+    os.utime(entry / ".committed", ns=(5, 1234567891))
+    found = inventory.scan(DEEP_GEMM, tmp_path)
+    assert found.valid == {NAME}
+    assert found.entries[NAME].used_ns == 1234567891
+    assert found.bytes == sum(file.stat().st_size for file in entry.iterdir())
+    assert problem(DEEP_GEMM, tmp_path, NAME) is None
+
+
+def test_the_old_format_has_no_stamp(tmp_path: Path) -> None:
+    name = f"cache/kernel.fp8_gemm.{HASH}"
+    entry = deep_gemm_entry(tmp_path, name, old=True)
+    assert inventory.scan(DEEP_GEMM, tmp_path).entries[name].used_ns == 0
+    assert problem(DEEP_GEMM, tmp_path, name) is None
+    (entry / "kernel.cubin").unlink()
+    assert problem(DEEP_GEMM, tmp_path, name) == "kernel.cubin is missing"
+
+
+Damage = Callable[[Path], None]
+
+
+def _drop(*names: str) -> Damage:
+    def damage(entry: Path) -> None:
+        for name in names:
+            (entry / name).unlink()
+
+    return damage
+
+
+def _write(name: str, data: bytes) -> Damage:
+    def damage(entry: Path) -> None:
+        (entry / name).write_bytes(data)
+
+    return damage
+
+
+def _replace(name: str, make: Damage) -> Damage:
+    def damage(entry: Path) -> None:
+        (entry / name).unlink()
+        make(entry / name)
+
+    return damage
+
+
+def _bind(path: Path) -> None:
+    # A path may be longer than what a socket's address holds, so it is bound by a relative name.
+    before = os.open(".", os.O_RDONLY)
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.fchdir(before)
+        os.close(before)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (_drop(".committed"), "no .committed"),
+        (_drop("kernel.cubin"), "kernel.cubin is missing"),
+        (_drop(".committed", "kernel.cubin"), "no .committed; kernel.cubin is missing"),
+        (_write("kernel.cubin", b""), "kernel.cubin is empty"),
+        (_write("kernel.cubin", elf()[:512]), f"kernel.cubin is cut: 512 of {4096 - 56} bytes"),
+        (_write("kernel.cubin", bytes(4096)), "kernel.cubin is not ELF"),
+        (_drop("kernel.cu"), "kernel.cu is missing"),
+        (_write("kernel.cu", b""), "kernel.cu is empty"),
+        (_drop("meta.json"), "meta.json is missing"),
+        (_write("meta.json", b""), "meta.json is empty"),
+        (_write("meta.json", b'{"config": '), "meta.json is not JSON: JSONDecodeError"),
+        (_write("meta.json", b"\x80abc"), "meta.json is not JSON: UnicodeDecodeError"),
+        (_write("meta.json", b"[" * 200_000), "meta.json is not JSON: RecursionError"),
+        (_write("meta.json", b"[]"), "meta.json is not an object"),
+        (_replace("kernel.cubin", os.mkfifo), "kernel.cubin is not a regular file"),
+        (_replace("kernel.cubin", lambda path: path.mkdir()), "kernel.cubin is not a regular file"),
+        (_replace("kernel.cubin", lambda path: path.symlink_to(path)), "kernel.cubin is a symbolic link"),
+        (_replace("kernel.cubin", lambda path: path.symlink_to("/etc/passwd")), "kernel.cubin is a symbolic link"),
+        (_replace("meta.json", os.mkfifo), "meta.json is not a regular file"),
+        (_replace("kernel.cu", os.mkfifo), "kernel.cu is not a regular file"),
+        (_replace(".committed", lambda path: path.mkdir()), "no .committed"),
+    ],
+)
+def test_each_damage_of_a_deep_gemm_entry_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
+    damage(deep_gemm_entry(tmp_path))
+    assert problem(DEEP_GEMM, tmp_path, NAME) == text
+    assert inventory.scan(DEEP_GEMM, tmp_path).invalid == {NAME: text}
+
+
+def test_a_socket_in_an_entry(tmp_path: Path) -> None:
+    _replace("kernel.cubin", _bind)(deep_gemm_entry(tmp_path))
+    assert (problem(DEEP_GEMM, tmp_path, NAME) or "").startswith("kernel.cubin is unreadable: ")
+
+
+def test_what_lies_beside_the_entries_is_none(tmp_path: Path) -> None:
+    deep_gemm_entry(tmp_path)
+    (tmp_path / "tmp" / "uuid").mkdir(parents=True)
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "GEMM_n1_k2_g1.lock").touch()
+    (tmp_path / "cache" / "lost+found").mkdir()
+    (tmp_path / "cache" / "file.txt").touch()
+    (tmp_path / "cache" / f"link.{HASH}").symlink_to(tmp_path / NAME)
+    os.mkfifo(tmp_path / "cache" / "fifo.x")
+    assert set(inventory.scan(DEEP_GEMM, tmp_path).entries) == {NAME}
+
+
+def test_checking_500_entries_reads_little(tmp_path: Path) -> None:
+    cubin = elf(1 << 20)
+    entry = deep_gemm_entry(tmp_path)
+    (entry / "kernel.cubin").write_bytes(cubin)
+    begun = time.process_time()
+    for _ in range(500):
+        assert inventory.check(DEEP_GEMM, tmp_path, NAME) is None
+    # Reading the cubins would be half a gigabyte; the aim is 50 ms, the bound leaves room for a busy machine.
+    assert time.process_time() - begun < 0.5
+
+
+# Names from markers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "/",
+        ".",
+        "..",
+        "cache",
+        "cache/",
+        "cache/..",
+        "cache/../cache",
+        "/etc/passwd",
+        "cache//x",
+        "a/b",
+        "cache/a/b",
+        "cache/\0",
+    ],
+)
+def test_a_marker_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
+    deep_gemm_entry(tmp_path)
+    assert inventory.check(DEEP_GEMM, tmp_path, name) == "not a name of an entry"
+    if name not in ("cache", "a/b", "cache/a/b"):
+        assert inventory.check(INDUCTOR, tmp_path, name) == "not a name of an entry"
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.text(max_size=300), family=st.sampled_from(FAMILIES))
+def test_any_name_is_answered(tmp_path_factory: pytest.TempPathFactory, name: str, family: Family) -> None:
+    assert inventory.check(family, tmp_path_factory.getbasetemp() / "nowhere", name) is not None
+    assert inventory.check(family, tmp_path_factory.getbasetemp() / "nowhere", f"cache/{name}") is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
+def test_a_missing_directory_is_an_empty_inventory(tmp_path: Path, family: Family) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("gone", "file", "fifo"):
+        assert inventory.scan(family, tmp_path / name).entries == {}
+        assert inventory.sweep(family, tmp_path / name, tmp_path / "aside", now=1e12, older_than=0) == []
+
+
+# Triton
+
+
+def test_a_triton_entry(tmp_path: Path) -> None:
+    triton_entry(tmp_path)
+    assert inventory.scan(TRITON, tmp_path).valid == {KEY}
+    assert problem(TRITON, tmp_path, KEY) is None
+
+
+def test_triton_paths_are_those_of_the_mount(tmp_path: Path) -> None:
+    directory = tmp_path / "triton" / "0123456789abcdef"
+    triton_entry(directory, place=f"/jit/triton/0123456789abcdef/{KEY}")
+    # From the host, or through the engine, the root lies elsewhere than where the container has it.
+    assert inventory.check(TRITON, directory, KEY) is None
+    assert inventory.check(TRITON, directory, KEY, mount="/jit/") is None
+    assert "another mount path" in (inventory.check(TRITON, directory, KEY, mount="/cache") or "")
+    assert inventory.scan(TRITON, directory, mount="/cache").valid == frozenset()
+
+
+def test_a_relocated_triton_cache_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / "triton" / "0123456789abcdef"
+    triton_entry(directory, place=f"/root/.triton/cache/{KEY}")
+    found = problem(TRITON, directory, KEY)
+    assert found == (
+        f"__grp__mm.json points to /root/.triton/cache/{KEY}/mm.ttir, not here: it was made under another mount path"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (_drop("mm.cubin"), "mm.cubin is missing"),
+        (_write("mm.cubin", b""), "mm.cubin is empty"),
+        (_write("mm.cubin", elf()[:900]), f"mm.cubin is cut: 900 of {4096 - 56} bytes"),
+        (_write("mm.ptx", b""), "mm.ptx is empty"),
+        (_drop("__grp__mm.json"), "no __grp__ file"),
+        (_write("__grp__mm.json", b"{"), "__grp__mm.json is not JSON: JSONDecodeError"),
+        (_write("__grp__mm.json", b"[1]"), "__grp__mm.json has no child_paths"),
+        (_write("__grp__mm.json", b'{"child_paths": {}}'), "__grp__mm.json has no child_paths"),
+        (_write("__grp__mm.json", b'{"child_paths": {"a": 3}}'), "__grp__mm.json has no path for a"),
+        (_write("__grp__mm.json", b'{"child_paths": {"../a": "/a"}}'), "__grp__mm.json has no path for ../a"),
+        (_replace("__grp__mm.json", os.mkfifo), "__grp__mm.json is not a regular file"),
+        (_replace("mm.ptx", os.mkfifo), "mm.ptx is not a regular file"),
+        (_write("launcher.so", b"\x7fELF"), "launcher.so is cut: 4 bytes, less than an ELF header"),
+    ],
+)
+def test_each_damage_of_a_triton_entry_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
+    damage(triton_entry(tmp_path))
+    assert problem(TRITON, tmp_path, KEY) == text
+
+
+def test_launchers_and_autotune_results_need_no_group(tmp_path: Path) -> None:
+    for name, file, data in (("LAUNCHER", "__triton_launcher.so", elf()), ("TUNED", "mm.autotune.json", b"{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(data)
+    assert inventory.scan(TRITON, tmp_path).valid == {"LAUNCHER", "TUNED"}
+    (tmp_path / "LAUNCHER" / "__triton_launcher.so").write_bytes(elf()[:100])
+    assert set(inventory.scan(TRITON, tmp_path).invalid) == {"LAUNCHER"}
+
+
+def test_a_triton_key_in_progress_is_no_entry(tmp_path: Path) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BEGUN" / "tmp.pid_7_abc").mkdir(parents=True)
+    (tmp_path / "BEGUN" / "tmp.pid_7_abc" / "mm.ttir").touch()
+    assert inventory.scan(TRITON, tmp_path).entries == {}
+    assert problem(TRITON, tmp_path, "BEGUN") == inventory.MISSING
+
+
+# Plain files
+
+
+def test_files_that_are_entries_and_files_that_are_not(tmp_path: Path) -> None:
+    good = {"fxgraph/ab/abcd": b"x", "ab/mod.py": b"x", "ab/k.so": elf(), "o/k.o": elf(2048), "g/plain-elf": elf()}
+    for name, data in good.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    for name in (
+        "a.lock",
+        "lock",
+        "locks/x",
+        "tmp/y",
+        ".1.2.tmp",
+        ".staging-x/k.so",
+        "ab/tmp.pid_1/x",
+        ".nfs0001",
+        ".x.tmp.o",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "file").symlink_to(tmp_path / "ab" / "mod.py")
+    os.mkfifo(tmp_path / "fifo")
+    _bind(tmp_path / "socket")
+    assert inventory.scan(INDUCTOR, tmp_path).valid == set(good)
+    assert inventory.scan(INDUCTOR, tmp_path).invalid == {}
+    assert inventory.scan(INDUCTOR, tmp_path).bytes == sum(map(len, good.values()))
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    damaged = {"empty.py": b"", "a/cut.so": elf()[:99], "cut-elf": elf()[:2000], "text.o": b"int main"}
+    for name, data in damaged.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert inventory.scan(INDUCTOR, tmp_path).invalid == {
+        "empty.py": "empty.py is empty",
+        "a/cut.so": f"cut.so is cut: 99 of {4096 - 56} bytes",
+        "cut-elf": f"cut-elf is cut: 2000 of {4096 - 56} bytes",
+        "text.o": "text.o is not ELF",
+    }
+    for name in damaged:
+        assert problem(INDUCTOR, tmp_path, name) is not None
+
+
+def test_names_with_undecodable_bytes(tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path) + b"/caf\xe9\xff.so"
+    Path(os.fsdecode(raw)).write_bytes(elf()[:70])
+    (found,) = inventory.scan(INDUCTOR, tmp_path).entries.values()
+    assert os.fsencode(found.name) == b"caf\xe9\xff.so"
+    assert (found.problem or "").encode() == f"caf\\udce9\\udcff.so is cut: 70 of {4096 - 56} bytes".encode()
+    # Through a marker's JSON and back.
+    name = json.loads(json.dumps(found.name))
+    assert problem(INDUCTOR, tmp_path, name) == found.problem
+    assert inventory.sweep(INDUCTOR, tmp_path, tmp_path / "aside", now=time.time() + 9, older_than=1)
+    assert not Path(os.fsdecode(raw)).exists()
+
+
+def test_an_unreadable_directory_is_one_invalid_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.py").write_text("x")
+    (tmp_path / "closed" / "x.py").write_text("x")
+    real = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = inventory.scan(INDUCTOR, tmp_path)
+    assert found.valid == {"open.py"}
+    assert found.invalid == {"closed": "is unreadable: a directory that cannot be listed"}
+    # Nobody can tell how old it is, nor that it is bad.
+    assert inventory.sweep(INDUCTOR, tmp_path, tmp_path.parent / "aside", now=1e12, older_than=0) == []
+
+
+def test_unreadable_files_are_invalid_and_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep_gemm_entry(tmp_path)
+
+    def refusing(path: str, *_: object) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert problem(DEEP_GEMM, tmp_path, NAME) == (
+        "kernel.cubin is unreadable: Permission denied; meta.json is unreadable: Permission denied"
+    )
+    assert inventory.sweep(DEEP_GEMM, tmp_path, tmp_path / "aside", now=1e12, older_than=0) == []
+
+
+# Differences
+
+
+def test_added_and_used_by_the_stamp(tmp_path: Path) -> None:
+    names = [f"cache/k.{number:032x}" for number in range(4)]
+    for name in names[:3]:
+        os.utime(deep_gemm_entry(tmp_path, name) / ".committed", ns=(1, 1))
+    (tmp_path / names[2] / "kernel.cubin").unlink()
+    before = inventory.scan(DEEP_GEMM, tmp_path)
+    os.utime(tmp_path / names[1] / ".committed", ns=(2, 2))  # a hit
+    (tmp_path / names[2] / "kernel.cubin").write_bytes(elf())  # healed
+    deep_gemm_entry(tmp_path, names[3])
+    after = inventory.scan(DEEP_GEMM, tmp_path)
+    assert inventory.added(before, after) == {names[2], names[3]}
+    assert inventory.used(before, after) == {names[1], names[2], names[3]}
+    assert inventory.added(after, after) == inventory.used(after, after) == set()
+
+
+def test_without_stamps_every_valid_entry_was_used(tmp_path: Path) -> None:
+    triton_entry(tmp_path)
+    triton_entry(tmp_path, "BROKEN").joinpath("mm.cubin").unlink()
+    found = inventory.scan(TRITON, tmp_path)
+    assert inventory.added(found, found) == set()
+    assert inventory.used(found, found) == {KEY}
+
+
+# The sweep
+
+
+def swept(family: Family, directory: Path, *, age: float = 100.0, older_than: float = 10.0) -> dict[str, str]:
+    found = inventory.sweep(family, directory, directory.parent / "aside", now=time.time() + age, older_than=older_than)
+    return dict(found)
+
+
+def test_the_sweep_moves_leftovers_and_bad_entries_aside(tmp_path: Path) -> None:
+    directory = tmp_path / "key"
+    deep_gemm_entry(directory)
+    bad = f"cache/bad.{HASH}"
+    deep_gemm_entry(directory, bad).joinpath(".committed").unlink()
+    (directory / "tmp" / "1234").mkdir(parents=True)
+    (directory / "tmp" / "1234" / "kernel.cu").write_text("x")
+    (directory / "locks").mkdir()
+    (directory / "locks" / "x.lock").touch()
+    assert swept(DEEP_GEMM, directory) == {
+        bad: "no .committed",
+        "tmp/1234": "build abandoned by a process that was killed",
+    }
+    assert inventory.scan(DEEP_GEMM, directory).valid == {NAME}
+    assert not (directory / "tmp" / "1234").exists()
+    assert (directory / "locks" / "x.lock").exists()
+    # Nothing is deleted: both lie aside, whole.
+    assert sorted(len(list(kept.iterdir())) for kept in (tmp_path / "aside").iterdir()) == [1, 3]
+    assert swept(DEEP_GEMM, directory) == {}
+
+
+def test_what_somebody_still_writes_stays(tmp_path: Path) -> None:
+    directory = tmp_path / "key"
+    build = directory / "tmp" / "1234"
+    build.mkdir(parents=True)
+    (build / "kernel.cu").write_text("x")
+    now = time.time()
+    for path in (build, build.parent):
+        os.utime(path, (now - 1000, now - 1000))
+    # The directory is old, the file in it is new.
+    assert inventory.sweep(DEEP_GEMM, directory, tmp_path / "aside", now=now, older_than=100) == []
+    os.utime(build / "kernel.cu", (now - 1000, now - 1000))
+    assert len(inventory.sweep(DEEP_GEMM, directory, tmp_path / "aside", now=now, older_than=100)) == 1
+    assert not (tmp_path / "aside" / "kernel.cu").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("triton", "KEY/tmp.pid_1_x/mm.ttir"),
+        ("inductor", "ab/.1.2.tmp"),
+        ("inductor", "triton/0/tmp.pid_1_x/mm.ttir"),
+        ("flashinfer", "trtllm_deep_gemm/tmp/x/kernel.cu"),
+        ("sglang_jit", "cuda/mod/build-1/.staging-x/mod.so"),
+        ("cute_dsl", "aot/v/.abc.tmp.o"),
+        ("tilelang", "tmp/x/kernel.cu"),
+        ("torch_extensions", "py312_cu130/ext/lock"),
+        ("sglang_cache", "torch_compile_cache/h/rank_0_0/x.tmp"),
+        # Written in place, killed half-way.
+        ("flashinfer", ".cache/flashinfer/0.7.2/90a/cached_ops/op/op.so"),
+        ("tvm_ffi", "mod_0/main.o"),
+        ("quack", "fp/sha.o"),
+    ],
+)
+def test_what_a_killed_process_leaves_in_each_family(tmp_path: Path, family: str, path: str) -> None:
+    file = tmp_path / "key" / path
+    file.parent.mkdir(parents=True)
+    file.write_bytes(elf()[:100])
+    assert len(swept(FAMILY[family], tmp_path / "key")) == 1
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("flashinfer", ".cache/flashinfer/0/90a/cached_ops/tmp/op.lock"),
+        ("tvm_ffi", "mod_0/lock"),
+        ("quack", "fp/sha.lock"),
+    ],
+)
+def test_flock_files_are_never_moved(tmp_path: Path, family: str, path: str) -> None:
+    file = tmp_path / "key" / path
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert swept(FAMILY[family], tmp_path / "key") == {}
+    assert inventory.scan(FAMILY[family], tmp_path / "key").entries == {}
+
+
+def test_a_leaf_published_by_rename_moves_as_a_whole(tmp_path: Path) -> None:
+    leaf = tmp_path / "key" / "cuda_90a" / "mod" / "build-1" / "deps-2"
+    leaf.mkdir(parents=True)
+    (leaf / "mod.so").write_bytes(elf()[:100])
+    (leaf / "sgl_deps.json").write_text("[]")
+    moved = swept(FAMILY["sglang_jit"], tmp_path / "key")
+    assert moved == {"cuda_90a/mod/build-1/deps-2": f"mod.so: mod.so is cut: 100 of {4096 - 56} bytes"}
+    assert not leaf.exists()
+
+
+def test_what_the_driver_manages_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "index").touch()
+    assert swept(FAMILY["cuda"], tmp_path / "key") == {}
+
+
+def test_a_move_that_fails_is_told(tmp_path: Path) -> None:
+    directory = tmp_path / "key"
+    deep_gemm_entry(directory).joinpath(".committed").unlink()
+    (tmp_path / "aside").touch()
+    assert swept(DEEP_GEMM, directory) == {NAME: "no .committed (not moved: File exists)"}
+    assert (directory / NAME).exists()
+
+
+def test_the_same_name_twice_keeps_both(tmp_path: Path) -> None:
+    for _ in range(2):
+        deep_gemm_entry(tmp_path / "key").joinpath("kernel.cubin").unlink()
+        assert len(swept(DEEP_GEMM, tmp_path / "key")) == 1
+    assert len(list((tmp_path / "aside").iterdir())) == 2
+
+
+def test_host_specific_files_are_no_entries_and_are_removed(tmp_path: Path) -> None:
+    family = FAMILY["sglang_cache"]
+    (tmp_path / "gpu_p2p_access_cache_for_0,1.json").write_text("{}")
+    (tmp_path / "gpu_p2p_access_cache_for_0.json").symlink_to("/etc/passwd")
+    (tmp_path / "gpu_p2p_access_cache_for_dir").mkdir()
+    (tmp_path / "torch_compile_cache").mkdir()
+    (tmp_path / "torch_compile_cache" / "x.py").write_text("x")
+    assert set(inventory.scan(family, tmp_path).entries) == {"torch_compile_cache/x.py"}
+    assert inventory.remove_host_specific(family, tmp_path) == [
+        "gpu_p2p_access_cache_for_0,1.json",
+        "gpu_p2p_access_cache_for_0.json",
+    ]
+    assert Path("/etc/passwd").exists()
+    assert inventory.remove_host_specific(family, tmp_path / "gone") == []
+    shutil.rmtree(tmp_path / "gpu_p2p_access_cache_for_dir")
+    assert inventory.remove_host_specific(family, tmp_path) == []
