@@ -67,7 +67,8 @@ def find(name: str, path: Sequence[str] | None = None) -> Package | None:
     """The installed distribution of this name, or None. path: where to look instead of ``sys.path``."""
     found = _distribution(name, path)
     try:
-        version = found.version if found else None
+        # Asking for a field that is not there warns in Python 3.12 and raises later.
+        version = found.metadata["Version"] if found and "Version" in found.metadata else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if found is None or not version:

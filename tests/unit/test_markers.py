@@ -421,7 +421,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(field=st.sampled_from(sorted(build())), value=JSON, below=st.booleans(), gpus=st.sampled_from([8, 4]))
 def test_no_content_of_any_field_ever_raises(
     tmp_path_factory: pytest.TempPathFactory, field: str, value: Any, below: bool, gpus: int
