@@ -106,8 +106,11 @@ halt() {   # ends the engine, in order if it can: what it has written must be th
 }
 
 answers() {   # is there an engine without us?
-  if command -v docker >/dev/null; then timeout 15 docker version >/dev/null 2>&1; else
-    [ -z "${DOCKER_HOST:-}" ] || fail "DOCKER_HOST is $DOCKER_HOST, and the docker command is missing: install the Docker CLI"
+  if command -v docker >/dev/null; then
+    timeout 15 docker version >/dev/null 2>&1
+  elif [ -n "${DOCKER_HOST:-}" ]; then
+    fail "DOCKER_HOST is $DOCKER_HOST, and the docker command is missing: install the Docker CLI"
+  else
     return 1
   fi
 }
@@ -115,7 +118,12 @@ answers() {   # is there an engine without us?
 run() {
   local dir=$1 status=0 child
   shift
-  if answers; then exec "$@"; fi
+  if answers; then
+    # Whoever comes next goes by DOCKER_HOST alone.
+    DOCKER_HOST=${DOCKER_HOST:-$(docker context inspect -f '{{.Endpoints.docker.Host}}' 2>/dev/null || echo unix:///var/run/docker.sock)}
+    export DOCKER_HOST
+    exec "$@"
+  fi
   [ -z "${DOCKER_HOST:-}" ] || fail "no engine answers at DOCKER_HOST=$DOCKER_HOST; start it, or unset DOCKER_HOST"
   enter "$dir"
   exec 8>"$DIR/use.lock"

@@ -1,0 +1,90 @@
+"""docker/stand-in/engine/engine.sh: whose engine a command gets, and the one sentence where it gets none.
+
+Fakes of `docker`, `id` and `unshare` on PATH: nothing is started here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "docker" / "stand-in" / "engine" / "engine.sh"
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs engine.sh with these fakes (name → shell) before everything else on PATH."""
+
+    def run(*arguments: str, fakes: dict[str, str], **environ: str) -> subprocess.CompletedProcess[str]:
+        bin_ = tmp_path / "bin"
+        bin_.mkdir()
+        for name, text in fakes.items():
+            (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
+            (bin_ / name).chmod(0o755)
+        kept = {
+            name: value for name, value in os.environ.items() if name not in ("CI", "DOCKER_HOST", "INSTALL_ENGINE")
+        }
+        env = {**kept, "PATH": f"{bin_}:{os.environ['PATH']}", **environ}
+        return subprocess.run([SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    return run
+
+
+NOBODY = {"docker": "exit 1"}
+SOMEBODY = {"docker": 'case "$1" in version) exit 0 ;; context) echo unix:///from/the/context.sock ;; esac'}
+SHOW = ("sh", "-c", "echo $DOCKER_HOST; exit 7")
+
+
+@pytest.mark.parametrize(
+    ("environ", "host"), [({"DOCKER_HOST": "tcp://there:1"}, "tcp://there:1"), ({}, "unix:///from/the/context.sock")]
+)
+def test_an_engine_that_answers_is_used_and_named(run: Run, tmp_path: Path, environ: dict[str, str], host: str) -> None:
+    done = run("run", str(tmp_path / "engine"), *SHOW, fakes=SOMEBODY, **environ)
+    assert (done.returncode, done.stdout.strip()) == (7, host)
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("fakes", "environ", "said"),
+    [
+        ({}, {"DOCKER_HOST": "unix:///none"}, "no engine answers at DOCKER_HOST=unix:///none"),
+        ({}, {"CI": "true"}, "this is a CI runner: set DOCKER_HOST, or INSTALL_ENGINE=1"),
+        ({"id": "echo 1000"}, {}, "starting a private one needs root"),
+        ({"id": "echo 0", "unshare": "exit 1"}, {}, "needs namespaces that this machine refuses"),
+        (
+            {"id": "echo 0", "unshare": "exit 1"},
+            {"CI": "true", "INSTALL_ENGINE": "1"},
+            "needs namespaces that this machine refuses",
+        ),
+    ],
+)
+def test_one_sentence_says_what_is_missing(
+    run: Run, tmp_path: Path, fakes: dict[str, str], environ: dict[str, str], said: str
+) -> None:
+    done = run("run", str(tmp_path / "engine"), *SHOW, fakes={**NOBODY, **fakes}, **environ)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("arguments", [(), ("up",), ("run", "dir"), ("sideways", "dir")])
+def test_usage(run: Run, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments, fakes=NOBODY)
+    assert done.returncode == 2
+    assert "engine.sh run DIR CMD..." in done.stderr
+
+
+def test_down_where_nothing_runs_is_fine_and_kills_nobody(run: Run, tmp_path: Path) -> None:
+    """A pid file that names another process (pids are used again) must not end it."""
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    (folder / "guardian.pid").write_text(str(os.getpid()))
+    assert run("down", str(folder), fakes=NOBODY).returncode == 0
+    assert not (folder / "guardian.pid").exists()
