@@ -22,7 +22,7 @@ from typing import Any
 
 from builder.attachment import Connection
 from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
-from builder.errors import EngineLostError, EngineRefusedError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.frames import Demux, readable
 from builder.progress import PullProgress
 from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
@@ -88,7 +88,7 @@ class Engine:
             self._tunnel = Tunnel(url)
             url = self._tunnel.url
         elif url.startswith("unix://"):
-            # The usual failure, told before the import; docker-py would also leave its half-made socket behind.
+            # The usual failure: docker-py would leave its half-made socket behind.
             with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as knock:
                 knock.settimeout(self._timeout)
                 knock.connect(url.removeprefix("unix://"))
@@ -420,21 +420,34 @@ class Engine:
 
     @contextlib.contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
-        import docker
-        import requests
-        import urllib3
-
         try:
             yield
-        except docker.errors.APIError as error:
-            raise refusal(doing, error.status_code or 0, str(error.explanation or "")) from error
-        except (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise self._lost(doing, error) from error
-        except (http.client.HTTPException, OSError, ValueError) as error:
-            raise self._lost(doing, error) from error
+        except BuilderError:
+            raise
+        except Exception as error:
+            explained = self._explained(doing, error)
+            if explained is None:
+                raise
+            raise explained from error
 
-    def _lost(self, doing: str, error: BaseException) -> EngineLostError:
-        return loss(doing, error, hint=self._tunnel.complaint() if self._tunnel else "")
+    def _explained(self, doing: str, error: Exception) -> EngineLostError | None:
+        """What it means; None for what is no failure of an engine."""
+        import docker
+        import urllib3
+
+        if isinstance(error, docker.errors.APIError):
+            return refusal(doing, error.status_code or 0, str(error.explanation or ""))
+        # requests' own errors are OSErrors, all of them.
+        lost = (
+            docker.errors.DockerException,
+            urllib3.exceptions.HTTPError,
+            http.client.HTTPException,
+            OSError,
+            ValueError,
+        )
+        if isinstance(error, lost):
+            return loss(doing, error, hint=self._tunnel.complaint() if self._tunnel else "")
+        return None
 
 
 def _version(text: object) -> tuple[int, int] | None:

@@ -1,0 +1,251 @@
+"""Every failure of an engine becomes one sentence that says what to do; docker-py stays behind its border."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
+from builder.engine import Engine
+from builder.errors import EngineLostError, EngineRefusedError
+from builder.spec import ContainerSpec, Mount
+
+
+@pytest.mark.parametrize(
+    ("explanation", "told"),
+    [
+        ('could not select device driver "" with capabilities: [[gpu]]', "install nvidia-container-toolkit"),
+        (
+            'invalid mount config for type "bind": bind source path does not exist: /data/x y',
+            "has no /data/x y: create it",
+        ),
+        ("error setting rlimit type 8: operation not permitted", "CAP_SYS_RESOURCE"),
+        ("write /var/lib/docker/x: no space left on device", "free space"),
+        ("network nowhere not found", "docker network create"),
+    ],
+)
+def test_a_refusal_keeps_the_engines_words_and_adds_a_remedy(explanation: str, told: str) -> None:
+    error = refusal("cannot start it", 500, explanation)
+    assert error.message.startswith(f"cannot start it: {explanation}")
+    assert told in error.message
+    assert (error.status, error.exit_code) == (500, 16)
+
+
+def test_a_refusal_without_words_names_its_status() -> None:
+    assert refusal("cannot start it", 503, "").message == "cannot start it: the engine answered with status 503"
+
+
+def test_what_is_not_there_is_told_apart() -> None:
+    assert isinstance(refusal("x", 404, "No such container: y"), NotFoundError)
+    assert not isinstance(refusal("x", 409, "Conflict"), NotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOENT, "systemctl start docker"),
+        (errno.ECONNREFUSED, "nothing listens there"),
+        (errno.EACCES, "group docker"),
+        (errno.ENETUNREACH, "Network is unreachable"),
+    ],
+)
+def test_a_loss_names_its_innermost_cause(number: int, told: str) -> None:
+    packed = Exception("Connection aborted.", OSError(number, os.strerror(number)))
+    assert told in loss("cannot reach it", packed).message
+
+
+def test_only_broken_connections_are_worth_another_try() -> None:
+    assert is_transient(EngineLostError("x"))
+    for error in (EngineRefusedError("x"), NotFoundError("x"), EngineTimeoutError("x"), OSError("x")):
+        assert not is_transient(error)
+
+
+# --- the real client against sockets that are no engines ---
+
+
+@contextmanager
+def listening(path: Path, answer: Callable[[bytes], bytes | None]) -> Iterator[str]:
+    """A unix socket whose every request gets this answer; None: silence."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            held.append(connection)
+            request = connection.recv(65536)
+            reply = answer(request) if request else b""
+            if reply:
+                connection.sendall(reply)
+            if reply is not None:
+                connection.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"unix://{path}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+        for connection in held:
+            connection.close()
+
+
+def http(body: object, status: str = "200 OK") -> bytes:
+    data = json.dumps(body).encode() if not isinstance(body, bytes) else body
+    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def test_no_engine_is_one_sentence_with_the_address_and_what_to_do(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/docker.sock"
+    with pytest.raises(EngineLostError) as lost:
+        Engine(url).connect()
+    assert url in lost.value.message
+    assert "DOCKER_HOST" in lost.value.message
+    assert "systemctl start docker" in lost.value.message
+    assert "Traceback" not in lost.value.message
+
+
+@pytest.mark.parametrize(
+    "url", ["tcp://127.0.0.1:1", "nonsense", "ssh://", "ssh://-oProxyCommand=x", "tcp://host:port:x"]
+)
+def test_addresses_that_lead_nowhere(url: str) -> None:
+    with pytest.raises(EngineLostError) as lost:
+        Engine(url, timeout=2).connect()
+    assert url in lost.value.message
+
+
+def test_a_socket_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with (
+        listening(tmp_path / "s", lambda request: None) as url,
+        pytest.raises(EngineTimeoutError, match="no answer in time"),
+    ):
+        Engine(url, timeout=0.2).connect()
+
+
+def test_attaching_to_an_engine_that_stopped_answering_is_given_up(tmp_path: Path) -> None:
+    def answer(request: bytes) -> bytes | None:
+        return None if b"/attach" in request else http({"ApiVersion": "1.41", "MinAPIVersion": "1.12"})
+
+    with listening(tmp_path / "s", answer) as url:
+        engine = Engine(url, timeout=0.3).connect()
+        with pytest.raises(EngineTimeoutError):
+            engine.attach_output("x")
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (http({"ApiVersion": "1.39", "MinAPIVersion": "1.12"}), "it has API 1.39"),
+        (http({"no": "version"}), "is no container engine"),
+        (http(b"<html>"), "cannot reach a container engine"),
+        (http(["x"]), "is no container engine"),
+        (http({"message": "no"}, "403 Forbidden"), "no"),
+        (b"\x00\x01garbage", "cannot reach a container engine"),
+        (b"", "cannot reach a container engine"),
+    ],
+)
+def test_what_answers_but_will_not_do(tmp_path: Path, answer: bytes, told: str) -> None:
+    with listening(tmp_path / "s", lambda request: answer) as url, pytest.raises(EngineLostError) as lost:
+        Engine(url, timeout=2).connect()
+    assert told in lost.value.message
+
+
+@pytest.mark.parametrize(
+    ("newest", "oldest", "spoken"), [("1.40", "1.12", "1.40"), ("1.99", "1.44", "1.45"), ("1.99", "1.98", "1.98")]
+)
+def test_the_version_spoken_is_one_that_both_know(tmp_path: Path, newest: str, oldest: str, spoken: str) -> None:
+    from docker.constants import DEFAULT_DOCKER_API_VERSION  # noqa: TID251 - what docker-py knows is the other side
+
+    spoken = DEFAULT_DOCKER_API_VERSION if spoken == "1.45" else spoken
+    with listening(tmp_path / "s", lambda request: http({"ApiVersion": newest, "MinAPIVersion": oldest})) as url:
+        engine = Engine(url, timeout=2).connect()
+        assert engine.api_version == spoken
+        engine.close()
+
+
+def test_help_needs_no_docker_py() -> None:
+    heavy = ("docker", "requests", "tenacity")
+    code = f"import sys, builder.engine, builder.container; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- what is asked of the engine ---
+
+
+def test_the_request_for_a_container_says_exactly_this() -> None:
+    spec = ContainerSpec(
+        image="i",
+        name="n",
+        command=["c"],
+        entrypoint=["e"],
+        env={"A": "b=c"},
+        labels={"l": "v"},
+        mounts=(Mount("/a", "/b", read_only=True), Mount("v", "/c", kind="volume")),
+        gpus=8,
+        shm_size=32 << 30,
+        network="none",
+        stop_timeout=9,
+        workdir="/w",
+        stdin=True,
+    )
+    assert spec.body() == {
+        "Image": "i",
+        "Cmd": ["c"],
+        "Entrypoint": ["e"],
+        "Env": ["A=b=c"],
+        "Labels": {"l": "v"},
+        "WorkingDir": "/w",
+        "StopTimeout": 9,
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "HostConfig": {
+            "Init": True,
+            "IpcMode": "private",
+            "ShmSize": 32 << 30,
+            "NetworkMode": "none",
+            "Mounts": [
+                {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True},
+                {"Type": "volume", "Source": "v", "Target": "/c", "ReadOnly": False, "VolumeOptions": {"NoCopy": True}},
+            ],
+            "Tmpfs": {},
+            "Ulimits": [
+                {"Name": "memlock", "Soft": -1, "Hard": -1},
+                {"Name": "stack", "Soft": 67108864, "Hard": 67108864},
+            ],
+            "LogConfig": {"Type": "json-file", "Config": {"max-size": "1000g", "max-file": "1"}},
+            "DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]], "Count": 8}],
+        },
+    }
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [(-1, {"Count": -1}), (("2", "5"), {"DeviceIDs": ["2", "5"]})])
+def test_gpus_by_number_or_by_name(gpus: int | tuple[str, ...], wanted: dict[str, object]) -> None:
+    host = ContainerSpec(image="i", name="n", gpus=gpus).body()["HostConfig"]
+    assert host["DeviceRequests"] == [{"Driver": "", "Capabilities": [["gpu"]], **wanted}]
+
+
+def test_no_gpus_is_no_device_request() -> None:
+    body = ContainerSpec(image="i", name="n").body()
+    assert "DeviceRequests" not in body["HostConfig"]
+    assert not {"Cmd", "Entrypoint", "WorkingDir"} & body.keys()
