@@ -28,6 +28,9 @@ from builder.warmup.files import (
 
 MISSING = "missing"
 
+#: The one problem of a Triton entry that a compile in progress has as well: the group file is written last.
+NO_GROUP = "no __grp__ file"
+
 _JSON_LIMIT = 4 << 20
 _ELF_SUFFIXES = (".so", ".o", ".cubin")
 _TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdgcn", ".hsaco")
@@ -126,7 +129,7 @@ def _triton_problems(family: Family, base: str, name: str, mount: str | None) ->
     if groups:
         loose = [file for file in names if file.endswith(".so")]
     elif any(file.endswith(_TRITON_PARTS) for file in names):
-        return ["no __grp__ file"]
+        return [NO_GROUP]
     else:
         loose = names
     problems = [problem for file in loose if (problem := _file_problem(f"{base}/{name}/{file}", file))]

@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from builder.warmup import elf
-from builder.warmup.entries import MISSING, NAMES, problem_of, size_and_stamp
+from builder.warmup.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_stamp
 from builder.warmup.families import Family
 from builder.warmup.files import UNREADABLE, is_dir, listing, matches, walk, why
 
@@ -122,22 +122,25 @@ def used(before: Inventory, after: Inventory) -> set[str]:
 def sweep(family: Family, directory: Path, aside: Path, *, now: float, older_than: float) -> list[tuple[str, str]]:
     """Renames leftovers and invalid entries into `aside`, so that they are compiled anew. Deletes nothing.
 
-    Only what nobody has written to for `older_than` seconds before `now` (seconds since the epoch, as file times are),
-    at any depth: a build in progress looks like a leftover. Each is one rename within a file system: readers see the
-    whole of it or nothing. Returns (path from the family's directory, why); what could not be moved says so in its why.
+    What may be a build in progress (leftovers, files written in place) moves only when nobody has written to it, at any
+    depth, for `older_than` seconds before `now` (seconds since the epoch, as file times are). An entry that its program
+    publishes by one rename was never seen half-made: invalid, it is damaged, and moves at once; its age would tell
+    nothing anyway, because hits touch it. Each move is one rename within a file system: readers see the whole or
+    nothing. Returns (path from the family's directory, why); what could not be moved says so in its why.
     """
     if not family.claimable:
         return []
     base = str(directory)
-    doomed = dict(_leftovers(family, base))
+    doomed = {name: (reason, True) for name, reason in _leftovers(family, base)}
     for name, problem in scan(family, directory).invalid.items():
         if UNREADABLE in problem:
             continue  # somebody else's file may be good
         whole = _whole(family, name)
-        doomed.setdefault(whole, problem if whole == name else f"{name[len(whole) + 1 :]}: {problem}")
+        reason = problem if whole == name else f"{name[len(whole) + 1 :]}: {problem}"
+        doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
     moved = []
-    for name, reason in sorted(doomed.items()):
-        newest = _newest(f"{base}/{name}")
+    for name, (reason, by_age) in sorted(doomed.items()):
+        newest = _newest(f"{base}/{name}") if by_age else now - older_than
         if newest is None or newest > now - older_than:
             continue
         try:
@@ -204,6 +207,11 @@ def _whole(family: Family, name: str) -> str:
         if matches(part, family.whole):
             return "/".join(parts[:depth])
     return name
+
+
+def _may_be_in_progress(family: Family, problem: str) -> bool:
+    """Whether an invalid entry can be one that is just being made."""
+    return {"deep_gemm": False, "triton": problem == NO_GROUP, "files": True}[family.layout]
 
 
 def _newest(path: str) -> float | None:

@@ -535,6 +535,27 @@ def test_what_somebody_still_writes_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "aside" / "kernel.cu").exists()
 
 
+def test_damage_moves_at_once_where_entries_are_published_whole(tmp_path: Path) -> None:
+    directory = tmp_path / "key"
+    deep_gemm_entry(directory / "d").joinpath("kernel.cubin").write_bytes(b"")  # a hit, so that its stamp stays fresh
+    triton_entry(directory / "t").joinpath("mm.cubin").write_bytes(elf()[:99])
+    leaf = directory / "j" / "cuda" / "mod" / "build-1" / "deps-2"
+    leaf.mkdir(parents=True)
+    (leaf / "mod.so").write_bytes(b"")
+    for family, place in ((DEEP_GEMM, "d"), (TRITON, "t"), (FAMILY["sglang_jit"], "j")):
+        assert len(swept(family, directory / place, age=0.0, older_than=600.0)) == 1, family.name
+
+
+def test_what_may_be_in_progress_has_to_be_old(tmp_path: Path) -> None:
+    directory = tmp_path / "key"
+    triton_entry(directory / "t").joinpath("__grp__mm.json").unlink()
+    (directory / "f").mkdir()
+    (directory / "f" / "op.so").write_bytes(elf()[:99])
+    for family, place in ((TRITON, "t"), (FAMILY["flashinfer"], "f")):
+        assert swept(family, directory / place, age=0.0, older_than=600.0) == {}, family.name
+        assert len(swept(family, directory / place, age=700.0, older_than=600.0)) == 1, family.name
+
+
 @pytest.mark.parametrize(
     ("family", "path"),
     [
