@@ -26,6 +26,7 @@ from builder.warmup.task import Job
 LEASE_ENDED = 70
 LIFETIME_OVER = 71
 
+_END = threading.Lock()
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -126,7 +127,8 @@ class Guard:
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process at once, and everything that descends from it first."""
+    """Ends this process at once, and everything that descends from it first. The first caller's status is the one."""
+    _END.acquire()  # never released: whoever comes second, a main thread whose child was just killed, waits for the end
     with contextlib.suppress(Exception):
         kill_descendants(seconds=0.5)
     os._exit(status)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -25,27 +26,38 @@ class Redactor:
     def __init__(self, secrets: Iterable[str]) -> None:
         values = {secret.encode() for secret in secrets}
         self._secrets = sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+        self._any = re.compile(b"|".join(map(re.escape, self._secrets)))
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
         """What may be printed now. The start of a secret at the end of the data waits for the rest of it."""
         if not self._secrets:
             return data
-        data = self.mask(self._held + data)
-        held = max(_overlap(data, secret) for secret in self._secrets)
-        self._held = data[len(data) - held :]
-        return data[: len(data) - held]
+        data = self._held + data
+        shown = []
+        at = 0
+        while True:
+            hold = min(_start_of(secret, data, at) for secret in self._secrets)
+            found = self._any.search(data, at) if self._occurs(data) else None
+            if found is None or found.start() >= hold:
+                break
+            shown += [data[at : found.start()], MASK]
+            at = found.end()
+        self._held = data[hold:]
+        return b"".join((*shown, data[at:hold]))
 
     def flush(self) -> bytes:
         """What was held back, when nothing can follow any more."""
         held, self._held = self._held, b""
-        return held
+        return self.mask(held)
 
     def mask(self, data: bytes) -> bytes:
         """The data with every whole secret replaced."""
-        for secret in self._secrets:
-            data = data.replace(secret, MASK)
-        return data
+        return self._any.sub(MASK, data) if self._occurs(data) else data
+
+    def _occurs(self, data: bytes) -> bool:
+        # Ten times as fast as the regular expression, and nearly every chunk is done with it.
+        return any(secret in data for secret in self._secrets)
 
 
 class Output:
@@ -110,10 +122,9 @@ class Output:
                 view = view[done:]
 
 
-def _overlap(data: bytes, secret: bytes) -> int:
-    """How many bytes at the end of the data are the beginning of the secret."""
-    last = data[1 - len(secret) :]
-    for start in range(len(last)):
-        if secret.startswith(last[start:]):
-            return len(last) - start
-    return 0
+def _start_of(secret: bytes, data: bytes, at: int) -> int:
+    """Where, from ``at`` on, the rest of the data is a mere beginning of the secret; its length where nowhere."""
+    for start in range(max(at, len(data) - len(secret) + 1), len(data)):
+        if secret.startswith(data[start:]):
+            return start
+    return len(data)

@@ -27,7 +27,7 @@ if [ ! -e "$base" ]; then
 	root=$work/base
 	mkdir -p "$root"/usr/{bin,sbin,lib,lib64} "$root"/{tmp,proc,sys,dev,etc,root,run,var/tmp} "$work/debs"
 	for name in bin sbin lib lib64; do ln -s "usr/$name" "$root/$name"; done # the merged /usr that the packages expect
-	(cd "$work/debs" && chmod 755 . "$work" && apt-get download -q $packages >/dev/null)
+	(cd "$work/debs" && chmod 755 . "$work" && apt-get -q -o APT::Sandbox::User=root download $packages >/dev/null)
 	for deb in "$work"/debs/*.deb; do
 		dpkg-deb --fsys-tarfile "$deb" | tar -C "$root" -x --keep-directory-symlink \
 			--exclude=./usr/share/doc --exclude=./usr/share/man --exclude=./usr/share/locale
@@ -49,8 +49,9 @@ python3 "$here/assemble.py" "$work/site"
 cp -r "$work/site/." "$site/"
 install -m 755 "$here/nvcc" "$over/usr/local/cuda/bin/nvcc"
 cp "$base" "$work/root.tar"
-# usr is a real folder in the base, so that these members land beside its own
-tar -C "$over" --numeric-owner --owner=0 --group=0 -rf "$work/root.tar" .
+# Files alone, and the one folder that the base has not: an engine refuses an archive that names a folder twice.
+(cd "$over" && find . -type f -o -name sgl-workspace) | LC_ALL=C sort |
+	tar -C "$over" --no-recursion --numeric-owner --owner=0 --group=0 -T - -rf "$work/root.tar"
 "$docker" import -m "test double: tiny stand-in $key" \
 	-c 'LABEL io.sglang.warm-cache.test-double=tiny' -c "LABEL io.sglang.warm-cache.stand-in.key=$key" \
 	-c 'LABEL ai.sglang.build.commit=0000000000000000000000000000000000000000' \

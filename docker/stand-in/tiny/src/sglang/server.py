@@ -61,7 +61,7 @@ def forward(args):
         (kind.GEMM_NT_F8F8BF16, 24576 // args.tp_size, 1536, 1),
         (kind.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 4096, 7168 // args.tp_size, 32),
     ):
-        compile_utils._maybe_compile_deep_gemm_one_type_all(kernel_type, n, k, groups)  # noqa: SLF001 - as sglang does
+        compile_utils._maybe_compile_deep_gemm_one_type_all(kernel_type, n, k, groups)
 
 
 class Handler(BaseHTTPRequestHandler):

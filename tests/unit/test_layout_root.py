@@ -1,0 +1,76 @@
+"""layout.py: the top of a cache root."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from builder.warmup import layout
+
+
+def test_a_new_root_gets_everything_and_keeps_its_identity(tmp_path: Path) -> None:
+    identity = layout.prepare(tmp_path / "jit")
+    assert layout.prepare(tmp_path / "jit") == identity
+    assert json.loads((tmp_path / "jit" / "layout.json").read_text())["schema"] == layout.SCHEMA
+    assert {path.name for path in (tmp_path / "jit").iterdir()} == {"layout.json", "images", "markers", "locks"}
+    assert layout.run_lock(tmp_path / "jit").is_file()
+
+
+def test_of_many_that_prepare_at_once_all_get_one_identity(tmp_path: Path) -> None:
+    found: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def prepare() -> None:
+        barrier.wait()
+        found.append(layout.prepare(tmp_path))
+
+    threads = [threading.Thread(target=prepare) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"[]", b'{"schema": "1"}', b"[" * 100_000])
+def test_a_broken_layout_file_is_replaced(tmp_path: Path, garbage: bytes) -> None:
+    (tmp_path / "layout.json").write_bytes(garbage)
+    assert layout.prepare(tmp_path) == layout.prepare(tmp_path)
+
+
+def test_a_newer_layout_is_refused_and_left_alone(tmp_path: Path) -> None:
+    text = '{"schema": 2, "id": "theirs"}'
+    (tmp_path / "layout.json").write_text(text)
+    with pytest.raises(layout.LayoutError, match="schema 2"):
+        layout.prepare(tmp_path)
+    assert (tmp_path / "layout.json").read_text() == text
+
+
+def test_a_root_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(layout.LayoutError, match=r"cannot be written: .*file"):
+        layout.prepare(tmp_path / "file")
+
+
+def test_lock_files_are_never_replaced(tmp_path: Path) -> None:
+    layout.prepare(tmp_path)
+    before = layout.run_lock(tmp_path).stat().st_ino
+    layout.prepare(tmp_path)
+    assert layout.run_lock(tmp_path).stat().st_ino == before
+
+
+def test_a_family_directory_has_its_factors_beside_it(tmp_path: Path) -> None:
+    layout.describe_family(tmp_path, "triton", "00ff", {"triton": "3.9.0 ab", "ptxas": None})
+    layout.describe_family(tmp_path, "triton", "00ff", {"triton": "another"})
+    assert (tmp_path / "triton" / "00ff").is_dir()
+    assert json.loads((tmp_path / "triton" / "00ff.json").read_text()) == {
+        "schema": 1,
+        "family": "triton",
+        "key": "00ff",
+        "factors": {"triton": "3.9.0 ab", "ptxas": None},
+    }

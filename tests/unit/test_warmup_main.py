@@ -1,0 +1,400 @@
+"""The in-container program as a whole: modes, verdicts, proofs, markers, and each play of the tiny stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.warmup import markers, toolchain
+from builder.warmup.coverage import config_digest
+from builder.warmup.task import JOB_VARIABLE, Shape
+from tests.program import ROOT, Program
+
+SHAPE = Shape("GEMM_NT_F8F8BF16", 4096, 7168)
+
+
+def marker_files(program: Program) -> list[Path]:
+    return list(program.root.glob("markers/*/*.json"))
+
+
+def memo(program: Program) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(next(program.root.glob("images/*.json")).read_text())["memos"][0]["record"]
+    return found
+
+
+# Modes
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "mode": "run"}'])
+def test_no_job_is_a_sentence_and_not_a_traceback(program: Program, text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "builder.warmup"],
+        env={**program.environ, JOB_VARIABLE: text},
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert done.stdout == b""
+
+
+def test_a_run_without_a_task_is_refused(program: Program) -> None:
+    done = program.run(None)
+    assert done.status == 2
+    assert done.events[-1]["event"] == "end"
+
+
+def test_probe_tells_the_toolchain_and_remembers_it(program: Program) -> None:
+    done = program.run(None, mode="probe")
+    assert done.status == 0
+    record = done.all("toolchain")[0]["record"]
+    assert toolchain.sound(record)
+    assert record["sglang"]["version"] == "0.5.23"
+    assert record["factors"]["deep_gemm"].startswith("0.2.3.post2 ")
+    assert "release 13.0" in record["factors"]["nvcc"]
+    assert memo(program) == record
+    assert done.seconds < 3
+
+
+def test_probe_of_a_root_that_cannot_be_written_still_tells(program: Program) -> None:
+    program.root.write_text("a file")
+    done = program.run(None, mode="probe")
+    assert done.all("toolchain")
+    assert done.status == 20
+    assert b"cannot be written" in done.stderr
+
+
+# A warm-up that works
+
+
+def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
+    task = program.task()
+    done = program.run(task)
+    assert done.status == 0
+    verdict = done.verdict
+    assert (verdict["state"], verdict["reason"], verdict["proof"]) == ("warmed", "", "verified")
+    assert verdict["added"] == verdict["entries"]
+    assert verdict["added"]["deep_gemm"] > 8
+    assert verdict["second_pass_added"] == 0
+    assert len(verdict["shapes"]) == 3
+    judged = markers.judge(
+        program.root,
+        task,
+        record=memo(program),
+        config_digest=config_digest(program.place, task.model, None)[0],
+        strict=True,
+    )
+    assert (judged.state, judged.path) == ("warm", verdict["marker"])
+    assert [event["event"] for event in done.events[-2:]] == ["verdict", "end"]
+
+
+def test_the_next_run_adds_nothing_and_still_knows_what_it_used(program: Program) -> None:
+    first = program.run(program.task()).verdict
+    again = program.run(program.task()).verdict
+    assert (again["state"], again["added"]) == ("warmed", {"deep_gemm": 0})
+    assert again["entries"] == first["entries"]
+    (marker,) = marker_files(program)
+    assert len(json.loads(marker.read_text())["entries"]["deep_gemm"]) == first["entries"]["deep_gemm"]
+
+
+def test_another_task_does_not_claim_what_it_did_not_use(program: Program) -> None:
+    program.run(program.task())
+    fewer = program.run(program.task(label="other", recipe="shapes", argv=(), shapes=(SHAPE,), m_values=(1, 64)))
+    assert fewer.verdict["entries"]["deep_gemm"] > 2
+    marker = json.loads((program.root / fewer.verdict["marker"]).read_text())
+    assert len(marker["entries"]["deep_gemm"]) == 2
+
+
+def test_serve_warms_what_requests_need_and_a_second_server_finds_it(program: Program) -> None:
+    done = program.run(program.task(recipe="serve", argv=("--tp", "8", "--dp", "2"), requests=((4, 2), (600, 2))))
+    assert done.verdict["reason"] == ""
+    assert done.verdict["proof"] == "verified"
+    assert done.verdict["added"]["triton"] == 2
+    assert done.stderr.count(b"Uvicorn running on") == 2
+    assert done.stderr.count(b"SIGTERM received") == 2
+
+
+def test_serve_may_settle_for_steady(program: Program) -> None:
+    done = program.run(program.task(recipe="serve", verify="steady"))
+    assert (done.status, done.verdict["proof"], done.verdict["second_pass_added"]) == (0, "steady", None)
+    assert done.stderr.count(b"Uvicorn running on") == 1
+
+
+def test_shapes_go_over_the_list_of_the_servers_flags(program: Program) -> None:
+    argv = ("--dp", "8", "--enable-dp-attention")
+    done = program.run(program.task(recipe="shapes", argv=argv, shapes=(SHAPE,)))
+    assert done.verdict["proof"] == "verified"
+    assert done.stdout.count(b"num_groups=1 over 1024 Ms") == 2
+
+
+def test_a_command_is_run_again_and_claims_what_it_needs(program: Program) -> None:
+    code = "from triton.cache import compile_kernel; compile_kernel('k', 'x'); print('KERNELS READY')"
+    task = program.task(recipe="command", argv=("python3", "-c", code), success="^KERNELS READY$")
+    done = program.run(task)
+    assert done.verdict["added"] == {"triton": 1}
+    assert done.verdict["proof"] == "verified"
+    assert done.stdout.count(b"KERNELS READY") == 2
+
+
+def test_a_command_that_claims_nothing_runs_once(program: Program) -> None:
+    done = program.run(program.command("print('done')"))
+    assert (done.verdict["proof"], done.verdict["state"]) == ("nothing-claimed", "warmed")
+    assert done.log.count(b"done\n") == 1
+
+
+def test_an_inventory_may_be_enough(program: Program) -> None:
+    done = program.run(program.task(verify="inventory"))
+    assert (done.verdict["proof"], done.verdict["second_pass_added"]) == ("inventory", None)
+    assert b"sweep" not in done.stdout
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("play", "status", "state", "reason"),
+    [
+        (
+            "crash-exit-0",
+            20,
+            "failed",
+            'crash: "Scheduler hit an exception" (RuntimeError: a test double plays a crash)',
+        ),
+        ("crash-hang", 20, "failed", 'crash: "Scheduler hit an exception" (RuntimeError: a test double plays a crash)'),
+        (
+            "exit-3",
+            20,
+            "failed",
+            "exit status 3 without the line 'DeepGEMM Kernels compilation finished successfully.'",
+        ),
+        (
+            "exit-0",
+            20,
+            "failed",
+            "exit status 0 without the line 'DeepGEMM Kernels compilation finished successfully.'",
+        ),
+        ("no-kernels", 20, "failed", "deep_gemm is required and it holds no valid entry"),
+        ("reducing-always", 21, "partial", "sglang reduced max_m for lack of memory"),
+        ("dies-in-second-pass", 20, "failed", 'second pass: crash: "Scheduler hit an exception"'),
+        (
+            "grows-in-second-pass",
+            20,
+            "failed",
+            "the second pass added 3 entries (first: deep_gemm/cache/sm90_fp8_gemm_",
+        ),
+    ],
+)
+def test_no_marker_without_proof(program: Program, play: str, status: int, state: str, reason: str) -> None:
+    done = program.run(program.task(play))
+    assert (done.status, done.verdict["state"]) == (status, state)
+    assert done.verdict["reason"].startswith(reason)
+    assert done.verdict["marker"] is None
+    assert done.events[-1]["event"] == "end"
+    assert not marker_files(program)
+
+
+@pytest.mark.parametrize("play", ["grandchildren", "binary", "reducing", "flood"])
+def test_noise_and_litter_do_no_harm(program: Program, play: str) -> None:
+    environ = {"SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1", "TINY_PLAY": play, "TINY_LINES": "50000"}
+    done = program.run(program.task(env=environ))
+    assert (done.status, done.verdict["proof"]) == (0, "verified")
+    assert done.stdout.count(b"flood ") == (50_000 if play == "flood" else 0)
+
+
+def test_what_memory_cut_short_is_swept_in_full(program: Program) -> None:
+    done = program.run(program.task("reducing"))
+    assert b"reducing max_m to 2048" in done.stderr
+    assert done.stdout.count(b"num_groups=1 over 2560 Ms") == 4  # two dense shapes, finished and then proven
+
+
+def test_success_with_old_kernels_only_is_no_success(program: Program) -> None:
+    program.run(program.task(label="other"))
+    done = program.run(program.task("no-kernels"))
+    assert done.status == 20
+    assert "none of its" in done.verdict["reason"]
+    assert len(marker_files(program)) == 1
+
+
+def test_a_sweep_over_other_ms_proves_less(program: Program) -> None:
+    code = (
+        "from sglang.srt.layers.deep_gemm_wrapper import compile_utils as cu; from sglang import log\n"
+        "log.info('Try DeepGEMM JIT Compiling for <GEMM_NT_F8F8BF16> N=64, K=64, num_groups=1 with all Ms.')\n"
+        "cu._compile_deep_gemm_one_type_all(cu.DeepGemmKernelType.GEMM_NT_F8F8BF16, 64, 64, 1, list(range(1, 301)))\n"
+        "print('DeepGEMM Kernels compilation finished successfully.')\n"
+    )
+    package = program.place / "other" / "sglang"
+    package.mkdir(parents=True)
+    site = program.environ["PYTHONPATH"].split(":")[1]
+    (package / "__init__.py").write_text(f"__path__.append({site + '/sglang'!r})\n")
+    (package / "compile_deep_gemm.py").write_text(code)
+    done = program.run(program.task(), environ={"PYTHONPATH": f"{program.place / 'other'}:{ROOT}:{site}"})
+    assert (done.status, done.verdict["proof"]) == (0, "inventory")
+    assert "300 Ms" in done.verdict["reason"]
+    assert json.loads((program.root / done.verdict["marker"]).read_text())["proof"] == "inventory"
+
+
+def test_a_shape_that_fails_makes_the_task_partial(program: Program) -> None:
+    done = program.run(program.task(recipe="shapes", argv=(), shapes=(SHAPE, Shape("NO_SUCH_KIND", 1, 1))))
+    assert (done.status, done.verdict["state"]) == (21, "partial")
+    assert "1 of 2 shapes done (first: <NO_SUCH_KIND>" in done.verdict["reason"]
+    assert not marker_files(program)
+
+
+def test_a_server_that_dies_before_it_is_healthy(program: Program) -> None:
+    done = program.run(program.task("exit-4", recipe="serve"))
+    assert done.status == 20
+    assert done.verdict["reason"].startswith("the server ended before it was healthy: exit status 4")
+
+
+@pytest.mark.parametrize(
+    ("success", "reason"), [("^READY$", "exit status 0, but no line matched '^READY$'"), ("(", "success is no regular")]
+)
+def test_a_command_needs_its_evidence(program: Program, success: str, reason: str) -> None:
+    done = program.run(program.command("print('not READY')", success=success))
+    assert done.status == 20
+    assert done.verdict["reason"].startswith(reason)
+
+
+def test_a_family_that_the_task_requires_must_hold_something(program: Program) -> None:
+    done = program.run(program.command("pass", families=("triton",)))
+    assert done.status == 20
+    assert done.verdict["reason"].startswith("triton is required and it holds no valid entry")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"recipe": "nonsense"}, "no recipe is called 'nonsense'"),
+        ({"families": ("cuda",)}, "no claimable family is called 'cuda'"),
+        ({"families": ("what",)}, "no claimable family is called 'what'"),
+        ({"recipe": "shapes"}, "the task names no shapes"),
+        ({"recipe": "command", "argv": ()}, "the task has no command"),
+    ],
+)
+def test_a_task_that_makes_no_sense_says_so(program: Program, fields: dict[str, Any], reason: str) -> None:
+    done = program.run(program.task(**fields))
+    assert done.status == 20
+    assert done.verdict["reason"] == reason
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_root_that_cannot_be_written_fails_the_task(program: Program) -> None:
+    program.root.write_text("a file")
+    done = program.run(program.task())
+    assert done.status == 20
+    assert "cannot be written" in done.verdict["reason"]
+    assert b"Traceback" not in done.stderr
+
+
+# Models
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_task_without_its_model_is_skipped(program: Program, missing: str) -> None:
+    (program.model / missing).unlink()
+    done = program.run(program.task())
+    assert (done.status, done.verdict["state"]) == (22, "skipped")
+    assert str(program.model) in done.verdict["reason"]
+
+
+def test_dummy_weights_need_no_checkpoint(program: Program) -> None:
+    (program.model / "model.safetensors").unlink()
+    argv = ("--tp", "8", "--model-loader-extra-config", '{"num_threads": 64}')
+    done = program.run(program.task(argv=argv, load="dummy", layers=4))
+    assert done.status == 0
+    assert b"'load_format': 'dummy'" in done.stderr
+    assert b'{"num_hidden_layers": 4}' in done.stderr
+
+
+def test_a_link_of_the_store_that_leads_nowhere_is_no_checkpoint(program: Program) -> None:
+    home = program.place / "hf" / "hub" / "models--org--name"
+    (home / "refs").mkdir(parents=True)
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    (home / "snapshots" / "abc" / "config.json").write_text("{}")
+    (home / "snapshots" / "abc" / "model.safetensors").symlink_to("/nowhere/model.safetensors")
+    task = program.task(model="org/name")
+    environ = {"HF_HOME": str(program.place / "hf")}
+    assert program.run(task, environ=environ).verdict["state"] == "skipped"
+    (home / "snapshots" / "abc" / "more.bin").write_text("weights")
+    assert program.run(task, environ=environ).verdict["state"] == "warmed"
+
+
+def test_a_store_that_may_be_written_may_be_empty(program: Program) -> None:
+    env = {"HF_HUB_OFFLINE": "0", "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1"}
+    assert program.run(program.task(model="org/absent", env=env)).status == 0
+
+
+# Surroundings
+
+
+def test_what_a_child_sees(program: Program) -> None:
+    code = "import json, os; json.dump(dict(os.environ), open('environ', 'w'))"
+    env = {"TRITON_CACHE_DIR": "/elsewhere", "MINE": "1", "HF_HUB_OFFLINE": "0"}
+    done = program.run(program.command(code, env=env))
+    seen = json.loads((program.place / "environ").read_text())
+    key = done.all("start")[0]["family_keys"]["triton"]
+    assert seen["TRITON_CACHE_DIR"] == f"{program.root}/triton/{key}"
+    assert (seen["MINE"], seen["HF_HUB_OFFLINE"], seen["PYTHONUNBUFFERED"]) == ("1", "0", "1")
+    assert JOB_VARIABLE not in seen
+    assert not Path(seen["HF_MODULES_CACHE"]).parent.exists()  # private to the run, and gone with it
+    factors = json.loads((program.root / "triton" / f"{key}.json").read_text())["factors"]
+    assert factors["mount"] == str(program.root)
+
+
+def test_leftovers_and_host_specific_files_leave(program: Program) -> None:
+    start = program.run(program.command("pass")).all("start")[0]
+    keys = start["family_keys"]
+    build = program.root / "deep_gemm" / keys["deep_gemm"] / "tmp" / "7-dead"
+    build.mkdir(parents=True)
+    young = build.with_name("8-alive")
+    young.mkdir()
+    broken = program.root / "deep_gemm" / keys["deep_gemm"] / "cache" / "k.00000000000000000000000000000000"
+    broken.mkdir(parents=True)
+    os.utime(build, (time.time() - 3600,) * 2)
+    os.utime(broken, (time.time() - 3600,) * 2)
+    host = program.root / "sglang_cache" / keys["sglang_cache"] / "gpu_p2p_access_cache_for_0,1.json"
+    host.write_text("{}")
+    done = program.run(program.task())
+    assert {(event["family"], event["path"]) for event in done.all("swept")} == {
+        ("deep_gemm", "tmp/7-dead"),
+        ("deep_gemm", "cache/k.00000000000000000000000000000000"),
+    }
+    assert not build.exists()
+    assert young.exists()
+    assert not host.exists()
+    assert len(list((program.root / "aside" / f"deep_gemm-{keys['deep_gemm']}").iterdir())) == 2
+
+
+def test_the_families_are_locked_shared_while_it_runs(program: Program) -> None:
+    code = (
+        "import fcntl, glob, sys\n"
+        "paths = glob.glob('jit/locks/*-*.lock')\n"
+        "def refused(path, kind):\n"
+        "    try: fcntl.flock(open(path), kind | fcntl.LOCK_NB)\n"
+        "    except BlockingIOError: return True\n"
+        "print(len(paths), *(sum(bool(refused(p, kind)) for p in paths) for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH)))"
+    )
+    done = program.run(program.command(code))
+    count = len(done.all("start")[0]["family_keys"])
+    assert f"{count} {count} 0\n".encode() in done.log
+
+
+def test_a_foreign_root_full_of_garbage_does_no_harm(program: Program) -> None:
+    start = program.run(program.command("pass")).all("start")[0]
+    for family, key in start["family_keys"].items():
+        folder = program.root / family / key
+        (folder / "cache").mkdir(exist_ok=True)
+        (folder / "cache" / "what.json").write_bytes(b"\xff")
+        (folder / "loop").symlink_to(folder)
+        os.mkfifo(folder / "fifo")
+    for place in ("images", "markers", "locks"):
+        (program.root / place / "garbage").mkdir()
+    assert program.run(program.task()).status == 0
