@@ -24,6 +24,7 @@ def warm(session: Session, tasks: tuple[Task, ...]) -> None:
     report(session, plan)
     if not todo(session, plan):
         return
+    session.sweep()
     session.ready()
     with runlock.held(session):
         plan = session.plan(tasks)  # another builder may have finished while this one waited
@@ -34,6 +35,7 @@ def warm(session: Session, tasks: tuple[Task, ...]) -> None:
                 break
             with session.console.group(f"[{number}/{len(todo(session, plan))}] {item.task.label}"):
                 settle(session, item, warm_task(session, item))
+            session.cancel.check()
     conclude(session)
 
 
@@ -89,6 +91,8 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
     }
     if outcome.ended in ENDED_EARLY:
         state, reason = ENDED_EARLY[outcome.ended]
+        if state == "cold" and item.warm:  # forced, and what it had is there still
+            state = "warm"
         return result_of(item, state, reason.format(task=item.task), **numbers)
     if outcome.verdict is None:
         return result_of(item, "failed", f"the container {describe(outcome)} and gave no verdict", **numbers)
@@ -119,8 +123,9 @@ def settle(session: Session, item: Item, result: TaskResult) -> None:
     """Puts a task's result into the report, in the place of its plan, and says it."""
     tasks = session.report.tasks
     tasks[[task.label for task in tasks].index(result.label)] = result
-    if result.state in ("warmed", "cold"):
-        session.console.say(f"{result.label}: {result.state} in {duration(result.seconds)}")
+    if result.state in ("warmed", "warm", "cold"):
+        why = f" ({result.reason})" if result.reason else ""
+        session.console.say(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
         return
     session.console.say(f"{result.label}: {result.state}: {result.reason}")
     if result.tail:

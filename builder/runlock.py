@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from builder.container import Cancel, Deadlines
-from builder.errors import BuilderError, BusyError
+from builder.errors import BuilderError, BusyError, DefectError, EngineLostError, PreflightError, Problem
 from builder.session import Session, describe
 from builder.waiting import Deadline, poll
 from builder.warmup.task import Task
+from builder.warmup.warm import FAILED
 
 PATH = "locks/run.lock"
+
+#: Seconds without the lock after which people are told what they wait for.
+_SAY_AFTER = 0.5
 
 
 @contextlib.contextmanager
@@ -94,47 +98,81 @@ def _busy(session: Session, who: str) -> BusyError:
 @contextlib.contextmanager
 def _by_container(session: Session) -> Iterator[None]:
     """The lock in the hands of a container that waits for it, holds it, and is stopped when the context ends."""
-    locked, ended, release = threading.Event(), threading.Event(), Cancel()
-    failure: list[BuilderError] = []
-
-    def on_event(event: Mapping[str, Any]) -> None:
-        if event.get("event") == "locked":
-            locked.set()
-
-    def hold() -> None:
-        run = session.manifest.run
-        whole = run.lifetime
-        limits = Deadlines(task=whole, silence=whole, start=run.start, grace=2.0)
-        task = Task(label="lock", model="", recipe="command")
-        try:
-            outcome = session.run("lock", task, limits, cancel=release, on_event=on_event)
-            if not release.is_set:
-                failure.append(
-                    BuilderError(f"the container that holds the run lock {describe(outcome)}", notes=outcome.tail)
-                )
-        except BuilderError as error:
-            failure.append(error)
-        finally:
-            ended.set()
-
     # Everything the thread shares is resolved before it starts.
     _ = session.warmup, session.lease
-    thread = threading.Thread(target=hold, name="run-lock", daemon=True)
-    thread.start()
-    limit = Deadline(session.manifest.run.lock_timeout + session.manifest.run.start)
+    holder = _Holder(session)
     try:
-        while not locked.is_set():
-            session.cancel.check()
-            if ended.is_set():
-                raise failure[0] if failure else BusyError(f"the run lock of {session.cache.name} could not be taken")
-            if limit.over:
-                raise _busy(session, "another builder")
-            poll(
-                lambda: locked.is_set() or ended.is_set() or session.cancel.is_set,
-                Deadline(min(0.2, limit.left())),
-                every=0.02,
-            )
+        holder.wait()
         yield
     finally:
-        release.set(signal.SIGTERM)
-        thread.join()
+        # A signal hurries the container's end, and must not leave it behind.
+        with session.cancel.shield():
+            holder.end()
+
+
+class _Holder:
+    """The container, and the thread that drives it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._cancel = Cancel()
+        self._waiting, self._locked = threading.Event(), threading.Event()
+        self._failure: BuilderError | None = None
+        self._thread = threading.Thread(target=self._run, name="run-lock", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the lock is held. Raises BusyError when it cannot be had in time."""
+        run, console = self._session.manifest.run, self._session.console
+        starting, limit, told = Deadline(run.start), Deadline(None), False
+        while not self._locked.is_set():
+            self._session.cancel.check()
+            if self._failure is not None:
+                raise self._failure
+            if self._waiting.is_set() and not told:
+                limit, told = Deadline(run.lock_timeout), True
+                if not poll(self._is_settled, limit.within(_SAY_AFTER), every=0.02):
+                    console.say(f"waiting for another builder, which warms {self._session.cache.name}")
+            if limit.over or (starting.over and not told):
+                raise _busy(self._session, "another builder")
+            poll(self._is_settled, limit.within(0.2), every=0.02)
+
+    def end(self) -> None:
+        """Lets the lock go: the container is gone when this returns."""
+        failure, hurried = self._failure, self._session.cancel.times
+        self._cancel.set(signal.SIGTERM)
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            if self._session.cancel.times > hurried:
+                hurried = self._session.cancel.times
+                self._cancel.set(signal.SIGTERM)
+        if failure is not None and self._locked.is_set():
+            self._session.report.warnings.append(f"the run lock was lost on the way: {failure.message}")
+
+    def _is_settled(self) -> bool:
+        return self._locked.is_set() or self._failure is not None or self._session.cancel.is_set
+
+    def _run(self) -> None:
+        run = self._session.manifest.run
+        limits = Deadlines(task=run.lifetime, silence=run.lifetime, start=run.start, grace=2.0)
+        task = Task(label="lock", model="", recipe="command")
+        try:
+            outcome = self._session.run("lock", task, limits, cancel=self._cancel, on_event=self._on_event)
+        except BuilderError as error:
+            self._failure = error
+            return
+        except Exception as error:  # noqa: BLE001 - who waits for the lock has to know
+            self._failure = DefectError(f"taking the run lock failed: {type(error).__name__}: {error}")
+            return
+        if outcome.exit_code == FAILED:
+            problem = Problem("cache", outcome.tail[-1] if outcome.tail else "the run lock cannot be taken.")
+            self._failure = PreflightError("this machine can't run it", [problem])
+        elif not self._cancel.is_set:
+            message = f"the container that holds the run lock {describe(outcome)}"
+            self._failure = EngineLostError(message, notes=outcome.tail)
+
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") == "locked":
+            self._locked.set()
+        elif event.get("event") == "phase":
+            self._waiting.set()

@@ -23,7 +23,7 @@ from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine, Image, Mount
 from builder.errors import BuilderError, EngineRefusedError, PreflightError
 from builder.image import PROGRAM_ROOT, identity, warmup_image
-from builder.lease import Lease
+from builder.lease import Lease, sweep
 from builder.manifest import Manifest
 from builder.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.report import Console, Report
@@ -124,6 +124,11 @@ class Session:
         if problems:
             raise PreflightError("this machine can't run it", problems)
 
+    def sweep(self) -> None:
+        """Removes what builders that were killed left on this engine."""
+        for swept in sweep(self.engine, self.options.state_dir):
+            self.console.say(str(swept))
+
     def plan(self, tasks: Sequence[Task]) -> Plan:
         """Judges these tasks against the cache as it is now."""
         records = self.records(tasks)
@@ -169,6 +174,7 @@ class Session:
             task,
             Deadlines(task=PROBE_TIMEOUT, silence=PROBE_TIMEOUT, start=self.manifest.run.start, grace=2.0),
         )
+        self.cancel.check()
         found = [event["record"] for event in outcome.events if event.get("event") == "toolchain"]
         if not found:
             why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
@@ -249,8 +255,6 @@ class Session:
                 raise
             raise PreflightError("this machine can't run it", [problem]) from error
         self.report.warnings += outcome.problems
-        if cancel is None:
-            self.cancel.check()
         return outcome
 
     def _environment(self, job: Job) -> dict[str, str]:

@@ -77,6 +77,7 @@ def _lock(job: Job, output: Output, guard: Guard) -> int:
     try:
         layout.prepare(Path(job.mount))
         path = layout.run_lock(Path(job.mount))
+        output.event("phase", phase="waiting for the run lock")
         guard.acquire(path, exclusive=True)
     except (layout.LayoutError, OSError) as error:
         output.say(str(error))
