@@ -1,0 +1,319 @@
+"""The whole program on real sglang, real DeepGEMM and real compilers. No kernel is run: the stand-in has no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Few Ms: what is proven here is that entries are real, not how many there are.
+MANIFEST = """
+schema = 1
+[image]
+ref = "{image}"
+[container]
+network = "none"
+shm_size = "1g"
+[gpus]
+count = 0
+[defaults]
+recipe = "shapes"
+env = {{ LD_PRELOAD = "/opt/standin/stubs/fakert.so", FAKE_CUDA_DEVICES = "1" }}
+[[task]]
+model = "stand-in/dense"
+shapes = ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"]
+m_values = [64, 128]
+[[task]]
+model = "stand-in/triton"
+recipe = "command"
+argv = ["python3", "/opt/standin/tri.py"]
+success = "TRITON KERNEL READY"
+families = ["triton"]
+env = {{ TRITON_DEFAULT_FP_FUSION = "1" }}
+"""
+
+
+@dataclass
+class Run:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    def task(self, label: str) -> dict[str, Any]:
+        return next(task for task in self.document["tasks"] if task["label"] == label)
+
+
+def warm_cache(*arguments: object, environ: dict[str, str] | None = None) -> Run:
+    done = subprocess.run(
+        [sys.executable, "-m", "builder", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **(environ or {})},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass
+class Warmed:
+    manifest: Path
+    cache: Path
+    first: Run
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory: pytest.TempPathFactory, stand_in_image: str) -> Warmed:
+    """A cache that the program warmed by real compilation, once for all tests here."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    manifest = folder / "manifest.toml"
+    manifest.write_text(MANIFEST.format(image=stand_in_image))
+    cache = folder / "cache"
+    run = warm_cache("warm", "--manifest", manifest, "--cache", cache, "--log-dir", folder / "logs", "--json")
+    assert run.status == 0, run.err
+    return Warmed(manifest, cache, run)
+
+
+@pytest.fixture
+def copy(warmed: Warmed, tmp_path: Path) -> Path:
+    """A copy of the warmed cache, to be damaged."""
+    return Path(shutil.copytree(warmed.cache, tmp_path / "cache", symlinks=True))
+
+
+def kernels(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.glob("deep_gemm/*/cache/*") if path.is_dir())
+
+
+def test_real_kernels_are_compiled_and_proven(warmed: Warmed) -> None:
+    dense, triton = warmed.first.task("dense"), warmed.first.task("triton")
+    assert dense["state"] == "warmed" and dense["verified"] is True
+    assert dense["entries_added"] == len(kernels(warmed.cache)) >= 2
+    assert triton["state"] == "warmed" and triton["entries"]["triton"] >= 1
+    for kernel in kernels(warmed.cache):
+        cubin = (kernel / "kernel.cubin").read_bytes()
+        assert cubin[:4] == b"\x7fELF" and int.from_bytes(cubin[18:20], "little") == 190, "EM_CUDA"
+        assert "sm_90a" in (kernel / "meta.json").read_text()
+
+
+def test_a_second_run_finds_it_warm(warmed: Warmed) -> None:
+    run = warm_cache("warm", "--manifest", warmed.manifest, "--cache", warmed.cache, "--json")
+    assert run.status == 0
+    assert [task["state"] for task in run.document["tasks"]] == ["warm", "warm"]
+    assert warm_cache("check", "--strict", "--manifest", warmed.manifest, "--cache", warmed.cache).status == 0
+
+
+def drop_committed(cache: Path) -> str:
+    (kernels(cache)[0] / ".committed").unlink()
+    return "0 missing, 1 invalid"
+
+
+def drop_cubin(cache: Path) -> str:
+    (kernels(cache)[0] / "kernel.cubin").unlink()
+    return "0 missing, 1 invalid"
+
+
+def drop_cubin_and_committed(cache: Path) -> str:
+    (kernels(cache)[0] / ".committed").unlink()
+    return drop_cubin(cache)
+
+
+def empty_cubin(cache: Path) -> str:
+    (kernels(cache)[0] / "kernel.cubin").write_bytes(b"")
+    return "0 missing, 1 invalid"
+
+
+def cut_cubin(cache: Path) -> str:
+    cubin = kernels(cache)[0] / "kernel.cubin"
+    cubin.write_bytes(cubin.read_bytes()[:-512])
+    return "0 missing, 1 invalid"
+
+
+def drop_entry(cache: Path) -> str:
+    shutil.rmtree(kernels(cache)[0])
+    return "1 missing, 0 invalid"
+
+
+@pytest.mark.parametrize(
+    "damage", [drop_committed, drop_cubin, drop_cubin_and_committed, empty_cubin, cut_cubin, drop_entry]
+)
+def test_check_names_what_is_broken(warmed: Warmed, copy: Path, damage: Callable[[Path], str]) -> None:
+    name = kernels(copy)[0].name
+    counts = damage(copy)
+    run = warm_cache("check", "--manifest", warmed.manifest, "--cache", copy, "--json")
+    assert run.status == 10
+    assert run.task("triton")["state"] == "warm"
+    assert re.match(rf"entries: {counts} \(first: deep_gemm/cache/{re.escape(name)}", run.task("dense")["reason"])
+
+
+def test_check_names_triton_kernels_of_another_mount(warmed: Warmed, copy: Path) -> None:
+    """Triton's group files hold absolute paths: a cache that was filled under another mount path is not this one."""
+    group = next(copy.glob("triton/*/*/__grp__*.json"))
+    group.write_text(group.read_text().replace("/jit/", "/elsewhere/"))
+    run = warm_cache("check", "--manifest", warmed.manifest, "--cache", copy, "--json")
+    assert run.status == 10 and run.task("dense")["state"] == "warm"
+    assert run.task("triton")["reason"].startswith("entries: 0 missing, 1 invalid (first: triton/")
+
+
+def test_leftovers_of_a_kill_are_no_reason_to_be_cold(warmed: Warmed, copy: Path) -> None:
+    root = kernels(copy)[0].parents[1]
+    (root / "tmp" / "0d7c").mkdir(parents=True)
+    (root / "tmp" / "0d7c" / "kernel.cu").write_text("half")
+    (root / "rw:").mkdir()
+    assert warm_cache("check", "--manifest", warmed.manifest, "--cache", copy).status == 0
+
+
+def test_a_damaged_entry_is_compiled_again_and_nothing_else(warmed: Warmed, copy: Path, tmp_path: Path) -> None:
+    drop_cubin(copy)
+    run = warm_cache(
+        "warm",
+        "--manifest",
+        warmed.manifest,
+        "--cache",
+        copy,
+        "--log-dir",
+        tmp_path / "logs",
+        "--json",
+        "--only",
+        "dense",
+    )
+    assert run.status == 0, run.err
+    assert run.task("dense")["entries_added"] == 1
+    assert "moved aside deep_gemm/" in run.err
+    assert warm_cache("check", "--manifest", warmed.manifest, "--cache", copy).status == 0
+
+
+def test_a_job_with_the_printed_environment_compiles_nothing(warmed: Warmed, copy: Path, docker_host: str) -> None:
+    printed = warm_cache("env", "--format", "docker", "--manifest", warmed.manifest, "--cache", copy)
+    assert printed.status == 0, printed.err
+    job = (
+        "from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c\n"
+        "c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.GEMM_NT_F8F8BF16, 4096, 7168, 1, [64, 128])\n"
+    )
+    before = {path.name for path in kernels(copy)}
+    image = warmed.first.document["image"]["id"]
+    command = ["docker", "-H", docker_host, "run", "--rm", "--init", "--network", "none", *shlex.split(printed.out)]
+    command += ["-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so", image, "python3", "-c", job]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in kernels(copy)} == before
+
+
+SERVE = """
+schema = 1
+[image]
+ref = "{image}"
+[container]
+network = "none"
+shm_size = "1g"
+[gpus]
+count = 0
+[defaults]
+env = {{ SGLANG_USE_CPU_ENGINE = "1" }}
+timeout = "5m"
+[[task]]
+model = "/opt/standin/tiny"
+recipe = "{recipe}"
+verify = "inventory"
+requests = [[4, 8], [64, 8]]
+argv = ["--device", "cpu", "--load-format", "dummy", "--attention-backend", "torch_native", "--sampling-backend",
+  "pytorch", "--mem-fraction-static", "0.2", "--max-total-tokens", "4096"]
+"""
+
+
+def serve_manifest(tmp_path: Path, image: str, recipe: str) -> Path:
+    text = SERVE.format(image=image, recipe=recipe)
+    if recipe != "serve":
+        text = text.replace("requests = [[4, 8], [64, 8]]\n", "")
+    manifest = tmp_path / "manifest.toml"
+    manifest.write_text(text)
+    return manifest
+
+
+def test_a_real_server_answers_and_is_warmed(tmp_path: Path, stand_in_image: str) -> None:
+    manifest = serve_manifest(tmp_path, stand_in_image, "serve")
+    run = warm_cache(
+        "warm", "--manifest", manifest, "--cache", tmp_path / "cache", "--log-dir", tmp_path / "logs", "--json"
+    )
+    assert run.status == 0, run.err[-3000:]
+    assert run.document["tasks"][0]["state"] == "warmed"
+    log = Path(run.document["tasks"][0]["log"]).read_text()
+    assert "The server is fired up and ready to roll!" in log
+
+
+def test_a_success_line_alone_is_no_proof(tmp_path: Path, stand_in_image: str) -> None:
+    """On the CPU compile_deep_gemm prints its success line, exits 0, and compiles nothing at all."""
+    manifest = serve_manifest(tmp_path, stand_in_image, "compile-deep-gemm")
+    run = warm_cache(
+        "warm", "--manifest", manifest, "--cache", tmp_path / "cache", "--log-dir", tmp_path / "logs", "--json"
+    )
+    assert run.status == 11
+    task = run.document["tasks"][0]
+    assert task["state"] == "failed" and "deep_gemm" in task["reason"], task
+    assert "DeepGEMM Kernels compilation finished successfully." in Path(task["log"]).read_text()
+    assert not list((tmp_path / "cache" / "markers").iterdir())
+
+
+EIGHT = """
+schema = 1
+[image]
+ref = "{image}"
+[container]
+network = "none"
+shm_size = "1g"
+[gpus]
+count = {count}
+name = "{name}"
+[[task]]
+model = "stand-in/devices"
+recipe = "command"
+argv = ["sh", "-c", "echo devices $NVIDIA_VISIBLE_DEVICES"]
+success = "devices all|devices 0,1,2,3,4,5,6,7"
+families = []
+"""
+
+
+@pytest.fixture(scope="module")
+def eight_gpu_image(stand_in_image: str, docker_host: str) -> Iterator[str]:
+    """The stand-in with eight pretended H200s, whoever looks."""
+    tag = "warm-cache-test:eight"
+    docker = ["docker", "-H", docker_host]
+    text = f"FROM {stand_in_image}\nENV FAKE_CUDA_DEVICES=8\n"
+    subprocess.run([*docker, "build", "-q", "-t", tag, "-"], input=text, text=True, check=True, capture_output=True)
+    yield tag
+    subprocess.run([*docker, "rmi", tag], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize(("count", "name", "status"), [(8, "H200", 0), (8, "B200", 12), (9, "H200", 12)])
+def test_all_eight_gpus_are_asked_for_and_counted(
+    tmp_path: Path, eight_gpu_image: str, count: int, name: str, status: int
+) -> None:
+    manifest = tmp_path / "manifest.toml"
+    manifest.write_text(EIGHT.format(image=eight_gpu_image, count=count, name=name))
+    run = warm_cache(
+        "warm", "--manifest", manifest, "--cache", tmp_path / "cache", "--log-dir", tmp_path / "logs", "--json"
+    )
+    if run.status == 12 and "device driver" in run.err:
+        pytest.skip("this engine has no GPU device driver, not even a fake one")
+    assert run.status == status, run.err
+    if status:
+        assert "GPUs" in [problem["place"] for problem in run.document["error"]["problems"]]
