@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -24,6 +25,7 @@ from builder.attachment import Connection
 from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.frames import Demux, readable
+from builder.greeting import Greeting
 from builder.progress import PullProgress
 from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
 from builder.tunnel import Tunnel
@@ -84,29 +86,43 @@ class Engine:
 
     def _open(self) -> Any:
         url = self.url
+        greeting = None
         if url.startswith("ssh://"):
             self._tunnel = Tunnel(url)
             url = self._tunnel.url
         elif url.startswith("unix://"):
-            # The usual failure: docker-py would leave its half-made socket behind.
-            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as knock:
-                knock.settimeout(self._timeout)
-                knock.connect(url.removeprefix("unix://"))
-        import docker
-        from docker.utils import kwargs_from_env
+            # Where nothing listens this fails first: docker-py would leave its half-made socket behind.
+            greeting = Greeting(url.removeprefix("unix://"), self._timeout)
+        with contextlib.closing(greeting) if greeting else contextlib.nullcontext():
+            import docker
+            from docker.utils import kwargs_from_env
 
+            said, info = greeting.answer() if greeting else (None, {})
+        if info:
+            self._local = _is_this_machine(info)
         # Never from_env(): that one asks for the version with errors of its own.
         options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
-        new_client: Any = docker.APIClient
-        with contextlib.closing(new_client(version="1.40", timeout=self._timeout, **options)) as client:
-            self.api_version = self._agree(client.version(api_version=False))
-        return new_client(version=self.api_version, timeout=self._timeout, **options)
+        api_client: Any = docker.APIClient
+        new_client = functools.partial(api_client, timeout=self._timeout, **options)
+        if said is not None:
+            self.api_version = self._agree(said)
+            # Ours at once, so that whatever happens next closes it.
+            self._client = client = new_client(version=self.api_version)
+            # An engine that is much newer than docker-py may not speak docker-py's version any more.
+            if client.get(client._url("/_ping"), timeout=self._timeout).ok:  # noqa: SLF001
+                return client
+            client.close()
+        with contextlib.closing(new_client(version="1.40")) as client:
+            answer = client.version(api_version=False)
+        known = answer if isinstance(answer, dict) else {}
+        self.api_version = self._agree(known.get("ApiVersion"), known.get("MinAPIVersion"))
+        return new_client(version=self.api_version)
 
-    def _agree(self, answer: Any) -> str:
+    def _agree(self, engines_newest: object, engines_oldest: object = None) -> str:
         """The newest version of the API that both sides know. Raises EngineLostError when there is none for us."""
         from docker.constants import DEFAULT_DOCKER_API_VERSION
 
-        newest = _version(answer.get("ApiVersion") if isinstance(answer, dict) else None)
+        newest = _version(engines_newest)
         if newest is None:
             raise EngineLostError(f"what answers at {self._place()} is no container engine: it gave no API version")
         if newest < MINIMUM_API:
@@ -114,7 +130,7 @@ class Engine:
                 f"the engine at {self._place()} is too old: it has API {newest[0]}.{newest[1]}, and device requests "
                 f"need {MINIMUM_API[0]}.{MINIMUM_API[1]}. Update it to Docker Engine 19.03 or later"
             )
-        oldest = _version(answer.get("MinAPIVersion")) or MINIMUM_API
+        oldest = _version(engines_oldest) or MINIMUM_API
         major, minor = max(oldest, min(newest, _version(DEFAULT_DOCKER_API_VERSION) or newest))
         return f"{major}.{minor}"
 
@@ -149,8 +165,7 @@ class Engine:
         host name and the same running kernel. A builder in a container of its own has another host name.
         """
         if self._local is None:
-            here, info = os.uname(), self.info if self.url.startswith("unix://") else {}
-            self._local = info.get("Name") == here.nodename and info.get("KernelVersion") == here.release
+            self._local = self.url.startswith("unix://") and _is_this_machine(self.info)
         return self._local
 
     # --- images ------------------------------------------------------------------------------------------------------
@@ -448,6 +463,11 @@ class Engine:
         if isinstance(error, lost):
             return loss(doing, error, hint=self._tunnel.complaint() if self._tunnel else "")
         return None
+
+
+def _is_this_machine(info: Mapping[str, Any]) -> bool:
+    here = os.uname()
+    return info.get("Name") == here.nodename and info.get("KernelVersion") == here.release
 
 
 def _version(text: object) -> tuple[int, int] | None:

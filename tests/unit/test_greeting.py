@@ -1,0 +1,110 @@
+"""The greeting saves questions, and never decides anything that the engine did not say."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.engine import Engine
+from builder.errors import EngineLostError
+
+
+class Played:
+    """An engine of which only the first line of each request is looked at. oldest, newest: versions of its API."""
+
+    def __init__(self, info: Mapping[str, Any] | bytes, *, newest: str = "1.41", oldest: str = "1.12") -> None:
+        self.asked: list[str] = []
+        self._info = info if isinstance(info, bytes) else json.dumps(info).encode()
+        self._newest, self._oldest = newest, oldest
+
+    def answer(self, request: bytes) -> bytes:
+        path = request.split(b" ", 2)[1].decode()
+        self.asked.append(path)
+        version, _, name = path.removeprefix("/v").partition("/") if path.startswith("/v1") else ("", "", path[1:])
+        bodies = {
+            "info": self._info,
+            "version": json.dumps({"ApiVersion": self._newest, "MinAPIVersion": self._oldest}).encode(),
+            "_ping": b"OK",
+        }
+        old = version and [int(part) for part in version.split(".")] < [int(part) for part in self._oldest.split(".")]
+        status = "400 Bad Request" if old else "200 OK" if name in bodies else "404 Not Found"
+        body = bodies.get(name, b"{}")
+        head = f"HTTP/1.1 {status}\r\nApi-Version: {self._newest}\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+
+@contextmanager
+def played(path: Path, engine: Played) -> Iterator[Engine]:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                if request := connection.recv(65536):
+                    connection.sendall(engine.answer(request))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    client = Engine(f"unix://{path}", timeout=5)
+    try:
+        yield client
+    finally:
+        client.close()
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+
+
+def here() -> dict[str, str]:
+    return {"Name": os.uname().nodename, "KernelVersion": os.uname().release}
+
+
+def test_one_question_tells_the_version_and_whose_engine_it_is(tmp_path: Path) -> None:
+    engine = Played(here())
+    with played(tmp_path / "s", engine) as client:
+        assert client.connect().local
+        assert client.api_version == "1.41"
+    assert engine.asked == ["/info", "/v1.41/_ping"]
+
+
+@pytest.mark.parametrize("other", ["Name", "KernelVersion"])
+def test_an_engine_of_another_host_is_not_local(tmp_path: Path, other: str) -> None:
+    with played(tmp_path / "s", Played({**here(), other: "another"})) as client:
+        assert not client.connect().local
+
+
+def test_an_engine_that_gave_up_our_version_is_spoken_to_in_its_oldest(tmp_path: Path) -> None:
+    engine = Played(here(), newest="1.99", oldest="1.98")
+    with played(tmp_path / "s", engine) as client:
+        assert client.connect().api_version == "1.98"
+        assert client.local
+    assert "/version" in engine.asked
+
+
+def test_an_engine_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    with played(tmp_path / "s", Played(here(), newest="1.39")) as client, pytest.raises(EngineLostError) as lost:
+        client.connect()
+    assert "it has API 1.39" in lost.value.message
+
+
+@pytest.mark.parametrize("info", [b"", b"no JSON", b"[]", b"[" * 10000])
+def test_an_engine_that_says_nothing_about_itself_is_asked_again(tmp_path: Path, info: bytes) -> None:
+    engine = Played(info)
+    with played(tmp_path / "s", engine) as client:
+        assert client.connect().api_version == "1.41"
+        engine._info = json.dumps(here()).encode()
+        assert client.local
