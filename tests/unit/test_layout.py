@@ -22,7 +22,7 @@ WARMUP = BUILDER / "warmup"
 ORDER = """
     errors
     values document sections tasks manifest
-    spec waiting frames tunnel progress attachment complaints engine image
+    spec waiting frames tunnel progress attachment complaints greeting engine image
     gpus
     resume sinks logs lease container
     cache preflight plan report
