@@ -82,7 +82,8 @@ class _Stream:
 class Child:
     """Runs argv. Use as a context manager: leaving it ends the child and everything that descends from it.
 
-    grace: seconds between SIGTERM and SIGKILL.
+    grace: seconds between SIGTERM and SIGKILL. gentle: SIGTERM goes to the child alone, for a server that stops its own
+    workers and takes their death for a crash; otherwise to its whole group.
     """
 
     def __init__(
@@ -95,10 +96,12 @@ class Child:
         watch: Watch,
         guard: guards.Guard,
         grace: float,
+        gentle: bool = False,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._argv, self._env, self._cwd = list(argv), dict(env), cwd
-        self._output, self._guard, self._grace, self._on_tick = output, guard, grace, on_tick
+        self._output, self._guard, self._on_tick = output, guard, on_tick
+        self._grace, self._gentle = grace, gentle
         self.watch = watch
         self.status: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -163,13 +166,15 @@ class Child:
             self._changed.clear()
 
     def stop(self) -> None:
-        """SIGTERM to the child's group, then SIGKILL to all that it left, setsid or not. Returns when they are gone."""
+        """SIGTERM, then SIGKILL to all that the child left, setsid or not. Returns when they are gone."""
         process = self._process
         if process is None:
             return
-        self._process_group(process, signal.SIGTERM)
+        if not self.ended:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                (os.kill if self._gentle else os.killpg)(process.pid, signal.SIGTERM)
         limit = time.monotonic() + self._grace
-        while not self.ended and time.monotonic() < limit:
+        while not self.ended and time.monotonic() < self._guard.patience(limit):
             self._changed.wait(0.02)
             self._changed.clear()
         guards.kill_descendants(spare=(process.pid,))
@@ -182,11 +187,6 @@ class Child:
         """How the child ended, in words, with the last thing it said."""
         last = f"; last line: {self.watch.last_line}" if self.watch.last_line else ""
         return f"{describe_status(self.status)}{more}{last}"
-
-    def _process_group(self, process: subprocess.Popen[bytes], signum: int) -> None:
-        if not self.ended:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signum)
 
     def _linger(self) -> None:
         limit = time.monotonic() + LINGER_SECONDS

@@ -48,6 +48,7 @@ class Guard:
         self._job = job
         self._on_lifetime = on_lifetime
         self._signum = 0
+        self._signalled = 0.0
         self._wake, self._ring = -1, -1
         self.mode = "none"
 
@@ -72,6 +73,10 @@ class Guard:
         """Raises Stopped when a signal has asked for it. To be called between steps and in every wait."""
         if self._signum:
             raise Stopped(self._signum)
+
+    def patience(self, until: float) -> float:
+        """The moment (monotonic) until which a child may take its time: ``until``, or earlier once a signal came."""
+        return min(until, self._signalled + max(0.5, self._job.grace - 1.0)) if self._signum else until
 
     def acquire(self, path: Path, *, exclusive: bool) -> int:
         """Waits for the lock on a file (made where it is missing) and returns the descriptor that holds it.
@@ -99,6 +104,7 @@ class Guard:
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         # A handler runs between any two instructions of the main thread: no lock, no thread is touched here.
         if not self._signum:
+            self._signalled = time.monotonic()
             self._signum = signum
             os.write(self._ring, b"!")
 

@@ -11,8 +11,6 @@ from builder.warmup.client import Client
 from builder.warmup.setting import Setting, model_argv
 from builder.warmup.watch import Watch
 
-STOP_SECONDS = 15.0  # sglang 0.5.23 drains for up to 15 s
-
 
 class Server:
     """A running, healthy server: ``with Server(setting, watch) as (child, client)``."""
@@ -23,7 +21,7 @@ class Server:
         self._client = Client(port, flags.value(words, flags.API_KEY))
         if not port:
             words += ["--port", str(self._client.port)]
-        self._child = setting.child(words, watch, grace=STOP_SECONDS)
+        self._child = setting.child(words, watch, server=True)
 
     def __enter__(self) -> tuple[Child, Client]:
         self._child.__enter__()

@@ -17,6 +17,9 @@ class Partial(Exception):
     """Something was warmed, and not all of it. The message is the reason."""
 
 
+SERVER_STOP_SECONDS = 15.0  # sglang 0.5.23 drains for up to 15 s
+
+
 @dataclass(frozen=True)
 class Setting:
     """What every pass works with.
@@ -35,8 +38,8 @@ class Setting:
     on_tick: Callable[[], None] = lambda: None
     watches: list[Watch] = field(default_factory=list)
 
-    def child(self, argv: Sequence[str], watch: Watch, *, grace: float | None = None) -> Child:
-        """A child of this task, not started yet."""
+    def child(self, argv: Sequence[str], watch: Watch, *, server: bool = False) -> Child:
+        """A child of this task, not started yet. A server gets the time, and the peace, to stop by itself."""
         self.watches.append(watch)
         return Child(
             argv,
@@ -45,7 +48,8 @@ class Setting:
             output=self.output,
             watch=watch,
             guard=self.guard,
-            grace=self.grace if grace is None else grace,
+            grace=SERVER_STOP_SECONDS if server else self.grace,
+            gentle=server,
             on_tick=self.on_tick,
         )
 

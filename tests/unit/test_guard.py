@@ -96,9 +96,13 @@ def test_the_lifetime_is_the_last_line(program: Program) -> None:
     assert not alive(int((program.place / "pid").read_text()))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_stubborn_child_within_the_grace(program: Program, until: Until, signum: int) -> None:
-    running = program.start(program.task("refuses-sigterm"), grace=2.0)
+@pytest.mark.parametrize(
+    ("signum", "recipe"), [(signal.SIGTERM, "compile-deep-gemm"), (signal.SIGTERM, "serve"), (signal.SIGINT, "serve")]
+)
+def test_a_signal_stops_a_stubborn_child_within_the_grace(
+    program: Program, until: Until, signum: int, recipe: str
+) -> None:
+    running = program.start(program.task("refuses-sigterm", recipe=recipe), grace=2.0)
     until(lambda: b"refused" in running._files[1].read_bytes(), what="the child")
     running.process.send_signal(signum)
     running.process.send_signal(signum)

@@ -119,6 +119,7 @@ def test_serve_warms_what_requests_need_and_a_second_server_finds_it(program: Pr
     assert done.verdict["added"]["triton"] == 2
     assert done.stderr.count(b"Uvicorn running on") == 2
     assert done.stderr.count(b"SIGTERM received") == 2
+    assert b"crashed with exit code" not in done.stderr  # its workers were not signalled behind its back
 
 
 def test_serve_may_settle_for_steady(program: Program) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+import subprocess
 import sys
 import threading
 import types
@@ -124,4 +125,12 @@ def serve(args):
     log.info(f"Uvicorn running on http://{args.host}:{args.port} (Press CTRL+C to quit)")
     ready = threading.Timer(0.1, lambda: (Handler.ready.set(), log.info("The server is fired up and ready to roll!")))
     ready.start()
+    # A worker in the server's process group: whoever signals the group hears the complaint of the original.
+    worker = subprocess.Popen(["sleep", "3600"])
     server.serve_forever(poll_interval=0.02)
+    if worker.poll() is not None:
+        log.info(
+            f"Subprocess scheduler_0 (pid={worker.pid}) crashed with exit code {worker.returncode}. Triggering SIGQUIT"
+        )
+    worker.kill()
+    worker.wait()
