@@ -66,7 +66,8 @@ def make_driver(include, out):
         names |= set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", text))
     rest = sorted(name for name in names if not re.search(rf"\b{name}\s*\(", source))
     (out / "stub.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in rest))
-    compile_shared(f"-I{include}", SOURCES / "fakecuda.c", out / "stub.c", "-o", out / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+    sources = [SOURCES / "fakecuda.c", out / "stub.c"]
+    compile_shared(f"-I{include}", *sources, "-o", out / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
 
 
 def main():

@@ -37,5 +37,5 @@ for name, n, k, groups in PROBLEMS:
         compile_utils._compile_deep_gemm_one_type_all(
             kernel_type=kernel_type, n=n, k=k, num_groups=groups, m_list=list(M_VALUES)
         )
-    entries = len(list((cache / "cache").iterdir()))
-    print(f"{name} N={n}, K={k}, num_groups={groups}: {time.monotonic() - started:.1f} s, {entries} entries", flush=True)
+    seconds, entries = time.monotonic() - started, len(list((cache / "cache").iterdir()))
+    print(f"{name} N={n}, K={k}, num_groups={groups}: {seconds:.1f} s, {entries} entries", flush=True)

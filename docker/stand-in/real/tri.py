@@ -19,8 +19,9 @@ def matmul(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     tl.store(c + i[:, None] * BN + j[None, :], total)
 
 
-signature = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "K": "i32", "BM": "constexpr", "BN": "constexpr", "BK": "constexpr"}
-source = ASTSource(matmul, signature, {"BM": 64, "BN": 64, "BK": 32})
+blocks = {"BM": 64, "BN": 64, "BK": 32}
+signature = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "K": "i32", **dict.fromkeys(blocks, "constexpr")}
+source = ASTSource(matmul, signature, blocks)
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
 print(f"triton {triton.__version__}, cubin of {len(kernel.asm['cubin'])} bytes in {os.environ['TRITON_CACHE_DIR']}")
 print("TRITON KERNEL READY")
