@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
 
 from builder.warmup.files import UNREADABLE, UnreadableError, open_regular, why
 
 MAGIC = b"\x7fELF"
+
+#: Kind, offset and length in a row of a table, by whether the file is a 64-bit one; the rest is skipped. From elf.h.
+_SECTION = {True: "4xI16xQQ24x", False: "4xI8xII16x"}
+_SEGMENT = {True: "I4xQ16xQ16x", False: "II8xI12x"}
+_SHT_NOBITS = 8
 
 
 def problem_of(path: str, label: str) -> str | None:
@@ -54,9 +58,9 @@ def _tables(fd: int, size: int) -> str | None:
         if segment_count == 0xFFFF:
             (segment_count,) = struct.unpack_from(order + "I", first, 0x2C if wide else 0x1C)
     end = 0
-    for what, at, count, step, least in (
-        ("section", sections_at, section_count, section_size, 64 if wide else 40),
-        ("segment", segments_at, segment_count, segment_size, 56 if wide else 32),
+    for what, at, count, step, least, row in (
+        ("section", sections_at, section_count, section_size, 64 if wide else 40, _SECTION[wide]),
+        ("segment", segments_at, segment_count, segment_size, 56 if wide else 32, _SEGMENT[wide]),
     ):
         if not at or not count:
             continue
@@ -65,33 +69,13 @@ def _tables(fd: int, size: int) -> str | None:
         end = max(end, at + count * step)
         if end > size:
             return f"is cut: {size} of {end} bytes"
-        table = os.pread(fd, count * step, at)
-        extents = _section_extents if what == "section" else _segment_extents
-        ends = [offset + length for offset, length in extents(table, count, step, order, wide)]
+        rows = struct.iter_unpack(f"{order}{row}{step - least}x", os.pread(fd, count * step, at))
+        # A row of kind NULL says nothing, and a section of kind NOBITS takes no room in the file.
+        nobits = _SHT_NOBITS if what == "section" else None
+        ends = [offset if kind == nobits else offset + length for kind, offset, length in rows if kind]
         if not ends:
             return f"is damaged: its {what} table is blank"
         end = max(end, *ends)
     if not end:
         return "is damaged: it has neither sections nor segments"
     return f"is cut: {size} of {end} bytes" if end > size else None
-
-
-def _section_extents(table: bytes, count: int, step: int, order: str, wide: bool) -> Iterator[tuple[int, int]]:
-    for index in range(count):
-        (kind,) = struct.unpack_from(order + "I", table, index * step + 4)
-        offset, length = struct.unpack_from(
-            order + ("QQ" if wide else "II"), table, index * step + (0x18 if wide else 0x10)
-        )
-        if kind == 8:  # SHT_NOBITS takes no room in the file
-            yield offset, 0
-        elif kind:  # SHT_NULL says nothing
-            yield offset, length
-
-
-def _segment_extents(table: bytes, count: int, step: int, order: str, wide: bool) -> Iterator[tuple[int, int]]:
-    for index in range(count):
-        (kind,) = struct.unpack_from(order + "I", table, index * step)
-        (offset,) = struct.unpack_from(order + ("Q" if wide else "I"), table, index * step + (8 if wide else 4))
-        (length,) = struct.unpack_from(order + ("Q" if wide else "I"), table, index * step + (0x20 if wide else 0x10))
-        if kind:  # PT_NULL says nothing
-            yield offset, length

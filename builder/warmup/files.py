@@ -57,8 +57,10 @@ def read_bytes(path: str, limit: int) -> bytes:
     try:
         if size > limit:
             raise UnreadableError(f"is too large: {size} bytes")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(limit)
+        data = os.read(fd, size)
+        while len(data) < size and (more := os.read(fd, size - len(data))):
+            data += more
+        return data
     except OSError as error:
         raise UnreadableError(f"{UNREADABLE}: {why(error)}") from None
     finally:
