@@ -1,13 +1,13 @@
 #!/bin/bash
 # make-image.sh TAG: the tiny stand-in image (a test double) on the engine of DOCKER_HOST, without an image registry.
 # The root file system is unpacked from this machine's Debian packages (apt-get download, dpkg-deb: no root, no maintainer
-# scripts) and kept in $WARM_CACHE_CACHE (default ~/.cache/warm-cache-stand-in); the fake packages are laid over it.
+# scripts) and kept in $WARM_CACHE_STAND_IN_CACHE (default ~/.cache/warm-cache-stand-in); the fake packages are laid over it.
 # Where the tag already holds exactly this, nothing is done. DOCKER names the command-line client (default: docker).
 set -eEuo pipefail
 trap 'echo "make-image.sh: failed at line $LINENO: $BASH_COMMAND" >&2' ERR
 tag=${1:?usage: make-image.sh TAG}
 here=$(dirname "$(readlink -f "$0")")
-cache=${WARM_CACHE_CACHE:-$HOME/.cache/warm-cache-stand-in}
+cache=${WARM_CACHE_STAND_IN_CACHE:-$HOME/.cache/warm-cache-stand-in}
 docker=${DOCKER:-docker}
 packages="libc6 libgcc-s1 zlib1g libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libuuid1 libcrypt1 libsqlite3-0 libncursesw6
 libtinfo6 libreadline8 python3.11-minimal libpython3.11-minimal libpython3.11-stdlib media-types busybox-static tini"
