@@ -408,10 +408,19 @@ class Engine:
 
     def _request(self, method: str, path: str, *names: str, timeout: float | None = None, **options: Any) -> Any:
         api = self._api
+        self._knock()
         url = api._url(path, *names)  # noqa: SLF001 - knows the transport and the version
         response = api.request(method, url, timeout=timeout or self._timeout, **options)
         api._raise_for_status(response)  # noqa: SLF001 - gives the engine's words, not only its status
         return response
+
+    def _knock(self) -> None:
+        """Raises OSError when nothing listens on the socket; docker-py would leave one of its own open each time."""
+        url = self._tunnel.url if self._tunnel else self.url
+        if url.startswith("unix://"):
+            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as knock:
+                knock.settimeout(self._timeout)
+                knock.connect(url.removeprefix("unix://"))
 
     def _read(self, doing: str, read: Callable[[], Any]) -> Any:
         def translated() -> Any:

@@ -245,8 +245,8 @@ class Pump:
         """Reads the stored log from its beginning and takes what has not been received."""
         resumes = {stream: Resume(received) for stream, received in self._received.items()}
         for stream, entry in self._engine.log_frames(self._container, follow=follow):
-            if stream in resumes:
-                self._feed(stream, resumes[stream].new(entry))
+            if stream in resumes and (new := resumes[stream].new(entry)):
+                self._feed(stream, new)
             if self._stopped.is_set() if follow else deadline is not None and deadline.over:
                 return
         if not follow:

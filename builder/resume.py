@@ -96,6 +96,9 @@ class Resume:
         """What is new in this entry, which may be everything, nothing, or its end."""
         if self._caught_up:
             return entry
+        if self._unchecked > 0 and entry.count(b"\n") == entry.endswith(b"\n"):
+            self._unchecked -= entry.endswith(b"\n")
+            return b""
         return b"".join(self._piece(piece) for piece in _split(entry))
 
     def end(self) -> bytes:

@@ -61,10 +61,15 @@ class FakeContainer:
     stopping: threading.Event = field(default_factory=threading.Event)
     on_term: int | None = 128 + 15
     changed: threading.Condition = field(default_factory=threading.Condition)
+    writing: threading.Lock = field(default_factory=threading.Lock)
     _partial: dict[int, bytes] = field(default_factory=lambda: {1: b"", 2: b""})
 
     def write(self, stream: int, data: bytes) -> None:
         """Output of the program: to whoever is attached, and into the stored log."""
+        with self.writing:
+            self._write(stream, data)
+
+    def _write(self, stream: int, data: bytes) -> None:
         for output in list(self.outputs):
             try:
                 output.sendall(struct.pack(">BxxxL", stream, len(data)) + data)

@@ -8,6 +8,9 @@ from typing import Any
 
 Step = tuple[str, Any]
 
+#: On every container that tests make themselves, so that what one of them leaves behind can be found.
+LABEL = "io.sglang.warm-cache.test"
+
 #: Plays the steps inside a container. The fake engine plays them itself and never runs this.
 PLAYER = """
 import base64, json, os, signal, sys, threading, time

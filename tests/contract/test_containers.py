@@ -15,9 +15,8 @@ from builder.complaints import NotFoundError
 from builder.errors import EngineRefusedError
 from builder.spec import Containers, ContainerSpec, Mount, State
 from builder.waiting import Deadline, poll
-from tests import real
 from tests.fakes import FakeEngine
-from tests.scripts import HANG, READ, Step, command, err, leave, on_term, out
+from tests.scripts import HANG, LABEL, READ, Step, command, err, leave, on_term, out
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Bench:
                 "image": self.image,
                 "name": f"contract-{os.urandom(6).hex()}",
                 "command": command(*steps),
-                "labels": {real.LABEL: "contract"},
+                "labels": {LABEL: "contract"},
                 "network": "none",
                 "ulimits": {},
                 **more,
@@ -65,14 +64,10 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     if request.param == "fake":
         yield Bench(FakeEngine(["tiny:1"]), "tiny:1")
         return
-    engine = real.engine_or_skip()
-    made = Bench(engine, real.IMAGE)
-    try:
-        yield made
-    finally:
-        for container in made.made:
-            engine.remove(container, force=True)
-        engine.close()
+    made = Bench(request.getfixturevalue("engine"), request.getfixturevalue("tiny_image"))
+    yield made
+    for container in made.made:
+        made.engine.remove(container, force=True)
 
 
 def everything(attachment: Any) -> bytes:
@@ -222,10 +217,10 @@ def test_refusals_of_create(bench: Bench, tmp_path: Path) -> None:
 
 def test_listing_by_label(bench: Bench) -> None:
     mark = os.urandom(6).hex()
-    container = bench.create(leave(0), labels={real.LABEL: mark, "a": "b"})
-    bench.create(leave(0), labels={real.LABEL: "other"})
-    assert [found.id for found in bench.engine.containers([f"{real.LABEL}={mark}"])] == [container]
-    found = next(found for found in bench.engine.containers([real.LABEL]) if found.id == container)
+    container = bench.create(leave(0), labels={LABEL: mark, "a": "b"})
+    bench.create(leave(0), labels={LABEL: "other"})
+    assert [found.id for found in bench.engine.containers([f"{LABEL}={mark}"])] == [container]
+    found = next(found for found in bench.engine.containers([LABEL]) if found.id == container)
     assert (found.status, dict(found.labels)["a"]) == ("created", "b")
     assert found.name.startswith("contract-")
-    assert bench.engine.containers([f"{real.LABEL}={mark}", "a=c"]) == []
+    assert bench.engine.containers([f"{LABEL}={mark}", "a=c"]) == []

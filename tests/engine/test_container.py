@@ -1,0 +1,512 @@
+"""Every way out of a container, on a real engine: how it ended is told, its log is whole, and nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from builder import container as life
+from builder import logs
+from builder.container import Outcome
+from builder.engine import Engine, Mount
+from builder.errors import EngineLostError, EngineRefusedError
+from builder.lease import LABEL_LEASE, sweep
+from builder.waiting import Deadline, poll
+from tests.engine.conftest import PRELUDE, Proxy, Workshop
+from tests.scripts import HANG, err, leave, on_term, out, pause
+
+pytestmark = pytest.mark.engine
+
+READY = out("ready\n")
+
+#: A program that refuses SIGTERM, and has a grandchild in a session of its own that does so too.
+STUBBORN = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    threading.Event().wait()
+os.write(1, b"ready\\n")
+threading.Event().wait()
+"""
+
+
+def when_ready(shop: Workshop, act: Callable[[], object]) -> threading.Thread:
+    """Acts once the container has said that it is ready."""
+
+    def run() -> None:
+        if poll(lambda: ("out", "ready") in shop.shown, Deadline(20), every=0.01):
+            act()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def check(outcome: Outcome, ended: str, status: int | None) -> None:
+    assert (outcome.ended, outcome.exit_code, outcome.problems) == (ended, status, [])
+    assert outcome.log_complete
+
+
+def test_success(workshop: Workshop) -> None:
+    outcome = workshop.run(
+        source="""
+size = os.write(1, b"compiling\\n") + event("phase", phase="second pass")
+size += event("verdict", state="warmed", reason="")
+errors = os.write(2, b"done\\n")
+event("end", stdout=size, stderr=errors)
+"""
+    )
+    check(outcome, "exited", 0)
+    assert outcome.verdict == {"event": "verdict", "state": "warmed", "reason": ""}
+    assert [heard["event"] for heard in workshop.heard] == ["phase", "verdict", "end"]
+    assert workshop.log() == {"out": b"compiling\n", "err": b"done\n"}
+    assert sorted(outcome.tail) == ["compiling", "done"]
+    assert outcome.log_path == workshop.log_path
+    assert 0 < outcome.seconds < 30
+
+
+def test_a_status_that_is_not_zero(workshop: Workshop) -> None:
+    outcome = workshop.run(out("sorry\n"), leave(20))
+    check(outcome, "exited", 20)
+    assert outcome.verdict is None
+    assert outcome.tail == ["sorry"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "ended"),
+    [({"task": 0.8}, "timeout"), ({"silence": 0.8}, "silence"), ({"task": 9, "silence": 0.7}, "silence")],
+    ids=["task", "silence", "the-first-of-both"],
+)
+def test_a_deadline_ends_it(workshop: Workshop, limits: dict[str, float], ended: str) -> None:
+    outcome = workshop.run(READY, HANG, deadlines=limits)
+    check(outcome, ended, 143)
+    assert workshop.log()["out"] == b"ready\n"
+
+
+def test_output_is_a_sign_of_life(workshop: Workshop) -> None:
+    steps = [step for _ in range(8) for step in (out("."), pause(0.25))]
+    check(workshop.run(*steps, leave(0), deadlines={"silence": 1.2}), "exited", 0)
+
+
+def test_a_container_that_never_says_a_word(workshop: Workshop) -> None:
+    outcome = workshop.run(HANG, deadlines={"start": 0.8})
+    assert (outcome.ended, outcome.exit_code) == ("timeout", 143)
+    assert "said nothing within" in outcome.problems[0]
+
+
+def test_the_budget_of_the_run_ends_it(workshop: Workshop) -> None:
+    check(workshop.run(READY, HANG, budget=Deadline(0.8)), "budget", 143)
+
+
+def test_its_own_last_words_after_sigterm_are_in_the_log(workshop: Workshop) -> None:
+    outcome = workshop.run(
+        deadlines={"task": 1},
+        source="""
+def stop(*_):
+    size = os.write(1, b"ready\\nstopping\\n" [6:]) + event("verdict", state="stopped")
+    event("end", stdout=size + 6, stderr=0)
+    os._exit(143)
+signal.signal(signal.SIGTERM, stop)
+os.write(1, b"ready\\n")
+threading.Event().wait()
+""",
+    )
+    check(outcome, "timeout", 143)
+    assert outcome.verdict == {"event": "verdict", "state": "stopped"}
+    assert workshop.log()["out"] == b"ready\nstopping\n"
+
+
+def test_cancelling_ends_a_stubborn_family_within_five_seconds(workshop: Workshop) -> None:
+    asked: list[float] = []
+
+    def cancel() -> None:
+        asked.append(time.monotonic())
+        workshop.cancel.set(signal.SIGTERM)
+
+    when_ready(workshop, cancel)
+    outcome = workshop.run(source=STUBBORN, deadlines={"grace": 30})
+    assert time.monotonic() - asked[0] < 5
+    check(outcome, "cancelled", 137)
+
+
+def test_a_second_signal_does_not_wait_for_the_grace(workshop: Workshop) -> None:
+    asked: list[float] = []
+
+    def cancel() -> None:
+        workshop.cancel.set(signal.SIGINT)
+        poll(lambda: None, Deadline(0.2), every=0.1)
+        asked.append(time.monotonic())
+        workshop.cancel.set(signal.SIGINT)
+
+    when_ready(workshop, cancel)
+    outcome = workshop.run(source=STUBBORN)
+    assert time.monotonic() - asked[0] < 1.5
+    check(outcome, "cancelled", 137)
+
+
+def test_a_signal_shortens_a_stop_that_is_under_way(workshop: Workshop) -> None:
+    began = time.monotonic()
+
+    def cancel() -> None:
+        poll(lambda: time.monotonic() - began > 1.2, Deadline(10), every=0.02)
+        workshop.cancel.set(signal.SIGTERM)
+
+    when_ready(workshop, cancel)
+    outcome = workshop.run(source=STUBBORN, deadlines={"task": 0.5, "grace": 30})
+    assert time.monotonic() - began < 7
+    check(outcome, "timeout", 137)
+
+
+def test_cancelled_before_it_starts(workshop: Workshop) -> None:
+    workshop.cancel.set(signal.SIGTERM)
+    outcome = workshop.run(HANG)
+    assert (outcome.ended, outcome.exit_code) == ("cancelled", 143)
+
+
+def test_a_refused_start_leaves_nothing(workshop: Workshop) -> None:
+    with pytest.raises(EngineRefusedError, match="no-such-network"):
+        workshop.run(leave(0), network="no-such-network")
+    assert workshop.left() == []
+
+
+def test_a_refused_create_leaves_nothing(workshop: Workshop) -> None:
+    with pytest.raises(EngineRefusedError, match="no-such-image:1"):
+        workshop.run(leave(0), image="no-such-image:1")
+    missing = workshop.directory / "missing"
+    with pytest.raises(EngineRefusedError, match=f"has no {missing}: create it there"):
+        workshop.run(leave(0), mounts=(Mount(str(missing), "/x"),))
+
+
+class Disturbed:
+    """The engine, with something before or after one of its operations."""
+
+    def __init__(self, engine: Engine, **disturbances: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
+        self._engine = engine
+        self._disturbances = disturbances
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._engine, name)
+        disturbance = self._disturbances.get(name)
+        if disturbance is None:
+            return real
+        return lambda *arguments, **options: disturbance(lambda: real(*arguments, **options), arguments)
+
+
+def raising(error: BaseException, *, after: bool) -> Callable[[Callable[..., Any], tuple[Any, ...]], Any]:
+    def disturb(call: Callable[[], Any], _arguments: tuple[Any, ...]) -> Any:
+        if after:
+            answer = call()
+            if hasattr(answer, "close"):
+                answer.close()
+        raise error
+
+    return disturb
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "answer-lost"])
+@pytest.mark.parametrize("operation", ["create", "attach_stdin", "attach_output", "start"])
+def test_an_engine_that_is_lost_at_any_step_leaves_nothing(workshop: Workshop, operation: str, after: bool) -> None:
+    lost = EngineLostError("the answer never came")
+    with pytest.raises(EngineLostError, match="the answer never came") as raised:
+        workshop.run(HANG, engine=Disturbed(workshop.engine, **{operation: raising(lost, after=after)}))
+    assert raised.value is lost
+    assert workshop.left() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["KeyboardInterrupt", "SystemExit"])
+@pytest.mark.parametrize("operation", ["create", "start", "state"])
+def test_whatever_tears_the_builder_out_leaves_nothing(
+    workshop: Workshop, operation: str, error: BaseException
+) -> None:
+    times = iter([raising(error, after=True)])
+
+    def disturb(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+        now = next(times, None) if threading.current_thread() is threading.main_thread() else None
+        return now(call, arguments) if now else call()
+
+    with pytest.raises(type(error)):
+        workshop.run(READY, HANG, engine=Disturbed(workshop.engine, **{operation: disturb}))
+    assert workshop.left() == []
+
+
+def test_a_teardown_that_fails_is_a_problem_and_hides_nothing(workshop: Workshop) -> None:
+    broken = Disturbed(workshop.engine, remove=raising(EngineLostError("not now"), after=False))
+    outcome = workshop.run(leave(20), engine=broken)
+    assert (outcome.ended, outcome.exit_code) == ("exited", 20)
+    assert outcome.problems == ["removing the container failed: not now"]
+    assert workshop.lease.keep
+    with pytest.raises(EngineRefusedError, match="no-such-network") as raised:
+        workshop.run(leave(0), network="no-such-network", engine=broken)
+    assert "removing the container failed: not now" in raised.value.notes
+    for container in workshop.ids():
+        workshop.engine.remove(container, force=True)
+
+
+def test_killed_by_somebody_else(workshop: Workshop) -> None:
+    when_ready(workshop, lambda: workshop.engine.stop(workshop.ids()[0], 0))
+    outcome = workshop.run(READY, on_term(None), HANG)
+    assert (outcome.ended, outcome.oom) == ("exited", False)
+    assert outcome.exit_code in (137, 143)
+    assert "from outside: not by this builder" in outcome.problems[0]
+    assert outcome.log_complete
+
+
+def test_removed_by_somebody_else(workshop: Workshop) -> None:
+    when_ready(workshop, lambda: workshop.engine.remove(workshop.ids()[0], force=True))
+    outcome = workshop.run(READY, HANG)
+    assert (outcome.ended, outcome.verdict) == ("exited", None)
+    assert any("was removed by somebody else" in problem or "from outside" in problem for problem in outcome.problems)
+    assert workshop.log()["out"] == b"ready\n"
+
+
+def test_out_of_memory(workshop: Workshop) -> None:
+    outcome = workshop.run(
+        source='os.write(1, b"ready\\n")\ndata = []\nwhile True:\n    data.append(bytearray(b"x" * (4 << 20)))',
+        memory=64 << 20,
+    )
+    if not outcome.oom and outcome.exit_code != 137:
+        pytest.skip("this engine cannot limit memory")
+    assert (outcome.ended, outcome.exit_code, outcome.oom) == ("exited", 137, True)
+    assert workshop.log()["out"] == b"ready\n"
+
+
+BUILDER = """
+import json, signal, sys
+from pathlib import Path
+from builder.container import Cancel, Deadlines, Sinks, run_container
+from builder.engine import ContainerSpec, Engine
+from builder.lease import Lease
+from builder.warmup.task import Job
+given = json.loads(sys.argv[1])
+def said(stream, line):
+    print(line, flush=True)
+with Lease(Path(given["directory"]), run_id="killed") as lease:
+    run_container(
+        Engine().connect(),
+        ContainerSpec(image=given["image"], name=given["name"], command=["python3", "-c", given["source"]],
+                      labels=given["labels"], network="none"),
+        job=Job(mode="run", nonce=lease.nonce, mount="/jit"), lease=lease, cancel=Cancel(),
+        deadlines=Deadlines(60, 60, 60, 2), sinks=Sinks(display=said),
+    )
+"""
+
+#: Ends when it gets the lease; proves first that somebody holds it.
+WAITING = """
+import fcntl
+file = os.open(job["lease"], os.O_RDONLY)
+assert os.read(file, 99).strip().decode() == job["nonce"]
+try:
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+except BlockingIOError:
+    os.write(1, b"ready\\n")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    os._exit(70)
+"""
+
+
+def test_a_builder_that_is_killed_takes_its_container_along_and_the_next_one_sweeps(workshop: Workshop) -> None:
+    spec = workshop.spec(source=WAITING)
+    state = workshop.directory / "state"
+    given = {
+        "directory": str(state),
+        "image": spec.image,
+        "name": spec.name,
+        "source": PRELUDE + WAITING,
+        "labels": dict(spec.labels),
+    }
+    with subprocess.Popen([sys.executable, "-c", BUILDER, json.dumps(given)], stdout=subprocess.PIPE) as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == b"ready\n"
+        builder.kill()
+        killed = time.monotonic()
+        builder.wait()
+    (container,) = workshop.ids()
+    assert poll(lambda: workshop.engine.state(container).over, Deadline(5), every=0.01), "it outlived its builder"
+    assert time.monotonic() - killed < 5
+    assert workshop.engine.state(container).exit_code == 70
+    swept = sweep(workshop.engine, state)
+    assert [(done.name, done.removed) for done in swept if done.name == spec.name] == [(spec.name, True)]
+    assert workshop.left() == []
+    assert [path for path in state.rglob("*") if path.is_file()] == []
+
+
+def test_without_a_common_kernel_stdin_is_the_lease(workshop: Workshop) -> None:
+    def elsewhere(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+        (spec,) = arguments
+        for mount in spec.mounts:
+            if mount.source == str(workshop.lease.path):
+                raise EngineRefusedError(f"bind source path does not exist: {mount.source}", status=400)
+        return call()
+
+    source = """
+assert job["lease"] is None
+os.write(1, b"ready\\n")
+os.read(0, 1)
+os._exit(70)
+"""
+    watched: list[str] = []
+
+    def watch() -> None:
+        watched.append(workshop.engine.state(workshop.ids()[0]).status)
+        workshop.cancel.set(signal.SIGTERM)
+
+    when_ready(workshop, watch)
+    outcome = workshop.run(source=source, engine=Disturbed(workshop.engine, create=elsewhere))
+    assert watched == ["running"], "stdin ended while the builder lived"
+    assert outcome.ended == "cancelled"
+    labels = workshop.spec(leave(0)).labels
+    assert LABEL_LEASE not in labels
+
+
+# --- the log ---
+
+
+FLOOD = """
+line = "x" * 91
+for start in range(0, 1000000, 1000):
+    os.write(1, "".join("%08d%s\\n" % (number, line) for number in range(start, start + 1000)).encode())
+    os.write(2, b"%d\\n" % start)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_million_lines_arrive_once_each_and_memory_stays_flat(workshop: Workshop) -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome = workshop.run(source=FLOOD, display=lambda stream, line: None)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    check(outcome, "exited", 0)
+    expected = iter(range(1_000_000))
+    errors = []
+    with workshop.log_path.open("rb") as file:
+        for line in file:
+            if line.startswith(b"out| "):
+                assert int(line[5:13]) == next(expected)
+                assert len(line) == 105
+            else:
+                errors.append(int(line[5:]))
+    assert next(expected, None) is None
+    assert errors == list(range(0, 1_000_000, 1000))
+    assert grown < 64 << 10, f"memory grew by {grown} KiB"
+
+
+def test_a_connection_cut_within_a_frame_loses_and_doubles_nothing(workshop: Workshop, proxy: Proxy) -> None:
+    proxy.cut_after = 123_457
+    source = """
+for number in range(20000):
+    os.write(1, b"line %d\\n" % number)
+    if number == 15000:
+        threading.Event().wait(1.5)
+os.write(2, b"caf\\xc3\\xa9 without end")
+"""
+    with contextlib.closing(Engine(proxy.url).connect()) as engine:
+        outcome = workshop.run(source=source, engine=engine)
+    assert proxy.cuts == 1
+    check(outcome, "exited", 0)
+    expected = b"".join(b"line %d\n" % number for number in range(20000))
+    assert workshop.log() == {"out": expected, "err": "café without end\n".encode()}
+
+
+def test_an_engine_that_goes_away_is_said_to_be_lost(
+    workshop: Workshop, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(life, "GIVE_UP", 1.0)
+    monkeypatch.setattr(logs, "GIVE_UP", 1.0)
+    when_ready(workshop, proxy.close)
+    with contextlib.closing(Engine(proxy.url).connect()) as engine:
+        outcome = workshop.run(READY, HANG, engine=engine)
+    assert (outcome.ended, outcome.exit_code) == ("lost", None)
+    assert "the engine gave no answer for 1 s" in outcome.problems[0]
+    assert any(problem.startswith("removing the container failed") for problem in outcome.problems)
+    assert not outcome.log_complete
+    assert outcome.tail == ["ready"]
+    assert workshop.lease.keep
+    for container in workshop.ids():  # nobody but the engine could have
+        workshop.engine.remove(container, force=True)
+
+
+def test_silence_longer_than_the_clients_timeout_is_no_failure(workshop: Workshop, docker_host: str) -> None:
+    with contextlib.closing(Engine(docker_host, timeout=1).connect()) as engine:
+        outcome = workshop.run(out("a\n"), pause(2.5), out("b\n"), leave(0), engine=engine)
+    check(outcome, "exited", 0)
+    assert workshop.log()["out"] == b"a\nb\n"
+
+
+def test_bytes_arrive_as_they_are(workshop: Workshop) -> None:
+    outcome = workshop.run(
+        out(b"\xff\xfe caf\xc3"), pause(0.1), out(b"\xa9\n"), err(b" 10%\r 20%\r\n"), out(b"\x00\x1b[31mend"), leave(0)
+    )
+    check(outcome, "exited", 0)
+    assert workshop.log() == {"out": b"\xff\xfe caf\xc3\xa9\n\x00\x1b[31mend\n", "err": b" 10%\n 20%\n"}
+    assert "\ufffdend" in outcome.tail
+
+
+def test_progress_is_shown_while_it_moves(workshop: Workshop) -> None:
+    thread = when_ready(workshop, lambda: workshop.cancel.set(signal.SIGTERM))
+    outcome = workshop.run(out("ready\r"), HANG)
+    thread.join(5)
+    assert outcome.ended == "cancelled"
+
+
+def test_a_reader_that_cannot_keep_up_blocks_neither_container_nor_engine(workshop: Workshop) -> None:
+    stuck = threading.Event()
+    outcome = workshop.run(
+        source='for _ in range(300): os.write(1, b"y" * 99 + b"\\n" * 1)\nos.write(1, (b"z" * 99 + b"\\n") * 50000)',
+        display=lambda stream, line: stuck.wait(60),
+    )
+    stuck.set()
+    assert (outcome.ended, outcome.exit_code, outcome.log_complete) == ("exited", 0, True)
+    assert workshop.log()["out"].count(b"\n") == 50_300
+    assert outcome.problems == ["the display took no more lines; the log file has them"]
+
+
+def test_the_environment_holds_the_job_and_stdin_is_open_for_the_lease(workshop: Workshop) -> None:
+    outcome = workshop.run(
+        source="""
+assert job["lease"] and job["nonce"], job
+assert os.environ["MINE"] == "a=b"
+import stat
+assert stat.S_ISFIFO(os.fstat(0).st_mode) or stat.S_ISSOCK(os.fstat(0).st_mode)
+try:
+    open(job["lease"], "a")
+except OSError:
+    os._exit(0)
+""",
+        env={"MINE": "a=b"},
+    )
+    check(outcome, "exited", 0)
+
+
+def test_the_container_is_made_as_promised(workshop: Workshop) -> None:
+    inspected: list[dict[str, Any]] = []
+
+    def look() -> None:
+        inspected.append(workshop.engine._get("/containers/{0}/json", workshop.ids()[0]).json())
+        workshop.cancel.set(15)
+
+    when_ready(workshop, look)
+    workshop.run(READY, HANG, stop_timeout=7)
+    (data,) = inspected
+    host, config = data["HostConfig"], data["Config"]
+    assert (host["AutoRemove"], host["Privileged"], host["Init"], host["IpcMode"]) == (False, False, True, "private")
+    assert host["LogConfig"] == {"Type": "json-file", "Config": {"max-size": "1000g", "max-file": "1"}}
+    assert {limit["Name"]: limit["Soft"] for limit in host["Ulimits"]} == {"memlock": -1, "stack": 67108864}
+    assert (config["StdinOnce"], config["OpenStdin"], config["StopTimeout"]) == (True, True, 7)
+    assert host["ShmSize"] == 64 << 20
+    assert not host["DeviceRequests"]
+    label = json.loads(config["Labels"][LABEL_LEASE])
+    assert label == {
+        "path": str(workshop.lease.path),
+        "dev": workshop.lease.path.stat().st_dev,
+        "ino": workshop.lease.path.stat().st_ino,
+    }

@@ -1,0 +1,506 @@
+"""The log, from frames to files: nothing lost, nothing twice, whatever breaks, lags, overflows or raises on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builder.frames import BrokenFramesError, Demux, readable
+from builder.logs import Pump
+from builder.resume import Received, Resume, stored_form
+from builder.sinks import MAX_LINE, Display, Lines, LogFile, Sinks, Tail, show
+from builder.spec import ContainerSpec
+from builder.waiting import Deadline, poll
+from builder.warmup import events
+from tests.fakes import FakeContainer, FakeEngine
+from tests.scripts import HANG, Step, command, err, leave, out, pause
+
+NONCE = "cafe"
+
+
+def frame(stream: int, data: bytes) -> bytes:
+    return struct.pack(">BxxxL", stream, len(data)) + data
+
+
+# --- frames ---
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=40))),
+    st.lists(st.integers(1, 30), min_size=1, max_size=40),
+)
+def test_frames_come_apart_wherever_the_connection_cuts_them(sent: list[tuple[int, bytes]], cuts: list[int]) -> None:
+    data = b"".join(frame(stream, payload) for stream, payload in sent)
+    demux, got, at = Demux(), [], 0
+    while at < len(data):
+        size = cuts[at % len(cuts)]
+        got += demux.pieces(memoryview(data)[at : at + size])
+        at += size
+    assert demux.between_frames
+    told = [(stream, byte) for stream, payload in sent for byte in payload]
+    assert [(stream, byte) for stream, piece in got for byte in piece] == told
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=40))), st.integers(1, 50))
+def test_whole_frames_stay_whole(sent: list[tuple[int, bytes]], size: int) -> None:
+    data = b"".join(frame(stream, payload) for stream, payload in sent)
+    demux = Demux()
+    assert [whole for at in range(0, len(data), size) for whole in demux.whole(data[at : at + size])] == sent
+
+
+def test_an_end_within_a_frame_is_noticed() -> None:
+    demux = Demux()
+    assert demux.pieces(frame(1, b"abcdef")[:-2]) == [(1, b"abcd")]
+    assert not demux.between_frames
+
+
+@pytest.mark.parametrize("data", [b"HTTP/1.1 500 x", b"\x07\0\0\0\0\0\0\x01x", b"\x01\0\x01\0\0\0\0\x01x"])
+def test_what_is_no_frame_is_not_taken_for_output(data: bytes) -> None:
+    with pytest.raises(BrokenFramesError):
+        Demux().pieces(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("plain\ttext ×", "plain\ttext ×"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07x\x1b]8;;http://y\x1b\\z", "xz"),
+        ("\x1b(Bx\x1b=y\x1bMz", "xyz"),
+        ("a\x08b\x00c\x9bd", "a\ufffdb\ufffdc\ufffdd"),
+        ("\x1b", "\ufffd"),
+        ("\u202egnp.exe", "\ufffdgnp.exe"),
+        ("a\nb", "a\ufffdb"),
+    ],
+)
+def test_text_for_people_cannot_steer_a_terminal(text: str, safe: str) -> None:
+    assert readable(text) == safe
+
+
+def test_a_shown_line_is_bounded() -> None:
+    assert len(show(b"x" * (1 << 20))) < 2100
+    assert show(b"caf\xc3\xa9 \xff") == "café \ufffd"
+
+
+# --- lines ---
+
+
+def reference(data: bytes) -> list[bytes]:
+    """The lines of a stream, the slow way."""
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc"])).map(b"".join), st.integers(1, 9))
+def test_lines_end_with_newline_or_return_wherever_chunks_end(data: bytes, size: int) -> None:
+    lines, regions = Lines(), []
+    for at in range(0, len(data), size):
+        region = lines.feed(data[at : at + size])
+        assert not region or region.endswith(b"\n")
+        regions.append(region)
+    regions.append(lines.last())
+    assert b"".join(regions).splitlines() == reference(data)
+
+
+def test_a_progress_bar_is_seen_while_it_moves() -> None:
+    lines = Lines()
+    assert lines.feed(b" 10%\r") == b" 10%\n"
+    assert lines.feed(b" 20%\r") == b" 20%\n"
+    assert lines.feed(b"\ndone\n") == b"done\n"
+
+
+@pytest.mark.parametrize("size", [MAX_LINE, MAX_LINE + 1, 3 * MAX_LINE + 7])
+@pytest.mark.parametrize("chunk", [1 << 20, 100_003])
+def test_endless_lines_are_cut_and_nothing_of_them_is_lost(size: int, chunk: int) -> None:
+    data = random.Random(size).randbytes(size).replace(b"\n", b"x").replace(b"\r", b"y") + b"\nnext\n"
+    lines = Lines()
+    region = b"".join(lines.feed(data[at : at + chunk]) for at in range(0, len(data), chunk)) + lines.last()
+    cut = region.split(b"\n")
+    assert max(map(len, cut)) <= MAX_LINE
+    assert cut[-2] == b"next"
+    assert b"".join(cut[:-2]) == data[:-6]
+
+
+# --- taking up the stored log ---
+
+
+def stored(data: bytes) -> list[bytes]:
+    """What the engine stores for these bytes of one stream; the contract tests prove it of the fake."""
+    container = FakeContainer("x", ContainerSpec(image="i", name="n"))
+    container.write(1, data)
+    container.end(0)
+    return [entry for _, entry in container.stored]
+
+
+def take_up(received: Received, entries: list[bytes]) -> bytes:
+    resume = Resume(received)
+    return b"".join([*(resume.new(entry) for entry in entries), resume.end()])
+
+
+def having(data: bytes, chunk: int = 1000) -> Received:
+    received = Received()
+    for at in range(0, len(data), chunk):
+        received.add(data[at : at + chunk])
+    return received
+
+
+TEXT = st.lists(st.sampled_from(["", "a", "same", "same", "line €", "𝄞𝄞", "x\ry", "\ufffd"])).map("\n".join)
+
+
+@given(TEXT, st.data())
+def test_text_is_taken_up_exactly_where_it_stopped(text: str, data: st.DataObject) -> None:
+    whole = text.encode()
+    cut = data.draw(st.integers(0, len(whole)))
+    assert whole[:cut] + take_up(having(whole[:cut]), stored(whole)) == whole
+
+
+@given(
+    st.lists(st.sampled_from([b"\n", b"a", b"\xff", "€".encode(), b"\xe2\x82", b"\xf0\x9f", b"\x80"])).map(b"".join),
+    st.data(),
+)
+def test_bytes_that_are_no_text_are_taken_up_once_each(whole: bytes, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(whole)))
+    got = whole[:cut] + take_up(having(whole[:cut]), stored(whole))
+    assert "".join(map(stored_form, got.splitlines(keepends=True))) == b"".join(stored(whole)).decode()
+
+
+@pytest.mark.parametrize(
+    "cut", [0, 1, 16383, 16384, 16385, 50_000, 1 << 20, (1 << 20) + 1, 2_200_000, 2_500_000, 2_500_001, 2_500_010]
+)
+def test_long_lines_are_taken_up_within(cut: int) -> None:
+    whole = b"first\n" + b"0123456789" * 250_000 + b"\nlast line"
+    assert whole[:cut] + take_up(having(whole[:cut]), stored(whole)) == whole
+
+
+def test_a_character_on_the_border_of_two_pieces_is_counted_as_it_is_stored() -> None:
+    line = b"-" * 16383 + "€".encode() + b"tail\n"
+    cut = len(line) - 3
+    assert take_up(having(line[:cut]), stored(line)) == line[cut:]
+
+
+def test_many_lines_are_counted_and_only_the_last_compared() -> None:
+    whole = b"".join(b"line %d\n" % number for number in range(50_000))
+    cut = 400_001
+    assert whole[:cut] + take_up(having(whole[:cut], 32768), stored(whole)) == whole
+
+
+def test_lines_that_a_killed_engine_never_stored_cost_no_later_line() -> None:
+    lines = [b"line %d\n" % number for number in range(3000)]
+    received = having(b"".join(lines[:2000]) + b"line 20")
+    kept = lines[:1990] + lines[2001:]
+    assert take_up(received, kept) == b"".join(lines[2001:])
+
+
+def test_a_stored_log_that_is_shorter_gives_nothing_twice() -> None:
+    whole = b"a\nb\nc and more"
+    for stop in range(len(whole)):
+        assert take_up(having(whole), stored(whole[:stop])) == b"", stop
+
+
+def test_what_arrived_is_remembered_within_bounds() -> None:
+    received = Received()
+    for _ in range(100):
+        received.add(b"x" * 60_000)
+        received.add(b"y\n" * 5000)
+    assert sum(map(len, received.recent_lines())) < 200_000
+    assert received.bytes == 100 * 70_000
+    endless = having(b"z" * (5 << 20), 1 << 18)
+    assert len(endless.partial) <= 1 << 20
+    assert endless.cut + len(endless.partial) == 5 << 20
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 400), st.integers(1, 200))
+def test_the_same_end_is_recognised_and_another_is_not(lines: int, tail: int) -> None:
+    whole = b"".join(b"line %d\n" % number for number in range(lines)) + b"rest"
+    entries = b"".join(stored(whole)[-tail:])
+    assert having(whole).ends_like(entries)
+    assert not having(whole[:-1]).ends_like(entries)
+
+
+# --- sinks ---
+
+
+def test_each_line_of_the_file_tells_its_stream(tmp_path: Path) -> None:
+    file = LogFile(tmp_path / "log")
+    file.open()
+    file.write("out", b"a\n\nb\xff\n")
+    file.write("err", b"c\n")
+    file.close()
+    assert (tmp_path / "log").read_bytes() == b"out| a\nout| \nout| b\xff\nerr| c\n"
+    assert not file.problem
+
+
+def test_a_full_disk_is_one_problem_and_no_exception() -> None:
+    file = LogFile(Path("/dev/full"))
+    file.open()
+    file.write("out", b"a\n")
+    file.write("out", b"b\n")
+    file.close()
+    assert file.problem == "the log /dev/full is not complete: No space left on device"
+
+
+def test_the_tail_is_the_last_lines_and_bounded() -> None:
+    tail = Tail(3)
+    tail.add(b"1\n")
+    tail.add(b"2\n3\n\x1b[1m4\n")
+    assert tail.lines() == ["2", "3", "4"]
+    tail.add(b"x" * MAX_LINE + b"\n")
+    assert len(tail.lines()[-1]) < 3000
+
+
+def test_a_slow_display_drops_lines_says_so_and_never_makes_anyone_wait() -> None:
+    go, shown = threading.Event(), []
+
+    def show_line(stream: str, line: str) -> None:
+        go.wait(10)
+        shown.append((stream, line))
+
+    display = Display(show_line)
+    display.open()
+    region = b"x" * 99 + b"\n"
+    for _ in range(100):
+        display.add("out", region * 1000)
+    go.set()
+    display.close(10)
+    lines = [line for stream, line in shown if stream == "out"]
+    notes = [line for stream, line in shown if stream == "note"]
+    dropped = sum(int(note.split()[0]) for note in notes)
+    assert dropped > 0
+    assert len(lines) + dropped == 100_000
+    assert not display.problem
+
+
+def test_a_display_that_raises_is_a_problem_and_nothing_more() -> None:
+    def show_line(stream: str, line: str) -> None:
+        raise BrokenPipeError("gone")
+
+    display = Display(show_line)
+    display.open()
+    display.add("out", b"x\n")
+    display.close(5)
+    display.add("out", b"y\n")
+    assert "BrokenPipeError" in display.problem
+
+
+def test_a_display_that_hangs_does_not_hold_up_the_end() -> None:
+    stuck = threading.Event()
+
+    def show_line(stream: str, line: str) -> None:
+        stuck.wait(10)
+
+    display = Display(show_line)
+    display.open()
+    display.add("out", b"x\n")
+    display.close(0.05)
+    stuck.set()
+    assert "took no more lines" in display.problem
+
+
+# --- the pump ---
+
+
+class Bench:
+    def __init__(self, tmp_path: Path) -> None:
+        self.engine = FakeEngine()
+        self.path = tmp_path / "log"
+        self.shown: list[tuple[str, str]] = []
+        self.heard: list[Any] = []
+
+    def pump(self, *steps: Step, **more: Any) -> tuple[Pump, FakeContainer]:
+        container = self.engine.create(ContainerSpec(image="tiny:1", name=os.urandom(4).hex(), command=command(*steps)))
+        sinks = Sinks(log_path=self.path, display=lambda stream, line: self.shown.append((stream, line)))
+        pump = Pump(self.engine, container, nonce=NONCE, **{"sinks": sinks, "on_event": self.heard.append, **more})
+        pump.attach()
+        pump.start()
+        self.engine.calls.clear()
+        return pump, self.engine.all[container]
+
+    def run(self, *steps: Step, **more: Any) -> Pump:
+        pump, container = self.pump(*steps, **more)
+        self.engine.start(container.id)
+        assert container.ended.wait(10)
+        pump.finish(Deadline(10))
+        return pump
+
+    def log(self) -> dict[str, bytes]:
+        """Each stream's lines as the file has them."""
+        found = {"out": b"", "err": b""}
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            found[line[:3].decode()] += line[5:]
+        return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.engine.lost = False
+    for container in list(made.engine.all):
+        made.engine.remove(container, force=True)
+
+
+def event(name: str, **fields: Any) -> bytes:
+    return events.encode(NONCE, name, **fields)
+
+
+def test_everything_arrives_and_the_last_line_without_newline_too(bench: Bench) -> None:
+    pump = bench.run(out("a\n"), err(b"\xff\n"), out("b"), leave(0))
+    assert bench.log() == {"out": b"a\nb\n", "err": b"\xff\n"}
+    assert pump.complete
+    assert sorted(bench.shown) == [("err", "\ufffd"), ("out", "a"), ("out", "b")]
+    assert sorted(pump.tail) == ["a", "b", "\ufffd"]
+    assert pump.problems == []
+
+
+def test_events_are_heard_and_kept_out_of_the_log(bench: Bench) -> None:
+    lines = b"one\n" + event("phase", phase="x") + b"two\n" + event("verdict", state="warmed") + b"three\n"
+    pump = bench.run(out(lines[:20]), out(lines[20:]), leave(0))
+    assert bench.log()["out"] == b"one\ntwo\nthree\n"
+    assert [heard["event"] for heard in bench.heard] == ["phase", "verdict"]
+    assert pump.events == bench.heard
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"@warmup other " + b'{"event":"verdict"}\n',
+        b" " + event("verdict"),
+        b"@warmup cafe {not json\n",
+        b'@warmup cafe {"event":"unknown"}\n',
+        b"@warmup cafe []\n",
+    ],
+)
+def test_what_only_looks_like_an_event_is_log(bench: Bench, line: bytes) -> None:
+    pump = bench.run(out(b"before\n" + line + b"after\n"), leave(0))
+    assert bench.log()["out"] == b"before\n" + line + b"after\n"
+    assert pump.events == []
+
+
+def test_stderr_has_no_events(bench: Bench) -> None:
+    assert bench.run(err(event("verdict")), leave(0)).events == []
+
+
+def test_counted_bytes_prove_the_log_without_reading_it_again(bench: Bench) -> None:
+    data, errors = b"x\n" * 1000 + event("phase", phase="p"), b"y\r" * 10
+    pump = bench.run(out(data), err(errors), out(event("end", stdout=len(data), stderr=len(errors))), leave(0))
+    assert pump.complete
+    assert "log_frames" not in bench.engine.calls
+
+
+@pytest.mark.parametrize("counts", [(5, 0), (2, 1), ("2", 0), (None, None)])
+def test_a_count_that_differs_proves_nothing(bench: Bench, counts: tuple[Any, Any]) -> None:
+    pump = bench.run(out(b"x\n"), out(event("end", stdout=counts[0], stderr=counts[1])), leave(0))
+    assert "log_frames" in bench.engine.calls
+    assert pump.complete
+    assert bench.log()["out"] == b"x\n"
+
+
+def test_an_attachment_that_breaks_loses_and_doubles_nothing(bench: Bench) -> None:
+    first, second = b"".join(b"line %d\n" % number for number in range(2000)), b"and\nmore\nwithout end"
+    pump, container = bench.pump(out(first + b"half a li"), pause(0.3), out(b"ne\n" + second), leave(0))
+    bench.engine.start(container.id)
+    assert poll(lambda: pump.received == len(first) + 9, Deadline(5), every=0.001)
+    for output in container.outputs:
+        output.sendall(frame(1, b"ne\n")[:-1])  # the connection ends within a frame
+    container.cut()
+    assert container.ended.wait(5)
+    pump.finish(Deadline(10))
+    assert bench.log()["out"] == first + b"half a line\n" + second + b"\n"
+    assert pump.complete
+
+
+def test_a_broken_attachment_is_followed_while_the_container_lives(bench: Bench) -> None:
+    pump, container = bench.pump(out("before\n"), HANG)
+    bench.engine.start(container.id)
+    assert poll(lambda: pump.received, Deadline(5), every=0.001)
+    container.cut()
+    container.write(1, b"meanwhile\n")
+    assert poll(lambda: ("out", "meanwhile") in bench.shown, Deadline(5), every=0.005), "nothing follows"
+    container.write(2, b"later\n")
+    assert poll(lambda: ("err", "later") in bench.shown, Deadline(5), every=0.005)
+    container.end(0)
+    pump.finish(Deadline(5))
+    assert bench.log() == {"out": b"before\nmeanwhile\n", "err": b"later\n"}
+    assert pump.complete
+
+
+def test_the_end_of_the_log_may_be_out_of_reach(bench: Bench) -> None:
+    pump, container = bench.pump(out("a\n"), leave(0))
+    bench.engine.start(container.id)
+    assert container.ended.wait(5)
+    bench.engine.lost = True
+    pump.finish(Deadline(1.5))
+    assert not pump.complete
+    assert any("the engine is away" in problem for problem in pump.problems)
+    assert bench.log()["out"] == b"a\n"
+
+
+def test_a_failing_log_file_does_not_stop_the_draining(bench: Bench) -> None:
+    sinks = Sinks(log_path=Path("/dev/full"), display=lambda stream, line: bench.shown.append((stream, line)))
+    pump = bench.run(out(b"x\n" * 200_000), out("last\n"), leave(0), sinks=sinks)
+    assert pump.received == 400_005
+    assert pump.tail[-1] == "last"
+    problem = "the log /dev/full is not complete: No space left on device"
+    assert pump.problems == [problem]
+    assert bench.shown.count(("note", problem)) == 1
+
+
+def test_a_listener_that_raises_does_not_stop_the_draining(bench: Bench) -> None:
+    def listen(heard: Any) -> None:
+        raise RuntimeError("no")
+
+    pump = bench.run(out(event("phase", phase="x") + b"after\n"), leave(0), on_event=listen)
+    assert bench.log()["out"] == b"after\n"
+    assert pump.problems == ["handling the event 'phase' failed: RuntimeError: no"]
+
+
+def test_a_container_that_never_ran_has_an_empty_log(bench: Bench) -> None:
+    pump, _ = bench.pump(out("x"))
+    pump.finish(Deadline(5), ran=False)
+    assert bench.path.read_bytes() == b""
+    assert not pump.complete
+
+
+def feed(pump: Pump, data: bytes) -> bool:
+    """Whether these bytes were a sign of life."""
+    pump.last_output = 0.0
+    pump._feed(1, data)
+    return pump.last_output > 0
+
+
+def test_signs_of_life(bench: Bench) -> None:
+    pump, _ = bench.pump()
+    assert feed(pump, b"log\n")
+    assert feed(pump, b"part of a line")
+    assert feed(pump, b"\n")
+    assert not feed(pump, event("start", pid=1))
+    assert feed(pump, event("progress", done=1, total=9, unit="kernels"))
+    assert not feed(pump, event("progress", done=1, total=9, unit="kernels"))
+    assert feed(pump, event("progress", done=2, total=9, unit="kernels"))
+    assert feed(pump, event("entries", families={"triton": 3}))
+    assert not feed(pump, event("entries", families={"triton": 3, "cuda": 0}))
+    assert feed(pump, event("entries", families={"triton": 3, "cuda": 1}))
+    assert not feed(pump, event("entries", families="garbage"))
+    assert not feed(pump, event("progress", done="many"))
+    assert not feed(pump, event("phase", phase="again"))
+    assert feed(pump, event("progress", done=1, total=9, unit="kernels"))
+    half = event("progress", done=1, total=9, unit="kernels")
+    assert not feed(pump, half[:20])
+    assert not feed(pump, half[20:])
+    pump.finish(Deadline(1), ran=False)
+
+
+def test_a_day_of_progress_is_one_event(bench: Bench) -> None:
+    lines = b"".join(event("progress", done=number, total=9999, unit="kernels") for number in range(5000))
+    pump = bench.run(out(lines + event("verdict", state="warmed")), leave(0))
+    assert [(kept["event"], kept.get("done")) for kept in pump.events] == [("progress", 4999), ("verdict", None)]
