@@ -20,8 +20,8 @@ from builder.container import Cancel, Deadlines
 from builder.errors import BuilderError, BusyError, DefectError, EngineLostError, PreflightError, Problem
 from builder.session import Session, describe
 from builder.waiting import Deadline, poll
+from builder.warmup.events import FAILED
 from builder.warmup.task import Task
-from builder.warmup.warm import FAILED
 
 PATH = "locks/run.lock"
 

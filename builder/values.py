@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -23,6 +22,8 @@ _KINDS = {bool: "a boolean", int: "an integer", float: "a number", str: "a strin
 
 def near(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` where something known is close to the word, else everything known."""
+    import difflib  # only where something is wrong already
+
     names = sorted(known)
     lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)

@@ -13,10 +13,11 @@ import traceback
 from pathlib import Path
 
 from builder.warmup import layout, toolchain
+from builder.warmup.events import FAILED
 from builder.warmup.guard import Guard, Stopped, end
 from builder.warmup.output import Output
 from builder.warmup.task import JOB_VARIABLE, Job
-from builder.warmup.warm import FAILED, Warming, write_memo
+from builder.warmup.warm import Warming, write_memo
 
 NO_JOB = 2
 

@@ -22,6 +22,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+#: Exit status of the program by what its verdict says; modes without a verdict end with one of the first two.
+WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
+
 NAMES = frozenset({"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "verdict", "end"})
 
 

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import stat
-import uuid
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -131,7 +130,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     whose name ends in ``.tmp`` and which nothing ever reads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    temporary = path.parent / f".{path.name}.{os.urandom(16).hex()}.tmp"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(fd, "wb") as file:

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import os
 import stat
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -147,7 +146,7 @@ def sweep(family: Family, directory: Path, aside: Path, *, now: float, older_tha
             aside.mkdir(parents=True, exist_ok=True)
             # A fresh name each time: renaming onto something would delete it.
             tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            (directory / name).rename(aside / f"{family.name}-{directory.name}-{tag}-{uuid.uuid4().hex}")
+            (directory / name).rename(aside / f"{family.name}-{directory.name}-{tag}-{os.urandom(16).hex()}")
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -20,7 +20,6 @@ import hashlib
 import importlib.machinery
 import json
 import os
-import platform
 import posixpath
 import re
 import sys
@@ -101,7 +100,7 @@ def probe(*, environ: Mapping[str, str], mount: str, image: Mapping[str, Any]) -
         "factors": {name: factors[name] for name in sorted(factors)},
         "gpus": gpus,
         "sglang": {"version": sglang.version if sglang else None, "commit": commit},
-        "observed": {"driver": found["driver"], "python": platform.python_version(), "problems": problems},
+        "observed": {"driver": found["driver"], "python": sys.version.split()[0], "problems": problems},
     }
 
 
@@ -255,9 +254,11 @@ def _host_abi() -> dict[str, str | None]:
     try:
         libc = os.confstr("CS_GNU_LIBC_VERSION")
     except (ValueError, OSError):
+        import platform  # the host reads records and never comes here
+
         libc = " ".join(platform.libc_ver()).strip()
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]  # ".cpython-312-x86_64-linux-gnu.so"
-    return {"libc": libc or None, "machine": platform.machine() or None, "python_abi": suffix.split(".")[1]}
+    return {"libc": libc or None, "machine": os.uname().machine or None, "python_abi": suffix.split(".")[1]}
 
 
 def _all(gpus: Iterable[Mapping[str, Any]], field: str) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 from builder.warmup import families, inventory, layout, markers, models, recipes, toolchain
 from builder.warmup.child import Failed
 from builder.warmup.counter import Counter
+from builder.warmup.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.warmup.families import FAMILIES, FAMILY
 from builder.warmup.guard import Guard, Stopped
 from builder.warmup.inventory import Inventory
@@ -31,7 +32,6 @@ from builder.warmup.watch import Watch
 
 SWEEP_OLDER_THAN = 600.0  # seconds; a leftover younger than this may be somebody's work in progress
 
-FAILED, PARTIAL, SKIPPED, WARMED = 20, 21, 22, 0
 STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED}
 
 
