@@ -12,14 +12,15 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from builder.container import Cancel
 from builder.engine import ContainerSpec, Engine, Mount
 from builder.errors import EngineRefusedError
 from builder.manifest import Manifest
-from builder.warmup import families, markers
+from builder.warmup import families, files, markers
 from builder.warmup.coverage import STORE_MOUNT as STORE
 
 #: What decides whether a task is warm, without the entries themselves.
@@ -29,11 +30,14 @@ INDEX = ("layout.json", "images", "markers")
 class CacheRoot:
     """Reads one cache root. Nothing is opened before it is asked for."""
 
-    def __init__(self, manifest: Manifest, engine: Engine, *, image: str, labels: dict[str, str]) -> None:
+    def __init__(
+        self, manifest: Manifest, engine: Engine, *, image: str, labels: Callable[[], dict[str, str]], cancel: Cancel
+    ) -> None:
         self._manifest = manifest
         self._engine = engine
         self._image = image
         self._labels = labels
+        self._cancel = cancel
 
     @property
     def name(self) -> str:
@@ -49,17 +53,16 @@ class CacheRoot:
         return Mount(source=str(cache.volume), target=cache.mount, kind="volume")
 
     def direct(self) -> Path | None:
-        """The root, where this process can read it itself: a directory with a layout, beside an engine on this
-        machine.
+        """The root, where this process can read it itself: a directory beside an engine on this machine, in which
+        nothing that matters is closed to us.
         """
         root = self._manifest.cache.root
-        if root is None or not self._engine.local:
+        if root is None or not self._engine.local or not _is_open(root):
             return None
-        return (
-            root
-            if os.access(root / "layout.json", os.R_OK) and os.access(root / "markers", os.R_OK | os.X_OK)
-            else None
-        )
+        known = [root / name for name in (*INDEX, *families.FAMILY)]
+        inside = [item for path in known for item in files.listing(str(path)) or ()]
+        paths = [path for path in (*known, *inside) if os.path.lexists(path)]
+        return root if all(_is_open(Path(path)) for path in paths) else None
 
     def exists(self) -> bool:
         """False where there is certainly no such root; true also for a directory on another machine, which only a
@@ -126,7 +129,7 @@ class CacheRoot:
         if store:
             mount = Mount(source=str(self._manifest.models.store), target=STORE)
         mount = Mount(source=mount.source, target=mount.target, kind=mount.kind, read_only=True)
-        if mount.kind == "volume" and not self._engine.has_volume(mount.source):
+        if not store and not self.exists():
             yield None
             return
         spec = ContainerSpec(
@@ -134,21 +137,30 @@ class CacheRoot:
             name=f"warm-cache-read-{os.getpid()}-{os.urandom(4).hex()}",
             entrypoint=["/bin/true"],
             command=[],
-            labels=self._labels,
+            labels=self._labels(),
             mounts=(mount,),
             network="none",
         )
+        container: str | None = None
         try:
-            container = self._engine.create(spec)
-        except EngineRefusedError as error:
-            if mount.kind == "bind" and "bind source" in error.message:
-                yield None
-                return
-            raise
-        try:
+            # A signal must not come between the creation and the knowledge of it.
+            with self._cancel.shield():
+                container = self._create(spec)
+            self._cancel.check()
             yield container
         finally:
-            self._engine.remove(container)
+            if container is not None:
+                with self._cancel.shield():
+                    self._engine.remove(container)
+
+    def _create(self, spec: ContainerSpec) -> str | None:
+        """None where the engine's host has no such directory."""
+        try:
+            return self._engine.create(spec)
+        except EngineRefusedError as error:
+            if "bind source" in error.message:
+                return None
+            raise
 
     def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
         mount = PurePosixPath(self._manifest.cache.mount)
@@ -190,6 +202,12 @@ class CacheRoot:
                 path = target.joinpath(*parts)
                 if member.isdir():
                     path.mkdir(parents=True, exist_ok=True)
+                elif member.islnk():
+                    # Another name of a file that came before it.
+                    original = target.joinpath(*PurePosixPath(member.linkname).parts[1 if strip else 0 :])
+                    if ".." not in original.parts and original.is_file():
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copy2(original, path)
                 elif member.isreg():
                     content = tar.extractfile(member)
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +237,11 @@ class _Reader:
             size = len(data)
         self._rest = data[size:]
         return data[:size]
+
+
+def _is_open(path: Path) -> bool:
+    """Whether it is there, and this process can read it, and list it where it is a directory."""
+    return os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
 
 
 def _claimed(copy: Path) -> set[str]:

@@ -35,6 +35,8 @@ from builder.warmup.toolchain import Record
 
 #: A probe reads metadata and asks two libraries: well under a second. The rest is a slow disk's share.
 PROBE_TIMEOUT = 120.0
+#: Seconds after which a container that is read through, and never started, is nobody's any more.
+READ_LIFETIME = 3600.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,13 @@ class Session:
 
     @functools.cached_property
     def cache(self) -> CacheRoot:
-        return CacheRoot(self.manifest, self.engine, image=self.serving.id, labels=self.labels("read"))
+        return CacheRoot(
+            self.manifest,
+            self.engine,
+            image=self.serving.id,
+            labels=lambda: self.lease.labels("read", READ_LIFETIME),
+            cancel=self.cancel,
+        )
 
     @property
     def lease(self) -> Lease:
@@ -103,10 +111,6 @@ class Session:
         if self._lease is None:
             self._lease = self._stack.enter_context(Lease(self.options.state_dir, run_id=self.run_id))
         return self._lease
-
-    def labels(self, task: str) -> dict[str, str]:
-        """Labels of a container that is never started, and so needs no lease."""
-        return {"io.sglang.warm-cache.run": self.run_id, "io.sglang.warm-cache.task": task}
 
     @functools.cached_property
     def warmup(self) -> Image:

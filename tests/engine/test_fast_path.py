@@ -1,0 +1,143 @@
+"""A warm cache costs no container: the engine's own event stream says so, and so does what it was asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.engine import Engine
+from tests.engine.cli import LABEL, Cli, Ended, a_cli, command, shapes  # noqa: F401 - a fixture
+from tests.engine.door import Door
+
+pytestmark = pytest.mark.engine
+
+KERNEL = "from triton.cache import compile_kernel; compile_kernel('k', 'x'); print('KERNELS READY')"
+
+
+class Watched(Cli):
+    """Its builders reach the engine through a door."""
+
+    def __init__(self, place: Path, host: str, image: str) -> None:
+        if not host.startswith("unix://"):
+            pytest.skip("only an engine behind a unix socket can be put behind another one")
+        self.door = Door(host, place / "door.sock")
+        super().__init__(place, self.door.url, image)
+
+    def asked_to_write(self) -> list[str]:
+        """What was asked of the engine beyond reading, since this was last called."""
+        writes = [request for request in self.door.requests if not request.startswith(("GET ", "HEAD "))]
+        self.door.requests.clear()
+        return writes
+
+
+def now() -> str:
+    """In the engine's words; behind a unix socket its clock is ours."""
+    return f"{time.time():.9f}"
+
+
+def created(engine: Engine, cli: Cli, since: str) -> list[str]:
+    """Names of the containers of this user that were created since then, as the engine's event stream has them."""
+    stream = engine._api.events(since=since, until=now(), decode=True, filters={"type": "container"})
+    events: list[dict[str, Any]] = [event for event in stream if event["Action"] == "create"]
+    readers = tuple(f"warm-cache-read-{running.process.pid}-" for running in cli._running)
+    attributes = [event["Actor"]["Attributes"] for event in events]
+    return [
+        item["name"]
+        for item in attributes
+        if f'"{cli.place}/' in item.get(f"{LABEL}lease", "") or item["name"].startswith(readers)
+    ]
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[Watched]:
+    cli = Watched(tmp_path_factory.mktemp("warmed"), docker_host, tiny_image)
+    cli.manifest(shapes(), command("command", KERNEL, families=["triton"]))
+    with cli.engine() as engine:
+        began = now()
+        cli.warm()
+        names = created(engine, cli, began)
+    assert [name.split("-", 3)[3] for name in names] == ["probe-probe", "run-shapes", "run-command"]
+    assert len([write for write in cli.asked_to_write() if "/containers/create" in write]) == 3
+    yield cli
+    cli.close()
+    cli.door.close()
+
+
+def best_of_three(cli: Cli, verb: str, *options: str) -> Ended:
+    """The quickest: other work on the machine is not the program's."""
+    return min((cli.run(verb, *options) for _ in range(3)), key=lambda ended: ended.seconds)
+
+
+def test_a_second_run_creates_no_container_and_takes_less_than_a_second(warmed: Watched) -> None:
+    with warmed.engine() as engine:
+        began = now()
+        ended = best_of_three(warmed, "warm")
+        assert created(engine, warmed, began) == []
+    assert warmed.asked_to_write() == []
+    assert ended.status == 0
+    assert ended.out.startswith("warm-cache: 2 of 2 tasks warm for toolchain ")
+    assert ended.out.endswith(". Nothing to do.\n")
+    assert ended.out.count("\n") == 1
+    assert ended.err == ""
+    assert ended.seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "text"),
+    [
+        ("check", (), "2 of 2 tasks warm"),
+        ("check", ("--strict", "--only", "org/shapes"), "1 of 1 task warm"),
+        ("explain", (), "shapes: warm, since "),
+        ("status", (), "this image"),
+        ("env", ("--format", "docker"), "-e TRITON_CACHE_DIR=/jit/triton/"),
+    ],
+)
+def test_verbs_that_read_start_nothing(warmed: Watched, verb: str, options: tuple[str, ...], text: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in warmed.root.rglob("*")}
+    ended = best_of_three(warmed, verb, *options)
+    assert warmed.asked_to_write() == []
+    assert ended.status == 0
+    assert text in ended.out
+    assert ended.seconds < 1
+    assert {path: path.stat().st_mtime_ns for path in warmed.root.rglob("*")} == before
+
+
+def test_a_cold_check_starts_nothing_where_the_image_is_known(warmed: Watched) -> None:
+    warmed.manifest(shapes(), command("command", KERNEL, families=["triton"]), shapes("new"))
+    try:
+        ended = warmed.run("check", "--json")
+        assert warmed.asked_to_write() == []
+        assert ended.status == 10
+        assert [task["state"] for task in ended.document["tasks"]] == ["warm", "warm", "cold"]
+        assert ended.task("new")["reason"] == "no-marker"
+    finally:
+        warmed.manifest(shapes(), command("command", KERNEL, families=["triton"]))
+
+
+def test_force_warms_what_is_warm_and_adds_nothing(warmed: Watched) -> None:
+    before = {path: path.stat().st_ino for path in warmed.markers()}
+    ended = warmed.warm("--force", "--only", "shapes")
+    assert [task["label"] for task in ended.document["tasks"]] == ["shapes"]
+    task = ended.task("shapes")
+    assert (task["state"], task["entries_added"], task["verified"]) == ("warmed", 0, True)
+    assert len([write for write in warmed.asked_to_write() if "/containers/create" in write]) == 1
+    after = {path: path.stat().st_ino for path in warmed.markers()}
+    assert before.keys() == after.keys()
+    assert sum(before[path] != after[path] for path in after) == 1
+    assert json.loads(warmed.markers()[1].read_text())["label"] == "shapes"
+
+
+def test_another_name_of_the_image_is_the_same_image(warmed: Watched) -> None:
+    with warmed.engine() as engine:
+        name = f"warm-cache-test-{warmed.place.name}"
+        engine._api.tag(warmed.image, name, "alias")
+        try:
+            assert warmed.run("check", "--image", f"{name}:alias").status == 0
+            assert warmed.asked_to_write() == []
+        finally:
+            engine._api.remove_image(f"{name}:alias", noprune=True)

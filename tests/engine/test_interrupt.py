@@ -1,0 +1,120 @@
+"""Signals, and worse, while a container runs: everything is over in seconds, and nothing of it stays."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.engine.cli import Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.engine
+
+#: A cancelled CI step has 7.5 s.
+SECONDS = 5.0
+
+
+@pytest.fixture
+def stubborn(cli: Cli) -> Cli:
+    """A task whose server never ends and refuses SIGTERM, under the default grace of 8 s."""
+    cli.manifest(server(cli.model("org/m"), "serve", "refuses-sigterm"), shapes("never"), run={"grace": None})
+    return cli
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda value: value
+)
+def test_a_signal_ends_everything_in_time(stubborn: Cli, signum: int, status: int) -> None:
+    builder = stubborn.start("warm", "--json")
+    builder.says("SIGTERM is refused")
+    sent = time.monotonic()
+    builder.send(signum)
+    ended = builder.end(SECONDS)
+    assert time.monotonic() - sent < SECONDS
+    stubborn.left_nothing()
+    assert ended.status == status
+    assert ended.document["error"]["message"] == f"interrupted by {signal.Signals(signum).name}"
+    assert (ended.task("m-tp8")["state"], ended.task("m-tp8")["reason"]) == ("cold", "interrupted")
+    assert ended.task("never")["seconds"] is None
+    assert ended.document["warnings"] == []
+    assert "SIGTERM is refused" in stubborn.last_lines("m-tp8")
+    assert not stubborn.markers()
+
+
+def test_a_second_signal_does_not_wait_for_the_grace(stubborn: Cli) -> None:
+    builder = stubborn.start("warm", "--json")
+    builder.says("SIGTERM is refused")
+    sent = time.monotonic()
+    builder.send(signal.SIGINT)
+    builder.send(signal.SIGTERM)
+    ended = builder.end(SECONDS)
+    assert time.monotonic() - sent < 2.5
+    stubborn.left_nothing()
+    assert ended.status == 130
+    assert "SIGTERM is refused" in stubborn.last_lines("m-tp8")
+
+
+def test_a_builder_cannot_be_stopped_from_the_terminal(stubborn: Cli) -> None:
+    builder = stubborn.start("warm")
+    builder.says("SIGTERM is refused")
+    builder.send(signal.SIGTSTP)
+    builder.send(signal.SIGINT)
+    assert builder.end(SECONDS).status == 130
+    stubborn.left_nothing()
+
+
+@pytest.mark.parametrize("moment", ["created ", "1 task: ", "▸ shapes", "Required memory", "▸ second pass"])
+def test_a_signal_at_any_moment(cli: Cli, moment: str) -> None:
+    cli.manifest(shapes(env={"TINY_COMPILE_SECONDS": "0.1"}))
+    builder = cli.start("warm", "--json")
+    builder.says(moment)
+    builder.send(signal.SIGINT)
+    ended = builder.end(SECONDS)
+    cli.left_nothing()
+    assert ended.document["exit"] == 130
+    assert not cli.markers()
+
+
+def test_a_signal_while_the_image_is_built(cli: Cli) -> None:
+    cli.manifest(shapes(), image={"setup": ["echo it is being built; sleep 60"]})
+    builder = cli.start("warm", "-v")
+    builder.says("it is being built")
+    builder.send(signal.SIGINT)
+    assert builder.end(SECONDS).status == 130
+    cli.left_nothing()
+
+
+def test_a_killed_builder_takes_its_container_along_and_the_next_one_cleans_up(stubborn: Cli) -> None:
+    builder = stubborn.start("warm")
+    builder.says("SIGTERM is refused")
+    with stubborn.engine() as engine:
+        (container,) = stubborn.containers(engine)
+        builder.send(signal.SIGKILL)
+        assert builder.end(SECONDS).status == -signal.SIGKILL
+        assert stubborn.lock_is_free()
+        wait_for(lambda: engine.state(container).over, SECONDS, "the end of the container")
+        assert engine.state(container).exit_code == 70
+    assert not stubborn.markers()
+
+    stubborn.manifest(shapes())
+    ended = stubborn.run("warm", "--json")
+    assert ended.status == 0
+    assert "removed warm-cache-" in ended.err
+    assert "its builder is gone" in ended.err
+
+
+def test_a_builder_killed_while_it_waits_leaves_nothing(cli: Cli) -> None:
+    cli.manifest(command("one", "import time; print('at it', flush=True); time.sleep(3600)"))
+    first = cli.start("warm")
+    first.says("at it")
+    second = cli.start("warm")
+    second.says("waiting for pid ")
+    second.send(signal.SIGKILL)
+    second.end(SECONDS)
+    assert not cli.lock_is_free()
+    first.send(signal.SIGTERM)
+    assert first.end(SECONDS).status == 143
+    assert cli.lock_is_free()
+    with cli.engine() as engine:
+        assert cli.containers(engine) == []

@@ -1,0 +1,396 @@
+"""Runs of the real program on the real engine: the ways in which tasks end, and what is left of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from builder import cli as cli_module
+from builder import session as session_module
+from builder.engine import Engine
+from builder.spec import ContainerSpec
+from builder.waiting import Deadline
+from builder.warmup.task import JOB_VARIABLE
+from tests.engine.cli import GATE, READY, Cli, Ended, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.engine
+
+Group = tuple[Cli, Ended]
+
+# --- success ---------------------------------------------------------------------------------------------------------
+
+TRITON = "from triton.cache import compile_kernel; compile_kernel('k', 'x'); print('KERNELS READY')"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[Group]:
+    """One run of every recipe. ``half`` finds its shapes cut short by memory, and finishes them by a sweep."""
+    cli = Cli(tmp_path_factory.mktemp("good"), docker_host, tiny_image)
+    model = cli.model("org/model")
+    cli.manifest(
+        server(model),
+        server(model, "serve"),
+        shapes(),
+        command("command", TRITON, families=["triton"]),
+        server(cli.model("org/half"), play="reducing", argv=["--tp", "4"]),
+    )
+    yield cli, cli.warm()
+    cli.close()
+
+
+@pytest.mark.parametrize(
+    ("label", "added", "last"),
+    [
+        ("model-tp8-compile-deep-gemm", 11, "DeepGEMM warmup: 100%"),
+        ("model-tp8-serve", 2, "SIGTERM received. signum=15 Draining requests"),
+        ("shapes", 0, "DeepGEMM warmup: 100%"),
+        ("command", 1, "KERNELS READY"),
+        ("half-tp4", 6, "DeepGEMM warmup: 100%"),
+    ],
+)
+def test_every_recipe_warms_and_is_proven(good: Group, label: str, added: int, last: str) -> None:
+    cli, ended = good
+    task = ended.task(label)
+    assert (task["state"], task["verified"], task["proof"]) == ("warmed", True, "verified"), task
+    assert task["entries_added"] == added
+    assert last in cli.last_lines(label)
+    (marker,) = cli.root.glob(f"markers/{label}-{task['key']}/*.json")
+    assert json.loads(marker.read_text())["second_pass_added"] == 0
+
+
+def test_what_was_found_is_told(good: Group) -> None:
+    cli, ended = good
+    document = ended.document
+    assert document["image"]["ref"] == cli.image
+    assert document["image"]["id"].startswith("sha256:")
+    assert document["cache"] == str(cli.root)
+    assert len(document["toolchain"]) == 16
+    assert document["warnings"] == []
+    assert "5 warmed in" in ended.err
+    assert "sweeping what memory cut short" in ended.err
+
+
+# --- failure ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[dict[str, Group]]:
+    """Two builders side by side, whose tasks all end differently, by label."""
+    tasks: list[dict[str, Any]] = [
+        server("org/exit", play="exit-3"),
+        server("org/crash", play="crash-exit-0"),
+        server("org/stuck", play="crash-hang"),
+        server("org/missing"),
+        server("org/nothing", play="no-kernels"),
+        server("org/dies", play="dies-in-second-pass"),
+        shapes("fine"),
+        server("org/silent", "serve", "silent-hang", silence="4s"),
+        server("org/slow", play="refuses-sigterm", timeout="5s"),
+        server("org/partial", play="reducing-always"),
+        server("org/grows", play="grows-in-second-pass"),
+    ]
+    groups: dict[str, Group] = {}
+    clis = [Cli(tmp_path_factory.mktemp(f"bad{half}"), docker_host, tiny_image) for half in (1, 2)]
+    running = []
+    for cli, half in zip(clis, (tasks[:7], tasks[7:]), strict=True):
+        for task in half:
+            if task["recipe"] != "shapes" and task["model"] != "org/missing":
+                cli.model(task["model"])
+        cli.manifest(*half)
+        running.append(cli.start("warm", "--json", environ={"GITHUB_ACTIONS": "true"}))
+    for cli, builder in zip(clis, running, strict=True):
+        ended = builder.end()
+        cli.left_nothing()
+        groups |= {task["label"].removesuffix("-tp8"): (cli, ended) for task in ended.document["tasks"]}
+    yield groups
+    for cli in clis:
+        cli.close()
+
+
+CRASH = 'crash: "Scheduler hit an exception" (RuntimeError: a test double plays a crash)'
+
+
+@pytest.mark.parametrize(
+    ("label", "state", "reason", "last"),
+    [
+        ("exit", "failed", "exit status 3", "Load weight begin"),
+        ("crash", "failed", CRASH, "Received sigquit from a child process"),
+        ("stuck", "failed", CRASH, "Received sigquit from a child process"),
+        ("nothing", "failed", "deep_gemm is required and it holds no valid entry", "SIGQUIT received"),
+        ("silent", "failed", "silence: no output for 4 s", "Load weight begin"),
+        ("slow", "failed", "timeout: not finished after 5 s", "SIGTERM is refused"),
+        ("partial", "partial", "sglang reduced max_m for lack of memory", "DeepGEMM warmup: 100%"),
+        ("grows", "failed", "the second pass added", "DeepGEMM warmup: 100%"),
+        ("dies", "failed", f"second pass: {CRASH}", "Received sigquit from a child process"),
+    ],
+)
+def test_a_task_that_ends_badly(bad: dict[str, Group], label: str, state: str, reason: str, last: str) -> None:
+    cli, ended = bad[label]
+    task = ended.task(f"{label}-tp8")
+    assert (task["state"], task["verified"]) == (state, False)
+    assert reason in task["reason"]
+    assert task["seconds"] < 20
+    assert last in cli.last_lines(f"{label}-tp8")
+    assert not list(cli.root.glob(f"markers/{label}-*"))
+
+
+def test_one_tasks_trouble_is_not_the_others(bad: dict[str, Group]) -> None:
+    cli, ended = bad["fine"]
+    assert ended.status == 11
+    assert ended.task("fine")["state"] == "warmed"
+    assert len(cli.markers()) == 1
+    assert ended.document["error"]["message"] == "5 failed, 1 skipped of 7 tasks"
+    assert bad["slow"][1].status == 11
+    assert not bad["slow"][0].markers()
+
+
+def test_a_missing_model_is_skipped(bad: dict[str, Group]) -> None:
+    cli, ended = bad["missing"]
+    task = ended.task("missing-tp8")
+    assert (task["state"], task["seconds"], task["log"]) == ("skipped", None, None)
+    assert "org/missing is not in the store" in task["reason"]
+    assert not (cli.logs / "missing-tp8.log").exists()
+
+
+def test_in_github_actions_every_task_is_a_group_and_every_failure_an_annotation(bad: dict[str, Group]) -> None:
+    _, ended = bad["fine"]
+    lines = [line for line in ended.err.splitlines() if line.startswith("::")]
+    labels = [task["label"] for task in ended.document["tasks"]]
+    assert [line for line in lines if line.startswith("::group::")] == [
+        f"::group::[{number}/7] {label}" for number, label in enumerate(labels, 1)
+    ]
+    opened = 0
+    for line in lines:
+        opened += line.startswith("::group::") - line.startswith("::endgroup::")
+        assert opened in (0, 1), "a group in a group"
+    assert opened == 0
+    errors = [line for line in lines if line.startswith("::error ")]
+    assert len(errors) == 7, errors
+    assert errors[0].startswith("::error title=exit-tp8 failed::exit status 3")
+    assert errors[-1] == "::error title=warm-cache::5 failed, 1 skipped of 7 tasks"
+
+
+def test_the_last_lines_of_a_failed_task_are_shown_again(bad: dict[str, Group]) -> None:
+    _, ended = bad["crash"]
+    shown = ended.err.split("crash-tp8: failed: ")[1].split("::endgroup::")[0]
+    assert "lines of its log (" in shown
+    assert "Received sigquit from a child process" in shown
+
+
+# --- deadlines of the run --------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_over_ends_the_run(cli: Cli) -> None:
+    cli.manifest(server(cli.model("org/m"), play="silent-hang"), shapes("never"))
+    ended = cli.run("warm", "--json", "--budget", "2s")
+    assert ended.status == 14
+    assert ended.task("m-tp8")["state"] == "cold"
+    assert "budget" in ended.task("m-tp8")["reason"]
+    assert (ended.task("never")["state"], ended.task("never")["seconds"]) == ("cold", None)
+    assert "2 of 2 tasks still cold" in ended.document["error"]["message"]
+    assert ended.seconds < 20
+
+
+def test_what_is_finished_before_the_budget_stays_warm(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cli.manifest(shapes("first"), command("second", "print('at it', flush=True)\n" + GATE))
+    log = cli.logs / "second.log"
+
+    def clock() -> float:
+        return 10.0 if log.exists() and "at it" in log.read_text() else 0.0
+
+    monkeypatch.setattr(cli_module, "Deadline", lambda _: Deadline(5.0, clock=clock))
+    status = cli.here("warm", "--json")
+    document = json.loads(capfd.readouterr().out)
+    assert (status, document["exit"]) == (14, 14)
+    assert [task["state"] for task in document["tasks"]] == ["warmed", "cold"]
+    cli.left_nothing()
+    assert len(cli.markers()) == 1
+
+
+# --- what containers say ---------------------------------------------------------------------------------------------
+
+
+def test_a_flood_is_logged_to_the_last_line_and_memory_stays_flat(cli: Cli) -> None:
+    lines = 1_000_000
+    cli.manifest(server(cli.model("org/flood"), play="flood"))
+    builder = cli.start("warm", "--json")
+    builder.says("Load weight begin")
+    process = psutil.Process(builder.process.pid)
+    before = process.memory_info().rss
+    peak = before
+
+    def over() -> bool:
+        nonlocal peak
+        try:
+            peak = max(peak, process.memory_info().rss)
+        except psutil.NoSuchProcess:
+            return True
+        return builder.process.poll() is not None
+
+    wait_for(over, 90, "the end of the flood")
+    ended = builder.end()
+    cli.left_nothing()
+    assert ended.status == 0
+    with (cli.logs / "flood-tp8.log").open(encoding="utf-8") as log:
+        numbers = [line[11:18] for line in log if line.startswith("out| flood ")]
+    assert numbers == [f"{number:07d}" for number in range(lines)]
+    assert peak - before < 48 << 20
+
+
+def test_bytes_that_are_no_text_are_kept_and_hurt_nobody(cli: Cli) -> None:
+    cli.manifest(server(cli.model("org/binary"), play="binary"))
+    ended = cli.warm()
+    log = (cli.logs / "binary-tp8.log").read_bytes()
+    assert b"out| \xff\xfe not UTF-8 \x00 NUL \xe2\x82\n" in log
+    # An event may stand in a line that is long in the making, and then the line goes on behind it.
+    assert sum(line.count(b"x") for line in log.split(b"\n") if line.startswith(b"out| xx")) == 1 << 20
+    assert b"\xc3(" * 1000 in log
+    assert "\0" not in ended.err
+
+
+def test_a_secret_is_nowhere(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    token = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
+    specs: list[ContainerSpec] = []
+    create = Engine.create
+
+    def recorded(engine: Engine, spec: ContainerSpec) -> str:
+        specs.append(spec)
+        return create(engine, spec)
+
+    monkeypatch.setattr(Engine, "create", recorded)
+    cli.manifest(server(cli.model("org/leak"), play="leak-secret"))
+    assert cli.here("warm", "--json", "-v", environ={"HF_TOKEN": token}) == 0
+    cli.left_nothing()
+    said = capfd.readouterr()
+    assert json.loads(said.out)["tasks"][0]["state"] == "warmed"
+    log = cli.log("leak-tp8")
+    assert "the token is " in log
+    assert "in two writes: " in log
+    for part in (token, token[: len(token) // 2], token[len(token) // 2 :]):
+        assert part not in log
+        assert part not in said.out + said.err
+        for path in cli.root.rglob("*"):
+            assert not path.is_file() or part.encode() not in path.read_bytes(), path
+    assert specs
+    for spec in specs:
+        env = {name: value for name, value in spec.env.items() if name != "HF_TOKEN"}
+        assert token not in json.dumps([dict(spec.labels), spec.name, list(spec.command), env])
+    assert json.loads(specs[-1].env[JOB_VARIABLE])["secrets"] == ["HF_TOKEN"]
+
+
+def test_memory_that_runs_out_is_named(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with cli.engine() as engine:
+        if not engine.info.get("MemoryLimit"):
+            pytest.skip("this engine cannot limit memory, and without a limit the play would take the machine's")
+
+    def limited(**fields: Any) -> ContainerSpec:
+        return dataclasses.replace(ContainerSpec(**fields), memory=256 << 20)
+
+    monkeypatch.setattr(session_module, "ContainerSpec", limited)
+    cli.manifest(server(cli.model("org/oom"), play="oom"))
+    assert cli.here("warm", "--json") == 11
+    cli.left_nothing()
+    (task,) = json.loads(capfd.readouterr().out)["tasks"]
+    assert task["state"] == "failed"
+    assert "memory" in task["reason"]
+    assert not cli.markers()
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+#: Leaves grandchildren in sessions of their own, deaf to SIGTERM, with the log in their hands; fails if it sees older.
+GRANDCHILDREN = """
+import os, signal, sys
+from pathlib import Path
+old = [pid for pid in Path('/proc').glob('[0-9]*') if (pid / 'cmdline').read_bytes().startswith(b'grandchild')]
+if old:
+    sys.exit(f'still there: {old}')
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        os.setsid()
+    os.execv(sys.executable, ['grandchild', '-c', 'import time; time.sleep(3600)'])
+print('KERNELS READY')
+"""
+
+
+def test_grandchildren_are_gone_before_the_second_pass_and_after_the_run(cli: Cli) -> None:
+    cli.manifest(command("forks", GRANDCHILDREN), server(cli.model("org/server"), play="grandchildren"))
+    ended = cli.warm()
+    assert [task["state"] for task in ended.document["tasks"]] == ["warmed", "warmed"]
+    assert ended.task("forks")["seconds"] < 20
+    assert ended.task("forks")["proof"] == "nothing-claimed"
+    assert "grandchildren are there" in cli.log("server-tp8")
+
+
+# --- people who look away --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_reader_that_goes_away_changes_nothing(cli: Cli, options: tuple[str, ...]) -> None:
+    cli.manifest(shapes())
+    argv = [sys.executable, "-m", "builder", *cli.argv("warm", *options)]
+    with subprocess.Popen(
+        argv, cwd=cli.place, env=cli.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as builder:
+        assert builder.stdout is not None
+        assert builder.stderr is not None
+        if not options:
+            assert builder.stdout.readline()
+        builder.stdout.close()
+        complaints = builder.stderr.read()
+        assert builder.wait(60) == 0
+    assert b"Traceback" not in complaints
+    assert b"BrokenPipe" not in complaints
+    cli.left_nothing()
+    assert len(cli.markers()) == 1
+
+
+# --- two builders ----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_builder_waits_for_the_first_and_finds_everything_warm(cli: Cli) -> None:
+    cli.manifest(command("one", "print('at it', flush=True)\n" + GATE + READY))
+    first = cli.start("warm", "--json")
+    first.says("at it")
+    second = cli.start("warm", "--json", "--lock-timeout", "60s")
+    second.says("waiting for ")
+    assert f"waiting for pid {first.process.pid} (" in second.err
+    assert "builder warm" in second.err
+    assert not cli.lock_is_free()
+    third = cli.start("warm", "--json", "--lock-timeout", "1s").end()
+    assert third.status == 15
+    assert f"pid {first.process.pid}" in third.document["error"]["message"]
+    assert third.task("one")["state"] == "cold"
+    (cli.root / "go").touch()
+    assert first.end().task("one")["state"] == "warmed"
+    waited = second.end()
+    assert (waited.status, waited.task("one")["state"]) == (0, "warm")
+    assert "Nothing to do." in waited.err
+    cli.left_nothing()
+
+
+def test_a_waiting_builder_can_be_interrupted(cli: Cli) -> None:
+    cli.manifest(command("one", "print('at it', flush=True)\n" + GATE + READY))
+    first = cli.start("warm", "--json")
+    first.says("at it")
+    second = cli.start("warm", "--json")
+    second.says("waiting for ")
+    second.send(signal.SIGINT)
+    assert second.end(5).status == 130
+    (cli.root / "go").touch()
+    assert first.end().status == 0
+    cli.left_nothing()
