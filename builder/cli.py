@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -195,6 +196,9 @@ class _Invocation:
         cancel, engine = Cancel(), Engine(self.environ.get("DOCKER_HOST") or None)
         with contextlib.closing(engine), _signals(cancel):
             engine.connect()
+            # All that is loaded by now stays to the end. Not looking through it, at every collection and once more at
+            # exit, saves a tenth of a check.
+            gc.freeze()
             with Session(
                 manifest, engine, self.console, cancel, self.report, options, Deadline(manifest.run.budget)
             ) as session:
