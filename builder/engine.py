@@ -11,7 +11,6 @@ import base64
 import contextlib
 import functools
 import http.client
-import io
 import json
 import math
 import os
@@ -189,17 +188,23 @@ class Engine:
 
     def pull(self, ref: str, on_progress: Callable[[str], None] = lambda text: None) -> Image:
         """Pulls, and says how far it is when that has changed: layers, and bytes of those being loaded."""
+        api = self._api
+        from docker import auth
         from docker.utils import parse_repository_tag
 
         doing = f"cannot pull {ref}"
-        name, tag = parse_repository_tag(ref)
-        tag = tag or "latest"
         with self._translated(doing):
-            stream = self._api.pull(name, tag=tag, stream=True, decode=True)
-        progress = PullProgress(tag)
-        for message in self._messages(stream, doing):
-            if text := progress.text(message):
-                on_progress(f"{ref}: {text}")
+            name, tag = parse_repository_tag(ref)
+            registry, _ = auth.resolve_repository_name(name)
+            credentials = auth.get_config_header(api, registry)
+            where = {"fromImage": name, "tag": tag or "latest"}
+            headers = {"X-Registry-Auth": credentials} if credentials else {}
+            response = self._request("POST", "/images/create", params=where, headers=headers, **self._long)
+        progress = PullProgress(where["tag"])
+        with contextlib.closing(response):
+            for message in self._messages(response, doing):
+                if text := progress.text(message):
+                    on_progress(f"{ref}: {text}")
         image = self.image(ref)
         if image is None:
             raise EngineRefusedError(f"{doing}: the engine pulled it and does not have it", status=404)
@@ -217,23 +222,19 @@ class Engine:
         lines.
         """
         doing = f"building {tag} failed"
+        options = {"t": tag, "labels": json.dumps(dict(labels or {})), "rm": 1, "forcerm": 1}
+        headers = {"Content-Type": "application/x-tar"}
         with self._translated(doing):
-            stream = self._api.build(
-                fileobj=io.BytesIO(context),
-                custom_context=True,
-                tag=tag,
-                labels=dict(labels or {}),
-                rm=True,
-                forcerm=True,
-                decode=True,
-            )
+            self._api._set_auth_headers(headers)  # noqa: SLF001 - docker-py has no public way to it
+            response = self._request("POST", "/build", params=options, headers=headers, data=context, **self._long)
         tail: deque[str] = deque(maxlen=20)
         try:
-            for message in self._messages(stream, doing):
-                for line in str(message.get("stream", "")).splitlines():
-                    if text := readable(line).rstrip():
-                        tail.append(text)
-                        on_line(text)
+            with contextlib.closing(response):
+                for message in self._messages(response, doing):
+                    for line in str(message.get("stream", "")).splitlines():
+                        if text := readable(line).rstrip():
+                            tail.append(text)
+                            on_line(text)
         except EngineRefusedError as error:
             error.notes = tuple(tail)
             raise
@@ -244,9 +245,18 @@ class Engine:
             )
         return image
 
-    def _messages(self, stream: Iterator[Any], doing: str) -> Iterator[Mapping[str, Any]]:
-        """The engine's progress messages; an error among them is the end."""
-        for message in self._iterated(stream, doing):
+    @property
+    def _long(self) -> dict[str, Any]:
+        """For what may take hours and be silent for minutes, once the engine has taken it on."""
+        return {"stream": True, "timeout": (self._timeout, None)}
+
+    def _messages(self, response: Any, doing: str) -> Iterator[Mapping[str, Any]]:
+        """The engine's progress, one JSON object a line; an error among them is the end."""
+        for line in self._iterated(response.iter_lines(), doing):
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
             if not isinstance(message, dict):
                 continue
             if message.get("error"):
@@ -406,7 +416,7 @@ class Engine:
     def _get(self, path: str, *names: str, **options: Any) -> Any:
         return self._request("GET", path, *names, **options)
 
-    def _request(self, method: str, path: str, *names: str, timeout: float | None = None, **options: Any) -> Any:
+    def _request(self, method: str, path: str, *names: str, timeout: Any = None, **options: Any) -> Any:
         api = self._api
         self._knock()
         url = api._url(path, *names)  # noqa: SLF001 - knows the transport and the version

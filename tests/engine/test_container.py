@@ -16,13 +16,12 @@ import pytest
 
 from builder import container as life
 from builder import logs
-from builder.container import Outcome
 from builder.engine import Engine, Mount
 from builder.errors import EngineLostError, EngineRefusedError
 from builder.lease import LABEL_LEASE, sweep
 from builder.waiting import Deadline, poll
-from tests.engine.conftest import PRELUDE, Proxy, Workshop
-from tests.scripts import HANG, err, leave, on_term, out, pause
+from tests.engine.workshop import PRELUDE, Disturbed, Proxy, Workshop, check, raising, when_ready
+from tests.scripts import HANG, leave, on_term, out, pause
 
 pytestmark = pytest.mark.engine
 
@@ -37,23 +36,6 @@ if os.fork() == 0:
 os.write(1, b"ready\\n")
 threading.Event().wait()
 """
-
-
-def when_ready(shop: Workshop, act: Callable[[], object]) -> threading.Thread:
-    """Acts once the container has said that it is ready."""
-
-    def run() -> None:
-        if poll(lambda: ("out", "ready") in shop.shown, Deadline(20), every=0.01):
-            act()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
-
-
-def check(outcome: Outcome, ended: str, status: int | None) -> None:
-    assert (outcome.ended, outcome.exit_code, outcome.problems) == (ended, status, [])
-    assert outcome.log_complete
 
 
 def test_success(workshop: Workshop) -> None:
@@ -184,32 +166,6 @@ def test_a_refused_create_leaves_nothing(workshop: Workshop) -> None:
     missing = workshop.directory / "missing"
     with pytest.raises(EngineRefusedError, match=f"has no {missing}: create it there"):
         workshop.run(leave(0), mounts=(Mount(str(missing), "/x"),))
-
-
-class Disturbed:
-    """The engine, with something before or after one of its operations."""
-
-    def __init__(self, engine: Engine, **disturbances: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
-        self._engine = engine
-        self._disturbances = disturbances
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self._engine, name)
-        disturbance = self._disturbances.get(name)
-        if disturbance is None:
-            return real
-        return lambda *arguments, **options: disturbance(lambda: real(*arguments, **options), arguments)
-
-
-def raising(error: BaseException, *, after: bool) -> Callable[[Callable[..., Any], tuple[Any, ...]], Any]:
-    def disturb(call: Callable[[], Any], _arguments: tuple[Any, ...]) -> Any:
-        if after:
-            answer = call()
-            if hasattr(answer, "close"):
-                answer.close()
-        raise error
-
-    return disturb
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "answer-lost"])
@@ -363,58 +319,6 @@ os._exit(70)
     outcome = workshop.run(source=source, engine=Disturbed(workshop.engine, create=elsewhere))
     assert watched == ["running"], "stdin ended while the builder lived"
     assert outcome.ended == "cancelled"
-    labels = workshop.spec(leave(0)).labels
-    assert LABEL_LEASE not in labels
-
-
-# --- the log ---
-
-
-FLOOD = """
-line = "x" * 91
-for start in range(0, 1000000, 1000):
-    os.write(1, "".join("%08d%s\\n" % (number, line) for number in range(start, start + 1000)).encode())
-    os.write(2, b"%d\\n" % start)
-"""
-
-
-@pytest.mark.timeout(120)
-def test_a_million_lines_arrive_once_each_and_memory_stays_flat(workshop: Workshop) -> None:
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome = workshop.run(source=FLOOD, display=lambda stream, line: None)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    check(outcome, "exited", 0)
-    expected = iter(range(1_000_000))
-    errors = []
-    with workshop.log_path.open("rb") as file:
-        for line in file:
-            if line.startswith(b"out| "):
-                assert int(line[5:13]) == next(expected)
-                assert len(line) == 105
-            else:
-                errors.append(int(line[5:]))
-    assert next(expected, None) is None
-    assert errors == list(range(0, 1_000_000, 1000))
-    assert grown < 64 << 10, f"memory grew by {grown} KiB"
-
-
-def test_a_connection_cut_within_a_frame_loses_and_doubles_nothing(workshop: Workshop, proxy: Proxy) -> None:
-    proxy.cut_after = 123_457
-    source = """
-for number in range(20000):
-    os.write(1, b"line %d\\n" % number)
-    if number == 15000:
-        threading.Event().wait(1.5)
-os.write(2, b"caf\\xc3\\xa9 without end")
-"""
-    with contextlib.closing(Engine(proxy.url).connect()) as engine:
-        outcome = workshop.run(source=source, engine=engine)
-    assert proxy.cuts == 1
-    check(outcome, "exited", 0)
-    expected = b"".join(b"line %d\n" % number for number in range(20000))
-    assert workshop.log() == {"out": expected, "err": "café without end\n".encode()}
 
 
 def test_an_engine_that_goes_away_is_said_to_be_lost(
@@ -433,41 +337,6 @@ def test_an_engine_that_goes_away_is_said_to_be_lost(
     assert workshop.lease.keep
     for container in workshop.ids():  # nobody but the engine could have
         workshop.engine.remove(container, force=True)
-
-
-def test_silence_longer_than_the_clients_timeout_is_no_failure(workshop: Workshop, docker_host: str) -> None:
-    with contextlib.closing(Engine(docker_host, timeout=1).connect()) as engine:
-        outcome = workshop.run(out("a\n"), pause(2.5), out("b\n"), leave(0), engine=engine)
-    check(outcome, "exited", 0)
-    assert workshop.log()["out"] == b"a\nb\n"
-
-
-def test_bytes_arrive_as_they_are(workshop: Workshop) -> None:
-    outcome = workshop.run(
-        out(b"\xff\xfe caf\xc3"), pause(0.1), out(b"\xa9\n"), err(b" 10%\r 20%\r\n"), out(b"\x00\x1b[31mend"), leave(0)
-    )
-    check(outcome, "exited", 0)
-    assert workshop.log() == {"out": b"\xff\xfe caf\xc3\xa9\n\x00\x1b[31mend\n", "err": b" 10%\n 20%\n"}
-    assert "\ufffdend" in outcome.tail
-
-
-def test_progress_is_shown_while_it_moves(workshop: Workshop) -> None:
-    thread = when_ready(workshop, lambda: workshop.cancel.set(signal.SIGTERM))
-    outcome = workshop.run(out("ready\r"), HANG)
-    thread.join(5)
-    assert outcome.ended == "cancelled"
-
-
-def test_a_reader_that_cannot_keep_up_blocks_neither_container_nor_engine(workshop: Workshop) -> None:
-    stuck = threading.Event()
-    outcome = workshop.run(
-        source='for _ in range(300): os.write(1, b"y" * 99 + b"\\n" * 1)\nos.write(1, (b"z" * 99 + b"\\n") * 50000)',
-        display=lambda stream, line: stuck.wait(60),
-    )
-    stuck.set()
-    assert (outcome.ended, outcome.exit_code, outcome.log_complete) == ("exited", 0, True)
-    assert workshop.log()["out"].count(b"\n") == 50_300
-    assert outcome.problems == ["the display took no more lines; the log file has them"]
 
 
 def test_the_environment_holds_the_job_and_stdin_is_open_for_the_lease(workshop: Workshop) -> None:
