@@ -1,4 +1,5 @@
-"""``python3 -m builder.warmup``: reads its job from the environment and does it. Modes: probe, run, lock.
+"""``python3 -m builder.warmup``: reads its job from the environment and does it. Modes: probe, run, lock, hold, sweep,
+verify.
 
 Exit status: 0 done (``run``: warmed) · 20 failed · 21 partial · 22 skipped · 2 no job · 70 the lease ended · 71 the
 lifetime is over · 128 + N stopped by signal N.
@@ -12,7 +13,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from builder.warmup import layout, toolchain
+from builder.warmup import layout, toolchain, upkeep
 from builder.warmup.events import FAILED
 from builder.warmup.guard import Guard, Stopped, end
 from builder.warmup.output import Output
@@ -41,8 +42,10 @@ def main() -> int:
             status = warming.run()
         elif job.mode == "probe":
             status = _probe(job, output)
-        elif job.mode == "lock":
+        elif job.mode in ("lock", "hold"):
             status = _lock(job, output, guard)
+        elif job.mode in ("sweep", "verify"):
+            status = _upkeep(job, output, guard)
         else:
             output.say(f"no such mode, or no task for it: {job.mode!r}")
             status = NO_JOB
@@ -75,11 +78,14 @@ def _probe(job: Job, output: Output) -> int:
 
 
 def _lock(job: Job, output: Output, guard: Guard) -> int:
+    """Holds the run lock, or the hold (shared; only of a root that is there: a job makes none)."""
+    root, exclusive = Path(job.mount), job.mode == "lock"
     try:
-        layout.prepare(Path(job.mount))
-        path = layout.run_lock(Path(job.mount))
-        output.event("phase", phase="waiting for the run lock")
-        guard.acquire(path, exclusive=True)
+        if exclusive:
+            layout.prepare(root)
+        path = layout.run_lock(root) if exclusive else layout.hold_lock(root)
+        output.event("phase", phase=f"waiting for the {path.stem} lock")
+        guard.acquire(path, exclusive=exclusive)
     except (layout.LayoutError, OSError) as error:
         output.say(str(error))
         return FAILED
@@ -88,6 +94,14 @@ def _lock(job: Job, output: Output, guard: Guard) -> int:
     while True:
         hold.wait(0.1)
         guard.check()
+
+
+def _upkeep(job: Job, output: Output, guard: Guard) -> int:
+    try:
+        return {"sweep": upkeep.sweep, "verify": upkeep.verify}[job.mode](job, output, guard)
+    except (layout.LayoutError, OSError) as error:
+        output.say(str(error))
+        return FAILED
 
 
 def _say_lifetime(job: Job, output: Output, warming: Warming | None) -> None:

@@ -9,9 +9,13 @@ Events and their fields:
 - phase: phase (a short word or two for people)
 - progress: done, total, unit
 - entries: families {family: valid entries}, added {family: new since the start}
-- locked: path (mode ``lock`` only: the run lock is held from now on)
+- locked: path (modes ``lock`` and ``hold``: that lock is held from now on)
 - toolchain: record (what `toolchain.probe` found)
-- swept: family, path, why (one per leftover moved aside)
+- swept: family, key, path, why (one per leftover or invalid entry moved aside)
+- removed: family, key, path (mode ``sweep``: gone for good, after it has lain aside for longer than a job may last)
+- kept: family, key, path, why (mode ``sweep``: would go, and may not)
+- checked: family, key, entries (mode ``verify``: how many were looked at; one per family directory)
+- bad: family, key, entry, problem (mode ``verify``: an entry that is not valid, and was not moved)
 - verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n}, added {family: n}, proof,
   second_pass_added, shapes [str], marker (path below the root, or null), seconds
 - end: stdout, stderr: bytes this program wrote to each, this line not included. Always the last line.
@@ -25,7 +29,10 @@ from typing import Any
 #: Exit status of the program by what its verdict says; modes without a verdict end with one of the first two.
 WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
 
-NAMES = frozenset({"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "verdict", "end"})
+NAMES = frozenset(
+    {"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "removed", "kept", "checked", "bad"}
+    | {"verdict", "end"}
+)
 
 
 def prefix(nonce: str) -> bytes:

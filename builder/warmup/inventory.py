@@ -26,17 +26,23 @@ from builder.warmup.families import Family
 from builder.warmup.files import UNREADABLE, is_dir, listing, matches, walk, why
 
 __all__ = [
+    "IN_PROGRESS",
     "MISSING",
     "Entry",
     "Inventory",
     "added",
     "check",
     "elf_problem",
+    "may_be_in_progress",
     "remove_host_specific",
     "scan",
     "sweep",
     "used",
 ]
+
+
+#: Seconds for which somebody may not write to a thing and still be at work on it.
+IN_PROGRESS = 600.0
 
 
 @dataclass(frozen=True)
@@ -118,20 +124,23 @@ def used(before: Inventory, after: Inventory) -> set[str]:
     }
 
 
-def sweep(family: Family, directory: Path, aside: Path, *, now: float, older_than: float) -> list[tuple[str, str]]:
+def sweep(
+    family: Family, directory: Path, aside: Path, *, now: float, older_than: float, mount: str | None = None
+) -> list[tuple[str, str]]:
     """Renames leftovers and invalid entries into `aside`, so that they are compiled anew. Deletes nothing.
 
     What may be a build in progress (leftovers, files written in place) moves only when nobody has written to it, at any
     depth, for `older_than` seconds before `now` (seconds since the epoch, as file times are). An entry that its program
     publishes by one rename was never seen half-made: invalid, it is damaged, and moves at once; its age would tell
     nothing anyway, because hits touch it. Each move is one rename within a file system: readers see the whole or
-    nothing. Returns (path from the family's directory, why); what could not be moved says so in its why.
+    nothing. Returns (path from the family's directory, why); what could not be moved says so in its why. mount: as in
+    `scan`.
     """
     if not family.claimable:
         return []
     base = str(directory)
     doomed = {name: (reason, True) for name, reason in _leftovers(family, base)}
-    for name, problem in scan(family, directory).invalid.items():
+    for name, problem in scan(family, directory, mount=mount).invalid.items():
         if UNREADABLE in problem:
             continue  # somebody else's file may be good
         whole = _whole(family, name)
@@ -154,6 +163,14 @@ def sweep(family: Family, directory: Path, aside: Path, *, now: float, older_tha
         else:
             moved.append((name, reason))
     return moved
+
+
+def may_be_in_progress(family: Family, directory: Path, name: str, problem: str, *, now: float) -> bool:
+    """Whether this invalid entry may be one that is just being made, so that `sweep` leaves it for now."""
+    if UNREADABLE in problem or _whole(family, name) != name or not _may_be_in_progress(family, problem):
+        return False
+    newest = _newest(f"{directory}/{name}")
+    return newest is None or newest > now - IN_PROGRESS
 
 
 def remove_host_specific(family: Family, directory: Path) -> list[str]:

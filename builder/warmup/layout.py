@@ -38,7 +38,8 @@ def prepare(root: Path) -> str:
             write = _write if path.exists() else _create
             write(path, {"schema": SCHEMA, "id": str(uuid.uuid4())})
             known = _read(path)
-        run_lock(root).touch()
+        for lock in (run_lock(root), hold_lock(root)):
+            lock.touch()
     except OSError as error:
         place = error.filename or root
         raise LayoutError(
@@ -57,6 +58,11 @@ def prepare(root: Path) -> str:
 def run_lock(root: Path) -> Path:
     """One warm-up run per cache root at a time: the run (or a container on its behalf) holds this exclusively."""
     return root / "locks" / "run.lock"
+
+
+def hold_lock(root: Path) -> Path:
+    """Held shared by who uses the cache and says so (`warm-cache hold`), exclusively by who removes from it."""
+    return root / "locks" / "hold.lock"
 
 
 def family_lock(root: Path, family: str, key: str) -> Path:

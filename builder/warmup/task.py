@@ -79,10 +79,12 @@ class Task:
 class Job:
     """Everything the in-container program is told.
 
-    mode: ``probe`` | ``run`` | ``lock``. mount: the cache root inside the container. workdir: the image's own
-    working directory, where children start. lifetime: seconds after which the container ends by itself. grace:
-    seconds between SIGTERM and giving up on children. secrets: NAMES of environment variables whose values must
-    never be printed. image: id, digest, labels of the serving image (identity of image-bound families).
+    mode: ``probe`` | ``run`` | ``lock`` | ``hold`` | ``sweep`` | ``verify``. mount: the cache root inside the
+    container. workdir: the image's own working directory, where children start. lifetime: seconds after which the
+    container ends by itself. grace: seconds between SIGTERM and giving up on children. secrets: NAMES of environment
+    variables whose values must never be printed. image: id, digest, labels of the serving image (identity of
+    image-bound families). job_max: seconds that a test job may last, and use the cache without a word (``sweep``).
+    repair: bad entries move aside (``verify``).
     """
 
     mode: str
@@ -97,6 +99,8 @@ class Job:
     workdir: str = "/"
     secrets: tuple[str, ...] = ()
     force: bool = False
+    job_max: float = 6 * 3600.0
+    repair: bool = False
     observed: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -30,8 +30,6 @@ from builder.warmup.setting import Partial, Setting
 from builder.warmup.task import Job, Task
 from builder.warmup.watch import Watch
 
-SWEEP_OLDER_THAN = 600.0  # seconds; a leftover younger than this may be somebody's work in progress
-
 STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED}
 
 
@@ -175,10 +173,10 @@ class Warming:
                 self._directory(family.name),
                 layout.aside(self._root, family.name, key),
                 now=time.time(),
-                older_than=SWEEP_OLDER_THAN,
+                older_than=inventory.IN_PROGRESS,
             )
             for path, why in moved:
-                self._output.event("swept", family=family.name, path=path, why=why)
+                self._output.event("swept", family=family.name, key=key, path=path, why=why)
 
     def _claim(
         self, recipe: Recipe, first: Watch, after: Mapping[str, Inventory]

@@ -1,0 +1,149 @@
+"""What may be removed from a cache root: only what nobody works in, holds, has touched or looks through."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from builder.warmup import inventory, layout, removal
+from builder.warmup.families import FAMILY
+
+KEY = "0123456789abcdef"
+HOUR = 3600.0
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    layout.prepare(tmp_path / "jit")
+    (tmp_path / "jit" / "triton" / KEY / "entry").mkdir(parents=True)
+    (tmp_path / "jit" / "triton" / KEY / "entry" / "file").write_text("x")
+    return tmp_path / "jit"
+
+
+def refusal(root: Path, *, job_max: float = 6 * HOUR, later: float = 7 * HOUR, mounts: str = "") -> str | None:
+    table = root.parent / "mountinfo"
+    table.write_text(mounts)
+    with removal.may_remove(root, "triton", KEY, job_max=job_max, now=time.time() + later, mounts=table) as found:
+        return found
+
+
+def test_what_nobody_has_touched_for_as_long_as_a_job_lasts_may_go(root: Path) -> None:
+    assert refusal(root) is None
+    assert refusal(root, later=5 * HOUR) == "it was touched 18000 s ago, and a job may last 21600 s"
+    assert refusal(root, later=0, job_max=0) is None
+
+
+def test_a_clock_that_was_set_back_removes_nothing(root: Path) -> None:
+    assert refusal(root, later=-HOUR) == "it was touched 0 s ago, and a job may last 21600 s"
+
+
+def test_moving_a_thing_touches_it_however_old_its_content_is(root: Path) -> None:
+    entry = root / "triton" / KEY / "entry"
+    for path in (entry / "file", entry, entry.parent):
+        os.utime(path, (1.0, 1.0))
+    assert (refusal(root, later=60) or "").startswith("it was touched ")
+
+
+@pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [(f"triton-{KEY}.lock", f"a warm-up works in triton/{KEY}"), ("hold.lock", "a test job holds the cache")],
+)
+def test_whoever_has_a_lock_is_respected(root: Path, name: str, reason: str, kind: int) -> None:
+    with (root / "locks" / name).open("w") as lock:
+        fcntl.flock(lock, kind)
+        assert refusal(root) == reason
+    assert refusal(root) is None
+
+
+def test_the_locks_are_held_until_the_removal_is_done(root: Path) -> None:
+    with removal.may_remove(root, "triton", KEY, job_max=0, now=time.time()) as found:
+        assert found is None
+        for path in (layout.hold_lock(root), layout.family_lock(root, "triton", KEY)):
+            with path.open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with layout.hold_lock(root).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_a_lock_that_cannot_be_opened_forbids(root: Path) -> None:
+    layout.family_lock(root, "triton", KEY).mkdir()
+    assert refusal(root) == f"triton-{KEY}.lock cannot be locked: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("lower", "seen"),
+    [
+        ("{root}", True),
+        ("{root}/triton/" + KEY, True),
+        ("{root}/triton/" + KEY + "/entry", True),
+        ("/elsewhere:{root}/triton", True),
+        ("{root}/triton/0000", False),
+        ("{root}2", False),
+        ("jit/triton", False),
+    ],
+)
+def test_what_a_view_has_below_stays(root: Path, lower: str, seen: bool) -> None:
+    lower = lower.format(root=root)
+    mounts = (
+        "21 1 0:19 / / rw - overlay overlay rw,lowerdir=l/ABC:l/DEF,upperdir=/u,workdir=/w\n"
+        "garbage\n"
+        f"22 1 0:20 / /a\\040view rw,relatime - overlay overlay rw,lowerdir={lower},upperdir=/u,workdir=/w\n"
+    )
+    assert refusal(root, mounts=mounts) == ("the view at /a view has it below" if seen else None)
+
+
+def test_what_cannot_be_judged_stays(root: Path) -> None:
+    with removal.may_remove(root, "triton", "f" * 16, job_max=0, now=time.time()) as found:
+        assert found == "nobody can tell when it was last touched"
+
+
+def moved_aside(root: Path) -> Path:
+    """What a sweep made of a broken entry."""
+    entry = root / "deep_gemm" / KEY / "cache" / f"kernel.{'0' * 32}"
+    entry.mkdir(parents=True)
+    (entry / "kernel.cu").write_text("half")
+    aside = layout.aside(root, "deep_gemm", KEY)
+    assert inventory.sweep(FAMILY["deep_gemm"], root / "deep_gemm" / KEY, aside, now=time.time(), older_than=600)
+    (found,) = aside.iterdir()
+    return found
+
+
+def cleared(root: Path, *, job_max: float = HOUR, later: float = 2 * HOUR) -> list[tuple[str, str, str, str | None]]:
+    return list(removal.clear_aside(root, job_max=job_max, now=time.time() + later))
+
+
+def test_aside_is_cleared_of_what_lay_there_long_enough(root: Path) -> None:
+    moved = moved_aside(root)
+    assert cleared(root, later=0.5 * HOUR) == []
+    assert moved.is_dir()
+    name = str(moved.relative_to(root))
+    with layout.hold_lock(root).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert cleared(root) == [("deep_gemm", KEY, name, "a test job holds the cache")]
+    assert moved.is_dir()
+    assert cleared(root) == [("deep_gemm", KEY, name, None)]
+    assert not moved.exists()
+    assert cleared(root) == []
+
+
+def test_what_a_sweep_did_not_put_aside_is_left_there(root: Path, tmp_path: Path) -> None:
+    moved = moved_aside(root)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    foreign = [root / "aside" / "mine", moved.parent / "notes.txt", root / "aside" / f"deep_gemm-{'0' * 16}"]
+    foreign[0].mkdir()
+    foreign[1].write_text("mine")
+    foreign[2].symlink_to(moved.parent)
+    link = moved.with_name(f"deep_gemm-{KEY}-{'1' * 12}-{'2' * 32}")
+    link.symlink_to(outside)
+    other = moved.with_name(f"triton-{KEY}-{'1' * 12}-{'2' * 32}")
+    other.mkdir()
+    assert {path.rpartition("/")[2] for _, _, path, stays in cleared(root) if stays is None} == {moved.name, link.name}
+    assert all(os.path.lexists(path) for path in (*foreign, other))
+    assert (outside / "file").read_text() == "mine"
