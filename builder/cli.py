@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else goes to stderr"},
     "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
     "force": {"action": "store_true", "help": "run warm tasks too"},
+    "allow-busy": {"action": "store_true", "help": "start even where somebody else holds a GPU"},
     "pull": {"action": "store_true", "help": "pull the image first"},
     "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
     "budget": {"metavar": "55m", "help": "how long the whole run may take"},
@@ -75,7 +76,7 @@ VERBS = {
     "warm": Verb(
         "make every task of the manifest warm",
         "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
-        ("only", "force", "strict", "budget", "timeout", "silence", "lock-timeout", *STARTS),
+        ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
     ),
     "check": Verb("say warm or cold per task; exit 0 or 10", "warm-cache check --profile h200", ("only", "strict")),
     "explain": Verb(
@@ -90,7 +91,9 @@ VERBS = {
         ("format",),
     ),
     "doctor": Verb(
-        "what keeps this machine from running the manifest, all at once", "warm-cache doctor --profile h200"
+        "what keeps this machine from running the manifest, all at once",
+        "warm-cache doctor --profile h200",
+        ("allow-busy",),
     ),
 }
 
@@ -192,6 +195,7 @@ class _Invocation:
             pull=getattr(self.arguments, "pull", False),
             force=getattr(self.arguments, "force", False),
             strict=getattr(self.arguments, "strict", False),
+            allow_busy=getattr(self.arguments, "allow_busy", False),
         )
         cancel, engine = Cancel(), Engine(self.environ.get("DOCKER_HOST") or None)
         with contextlib.closing(engine), _signals(cancel):

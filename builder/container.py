@@ -64,7 +64,7 @@ class Outcome:
 
     ended ``lost``: the engine stopped answering. exit_code: None when nobody could say. oom: the kernel killed
     something in it for memory, if only a child. problems: what went wrong around it, for people, one sentence each.
-    log_complete: proven or read again.
+    log_complete: proven or read again. container: its id.
     """
 
     ended: Ended
@@ -77,6 +77,7 @@ class Outcome:
     log_path: Path | None
     problems: list[str] = field(default_factory=list)
     log_complete: bool = False
+    container: str = ""
 
 
 class Cancel:
@@ -191,6 +192,7 @@ def run_container(
         log_path=sinks.log_path,
         problems=[*life.problems, *pump.problems],
         log_complete=pump.complete,
+        container=container,
     )
 
 

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ LABEL_RUN, LABEL_LEASE, LABEL_TASK, LABEL_DEADLINE = (LABEL + name for name in (
 
 #: Where a container finds the file.
 TARGET = "/run/warm-cache-lease"
+
+#: In a lease's directory: what its owner has to do even if it dies before. The directory stays until it is done.
+DEBT = "release.json"
 
 _FILE = "lease"
 _NEW, _HELD = "new-", "held-"
@@ -90,7 +93,7 @@ class Lease:
         self._let_go(self.path.parent)
 
     def _let_go(self, directory: Path) -> None:
-        if not self.keep:
+        if not self.keep and not (directory / DEBT).exists():
             shutil.rmtree(directory, ignore_errors=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -133,8 +136,13 @@ def private_directory(state_dir: Path) -> Path:
     return home
 
 
-def sweep(engine: Containers, state_dir: Path, *, grace: float = 5.0) -> list[Swept]:
-    """See `Lease.sweep`; for one who holds no lease. grace: seconds between SIGTERM and SIGKILL."""
+def sweep(
+    engine: Containers, state_dir: Path, *, grace: float = 5.0, settle: Callable[[Path], bool] = lambda directory: False
+) -> list[Swept]:
+    """See `Lease.sweep`; for one who holds no lease. grace: seconds between SIGTERM and SIGKILL.
+
+    settle: called with the directory of a dead owner that has a DEBT, once its containers are gone; whether it is paid.
+    """
     found = engine.containers([LABEL_LEASE])
     swept, referred = [], set()
     for container in found:
@@ -144,7 +152,7 @@ def sweep(engine: Containers, state_dir: Path, *, grace: float = 5.0) -> list[Sw
         if result is None or not result.removed:
             referred.add(str(_label(container.labels).get("path")))
     with contextlib.suppress(OSError):
-        _remove_stale(private_directory(state_dir), referred)
+        _remove_stale(private_directory(state_dir), referred, settle)
     return swept
 
 
@@ -210,7 +218,7 @@ def _is_past(labels: Mapping[str, str]) -> bool:
     return text.isdecimal() and len(text) < 16 and time.time() > int(text)
 
 
-def _remove_stale(home: Path, referred: Iterable[str]) -> None:
+def _remove_stale(home: Path, referred: Iterable[str], settle: Callable[[Path], bool]) -> None:
     """Lease directories of dead owners. One that a container refers to stays: it proves that the owner is dead."""
     keep = {Path(path).parent for path in referred}
     for directory in home.iterdir():
@@ -225,5 +233,5 @@ def _remove_stale(home: Path, referred: Iterable[str]) -> None:
             except OSError:
                 continue
             with contextlib.closing(os.fdopen(descriptor, "rb")):
-                if _is_free(descriptor):
+                if _is_free(descriptor) and (not (directory / DEBT).exists() or settle(directory)):
                     shutil.rmtree(directory, ignore_errors=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from builder import gpus
 from builder.engine import Engine
 from builder.errors import EngineRefusedError, Problem
+from builder.gpus import Look, Process
 from builder.manifest import Manifest
 from builder.warmup.toolchain import Record
 
@@ -77,6 +79,24 @@ def _count_and_names(manifest: Manifest, names: list[str]) -> Iterator[Problem]:
             f"every GPU's name must contain {wanted.name!r}, found {', '.join(other)}.",
             "Set [gpus] name, or use the profile of this machine.",
         )
+
+
+def busy(
+    look: Look, containers: Callable[[], Mapping[str, str]], remedy: str = "Stop it, set [gpus] acquire, or"
+) -> Iterator[Problem]:
+    """GPUs that somebody has, by process where one can be named. containers: id → name, asked for when needed."""
+    remedy = f"{remedy} pass --allow-busy."
+    held: dict[Process, list[int]] = {}
+    for gpu in look.gpus:
+        for process in gpu.processes or ():
+            held.setdefault(replace(process, memory=None), []).append(gpu.index)
+    for process, indices in held.items():
+        is_held = f"GPU {indices[0]} is" if len(indices) == 1 else f"GPUs {', '.join(map(str, indices))} are"
+        yield Problem("GPUs", f"{is_held} held by {process.describe(containers())}.", remedy)
+    for gpu in look.gpus:
+        if not gpu.processes and gpu.used is not None and gpu.used > gpus.IDLE_BYTES:
+            text = f"GPU {gpu.index} has {gpu.used / 1e9:.1f} GB in use by a process that cannot be seen from here."
+            yield Problem("GPUs", text, remedy)
 
 
 def _wanted(manifest: Manifest) -> str:

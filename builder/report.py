@@ -157,8 +157,8 @@ def task_table(tasks: Sequence[TaskResult]) -> list[list[str]]:
 TASK_COLUMNS = ("model", "state", "time", "entries", "verified", "note")
 
 
-#: What stands before a line of a container, and before this program's remarks between them.
-LOG_MARKS = {"out": "│", "err": "┃", "note": "▸"}
+#: What stands before a line of a container, of an operator's command, and before this program's remarks between them.
+LOG_MARKS = {"out": "│", "err": "┃", "note": "▸", "hook": "»"}
 
 
 class Console:

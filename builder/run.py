@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from builder import runlock
+from builder import machine, runlock
 from builder.container import Deadlines, Outcome
 from builder.errors import BudgetError, EngineLostError, TasksError
 from builder.plan import Item, Plan
@@ -30,12 +30,15 @@ def warm(session: Session, tasks: tuple[Task, ...]) -> None:
         plan = session.plan(tasks)  # another builder may have finished while this one waited
         report(session, plan)
         announce(session, plan)
-        for number, item in enumerate(todo(session, plan), start=1):
-            if session.budget.over:
-                break
-            with session.console.group(f"[{number}/{len(todo(session, plan))}] {item.task.label}"):
-                settle(session, item, warm_task(session, item))
-            session.cancel.check()
+        items = todo(session, plan)
+        with machine.taken(session, items) as gpus:
+            for number, item in enumerate(items, start=1):
+                if session.budget.over:
+                    break
+                title = f"[{number}/{len(items)}] {item.task.label}"
+                with session.console.group(title), gpus.free_after(item.task.label):
+                    settle(session, item, warm_task(session, item))
+                session.cancel.check()
     conclude(session)
 
 

@@ -8,16 +8,14 @@ container, and the kernel the lock.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from builder.container import Cancel, Deadlines
-from builder.errors import BuilderError, BusyError, DefectError, EngineLostError, PreflightError, Problem
+from builder.errors import BuilderError, DefectError, EngineLostError, PreflightError, Problem
 from builder.session import Session, describe
 from builder.waiting import Deadline, poll
 from builder.warmup.events import FAILED
@@ -43,56 +41,12 @@ def held(session: Session) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _by_file(session: Session, descriptor: int) -> Iterator[None]:
-    limit = Deadline(session.manifest.run.lock_timeout)
-    told = False
+    name = session.cache.name
     try:
-        while not _try_lock(descriptor):
-            session.cancel.check()
-            if not told:
-                session.console.say(f"waiting for {holder(descriptor)}, which warms {session.cache.name}")
-                told = True
-            if limit.over:
-                raise _busy(session, holder(descriptor))
-            poll(lambda: session.cancel.is_set, Deadline(min(0.2, limit.left())), every=0.05)
+        session.patience().take(descriptor, doing=f"warms {name}", busy=f"{name} is being warmed")
         yield
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def holder(descriptor: int, locks: Path = Path("/proc/locks")) -> str:
-    """Who holds a flock on this file, as far as this PID namespace can tell."""
-    status = os.fstat(descriptor)
-    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with contextlib.suppress(OSError):
-        for line in locks.read_text().splitlines():
-            fields = line.split()
-            if "->" not in fields and len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == wanted:
-                return _process(int(fields[4]))
-    return "another builder"
-
-
-def _process(pid: int) -> str:
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
-    return f"pid {pid}"
-
-
-def _busy(session: Session, who: str) -> BusyError:
-    timeout = session.manifest.run.lock_timeout
-    return BusyError(
-        f"{session.cache.name} is being warmed by {who}, still after {timeout:.0f} s. "
-        "Wait for it, or raise --lock-timeout."
-    )
 
 
 @contextlib.contextmanager
@@ -134,7 +88,8 @@ class _Holder:
                 if not poll(self._is_settled, limit.within(_SAY_AFTER), every=0.02):
                     console.say(f"waiting for another builder, which warms {self._session.cache.name}")
             if limit.over or (starting.over and not told):
-                raise _busy(self._session, "another builder")
+                name = self._session.cache.name
+                raise self._session.patience().exhausted(f"{name} is being warmed by another builder")
             poll(self._is_settled, limit.within(0.2), every=0.02)
 
     def end(self) -> None:

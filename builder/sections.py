@@ -63,13 +63,18 @@ class ContainerSpecs:
 
 @dataclass(frozen=True, kw_only=True)
 class GpusSpec:
-    """count: 0 = no device request. devices: GPU indices of a shared machine. acquire, release: command lines."""
+    """count: 0 = no device request. devices: GPU indices of a shared machine. acquire, release: command lines.
+
+    In seconds: release_timeout: until the GPUs of a task that ended are free again. hook_timeout: for one command line.
+    """
 
     count: int = 8
     name: str | None = None
     devices: tuple[int, ...] | None = None
     acquire: tuple[str, ...] = ()
     release: tuple[str, ...] = ()
+    release_timeout: float = 60.0
+    hook_timeout: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +185,8 @@ def read_gpus(table: Table) -> GpusSpec:
         devices=table.read("devices", _devices, None),
         acquire=table.read("acquire", list_of(a_string, "command lines"), ()),
         release=table.read("release", list_of(a_string, "command lines"), ()),
+        release_timeout=table.read("release_timeout", seconds, 60.0),
+        hook_timeout=table.read("hook_timeout", positive_seconds, 60.0),
     )
     table.finish()
     if specs.devices is not None and specs.count != len(specs.devices):

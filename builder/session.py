@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder import __version__, gpus, preflight
+from builder import __version__, gpulock, gpus, hooks, preflight
 from builder.cache import CacheRoot
 from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine, Image, Mount
-from builder.errors import BuilderError, EngineRefusedError, PreflightError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.gpus import Look, Nvml
 from builder.image import PROGRAM_ROOT, identity, warmup_image
 from builder.lease import Lease, sweep
+from builder.locks import Patience
 from builder.manifest import Manifest
 from builder.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.report import Console, Report
@@ -49,6 +51,7 @@ class Options:
     pull: bool = False
     force: bool = False
     strict: bool = False
+    allow_busy: bool = False
 
 
 @dataclass(eq=False)
@@ -65,6 +68,8 @@ class Session:
     run_id: str = field(default_factory=lambda: os.urandom(6).hex())
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _lease: Lease | None = None
+    #: Containers that ran for this invocation, id → name; they are gone.
+    ran: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Session:
         return self
@@ -113,6 +118,29 @@ class Session:
         return self._lease
 
     @functools.cached_property
+    def nvml(self) -> Nvml:
+        """The driver's word about the GPUs of this machine, which are only the engine's if it runs here."""
+        absent = None if self.engine.local else "the engine is on another machine, whose GPUs cannot be seen from here"
+        nvml = Nvml(absent)
+        self._stack.callback(nvml.close)
+        return nvml
+
+    def look(self) -> Look:
+        """The GPUs that this manifest's containers get, now."""
+        wanted = self.manifest.gpus
+        return self.nvml.look().chosen(wanted.devices, wanted.count)
+
+    def container_names(self) -> Mapping[str, str]:
+        """Id → name, of every container of this engine, and of those of this run."""
+        with contextlib.suppress(EngineLostError):
+            return {found.id: found.name for found in self.engine.containers([])} | self.ran
+        return self.ran
+
+    def patience(self) -> Patience:
+        """How long this run waits for other builders, from now on."""
+        return Patience(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.cancel)
+
+    @functools.cached_property
     def warmup(self) -> Image:
         """The warm-up image, built on first use."""
         return warmup_image(self.engine, self.serving, self.manifest.image.setup, self._build_line)
@@ -126,12 +154,34 @@ class Session:
         """Preflight. Raises PreflightError with every problem of this machine."""
         problems = list(preflight.problems(self.manifest, self.engine))
         if problems:
-            raise PreflightError("this machine can't run it", problems)
+            raise PreflightError("this machine can't run it", [*problems, *self.busy()])
+
+    def busy(self) -> list[Problem]:
+        """Who holds GPUs that this manifest wants, as far as that can be seen and does not change by itself."""
+        wanted = self.manifest.gpus
+        if not wanted.count or wanted.acquire or self.options.allow_busy:
+            return []
+        return list(preflight.busy(self.look(), self.container_names))
 
     def sweep(self) -> None:
-        """Removes what builders that were killed left on this engine."""
-        for swept in sweep(self.engine, self.options.state_dir):
+        """Removes what builders that were killed left on this engine, and does for this machine what they owed it."""
+        for swept in sweep(self.engine, self.options.state_dir, settle=self._settle):
             self.console.say(str(swept))
+
+    def _settle(self, directory: Path) -> bool:
+        """Puts the machine back into service for a builder that was killed, unless another one has it now."""
+        with gpulock.at_once(gpulock.SERVICE) as free:
+            if not free:
+                return False
+            self.console.say("putting this machine back into service, for a builder that was killed:")
+            failure = hooks.settle(directory, self.options.environ, self.say_hook)
+        if failure is not None:
+            self.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
+        return failure is None
+
+    def say_hook(self, line: str) -> None:
+        """One line of an operator's command."""
+        self.console.log("hook", line)
 
     def plan(self, tasks: Sequence[Task]) -> Plan:
         """Judges these tasks against the cache as it is now."""
@@ -259,6 +309,8 @@ class Session:
                 raise
             raise PreflightError("this machine can't run it", [problem]) from error
         self.report.warnings += outcome.problems
+        if outcome.container:
+            self.ran[outcome.container] = spec.name
         return outcome
 
     def _environment(self, job: Job) -> dict[str, str]:

@@ -178,7 +178,7 @@ def doctor(session: Session, tasks: tuple[Task, ...]) -> None:
     """Preflight alone. Raises PreflightError with every problem; with an image there, its GPUs are looked at by a
     container.
     """
-    problems = list(preflight.problems(session.manifest, session.engine))
+    problems = [*preflight.problems(session.manifest, session.engine), *session.busy()]
     if not problems:
         session.probe(probe_env(tasks[0]))
     else:

@@ -24,9 +24,9 @@ ORDER = """
     values document sections tasks manifest
     spec waiting frames tunnel progress attachment complaints greeting engine image
     gpus
-    resume sinks logs lease container
+    resume sinks logs lease container locks gpulock hooks
     cache preflight plan report
-    session runlock run verbs
+    session runlock machine run verbs
     cli __main__
 """.split()
 
@@ -124,7 +124,7 @@ def test_only_the_command_line_prints() -> None:
 
 
 def test_importing_the_command_line_is_cheap() -> None:
-    heavy = ("docker", "requests", "rich", "psutil", "tenacity")
+    heavy = ("docker", "requests", "rich", "psutil", "tenacity", "pynvml")
     loaded = python_in_root(f"import sys, builder.cli; print([m for m in {heavy} if m in sys.modules])")
     assert loaded == "[]"
 

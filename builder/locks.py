@@ -1,0 +1,70 @@
+"""Kernel locks on files that are never unlinked: how long one builder waits for another, and what it says meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from builder.container import Cancel
+from builder.errors import BusyError
+from builder.waiting import Deadline, poll
+
+
+class Patience:
+    """A wait for other builders, however many locks it is for: ``seconds`` from now on. say: where people look."""
+
+    def __init__(self, seconds: float, *, say: Callable[[str], None], cancel: Cancel) -> None:
+        self._seconds = seconds
+        self._limit = Deadline(seconds)
+        self._say = say
+        self._cancel = cancel
+
+    def take(self, descriptor: int, *, doing: str, busy: str) -> None:
+        """Locks this file, waiting while another builder has it, and saying for whom: ``doing`` is what that one
+        does. Raises BusyError, which begins with ``busy``, when it still has it in the end.
+        """
+        told = False
+        while not try_lock(descriptor):
+            self._cancel.check()
+            if not told:
+                self._say(f"waiting for {holder(descriptor)}, which {doing}")
+                told = True
+            if self._limit.over:
+                raise self.exhausted(f"{busy} by {holder(descriptor)}")
+            poll(lambda: self._cancel.is_set, self._limit.within(0.2), every=0.05)
+
+    def exhausted(self, what: str) -> BusyError:
+        """The end of it."""
+        return BusyError(f"{what}, still after {self._seconds:.0f} s. Wait for it, or raise --lock-timeout.")
+
+
+def try_lock(descriptor: int) -> bool:
+    """Takes the lock if nobody has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def holder(descriptor: int, locks: Path = Path("/proc/locks")) -> str:
+    """Who holds a flock on this file, as far as this PID namespace can tell."""
+    status = os.fstat(descriptor)
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in locks.read_text().splitlines():
+            fields = line.split()
+            if "->" not in fields and len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == wanted:
+                return _process(int(fields[4]))
+    return "another builder"
+
+
+def _process(pid: int) -> str:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
+    return f"pid {pid}"
