@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 _HEADER = struct.Struct(">B3sL")
 _STREAMS = 4
+#: Engines send tens of KiB at most. What claims more is no frame, and would be held until memory ends.
+_LONGEST = 64 << 20
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 #: Control characters of terminals, and those that turn the direction of writing around.
@@ -80,7 +82,7 @@ class Demux:
     @staticmethod
     def _header(data: bytes | memoryview, at: int) -> tuple[int, int]:
         stream, zeros, size = _HEADER.unpack_from(data, at)
-        if stream >= _STREAMS or zeros != b"\0\0\0":
+        if stream >= _STREAMS or zeros != b"\0\0\0" or size > _LONGEST:
             raise BrokenFramesError(f"not a frame of the engine: {bytes(data[at : at + 8])!r}")
         return stream, size
 

@@ -117,8 +117,8 @@ class Pump:
                 self._reconcile(deadline)
             else:
                 self._release_thread(Deadline(1.0))
-        except BuilderError as error:
-            self.problems.append(f"the end of the log could not be read: {error.message}")
+        except (BuilderError, BrokenFramesError) as error:
+            self.problems.append(f"the end of the log could not be read: {error}")
         finally:
             self._close(deadline)
 
@@ -324,7 +324,8 @@ class Pump:
             self._grown.clear()
         counts: Mapping[str, Any] = {}
         if name == "progress":
-            counts = {f"progress {event.get('unit')}": event.get("done")}
+            unit = event.get("unit")
+            counts = {f"progress {unit if isinstance(unit, str) else ''}": event.get("done")}
         elif name == "entries" and isinstance(event.get("families"), dict):
             counts = {f"entries {family}": count for family, count in event["families"].items()}
         grown = False

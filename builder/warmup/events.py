@@ -54,4 +54,5 @@ def decode(line: bytes, nonce: str) -> dict[str, Any] | None:
         event = json.loads(line[len(start) :])
     except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and event.get("event") in NAMES else None
+    name = event.get("event") if isinstance(event, dict) else None
+    return event if isinstance(name, str) and name in NAMES else None
