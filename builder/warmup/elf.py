@@ -52,7 +52,10 @@ def _tables(fd: int, size: int) -> str | None:
     segment_size, segment_count, section_size, section_count = counts
     # Section 0 holds the true counts where they do not fit into 16 bits.
     if sections_at and (section_count == 0 or segment_count == 0xFFFF):
-        first = os.pread(fd, 64 if wide else 40, sections_at)
+        least = 64 if wide else 40
+        if sections_at + least > size:
+            return f"is cut: {size} of {sections_at + least} bytes"
+        first = os.pread(fd, least, sections_at)
         if not section_count:
             (section_count,) = struct.unpack_from(order + ("Q" if wide else "I"), first, 0x20 if wide else 0x14)
         if segment_count == 0xFFFF:
