@@ -113,7 +113,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[st
     """(factor, was, is) for every factor that differs, in words; variables of the environment one by one."""
     before, after = _flat(was), _flat(now)
     return [
-        (name, describe(before.get(name)), describe(after.get(name)))
+        (files.printable(name) or "(no name)", describe(before.get(name)), describe(after.get(name)))
         for name in dict.fromkeys([*after, *before])
         if before.get(name) != after.get(name)
     ]
@@ -124,18 +124,18 @@ def describe(value: Any) -> str:
     if value is None:
         return "absent"
     if isinstance(value, str):
-        return files.printable(value) or "empty"
+        return "\n".join(map(files.printable, value.split("\n"))) or "empty"
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return files.printable(shlex.join(value)) or "none"
     try:
-        return json.dumps(value)
+        return files.printable(json.dumps(value))
     except RecursionError:
         return "nested beyond reason"
 
 
 def brief(was: str, now: str, limit: int = 100) -> tuple[str, str]:
     """Both values as far as they differ: of several lines the different ones, of long values the different part."""
-    lines = was.splitlines(), now.splitlines()
+    lines = was.split("\n"), now.split("\n")
     if max(map(len, lines)) > 1:
         was = " / ".join(line for line in lines[0] if line not in lines[1]) or was.replace("\n", " / ")
         now = " / ".join(line for line in lines[1] if line not in lines[0]) or now.replace("\n", " / ")

@@ -150,7 +150,7 @@ def _group_problems(family: Family, base: str, name: str, group: str, mount: str
     problems = []
     for child, recorded in children.items():
         if not isinstance(recorded, str) or "/" in child or "\0" in child:
-            problems.append(f"{group} has no path for {child}")
+            problems.append(f"{group} has no path for {child[:100]}")
             continue
         place = posixpath.normpath(recorded)
         if mount is not None:
@@ -159,7 +159,7 @@ def _group_problems(family: Family, base: str, name: str, group: str, mount: str
             here = place == posixpath.normpath(f"{base}/{name}/{child}") or place.endswith(below + child)
         if not here:
             # Every other child says the same.
-            return [*problems, f"{group} points to {recorded}, not here: it was made under another mount path"]
+            return [*problems, f"{group} points to {recorded[:300]}, not here: it was made under another mount path"]
         if problem := _file_problem(f"{base}/{name}/{child}", child):
             problems.append(problem)
     return problems

@@ -23,7 +23,7 @@ from pathlib import Path
 from builder.warmup import elf
 from builder.warmup.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_stamp
 from builder.warmup.families import Family
-from builder.warmup.files import UNREADABLE, is_dir, listing, matches, walk, why
+from builder.warmup.files import UNREADABLE, is_dir, listing, matches, printable, walk, why
 
 __all__ = [
     "IN_PROGRESS",
@@ -144,7 +144,7 @@ def sweep(
         if UNREADABLE in problem:
             continue  # somebody else's file may be good
         whole = _whole(family, name)
-        reason = problem if whole == name else f"{name[len(whole) + 1 :]}: {problem}"
+        reason = problem if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
         doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
     moved = []
     for name, (reason, by_age) in sorted(doomed.items()):

@@ -92,15 +92,15 @@ def _problem(marker: Any) -> str:
     if not isinstance(marker, dict):
         return "it is not an object"
     if marker.get("schema") != SCHEMA:
-        return f"its schema is {json.dumps(marker.get('schema'))[:40]}, this program knows {SCHEMA}"
+        return f"its schema is {_shown(marker.get('schema'))}, this program knows {SCHEMA}"
     claims: Any = marker.get("claims")
     if not _texts(claims):
         return "its claims are not a list of names"
     for family in claims:
         if family not in FAMILY or not FAMILY[family].claimable:
-            return f"it claims {json.dumps(family)[:60]}, which is no family that can be claimed"
+            return f"it claims {_shown(family)}, which is no family that can be claimed"
     keys, listed, factors = marker.get("keys"), marker.get("entries"), marker.get("factors")
-    if not isinstance(keys, dict) or not all(re.fullmatch(r"[0-9a-f]{16}", str(keys.get(family))) for family in claims):
+    if not isinstance(keys, dict) or not all(_is_key(keys.get(family)) for family in claims):
         return "it has no key for a family that it claims"
     if not isinstance(listed, dict) or not all(_texts(listed.get(family)) for family in claims):
         return "it has no entries for a family that it claims"
@@ -109,6 +109,14 @@ def _problem(marker: Any) -> str:
     if not isinstance(marker.get("coverage"), dict) or not isinstance(marker.get("proof"), str):
         return "it has no coverage or no proof"
     return ""
+
+
+def _shown(value: Any) -> str:
+    return files.printable(json.dumps(value)[:60]) if isinstance(value, (str, int, float)) else "not a name or number"
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value) is not None
 
 
 def _texts(value: Any) -> bool:

@@ -178,14 +178,14 @@ def _against_disk(root: Path, item: Found, marker: dict[str, Any], record: Recor
                 continue
             gone = problem == MISSING
             missing, invalid = missing + gone, invalid + (not gone)
-            first = first or f"{family}/{files.printable(name)}" + ("" if gone else f": {problem}")
+            first = first or f"{family}/{files.printable(name)[:200]}" + ("" if gone else f": {problem}")
     if missing or invalid:
         text = f"{missing} missing, {invalid} invalid"
         rows = [("entries", str(total), f"{total - missing - invalid} valid, {text}")]
         return Judgement("cold", f"entries: {text} (first: {first})", marker, item.path, rows)
     proven = marker["proof"] == VERIFIED and bool(marker["claims"]) and all(marker["entries"].values())
     if strict and not proven:
-        return Judgement("cold", "unverified", marker, item.path, [("proof", marker["proof"], VERIFIED)])
+        return Judgement("cold", "unverified", marker, item.path, [("proof", describe(marker["proof"]), VERIFIED)])
     return Judgement("warm", "", marker, item.path)
 
 
@@ -210,7 +210,7 @@ def _toolchain_row(marker: Mapping[str, Any], keys: Mapping[str, str]) -> list[R
 def _reason(kind: str, rows: list[Row]) -> str:
     factor, was, now = rows[0]
     before, after = brief(was, now)
-    return f"{kind}{factor} was {before} is {after}"
+    return f"{kind}{factor[:100]} was {before} is {after}"
 
 
 def _expected(task: Task, keys: Mapping[str, str]) -> str | None:

@@ -142,7 +142,7 @@ def sound(record: Any) -> bool:
         and isinstance(gpus, list)
         and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), (str, type(None))) for gpu in gpus)
         and isinstance(sglang, dict)
-        and all(isinstance(sglang.get(name), (str, type(None))) for name in ("version", "commit"))
+        and all(name in sglang and isinstance(sglang[name], (str, type(None))) for name in ("version", "commit"))
         and isinstance(record.get("observed"), dict)
     )
 
