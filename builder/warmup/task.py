@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 JOB_VARIABLE = "WARM_CACHE_JOB"
 SCHEMA = 1
 
 #: The line sglang logs for every GEMM it warms (compile_utils.py of 0.5.12 to 0.5.23); `shapes` of a manifest accept
 #: it as it is.
-SHAPE = re.compile(r"<?(?P<kernel>[A-Z][A-Z0-9_]+)>?,?\s+N=(?P<n>\d+),?\s+K=(?P<k>\d+),?\s+num_groups=(?P<groups>\d+)")
+SHAPE = re.compile(
+    r"<?(?P<kernel>[A-Z][A-Z0-9_]+)>?,?\s+N=(?P<n>\d{1,12}),?\s+K=(?P<k>\d{1,12}),?\s+num_groups=(?P<groups>\d{1,12})",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -64,15 +70,8 @@ class Task:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
-        """The task that `asdict` wrote."""
-        known = dict(data)
-        known["argv"] = tuple(known.get("argv", ()))
-        known["shapes"] = tuple(Shape(**shape) for shape in known.get("shapes", ()))
-        known["m_values"] = tuple(known.get("m_values", ()))
-        known["requests"] = tuple((int(a), int(b)) for a, b in known.get("requests", ()))
-        families = known.get("families")
-        known["families"] = None if families is None else tuple(families)
-        return cls(**known)
+        """The task that `asdict` wrote. Raises ValueError for any other document."""
+        return _made(cls, data, "task")
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,44 @@ class Job:
             data = json.loads(text)
             if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
                 raise ValueError(f"schema {SCHEMA} expected")
-            task = data.get("task")
-            data["task"] = None if task is None else Task.from_json(task)
-            data["secrets"] = tuple(data.get("secrets", ()))
-            return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
+            job = _made(cls, data, "job")
+            if not re.fullmatch(r"[!-~]+", job.nonce):
+                raise ValueError("nonce is not of printable ASCII characters")
+        except RecursionError:
+            raise ValueError(f"{JOB_VARIABLE} does not hold a job: it is nested too deeply") from None
+        except ValueError as error:
             raise ValueError(f"{JOB_VARIABLE} does not hold a job: {error}") from None
+        return job
+
+
+def _made(kind: type[T], data: Mapping[str, Any], name: str) -> T:
+    """An object of this dataclass from a JSON object of its fields. Raises ValueError, naming the one that is wrong."""
+    hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for given in data:
+        if given not in known:
+            raise ValueError(f"{name} has no field {given[:40]!r}")
+    for wanted in known.values():
+        if wanted.name not in data and wanted.default is MISSING and wanted.default_factory is MISSING:
+            raise ValueError(f"{name} needs {wanted.name!r}")
+    return kind(**{given: _value(hints[given], value, given) for given, value in data.items()})
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """A JSON value as a field's type has it. Every float is a number of seconds that can be waited for."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if type(None) in parts:
+        return None if value is None else _value(parts[0], value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _made(kind, value, name)
+    if origin is tuple and isinstance(value, list):
+        kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        if len(kinds) == len(value):
+            return tuple(_value(inner, item, name) for inner, item in zip(kinds, value, strict=True))
+    elif origin is Mapping and isinstance(value, dict):
+        return {key: item if parts[1] is Any else _value(parts[1], item, name) for key, item in value.items()}
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if 0 <= value < threading.TIMEOUT_MAX:
+            return float(value)
+    elif kind in (str, bool, int) and type(value) is kind:
+        return value
+    raise ValueError(f"{name} is not of its kind")
