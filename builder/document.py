@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from builder.errors import Problem, UsageError
 from builder.values import a_table, list_of, near
+from builder.warmup.files import printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,6 +76,31 @@ def find_lines(text: str) -> dict[Path, int]:
     return lines
 
 
+def _refusal(text: str, error: ValueError | RecursionError) -> tuple[int, str]:
+    """The line where a text is no TOML, and why."""
+    at = re.search(r"\(at line (\d+)", str(error))
+    if isinstance(error, RecursionError):
+        return text.count("\n") + 1, "nested too deeply"
+    if not isinstance(error, tomllib.TOMLDecodeError):
+        # Python refuses to read decimal numbers of thousands of digits, and does not say where.
+        longest = max(re.finditer(r"[0-9_]+", text), key=lambda found: len(found[0]))
+        return text.count("\n", 0, longest.start()) + 1, "a number of too many digits"
+    return int(at[1]) if at else text.count("\n") + 1, printable(re.sub(r" \(at .*", "", str(error)))
+
+
+def _vast(data: Any) -> Iterator[Path]:
+    """Where integers stand that do not fit into 64 bits: TOML promises no more, and neither do those who read them."""
+    todo: list[tuple[Path, Any]] = [((), data)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [((*path, key), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [((*path, index), inner) for index, inner in enumerate(value)]
+        elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            yield path
+
+
 @dataclass
 class Document:
     """A parsed file. name: how messages call it."""
@@ -90,19 +116,23 @@ class Document:
         try:
             text = raw.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
+            body = error.object  # without the byte order mark
+            line = body.count(b"\n", 0, error.start) + 1
             problem = Problem(
-                f"{name}:{line}", f"byte 0x{raw[error.start]:02x} is not UTF-8.", "Save the file as UTF-8."
+                f"{name}:{line}", f"byte 0x{body[error.start]:02x} is not UTF-8.", "Save the file as UTF-8."
             )
             raise UsageError(f"{name} cannot be read", [problem]) from None
         try:
             data = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            at = re.search(r"\(at line (\d+)", str(error))
-            line = int(at[1]) if at else text.count("\n") + 1
-            reason = "nested too deeply" if isinstance(error, RecursionError) else re.sub(r" \(at .*", "", str(error))
+        except (ValueError, RecursionError) as error:
+            line, reason = _refusal(text, error)
             raise UsageError(f"{name} is not valid TOML", [Problem(f"{name}:{line}", reason)]) from None
-        return cls(name, data, find_lines(text))
+        document = cls(name, data, find_lines(text))
+        for path in _vast(data):
+            document.blame(path, "an integer of more than 64 bits:", "none is that large.")
+        if document.problems:
+            raise UsageError(f"{name} cannot be used as it is", document.in_order())
+        return document
 
     def place(self, path: Path) -> str:
         """``FILE:LINE`` of what is at this path, or of the nearest thing around it."""

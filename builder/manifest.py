@@ -31,6 +31,7 @@ from builder.sections import (
 )
 from builder.tasks import read_tasks
 from builder.values import count, near, positive_seconds
+from builder.warmup.files import printable
 from builder.warmup.task import Task
 
 __all__ = [
@@ -116,12 +117,13 @@ def _read_profile(name: str) -> tuple[str, bytes]:
 
 
 def _read_file(path: Path) -> tuple[str, bytes]:
+    name = printable(str(path))
     try:
-        return str(path), path.read_bytes()
+        return name, path.read_bytes()
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = "Name a file with --manifest, or a packaged profile with --profile: " + ", ".join(profiles()) + "."
-        raise UsageError(f"{path} cannot be read", [Problem(str(path), f"{reason}.", hint)]) from None
+        raise UsageError(f"{name} cannot be read", [Problem(name, f"{reason}.", hint)]) from None
 
 
 def _manifest(document: Document, overrides: Overrides) -> Manifest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -31,6 +32,7 @@ from builder.values import (
     positive_seconds,
 )
 from builder.warmup.families import FAMILIES
+from builder.warmup.files import printable
 from builder.warmup.task import Shape, Task
 
 RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
@@ -262,9 +264,12 @@ def _request(value: Any) -> tuple[int, int]:
 
 
 def _regexp(value: Any) -> str:
+    """Compiled as the container will: over bytes."""
     text = a_string(value)
     try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sets that another Python may read otherwise
+            re.compile(text.encode(), re.MULTILINE)
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
+        raise ValueError(f"{text!r} is no regular expression: {printable(str(error))}") from None
     return text

@@ -13,6 +13,11 @@ SECRET_NAME = re.compile(r"(.*_)?(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_K
 SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+#: Seconds. Nobody waits longer, and what threads and engines count in has an end as well.
+LONGEST = 365 * 86400.0
+#: Bytes, as engines count them.
+LARGEST = (1 << 63) - 1
+
 _DURATION = re.compile(
     r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", re.ASCII
 )
@@ -31,7 +36,8 @@ def near(word: str, known: Iterable[str]) -> str:
 
 
 def seconds(value: object) -> float:
-    """A duration, ``"20m"``, ``"1h30m"``, ``"45s"`` or a number of seconds, in seconds. Raises ValueError."""
+    """A duration of at most a year, ``"20m"``, ``"1h30m"``, ``"45s"`` or a number of seconds, in seconds. Raises
+    ValueError."""
     wanted = 'a duration such as "20m", "1h30m", "45s", or a number of seconds'
     if isinstance(value, str) and value.strip():
         found = _DURATION.fullmatch(value.strip())
@@ -40,23 +46,25 @@ def seconds(value: object) -> float:
         parts = [float(part or 0) for part in found.groups()]
         total = parts[0] * 86400 + parts[1] * 3600 + parts[2] * 60 + parts[3]
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        total = float(value)
+        total = value
     else:
         raise ValueError(f"{wanted} is wanted, found {describe(value)}")
-    if not 0 <= total < float("inf"):
-        raise ValueError(f"{wanted} is wanted, found {value!r}")
-    return total
+    if not 0 <= total <= LONGEST:
+        raise ValueError(f"{wanted}, from 0 to 365 days, is wanted, found {describe(value)}")
+    return float(total)
 
 
 def size(value: object) -> int:
     """A size, ``"32g"``, ``"2GiB"`` (powers of 1024) or a number of bytes, in bytes. Raises ValueError."""
     wanted = 'a size such as "32g", "512MiB", or a number of bytes'
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if not found:
+    number: float = -1
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str) and (found := _SIZE.fullmatch(value.strip())):
+        number = float(found[1]) * 1024 ** " kmgt".index((found[2] or " ").lower())
+    if not 0 <= number <= LARGEST:
         raise ValueError(f"{wanted} is wanted, found {describe(value)}")
-    return int(float(found[1]) * 1024 ** " kmgt".index((found[2] or " ").lower()))
+    return int(number)
 
 
 def describe(value: object) -> str:
