@@ -19,25 +19,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from builder import __version__, run, verbs
+from builder import __version__, command, hold, run, upkeep, verbs
 from builder.container import Cancel
 from builder.engine import Engine
 from builder.errors import BuilderError, DefectError, Interrupted, ProblemsError, UsageError
-from builder.manifest import Manifest, Overrides, load, profiles, select
+from builder.manifest import Manifest, Overrides, cache_of, load, profiles, select
 from builder.report import TASK_COLUMNS, Console, Report, counted, task_table
 from builder.session import Options, Session
 from builder.waiting import Deadline
 
 ENVIRONMENT = "WARM_CACHE_"
+#: Seconds that a test job waits for an engine's answer, when it is only about the hold.
+HOLD_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand. help is one line; example a command line that works; options are names in OPTIONS."""
+    """One subcommand. help is one line; example a command line that works; own are names in OPTIONS, beside the common
+    ones. wraps: a command of somebody else's follows, and owns stdout.
+    """
 
     help: str
     example: str
-    options: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    wraps: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (*(WRAPPING if self.wraps else COMMON), *self.own)
 
 
 #: name → keyword arguments of argparse. Every one that takes a value can be given as WARM_CACHE_<NAME> too.
@@ -61,6 +70,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "budget": {"metavar": "55m", "help": "how long the whole run may take"},
     "timeout": {"metavar": "20m", "help": "how long one task may take"},
     "silence": {"metavar": "10m", "help": "how long a task may be silent"},
+    "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
     "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache"},
     "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
     "format": {
@@ -70,6 +80,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     },
 }
 COMMON = ("manifest", "profile", "cache", "image", "models", "json", "verbose")
+WRAPPING = ("manifest", "profile", "cache", "image", "verbose")
 STARTS = ("pull", "log-dir")
 
 VERBS = {
@@ -85,6 +96,21 @@ VERBS = {
         ("only", "strict"),
     ),
     "status": Verb("what lies in the cache: families, entries, bytes, markers", "warm-cache status --json"),
+    "verify": Verb(
+        "look at every entry in the cache; exit 0 or 10",
+        "warm-cache verify --repair --profile h200 --cache /data/sglang-jit",
+        ("repair", "lock-timeout"),
+    ),
+    "sweep": Verb(
+        "end containers of builders that were killed, and move aside what they left in the cache",
+        "warm-cache sweep --profile h200 --cache /data/sglang-jit",
+        ("lock-timeout",),
+    ),
+    "hold": Verb(
+        "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",
+        "warm-cache hold --cache /jit -- pytest test/srt",
+        wraps=True,
+    ),
     "env": Verb(
         "mounts and variables of a test job that must hit the cache",
         "docker run $(warm-cache env --format docker) …",
@@ -97,9 +123,9 @@ VERBS = {
     ),
 }
 
-STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check) · 11 some tasks failed, partial,
-timed out or skipped · 12 this machine can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or GPUs
-busy · 16 engine lost · 130/143 signal"""
+STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad entries (verify) · 11 some
+tasks failed, partial, timed out or skipped · 12 this machine can't run it · 13 GPUs not released · 14 budget exhausted
+· 15 cache or GPUs busy · 16 engine lost · 130/143 signal"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,8 +148,10 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example: {verb.example}\n\n{STATUSES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            usage=f"warm-cache {name} [option ...] -- CMD [argument ...]" if verb.wraps else None,
         )
-        for option in (*COMMON, *verb.options):
+        sub.set_defaults(json=False, models=None)
+        for option in verb.options:
             flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
             sub.add_argument(*flags, **OPTIONS[option])  # type: ignore[arg-type]
     return top
@@ -132,11 +160,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] | None = None) -> int:
     """Runs one verb and returns its exit status. Everything raised on purpose ends here as one sentence."""
     environ = dict(os.environ if environ is None else environ)
+    argv, wrapped = _split(list(sys.argv[1:] if argv is None else argv))
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser().parse_args(argv, argparse.Namespace(command=wrapped))
     except SystemExit as stop:  # argparse has printed its own message
         return int(stop.code or 0)
-    for option in (*COMMON, *VERBS[arguments.verb].options):
+    for option in VERBS[arguments.verb].options:
         name = option.replace("-", "_")
         value = environ.get(ENVIRONMENT + name.upper())
         if value and not getattr(arguments, name):
@@ -151,6 +180,13 @@ def main(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] | None
     return _Invocation(arguments, environ).run()
 
 
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our own words and the wrapped command's, which begins after the first ``--`` and is nobody's to interpret."""
+    verb = VERBS.get(argv[0]) if argv else None
+    at = argv.index("--") if verb and verb.wraps and "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
 class _Invocation:
     """One run of one verb: streams, report, signals, and the mapping from errors to exit status."""
 
@@ -159,7 +195,8 @@ class _Invocation:
         self.environ = environ
         self.started = time.monotonic()
         self.report = Report(arguments.verb)
-        stream: TextIO = sys.stderr if arguments.json or arguments.verb == "env" else sys.stdout
+        self.status = 0
+        stream: TextIO = sys.stderr if arguments.json or arguments.verb in ("env", "hold") else sys.stdout
         terminal = stream.isatty() and environ.get("TERM") != "dumb" and "NO_COLOR" not in environ
         self.console = Console(
             stream,
@@ -187,7 +224,16 @@ class _Invocation:
         return self._conclude(error)
 
     def _verb(self) -> None:
-        manifest = self._manifest()
+        if VERBS[self.arguments.verb].wraps:
+            return self._hold()
+        manifest, cancel = self._manifest(), Cancel()
+        with _signals(cancel), self._open(manifest, cancel) as session:
+            self._act(session)
+        return None
+
+    @contextlib.contextmanager
+    def _open(self, manifest: Manifest, cancel: Cancel, timeout: float = 60.0) -> Iterator[Session]:
+        """An engine that answers within so many seconds, and the session with it."""
         options = Options(
             log_dir=self._log_dir(),
             state_dir=self._state_dir(),
@@ -197,8 +243,8 @@ class _Invocation:
             strict=getattr(self.arguments, "strict", False),
             allow_busy=getattr(self.arguments, "allow_busy", False),
         )
-        cancel, engine = Cancel(), Engine(self.environ.get("DOCKER_HOST") or None)
-        with contextlib.closing(engine), _signals(cancel):
+        engine = Engine(self.environ.get("DOCKER_HOST") or None, timeout)
+        with contextlib.closing(engine):
             engine.connect()
             # All that is loaded by now stays to the end. Not looking through it, at every collection and once more at
             # exit, saves a tenth of a check.
@@ -206,7 +252,26 @@ class _Invocation:
             with Session(
                 manifest, engine, self.console, cancel, self.report, options, Deadline(manifest.run.budget)
             ) as session:
-                self._act(session)
+                yield session
+
+    def _hold(self) -> None:
+        arguments = self.arguments
+        if not arguments.command:
+            raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
+        named = arguments.manifest or arguments.profile or not arguments.cache
+        manifest = self._manifest() if named else None
+        # A job's own choices, before this program makes its own.
+        ignored = [signum for signum in command.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
+        cancel = Cancel()
+        holding = hold.held(
+            manifest.cache if manifest else cache_of(arguments.cache),
+            here=manifest is None or (self.environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
+            connect=(lambda: self._open(manifest, cancel, HOLD_PATIENCE)) if manifest else None,
+            console=self.console,
+            cancel=cancel,
+        )
+        with _signals(cancel), holding:
+            self.status = command.run(arguments.command, self.environ, ignored=ignored)
 
     def _act(self, session: Session) -> None:
         tasks = session.manifest.tasks
@@ -223,6 +288,8 @@ class _Invocation:
             "explain": verbs.explain,
             "status": verbs.status,
             "doctor": verbs.doctor,
+            "sweep": lambda session, _: upkeep.sweep(session),
+            "verify": lambda session, _: upkeep.verify(session, repair=self.arguments.repair),
         }
         actions[self.arguments.verb](session, tasks)
 
@@ -262,7 +329,7 @@ class _Invocation:
     # ---------------------------------------------------------------------------------------------------------
 
     def _conclude(self, error: BuilderError | None) -> int:
-        status = error.exit_code if error else 0
+        status = error.exit_code if error else self.status
         report, console = self.report, self.console
         for warning in report.warnings:
             console.say(f"warning: {warning}")
@@ -310,7 +377,7 @@ class _Invocation:
             lines.append(f"error: {error.message}{end} Exit {error.exit_code}.")
         if error.notes:
             lines += ["last lines:", *(f"  │ {note}" for note in error.notes)]
-        # Errors belong on stderr; with --json and for env the console is there already.
+        # Errors belong on stderr; with --json, for env and for hold the console is there already.
         stream = Console(sys.stderr, terminal=False)
         stream.say("\n".join(lines))
         self.console.annotate("warm-cache", error.message)

@@ -36,7 +36,7 @@ from builder.warmup.task import Task
 
 __all__ = [
     "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RunSpec",
-    "load", "profiles", "select",
+    "cache_of", "load", "profiles", "select",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -73,6 +73,15 @@ def load(
     if document.problems:
         raise UsageError(f"{name} cannot be used as it is", document.in_order())
     return select(manifest, only)
+
+
+def cache_of(place: str) -> CacheSpec:
+    """The cache that this option names, where there is no manifest. Raises UsageError."""
+    document = Document.parse("--cache", b"")
+    spec = read_cache(document.root().table("cache"), Given(document, Overrides(cache=place)))
+    if document.problems:
+        raise UsageError(f"--cache {place} cannot be used", document.in_order())
+    return spec
 
 
 def profiles() -> list[str]:

@@ -24,7 +24,7 @@ from builder.engine import ContainerSpec, Engine, Image, Mount
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.gpus import Look, Nvml
 from builder.image import PROGRAM_ROOT, identity, warmup_image
-from builder.lease import Lease, sweep
+from builder.lease import Lease, Swept, sweep
 from builder.locks import Patience
 from builder.manifest import Manifest
 from builder.plan import Plan, ProbeEnv, make_plan, probe_env
@@ -163,10 +163,12 @@ class Session:
             return []
         return list(preflight.busy(self.look(), self.container_names))
 
-    def sweep(self) -> None:
+    def sweep(self) -> list[Swept]:
         """Removes what builders that were killed left on this engine, and does for this machine what they owed it."""
-        for swept in sweep(self.engine, self.options.state_dir, settle=self._settle):
+        found = sweep(self.engine, self.options.state_dir, settle=self._settle)
+        for swept in found:
             self.console.say(str(swept))
+        return found
 
     def _settle(self, directory: Path) -> bool:
         """Puts the machine back into service for a builder that was killed, unless another one has it now."""
@@ -251,12 +253,14 @@ class Session:
         display: Callable[[str, str], None] | None = None,
         on_event: Callable[[Mapping[str, Any]], None] | None = None,
         budget: Deadline | None = None,
+        repair: bool = False,
     ) -> Outcome:
         """One container of the warm-up image in this mode, to its end. Raises PreflightError where no GPU can be
-        had.
+        had. Only what compiles or looks at the toolchain gets GPUs, models, secrets and a network.
         """
         manifest, lease = self.manifest, self.lease
         lifetime = deadlines.task + deadlines.grace + manifest.run.start
+        compiles = mode in ("run", "probe")
         job = Job(
             mode=mode,
             nonce=lease.nonce,
@@ -268,11 +272,12 @@ class Session:
             grace=deadlines.grace,
             log_limit=manifest.container.log_limit,
             workdir=self.serving.workdir or "/",
-            secrets=tuple(name for name in manifest.container.secrets if self.options.environ.get(name)),
+            secrets=tuple(name for name in manifest.container.secrets if compiles and self.options.environ.get(name)),
             force=self.options.force,
+            job_max=manifest.cache.job_max,
+            repair=repair,
             observed={"host": socket.gethostname(), "builder": __version__, "image": self.serving.ref},
         )
-        needs_gpus = mode != "lock"
         spec = ContainerSpec(
             image=self.warmup.id,
             name=f"warm-cache-{self.run_id}-{mode}-{task.label}"[:120],
@@ -280,15 +285,17 @@ class Session:
             command=[],
             env=self._environment(job),
             labels=lease.labels(task.label, lifetime),
-            mounts=self._mounts(),
-            gpus=_devices(manifest) if needs_gpus else 0,
+            mounts=(self.cache.mount(), *(self._store() if compiles else ())),
+            gpus=_devices(manifest) if compiles else 0,
             shm_size=manifest.container.shm_size,
-            network=manifest.container.network,
+            network=manifest.container.network if compiles else "none",
             workdir=PROGRAM_ROOT,
             stop_timeout=int(deadlines.grace) + 1,
         )
-        self.options.log_dir.mkdir(parents=True, exist_ok=True)
-        log = self.options.log_dir / f"{task.label}.log" if mode == "run" else None
+        log = None
+        if mode == "run":
+            self.options.log_dir.mkdir(parents=True, exist_ok=True)
+            log = self.options.log_dir / f"{task.label}.log"
         sinks = Sinks(log_path=log, display=display)
         try:
             with self.cancel.shield() if cancel is None else contextlib.nullcontext():
@@ -321,10 +328,9 @@ class Session:
             env["HF_HUB_OFFLINE"] = "0" if self.manifest.models.writable else "1"
         return env | {name: self.options.environ[name] for name in job.secrets}
 
-    def _mounts(self) -> tuple[Mount, ...]:
+    def _store(self) -> tuple[Mount, ...]:
         models = self.manifest.models
-        store = (Mount(source=str(models.store), target=STORE, read_only=not models.writable),) if models.store else ()
-        return (self.cache.mount(), *store)
+        return (Mount(source=str(models.store), target=STORE, read_only=not models.writable),) if models.store else ()
 
 
 def describe(outcome: Outcome) -> str:

@@ -26,7 +26,7 @@ ORDER = """
     gpus
     resume sinks logs lease container locks gpulock hooks
     cache preflight plan report
-    session runlock machine run verbs
+    command session holder runlock hold machine run verbs upkeep
     cli __main__
 """.split()
 
