@@ -112,7 +112,8 @@ def _problem(marker: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return files.printable(json.dumps(value)[:60]) if isinstance(value, (str, int, float)) else "not a name or number"
+    plain = value is None or isinstance(value, (str, int, float))
+    return files.printable(json.dumps(value)[:60]) if plain else "not a name or number"
 
 
 def _is_key(value: Any) -> bool:

@@ -140,7 +140,7 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if type(None) in parts:
         return None if value is None else _value(parts[0], value, name)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         return _made(kind, value, name)
     if origin is tuple and isinstance(value, list):
         kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
