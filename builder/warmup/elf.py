@@ -13,7 +13,9 @@ from builder.warmup.files import UNREADABLE, UnreadableError, open_regular, why
 
 MAGIC = b"\x7fELF"
 
-#: Kind, offset and length in a row of a table, by whether the file is a 64-bit one; the rest is skipped. From elf.h.
+#: By whether the file is a 64-bit one, from elf.h; what is not wanted is skipped. Header: where the segments and the
+#: sections are, then size and number of each. Row of a table: kind, offset and length of what it describes.
+_HEADER = {True: "32xQQ6xHHHH2x", False: "28xII6xHHHH2x"}
 _SECTION = {True: "4xI16xQQ24x", False: "4xI8xII16x"}
 _SEGMENT = {True: "I4xQ16xQ16x", False: "II8xI12x"}
 _SHT_NOBITS = 8
@@ -39,16 +41,15 @@ def problem_of(path: str, label: str) -> str | None:
 
 
 def _tables(fd: int, size: int) -> str | None:
-    """Reads the header and both tables, never the contents. Field offsets are those of elf.h, 32 and 64 bit."""
+    """Reads the header and both tables, never the contents."""
     header = os.pread(fd, 64, 0)
-    if header[:4] != MAGIC or (len(header) > 5 and not {header[4], header[5]} <= {1, 2}):
+    if header[:4] != MAGIC or (len(header) > 5 and not (header[4] in (1, 2) and header[5] in (1, 2))):
         return "is not ELF"
     wide = header[4:5] == b"\2"
     if len(header) < (64 if wide else 52):
         return f"is cut: {size} bytes, less than an ELF header"
     order = "<" if header[5] == 1 else ">"
-    segments_at, sections_at = struct.unpack_from(order + ("QQ" if wide else "II"), header, 0x20 if wide else 0x1C)
-    counts = struct.unpack_from(order + "HHHH", header, 0x36 if wide else 0x2A)
+    segments_at, sections_at, *counts = struct.unpack_from(order + _HEADER[wide], header)
     segment_size, segment_count, section_size, section_count = counts
     # Section 0 holds the true counts where they do not fit into 16 bits.
     if sections_at and (section_count == 0 or segment_count == 0xFFFF):
