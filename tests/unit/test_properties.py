@@ -1,0 +1,1157 @@
+"""What readers promise about anything at all: garbage, truncations, and valid documents with a few things wrong.
+
+Each reader has its documented ways to say no; no other exception, no hang, and no text that a terminal cannot show.
+
+``WARM_CACHE_EXAMPLES`` is the number of examples for each property: 120 unless it says otherwise (the whole file then
+takes seconds), 10000 in the long mode::
+
+    WARM_CACHE_EXAMPLES=10000 pytest tests/unit/test_properties.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from builder import sinks, values
+from builder.complaints import NotFoundError
+from builder.document import find_lines
+from builder.errors import EngineLostError, UsageError
+from builder.frames import BrokenFramesError, Demux
+from builder.logs import Pump
+from builder.manifest import Manifest, Overrides, load, select
+from builder.resume import stored_form
+from builder.sinks import Lines, Sinks
+from builder.spec import Attachment, ContainerSpec, State
+from builder.tasks import RECIPES, VERIFY, digest, labels
+from builder.waiting import Deadline
+from builder.warmup import coverage, events, inventory, markers, toolchain
+from builder.warmup.families import FAMILIES, FAMILY, Family, directory
+from builder.warmup.task import Job, Shape, Task
+from builder.warmup.toolchain import Record
+from tests.fakes import FakeContainer
+from tests.strategies import (
+    EXAMPLES,
+    FUZZ,
+    ODD_TEXTS,
+    chunked,
+    damaged,
+    documents,
+    harmless,
+    mutated,
+    numbers,
+    texts,
+    written,
+)
+
+pytestmark = pytest.mark.timeout(120 + EXAMPLES * 0.2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for all examples, which write over each other's files."""
+    return tmp_path_factory.mktemp("properties")
+
+
+R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
+
+
+def attempt(read: Callable[[], R], refusal: type[E]) -> tuple[R | None, E | None]:
+    """What was read, or the documented way to say no; both are right. Any other exception fails the test."""
+    try:
+        return read(), None
+    except refusal as error:
+        return None, error
+
+
+# --- the manifest ---
+
+MANIFEST = '''\
+schema = 1
+[image]
+ref = "lmsysorg/sglang:v0.5.23"
+setup = ["pip install x", 'echo "a b"']
+[cache]
+root = "/data/jit"
+mount = "/jit"
+job_max = "6h"
+[models]
+store = "/data/huggingface"
+writable = false
+[container]
+network = "bridge"
+shm_size = "32g"
+secrets = ["HF_TOKEN"]
+[gpus]
+count = 4
+devices = "4-7"
+name = "H200"
+[run]
+budget = "55m"
+grace = 8
+[defaults]
+timeout = "1h30m"
+env = { SGLANG_A = "1", B = 2 }
+[[task]]
+model = "deepseek-ai/DeepSeek-V3"
+argv = [
+    "--tp", "4", # all of them
+    "--json", '{"a": [1]}',
+]
+layers = 4
+load = "dummy"
+[[task]]
+model = "example/é"
+recipe = "command"
+argv = ["python3", "-c", """print('KERNELS
+READY')"""]
+success = 'KERNELS\\s+READY'
+families = ["triton"]
+[task.env]
+X = ""
+[[task]]
+model = "a/b"
+recipe = "shapes"
+shapes = ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"]
+m_values = [1, 64]
+'''
+
+_ASSIGNMENT = re.compile(r"^([A-Za-z_.]+ = )[^\n]+$", re.MULTILINE)
+
+toml_values = st.one_of(
+    st.sampled_from([
+        "0", "-1", "true", "0x" + "f" * 5000, "9" * 400, "9" * 5000, "1e400", "nan", "-inf", "1.5", "07:32:00",
+        "1979-05-27T07:32:00Z", "[]", "[[]]", "{}", "{a = 1}", "[" * 200 + "]" * 200, "[" * 5000 + "]" * 5000,
+        "{a=" * 200 + "1" + "}" * 200, '""', '" "', '"1e"', '"' + "9" * 400 + 'g"', '"' + "9" * 400 + 'm"',
+        '"' + "9" * 5000 + 's"', '"99999999999999999d"', "1e300", "9223372036854775807", "9223372036854775808",
+        '"\\u0000"', '"\\u001B[31m"', '"\\u202E"', '"\\u0085\\n"', "'*'", "'(?i)a'", "'a(?i)'", "'[[a]'", "'(?<\\x1b'",
+        "'\\'", "'" + "(" * 3000 + "'", "'a{99999999999}'", "'\\N{DIGIT ONE}'", "'\\u0041'", "'(?u)a'", "'(?P<é>a)'",
+        "'[é-z]'", '"(?\\u001B)"', '"\\u001B\\\\q"', '"GEMM_A N=' + "1" * 5000 + ', K=1, num_groups=1"',
+        '["GEMM_A N=٣, K=1, num_groups=1"]', '["a", 1]', '[["--tp"]]', '"--tp"', '"0-999,0"', '"volume:x"', "[1, 1]",
+        '["HF_TOKEN", "hf_aaaaaaaaaaaaaaaaaaaaaaaa"]', "\"\"\"a\\\n  b\"\"\"", "'''\n'''", '"""""a"""""',
+    ]),
+    texts.map(lambda text: json.dumps(text, ensure_ascii=False)),
+)  # fmt: skip
+
+
+@st.composite
+def toml_mutations(draw: st.DrawFn) -> bytes:
+    """The manifest with a few lines replaced, removed, doubled or moved, or with bytes damaged."""
+    text = MANIFEST
+    for _ in range(draw(st.integers(1, 4))):
+        lines = text.split("\n")
+        at = draw(st.integers(0, len(lines) - 1))
+        how = draw(st.sampled_from(["value", "value", "value", "value", "remove", "double", "move", "insert"]))
+        if how == "value":
+            found = list(_ASSIGNMENT.finditer(text))
+            chosen = draw(st.sampled_from(found)) if found else None
+            if chosen is not None:
+                text = text[: chosen.end(1)] + draw(toml_values) + text[chosen.end() :]
+            continue
+        line = lines[at]
+        if how in ("remove", "move"):
+            del lines[at]
+        if how in ("double", "move"):
+            lines.insert(draw(st.integers(0, len(lines))), line)
+        if how == "insert":
+            name = draw(
+                st.sampled_from(["tsk", "model", '"\\u001b[31m"', '"a\\nb"', "'\u202e'", "env.A", "a.b.c", '"."'])
+            )
+            lines.insert(at, draw(st.sampled_from([f"{name} = {draw(toml_values)}", f"[{name}]", f"[[{name}]]"])))
+        text = "\n".join(lines)
+    raw = text.encode("utf-8", "surrogatepass")
+    return draw(st.sampled_from([raw, raw, b"\xef\xbb\xbf" + raw])) if draw(st.booleans()) else draw(damaged(raw))
+
+
+def read_manifest(place: Path, raw: bytes, overrides: Overrides = Overrides()) -> Manifest | None:
+    """The manifest; None where it was refused as documented, which is checked."""
+    path = place / "m.toml"
+    path.write_bytes(raw)
+    manifest, refused = attempt(lambda: load(path, overrides=overrides), UsageError)
+    if refused is not None:
+        assert refused.problems
+        assert harmless(refused.message), refused.message
+        for problem in refused.problems:
+            assert harmless(str(problem)), str(problem)
+            assert problem.text
+            found = re.fullmatch(re.escape(str(path)) + r":([1-9]\d*)|--[a-z-]+", problem.place)
+            assert found, problem.place
+            assert int(found[1] or 1) <= raw.count(b"\n") + 1
+    if manifest is not None:
+        assert_usable(manifest)
+    return manifest
+
+
+def assert_usable(manifest: Manifest) -> None:
+    """What everything behind the manifest relies on."""
+    run = manifest.run
+    longest = max((max(task.timeout, task.silence) for task in manifest.tasks), default=0)
+    durations = [run.budget or 1, run.lock_timeout, run.start, run.grace, run.lifetime, manifest.cache.job_max, longest]
+    assert all(0 <= seconds < threading.TIMEOUT_MAX for seconds in durations)
+    assert len({task.label.lower() for task in manifest.tasks}) == len(manifest.tasks)
+    for task in manifest.tasks:
+        job = Job(mode="run", nonce="cafe", mount=manifest.cache.mount, task=task, lifetime=run.lifetime)
+        assert Job.from_json(job.to_json()) == job
+        coverage.coverage_digest(coverage.coverage(task, record=record(), config_digest=None))
+        re.compile((task.success or "").encode(), re.MULTILINE)  # as the container does
+        json.dumps(ContainerSpec(image=manifest.image.ref, name=task.label, env=task.env).body()).encode("ascii")
+
+
+@FUZZ
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass"))))
+@example(b"\xef\xbb\xbf\n\n\xff")
+@example(b"a = " + b"9" * 5000)
+@example(b"a = 0x" + b"f" * 5000)
+@example(b"schema = 0x" + b"f" * 5000)
+def test_garbage_is_no_manifest(place: Path, raw: bytes) -> None:
+    assert read_manifest(place, raw) is None
+
+
+def test_a_manifest_cut_at_any_byte_is_refused_or_whole(place: Path) -> None:
+    raw = MANIFEST.encode()
+    whole = read_manifest(place, raw)
+    assert whole is not None
+    for size in range(len(raw)):
+        cut = read_manifest(place, raw[:size])
+        assert cut is None or len(cut.tasks) <= len(whole.tasks), size
+
+
+@FUZZ
+@given(toml_mutations())
+def test_a_manifest_with_mistakes_is_refused_or_usable(place: Path, raw: bytes) -> None:
+    read_manifest(place, raw)
+
+
+@FUZZ
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            field.name: st.one_of(texts, numbers if field.name in ("budget", "timeout", "silence", "grace") else texts)
+            for field in dataclasses.fields(Overrides)
+        },
+    )
+)
+def test_overrides_are_refused_or_usable(place: Path, given: dict[str, Any]) -> None:
+    read_manifest(place, MANIFEST.encode(), Overrides(**given))
+
+
+@FUZZ
+@given(st.lists(st.one_of(texts, st.sampled_from(["*", "DeepSeek-V3", "[a", "[z-a]", "?" * 40, "*" * 40]))))
+def test_only_selects_or_says_what_is_there(place: Path, only: list[str]) -> None:
+    (place / "m.toml").write_text(MANIFEST)
+    manifest = load(place / "m.toml")
+    selected, refused = attempt(lambda: select(manifest, only), UsageError)
+    if refused is not None:
+        assert refused.problems
+        assert all(problem.place == "--only" and harmless(str(problem)) for problem in refused.problems)
+    if selected is not None:
+        assert {task.label for task in selected.tasks} <= {task.label for task in manifest.tasks}
+
+
+def toml_string(text: str) -> str:
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{toml_string(name)} = {toml(inner)}" for name, inner in value.items()) + "}"
+    return toml_string(str(value)) if isinstance(value, (str, Shape)) else repr(value)
+
+
+def toml_task(task: Task) -> str:
+    """The task as a manifest has it: what differs from a task's defaults."""
+    plain = Task(label=task.label, model="", recipe="")
+    given = {field.name: getattr(task, field.name) for field in dataclasses.fields(Task)}
+    return "[[task]]\n" + "".join(
+        f"{name} = {toml(value)}\n" for name, value in given.items() if value != getattr(plain, name)
+    )
+
+
+arguments = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
+shapes = st.builds(Shape, st.sampled_from(["GEMM_A", "B9"]), *3 * [st.integers(0, 1 << 40)])
+durations = st.one_of(st.integers(1, 1 << 24).map(float), st.floats(1e-6, values.LONGEST))
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Task:
+    """A task that a manifest may ask for; not yet labelled."""
+    recipe = draw(st.sampled_from(RECIPES))
+    server = recipe in ("compile-deep-gemm", "serve")
+    load = draw(st.sampled_from(["weights", "dummy"])) if server else "weights"
+    variables = st.dictionaries(st.from_regex(r"[A-Za-z_]{1,3}_[0-9]", fullmatch=True), arguments, max_size=3)
+    optional: dict[str, Any] = {"shapes": {"shapes": st.lists(shapes, min_size=1, max_size=3).map(tuple)}}.get(
+        recipe, {}
+    )
+    return Task(
+        label="",
+        model=draw(arguments.filter(str.strip)),
+        recipe=recipe,
+        argv=draw(st.lists(arguments, min_size=recipe == "command", max_size=4).map(tuple)),
+        env=draw(variables),
+        revision=draw(st.none() | arguments.filter(str.strip)),
+        timeout=draw(durations),
+        silence=draw(durations),
+        success="READY" if recipe == "command" else draw(st.sampled_from([None, "a+", "(?i)x\\d"])),
+        families=draw(st.none() | st.lists(st.sampled_from(CLAIMABLE), unique=True).map(tuple)),
+        m_values=draw(st.lists(st.integers(1, 1 << 20), max_size=3).map(tuple)) if recipe == "shapes" else (),
+        load=load,
+        layers=draw(st.none() | st.integers(1, 99)) if load == "dummy" else None,
+        verify=draw(st.sampled_from([way for way in VERIFY if way != "steady" or recipe == "serve"])),
+        **{name: draw(strategy) for name, strategy in optional.items()},
+    )
+
+
+CLAIMABLE = [family.name for family in FAMILIES if family.claimable]
+
+
+@FUZZ
+@given(st.lists(tasks(), max_size=4, unique_by=digest))
+def test_tasks_survive_a_manifest_and_a_job(place: Path, wanted: list[Task]) -> None:
+    head = "schema = 1\nimage.ref = 'x'\ncache.volume = 'xy'\ngpus.count = 0\n"
+    raw = (head + ("".join(map(toml_task, wanted)) or "task = []\n")).encode()
+    manifest = read_manifest(place, raw)
+    assert manifest is not None
+    named = tuple(dataclasses.replace(task, label=label) for task, label in zip(wanted, labels(wanted), strict=True))
+    assert manifest.tasks == named
+    lines = find_lines(raw.decode())
+    text = raw.decode().split("\n")
+    for number in range(len(wanted)):
+        assert text[lines["task", number] - 1] == "[[task]]"
+        assert text[lines["task", number, "model"] - 1].startswith("model = ")
+    for task in named:
+        assert Task.from_json(json.loads(json.dumps(dataclasses.asdict(task)))) == task
+
+
+@FUZZ
+@given(
+    st.one_of(texts, numbers, st.from_regex(r"([0-9]{1,400}(\.[0-9]{1,9})? ?[dhmskgtDHMSKGTi]*b?)+", fullmatch=True))
+)
+def test_durations_and_sizes_are_numbers_or_refused(value: Any) -> None:
+    converters: list[Callable[[Any], float]] = [values.seconds, values.positive_seconds, values.size]
+    for convert in converters:
+        number, refused = attempt(partial(convert, value), ValueError)
+        assert refused is None or harmless(str(refused))
+        if number is not None:
+            assert math.isfinite(number)
+            assert number >= 0
+            if convert is not values.size:
+                assert number < threading.TIMEOUT_MAX
+
+
+# --- markers and memos ---
+
+TASK = Task(
+    label="DeepSeek-V3 tp8",
+    model="deepseek-ai/DeepSeek-V3",
+    recipe="serve",
+    argv=("--tp", "8", "--trust-remote-code"),
+    env={"SGLANG_A": "1", "PATH": "/bin"},
+    gpus=8,
+)
+ENTRIES = {"deep_gemm": ["cache/gemm.1", "cache/gemm.2"], "inductor": ["a/b.py", "a/c.so"]}
+
+#: Every word that a reason may begin with, and how it goes on.
+REASONS = re.compile(
+    r"no-marker|unverified|marker-unreadable: markers/.+: .+|(?:compile|coverage): .+ was .+ is .+"
+    r"|entries: \d+ missing, \d+ invalid \(first: .+\)"
+)
+
+
+def record(**factors: str | None) -> Record:
+    names = {factor for family in FAMILIES for factor in family.factors}
+    return {
+        "schema": 1,
+        "factors": {**{name: f"{name} 1\nline two" for name in names}, "mount": "/jit", **factors},
+        "gpus": [{"index": 0, "uuid": "GPU-1", "name": "NVIDIA H200", "compute_capability": "9.0"}],
+        "sglang": {"version": "0.5.23", "commit": "abc"},
+        "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
+    }
+
+
+def marker(made: Record | None = None, **change: Any) -> dict[str, Any]:
+    given = {
+        "record": made or record(),
+        "config_digest": "c" * 64,
+        "claims": list(ENTRIES),
+        "entries": ENTRIES,
+        "proof": "verified",
+        "second_pass_added": 0,
+        "shapes": [],
+        "observed": {"image": "sha256:1"},
+    }
+    return markers.build(change.pop("task", TASK), **{**given, **change})
+
+
+# A 32-bit ELF header and a table of one section, which is the table itself: the smallest file that is whole.
+ELF32 = struct.pack("<4s12sHHIIIIIHHHHHH", b"\x7fELF", bytes([1, 1, 1]), 2, 190, 1, 0, 0, 52, 0, 52, 0, 0, 40, 1, 0)
+ELF32 += struct.pack("<IIIIIIIIII", 0, 1, 0, 0, 52, 40, 0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache root with the entries of a marker, and a place for it."""
+    root = tmp_path_factory.mktemp("root")
+    for family, names in ENTRIES.items():
+        for name in names:
+            entry = Path(directory(str(root), family, toolchain.family_key(record(), family))) / name
+            (entry if family == "deep_gemm" else entry.parent).mkdir(parents=True, exist_ok=True)
+            if family == "deep_gemm":
+                for file, data in (("kernel.cu", b"//"), ("meta.json", b"{}"), (".committed", b"")):
+                    (entry / file).write_bytes(data)
+                (entry / "kernel.cubin").write_bytes(ELF32)
+            else:
+                entry.write_bytes(ELF32)
+    made = marker()
+    markers.publish(root, made)
+    # Where a marker of another coverage lies: the nearest one, when there is none of this.
+    (root / "markers" / f"DeepSeek-V3-tp8-{'0' * 12}").mkdir()
+    assert judge(root).state == "warm"
+    return root
+
+
+def marker_path(root: Path) -> Path:
+    made = marker()
+    name = markers.coverage_digest(made["coverage"])
+    return root / "markers" / f"DeepSeek-V3-tp8-{name}" / f"{toolchain.digest(made['keys'])}.json"
+
+
+def judge(root: Path, made: Record | None = None, **change: Any) -> markers.Judgement:
+    return markers.judge(root, TASK, record=made or record(), config_digest="c" * 64, **change)
+
+
+def assert_judged(judgement: markers.Judgement) -> None:
+    """Warm, or cold for a reason that has a name; everything in it can be shown."""
+    assert harmless(judgement.reason), judgement.reason
+    assert harmless(judgement.path or "")
+    assert (judgement.state == "warm") == (judgement.reason == "")
+    assert judgement.state in ("warm", "cold")
+    assert judgement.state == "warm" or REASONS.fullmatch(judgement.reason), judgement.reason
+    assert len(judgement.reason) < 1500
+    for row in judgement.differences:
+        assert len(row) == 3
+        for cell in row:
+            assert isinstance(cell, str)
+            assert cell
+            assert harmless(cell.replace("\n", " ")), cell
+
+
+def judge_file(root: Path, data: bytes) -> markers.Judgement:
+    """Every way a file is read as a marker: as the task's own, by another toolchain, and as the nearest."""
+    path = marker_path(root)
+    nearest = root / "markers" / f"DeepSeek-V3-tp8-{'0' * 12}" / "x.json"
+    nearest.unlink(missing_ok=True)
+    path.write_bytes(data)
+    own = judge(root)
+    for judgement in (own, judge(root, strict=True), judge(root, record(deep_gemm="2\n\n", torch=None, libc=""))):
+        assert_judged(judgement)
+    path.unlink()
+    nearest.write_bytes(data)
+    assert_judged(judge(root))
+    for family, key in markers.claimed_keys(nearest).items():
+        assert FAMILY[family].claimable
+        assert re.fullmatch(r"[0-9a-f]{16}", key)
+    return own
+
+
+def truth(root: Path, data: bytes) -> bool:
+    """Whether a marker file vouches for the task, by the letter of the rules."""
+    try:
+        found = json.loads(data)
+        right = marker()
+        return bool(
+            found["schema"] == 1
+            and found["coverage"] == right["coverage"]
+            and isinstance(found["proof"], str)
+            and all(family in CLAIMABLE for family in found["claims"])
+            and all(found["keys"][family] == right["keys"].get(family) for family in found["claims"])
+            and all(set(found["entries"][family]) <= set(ENTRIES[family]) for family in found["claims"])
+            and all(isinstance(found["factors"][family], dict) for family in found["claims"])
+        )
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return False
+
+
+@FUZZ
+@given(st.one_of(st.binary(max_size=60), documents.flatmap(written)))
+def test_garbage_is_no_marker(root: Path, data: bytes) -> None:
+    assert judge_file(root, data).state == "cold"
+
+
+def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
+    data = json.dumps(marker(), indent=1).encode()
+    path = marker_path(root)
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        judgement = judge(root)
+        assert_judged(judgement)
+        assert judgement.reason.startswith("marker-unreadable: "), size
+
+
+@FUZZ
+@given(
+    mutated(marker(), [(), (), *((name,) for name in ("claims", "keys", "entries", "factors", "coverage", "proof"))])
+    .flatmap(written)
+)  # fmt: skip
+@example(json.dumps({**marker(), "keys": {"deep_gemm": 1234567890123456, "inductor": 1234567890123456}}).encode())
+def test_a_marker_with_mistakes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
+    judgement = judge_file(root, data)
+    if judgement.state == "warm":
+        assert truth(root, data)
+
+
+@FUZZ
+@given(damaged(json.dumps(marker()).encode()))
+def test_a_marker_with_damaged_bytes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
+    judgement = judge_file(root, data)
+    if judgement.state == "warm":
+        assert truth(root, data)
+
+
+IMAGE = "sha256:" + "a" * 64
+
+
+def memo() -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "image": IMAGE,
+        "memos": [
+            {"table": 1, "env": {"PATH": "/bin"}, "record": record()},
+            {"table": 1, "env": {}, "record": record()},
+        ],
+    }
+
+
+def read_memo(root: Path, data: bytes) -> Record | None:
+    path = toolchain.memo_path(root, IMAGE)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    found = toolchain.read_memo(root, IMAGE, mount="/jit", gpus="NVIDIA H200", driver="570.1", env=TASK.env)
+    if found is not None:
+        assert found["factors"]["mount"] == "/jit"
+        assert all(re.fullmatch(r"[0-9a-f]{16}", key) for key in toolchain.family_keys(found).values())
+        assert_judged(judge(root, found))
+        # What one reads another writes beside its own.
+        toolchain.write_memo(root, IMAGE, record(), env={})
+        again = toolchain.read_memo(root, IMAGE, mount="/jit", gpus="NVIDIA H200", driver="570.1", env=TASK.env)
+        assert again is not None
+    return found
+
+
+@FUZZ
+@given(st.one_of(st.binary(max_size=60), documents.flatmap(written)))
+def test_garbage_is_no_memo(root: Path, data: bytes) -> None:
+    assert read_memo(root, data) is None
+
+
+@FUZZ
+@given(mutated(memo(), [(), ("memos", 0), ("memos", 0, "record")]).flatmap(written))
+def test_a_memo_with_mistakes_is_no_memo_or_a_record(root: Path, data: bytes) -> None:
+    read_memo(root, data)
+
+
+@FUZZ
+@given(damaged(json.dumps(memo()).encode()))
+def test_a_memo_with_damaged_bytes_is_no_memo_or_a_record(root: Path, data: bytes) -> None:
+    read_memo(root, data)
+
+
+def test_a_memo_cut_at_any_byte_is_no_memo(root: Path) -> None:
+    data = json.dumps(memo()).encode()
+    assert read_memo(root, data) == record()
+    for size in range(len(data)):
+        assert read_memo(root, data[:size]) is None, size
+
+
+@FUZZ
+@given(st.dictionaries(texts, documents, max_size=4), st.dictionaries(texts, documents, max_size=4))
+def test_a_difference_of_any_two_factors_can_be_said(was: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, before, after in coverage.differences(was, now):
+        assert harmless(name)
+        for text in coverage.brief(before, after):
+            assert text
+            assert harmless(text)
+            assert len(text) <= 102
+
+
+@FUZZ
+@given(st.lists(st.one_of(st.sampled_from(["--a", "--a=b", "-x", "-1", "--", "--a=--b", "c"]), texts), max_size=8))
+def test_argv_is_normalised_once_and_for_all(argv: list[str]) -> None:
+    once = coverage.normalise_argv(argv)
+    assert coverage.normalise_argv(once) == once
+    assert "".join(sorted("".join(argv).replace("=", ""))) == "".join(sorted("".join(once).replace("=", "")))
+
+
+# --- events and jobs ---
+
+NONCE = "cafe0123"
+
+
+def event(name: str, **fields: Any) -> bytes:
+    return events.encode(NONCE, name, **fields)
+
+
+fields = st.dictionaries(st.text(max_size=4).filter(lambda name: name not in ("nonce", "event")), documents, max_size=3)
+names = st.sampled_from(sorted(events.NAMES))
+
+
+def assert_decoded(line: bytes) -> None:
+    found = events.decode(line, NONCE)
+    if found is not None:
+        assert line.startswith(events.prefix(NONCE))
+        assert found["event"] in events.NAMES
+
+
+@FUZZ
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.binary(max_size=60).map(lambda data: events.prefix(NONCE) + data),
+        documents.flatmap(written).map(lambda data: events.prefix(NONCE) + data),
+        st.builds(event, st.just("verdict")).flatmap(damaged),
+    )
+)
+@example(event("verdict")[:-1] + b"x")
+@example(events.prefix(NONCE) + b'{"event":[]}')
+@example(events.prefix(NONCE) + b'{"event":{}}')
+@example(events.prefix(NONCE) + '{"event":"end"}'.encode("utf-16"))
+def test_any_line_is_an_event_or_log(line: bytes) -> None:
+    assert_decoded(line)
+
+
+@FUZZ
+@given(names, fields)
+def test_an_event_survives_its_line(name: str, given: dict[str, Any]) -> None:
+    line = event(name, **given)
+    assert line.count(b"\n") == 1
+    found = events.decode(line, NONCE)
+    # NaN equals nothing but its own text, and JSON joins surrogates that are pairs.
+    assert repr(found) == repr(json.loads(json.dumps({"event": name, **given})))
+    assert repr(events.decode(line[:-1], NONCE)) == repr(found)
+    for size in range(len(line) - 1):
+        assert events.decode(line[:size], NONCE) is None
+    assert events.decode(line, NONCE[:-1]) is None
+    assert events.decode(line, NONCE + "4") is None
+
+
+JOB = Job(
+    mode="run",
+    nonce=NONCE,
+    mount="/jit",
+    image={"id": "sha256:1", "labels": {"a": "b"}},
+    task=dataclasses.replace(TASK, shapes=(Shape("GEMM_A", 1, 2, 3),), m_values=(1, 2), families=("triton",)),
+    lease="/lease",
+    secrets=("HF_TOKEN",),
+    observed={"host": "h"},
+)
+
+
+def assert_job(text: str) -> None:
+    job, refused = attempt(lambda: Job.from_json(text), ValueError)
+    if job is None:
+        assert harmless(str(refused)), str(refused)
+        assert len(str(refused)) < 300
+        return
+    assert isinstance(job.mode, str)
+    assert isinstance(job.nonce, str)
+    events.prefix(job.nonce)
+    assert job.task is None or isinstance(job.task, Task)
+    assert threading.TIMEOUT_MAX > job.lifetime >= 0
+    assert Job.from_json(job.to_json()) == job
+
+
+@FUZZ
+@given(st.one_of(st.text(max_size=60), documents.flatmap(written).map(bytes.decode)))
+@example("")
+@example("[" * 100_000)
+def test_garbage_is_no_job(text: str) -> None:
+    with pytest.raises(ValueError, match="WARM_CACHE_JOB does not hold a job") as caught:
+        Job.from_json(text)
+    assert harmless(str(caught.value))
+
+
+@FUZZ
+@given(
+    mutated(json.loads(JOB.to_json()), [(), ("task",), ("task", "requests"), ("task", "shapes"), ("secrets",)])
+    .flatmap(written)
+    .map(bytes.decode)
+)
+@example(JOB.to_json().replace("[4,8]", "[Infinity,8]"))
+@example(JOB.to_json().replace('"mode":"run"', '"mode":[]'))
+@example(JOB.to_json().replace('"mode":"run"', '"m\\u001b[31m":"run"'))
+def test_a_job_with_mistakes_is_refused_in_one_sentence_or_is_a_job(text: str) -> None:
+    assert_job(text)
+
+
+@FUZZ
+@given(damaged(JOB.to_json().encode()))
+def test_a_job_with_damaged_bytes_is_refused_in_one_sentence_or_is_a_job(data: bytes) -> None:
+    assert_job(data.decode("utf-8", "surrogateescape"))
+
+
+def test_a_job_cut_at_any_byte_is_refused() -> None:
+    text = JOB.to_json()
+    assert Job.from_json(text) == JOB
+    for size in range(len(text)):
+        with pytest.raises(ValueError, match="does not hold a job"):
+            Job.from_json(text[:size])
+
+
+# --- the log ---
+
+
+def frame(stream: int, data: bytes) -> bytes:
+    return struct.pack(">BxxxL", stream, len(data)) + data
+
+
+PIECES = [
+    b"\n", b"\n", b"\r", b"\r\n", b"\n\r", b"", b"a", b"line", b"\xff", "é€𝄞".encode(), b"\xe2\x82", b"\xf0\x9f", b"\0",
+    b"\x1b[31m", b"x" * 300, b"y" * 17_000, events.prefix(NONCE), b"@warmup other {}",
+    b"\n" + event("phase", phase="x"),
+    b"\n" + event("progress", done=1, total=2, unit="x"), b"\n" + events.prefix(NONCE) + b'{"event":[]}\n',
+    b"\n" + event("phase", phase="x")[:-1] + b"\r\n", b" " + event("verdict"), event("swept", why="y")[:20],
+]  # fmt: skip
+
+sizes = st.lists(
+    st.one_of(st.integers(1, 9), st.sampled_from([64, 1000, 16_384, 1 << 20])), min_size=1, max_size=6
+)  # fmt: skip
+writes = st.lists(
+    st.tuples(
+        st.sampled_from([1, 1, 2]),
+        st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=6)), max_size=6).map(b"".join),
+    ),
+    max_size=8,
+)
+Writes = Sequence[tuple[int, bytes]]
+
+
+def lines_of(data: bytes, limit: int) -> list[bytes]:
+    """The lines of a stream, the slow way: what ends with newline or return, in pieces of this size."""
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line[at : at + limit] for line in lines for at in range(0, len(line) or 1, limit)]
+
+
+def expected(data: bytes, stream: int, limit: int = sinks.MAX_LINE) -> tuple[list[bytes], list[Any]]:
+    """What a stream is in the end: lines of log, and events."""
+    log, heard = [], []
+    lines = lines_of(data, limit)
+    for number, line in enumerate(lines, start=1):
+        ended = number < len(lines) or data.endswith((b"\n", b"\r"))
+        found = events.decode(line, NONCE) if stream == 1 and ended else None
+        if found is None:
+            log.append(line)
+        else:
+            heard.append(found)
+    return log, heard
+
+
+class Wire:
+    """An attachment that gives these bytes in these chunks, and then ends or breaks."""
+
+    def __init__(self, chunks: Sequence[bytes], error: OSError | None) -> None:
+        self._chunks = list(chunks)[::-1]
+        self._error = error
+
+    def readinto(self, buffer: memoryview) -> int:
+        if not self._chunks:
+            if self._error:
+                raise self._error
+            return 0
+        chunk = self._chunks.pop()
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Ended:
+    """An engine whose container is over, with this attachment and this stored log."""
+
+    def __init__(self, wire: Wire, stored: Sequence[tuple[int, bytes] | Exception]) -> None:
+        self._wire = wire
+        self._stored = stored
+
+    def attach_output(self, container: str) -> Attachment:
+        return self._wire
+
+    def state(self, container: str) -> State:
+        return State("exited", 0)
+
+    def log_frames(self, container: str, *, follow: bool, tail: int | None = None) -> Iterator[tuple[int, bytes]]:
+        for entry in self._stored if tail is None else self._stored[-tail:]:
+            if isinstance(entry, Exception):
+                raise entry
+            yield entry
+
+
+def drain(
+    place: Path, wire: Wire, stored: Sequence[tuple[int, bytes] | Exception]
+) -> tuple[Pump, dict[int, list[bytes]]]:
+    """A pump that has finished, and each stream's lines in its log file."""
+    path = place / "log"
+    engine: Any = Ended(wire, stored)
+    pump = Pump(engine, "c" * 64, nonce=NONCE, sinks=Sinks(log_path=path))
+    pump.attach()
+    pump.start()
+    pump.finish(Deadline(10))
+    found: dict[int, list[bytes]] = {1: [], 2: []}
+    text = path.read_bytes()
+    assert not text or text.endswith(b"\n")
+    for line in text.split(b"\n")[:-1]:
+        assert line[:5] in (b"out| ", b"err| ")
+        found[1 if line.startswith(b"out") else 2].append(line[5:])
+    assert all(harmless(re.sub("[\t\u2028\u2029]", " ", line)) for line in pump.tail)  # which steer nothing
+    assert len(pump.tail) <= sinks.TAIL_LINES
+    return pump, found
+
+
+def streams(sent: Writes) -> dict[int, bytes]:
+    return {stream: b"".join(data for number, data in sent if number == stream) for stream in (1, 2)}
+
+
+def stored(sent: Writes) -> list[tuple[int, bytes]]:
+    """What the engine stores; the contract tests prove it of the fake."""
+    container = FakeContainer("x", ContainerSpec(image="i", name="n"))
+    for stream, data in sent:
+        container.write(stream, data)
+    container.end(0)
+    return container.stored
+
+
+def counted(sent: Writes) -> Writes:
+    """With the event at the end that counts what went before."""
+    whole = streams(sent)
+    newline = b"" if not whole[1] or whole[1].endswith(b"\n") else b"\n"
+    end = event("end", stdout=len(whole[1] + newline), stderr=len(whole[2]))
+    return [*sent, (1, newline), (1, end)]
+
+
+@FUZZ
+@given(writes, sizes, st.booleans())
+def test_the_log_is_what_was_written_however_it_arrives(place: Path, sent: Writes, cuts: list[int], end: bool) -> None:
+    sent = counted(sent) if end else sent
+    data = b"".join(frame(stream, payload) for stream, payload in sent)
+    pump, found = drain(place, Wire(chunked(data, cuts), None), stored(sent))
+    assert pump.complete
+    assert pump.problems == []
+    for stream, whole in streams(sent).items():
+        log, heard = expected(whole, stream)
+        assert found[stream] == log
+        assert stream == 2 or [kept for kept in pump.events if kept["event"] != "progress"] == [
+            kept for kept in heard if kept["event"] != "progress"
+        ]
+    assert pump.received == sum(len(payload) for _, payload in sent)
+
+
+@FUZZ
+@given(writes, sizes, st.integers(0, 1 << 20), st.sampled_from([None, ConnectionResetError()]), st.booleans())
+def test_the_log_is_what_was_written_wherever_the_connection_breaks(
+    place: Path, sent: Writes, cuts: list[int], cut: int, error: OSError | None, garbage: bool
+) -> None:
+    if any(len(line) > 16_000 for whole in streams(sent).values() for line in whole.split(b"\n")):
+        # The engine cuts such lines into pieces, and characters with them: test_logs.py follows those.
+        sent = [(stream, data.decode("ascii", "replace").replace("\ufffd", "?").encode()) for stream, data in sent]
+    frames = [frame(stream, payload) for stream, payload in sent]
+    raw = b"".join(frames)
+    cut %= len(raw) + 1
+    chunks = chunked(raw[:cut], cuts)
+    if garbage and cut in [len(b"".join(frames[:number])) for number in range(len(frames) + 1)]:
+        chunks.append(b"\x09\0\0\0\0\0\0\0HTTP/1.1")
+    pump, found = drain(place, Wire(chunks, error), stored(sent))
+    assert pump.complete
+    assert pump.problems == []
+    for stream, whole in streams(sent).items():
+        log, _ = expected(whole, stream)
+        assert list(map(stored_form, found[stream])) == list(map(stored_form, log))
+
+
+@FUZZ
+@given(
+    writes,
+    sizes,
+    st.data(),
+    st.sampled_from([None, EngineLostError("away"), NotFoundError("no such container"), BrokenFramesError("HTTP")]),
+)
+def test_no_damage_to_a_connection_stops_the_pump(
+    place: Path, sent: Writes, cuts: list[int], data: st.DataObject, error: Exception | None
+) -> None:
+    raw = data.draw(damaged(b"".join(frame(stream, payload) for stream, payload in sent)))
+    entries: list[Any] = list(stored(sent))
+    if error is not None:
+        entries[data.draw(st.integers(0, len(entries))) :] = [error]
+    pump, _ = drain(place, Wire(chunked(raw, cuts), None), entries)
+    assert pump.complete or any(problem.startswith("the end of the log could not be read") for problem in pump.problems)
+    assert all(map(harmless, pump.problems))
+
+
+@FUZZ
+@given(st.lists(st.tuples(names, fields), max_size=6))
+@example([("progress", {"done": 10**4000, "unit": []}), ("progress", {"done": 1.5, "unit": []})])
+@example([("entries", {"families": {"a": math.nan}}), ("end", {"stdout": True, "stderr": [0]})])
+def test_no_event_stops_the_pump(place: Path, told: list[tuple[str, dict[str, Any]]]) -> None:
+    sent = [(1, event(name, **given)) for name, given in told]
+    pump, found = drain(place, Wire([frame(*write) for write in sent], None), stored(sent))
+    assert pump.problems == []
+    assert found == {1: [], 2: []}
+    assert len(pump.events) <= len(told)
+
+
+@FUZZ
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc", b"d" * 9])).map(b"".join), sizes)
+def test_lines_are_the_same_however_they_arrive_and_little_is_held(data: bytes, cuts: list[int]) -> None:
+    with mock.patch.object(sinks, "MAX_LINE", 8):
+        lines, region = Lines(), b""
+        for chunk in chunked(data, [min(size, 8) for size in cuts]):
+            region += lines.feed(chunk)
+            assert region.endswith(b"\n") or not region
+            assert len(lines.rest) <= 8
+        region += lines.last()
+    assert region.split(b"\n")[:-1] == lines_of(data, 8)
+
+
+def demuxed(chunks: Sequence[bytes]) -> tuple[dict[int, bytes], bool, bool]:
+    """Output by stream, whether that was all the engine's format, and whether it ended between frames."""
+    demux, got = Demux(), dict.fromkeys(range(4), b"")
+    try:
+        for chunk in chunks:
+            for stream, data in demux.pieces(memoryview(chunk)):
+                got[stream] += data
+    except BrokenFramesError:
+        return got, False, False
+    return got, True, demux.between_frames
+
+
+def framed(chunks: Sequence[bytes]) -> tuple[list[tuple[int, bytes]], bool]:
+    """Whole frames, and whether that was all the engine's format."""
+    demux, got = Demux(), []
+    try:
+        for chunk in chunks:
+            for found in demux.whole(chunk):
+                got.append(found)  # noqa: PERF402 - what came before an exception counts
+    except BrokenFramesError:
+        return got, False
+    return got, True
+
+
+@FUZZ
+@given(
+    st.one_of(
+        st.binary(max_size=80),
+        st.lists(st.tuples(st.integers(0, 4), st.binary(max_size=20)), max_size=5)
+        .map(lambda sent: b"".join(frame(*write) for write in sent))
+        .flatmap(lambda data: st.one_of(st.just(data), damaged(data))),
+    ),
+    sizes,
+)
+def test_frames_are_the_same_however_they_arrive(data: bytes, cuts: list[int]) -> None:
+    got, sound, between = demuxed(chunked(data, cuts))
+    slow, slow_sound, slow_between = demuxed(chunked(data, [1]))
+    assert (sound, between) == (slow_sound, slow_between)
+    # Of what breaks off, the rest is read from the stored log: only what came may not differ.
+    assert all(slow[stream].startswith(got[stream]) for stream in got)
+    assert got == slow or not sound
+    assert framed(chunked(data, cuts)) == framed(chunked(data, [1]))
+    whole, whole_sound = framed([data])
+    assert (whole, whole_sound) == framed(chunked(data, cuts))
+    if sound and between:
+        assert b"".join(frame(*found) for found in whole) == data
+
+
+# --- entries and ELF files ---
+
+
+def elf(*, wide: bool, order: str) -> bytes:
+    """An ELF file of one blank section, one with contents and one without, and one segment."""
+    header, section, segment, size = (64, 64, 56, 64) if wide else (52, 40, 32, 64)
+    word = "Q" if wide else "I"
+    sections_at, segments_at = header + size, header + size + 3 * section
+    ident = b"\x7fELF" + bytes([1 + wide, 1 + (order == ">"), 1]) + bytes(9)
+    counts = (0, header, segment, 1, section, 3, 1)
+    head = ident + struct.pack(f"{order}HHI3{word}IHHHHHH", 2, 190, 1, 0, segments_at, sections_at, *counts)
+
+    def row(kind: int, offset: int, length: int) -> bytes:
+        return struct.pack(f"{order}II4{word}II2{word}", 1, kind, 0, 0, offset, length, 0, 0, 1, 0)
+
+    load = (1, 5, header, 0, 0, size, 0, 0) if wide else (1, header, 0, 0, size, 0, 5, 0)
+    loaded = struct.pack(f"{order}II6Q" if wide else f"{order}8I", *load)
+    return head + bytes(size) + row(0, 0, 0) + row(1, header, size) + row(8, header, 1 << 30) + loaded
+
+
+ELVES = [elf(wide=wide, order=order) for wide in (True, False) for order in "<>"]
+ELF_PROBLEM = re.compile(
+    r"\S+ is (?:empty|not ELF|cut: \d+ (?:bytes, less than an ELF header|of \d+ bytes)|damaged: .+)"
+)
+
+
+def with_header(data: bytes, at: int, value: bytes) -> bytes:
+    return data[:at] + value + data[at + len(value) :]
+
+
+elf_files = st.one_of(
+    st.sampled_from(ELVES).flatmap(damaged),
+    # The header's numbers are what everything else is read by.
+    st.builds(
+        lambda data, at, value, more, other: with_header(with_header(data, at, value), more, other),
+        st.sampled_from(ELVES),
+        st.integers(4, 63),
+        st.sampled_from([b"\0\0", b"\xff\xff", b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 8, b"\1", b"\x80"]),
+        st.integers(4, 63),
+        st.binary(min_size=1, max_size=8),
+    ),
+    st.binary(max_size=80).map(lambda data: b"\x7fELF" + data),
+)
+
+
+@FUZZ
+@given(elf_files)
+@example(with_header(with_header(ELVES[0], 0x3C, b"\0\0"), 0x28, b"\xff" * 8))
+@example(with_header(with_header(ELVES[0], 0x38, b"\xff\xff"), 0x28, b"\0" * 7 + b"\x7f"))
+def test_a_damaged_elf_file_is_named_or_whole(place: Path, data: bytes) -> None:
+    path = place / "kernel.cubin"
+    path.write_bytes(data)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is wanted
+    problem = inventory.elf_problem(path)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert problem is None or ELF_PROBLEM.fullmatch(problem), problem
+
+
+def test_an_elf_file_cut_at_any_byte_is_cut(place: Path) -> None:
+    path = place / "kernel.cubin"
+    for data in ELVES:
+        path.write_bytes(data)
+        assert inventory.elf_problem(path) is None
+        for size in range(len(data)):
+            path.write_bytes(data[:size])
+            assert ELF_PROBLEM.fullmatch(inventory.elf_problem(path) or ""), size
+
+
+file_names = st.one_of(
+    st.sampled_from([
+        "cache", "gemm.1", "kernel.gemm.1", "kernel.cubin", "kernel.cu", "meta.json", ".committed", "__grp__mm.json",
+        "mm.cubin", "mm.ptx", "x.so", "tmp", "tmp.pid_1", "lock", "deps-1", ".staging-1", "gpu_p2p_access_cache_for_0",
+    ]).map(os.fsencode),
+    st.sampled_from([os.fsencode(text) for text in ODD_TEXTS if "\ud800" not in text]),
+    st.binary(min_size=1, max_size=6),
+).filter(lambda name: 0 < len(name) <= 255 and name not in (b".", b"..") and not set(name) & set(b"/\0"))  # fmt: skip
+contents = st.one_of(
+    st.just(b""), st.just(b"x"), st.just(b"{}"), st.sampled_from(ELVES), elf_files, documents.flatmap(written)
+)
+trees = st.recursive(
+    st.one_of(contents, st.sampled_from(["fifo", "link", "loop"])),
+    lambda inner: st.dictionaries(file_names, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def plant(path: bytes, tree: Any) -> None:
+    """Makes this tree of files."""
+    if isinstance(tree, dict):
+        os.mkdir(path)  # noqa: PTH102 - the name is bytes
+        for name, inner in tree.items():
+            plant(path + b"/" + name, inner)
+    elif tree == "fifo":
+        os.mkfifo(path)
+    elif isinstance(tree, str):
+        os.symlink(b"/etc/passwd" if tree == "link" else path, path)  # noqa: PTH211
+    else:
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(tree)
+
+
+def clear(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    assert not path.exists()
+    return path
+
+
+def assert_inventory(family: Family, base: Path) -> None:
+    """The same told by a scan, by checks of single entries, and after a sweep; and all of it can be shown."""
+    found = inventory.scan(family, base)
+    assert found.bytes >= 0
+    for name, entry in found.entries.items():
+        assert inventory.check(family, base, name) == entry.problem
+        assert entry.problem is None or harmless(entry.problem), entry.problem
+        assert entry.problem is None or len(entry.problem) < 4000
+    assert found.valid | found.invalid.keys() == found.entries.keys()
+    aside = clear(base.parent / "aside")
+    moved = inventory.sweep(family, base, aside, now=time.time() + 1e6, older_than=600.0)
+    assert all(harmless(why) for _, why in moved), moved
+    after = inventory.scan(family, base)
+    assert after.valid <= found.valid
+    assert len(list(aside.iterdir()) if aside.exists() else []) == len(moved)
+    # What is left is valid, or may not be moved because nobody could read it.
+    if family.claimable:
+        assert all("is unreadable" in problem for problem in after.invalid.values()), after.invalid
+    inventory.remove_host_specific(family, base)
+
+
+@FUZZ
+@given(st.sampled_from(FAMILIES), st.dictionaries(file_names, trees, max_size=4))
+def test_any_tree_of_files_is_an_inventory(place: Path, family: Family, tree: dict[bytes, Any]) -> None:
+    base = clear(place / "family" / ("0" * 16))
+    base.parent.mkdir(exist_ok=True)
+    plant(os.fsencode(base), tree)
+    assert_inventory(family, base)
+
+
+@FUZZ
+@given(st.sampled_from(FAMILIES), st.one_of(texts, st.lists(texts, max_size=4).map("/".join)))
+def test_any_name_of_an_entry_can_be_asked_for(root: Path, family: Family, name: str) -> None:
+    base = Path(directory(str(root), family.name, toolchain.family_key(record(), family.name)))
+    problem = inventory.check(family, base, name)
+    assert problem is not None
+    assert harmless(problem)
+
+
+def group(base: Path, name: str) -> dict[str, Any]:
+    return {"child_paths": {file: f"{base}/{name}/{file}" for file in ("mm.cubin", "mm.ptx")}}
+
+
+@FUZZ
+@given(st.data(), st.sampled_from(["triton", "deep_gemm"]), st.sampled_from([None, "/jit"]))
+def test_an_entry_with_mistakes_is_named_or_valid(
+    place: Path, data: st.DataObject, family: str, mount: str | None
+) -> None:
+    base = clear(place / family / ("0" * 16))
+    base.parent.mkdir(exist_ok=True)
+    good = {"mm.cubin": ELVES[0], "mm.ptx": b"x"}
+    good |= {"kernel.cubin": ELVES[0], "kernel.cu": b"x", ".committed": b""} if family == "deep_gemm" else {}
+    name = "cache/mm.1" if family == "deep_gemm" else "KEY"
+    document = {"config": {"a": 1}} if family == "deep_gemm" else group(base, name)
+    entry = base / name
+    entry.mkdir(parents=True)
+    for file, content in good.items():
+        (entry / file).write_bytes(content)
+    manifest = entry / ("meta.json" if family == "deep_gemm" else "__grp__mm.json")
+    manifest.write_bytes(json.dumps(document).encode())
+    assert inventory.check(FAMILY[family], base, name) is None
+    victim = data.draw(st.sampled_from([manifest, manifest, *(entry / file for file in good)]))
+    if victim == manifest and data.draw(st.booleans()):
+        victim.write_bytes(data.draw(mutated(document).flatmap(written)))
+    else:
+        victim.write_bytes(data.draw(damaged(victim.read_bytes())))
+    problem = inventory.check(FAMILY[family], base, name, mount=mount)
+    assert problem is None or harmless(problem)
+    assert_inventory(FAMILY[family], base)
