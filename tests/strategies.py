@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("WARM_CACHE_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("WARM_CACHE_EXAMPLES", "100"))
 
 #: For every property. An example takes milliseconds; one that takes seconds hangs, whatever else the machine does.
 FUZZ = settings(
