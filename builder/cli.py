@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from builder import __version__, command, hold, run, upkeep, verbs
+from builder import __version__
 from builder.container import Cancel
 from builder.engine import Engine
 from builder.errors import BuilderError, DefectError, Interrupted, ProblemsError, UsageError
@@ -260,6 +260,8 @@ class _Invocation:
             raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
         named = arguments.manifest or arguments.profile or not arguments.cache
         manifest = self._manifest() if named else None
+        from builder import command, hold
+
         # A job's own choices, before this program makes its own.
         ignored = [signum for signum in command.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
         cancel = Cancel()
@@ -274,24 +276,35 @@ class _Invocation:
             self.status = command.run(arguments.command, self.environ, ignored=ignored)
 
     def _act(self, session: Session) -> None:
+        """Each verb loads what it needs: a check has ended before all the others would be there."""
         tasks = session.manifest.tasks
-        if self.arguments.verb == "env":
-            text = verbs.env(session, tasks, self.arguments.format or "docker")
-            if self.arguments.json:
-                self.report.extra["env"] = text
-            else:
-                print(text)
-            return
-        actions: dict[str, Callable[..., None]] = {
-            "warm": run.warm,
-            "check": verbs.check,
-            "explain": verbs.explain,
-            "status": verbs.status,
-            "doctor": verbs.doctor,
-            "sweep": lambda session, _: upkeep.sweep(session),
-            "verify": lambda session, _: upkeep.verify(session, repair=self.arguments.repair),
-        }
-        actions[self.arguments.verb](session, tasks)
+        match self.arguments.verb:
+            case "warm":
+                from builder import run
+
+                run.warm(session, tasks)
+            case "sweep":
+                from builder import upkeep
+
+                upkeep.sweep(session)
+            case "verify":
+                from builder import upkeep
+
+                upkeep.verify(session, repair=self.arguments.repair)
+            case "env":
+                from builder import verbs
+
+                text = verbs.env(session, tasks, self.arguments.format or "docker")
+                if self.arguments.json:
+                    self.report.extra["env"] = text
+                else:
+                    print(text)
+            case verb:
+                from builder import verbs
+
+                {"check": verbs.check, "explain": verbs.explain, "status": verbs.status, "doctor": verbs.doctor}[verb](
+                    session, tasks
+                )
 
     def _manifest(self) -> Manifest:
         arguments = self.arguments

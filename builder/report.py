@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from builder.errors import BuilderError, ProblemsError
+from builder.plan import Item, Plan
 
 JSON_SCHEMA = 1
 
@@ -41,6 +42,26 @@ class TaskResult:
         return self.reason + (f" (log: {self.log})" if self.log and self.state not in ("warmed", "cold") else "")
 
 
+def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResult:
+    return TaskResult(item.task.label, item.task.model, item.key, state, reason, **more)
+
+
+def before(item: Item) -> TaskResult:
+    """A task's result before anything is done for it: what its marker says."""
+    marker: Mapping[str, Any] = item.judgement.marker or {}
+    if not item.warm:
+        return result_of(item, "cold", item.judgement.reason)
+    entries = marker.get("entries")
+    return result_of(
+        item,
+        "warm",
+        entries={name: len(names) for name, names in entries.items()} if isinstance(entries, dict) else {},
+        proof=marker.get("proof"),
+        verified=marker.get("proof") == "verified",
+        since=str(marker.get("written", ""))[:10],
+    )
+
+
 @dataclass
 class Report:
     """One run's result; complete at every moment, so that an interrupted run has its report too."""
@@ -55,6 +76,10 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def planned(self, plan: Plan) -> None:
+        """The tasks as a run that has done nothing yet has them."""
+        self.tasks = [before(item) for item in plan.items]
 
     def count(self, *states: str) -> int:
         """How many tasks are in one of these states."""

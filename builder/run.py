@@ -12,7 +12,7 @@ from builder import machine, runlock
 from builder.container import Deadlines, Outcome
 from builder.errors import BudgetError, EngineLostError, TasksError
 from builder.plan import Item, Plan
-from builder.report import TaskResult, counted, duration
+from builder.report import TaskResult, counted, duration, result_of
 from builder.session import Session, describe
 from builder.warmup import toolchain
 from builder.warmup.task import Task
@@ -21,14 +21,14 @@ from builder.warmup.task import Task
 def warm(session: Session, tasks: tuple[Task, ...]) -> None:
     """Makes every task warm. Raises what keeps it from that; the session's report is complete either way."""
     plan = session.plan(tasks)
-    report(session, plan)
+    session.report.planned(plan)
     if not todo(session, plan):
         return
     session.sweep()
     session.ready()
     with runlock.held(session):
         plan = session.plan(tasks)  # another builder may have finished while this one waited
-        report(session, plan)
+        session.report.planned(plan)
         announce(session, plan)
         items = todo(session, plan)
         with machine.taken(session, items) as gpus:
@@ -118,10 +118,6 @@ def counts(value: object) -> dict[str, int]:
     return {str(name): number for name, number in value.items() if isinstance(number, int)}
 
 
-def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResult:
-    return TaskResult(item.task.label, item.task.model, item.key, state, reason, **more)
-
-
 def settle(session: Session, item: Item, result: TaskResult) -> None:
     """Puts a task's result into the report, in the place of its plan, and says it."""
     tasks = session.report.tasks
@@ -140,27 +136,6 @@ def settle(session: Session, item: Item, result: TaskResult) -> None:
         for line in result.tail:
             session.console.log("out", line)
     session.console.annotate(f"{result.label} {result.state}", result.reason)
-
-
-def report(session: Session, plan: Plan) -> None:
-    """The plan as the report of a run that has done nothing yet."""
-    session.report.tasks = [planned(item) for item in plan.items]
-
-
-def planned(item: Item) -> TaskResult:
-    """A task's result before anything is done for it: what its marker says."""
-    marker: Mapping[str, Any] = item.judgement.marker or {}
-    if not item.warm:
-        return result_of(item, "cold", item.judgement.reason)
-    entries = marker.get("entries")
-    return result_of(
-        item,
-        "warm",
-        entries={name: len(names) for name, names in entries.items()} if isinstance(entries, dict) else {},
-        proof=marker.get("proof"),
-        verified=marker.get("proof") == "verified",
-        since=str(marker.get("written", ""))[:10],
-    )
 
 
 def announce(session: Session, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from builder import preflight, run
+from builder import preflight
 from builder.errors import ColdError, PreflightError, UsageError
 from builder.plan import Plan, probe_env
 from builder.report import TaskResult, counted, size
@@ -30,7 +30,7 @@ def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
         session.report.cache = session.cache.name
         return None
     plan = session.plan(tasks)
-    run.report(session, plan)
+    session.report.planned(plan)
     return plan
 
 
