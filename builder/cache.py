@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -57,12 +58,11 @@ class CacheRoot:
         nothing that matters is closed to us.
         """
         root = self._manifest.cache.root
-        if root is None or not self._engine.local or not _is_open(root):
+        if root is None or not self._engine.local or not root.is_dir():
             return None
-        known = [root / name for name in (*INDEX, *families.FAMILY)]
-        inside = [item for path in known for item in files.listing(str(path)) or ()]
-        paths = [path for path in (*known, *inside) if os.path.lexists(path)]
-        return root if all(_is_open(Path(path)) for path in paths) else None
+        known = [str(root / name) for name in (*INDEX, *families.FAMILY)]
+        inside = [item.path for path in known for item in files.listing(path) or ()]
+        return None if any(map(_is_closed, (str(root), *known, *inside))) else root
 
     def exists(self) -> bool:
         """False where there is certainly no such root; true also for a directory on another machine, which only a
@@ -191,30 +191,42 @@ class CacheRoot:
         try:
             stream = self._engine.archive(container, source)
         except EngineRefusedError as error:
-            if error.status == 404:
+            if error.status == 404 or "too many links" in error.message:
                 return
             raise
-        with tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
+        # The engine cuts its answer off at something that it cannot read: nobody could have used that either.
+        with (
+            contextlib.suppress(tarfile.TarError),
+            tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar,
+        ):
             for member in tar:
-                parts = PurePosixPath(member.name).parts[1 if strip else 0 :]
-                if ".." in parts or PurePosixPath(member.name).is_absolute():
-                    continue
-                path = target.joinpath(*parts)
-                if member.isdir():
-                    path.mkdir(parents=True, exist_ok=True)
-                elif member.islnk():
-                    # Another name of a file that came before it.
-                    original = target.joinpath(*PurePosixPath(member.linkname).parts[1 if strip else 0 :])
-                    if ".." not in original.parts and original.is_file():
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copy2(original, path)
-                elif member.isreg():
-                    content = tar.extractfile(member)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with path.open("wb") as file:
-                        if content is not None:
-                            shutil.copyfileobj(content, file, 1 << 20)
-                    os.utime(path, (member.mtime, member.mtime))
+                _extract(tar, member, target, 1 if strip else 0)
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, strip: int) -> None:
+    """One member, below target, without so many of its first parts."""
+    path = _inside(target, member.name, strip)
+    if path is None:
+        return
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if member.islnk():
+        # Another name of a file that came before it.
+        original = _inside(target, member.linkname, strip)
+        if original is not None and original.is_file():
+            shutil.copy2(original, path)
+    elif member.isreg() and (content := tar.extractfile(member)) is not None:
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)
+        os.utime(path, (member.mtime, member.mtime))
+
+
+def _inside(target: Path, name: str, strip: int) -> Path | None:
+    """Where a member of this name lies below target; None for one that would lie elsewhere."""
+    place = PurePosixPath(name)
+    return None if place.is_absolute() or ".." in place.parts else target.joinpath(*place.parts[strip:])
 
 
 class _Reader:
@@ -239,9 +251,15 @@ class _Reader:
         return data[:size]
 
 
-def _is_open(path: Path) -> bool:
-    """Whether it is there, and this process can read it, and list it where it is a directory."""
-    return os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
+def _is_closed(path: str) -> bool:
+    """Whether something is there that this process may not read. A link that leads nowhere is nothing."""
+    try:
+        folder = stat.S_ISDIR(Path(path).stat().st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return not os.access(path, os.R_OK | (os.X_OK if folder else 0))
 
 
 def _claimed(copy: Path) -> set[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import os
 import shutil
 import signal
@@ -165,9 +166,12 @@ def main(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] | None
         arguments = parser().parse_args(argv, argparse.Namespace(command=wrapped))
     except SystemExit as stop:  # argparse has printed its own message
         return int(stop.code or 0)
+    chosen = getattr(arguments, "manifest", None) or getattr(arguments, "profile", None)
     for option in VERBS[arguments.verb].options:
         name = option.replace("-", "_")
         value = environ.get(ENVIRONMENT + name.upper())
+        if option in ("manifest", "profile") and chosen:
+            continue  # a flag wins over the environment, also over the other way to say it
         if value and not getattr(arguments, name):
             action = OPTIONS[option].get("action")
             setattr(
@@ -196,7 +200,10 @@ class _Invocation:
         self.started = time.monotonic()
         self.report = Report(arguments.verb)
         self.status = 0
-        stream: TextIO = sys.stderr if arguments.json or arguments.verb in ("env", "hold") else sys.stdout
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal of the last century still sees the rest
+        stream = _or_nowhere(sys.stderr if arguments.json or arguments.verb in ("env", "hold") else sys.stdout)
         terminal = stream.isatty() and environ.get("TERM") != "dumb" and "NO_COLOR" not in environ
         self.console = Console(
             stream,
@@ -221,9 +228,13 @@ class _Invocation:
                 f"a defect in warm-cache: {type(raised).__name__}: {raised}. Run again with -v for the traceback."
             )
         self.report.seconds = time.monotonic() - self.started
-        return self._conclude(error)
+        try:
+            return self._conclude(error)
+        except KeyboardInterrupt:
+            return Interrupted(signal.SIGINT).exit_code
 
     def _verb(self) -> None:
+        self._check_choices()
         if VERBS[self.arguments.verb].wraps:
             return self._hold()
         manifest, cancel = self._manifest(), Cancel()
@@ -306,6 +317,13 @@ class _Invocation:
                     session, tasks
                 )
 
+    def _check_choices(self) -> None:
+        """What argparse does for flags, for values that came from the environment."""
+        for option, keywords in OPTIONS.items():
+            choices, value = keywords.get("choices"), getattr(self.arguments, option.replace("-", "_"), None)
+            if isinstance(choices, tuple) and value is not None and value not in choices:
+                raise UsageError(f"{ENVIRONMENT}{option.upper()} is {value!r}: one of {', '.join(choices)} is wanted")
+
     def _manifest(self) -> Manifest:
         arguments = self.arguments
         if not arguments.manifest and not arguments.profile:
@@ -336,7 +354,7 @@ class _Invocation:
         return Path(base or tempfile.gettempdir()) / "warm-cache"
 
     def _state_dir(self) -> Path:
-        return Path(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        return Path(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()).absolute()
 
     # --- the end
     # ---------------------------------------------------------------------------------------------------------
@@ -391,7 +409,7 @@ class _Invocation:
         if error.notes:
             lines += ["last lines:", *(f"  │ {note}" for note in error.notes)]
         # Errors belong on stderr; with --json, for env and for hold the console is there already.
-        stream = Console(sys.stderr, terminal=False)
+        stream = Console(_or_nowhere(sys.stderr), terminal=False)
         stream.say("\n".join(lines))
         self.console.annotate("warm-cache", error.message)
 
@@ -408,6 +426,8 @@ def _signals(cancel: Cancel) -> Iterator[None]:
             raise Interrupted(signum)
 
     handlers = {signal.SIGINT: handle, signal.SIGTERM: handle, signal.SIGHUP: handle, signal.SIGTSTP: signal.SIG_IGN}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        del handlers[signal.SIGHUP]
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
     try:
         yield
@@ -416,8 +436,15 @@ def _signals(cancel: Cancel) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def _or_nowhere(stream: TextIO | None) -> TextIO:
+    """The stream, or one that keeps nothing where this process was started without it (``>&-``)."""
+    return stream if stream is not None else Path(os.devnull).open("w", encoding="utf-8")
+
+
 def _silence_broken_stdout() -> None:
     """A reader that went away (``| head``) must not turn into a traceback at exit."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except (BrokenPipeError, ValueError):

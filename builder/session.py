@@ -21,7 +21,7 @@ from builder import __version__, gpulock, gpus, hooks, preflight
 from builder.cache import CacheRoot
 from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine, Image, Mount
-from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem, UsageError
 from builder.gpus import Look, Nvml
 from builder.image import PROGRAM_ROOT, identity, warmup_image
 from builder.lease import Lease, Swept, sweep
@@ -292,10 +292,7 @@ class Session:
             workdir=PROGRAM_ROOT,
             stop_timeout=int(deadlines.grace) + 1,
         )
-        log = None
-        if mode == "run":
-            self.options.log_dir.mkdir(parents=True, exist_ok=True)
-            log = self.options.log_dir / f"{task.label}.log"
+        log = self._log_dir() / f"{task.label}.log" if mode == "run" else None
         sinks = Sinks(log_path=log, display=display)
         try:
             with self.cancel.shield() if cancel is None else contextlib.nullcontext():
@@ -319,6 +316,15 @@ class Session:
         if outcome.container:
             self.ran[outcome.container] = spec.name
         return outcome
+
+    def _log_dir(self) -> Path:
+        """Where logs go. Raises UsageError where none can be written."""
+        directory = self.options.log_dir
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
+        return directory
 
     def _environment(self, job: Job) -> dict[str, str]:
         """Secrets are handed on by name and never enter the job, a label or a log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from builder.errors import ColdError, PreflightError, UsageError
 from builder.plan import Plan, probe_env
 from builder.report import TaskResult, counted, size
 from builder.session import Session
-from builder.warmup import families, inventory, markers, toolchain
+from builder.warmup import families, files, inventory, markers, toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.task import Task
 
@@ -105,7 +106,7 @@ def _family(root: Path, path: Path, current: Mapping[str, str]) -> dict[str, Any
     found = inventory.scan(families.FAMILY[name], path)
     return {
         "family": name,
-        "key": key,
+        "key": files.printable(key),
         "entries": len(found.valid),
         "invalid": len(found.invalid),
         "bytes": found.bytes,
@@ -116,10 +117,12 @@ def _family(root: Path, path: Path, current: Mapping[str, str]) -> dict[str, Any
 def _marker(path: Path, root: Path) -> dict[str, Any]:
     marker = markers.read(path)
     observed = marker.get("observed", {}) if isinstance(marker, dict) else {}
-    written = datetime.fromtimestamp(path.stat().st_mtime, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
+    written = "unknown"
+    with contextlib.suppress(OSError):
+        written = datetime.fromtimestamp(path.lstat().st_mtime, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
     return {
-        "task": path.parent.name,
-        "path": str(path.relative_to(root)),
+        "task": files.printable(path.parent.name),
+        "path": files.printable(str(path.relative_to(root))),
         "written": written,
         "image": str(observed.get("image", "")) if isinstance(observed, dict) else "",
         "proof": str(marker.get("proof")) if isinstance(marker, dict) else "unreadable",

@@ -1,0 +1,438 @@
+"""The verbs that only read, on cold, warm and damaged caches and on images that have changed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import shutil
+import socket
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.engine import ContainerSpec, Engine, Mount
+from tests.engine.cli import LABEL, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.engine
+
+KERNEL = "from triton.cache import compile_kernel; compile_kernel('k', 'x'); print('KERNELS READY')"
+LABELS = ("model-tp8", "shapes", "command")
+
+
+def write(cli: Cli, **changes: Any) -> None:
+    """The manifest of these tests; ``changes`` are of its server task."""
+    cli.manifest(server("org/model", **changes), shapes(), command("command", KERNEL, families=["triton"]))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[Cli]:
+    """A warmed root; tests damage copies of it."""
+    cli = Cli(tmp_path_factory.mktemp("template"), docker_host, tiny_image)
+    cli.model("org/model")
+    write(cli)
+    cli.warm()
+    yield cli
+    cli.close()
+
+
+@pytest.fixture
+def warmed(cli: Cli, template: Cli) -> Cli:
+    """A user with a warm cache of their own."""
+    cli.model("org/model")
+    shutil.copytree(template.root, cli.root, symlinks=True)
+    write(cli)
+    return cli
+
+
+def marker(cli: Cli, label: str) -> Path:
+    (path,) = cli.root.glob(f"markers/{label}-*/*.json")
+    return path
+
+
+# --- cold ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_cache_everything_is_cold_and_reading_makes_none(cli: Cli) -> None:
+    cli.model("org/model")
+    write(cli)
+    checked = cli.run("check", "--json")
+    assert checked.status == 10
+    assert {task["state"] for task in checked.document["tasks"]} == {"cold"}
+    assert checked.task("shapes")["reason"] == f"no-marker: {cli.root} does not exist"
+    explained = cli.run("explain")
+    assert explained.status == 0
+    assert f"shapes: cold, because no-marker: {cli.root} does not exist" in explained.out
+    assert cli.run("status", "--json").document["families"] == []
+    printed = cli.run("env")
+    assert (printed.status, printed.out) == (10, "")
+    assert "run: warm-cache warm" in printed.err
+    assert not cli.root.exists()
+
+
+def test_an_empty_cache_is_cold(cli: Cli) -> None:
+    cli.root.mkdir()
+    cli.manifest(shapes())
+    checked = cli.run("check", "--json")
+    assert (checked.status, checked.task("shapes")["reason"]) == (10, "no-marker")
+    assert checked.document["error"]["message"] == "1 of 1 task cold; run: warm-cache warm"
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------------
+
+
+def an_entry(cli: Cli) -> Path:
+    """One that the task `shapes` alone needs."""
+    names = json.loads(marker(cli, "shapes").read_text())["entries"]["deep_gemm"]
+    return next(path for path in cli.entries() if f"cache/{path.name}" in names and "transpose" not in path.name)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def replace_by_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("not a directory")
+
+
+DAMAGES: dict[str, tuple[Callable[[Cli], object], str]] = {
+    "entry removed": (lambda cli: shutil.rmtree(an_entry(cli)), "entries: 1 missing, 0 invalid (first: deep_gemm/"),
+    "entry without .committed": (lambda cli: (an_entry(cli) / ".committed").unlink(), ": no .committed"),
+    "cubin truncated": (lambda cli: cut(an_entry(cli) / "kernel.cubin", 100), "entries: 0 missing, 1 invalid"),
+    "cubin empty": (lambda cli: cut(an_entry(cli) / "kernel.cubin", 0), "kernel.cubin is empty"),
+    "meta.json garbage": (lambda cli: (an_entry(cli) / "meta.json").write_text("{"), "meta.json is not JSON"),
+    "marker garbage": (lambda cli: marker(cli, "shapes").write_bytes(b"\xff{"), "marker-unreadable: markers/shapes-"),
+    "marker empty": (lambda cli: marker(cli, "shapes").write_text(""), "marker-unreadable: markers/shapes-"),
+    "marker of the future": (lambda cli: marker(cli, "shapes").write_text('{"schema": 99}'), "its schema is 99"),
+    "marker gone": (lambda cli: marker(cli, "shapes").unlink(), "no-marker"),
+    "its folder a file": (lambda cli: replace_by_file(marker(cli, "shapes").parent), "no-marker"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(warmed: Cli, damage: str) -> None:
+    act, reason = DAMAGES[damage]
+    act(warmed)
+    checked = warmed.run("check", "--json")
+    assert checked.status == 10
+    task = checked.task("shapes")
+    assert task["state"] == "cold"
+    assert reason in task["reason"]
+    explained = warmed.run("explain", "--only", "shapes")
+    assert explained.status == 0
+    assert explained.out.startswith(f"shapes: cold, because {task['reason']}\n")
+
+
+def test_damage_to_shared_entries_is_everybodys_and_one_run_mends_all(warmed: Cli) -> None:
+    entries = warmed.entries()
+    shutil.rmtree(entries[0])
+    cut(entries[1] / "kernel.cubin", 80)
+    (entries[2] / ".committed").unlink()
+    marker(warmed, "command").write_text("garbage")
+    checked = warmed.run("check")
+    assert checked.status == 10
+    assert "3 cold in " in checked.out
+    mended = warmed.warm()
+    assert sum(task["entries_added"] for task in mended.document["tasks"]) == 3
+    assert {task["state"] for task in mended.document["tasks"]} == {"warmed"}
+    assert warmed.run("check").status == 0
+    assert sorted(path.name for path in warmed.root.glob("aside/deep_gemm-*/*"))
+
+
+def scatter(cli: Cli) -> None:
+    """Foreign and malformed things of every kind, everywhere that the program looks."""
+    (deep_gemm,) = (path for path in cli.root.glob("deep_gemm/*") if path.is_dir())
+    folder = marker(cli, "shapes").parent
+    places = [cli.root, cli.root / "images", cli.root / "markers", folder, cli.root / "locks"]
+    places += [cli.root / "deep_gemm", deep_gemm, deep_gemm / "cache", deep_gemm / "tmp"]
+    for number, place in enumerate(places):
+        (place / "README.txt").write_text("somebody was here")
+        (place / "a name with spaces").mkdir()
+        (place / "dangling.json").symlink_to("/nowhere/at/all")
+        (place / "loop.json").symlink_to("loop.json")
+        (place / "folder.json").mkdir()
+        (place / "garbage.json").write_bytes(b"\x00\xff\xfe{")
+        (place / "null.json").write_text("null")
+        (place / "deep.json").write_text("[" * 100_000)
+        os.mkfifo(place / "fifo.json")
+        Path(os.fsdecode(os.fsencode(place) + b"/\xff\xfe.json")).write_text("undecodable")
+        Path(os.fsdecode(os.fsencode(place) + b"/\xff\xfe")).mkdir()
+        with socket.socket(socket.AF_UNIX) as one:
+            at = Path.cwd()
+            os.chdir(place)  # a socket's path is short
+            one.bind(f"socket{number}.json")
+            os.chdir(at)
+    (cli.root / "lost+found").mkdir()
+    (cli.root / "vllm" / "0123456789abcdef").mkdir(parents=True)
+    (cli.root / "triton" / "not-a-key").mkdir()
+
+
+def test_foreign_files_change_nothing(warmed: Cli) -> None:
+    scatter(warmed)
+    checked = warmed.run("check", "--json")
+    assert checked.status == 0, checked.said
+    assert {task["state"] for task in checked.document["tasks"]} == {"warm"}
+    assert warmed.run("explain").status == 0
+    for options in ((), ("--json",)):
+        status = warmed.run("status", *options)
+        assert status.status == 0, status.said
+        assert "shapes-" in status.out
+    assert warmed.run("env").status == 0
+    assert warmed.run("doctor").status == 0
+    forced = warmed.warm("--force", "--only", "shapes")
+    assert (forced.task("shapes")["state"], forced.task("shapes")["entries_added"]) == ("warmed", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "become"),
+    [
+        ("markers", "file"),
+        ("markers", "nowhere"),
+        ("markers", "markers"),
+        ("markers", ""),
+        ("images", "file"),
+        ("layout.json", "layout.json"),
+        ("layout.json", ""),
+        ("deep_gemm", "file"),
+        ("deep_gemm", "deep_gemm"),
+    ],
+)
+def test_a_part_of_the_layout_that_is_something_else_is_no_defect(warmed: Cli, name: str, become: str) -> None:
+    path = warmed.root / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if become == "file":
+        path.write_text("something else")
+    elif become:
+        path.symlink_to(become)
+    checked = warmed.run("check", "--only", "shapes", "--json")
+    assert checked.status == (10 if name in ("markers", "deep_gemm") else 0), checked.said
+
+
+def test_a_root_that_cannot_be_locked_is_a_problem_of_this_machine(warmed: Cli) -> None:
+    shutil.rmtree(warmed.root / "locks")
+    (warmed.root / "locks").write_text("something else")
+    refused = warmed.run("warm", "--force", "--json")
+    assert refused.status == 12
+    (problem,) = refused.document["error"]["problems"]
+    assert problem["place"] == "cache"
+    assert "/jit/locks" in problem["text"]
+
+
+# --- changed images --------------------------------------------------------------------------------------------------
+
+SITE = "/usr/local/lib/python3.11/dist-packages"
+
+
+def derived(engine: Engine, base: str, name: str, *lines: str) -> str:
+    """The tag of an image made from this one by these lines of a Dockerfile; kept, so that it is made once."""
+    tag = f"warm-cache-test-derived:{name}"
+    text = "\n".join([f"FROM {base}", *lines]).encode()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        entry = tarfile.TarInfo("Dockerfile")
+        entry.size = len(text)
+        tar.addfile(entry, io.BytesIO(text))
+    engine.build(buffer.getvalue(), tag=tag)
+    return tag
+
+
+def version(distribution: str, old: str, new: str) -> str:
+    """A line that gives an installed distribution another version."""
+    was, now = (f"{SITE}/{distribution}-{number}.dist-info" for number in (old, new))
+    return f"RUN mv {was} {now} && sed -i 's/^Version: .*/Version: {new}/' {now}/METADATA"
+
+
+def test_another_compiler_moves_the_families_that_it_compiles_for(warmed: Cli, engine: Engine) -> None:
+    line = "RUN sed -i 's/V13.0.88/V13.1.99/' /usr/local/cuda/bin/nvcc"
+    image = derived(engine, warmed.image, "nvcc", line)
+    checked = warmed.run("check", "--json", "--image", image)
+    assert checked.status == 10
+    reason = checked.task("shapes")["reason"]
+    assert reason.startswith("compile: deep_gemm deep_gemm_nvcc was ")
+    assert "V13.0.88 is " in reason
+    assert reason.endswith("V13.1.99")
+    assert checked.task("command")["state"] == "warm"
+    explained = warmed.run("explain", "--json", "--image", image)
+    (row,) = [
+        row
+        for task in explained.document["explain"]
+        if task["label"] == "shapes"
+        for row in task["factors"]
+        if row["factor"] == "deep_gemm deep_gemm_nvcc"
+    ]
+    assert "V13.0.88" in row["marker"]
+    assert "V13.1.99" in row["now"]
+
+    rewarmed = warmed.warm("--image", image, "--only", "shapes")
+    assert rewarmed.task("shapes")["entries_added"] == 5
+    assert warmed.run("check", "--image", image, "--only", "shapes").status == 0
+    assert warmed.run("check").status == 0, "the old image lost its kernels"
+    rows = [row for row in warmed.run("status", "--json").document["families"] if row["family"] == "deep_gemm"]
+    assert [row["use"] for row in sorted(rows, key=lambda row: str(row["use"]))] == ["another toolchain", "this image"]
+
+
+def test_another_deep_gemm_moves_deep_gemm(warmed: Cli, engine: Engine) -> None:
+    image = derived(engine, warmed.image, "deep-gemm", version("sgl_deep_gemm", "0.2.3.post2", "0.2.4"))
+    checked = warmed.run("check", "--json", "--image", image)
+    assert checked.status == 10
+    assert checked.task("shapes")["reason"].startswith("compile: deep_gemm deep_gemm was ")
+    assert "0.2.4" in checked.task("shapes")["reason"]
+    assert checked.task("command")["state"] == "warm"
+
+
+def test_another_sglang_keeps_every_kernel(warmed: Cli, engine: Engine) -> None:
+    image = derived(engine, warmed.image, "sglang", version("sglang", "0.5.23", "0.5.24"))
+    checked = warmed.run("check", "--json", "--image", image)
+    assert checked.status == 10
+    assert {task["reason"] for task in checked.document["tasks"]} == {"coverage: sglang was 0.5.23 is 0.5.24"}
+    before = warmed.entries()
+    rewarmed = warmed.warm("--image", image)
+    assert [(task["state"], task["entries_added"]) for task in rewarmed.document["tasks"]] == [("warmed", 0)] * 3
+    assert warmed.entries() == before
+    assert warmed.run("check").status == 0
+
+
+# --- changed tasks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"argv": ["--tp", "8", "--trust-remote-code"]}, "coverage: argv was --tp 8 is --tp 8 --trust-remote-code"),
+        ({"env": {"SGLANG_X": "1"}}, "coverage: env SGLANG_X was absent is 1"),
+        ({"argv": ["--tp=8"], "timeout": "3m", "silence": "1m"}, ""),
+    ],
+)
+def test_another_task_is_asked_for_again(warmed: Cli, changes: dict[str, Any], reason: str) -> None:
+    write(warmed, **changes)
+    checked = warmed.run("check", "--json")
+    assert checked.task("model-tp8")["reason"] == reason
+    assert checked.status == (10 if reason else 0)
+    assert checked.task("shapes")["state"] == "warm"
+
+
+def test_another_config_is_another_task(warmed: Cli) -> None:
+    (config,) = warmed.store.glob("hub/*/blobs/c0")
+    config.write_text('{"num_hidden_layers": 62}')
+    checked = warmed.run("check", "--json")
+    assert checked.status == 10
+    assert checked.task("model-tp8")["reason"].startswith("coverage: config.json was ")
+
+
+def test_strict_wants_a_second_pass(cli: Cli) -> None:
+    cli.manifest(shapes(verify="inventory"))
+    warmed = cli.warm()
+    assert (warmed.task("shapes")["proof"], warmed.task("shapes")["verified"]) == ("inventory", False)
+    assert cli.run("check").status == 0
+    strict = cli.run("check", "--strict", "--json")
+    assert (strict.status, strict.task("shapes")["reason"]) == (10, "unverified")
+
+
+# --- status, env, doctor ---------------------------------------------------------------------------------------------
+
+
+def test_status_counts_what_is_there(warmed: Cli) -> None:
+    cut(warmed.entries()[0] / "kernel.cubin", 70)
+    document = warmed.run("status", "--json").document
+    rows = {row["family"]: row for row in document["families"]}
+    assert (rows["deep_gemm"]["entries"], rows["deep_gemm"]["invalid"]) == (10, 1)
+    assert rows["triton"]["entries"] == 1
+    assert rows["deep_gemm"]["bytes"] > 1000
+    assert {mark["task"].rpartition("-")[0] for mark in document["markers"]} == set(LABELS)
+    assert {mark["proof"] for mark in document["markers"]} == {"verified"}
+
+
+def test_env_in_every_format(warmed: Cli) -> None:
+    as_json = json.loads(warmed.run("env", "--format", "json").out)
+    (key,) = (path.name for path in warmed.root.glob("deep_gemm/*") if path.is_dir())
+    assert as_json["env"]["SGLANG_DG_CACHE_DIR"] == f"/jit/deep_gemm/{key}"
+    assert as_json["toolchain"] == warmed.run("check", "--json").document["toolchain"]
+    document = warmed.run("env", "--json", "--format", "docker").document
+    assert document["env"] == warmed.run("env").out.rstrip("\n")
+    for form in ("shell", "github"):
+        refused = warmed.run("env", "--format", form)
+        assert (refused.status, refused.out) == (2, "")
+        assert "there is none here" in refused.err
+
+
+def test_a_job_with_the_printed_environment_hits_every_kernel(warmed: Cli, engine: Engine) -> None:
+    words = iter(shlex.split(warmed.run("env", "--format", "docker").out))
+    mounts: list[Mount] = []
+    env: dict[str, str] = {}
+    for flag, value in zip(words, words, strict=True):
+        if flag == "-e":
+            name, _, setting = value.partition("=")
+            env[name] = setting
+            continue
+        assert flag == "--mount"
+        fields = dict(part.partition("=")[::2] for part in value.split(","))
+        assert fields["type"] == "bind"
+        mounts.append(Mount(source=fields["src"], target=fields["dst"], read_only="readonly" in fields))
+    before = sorted(warmed.root.rglob("*"))
+    job = (
+        'python3 -m sglang.compile_deep_gemm --model-path org/model --tp 8 && python3 -c "$KERNEL" '
+        "&& ! touch /jit/markers/mine && ! touch /jit/images/mine"
+    )
+    spec = ContainerSpec(
+        image=warmed.image,
+        name=f"warm-cache-test-job-{os.urandom(4).hex()}",
+        command=["sh", "-c", job],
+        env={**env, "KERNEL": KERNEL, "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1"},
+        labels={f"{LABEL}test": "job"},
+        mounts=tuple(mounts),
+        network="none",
+    )
+    container = engine.create(spec)
+    try:
+        engine.start(container)
+        wait_for(lambda: engine.state(container).over, 30, "the end of the job")
+        log = b"".join(part for _, part in engine.log_frames(container, follow=False)).decode()
+        assert engine.state(container).exit_code == 0, log
+        assert "finished successfully." in log
+    finally:
+        engine.remove(container, force=True)
+    assert sorted(warmed.root.rglob("*")) == before
+    assert warmed.run("check").status == 0
+
+
+def test_everything_that_is_missing_is_listed_at_once(cli: Cli) -> None:
+    cli.manifest(
+        server("org/model"),
+        image={"ref": "no-such/image:tag"},
+        cache={"root": str(cli.place / "no" / "cache")},
+        models={"store": str(cli.place / "no-models")},
+        gpus={"count": 8, "name": "H200"},
+    )
+    for verb in ("doctor", "warm"):
+        refused = cli.run(verb, "--json")
+        assert refused.status == 12
+        problems = refused.document["error"]["problems"]
+        assert [problem["place"] for problem in problems] == ["image", "GPUs", "cache", "models"]
+        assert all(problem["remedy"] for problem in problems)
+        assert "(4 problems):" in refused.err
+        assert "make demo. Exit 12." in refused.err
+    assert list(cli.place.glob("no*")) == []
+
+
+def test_a_check_of_an_image_that_is_not_there_cannot_be_made(warmed: Cli) -> None:
+    refused = warmed.run("check", "--image", "no-such/image:tag")
+    assert refused.status == 12
+    assert "docker pull no-such/image:tag" in refused.err
+
+
+def test_doctor_finds_nothing_where_nothing_is_wrong(warmed: Cli) -> None:
+    well = warmed.run("doctor")
+    assert well.status == 0
+    assert well.out == f"this machine can run 3 tasks of {warmed.image}\n"
+
+
+def test_an_engine_that_is_not_there_is_lost(cli: Cli) -> None:
+    cli.manifest(shapes())
+    lost = cli.run("check", "--json", environ={"DOCKER_HOST": f"unix://{cli.place}/no.sock"})
+    assert lost.status == 16
+    assert "no.sock" in lost.document["error"]["message"]
