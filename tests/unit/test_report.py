@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 
@@ -63,11 +64,9 @@ def test_a_piped_table_keeps_one_line_a_task_and_no_colour() -> None:
 def test_a_terminal_table_fits_its_width() -> None:
     stream = io.StringIO()
     Console(stream, terminal=True, width=80).table(TASK_COLUMNS, task_table(RESULTS))
-    plain = [line for line in stream.getvalue().splitlines()]
     assert "\x1b[" in stream.getvalue()
-    import re
-
-    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in plain) <= 80
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert max(map(len, plain)) <= 80
 
 
 def test_github_groups_and_annotations_cannot_be_broken_out_of() -> None:
