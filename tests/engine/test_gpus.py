@@ -1,0 +1,495 @@
+"""GPUs before, during and after a run, and the operator's commands around it: the real program on a real engine, with
+an NVML and a libcuda of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.engine.cli import GATE, READY, Cli, Ended, command, wait_for
+from tests.stub_nvml.stub import GB, Driver, a_driver, a_library, build  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.engine
+
+GPUS = 2
+
+
+@pytest.fixture(scope="module")
+def gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
+    """The tiny image with two pretended GPUs, whoever looks."""
+    context = tmp_path_factory.mktemp("gpu-image")
+    build("cuda.c", context / "libcuda.so.1")
+    (context / "Dockerfile").write_text(
+        f"FROM {tiny_image}\n"
+        "COPY libcuda.so.1 /opt/driver/\n"
+        f"ENV LD_LIBRARY_PATH=/opt/driver FAKE_CUDA_DEVICES={GPUS}\n"
+    )
+    tag = f"warm-cache-test-gpus:{os.getpid()}"
+    docker = ["docker", "-H", docker_host]
+    if shutil.which("docker") is None:
+        pytest.skip("no docker command to build the image with")
+    subprocess.run([*docker, "build", "-q", "-t", tag, context], check=True, capture_output=True, timeout=120)
+    yield tag
+    subprocess.run([*docker, "rmi", "-f", tag], check=False, capture_output=True, timeout=60)
+
+
+class GpuCli(Cli):
+    """A user on a machine with GPUs, which the test has in its hands."""
+
+    driver: Driver
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {**super().environ, **self.driver.environ}
+
+    def gpus(self, *tasks: dict[str, Any], **section: Any) -> None:
+        usual = {"count": GPUS, "name": "H200", "release_timeout": "10s"}
+        self.manifest(*(tasks or (command("one", READY),)), gpus={**usual, **section})
+
+    def ended(self, *options: str, **how: Any) -> Ended:
+        """`warm` to its end, whatever that is, and nothing of it left."""
+        ended = self.run("warm", "--json", *options, **how)
+        if "device driver" in ended.err:
+            pytest.skip("this engine has no GPU device driver, not even a fake one")
+        assert "defect" not in ended.said, ended.said
+        return ended
+
+    def go(self) -> None:
+        (self.root / "go").touch()
+
+    def another(self, name: str) -> GpuCli:
+        """Another cache root, on the same GPUs."""
+        place = self.place / name
+        place.mkdir()
+        return self.on(place, self.host, self.image, self.driver)
+
+    @classmethod
+    def on(cls, place: Path, host: str, image: str, driver: Driver) -> GpuCli:
+        cli = cls(place, host, image)
+        cli.driver = driver
+        return cli
+
+
+@pytest.fixture(name="cli")
+def a_gpu_cli(tmp_path: Path, docker_host: str, gpu_image: str, driver: Driver) -> Iterator[GpuCli]:
+    (tmp_path / "user").mkdir()
+    cli = GpuCli.on(tmp_path / "user", docker_host, gpu_image, driver)
+    yield cli
+    cli.close()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[psutil.Popen]:
+    process = psutil.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def problems(ended: Ended) -> list[str]:
+    return [f"{problem['text']} {problem['remedy']}" for problem in ended.document["error"]["problems"]]
+
+
+# --- before ----------------------------------------------------------------------------------------------------------
+
+
+def test_everybody_who_holds_a_gpu_is_named_and_nothing_starts(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus()
+    cli.driver.used[0] = 30 * GB
+    cli.driver.hold((1, sleeper.pid, 71 * GB), (1, os.getpid(), 1 * GB))
+    ended = cli.ended()
+    assert ended.status == 12
+    assert len(problems(ended)) == 3
+    for text in (f"GPU 1 is held by pid {sleeper.pid} (sleep)", f"by pid {os.getpid()} (", "GPU 0 has 30.0 GB in use"):
+        assert text in ended.said
+    assert "Stop it, set [gpus] acquire, or pass --allow-busy." in ended.said
+    assert not list(cli.logs.glob("one.log"))
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_a_busy_gpu_may_be_allowed(cli: GpuCli, sleeper: psutil.Popen, how: str) -> None:
+    cli.gpus()
+    cli.driver.hold((1, sleeper.pid, 71 * GB))
+    options = ["--allow-busy"] if how == "flag" else []
+    ended = cli.ended(*options, environ={"WARM_CACHE_ALLOW_BUSY": "" if how == "flag" else "1"})
+    assert ended.status == 0, ended.said
+    assert any(f"held by pid {sleeper.pid} (sleep)" in warning for warning in ended.document["warnings"])
+    assert ended.document["gpus"][1]["held_by"] == [sleeper.pid]
+
+
+def test_the_container_of_who_holds_it_is_named(cli: GpuCli) -> None:
+    name = f"warm-cache-test-holder-{os.getpid()}"
+    docker = ["docker", "-H", cli.host]
+    mark = f"sleep-{os.urandom(4).hex()}"
+    run = [*docker, "run", "-d", "--rm", "--network", "none", "--name", name, "--entrypoint", "python3", cli.image]
+    subprocess.run([*run, "-c", f"import time; time.sleep(600) # {mark}"], check=True, capture_output=True, timeout=60)
+    try:
+        found = [
+            process.pid
+            for process in psutil.process_iter()
+            if any(mark in part for part in _cmdline(process)) and "docker" not in process.name()
+        ]
+        if not found:
+            pytest.skip("the engine's processes cannot be seen from here")
+        cli.driver.hold((0, found[-1], 60 * GB))
+        cli.gpus()
+        ended = cli.ended()
+        assert ended.status == 12
+        assert f"GPU 0 is held by pid {found[-1]} (python3" in problems(ended)[0]
+        assert f"container {name})" in problems(ended)[0]
+    finally:
+        subprocess.run([*docker, "rm", "-f", name], check=False, capture_output=True, timeout=60)
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_doctor_says_it_too_beside_everything_else(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus()
+    cli.driver.hold((0, sleeper.pid, GB))
+    ended = cli.run("doctor", "--json", "--image", "no/such:image")
+    assert ended.status == 12
+    for text in ("no/such:image is not on this engine", f"GPU 0 is held by pid {sleeper.pid} (sleep)"):
+        assert any(text in problem for problem in problems(ended)), ended.said
+    assert cli.run("doctor", "--allow-busy").status == 0
+
+
+def test_reading_asks_nobody(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    """A check neither waits for GPUs nor minds who holds them."""
+    cli.gpus()
+    assert cli.ended().status == 0
+    cli.driver.hold((0, sleeper.pid, GB))
+    cli.driver.say("nvmlInit", 999)
+    assert cli.run("check").status == 0
+    assert cli.ended().status == 0
+
+
+# --- after -----------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_are_waited_for_until_they_are_free(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus(command("one", GATE + READY), command("two", READY))
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.hold((1, sleeper.pid, 70 * GB))
+    cli.go()
+    running.says("one: warmed")
+    cli.driver.hold()
+    ended = running.end()
+    cli.left_nothing()
+    assert ended.status == 0, ended.said
+    assert ended.err.count("GPUs free again after") == 2
+    free, held = ended.document["gpus"]
+    assert (free["index"], free["uuid"], free["name"]) == (0, cli.driver.uuids[0], "NVIDIA H200")
+    assert free["memory_total_bytes"] == 150 * GB and free["held_by"] == []
+    assert 0 <= free["free_again_seconds"] <= held["free_again_seconds"] < 10
+
+
+def test_gpus_that_stay_held_end_the_run(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus(command("one", GATE + READY), command("two", READY), release_timeout="1s")
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.hold((1, sleeper.pid, 70 * GB))
+    cli.go()
+    ended = running.end()
+    cli.left_nothing()
+    assert ended.status == 13
+    message = ended.document["error"]["message"]
+    assert f"GPU 1 is held by pid {sleeper.pid} (sleep), with 70.0 GB more in use than before" in message
+    assert "after one" in message and "GPU 0" not in message
+    assert [task["state"] for task in ended.document["tasks"]] == ["warmed", "cold"]
+    assert [gpu["free_again_seconds"] is None for gpu in ended.document["gpus"]] == [False, True]
+    cli.driver.hold()
+    again = cli.ended()
+    assert again.status == 0, "its locks went with it"
+    assert [task["state"] for task in again.document["tasks"]] == ["warm", "warmed"]
+
+
+def test_memory_that_does_not_come_back_ends_the_run(cli: GpuCli) -> None:
+    cli.gpus(command("one", GATE + READY), command("two", READY), release_timeout="1s")
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.used[0] = 600 << 20
+    cli.driver.write()
+    cli.go()
+    ended = running.end()
+    assert ended.status == 13
+    assert "GPU 0 has 0.6 GB more in use than before, by no process that can be seen" in ended.said
+
+
+def test_a_gpu_that_is_lost_on_the_way_ends_the_run(cli: GpuCli) -> None:
+    cli.gpus(command("one", GATE + READY), release_timeout="1s")
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.say("nvmlDeviceGetHandleByIndex", 15, gpu=1)
+    cli.go()
+    ended = running.end()
+    assert ended.status == 13 and "GPU 1 does not answer (GPU 1 cannot be asked: GPU is lost)" in ended.said
+
+
+def test_a_little_memory_more_is_no_trouble(cli: GpuCli) -> None:
+    cli.gpus(command("one", GATE + READY))
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.used[0] = 500 << 20
+    cli.driver.write()
+    cli.go()
+    assert running.end().status == 0
+
+
+def test_with_others_on_the_gpus_only_what_is_ours_has_to_go(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus(command("one", GATE + READY), release_timeout="1s")
+    running = cli.start("warm", "--json", "--allow-busy")
+    running.says("▸ command")
+    cli.driver.hold((1, sleeper.pid, 70 * GB))
+    cli.go()
+    assert running.end().status == 0
+
+
+def test_who_wants_to_go_does_not_wait_for_gpus(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus(command("one", GATE + READY), release_timeout="60s")
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.hold((1, sleeper.pid, 70 * GB))
+    running.send(signal.SIGTERM)
+    ended = running.end(20)
+    cli.left_nothing()
+    assert ended.status == 143
+    assert any(f"GPU 1 is held by pid {sleeper.pid} (sleep)" in warning for warning in ended.document["warnings"])
+
+
+def test_without_nvml_that_is_said(cli: GpuCli, tmp_path: Path) -> None:
+    cli.gpus()
+    (tmp_path / "libnvidia-ml.so.1").write_bytes(b"")
+    ended = cli.ended(environ={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert ended.status == 0, ended.said
+    assert ended.said.count("GPUs: there is no NVML here (libnvidia-ml.so.1); who holds them, and whether") == 1
+    assert ended.document["gpus"] == []
+    assert ended.document["gpus_reason"] == "there is no NVML here (libnvidia-ml.so.1)"
+
+
+def test_what_nvml_does_not_say_is_said_once(cli: GpuCli) -> None:
+    cli.gpus(command("one", READY), command("two", READY))
+    cli.driver.say("nvmlDeviceGetComputeRunningProcesses", 3)
+    ended = cli.ended()
+    assert ended.status == 0, ended.said
+    assert ended.said.count("GPUs: GPU 1 does not say who holds it: Not Supported") == 1
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_builder_on_the_same_gpus_is_named_and_then_given_up(cli: GpuCli) -> None:
+    cli.gpus(command("one", GATE + READY))
+    first = cli.start("warm", "--json")
+    first.says("▸ command")
+    other = cli.another("other")
+    other.gpus(devices="1", count=None)
+    ended = other.run("warm", "--json", "--lock-timeout", "1s")
+    assert ended.status == 15, ended.said
+    holder = f"pid {first.process.pid} ("
+    assert f"waiting for {holder}" in ended.said
+    assert f"GPU 1 ({cli.driver.uuids[1]}) is in use by {holder}" in ended.document["error"]["message"]
+    cli.go()
+    assert first.end().status == 0
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["it ends", "it is killed"])
+def test_another_builder_waits_its_turn(cli: GpuCli, killed: bool) -> None:
+    cli.gpus(command("one", GATE + READY))
+    first = cli.start("warm", "--json")
+    first.says("▸ command")
+    other = cli.another("other")
+    other.gpus()
+    second = other.start("warm", "--json")
+    second.says("waiting for pid")
+    if killed:
+        first.process.kill()
+        first.process.wait()
+    else:
+        cli.go()
+        assert first.end().status == 0
+    ended = second.end()
+    assert ended.status == 0, ended.said
+
+
+# --- the operator's commands -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(cli: GpuCli) -> Path:
+    """What the commands did, one word a line."""
+    path = cli.place / "ledger"
+    cli.gpus(command("one", GATE + READY), **hooks(path))
+    return path
+
+
+def hooks(ledger: Path, acquire: str = "true", release: str = "true") -> dict[str, Any]:
+    return {
+        "acquire": [f"echo acquire $WARM_CACHE_RUN >> {ledger}; {acquire}"],
+        "release": [f"echo release $WARM_CACHE_RUN >> {ledger}; {release}"],
+    }
+
+
+def done(ledger: Path) -> list[str]:
+    return [line.split()[0] for line in ledger.read_text().splitlines()] if ledger.exists() else []
+
+
+def test_acquire_then_the_run_then_release(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
+    """What holds a GPU is what acquire is for: it is looked at afterwards."""
+    cli.driver.hold((0, sleeper.pid, 70 * GB))
+    free = cli.driver.state.with_suffix(".free")
+    lines = [line for line in cli.driver.state.read_text().splitlines() if not line.startswith("process")]
+    free.write_text("\n".join(lines) + "\n")
+    cli.gpus(**hooks(ledger, acquire=f"mv {free} {cli.driver.state}; echo drained"))
+    ended = cli.ended()
+    assert ended.status == 0, ended.said
+    assert done(ledger) == ["acquire", "release"]
+    assert len({line.split()[1] for line in ledger.read_text().splitlines()}) == 1
+    assert "  » drained" in ended.err
+    assert cli.ended().status == 0 and done(ledger) == ["acquire", "release"], "warm: there was nothing to do"
+
+
+def test_what_acquire_does_not_free_is_a_problem(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
+    cli.driver.hold((0, sleeper.pid, 70 * GB))
+    ended = cli.ended()
+    assert ended.status == 12 and "[gpus] acquire did not free it" in ended.said
+    assert done(ledger) == ["acquire", "release"]
+
+
+def test_an_acquire_that_fails_is_undone(cli: GpuCli, ledger: Path) -> None:
+    cli.gpus(**hooks(ledger, acquire="echo no runner answers; exit 7"))
+    ended = cli.ended()
+    assert ended.status == 12
+    assert "ended with status 7: no runner answers" in problems(ended)[0]
+    assert done(ledger) == ["acquire", "release"]
+    assert not list(cli.logs.glob("one.log"))
+
+
+def test_an_acquire_that_takes_too_long_is_undone(cli: GpuCli, ledger: Path) -> None:
+    cli.gpus(**hooks(ledger, acquire="sleep 600"), hook_timeout="1s")
+    ended = cli.ended()
+    assert ended.status == 12 and "did not end within 1 s" in problems(ended)[0]
+    assert done(ledger) == ["acquire", "release"]
+
+
+def test_a_failing_task_is_followed_by_release(cli: GpuCli, ledger: Path) -> None:
+    cli.gpus(command("one", "raise SystemExit(3)"), **hooks(ledger))
+    assert cli.ended().status == 11
+    assert done(ledger) == ["acquire", "release"]
+
+
+def test_gpus_that_stay_held_are_followed_by_release(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
+    cli.gpus(command("one", GATE + READY), **hooks(ledger), release_timeout="1s")
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    cli.driver.hold((1, sleeper.pid, 70 * GB))
+    cli.go()
+    assert running.end().status == 13
+    assert done(ledger) == ["acquire", "release"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_followed_by_release(cli: GpuCli, ledger: Path, signum: signal.Signals) -> None:
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    running.send(signum)
+    ended = running.end(20)
+    cli.left_nothing()
+    assert ended.status == 128 + signum
+    assert done(ledger) == ["acquire", "release"]
+
+
+def test_a_signal_during_acquire_ends_it_and_is_followed_by_release(cli: GpuCli, ledger: Path) -> None:
+    cli.gpus(**hooks(ledger, acquire="echo draining; sleep 600"))
+    running = cli.start("warm", "--json")
+    running.says("» draining")
+    running.send(signal.SIGTERM)
+    ended = running.end(20)
+    cli.left_nothing()
+    assert ended.status == 143 and done(ledger) == ["acquire", "release"]
+
+
+def test_a_second_signal_ends_release_and_the_next_run_does_it(cli: GpuCli, ledger: Path) -> None:
+    slow = f"test -e {cli.place}/fast || sleep 600"
+    cli.gpus(command("one", GATE + READY), **hooks(ledger, release=slow))
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    running.send(signal.SIGTERM)
+    running.says("putting this machine back into service")
+    running.send(signal.SIGTERM)
+    ended = running.end(20)
+    assert ended.status == 143
+    assert any("is tried again by the next run" in warning for warning in ended.document["warnings"])
+    (cli.place / "fast").touch()
+    cli.go()
+    assert cli.ended().status == 0
+    assert done(ledger) == ["acquire", "release", "release", "acquire", "release"]
+
+
+def test_a_release_that_fails_is_a_warning_and_tried_again(cli: GpuCli, ledger: Path) -> None:
+    cli.gpus(**hooks(ledger, release="echo unreachable; exit 1"))
+    running = cli.start("warm", "--json")
+    ended = running.end()
+    assert ended.status == 0
+    (warning,) = ended.document["warnings"]
+    assert "release failed" in warning and "unreachable" in warning
+    (debt,) = (cli.place / "run").glob("*/*/release.json")
+    debt.write_text(json.dumps({**json.loads(debt.read_text()), "lines": [f"echo paid >> {ledger}"]}))
+    cli.gpus(command("two", READY), **hooks(ledger))
+    assert cli.ended().status == 0
+    assert done(ledger) == ["acquire", "release", "paid", "acquire", "release"]
+
+
+def test_after_a_kill_the_next_run_puts_the_machine_back(cli: GpuCli, ledger: Path) -> None:
+    running = cli.start("warm", "--json")
+    running.says("▸ command")
+    running.process.kill()
+    running.process.wait()
+    dead = ledger.read_text().split()[1]
+    cli.go()
+    ended = cli.ended()
+    assert ended.status == 0, ended.said
+    assert done(ledger) == ["acquire", "release", "acquire", "release"]
+    assert ledger.read_text().splitlines()[1] == f"release {dead}"
+    assert "putting this machine back into service, for a builder that was killed" in ended.said
+
+
+def test_a_machine_that_one_builder_holds_no_other_puts_back(cli: GpuCli, ledger: Path) -> None:
+    """Killed, and meanwhile another builder has the machine: its own release comes when it is done, none before."""
+    dead = cli.start("warm", "--json")
+    dead.says("▸ command")
+    other = cli.another("other")
+    other.gpus(command("one", GATE + READY), **hooks(ledger))
+    living = other.start("warm", "--json", environ={"XDG_RUNTIME_DIR": str(cli.place / "run")})
+    living.says("waiting for pid")
+    dead.process.kill()
+    dead.process.wait()
+    wait_for(lambda: done(ledger) == ["acquire", "acquire"], 30, "the second acquire")
+    living.says("▸ command")
+    third = cli.another("third")
+    third.gpus(**hooks(ledger))
+    run = str(cli.place / "run")
+    busy = third.start("warm", "--json", "--lock-timeout", "1s", environ={"XDG_RUNTIME_DIR": run}).end()
+    assert busy.status == 15 and "this machine is in use by pid" in busy.said
+    assert done(ledger) == ["acquire", "acquire"]
+    (other.root / "go").touch()
+    assert living.end().status == 0
+    assert done(ledger) == ["acquire", "acquire", "release"]
+    third.gpus(**hooks(ledger))
+    assert third.start("warm", environ={"XDG_RUNTIME_DIR": run}).end().status == 0
+    assert done(ledger) == ["acquire", "acquire", "release", "release", "acquire", "release"]
