@@ -210,7 +210,9 @@ class Console:
             if self.closed:
                 return
             try:
-                self._stream.write(text + "\n")
+                # What the stream's encoding does not have is escaped: it is no reason to fall silent.
+                encoding = getattr(self._stream, "encoding", None) or "utf-8"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
                 self._stream.flush()
             except (OSError, ValueError):
                 self.closed = True

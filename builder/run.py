@@ -11,10 +11,12 @@ from typing import Any
 from builder import machine, runlock
 from builder.container import Deadlines, Outcome
 from builder.errors import BudgetError, EngineLostError, TasksError
+from builder.frames import readable
 from builder.plan import Item, Plan
 from builder.report import TaskResult, counted, duration, result_of
 from builder.session import Session, describe
 from builder.warmup import toolchain
+from builder.warmup.files import printable
 from builder.warmup.task import Task
 
 
@@ -99,7 +101,7 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
         return result_of(item, state, reason.format(task=item.task), **numbers)
     if outcome.verdict is None:
         return result_of(item, "failed", f"the container {describe(outcome)} and gave no verdict", **numbers)
-    state, reason = str(verdict.get("state")), str(verdict.get("reason") or "")
+    state, reason = str(verdict.get("state")), readable(str(verdict.get("reason") or ""))
     if outcome.oom and state != "warmed":
         reason = f"out of memory inside the container; {reason}"
     if state != "warmed":
@@ -155,9 +157,10 @@ def tell(session: Session, event: Mapping[str, Any]) -> None:
     """An event of the container, as far as people want to see it above the log."""
     match event.get("event"):
         case "phase":
-            session.console.say(f"  ▸ {event.get('phase')}")
+            session.console.say(f"  ▸ {printable(str(event.get('phase')))}")
         case "swept":
-            session.console.say(f"  ▸ moved aside {event.get('family')}/{event.get('path')}: {event.get('why')}")
+            what = f"{event.get('family')}/{event.get('path')}: {event.get('why')}"
+            session.console.say(f"  ▸ moved aside {printable(what)}")
 
 
 def conclude(session: Session) -> None:

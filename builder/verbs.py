@@ -124,8 +124,8 @@ def _marker(path: Path, root: Path) -> dict[str, Any]:
         "task": files.printable(path.parent.name),
         "path": files.printable(str(path.relative_to(root))),
         "written": written,
-        "image": str(observed.get("image", "")) if isinstance(observed, dict) else "",
-        "proof": str(marker.get("proof")) if isinstance(marker, dict) else "unreadable",
+        "image": files.printable(str(observed.get("image", ""))) if isinstance(observed, dict) else "",
+        "proof": files.printable(marker["proof"]) if marker is not None else "unreadable",
         "claims": sorted(markers.claimed_keys(path)),
     }
 
