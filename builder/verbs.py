@@ -116,7 +116,8 @@ def _family(root: Path, path: Path, current: Mapping[str, str]) -> dict[str, Any
 
 def _marker(path: Path, root: Path) -> dict[str, Any]:
     marker = markers.read(path)
-    observed = marker.get("observed", {}) if isinstance(marker, dict) else {}
+    observed: Any = marker.get("observed") if marker is not None else None
+    observed = observed if isinstance(observed, dict) else {}
     written = "unknown"
     with contextlib.suppress(OSError):
         written = datetime.fromtimestamp(path.lstat().st_mtime, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
@@ -124,7 +125,7 @@ def _marker(path: Path, root: Path) -> dict[str, Any]:
         "task": files.printable(path.parent.name),
         "path": files.printable(str(path.relative_to(root))),
         "written": written,
-        "image": files.printable(str(observed.get("image", ""))) if isinstance(observed, dict) else "",
+        "image": files.printable(observed["image"]) if isinstance(observed.get("image"), str) else "",
         "proof": files.printable(marker["proof"]) if marker is not None else "unreadable",
         "claims": sorted(markers.claimed_keys(path)),
     }
