@@ -231,8 +231,8 @@ class Session:
             Deadlines(task=PROBE_TIMEOUT, silence=PROBE_TIMEOUT, start=self.manifest.run.start, grace=2.0),
         )
         self.cancel.check()
-        told = [event.get("record") for event in outcome.events if event.get("event") == "toolchain"]
-        found = [record for record in told if toolchain.sound(record)]
+        told: list[Any] = [event.get("record") for event in outcome.events if event.get("event") == "toolchain"]
+        found = [known for known in told if toolchain.sound(known)]
         if not found:
             why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
             raise BuilderError(f"the probe of {self.manifest.image.ref} told nothing: {why}", notes=outcome.tail)
