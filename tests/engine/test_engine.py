@@ -34,7 +34,7 @@ def context(dockerfile: str, **files: bytes) -> bytes:
 
 
 def content(chunks: Iterator[bytes]) -> dict[str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks)), mode="r:") as tar:  # never compressed
         return {member.name: tar.extractfile(member).read() for member in tar if member.isreg()}  # type: ignore[union-attr]
 
 
