@@ -88,3 +88,8 @@ def test_down_where_nothing_runs_is_fine_and_kills_nobody(run: Run, tmp_path: Pa
     (folder / "guardian.pid").write_text(str(os.getpid()))
     assert run("down", str(folder), fakes=NOBODY).returncode == 0
     assert not (folder / "guardian.pid").exists()
+
+
+def test_kill_where_nothing_runs_is_said(run: Run, tmp_path: Path) -> None:
+    done = run("kill", str(tmp_path / "engine"), fakes=NOBODY)
+    assert (done.returncode, done.stderr) == (1, f"error: no engine runs in {tmp_path}/engine\n")

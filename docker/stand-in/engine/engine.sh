@@ -1,7 +1,8 @@
 #!/bin/bash
 # A private Docker engine for tests and demos, with eight pretended GPUs and no network: a TEST DOUBLE of a GPU host.
 #
-#   engine.sh up DIR             starts it (nothing to do where it runs) and prints DOCKER_HOST=...
+#   engine.sh up DIR [OPTION...] starts it (nothing to do where it runs) and prints DOCKER_HOST=...; options are dockerd's
+#   engine.sh kill DIR [SIGNAL]  ends dockerd alone, KILL as in a crash or TERM as in a restart; `up` starts it again
 #   engine.sh down DIR           stops it and everything in it; images stay in DIR for the next time
 #   engine.sh run DIR CMD...     runs CMD against the engine that DOCKER_HOST (or the default socket) reaches, else against
 #                                the private one in DIR, which is stopped again on every path
@@ -25,6 +26,19 @@ enter() {   # enter DIR: absolute, made, ours
   [ ${#SOCKET} -le 107 ] || SOCKET=/tmp/warm-cache-engine-$(printf %s "$DIR" | sha256sum | cut -c1-12).sock
   HOST=unix://$SOCKET
 }
+
+# The first process of the engine's namespaces. dockerd is its child, so that containers outlive dockerd, as on a host; and
+# when dockerd has ended the rest ends too, unless $0/down says that it is to be started again once that file is gone.
+KEEPER='ip link set lo up
+  trap "end=1; kill -TERM \$daemon 2>/dev/null" TERM
+  while :; do
+    rm -f "$0/docker.pid"
+    dockerd "$@" $(cat "$0/options") & daemon=$!
+    while kill -0 $daemon 2>/dev/null; do wait $daemon; done
+    [ -e "$0/down" ] || exit
+    while [ -z "$end" ] && [ -e "$0/down" ]; do sleep 0.02; done
+    [ -z "$end" ] || exit
+  done'
 
 pings() { curl -sf -m 5 --unix-socket "$SOCKET" http://engine/_ping >/dev/null 2>&1; }
 
@@ -61,25 +75,38 @@ install_packages() {
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $PACKAGES >/dev/null || fail "apt-get install failed: $PACKAGES"
 }
 
-up() {
+up() {   # up DIR [OPTION...]
+  local runtime=() pid
   enter "$1"
+  shift
   if guardian >/dev/null && pings; then return; fi
+  if pid=$(guardian) && [ -e "$DIR/down" ]; then
+    echo "$*" >"$DIR/options"
+    rm "$DIR/down"
+    await "$pid"
+    return
+  fi
   allowed
   install_packages
-  local runtime=() pid tries
   # Without CAP_SYS_RESOURCE (bit 24) no container may get the limits that a warm-up asks for: then a wrapper lowers them.
   if (($((16#$(sed -n 's/^CapEff:\s*//p' /proc/self/status))) >> 24 & 1)); then :; else
     runtime=(--add-runtime "limited=$HERE/runc-limited" --default-runtime limited)
   fi
   halt
   mkdir -p "$DIR/data" "$DIR/exec"
-  rm -f "$DIR/docker.pid" "$SOCKET"
+  rm -f "$DIR/down" "$SOCKET"
+  echo "$*" >"$DIR/options"
   PATH=$HERE/hook:$PATH setsid nohup unshare --pid --net --mount --fork --kill-child=SIGKILL --mount-proc -- \
-    sh -c 'ip link set lo up; exec dockerd "$@"' sh \
+    sh -c "$KEEPER" "$DIR" \
     --data-root "$DIR/data" --exec-root "$DIR/exec" --pidfile "$DIR/docker.pid" -H "$HOST" \
     --bridge=none --iptables=false --ip6tables=false "${runtime[@]}" >>"$DIR/log" 2>&1 </dev/null &
   pid=$!
   echo "$pid" >"$DIR/guardian.pid"
+  await "$pid"
+}
+
+await() {   # await PID: until the engine answers, as long as its guardian lives
+  local pid=$1 tries
   for ((tries = 0; tries < 600; tries++)); do
     if pings; then return; fi
     kill -0 "$pid" 2>/dev/null || break
@@ -88,6 +115,20 @@ up() {
   tail -n 5 "$DIR/log" >&2
   halt
   fail "the private engine does not start; its log is $DIR/log"
+}
+
+strike() {   # strike DIR SIGNAL
+  local signal=$2 keeper pid child
+  enter "$1"
+  pid=$(guardian) || fail "no engine runs in $DIR"
+  keeper=$(cat "/proc/$pid/task/$pid/children")
+  keeper=${keeper% }
+  touch "$DIR/down"
+  for child in $(cat "/proc/$keeper/task/$keeper/children"); do
+    [ "$(cat "/proc/$child/comm" 2>/dev/null)" = dockerd ] || continue
+    kill -"$signal" "$child"
+    while kill -0 "$child" 2>/dev/null; do sleep 0.02; done
+  done
 }
 
 halt() {   # ends the engine, in order if it can: what it has written must be there the next time
@@ -144,7 +185,8 @@ run() {
 
 [ $# -ge 2 ] || usage
 case $1 in
-  up) up "$2"; echo "DOCKER_HOST=$HOST" ;;
+  up) shift; up "$@"; echo "DOCKER_HOST=$HOST" ;;
+  kill) strike "$2" "${3:-KILL}" ;;
   down) enter "$2"; halt ;;
   run) [ $# -ge 3 ] || usage; shift; run "$@" ;;
   *) usage ;;
