@@ -11,6 +11,7 @@ takes seconds), 10000 in the long mode::
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from builder.errors import EngineLostError, UsageError
 from builder.frames import BrokenFramesError, Demux
 from builder.logs import Pump
 from builder.manifest import Manifest, Overrides, load, select
+from builder.report import Console
 from builder.resume import stored_form
 from builder.sinks import Lines, Sinks
 from builder.spec import Attachment, ContainerSpec, State
@@ -235,6 +237,14 @@ def test_a_manifest_cut_at_any_byte_is_refused_or_whole(place: Path) -> None:
 
 @FUZZ
 @given(toml_mutations())
+@example(MANIFEST.replace('"32g"', '"' + "9" * 400 + 'g"').encode())
+@example(MANIFEST.replace("B = 2", "B = [0x" + "f" * 5000 + "]").encode())
+@example(MANIFEST.replace('"1h30m"', "1e300").encode())
+@example(MANIFEST.replace("KERNELS\\s+READY", "a{99999999999}").encode())
+@example(MANIFEST.replace("KERNELS\\s+READY", "[[a]").encode())
+@example(MANIFEST.replace("KERNELS\\s+READY", "\\u0041").encode())
+@example(MANIFEST.replace("'KERNELS\\s+READY'", '"(?\\u001b)"').encode())
+@example(MANIFEST.replace("N=4096", "N=" + "1" * 5000).encode())
 def test_a_manifest_with_mistakes_is_refused_or_usable(place: Path, raw: bytes) -> None:
     read_manifest(place, raw)
 
@@ -498,7 +508,7 @@ def test_garbage_is_no_marker(root: Path, data: bytes) -> None:
 
 
 def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
-    data = json.dumps(marker(), indent=1).encode()
+    data = json.dumps(marker()).encode()
     path = marker_path(root)
     for size in range(len(data)):
         path.write_bytes(data[:size])
@@ -513,6 +523,10 @@ def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
     .flatmap(written)
 )  # fmt: skip
 @example(json.dumps({**marker(), "keys": {"deep_gemm": 1234567890123456, "inductor": 1234567890123456}}).encode())
+@example(json.dumps({**marker(), "proof": "\x1b[31m\ud800"}).encode())
+@example(json.dumps({**marker(), "entries": {"deep_gemm": ["cache/a\nb"], "inductor": ["\udcff"]}}).encode())
+@example(json.dumps({**marker(), "coverage": {"": 1, "\x1b[31m\n": 2, "argv": "\n"}}).encode())
+@example(json.dumps({**marker(), "schema": "@deep@"}).encode().replace(b'"@deep@"', b"[" * 985 + b"]" * 985))
 def test_a_marker_with_mistakes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
     judgement = judge_file(root, data)
     if judgement.state == "warm":
@@ -565,6 +579,7 @@ def test_garbage_is_no_memo(root: Path, data: bytes) -> None:
 
 @FUZZ
 @given(mutated(memo(), [(), ("memos", 0), ("memos", 0, "record")]).flatmap(written))
+@example(json.dumps(memo()).replace('"version"', '"versio"').encode())
 def test_a_memo_with_mistakes_is_no_memo_or_a_record(root: Path, data: bytes) -> None:
     read_memo(root, data)
 
@@ -576,7 +591,7 @@ def test_a_memo_with_damaged_bytes_is_no_memo_or_a_record(root: Path, data: byte
 
 
 def test_a_memo_cut_at_any_byte_is_no_memo(root: Path) -> None:
-    data = json.dumps(memo()).encode()
+    data = json.dumps({**memo(), "memos": memo()["memos"][:1]}).encode()
     assert read_memo(root, data) == record()
     for size in range(len(data)):
         assert read_memo(root, data[:size]) is None, size
@@ -979,6 +994,12 @@ def test_frames_are_the_same_however_they_arrive(data: bytes, cuts: list[int]) -
         assert b"".join(frame(*found) for found in whole) == data
 
 
+def test_a_frame_that_claims_to_be_endless_is_not_waited_for() -> None:
+    for take in (Demux().pieces, lambda data: list(Demux().whole(data))):
+        with pytest.raises(BrokenFramesError):
+            take(struct.pack(">BxxxL", 1, 0xFFFFFFFF))
+
+
 # --- entries and ELF files ---
 
 
@@ -1155,3 +1176,21 @@ def test_an_entry_with_mistakes_is_named_or_valid(
     problem = inventory.check(FAMILY[family], base, name, mount=mount)
     assert problem is None or harmless(problem)
     assert_inventory(FAMILY[family], base)
+
+
+# --- what people see ---
+
+
+@FUZZ
+@given(
+    st.lists(st.one_of(texts, st.just("│ × –")), min_size=1), st.sampled_from(["ascii", "latin-1", "utf-8", "cp1252"])
+)
+def test_no_text_silences_the_display(said: list[str], encoding: str) -> None:
+    raw = io.BytesIO()
+    console = Console(io.TextIOWrapper(raw, encoding=encoding), terminal=False)
+    for text in said:
+        console.say(text)
+    console.say("last")
+    assert not console.closed
+    assert raw.getvalue().endswith(b"last\n")
+    assert raw.getvalue().count(b"\n") == len(said) + 1 + "".join(said).count("\n")
