@@ -167,14 +167,13 @@ def task_table(tasks: Sequence[TaskResult]) -> list[list[str]]:
     """Rows of the table at the end of a run."""
     rows = []
     for task in tasks:
-        fresh = task.state != "warm"
         if task.proof is None:
             proven = "–"
         elif task.state == "warmed":
             proven = "0 new" if task.verified else task.proof
         else:
             proven = "yes" if task.verified else task.proof
-        entries = families(task.added, "+") if fresh else families(task.entries)
+        entries = families(task.added, "+") if any(task.added.values()) else families(task.entries)
         rows.append([task.label, task.state, duration(task.seconds), entries, proven, task.note])
     return rows
 
@@ -250,7 +249,8 @@ class Console:
         for name in columns:
             table.add_column(name, overflow="fold", no_wrap=not self._terminal)
         for row in rows:
-            table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+            styled = (styles.get(cell, "") if name == "state" else "" for name, cell in zip(columns, row, strict=True))
+            table.add_row(*(Text(cell, style=style) for cell, style in zip(row, styled, strict=True)))
         buffer = io.StringIO()
         # A pipe has no width: rows are as long as they need to be, so that grep finds whole sentences.
         width = self._width if self._terminal else 1000
