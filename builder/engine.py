@@ -372,16 +372,10 @@ class Engine:
     def archive(self, container: str, path: str) -> Iterator[bytes]:
         """The tar of a path in a container that need not run. Raises NotFoundError at once when there is none."""
         doing = f"cannot read {path} in {container[:12]}"
+        # requests offers gzip by itself, the engine takes the offer, and what is read below is what is on the wire.
+        how: dict[str, Any] = {"params": {"path": path}, "headers": {"Accept-Encoding": "identity"}, "stream": True}
         with self._translated(doing):
-            # requests offers gzip by itself, the engine takes the offer, and what is read below is what is on the wire.
-            response = self._request(
-                "GET",
-                "/containers/{0}/archive",
-                container,
-                params={"path": path},
-                headers={"Accept-Encoding": "identity"},
-                stream=True,
-            )
+            response = self._request("GET", "/containers/{0}/archive", container, **how)
         return self._chunks(response, doing)
 
     def _chunks(self, response: Any, doing: str) -> Iterator[bytes]:
