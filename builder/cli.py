@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "timeout": {"metavar": "20m", "help": "how long one task may take"},
     "silence": {"metavar": "10m", "help": "how long a task may be silent"},
     "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
-    "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache"},
+    "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
     "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
     "format": {
         "metavar": "FORMAT",

@@ -156,6 +156,11 @@ def sweep(
     return swept
 
 
+def debts(state_dir: Path) -> bool:
+    """Whether any builder of this user, dead or alive, has something to do before its lease's directory may go."""
+    return any((state_dir / f"warm-cache-{os.getuid()}").glob(f"{_HELD}*/{DEBT}"))
+
+
 def _sweep_one(engine: Containers, container: Found, grace: float) -> Swept | None:
     """None for a container whose owner lives."""
     task = container.labels.get(LABEL_TASK, "?")

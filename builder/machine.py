@@ -4,6 +4,9 @@ task.
 The order keeps builders apart. `acquire` and `release` run under one lock of the whole machine, so that no builder
 puts back into service what another one still uses. The GPUs' locks come next, before the look at who holds them: what
 another builder holds is waited for, what anybody else holds is a problem.
+
+A probe takes none of this. It asks the driver what there is and makes no context, so it disturbs nobody; and a reader
+never waits, nor takes a machine out of service to learn that there is nothing to do.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ def taken(session: Session, items: Sequence[Item]) -> Iterator[Machine]:
     with contextlib.ExitStack() as stack:
         if work:
             stack.enter_context(_out_of_service(session))
+            # Whoever is put back into service may want to reset a GPU, and an open driver keeps it from that.
+            stack.callback(session.nvml.close)
         if work and session.manifest.gpus.count:
             warn = session.report.warnings.append
             stack.enter_context(gpulock.locked(machine.names(work[0]), session.patience(), warn))

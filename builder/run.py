@@ -25,6 +25,7 @@ def warm(session: Session, tasks: tuple[Task, ...]) -> None:
     plan = session.plan(tasks)
     session.report.planned(plan)
     if not todo(session, plan):
+        session.sweep_debts()
         return
     session.sweep()
     session.ready()

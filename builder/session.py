@@ -24,7 +24,7 @@ from builder.engine import ContainerSpec, Engine, Image, Mount
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem, UsageError
 from builder.gpus import Look, Nvml
 from builder.image import PROGRAM_ROOT, identity, warmup_image
-from builder.lease import Lease, Swept, sweep
+from builder.lease import Lease, Swept, debts, sweep
 from builder.locks import Patience
 from builder.manifest import Manifest
 from builder.plan import Plan, ProbeEnv, make_plan, probe_env
@@ -169,6 +169,11 @@ class Session:
         for swept in found:
             self.console.say(str(swept))
         return found
+
+    def sweep_debts(self) -> None:
+        """Sweeps if a builder owes this machine something; else it asks nobody, and costs a look into one directory."""
+        if debts(self.options.state_dir):
+            self.sweep()
 
     def _settle(self, directory: Path) -> bool:
         """Puts the machine back into service for a builder that was killed, unless another one has it now."""

@@ -469,6 +469,20 @@ def test_after_a_kill_the_next_run_puts_the_machine_back(cli: GpuCli, ledger: Pa
     assert "putting this machine back into service, for a builder that was killed" in ended.said
 
 
+def test_where_everything_is_warm_the_machine_is_put_back_too(cli: GpuCli, ledger: Path) -> None:
+    cli.root.mkdir()
+    cli.go()
+    assert cli.ended().status == 0
+    (cli.root / "go").unlink()
+    running = cli.start("warm", "--json", "--force")
+    running.says("▸ command")
+    running.process.kill()
+    running.process.wait()
+    ended = cli.ended()
+    assert ended.status == 0 and "Nothing to do" in ended.said
+    assert done(ledger) == ["acquire", "release", "acquire", "release"]
+
+
 def test_a_machine_that_one_builder_holds_no_other_puts_back(cli: GpuCli, ledger: Path) -> None:
     """Killed, and meanwhile another builder has the machine: its own release comes when it is done, none before."""
     dead = cli.start("warm", "--json")

@@ -1,0 +1,139 @@
+"""What counts as free again: looks at a machine that a test makes up, before and after a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from builder.container import Cancel
+from builder.errors import GpusHeldError
+from builder.gpus import Gpu, Look, Process
+from builder.machine import TOLERANCE, Machine
+from builder.manifest import GpusSpec
+
+OURS, THEIRS = "0" * 64, "f" * 64
+GB = 10**9
+
+IDLE = Gpu(0, "GPU-0", "NVIDIA H200", 4 << 20, 150 * GB, ())
+SERVER = Process(77, 70 * GB, "sglang::scheduler_TP0", 5.0, OURS)
+STRANGER = Process(88, 9 * GB, "python3", 6.0, THEIRS)
+
+
+class FakeSession:
+    """As much of a session as a look at GPUs needs. Every look is the next of these, and the last one again."""
+
+    def __init__(self, looks: Sequence[Look], *, allow_busy: bool = False, timeout: float = 0.0) -> None:
+        self._looks = list(looks)
+        self.said: list[str] = []
+        self.ran: dict[str, str] = {}
+        self.cancel = Cancel()
+        self.manifest = SimpleNamespace(gpus=GpusSpec(release_timeout=timeout))
+        self.options = SimpleNamespace(allow_busy=allow_busy)
+        self.console = SimpleNamespace(say=self.said.append)
+        self.report = SimpleNamespace(gpus=[{"uuid": "GPU-0", "free_again_seconds": None}], warnings=[], extra={})
+
+    def look(self) -> Look:
+        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+
+    def container_names(self) -> dict[str, str]:
+        return {**self.ran, THEIRS: "ci-h200-2"}
+
+
+def task(*after: Gpu | Look, before: Gpu = IDLE, ran: bool = True, **more: Any) -> FakeSession:
+    """One task, with these looks after it."""
+    looks = [Look((before,)), *(look if isinstance(look, Look) else Look((look,)) for look in after)]
+    session = FakeSession(looks, **more)
+    with Machine(session).free_after("model-tp8"):  # type: ignore[arg-type]
+        if ran:
+            session.ran[OURS] = "warm-cache-1-run-model-tp8"
+    return session
+
+
+def holding(*processes: Process, used: int | None = None) -> Gpu:
+    return replace(IDLE, processes=processes, used=used or sum(process.memory or 0 for process in processes))
+
+
+def test_free_at_once() -> None:
+    assert task(IDLE).said == ["GPUs free again after 0.0 s"]
+
+
+def test_free_after_a_while() -> None:
+    session = task(holding(SERVER), holding(SERVER), IDLE, timeout=20)
+    assert session.said[-1].startswith("GPUs free again after 0.")
+    assert session.report.gpus[0]["free_again_seconds"] > 0
+
+
+def test_a_server_that_stays_is_named_with_the_container_that_is_gone() -> None:
+    with pytest.raises(GpusHeldError) as error:
+        task(holding(SERVER))
+    wanted = "GPU 0 is held by pid 77 (sglang::scheduler_TP0, container warm-cache-1-run-model-tp8), with 70.0 GB more"
+    assert wanted in error.value.message and "after model-tp8" in error.value.message
+
+
+@pytest.mark.parametrize(("extra", "free"), [(TOLERANCE, True), (TOLERANCE + 1, False)])
+def test_memory_may_differ_a_little(extra: int, free: bool) -> None:
+    after = replace(IDLE, used=(IDLE.used or 0) + extra)
+    if free:
+        task(after)
+        return
+    with pytest.raises(GpusHeldError, match="by no process that can be seen from here"):
+        task(after)
+
+
+def test_where_processes_cannot_be_known_memory_decides() -> None:
+    hidden = replace(IDLE, processes=None)
+    task(hidden, before=hidden)
+    with pytest.raises(GpusHeldError):
+        task(replace(hidden, used=70 * GB), before=hidden)
+
+
+def test_where_memory_cannot_be_known_processes_decide() -> None:
+    blind = replace(IDLE, used=None)
+    task(blind, before=blind)
+    with pytest.raises(GpusHeldError, match="pid 77"):
+        task(replace(blind, processes=(SERVER,)), before=blind)
+
+
+def test_who_was_there_before_is_not_blamed() -> None:
+    task(holding(STRANGER), before=holding(STRANGER), allow_busy=True)
+
+
+def test_another_process_of_the_same_pid_is_another_process() -> None:
+    with pytest.raises(GpusHeldError, match="pid 88"):
+        task(holding(replace(STRANGER, started=9.0)), before=holding(STRANGER))
+
+
+def test_somebody_new_is_blamed_unless_that_is_allowed() -> None:
+    with pytest.raises(GpusHeldError, match="container ci-h200-2"):
+        task(holding(STRANGER))
+    task(holding(STRANGER), allow_busy=True)
+
+
+@pytest.mark.parametrize("ending", [SERVER, Process(77, 70 * GB)], ids=["it lives", "it is ending"])
+def test_what_is_ours_has_to_go_whatever_is_allowed(ending: Process) -> None:
+    with pytest.raises(GpusHeldError, match="pid 77"):
+        task(holding(ending, STRANGER), before=holding(STRANGER), allow_busy=True)
+
+
+def test_a_driver_that_stops_answering_is_no_free_gpu() -> None:
+    with pytest.raises(GpusHeldError, match=r"GPU 0 does not answer \(NVML gave no answer for 20 s\)"):
+        task(Look(absent="NVML gave no answer for 20 s"))
+
+
+def test_nothing_ran_and_nothing_is_waited_for() -> None:
+    assert task(holding(STRANGER), ran=False).said == []
+
+
+def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
+    absent = Look(absent="there is no NVML here (libnvidia-ml.so.1)")
+    session = FakeSession([absent])
+    machine = Machine(session)  # type: ignore[arg-type]
+    for container in (OURS, THEIRS):
+        with machine.free_after("x"):
+            session.ran[container] = "x"
+    assert len(session.said) == 1 and "is not checked" in session.said[0]
+    assert session.report.extra["gpus_reason"] == absent.absent
