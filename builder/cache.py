@@ -194,11 +194,7 @@ class CacheRoot:
             if error.status == 404 or "too many links" in error.message:
                 return
             raise
-        # The engine cuts its answer off at something that it cannot read: nobody could have used that either.
-        with (
-            contextlib.suppress(tarfile.TarError),
-            tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar,
-        ):
+        with tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
             for member in tar:
                 _extract(tar, member, target, 1 if strip else 0)
 

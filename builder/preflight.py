@@ -116,6 +116,14 @@ def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
     return None
 
 
+def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
+    """The engine's refusal to mount a directory that its host has not, as the problem it is; None for another one."""
+    for place, path in (("cache", manifest.cache.root), ("models", manifest.models.store)):
+        if path is not None and f"bind source path does not exist: {path}" in error.message:
+            return Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
+    return None
+
+
 def _cache(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
     root = manifest.cache.root
     if root is None or not engine.local:

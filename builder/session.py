@@ -314,7 +314,7 @@ class Session:
                     budget=budget,
                 )
         except EngineRefusedError as error:
-            problem = preflight.no_driver(manifest, error)
+            problem = preflight.no_driver(manifest, error) or preflight.no_source(manifest, error)
             if problem is None:
                 raise
             raise PreflightError("this machine can't run it", [problem]) from error
