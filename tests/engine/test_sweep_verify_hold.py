@@ -377,6 +377,20 @@ def test_a_job_that_is_killed_takes_its_holder_along(cli: Cli, held: Running) ->
     lines(cli, "sweep")
 
 
+def test_a_directory_whose_lock_file_cannot_be_opened_is_held_by_a_container(cli: Cli) -> None:
+    layout.prepare(cli.root)
+    layout.hold_lock(cli.root).unlink()  # as an older builder left it
+    cli.manifest(shapes())
+    job = cli.start("hold", "--", "sh", "-c", "echo job; while [ ! -e go ]; do sleep 0.05; done")
+    job.says("job\n", 60)
+    with layout.hold_lock(cli.root).open() as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (cli.place / "go").touch()
+    ended = job.end(20)
+    assert (ended.status, ended.out, ended.err) == (0, "job\n", "")
+    cli.left_nothing()
+
+
 def test_an_image_that_is_not_there_fails_no_job(cli: Cli, volume: str) -> None:
     with cli.engine() as engine:
         engine.ensure_volume(volume)
