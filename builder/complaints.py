@@ -56,6 +56,8 @@ def _remedy(explanation: str) -> str:
     missing = _SOURCE.search(explanation)
     if missing:
         return f"The engine's host has no {missing[1]}: create it there, or correct the path"
+    if explanation.startswith("No such image"):
+        return "Somebody removed it meanwhile: run again"
     if "could not select device driver" in explanation:
         return "The engine has no GPU driver: install nvidia-container-toolkit and restart dockerd"
     if "error setting rlimit" in explanation:

@@ -167,7 +167,7 @@ def run_container(
             stdin = engine.attach_stdin(container)
             duties.callback(stdin.close)
             pump = Pump(engine, container, nonce=job.nonce, sinks=sinks, on_event=on_event)
-            duties.callback(lambda: pump.finish(life.drain_deadline(), ran=life.ran))
+            duties.callback(lambda: pump.finish(life.drain_deadline(), ran=life.ran, lost=life.lost))
             pump.attach()
             pump.start()
             duties.callback(life.duty, "stopping the container", life.end)
@@ -211,6 +211,8 @@ class _Life:
         self._container = ""
         self._may_exist = False
         self._gone = False
+        #: The engine has had its time: it is asked for nothing more that may take long.
+        self.lost = False
         self.state: State | None = None
         self.problems: list[str] = []
 
@@ -265,6 +267,7 @@ class _Life:
             except EngineLostError as error:
                 if lost.over:
                     self.problems.append(f"the engine gave no answer for {GIVE_UP:.0f} s: {error.message}")
+                    self.lost = True
                     return "lost"
             if self._cancel.is_set:
                 return "cancelled"

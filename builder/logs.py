@@ -107,16 +107,19 @@ class Pump:
         self._thread = threading.Thread(target=self._run, name="log-pump", daemon=True)
         self._thread.start()
 
-    def finish(self, deadline: Deadline, *, ran: bool = True) -> None:
+    def finish(self, deadline: Deadline, *, ran: bool = True, lost: bool = False) -> None:
         """After the exit: drains what is on its way, makes the log complete, and lets go of everything. Never raises.
 
-        ran: whether the container was ever started; if not there is no output to look for.
+        ran: whether the container was ever started; if not there is no output to look for. lost: there is no engine any
+        more that could be asked for the rest; one that hangs would take its full time to say nothing.
         """
         try:
-            if ran:
+            if ran and not lost:
                 self._reconcile(deadline)
-            else:
-                self._release_thread(Deadline(1.0))
+                return
+            self._release_thread(Deadline(1.0))
+            if lost:
+                self.problems.append("the log ends where the engine was lost: what came after that was not read")
         except (BuilderError, BrokenFramesError) as error:
             self.problems.append(f"the end of the log could not be read: {error}")
         finally:

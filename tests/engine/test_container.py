@@ -333,6 +333,7 @@ def test_an_engine_that_goes_away_is_said_to_be_lost(
     assert "the engine gave no answer for 1 s" in outcome.problems[0]
     assert any(problem.startswith("removing the container failed") for problem in outcome.problems)
     assert not outcome.log_complete
+    assert any(problem.startswith("the log ends where the engine was lost") for problem in outcome.problems)
     assert outcome.tail == ["ready"]
     assert workshop.lease.keep
     for container in workshop.ids():  # nobody but the engine could have
