@@ -19,7 +19,7 @@ from typing import IO, cast
 
 from builder.container import Cancel
 from builder.engine import ContainerSpec, Engine, Mount
-from builder.errors import EngineRefusedError
+from builder.errors import EngineLostError, EngineRefusedError
 from builder.manifest import Manifest
 from builder.warmup import families, files, markers
 from builder.warmup.coverage import STORE_MOUNT as STORE
@@ -194,9 +194,12 @@ class CacheRoot:
             if error.status == 404 or "too many links" in error.message:
                 return
             raise
-        with tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
-            for member in tar:
-                _extract(tar, member, target, 1 if strip else 0)
+        try:
+            with tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
+                for member in tar:
+                    _extract(tar, member, target, 1 if strip else 0)
+        except tarfile.TarError as error:
+            raise EngineLostError(f"the engine's archive of {source} broke off or is none: {error}") from error
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, strip: int) -> None:
