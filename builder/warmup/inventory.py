@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,16 @@ __all__ = [
 
 #: Seconds for which somebody may not write to a thing and still be at work on it.
 IN_PROGRESS = 600.0
+
+
+#: One component of a path that leads nowhere else.
+_PART = r"(?!\.{1,2}(?:/|\Z))[^/\0]+"
+#: Names that an entry can have, by layout.
+_NAME = {
+    "deep_gemm": re.compile(f"cache/{_PART}"),
+    "triton": re.compile(_PART),
+    "files": re.compile(f"{_PART}(?:/{_PART})*"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,7 @@ def check(family: Family, directory: Path, name: str, *, mount: str | None = Non
 
     Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
     """
-    parts = name.split("/")
-    depth = {"deep_gemm": 2, "triton": 1, "files": len(parts)}[family.layout]
-    if len(parts) != depth or not all(parts) or {".", ".."} & set(parts) or "\0" in name:
-        return "not a name of an entry"
-    if family.layout == "deep_gemm" and parts[0] != "cache":
+    if not _NAME[family.layout].fullmatch(name):
         return "not a name of an entry"
     return problem_of(family, str(directory), name, mount)
 
