@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from builder.gpulock import DIRECTORIES
 
 HERE = Path(__file__).parent
 GB = 10**9
@@ -81,5 +84,10 @@ def a_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(name="driver")
-def a_driver(nvml_library: Path, tmp_path: Path) -> Driver:
-    return Driver(nvml_library, tmp_path / "nvml-state")
+def a_driver(nvml_library: Path, tmp_path: Path) -> Iterator[Driver]:
+    """Its GPUs go with it, and so may their locks: nobody else ever locks these UUIDs."""
+    driver = Driver(nvml_library, tmp_path / "nvml-state")
+    yield driver
+    for directory in DIRECTORIES:
+        for gpu in driver.uuids:
+            (directory / f"{gpu}.lock").unlink(missing_ok=True)
