@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.engine, pytest.mark.timeout(1200)]
 
 ROUNDS = 5
 LINES, SIZE = 1_000_000, 100
-#: As a log has them. Of dots alone a line is a worst case: they collide with letters in CPython's search for crash lines.
+#: As a log has them. Dots alone are a worst case: in CPython's search for a crash line they collide with its letters.
 FILL = " TP0] Load weight end. type=DeepseekV3ForCausalLM, avail mem=58.11 GB, mem usage=81.10 GB.".ljust(SIZE - 9, "=")
 MEGABYTES = LINES * SIZE / 1e6
 #: Prints the lines as fast as this interpreter can.
