@@ -22,7 +22,7 @@ def held(session: Session) -> Iterator[None]:
     """Holds the run lock. Raises BusyError when another builder still has it after ``[run] lock_timeout``."""
     root = session.cache.direct()
     try:
-        descriptor = os.open(root / PATH, os.O_RDONLY | os.O_CLOEXEC) if root else None
+        descriptor = os.open(root / PATH, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if root else None
     except OSError:
         descriptor = None
     name, doing = session.cache.name, f"works on {session.cache.name}"

@@ -1,0 +1,339 @@
+"""The cache root as the builder sees it: itself where it may read it, else a copy through a container."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from builder.cache import CacheRoot
+from builder.complaints import NotFoundError
+from builder.container import Cancel
+from builder.engine import ContainerSpec, Engine
+from builder.errors import EngineLostError, EngineRefusedError, Interrupted
+from builder.manifest import load
+from builder.warmup import markers
+from builder.warmup.families import FAMILIES
+from builder.warmup.task import Task
+
+KEY = "0123456789abcdef"
+LABELS = {"io.sglang.warm-cache.lease": "mine"}
+
+
+class Elsewhere:
+    """An engine whose host has a directory that is mounted where the container expects it."""
+
+    def __init__(self, root: Path, *, local: bool = False, mount: str = "/jit") -> None:
+        self.local = local
+        self.root, self.mount = root, mount
+        self.here: dict[str, ContainerSpec] = {}
+        self.created = 0
+        self.asked: list[str] = []
+        self.refusal: EngineRefusedError | None = None
+        self.on_create: Callable[[], object] = lambda: None
+
+    def has_volume(self, name: str) -> bool:
+        return name == "known"
+
+    def create(self, spec: ContainerSpec) -> str:
+        self.created += 1
+        if self.refusal:
+            raise self.refusal
+        self.here[str(self.created)] = spec
+        self.on_create()
+        return str(self.created)
+
+    def remove(self, container: str) -> None:
+        del self.here[container]
+
+    def archive(self, container: str, path: str) -> Iterator[bytes]:
+        assert container in self.here
+        self.asked.append(path)
+        place = self.root / os.path.relpath(path, self.mount)
+        if not os.path.lexists(place):
+            raise NotFoundError(f"no {path}", status=404)
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            tar.add(place, arcname=place.name)
+        data = buffer.getvalue()
+        return iter([data[at : at + 700] for at in range(0, len(data), 700)])
+
+    def link_target(self, container: str, path: str) -> str | None:
+        place = self.root / os.path.relpath(path, self.mount)
+        return None if not os.path.lexists(place) else str(place.readlink()) if place.is_symlink() else ""
+
+
+Make = Callable[..., CacheRoot]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def make(engine: Elsewhere, *, where: str = "", cancel: Cancel | None = None) -> CacheRoot:
+        path = tmp_path / "manifest.toml"
+        where = where or f'root = "{tmp_path}/root"'
+        path.write_text(
+            f'schema = 1\n[image]\nref = "tiny:1"\n[cache]\n{where}\n[models]\nstore = "{tmp_path}/store"\n'
+            '[gpus]\ncount = 0\n[[task]]\nmodel = "a"\nrecipe = "command"\nargv = ["true"]\nsuccess = "x"\n'
+        )
+        return CacheRoot(
+            load(path), cast(Engine, engine), image="sha256:1", labels=lambda: LABELS, cancel=cancel or Cancel()
+        )
+
+    return make
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """One marker that claims one family, of which another key lies there too."""
+    root = tmp_path / "root"
+    for key in (KEY, "f" * 16):
+        entry = root / "triton" / key / "ENTRY"
+        entry.mkdir(parents=True)
+        (entry / "kernel.so").write_text("bytes")
+    (root / "layout.json").write_text("{}")
+    (root / "images").mkdir()
+    (root / "locks").mkdir()
+    (root / "locks" / "run.lock").touch()
+    record = {
+        "schema": 1,
+        "factors": {factor: None for family in FAMILIES for factor in family.factors},
+        "gpus": [],
+        "sglang": {"version": None, "commit": None},
+        "observed": {},
+    }
+    marker = markers.build(
+        Task(label="a", model="a", recipe="command"),
+        record=record,
+        config_digest=None,
+        claims=["triton"],
+        entries={"triton": ["ENTRY"]},
+        proof="inventory",
+        second_pass_added=None,
+        shapes=[],
+        observed={},
+    )
+    markers.publish(root, {**marker, "keys": {"triton": KEY}})
+    return root
+
+
+def files_below(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+
+
+# --- directly --------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_of_this_machine_is_read_itself(make: Make, root: Path) -> None:
+    engine = Elsewhere(root, local=True)
+    cached = make(engine)
+    assert cached.direct() == root
+    with cached.view() as view:
+        assert view == root
+    assert (engine.created, cached.name) == (0, str(root))
+
+
+@pytest.mark.parametrize("part", ["", "layout.json", "images", "markers", "triton", f"triton/{KEY}"])
+def test_where_a_part_is_closed_to_us_a_container_reads(
+    make: Make, root: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    closed = str(root / part) if part else str(root)
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != closed and access(path, mode))
+    engine = Elsewhere(root, local=True)
+    cached = make(engine)
+    assert cached.direct() is None
+    with cached.view() as view:
+        assert f"triton/{KEY}/ENTRY/kernel.so" in files_below(view)
+    assert (engine.created, engine.here) == (1, {})
+
+
+def test_links_that_lead_nowhere_close_nothing(make: Make, root: Path) -> None:
+    (root / "images").rmdir()
+    (root / "images").symlink_to("/nowhere")
+    (root / "deep_gemm").symlink_to("deep_gemm")
+    (root / "inductor").write_text("a file")
+    assert make(Elsewhere(root, local=True)).direct() == root
+
+
+def test_a_directory_that_is_not_there_is_empty_and_asks_nobody(make: Make, tmp_path: Path) -> None:
+    engine = Elsewhere(tmp_path / "root", local=True)
+    cached = make(engine)
+    assert not cached.exists()
+    with cached.view() as view:
+        assert files_below(view) == set()
+    assert engine.created == 0
+    assert cached.create()
+    assert (cached.exists(), cached.create(), cached.direct()) == (True, False, tmp_path / "root")
+
+
+def test_only_the_leaf_is_made(make: Make, tmp_path: Path) -> None:
+    cached = make(Elsewhere(tmp_path, local=True), where=f'root = "{tmp_path}/no/such"')
+    with pytest.raises(FileNotFoundError):
+        cached.create()
+
+
+# --- through the engine ----------------------------------------------------------------------------------------------
+
+
+def test_the_copy_has_what_markers_claim_and_goes_with_the_context(make: Make, root: Path) -> None:
+    engine = Elsewhere(root)
+    with make(engine).view() as view:
+        (spec,) = engine.here.values()
+        found = files_below(view)
+        assert (view / "triton" / KEY / "ENTRY" / "kernel.so").read_text() == "bytes"
+    assert {name.partition("/")[0] for name in found} == {"layout.json", "markers", "triton"}
+    assert not [name for name in found if "f" * 16 in name]
+    assert not view.exists()
+    assert engine.here == {}
+    assert (spec.labels, spec.image, spec.network) == (LABELS, "sha256:1", "none")
+    assert [(mount.source, mount.target, mount.read_only) for mount in spec.mounts] == [(str(root), "/jit", True)]
+
+
+def test_the_copy_has_no_entries_or_everything_where_that_is_wanted(make: Make, root: Path) -> None:
+    with make(Elsewhere(root)).view(entries=False) as view:
+        assert not (view / "triton").exists()
+    with make(Elsewhere(root)).view(everything=True) as view:
+        assert files_below(view) == files_below(root)
+
+
+def test_the_copy_keeps_times(make: Make, root: Path) -> None:
+    (marker,) = root.glob("markers/*/*.json")
+    os.utime(marker, (1_700_000_000, 1_700_000_000))
+    with make(Elsewhere(root)).view() as view:
+        assert (view / marker.relative_to(root)).stat().st_mtime == 1_700_000_000
+
+
+def test_volumes(make: Make, root: Path) -> None:
+    engine = Elsewhere(root, local=True)
+    known = make(engine, where='volume = "known"')
+    assert (known.exists(), known.name, known.direct()) == (True, "volume known", None)
+    with known.view() as view:
+        assert (view / "layout.json").exists()
+    unknown = make(engine, where='volume = "unknown"')
+    with unknown.view() as view:
+        assert files_below(view) == set()
+    assert (unknown.exists(), unknown.create(), engine.created) == (False, False, 1)
+
+
+def test_a_directory_that_the_engines_host_has_not_is_empty(make: Make, root: Path) -> None:
+    engine = Elsewhere(root)
+    engine.refusal = EngineRefusedError(f"bind source path does not exist: {root}")
+    with make(engine).view() as view:
+        assert files_below(view) == set()
+    engine.refusal = EngineRefusedError("no space left on device")
+    with pytest.raises(EngineRefusedError), make(engine).view():
+        pytest.fail("there is nothing to read")
+
+
+def test_what_is_odd_in_the_root_stays_out_of_the_copy(make: Make, root: Path) -> None:
+    folder = next(root.glob("markers/*"))
+    (folder / "link.json").symlink_to("/etc/passwd")
+    (folder / "loop.json").symlink_to("loop.json")
+    os.mkfifo(folder / "fifo.json")
+    (folder / "one.json").write_text("shared")
+    os.link(folder / "one.json", folder / "two.json")
+    with make(Elsewhere(root)).view() as view:
+        copied = {path.name for path in (view / folder.relative_to(root)).iterdir()}
+        assert (view / folder.relative_to(root) / "two.json").read_text() == "shared"
+    assert {"one.json", "two.json"} <= copied
+    assert not {"link.json", "loop.json", "fifo.json"} & copied
+
+
+def archive_of(*names: str) -> Callable[[str, str], Iterator[bytes]]:
+    def archive(_container: str, path: str) -> Iterator[bytes]:
+        if path != "/jit/markers":
+            raise NotFoundError("no such path", status=404)
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name in names:
+                entry = tarfile.TarInfo(name)
+                entry.size = 4
+                tar.addfile(entry, io.BytesIO(b"evil"))
+        return iter([buffer.getvalue()])
+
+    return archive
+
+
+def test_nothing_is_unpacked_outside_the_copy(
+    make: Make, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Elsewhere(root)
+    sent = archive_of("../out", f"{tmp_path}/out", "markers/../../out", "markers/in")
+    monkeypatch.setattr(engine, "archive", sent)
+    with make(engine).view() as view:
+        assert files_below(view) == {"markers/in"}
+        assert not (view.parent / "out").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sent", [b"this is no archive" * 100, b"\x1f\x8b" + bytes(200)])
+def test_an_answer_that_is_no_archive_is_a_lost_engine(
+    make: Make, root: Path, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Elsewhere(root)
+    monkeypatch.setattr(engine, "archive", lambda container, path: iter([sent]))
+    with pytest.raises(EngineLostError, match=r"the engine's archive of /jit/layout\.json"), make(engine).view():
+        pytest.fail("nothing was read")
+    assert engine.here == {}
+
+
+def test_the_container_goes_whatever_happens(make: Make, root: Path) -> None:
+    engine = Elsewhere(root)
+    with pytest.raises(ZeroDivisionError), make(engine).view():
+        raise ZeroDivisionError
+    assert engine.here == {}
+
+
+def test_a_signal_during_the_creation_leaves_no_container(make: Make, root: Path) -> None:
+    engine, cancel = Elsewhere(root), Cancel()
+    engine.on_create = lambda: cancel.set(signal.SIGINT)
+    with pytest.raises(Interrupted), make(engine, cancel=cancel).view():
+        pytest.fail("it went on")
+    assert (engine.created, engine.here) == (1, {})
+
+
+# --- the model store -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    home = tmp_path / "store" / "hub" / "models--org--model"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    (home / "blobs").mkdir()
+    (home / "blobs" / "c0").write_text('{"layers": 61}')
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    (home / "snapshots" / "abc" / "config.json").symlink_to("../../blobs/c0")
+    (home / "snapshots" / "abc" / "model.safetensors").write_bytes(bytes(100))
+    return tmp_path / "store"
+
+
+def test_a_store_of_this_machine_is_read_itself(make: Make, root: Path, store: Path) -> None:
+    engine = Elsewhere(root, local=True)
+    with make(engine).store_view(["org/model"]) as view:
+        assert view == store
+    assert engine.created == 0
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_of_another_store_only_what_identifies_the_models_is_copied(
+    make: Make, root: Path, store: Path, link: bool
+) -> None:
+    config = store / "hub" / "models--org--model" / "snapshots" / "abc" / "config.json"
+    if not link:
+        config.unlink()
+        config.write_text('{"layers": 61}')
+    engine = Elsewhere(store, mount="/models")
+    here, _ = markers.config_digest(store, "org/model", None)
+    with make(engine).store_view(["org/model", "org/missing"]) as view:
+        assert view is not None
+        assert markers.config_digest(view, "org/model", None) == (here, None)
+        assert markers.config_digest(view, "org/missing", None)[0] is None
+        assert not list(view.rglob("*.safetensors"))
+    assert engine.here == {}

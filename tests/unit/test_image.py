@@ -1,0 +1,103 @@
+"""The warm-up image: built once per set of inputs, and never yesterday's."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import pytest
+
+from builder import image
+from builder.engine import Engine, Image
+
+SERVING = Image(id="sha256:" + "5" * 64, ref="lmsysorg/sglang:v0.5.23")
+
+
+class Builds:
+    """An engine that keeps what it builds."""
+
+    def __init__(self) -> None:
+        self.built: dict[str, tuple[bytes, Mapping[str, str]]] = {}
+
+    def image(self, ref: str) -> Image | None:
+        if ref not in self.built:
+            return None
+        return Image(id=f"sha256:{ref}", ref=ref, labels=self.built[ref][1])
+
+    def build(self, context: bytes, *, tag: str, labels: Mapping[str, str], on_line: Callable[[str], None]) -> Image:
+        on_line("Step 1/4")
+        self.built[tag] = context, labels
+        return Image(id=f"sha256:{tag}", ref=tag, labels=labels)
+
+    def warm(self, serving: Image = SERVING, setup: tuple[str, ...] = ()) -> str:
+        return image.warmup_image(cast(Engine, self), serving, setup, lambda line: None).ref
+
+    def files(self, tag: str) -> dict[str, str]:
+        with tarfile.open(fileobj=io.BytesIO(self.built[tag][0])) as tar:
+            return {
+                member.name: content.read().decode()
+                for member in tar
+                if (content := tar.extractfile(member)) is not None
+            }
+
+
+@pytest.fixture
+def engine() -> Builds:
+    return Builds()
+
+
+def test_the_second_time_nothing_is_built(engine: Builds) -> None:
+    tag = engine.warm()
+    made = engine.built[tag]
+    assert engine.warm() == tag
+    assert engine.built == {tag: made}
+    assert engine.built[tag][0] is made[0]
+
+
+def test_every_input_makes_another_image(engine: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.warm()
+    engine.warm(Image(id="sha256:" + "6" * 64, ref="lmsysorg/sglang:v0.5.23"))
+    engine.warm(setup=("pip install -e .",))
+    monkeypatch.setattr(image, "_program", lambda: [("builder/__init__.py", b"")])
+    engine.warm()
+    monkeypatch.setattr(image, "dockerfile", lambda: "ARG SERVING_IMAGE\nFROM ${SERVING_IMAGE}\nLABEL a=b\n")
+    engine.warm()
+    assert len(engine.built) == 5
+
+
+def test_another_name_of_the_serving_image_is_the_same_input(engine: Builds) -> None:
+    assert engine.warm() == engine.warm(Image(id=SERVING.id, ref="mirror/sglang:latest"))
+
+
+def test_a_tag_that_somebody_else_gave_is_not_believed(engine: Builds) -> None:
+    tag = engine.warm()
+    engine.built[tag] = b"", {}
+    engine.warm()
+    assert engine.built[tag][1] == {image.LABEL_SERVING: SERVING.id}
+
+
+def test_the_context_is_the_program_on_the_pinned_image_and_the_setup_below_it(engine: Builds) -> None:
+    files = engine.files(engine.warm(setup=("first", "second")))
+    lines = [line for line in files["Dockerfile"].splitlines() if line and not line.startswith("#")]
+    assert lines[:4] == [f"ARG SERVING_IMAGE={SERVING.id}", "FROM ${SERVING_IMAGE}", "RUN first", "RUN second"]
+    assert sum(line.startswith("ARG") for line in lines) == 1
+    assert [line.split()[0] for line in lines[-2:]] == ["COPY", "COPY"]
+    assert {"builder/__init__.py", "builder/warmup/__main__.py", "builder/warmup/families.py"} <= files.keys()
+    assert all(name == "Dockerfile" or name.startswith("builder/") for name in files)
+    assert not [
+        name for name in files if name.startswith("builder/") and name.count("/") == 1 and "__init__" not in name
+    ]
+
+
+def test_the_context_has_the_same_bytes_each_time() -> None:
+    first, second = Builds(), Builds()
+    assert first.built.get(first.warm()) == second.built.get(second.warm())
+
+
+def test_setup_makes_another_identity() -> None:
+    assert image.identity(SERVING, ()) == SERVING.id
+    one, other = image.identity(SERVING, ("a", "b")), image.identity(SERVING, ("a b",))
+    assert one.startswith("sha256:")
+    assert len({SERVING.id, one, other}) == 3

@@ -1,0 +1,149 @@
+"""Preflight: every problem of a machine at once, each with its remedy, and none where there is none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from builder import gpus, preflight
+from builder.engine import Engine, Image
+from builder.errors import EngineRefusedError, Problem
+from builder.gpus import HostGpus
+from builder.manifest import Manifest, load
+
+H200 = HostGpus(("NVIDIA H200",) * 8, "580.65.06")
+
+
+class Here:
+    """An engine that has the image or not, on this machine or another one."""
+
+    def __init__(self, *, image: bool = True, local: bool = True) -> None:
+        self.local = local
+        self._image = Image(id="sha256:1", ref="tiny") if image else None
+
+    def image(self, _ref: str) -> Image | None:
+        return self._image
+
+
+Write = Callable[..., Manifest]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(*, cache: Path | None = None, gpus: str = "count = 0", models: Path | None = None) -> Manifest:
+        store = f'[models]\nstore = "{models}"\n' if models else ""
+        path = tmp_path / "manifest.toml"
+        path.write_text(
+            f'schema = 1\n[image]\nref = "tiny:1"\n[cache]\nroot = "{cache or tmp_path / "cache"}"\n{store}'
+            f'[gpus]\n{gpus}\n[[task]]\nmodel = "a"\nrecipe = "command"\nargv = ["true"]\nsuccess = "x"\n'
+        )
+        return load(path)
+
+    return write
+
+
+def found(manifest: Manifest, engine: Here | None = None) -> list[Problem]:
+    return list(preflight.problems(manifest, cast(Engine, engine or Here())))
+
+
+def host(monkeypatch: pytest.MonkeyPatch, known: HostGpus | None) -> None:
+    monkeypatch.setattr(gpus, "host_gpus", lambda: known)
+
+
+def test_nothing_is_wrong_where_nothing_is(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, H200)
+    (tmp_path / "models").mkdir()
+    assert found(write(gpus='count = 8\nname = "H200"', models=tmp_path / "models")) == []
+    assert found(write()) == []
+
+
+def test_everything_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, None)
+    manifest = write(cache=tmp_path / "no" / "cache", gpus='count = 8\nname = "H200"', models=tmp_path / "no-models")
+    problems = found(manifest, Here(image=False))
+    assert [problem.place for problem in problems] == ["image", "GPUs", "cache", "models"]
+    assert all(problem.remedy for problem in problems)
+    assert problems[0].remedy == "Run: docker pull tiny:1, or pass --pull."
+    assert problems[1].text == "8 × H200 wanted, none found: no NVIDIA driver is loaded on this machine."
+    assert problems[2].remedy == f"Run: mkdir -p {tmp_path}/no/cache, or set [cache] root."
+
+
+def test_gpus_are_counted_and_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, HostGpus(("NVIDIA H100", "NVIDIA H200"), "580"))
+    few, other = found(write(gpus='count = 8\nname = "H200"'))
+    assert few.text == "8 × H200 wanted, 2 found (NVIDIA H100, NVIDIA H200)."
+    assert other.text == "every GPU's name must contain 'H200', found NVIDIA H100."
+    host(monkeypatch, HostGpus((), "580"))
+    (none,) = found(write(gpus="count = 1"), Here(image=False))[1:]
+    assert none.text == "1 × GPU wanted, none found: the driver sees no GPU."
+
+
+def test_a_container_has_the_last_word_about_gpus(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, None)
+    manifest = write(gpus='count = 2\nname = "H200"')
+    assert found(manifest) == [], "an engine may have GPUs that this process cannot see"
+    record: dict[str, Any] = {"gpus": [{"name": "NVIDIA H200"}]}
+    (problem,) = preflight.seen_problems(manifest, record)
+    assert problem.text == "2 × H200 wanted, 1 found (NVIDIA H200)."
+    assert list(preflight.seen_problems(manifest, {"gpus": [{"name": "NVIDIA H200"}] * 2})) == []
+    assert list(preflight.seen_problems(write(), {"gpus": []})) == []
+
+
+def test_of_another_machine_only_the_image_is_known(write: Write, tmp_path: Path) -> None:
+    manifest = write(cache=tmp_path / "no" / "cache", gpus="count = 8", models=tmp_path / "no-models")
+    assert found(manifest, Here(local=False)) == []
+    (problem,) = found(manifest, Here(local=False, image=False))
+    assert problem.place == "image"
+
+
+def test_a_root_that_is_no_directory(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    (problem,) = found(write())
+    assert problem.text == f"{tmp_path}/cache is not a directory."
+
+
+def test_a_root_that_cannot_be_made(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (problem,) = found(write())
+    assert problem.text == f"{tmp_path}/cache does not exist, and {tmp_path} is not writable."
+
+
+def test_a_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+    (problem,) = found(write())
+    assert (problem.place, problem.text) == (
+        "disk",
+        f"{tmp_path}/cache has 0.1 GB free, at least 0.5 GB are needed.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ('could not select device driver "" with capabilities: [[gpu]]', "the engine knows no"),
+        ("OCI runtime create failed: nvidia-container-cli: initialization error", "but the container toolkit failed"),
+        ("CDI device injection failed: unresolvable CDI devices", "but the container toolkit failed"),
+    ],
+)
+def test_a_refusal_of_gpus_is_a_problem_of_gpus(write: Write, message: str, text: str) -> None:
+    problem = preflight.no_driver(write(gpus='count = 8\nname = "H200"'), EngineRefusedError(message))
+    assert problem is not None
+    assert problem.place == "GPUs"
+    assert problem.text.startswith("8 × H200 wanted")
+    assert text in problem.text
+
+
+def test_a_refusal_of_a_mount_is_the_problem_of_whose_mount_it_is(write: Write, tmp_path: Path) -> None:
+    manifest = write(models=tmp_path / "models")
+    begin = 'invalid mount config for type "bind": bind source path does not exist: '
+    for place, path in (("cache", tmp_path / "cache"), ("models", tmp_path / "models")):
+        problem = preflight.no_source(manifest, EngineRefusedError(f"{begin}{path}"))
+        assert problem == Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
+    assert preflight.no_source(manifest, EngineRefusedError(f"{begin}/elsewhere")) is None
+    assert preflight.no_driver(manifest, EngineRefusedError("no space left on device")) is None

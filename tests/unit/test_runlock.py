@@ -1,0 +1,134 @@
+"""The run lock: a kernel lock where its file can be opened, a container's where not."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from builder import holder, locks, runlock
+from builder.container import Cancel
+from builder.errors import BusyError, Interrupted
+from builder.locks import Patience
+from builder.session import Session
+
+
+class Here:
+    """A session in a cache root of its own."""
+
+    def __init__(self, root: Path | None, seconds: float = 0.2) -> None:
+        self.said: list[str] = []
+        self.cancel = Cancel()
+        self.cache = SimpleNamespace(direct=lambda: root, name=str(root))
+        self.manifest = SimpleNamespace(run=SimpleNamespace(lifetime=60.0))
+        self._seconds = seconds
+
+    def patience(self) -> Patience:
+        return Patience(self._seconds, say=self.said.append, cancel=self.cancel)
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        return runlock.held(cast(Session, self))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "locks").mkdir()
+    (tmp_path / runlock.PATH).touch()
+    return tmp_path
+
+
+def is_free(root: Path) -> bool:
+    with (root / runlock.PATH).open("rb") as file:
+        return locks.try_lock(file.fileno())
+
+
+@contextlib.contextmanager
+def taken(root: Path) -> Iterator[int]:
+    with (root / runlock.PATH).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def test_held_as_long_as_the_context_is(root: Path) -> None:
+    session = Here(root)
+    with session.held():
+        assert not is_free(root)
+    assert is_free(root)
+    with pytest.raises(ZeroDivisionError), session.held():
+        raise ZeroDivisionError
+    assert is_free(root)
+    assert session.said == []
+
+
+def test_who_waits_says_for_whom_and_gives_up_in_time(root: Path) -> None:
+    session = Here(root)
+    with taken(root), pytest.raises(BusyError) as error, session.held():
+        pytest.fail("it was locked twice")
+    assert session.said == [session.said[0]]
+    assert session.said[0].startswith(f"waiting for pid {os.getpid()} (")
+    assert f"{root} is in use by pid {os.getpid()} (" in error.value.message
+    assert "raise --lock-timeout" in error.value.message
+
+
+def test_who_waits_goes_on_when_it_is_free(root: Path) -> None:
+    session = Here(root, 20.0)
+    with taken(root) as descriptor:
+        threading.Timer(0.1, fcntl.flock, (descriptor, fcntl.LOCK_UN)).start()
+        with session.held():
+            assert len(session.said) == 1
+
+
+def test_who_waits_can_be_interrupted(root: Path) -> None:
+    session = Here(root, 20.0)
+    threading.Timer(0.1, session.cancel.set, (signal.SIGINT,)).start()
+    with taken(root), pytest.raises(Interrupted), session.held():
+        pytest.fail("it was locked twice")
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "without a file", "a directory"])
+def test_a_container_holds_it_where_the_file_cannot_be_opened(
+    root: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[holder.Lock] = []
+
+    @contextlib.contextmanager
+    def by_container(_session: Any, lock: holder.Lock) -> Iterator[None]:
+        asked.append(lock)
+        yield
+
+    monkeypatch.setattr(holder, "held", by_container)
+    if where != "elsewhere":
+        (root / runlock.PATH).unlink()
+    if where == "a directory":
+        (root / "locks").rmdir()
+        (root / "locks").touch()
+    with Here(None if where == "elsewhere" else root).held():
+        pass
+    (lock,) = asked
+    assert (lock.mode, lock.whom, lock.lifetime) == ("lock", "another builder", 60.0)
+
+
+def test_the_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "locks.txt"
+    with (root / runlock.PATH).open("rb") as file:
+        status = os.fstat(file.fileno())
+        place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        listing.write_text(
+            f"1: POSIX  ADVISORY  WRITE 11 {place} 0 EOF\n"
+            f"2: FLOCK  ADVISORY  WRITE 12 {place}0 0 EOF\n"
+            f"3: -> FLOCK  ADVISORY  WRITE 13 {place} 0 EOF\n"
+            "garbage\n"
+            f"4: FLOCK  ADVISORY  WRITE 999999999 {place} 0 EOF\n"
+        )
+        assert locks.holder(file.fileno(), listing) == "pid 999999999"
+        listing.write_text("")
+        assert locks.holder(file.fileno(), listing) == "another builder"
+        assert locks.holder(file.fileno(), tmp_path / "missing") == "another builder"
