@@ -19,7 +19,7 @@ from typing import IO, cast
 
 from builder.container import Cancel
 from builder.engine import ContainerSpec, Engine, Mount
-from builder.errors import EngineLostError, EngineRefusedError
+from builder.errors import EngineLostError, EngineRefusedError, PreflightError
 from builder.manifest import Manifest
 from builder.warmup import families, files, markers
 from builder.warmup.coverage import STORE_MOUNT as STORE
@@ -94,12 +94,12 @@ class CacheRoot:
         if direct is not None:
             yield direct
             return
-        with tempfile.TemporaryDirectory(prefix="warm-cache-view-") as scratch, self._reader() as container:
-            copy = Path(scratch)
+        with self._scratch() as copy, self._reader() as container:
             if container is not None:
-                self._fetch(container, ["."] if everything else INDEX, copy)
-                if entries and not everything:
-                    self._fetch(container, sorted(_claimed(copy)), copy)
+                with self._copying():
+                    self._fetch(container, ["."] if everything else INDEX, copy)
+                    if entries and not everything:
+                        self._fetch(container, sorted(_claimed(copy)), copy)
             yield copy
 
     @contextlib.contextmanager
@@ -113,14 +113,30 @@ class CacheRoot:
         elif self._engine.local and os.access(store, os.R_OK | os.X_OK):
             yield store
         else:
-            with (
-                tempfile.TemporaryDirectory(prefix="warm-cache-store-") as scratch,
-                self._reader(store=True) as container,
-            ):
-                copy = Path(scratch)
-                for model in models if container is not None else ():
-                    self._fetch_model(str(container), model, copy)
+            with self._scratch() as copy, self._reader(store=True) as container:
+                with self._copying():
+                    for model in models if container is not None else ():
+                        self._fetch_model(str(container), model, copy)
                 yield copy
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A private directory that goes with the context."""
+        with self._copying():
+            scratch = tempfile.TemporaryDirectory(prefix="warm-cache-view-")
+        with scratch as name:
+            yield Path(name)
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """What keeps this machine from holding a copy is the machine's trouble, and said."""
+        try:
+            yield
+        except OSError as error:
+            raise PreflightError(
+                f"cannot copy what is read of {self.name} to a temporary directory: {error.strerror or error}. Free "
+                "space there, or set TMPDIR to another one"
+            ) from error
 
     @contextlib.contextmanager
     def _reader(self, *, store: bool = False) -> Iterator[str | None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -23,7 +24,7 @@ from typing import TextIO
 from builder import __version__
 from builder.container import Cancel
 from builder.engine import Engine
-from builder.errors import BuilderError, DefectError, Interrupted, ProblemsError, UsageError
+from builder.errors import BuilderError, DefectError, Interrupted, PreflightError, ProblemsError, UsageError
 from builder.manifest import Manifest, Overrides, cache_of, load, profiles, select
 from builder.report import TASK_COLUMNS, Console, Report, counted, task_table
 from builder.session import Options, Session
@@ -32,6 +33,17 @@ from builder.waiting import Deadline
 ENVIRONMENT = "WARM_CACHE_"
 #: Seconds that a test job waits for an engine's answer, when it is only about the hold.
 HOLD_PATIENCE = 10.0
+#: What a machine can be short of, wherever that shows: no defect in here.
+SHORTAGES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+)
 
 
 @dataclass(frozen=True)
@@ -221,12 +233,10 @@ class _Invocation:
             error = raised
         except KeyboardInterrupt:
             error = Interrupted(signal.SIGINT)
-        except Exception as raised:  # noqa: BLE001 - a defect ends in a sentence and status 1, whatever it is
+        except Exception as raised:  # noqa: BLE001 - it ends in a sentence, whatever it is
             if self.arguments.verbose:
                 self.console.say(traceback.format_exc().rstrip())
-            error = DefectError(
-                f"a defect in warm-cache: {type(raised).__name__}: {raised}. Run again with -v for the traceback."
-            )
+            error = _unexpected(raised)
         self.report.seconds = time.monotonic() - self.started
         try:
             return self._conclude(error)
@@ -369,8 +379,12 @@ class _Invocation:
         if error is not None:
             self._complain(error)
         if self.arguments.json:
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 print(report.document(status, error), flush=True)
+            except BrokenPipeError:
+                pass
+            except OSError as failed:
+                console.say(f"warning: the JSON document could not be written: {failed.strerror}")
         _silence_broken_stdout()
         return status
 
@@ -441,11 +455,21 @@ def _or_nowhere(stream: TextIO | None) -> TextIO:
     return stream if stream is not None else Path(os.devnull).open("w", encoding="utf-8")
 
 
+def _unexpected(raised: Exception) -> BuilderError:
+    """What nobody has put into words before: a machine that is short of something, or else a defect."""
+    if isinstance(raised, OSError) and raised.errno in SHORTAGES:
+        place = f"{raised.filename}: " if raised.filename else ""
+        return PreflightError(f"this machine can't run it: {place}{raised.strerror}")
+    return DefectError(
+        f"a defect in warm-cache: {type(raised).__name__}: {raised}. Run again with -v for the traceback."
+    )
+
+
 def _silence_broken_stdout() -> None:
-    """A reader that went away (``| head``) must not turn into a traceback at exit."""
+    """A reader that went away (``| head``), or a full disk, must not turn into a traceback at exit."""
     if sys.stdout is None:
         return
     try:
         sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -74,6 +74,16 @@ class Lease:
 
     def __enter__(self) -> Lease:
         home = private_directory(self._state_dir)
+        try:
+            self._take(home)
+        except OSError as error:
+            raise PreflightError(
+                f"cannot make a lease file in {home}: {error.strerror}. Free space there, or set XDG_RUNTIME_DIR to "
+                "another directory"
+            ) from error
+        return self
+
+    def _take(self, home: Path) -> None:
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=home))
         try:
             # Read by whatever user a container runs as; nobody on this host gets here to lock it instead of us.
@@ -87,7 +97,6 @@ class Lease:
             self._let_go(new)
             raise
         self.path = held / _FILE
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._let_go(self.path.parent)

@@ -6,6 +6,7 @@ A thread of its own moves the output, so that whoever drives the child may wait 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import selectors
@@ -123,11 +124,17 @@ class Child:
             )
         except OSError as error:
             place = error.filename or self._argv[0]
-            raise Failed(f"cannot start {self._argv[0]}: {place}: {error.strerror}") from None
+            hint = " (there may be no more processes: the PID limit)" if error.errno == errno.EAGAIN else ""
+            raise Failed(f"cannot start {self._argv[0]}: {place}: {error.strerror}{hint}") from None
         except ValueError as error:
             raise Failed(f"cannot start {self._argv[0]!r}: {error}") from None
-        self._pump = threading.Thread(target=self._drain, args=(self._process,), daemon=True)
-        self._pump.start()
+        pump = threading.Thread(target=self._drain, args=(self._process,), daemon=True)
+        try:
+            pump.start()
+        except RuntimeError as error:  # what the interpreter makes of EAGAIN
+            self.stop()
+            raise Failed(f"cannot read what {self._argv[0]} says: {error} (the PID limit)") from None
+        self._pump = pump
         return self
 
     def __exit__(self, *_: object) -> None:
