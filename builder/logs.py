@@ -246,7 +246,7 @@ class Pump:
 
     def _take_up(self, *, follow: bool, deadline: Deadline | None = None) -> None:
         """Reads the stored log from its beginning and takes what has not been received."""
-        resumes = {stream: Resume(received) for stream, received in self._received.items()}
+        resumes = {stream: Resume(received, whole=self._whole) for stream, received in self._received.items()}
         for stream, entry in self._engine.log_frames(self._container, follow=follow):
             if stream in resumes and (new := resumes[stream].new(entry)):
                 self._feed(stream, new)

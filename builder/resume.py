@@ -80,9 +80,14 @@ class Received:
 
 
 class Resume:
-    """Reads one stream's stored log from its beginning, and gives back only what had not arrived."""
+    """Reads one stream's stored log from its beginning, and gives back only what had not arrived.
 
-    def __init__(self, received: Received) -> None:
+    whole: nothing seems to have been lost. Then a beginning of a character at the end is taken for what it is, where
+    the stored U+FFFD could be either its replacement or, which hardly any program writes, the character itself.
+    """
+
+    def __init__(self, received: Received, *, whole: bool = False) -> None:
+        self._whole = whole
         self._expected = [stored_form(line).encode() for line in received.recent_lines()]
         self._next = 0
         self._unchecked = received.newlines - len(self._expected)
@@ -152,7 +157,8 @@ class Resume:
         rest = text[have:]
         if self._pending and rest:
             head = rest[0].encode()
-            if head.startswith(self._pending):
+            replaced = rest.startswith("\ufffd" * len(self._pending))
+            if head.startswith(self._pending) and not (self._whole and replaced):
                 return head[len(self._pending) :] + rest[1:].encode()
             rest = rest[len(self._pending) :]
         return rest.encode()
