@@ -623,7 +623,7 @@ def test_argv_is_normalised_once_and_for_all(argv: list[str]) -> None:
 NONCE = "cafe0123"
 
 
-def event(name: str, **fields: Any) -> bytes:
+def event(name: str, /, **fields: Any) -> bytes:
     return events.encode(NONCE, name, **fields)
 
 
