@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import traceback
 from pathlib import Path
 
 from builder.warmup import layout, toolchain, upkeep
@@ -52,6 +51,8 @@ def main() -> int:
     except Stopped as stopped:
         status = 128 + stopped.signum
     except Exception as error:  # noqa: BLE001 - a defect becomes a verdict, with its traceback in the log
+        import traceback
+
         for line in traceback.format_exc().splitlines():
             output.say(line)
         output.event(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def prepare(root: Path) -> str:
         known = _read(path)
         if known is None:
             write = _write if path.exists() else _create
-            write(path, {"schema": SCHEMA, "id": str(uuid.uuid4())})
+            write(path, {"schema": SCHEMA, "id": _new_id()})
             known = _read(path)
         for lock in (run_lock(root), hold_lock(root)):
             lock.touch()
@@ -83,13 +82,19 @@ def describe_family(root: Path, family: str, key: str, factors: Mapping[str, str
         _write(path, {"schema": SCHEMA, "family": family, "key": key, "factors": dict(factors)})
 
 
+def _new_id() -> str:
+    import uuid  # once in a root's life
+
+    return str(uuid.uuid4())
+
+
 def _write(path: Path, document: Mapping[str, Any]) -> None:
     files.write_atomically(path, json.dumps(document, indent=1).encode("ascii") + b"\n")
 
 
 def _create(path: Path, document: Mapping[str, Any]) -> None:
     """Publishes a file that must not exist yet: of two writers the first wins, and both then read the same."""
-    sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    sibling = path.with_name(f".{path.name}.{os.urandom(16).hex()}.tmp")
     try:
         _write(sibling, document)
         with contextlib.suppress(FileExistsError):

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from builder.warmup import flags
 from builder.warmup.child import Child, Failed
-from builder.warmup.client import Client
 from builder.warmup.setting import Setting, model_argv
 from builder.warmup.watch import Watch
+
+if TYPE_CHECKING:
+    from builder.warmup.client import Client
 
 
 class Server:
     """A running, healthy server: ``with Server(setting, watch) as (child, client)``."""
 
     def __init__(self, setting: Setting, watch: Watch) -> None:
+        # HTTP is a third of what this program would load, and only a server needs it.
+        from builder.warmup.client import Client
+
         words = model_argv(setting.task, "sglang.launch_server")
         port = flags.number(words, flags.PORT, 0)
         self._client = Client(port, flags.value(words, flags.API_KEY))
