@@ -19,7 +19,7 @@ class Server:
     """A running, healthy server: ``with Server(setting, watch) as (child, client)``."""
 
     def __init__(self, setting: Setting, watch: Watch) -> None:
-        # HTTP is a third of what this program would load, and only a server needs it.
+        # HTTP would be a quarter of what this program loads, and only a server needs it.
         from builder.warmup.client import Client
 
         words = model_argv(setting.task, "sglang.launch_server")
