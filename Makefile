@@ -63,6 +63,15 @@ lint: $(VENV)/.ready ## Check style and types
 	@$(BIN)/ruff check .
 	$(BIN)/mypy
 
+.PHONY: faults
+faults: $(VENV)/.ready ## Run the tests of faults and write their table, tests/engine/README.md
+	@$(ENGINE) $(MAKE) --no-print-directory faults-here
+
+.PHONY: faults-here
+faults-here: $(VENV)/.ready
+	@docker/stand-in/tiny/make-image.sh $(TINY)
+	WARM_CACHE_TEST_IMAGE=$(TINY) WARM_CACHE_FAULT_TABLE=1 $(BIN)/pytest -m "fault and not bench" tests/engine $(ARGS)
+
 .PHONY: bench
 bench: $(VENV)/.ready ## Measure (tests/bench/README.md has the numbers)
 	@$(ENGINE) $(MAKE) --no-print-directory bench-here

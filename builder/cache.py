@@ -80,7 +80,7 @@ class CacheRoot:
         root = self._manifest.cache.root
         if root is None or self.exists():
             return False
-        root.mkdir()
+        root.mkdir(exist_ok=True)  # another builder may be doing so too
         return True
 
     @contextlib.contextmanager

@@ -61,20 +61,15 @@ class Ended:
 class Running:
     """A builder that has not ended. Its streams go to files, so that nothing has to be drained."""
 
-    def __init__(self, argv: Sequence[str], place: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, argv: Sequence[str], place: Path, environ: Mapping[str, str], stdio: Mapping[str, int]) -> None:
         stem = place / f"streams-{time.monotonic_ns()}"
         self._files = stem.with_suffix(".out"), stem.with_suffix(".err")
         _heed_signals()
+        self.started = time.time()
         self._begun = time.monotonic()
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "builder", *argv],
-                cwd=place,
-                env=dict(environ),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **stdio}
+            self.process = subprocess.Popen(argv, cwd=place, env=dict(environ), **streams)
 
     @property
     def out(self) -> str:
@@ -108,11 +103,18 @@ class Running:
         return ended
 
 
-class Cli:
-    """One user of the program. place: a directory of the test's own, which the engine can see too."""
+#: What people type, with the interpreter that runs the tests.
+PROGRAM = (sys.executable, "-m", "builder")
 
-    def __init__(self, place: Path, host: str, image: str) -> None:
+
+class Cli:
+    """One user of the program. place: a directory of the test's own, which the engine can see too. host: the engine
+    that its builders are told of; engine: where it really is, if not at DOCKER_HOST.
+    """
+
+    def __init__(self, place: Path, host: str, image: str, engine: str | None = None) -> None:
         self.place, self.image, self.host = place, image, host
+        self._engine = engine or os.environ["DOCKER_HOST"]
         self.path, self.root, self.logs = place / "manifest.toml", place / "cache", place / "logs"
         self.store = place / "models"
         self._running: list[Running] = []
@@ -173,8 +175,17 @@ class Cli:
         logs = ["--log-dir", str(self.logs)] if verb == "warm" else []
         return [verb, "--manifest", str(self.path), *logs, *options]
 
-    def start(self, verb: str, *options: str, environ: Mapping[str, str] | None = None) -> Running:
-        running = Running(self.argv(verb, *options), self.place, {**self.environ, **(environ or {})})
+    def start(
+        self,
+        verb: str,
+        *options: str,
+        environ: Mapping[str, str] | None = None,
+        program: Sequence[str] = PROGRAM,
+        **stdio: int,
+    ) -> Running:
+        """Starts a builder. program: what comes before its arguments; stdio: file descriptors, instead of files."""
+        argv = [*program, *self.argv(verb, *options)]
+        running = Running(argv, self.place, {**self.environ, **(environ or {})}, stdio)
         self._running.append(running)
         return running
 
@@ -209,7 +220,7 @@ class Cli:
     @contextlib.contextmanager
     def engine(self) -> Iterator[Engine]:
         """The engine itself, whatever the builder under test is told."""
-        engine = Engine(os.environ["DOCKER_HOST"])
+        engine = Engine(self._engine)
         try:
             yield engine.connect()
         finally:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from builder.engine import Engine
+from tests.engine import faults
+from tests.engine.cli import READY, Cli, command
 from tests.engine.workshop import Proxy, Workshop
 
 
@@ -30,3 +34,45 @@ def proxy(docker_host: str, tmp_path: Path) -> Iterator[Proxy]:
     made = Proxy(tmp_path / "proxy.sock", docker_host)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def known_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Path:
+    """A cache root without kernels and markers, that knows the image: nobody has to wait for a probe."""
+    cli = Cli(tmp_path_factory.mktemp("known"), docker_host, tiny_image)
+    cli.manifest(command("nothing", READY))
+    cli.warm()
+    cli.close()
+    shutil.rmtree(cli.root / "markers")
+    return cli.root
+
+
+@pytest.fixture
+def aftermath(request: pytest.FixtureRequest, known_image: Path, tmp_path: Path) -> faults.Aftermath:
+    """For a test of a fault: its clock, what has to be true when it is over, and the cache root of its `cli`."""
+    shutil.copytree(known_image, tmp_path / "cache")
+    assert request.node.get_closest_marker("fault"), "the fault has no row in the table"
+    seconds = request.config.stash.setdefault(faults.SECONDS, {})
+    return faults.Aftermath(seconds, f"{request.node.path.stem}.{request.node.originalname}")
+
+
+@pytest.fixture(scope="session")
+def own_engine(
+    tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str
+) -> Iterator[faults.OwnEngine]:
+    """An engine that tests may kill; none of them may count on how it was started."""
+    if reason := faults.why_no_own_engine():
+        pytest.skip(reason)
+    engine = faults.OwnEngine(tmp_path_factory.mktemp("engine"))
+    engine.up()
+    try:
+        engine.load(tiny_image, docker_host)
+        yield engine
+    finally:
+        engine.close()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    seconds = session.config.stash.get(faults.SECONDS, {})
+    if os.environ.get(faults.WRITE) == "1" and seconds:
+        faults.write(seconds)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.engine.cli import Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.faults import Aftermath
 
 pytestmark = pytest.mark.engine
 
@@ -22,17 +23,24 @@ def stubborn(cli: Cli) -> Cli:
     return cli
 
 
+@pytest.mark.fault(
+    "signal to the builder",
+    how="SIGINT, SIGTERM and SIGHUP, with a server inside that refuses SIGTERM",
+    holds="130, 143 and 129, within 5 s; the JSON document is written",
+)
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda value: value
 )
-def test_a_signal_ends_everything_in_time(stubborn: Cli, signum: int, status: int) -> None:
+def test_a_signal_ends_everything_in_time(stubborn: Cli, aftermath: Aftermath, signum: int, status: int) -> None:
     builder = stubborn.start("warm", "--json")
     builder.says("SIGTERM is refused")
+    aftermath.begins()
     sent = time.monotonic()
     builder.send(signum)
     ended = builder.end(SECONDS)
     assert time.monotonic() - sent < SECONDS
     stubborn.left_nothing()
+    aftermath.clean()
     assert ended.status == status
     assert ended.document["error"]["message"] == f"interrupted by {signal.Signals(signum).name}"
     assert (ended.task("m-tp8")["state"], ended.task("m-tp8")["reason"]) == ("cold", "interrupted")
@@ -53,15 +61,6 @@ def test_a_second_signal_does_not_wait_for_the_grace(stubborn: Cli) -> None:
     stubborn.left_nothing()
     assert ended.status == 130
     assert "SIGTERM is refused" in stubborn.last_lines("m-tp8")
-
-
-def test_a_builder_cannot_be_stopped_from_the_terminal(stubborn: Cli) -> None:
-    builder = stubborn.start("warm")
-    builder.says("SIGTERM is refused")
-    builder.send(signal.SIGTSTP)
-    builder.send(signal.SIGINT)
-    assert builder.end(SECONDS).status == 130
-    stubborn.left_nothing()
 
 
 @pytest.mark.parametrize("moment", ["created ", "1 task: ", "▸ shapes", "Required memory", "▸ second pass"])
@@ -85,15 +84,24 @@ def test_a_signal_while_the_image_is_built(cli: Cli) -> None:
     cli.left_nothing()
 
 
-def test_a_killed_builder_takes_its_container_along_and_the_next_one_cleans_up(stubborn: Cli) -> None:
+@pytest.mark.fault(
+    "builder killed",
+    how="SIGKILL, with a server inside that refuses SIGTERM",
+    holds="its container ends by the lease within 5 s (aim: 2 s), and the next builder removes it",
+)
+def test_a_killed_builder_takes_its_container_along_and_the_next_one_cleans_up(
+    stubborn: Cli, aftermath: Aftermath
+) -> None:
     builder = stubborn.start("warm")
     builder.says("SIGTERM is refused")
     with stubborn.engine() as engine:
         (container,) = stubborn.containers(engine)
+        aftermath.begins()
         builder.send(signal.SIGKILL)
         assert builder.end(SECONDS).status == -signal.SIGKILL
         assert stubborn.lock_is_free()
         wait_for(lambda: engine.state(container).over, SECONDS, "the end of the container")
+        aftermath.clean()
         assert engine.state(container).exit_code == 70
     assert not stubborn.markers()
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +11,6 @@ import psutil
 import pytest
 
 from builder import cli as cli_module
-from builder import session as session_module
 from builder.engine import Engine
 from builder.spec import ContainerSpec
 from builder.waiting import Deadline
@@ -288,26 +284,6 @@ def test_a_secret_is_nowhere(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert json.loads(specs[-1].env[JOB_VARIABLE])["secrets"] == ["HF_TOKEN"]
 
 
-def test_memory_that_runs_out_is_named(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with cli.engine() as engine:
-        if not engine.info.get("MemoryLimit"):
-            pytest.skip("this engine cannot limit memory, and without a limit the play would take the machine's")
-
-    def limited(**fields: Any) -> ContainerSpec:
-        return dataclasses.replace(ContainerSpec(**fields), memory=256 << 20)
-
-    monkeypatch.setattr(session_module, "ContainerSpec", limited)
-    cli.manifest(server(cli.model("org/oom"), play="oom"))
-    assert cli.here("warm", "--json") == 11
-    cli.left_nothing()
-    (task,) = json.loads(capfd.readouterr().out)["tasks"]
-    assert task["state"] == "failed"
-    assert "memory" in task["reason"]
-    assert not cli.markers()
-
-
 # --- processes -------------------------------------------------------------------------------------------------------
 
 #: Leaves grandchildren in sessions of their own, deaf to SIGTERM, with the log in their hands; fails if it sees older.
@@ -334,29 +310,6 @@ def test_grandchildren_are_gone_before_the_second_pass_and_after_the_run(cli: Cl
     assert ended.task("forks")["seconds"] < 20
     assert ended.task("forks")["proof"] == "nothing-claimed"
     assert "grandchildren are there" in cli.log("server-tp8")
-
-
-# --- people who look away --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_reader_that_goes_away_changes_nothing(cli: Cli, options: tuple[str, ...]) -> None:
-    cli.manifest(shapes())
-    argv = [sys.executable, "-m", "builder", *cli.argv("warm", *options)]
-    with subprocess.Popen(
-        argv, cwd=cli.place, env=cli.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as builder:
-        assert builder.stdout is not None
-        assert builder.stderr is not None
-        if not options:
-            assert builder.stdout.readline()
-        builder.stdout.close()
-        complaints = builder.stderr.read()
-        assert builder.wait(60) == 0
-    assert b"Traceback" not in complaints
-    assert b"BrokenPipe" not in complaints
-    cli.left_nothing()
-    assert len(cli.markers()) == 1
 
 
 # --- two builders ----------------------------------------------------------------------------------------------------

@@ -84,13 +84,17 @@ class Workshop:
 
 
 class Proxy:
-    """A unix socket before the engine's, that can cut attachments after so many bytes, hang, and go away."""
+    """A unix socket before the engine's, that can cut attachments after so many bytes, hang, and go away.
+
+    before: called with what a client asks, before the engine gets it.
+    """
 
     def __init__(self, path: Path, engine: str) -> None:
         self.url = f"unix://{path}"
         self.cut_after: int | None = None
         self.cuts = 0
         self.hang = False
+        self.before: Callable[[bytes], object] = lambda request: None
         self._engine = engine.removeprefix("unix://")
         self._open: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
@@ -115,19 +119,22 @@ class Proxy:
             threading.Thread(target=self._requests, args=(client, engine), daemon=True).start()
 
     def _requests(self, client: socket.socket, engine: socket.socket) -> None:
-        first = self._receive(client)
-        if self.hang:
-            return
-        engine.sendall(first)
-        output = b"/attach" in first and b"stdout=1" in first
+        data = self._receive(client)
+        output = b"/attach" in data and b"stdout=1" in data
         threading.Thread(target=self._answers, args=(client, engine, output), daemon=True).start()
-        while data := self._receive(client):
+        while data:
+            if self.hang:
+                return
+            self.before(data)
             engine.sendall(data)
+            data = self._receive(client)
         self._end(engine)
 
     def _answers(self, client: socket.socket, engine: socket.socket, output: bool) -> None:
         passed, in_body = 0, False
         while data := self._receive(engine):
+            if self.hang:
+                return
             if output and self.cut_after is not None and (in_body or not data.startswith(b"HTTP/")):
                 data = data[: self.cut_after - passed]
                 passed += len(data)

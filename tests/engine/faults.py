@@ -1,0 +1,217 @@
+"""What tests of faults share: what has to be true after every one of them, and the table of README.md made of them.
+
+A test of a fault carries ``@pytest.mark.fault(FAULT, how=…, holds=…)``: a row of the table. README.md has exactly these
+rows, in this order, which tests/unit/test_fault_table.py asserts. `make faults` writes it, with what the run measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from builder.engine import Engine
+from builder.waiting import Deadline, poll
+from tests.engine.cli import ROOT, Cli, Ended, Running
+
+HERE = Path(__file__).resolve().parent
+TABLE = HERE / "README.md"
+#: Set by `make faults`: the table is written at the end of the run.
+WRITE = "WARM_CACHE_FAULT_TABLE"
+SECONDS = pytest.StashKey[dict[str, float]]()
+
+HEAD = """\
+# Tests against a real engine
+
+The real program as a process of its own, on the engine of `DOCKER_HOST`, with the tiny stand-in image. `cli.py` and
+`workshop.py` are what the tests share; `faults.py` is what those of faults share.
+
+## Faults
+
+After every one of them, unless its row says otherwise: the documented exit status (the number in *what holds*) and a
+sentence that is true; no container in any state, no lease, the run lock free; no traceback; `check` finds those tasks
+warm that are, and no others; the log holds every line that the engine kept, once. *Seconds* are from the fault to that
+state, on two cores, with whatever the task still had to do.
+
+This table is made of the tests' `fault` marks, and a test keeps it from drifting. To measure and write it again:
+`make faults`.
+
+"""
+COLUMNS = ("fault", "how it is injected", "what holds", "seconds", "test")
+
+
+# --- after a fault ---------------------------------------------------------------------------------------------------
+
+
+class Aftermath:
+    """How long it took from the fault to a clean state, and whether that is one."""
+
+    def __init__(self, seconds: dict[str, float], test: str) -> None:
+        self._seconds, self._test = seconds, test
+        self._since = time.monotonic()
+
+    def begins(self) -> None:
+        """The fault is there from now on."""
+        self._since = time.monotonic()
+
+    def clean(self) -> None:
+        """Nothing is left of it now."""
+        self._seconds[self._test] = max(self._seconds.get(self._test, 0.0), time.monotonic() - self._since)
+
+    def over(self, cli: Cli, builder: Running, status: int, said: str = "", *, warm: Collection[str] = ()) -> Ended:
+        """The builder's end, with this status and these words in a reason, warning or error. warm: labels of the tasks
+        that are warm then, and no others.
+        """
+        ended = builder.end()
+        cli.left_nothing()
+        self.clean()
+        assert ended.status == status, ended.said
+        assert said in told(ended), told(ended)
+        are_warm(cli, warm)
+        return ended
+
+
+def told(ended: Ended) -> str:
+    """Every sentence about what happened, one a line."""
+    document = ended.document
+    error = document.get("error", {})
+    problems = [f"{problem['text']} {problem['remedy']}" for problem in error.get("problems", ())]
+    reasons = [f"{task['label']} {task['state']}: {task['reason']}" for task in document["tasks"]]
+    return "\n".join([*reasons, *document["warnings"], error.get("message", ""), *problems])
+
+
+def are_warm(cli: Cli, labels: Collection[str]) -> None:
+    """No marker lies: `check` finds these tasks warm, and no others."""
+    check = cli.run("check", "--json")
+    states = {task["label"]: task["state"] for task in check.document["tasks"]}
+    assert {label for label, state in states.items() if state == "warm"} == set(labels), check.said
+    assert check.status == (10 if "cold" in states.values() else 0), check.said
+
+
+def time_passes(seconds: float) -> None:
+    """Where the fault is that it does: nothing is awaited."""
+    poll(lambda: False, Deadline(seconds), every=seconds)
+
+
+def changed(*statements: str) -> tuple[str, ...]:
+    """The real program, after these statements about modules of it."""
+    imports = "import sys, time\nfrom builder import cli, container, engine, lease, logs, session"
+    return sys.executable, "-c", "\n".join([imports, *statements, "sys.exit(cli.main())"])
+
+
+def numbers(log: str, word: str = "line") -> list[int]:
+    """Of the lines ``line 0``, ``line 1`` … of a task, in the order of its log."""
+    return [int(number) for number in re.findall(rf"^out\| {word} (\d+)$", log, re.MULTILINE)]
+
+
+# --- an engine of the test's own -------------------------------------------------------------------------------------
+
+
+class OwnEngine:
+    """One that may be killed: in namespaces of its own, beside the engine that all other tests use."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.host = ""
+
+    def up(self, *options: str) -> None:
+        """Starts dockerd with these options, unless it runs; containers that outlived the last one are there again."""
+        self.host = self._do("up", *options).strip().removeprefix("DOCKER_HOST=")
+
+    def kill(self, signal: str = "KILL") -> None:
+        """Ends dockerd alone. Its containers go on, as far as this signal and its options let them."""
+        self._do("kill", signal)
+
+    def close(self) -> None:
+        self._do("down")
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def load(self, image: str, source: str) -> None:
+        """This image, from the engine at source."""
+        there, here = Engine(source).connect(), Engine(self.host).connect()
+        try:
+            here._api.load_image(b"".join(there._api.get_image(image)))
+        finally:
+            there.close()
+            here.close()
+
+    def _do(self, *arguments: str) -> str:
+        verb, *rest = arguments
+        script = ROOT / "docker" / "stand-in" / "engine" / "engine.sh"
+        environ = {name: value for name, value in os.environ.items() if name not in ("CI", "DOCKER_HOST")}
+        done = subprocess.run(
+            [script, verb, self._directory, *rest], env=environ, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+def why_no_own_engine() -> str | None:
+    """Why this machine lets tests have none, or None. Nothing is installed for it."""
+    if os.getuid():
+        return "an engine of its own needs root"
+    missing = [tool for tool in ("dockerd", "containerd", "runc", "unshare", "curl") if not shutil.which(tool)]
+    if missing:
+        return f"an engine of its own needs {', '.join(missing)}"
+    namespaces = subprocess.run(["unshare", "--pid", "--net", "--mount", "--fork", "true"], capture_output=True)
+    return None if namespaces.returncode == 0 else "an engine of its own needs namespaces that this machine refuses"
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault, as its test's mark says it."""
+
+    fault: str
+    how: str
+    holds: str
+    test: str
+
+
+def rows() -> list[Row]:
+    """Of all tests in this folder, in the order of the files and of the tests in them."""
+    found = []
+    for path in sorted(HERE.glob("test_*.py")):
+        module = importlib.import_module(f"tests.engine.{path.stem}")
+        for name, value in vars(module).items():
+            marks = [mark for mark in getattr(value, "pytestmark", ()) if mark.name == "fault"]
+            test = f"{path.stem}.{name}"
+            found += [Row(mark.args[0], mark.kwargs["how"], mark.kwargs["holds"], test) for mark in marks]
+    return found
+
+
+def table(found: list[Row], seconds: Mapping[str, float], old: Mapping[str, str]) -> str:
+    """README.md; old: the seconds of tests that this run has not measured."""
+    lines = [HEAD, _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    for row in found:
+        known = f"{seconds[row.test]:.1f}" if row.test in seconds else old.get(row.test, "–")
+        lines.append(_line([row.fault, row.how, row.holds, known, f"`{row.test}`"]))
+    return "".join(lines)
+
+
+def _line(cells: Collection[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def written() -> list[list[str]]:
+    """The table's rows as README.md has them, cell by cell."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[2:]]
+    return [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
+
+
+def write(seconds: Mapping[str, float]) -> None:
+    """README.md as the tests are now, with what this run measured."""
+    old = {row[4].strip("`"): row[3] for row in written()} if TABLE.exists() else {}
+    TABLE.write_text(table(rows(), seconds, old), encoding="utf-8")

@@ -1,0 +1,292 @@
+"""Faults of the engine and of the connection to it while the real program runs: killed, restarted, hanging, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builder.waiting import Deadline, poll
+from tests.engine.cli import Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.faults import Aftermath, OwnEngine, are_warm, changed, numbers, told
+from tests.engine.workshop import Proxy
+
+pytestmark = pytest.mark.engine
+
+#: Numbered lines, until there is a file ``go`` in the cache root.
+COUNTING = """
+import os, time
+n = 0
+while not os.path.exists('/jit/go'):
+    print('line', n, flush=True)
+    n += 1
+    time.sleep(0.01)
+print('line', n)
+print('KERNELS READY')
+"""
+
+#: Less patience with an engine that does not answer than the program has.
+HURRIED = "container.GIVE_UP = logs.GIVE_UP = 3.0"
+
+LIVE = "--live-restore"
+
+
+@pytest.fixture
+def own(own_engine: OwnEngine, tmp_path: Path, tiny_image: str) -> Iterator[Cli]:
+    """A user of an engine that may be killed. The engine runs afterwards, whatever became of it."""
+    cli = Cli(tmp_path, own_engine.host, tiny_image, engine=own_engine.host)
+    cli.manifest(command("counts", COUNTING))
+    yield cli
+    own_engine.up()
+    cli.close()
+
+
+def restart(engine: OwnEngine, *options: str, signal: str = "TERM") -> None:
+    engine.kill(signal)
+    engine.up(*options)
+
+
+def go(cli: Cli) -> None:
+    (cli.root / "go").touch()
+
+
+def further(cli: Cli, label: str = "counts", lines: int = 20) -> None:
+    """Until the log has so many more lines: the container is alive, and the builder listens."""
+    before = len(numbers(cli.log(label)))
+    wait_for(lambda: len(numbers(cli.log(label))) >= before + lines, 30, "the next lines")
+
+
+def is_whole(cli: Cli, label: str = "counts") -> None:
+    """Every line from the first one on, once, in order."""
+    found = numbers(cli.log(label))
+    assert found == list(range(len(found)))
+    assert len(found) > 10
+
+
+# --- the engine itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "engine killed and started again during a task, live-restore on",
+    how="SIGKILL to dockerd, and a new one",
+    holds="0: the container goes on, and so does its log, without a gap",
+)
+def test_killed_and_started_again_with_live_restore(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    restart(own_engine, LIVE)
+    builder = own.start("warm", "--json")
+    builder.says("line 20")
+    aftermath.begins()
+    restart(own_engine, LIVE, signal="KILL")
+    further(own)
+    go(own)
+    aftermath.over(own, builder, 0, warm=["counts"])
+    is_whole(own)
+
+
+@pytest.mark.fault(
+    "engine killed and started again during a task, live-restore off",
+    how="SIGKILL to dockerd, and a new one, which ends what the old one ran",
+    holds="11: the task failed; what the engine had of its log is there",
+)
+def test_killed_and_started_again(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    restart(own_engine)
+    builder = own.start("warm", "--json")
+    builder.says("line 20")
+    aftermath.begins()
+    restart(own_engine, signal="KILL")
+    aftermath.over(own, builder, 11, "SIGTERM")
+    is_whole(own)
+
+
+@pytest.mark.fault(
+    "engine restarted in order during a task, live-restore on",
+    how="SIGTERM to dockerd, and a new one",
+    holds="0: the container goes on, and so does its log, without a gap",
+)
+def test_restarted_with_live_restore(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    restart(own_engine, LIVE)
+    builder = own.start("warm", "--json")
+    builder.says("line 20")
+    aftermath.begins()
+    restart(own_engine, LIVE)
+    further(own)
+    go(own)
+    aftermath.over(own, builder, 0, warm=["counts"])
+    is_whole(own)
+
+
+@pytest.mark.fault(
+    "engine restarted in order during a task, live-restore off",
+    how="SIGTERM to dockerd, which ends what it runs, and a new one",
+    holds="11: the task failed, stopped by SIGTERM; its log is whole",
+)
+def test_restarted(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    restart(own_engine)
+    builder = own.start("warm", "--json")
+    builder.says("line 20")
+    aftermath.begins()
+    restart(own_engine)
+    aftermath.over(own, builder, 11, "stopped by SIGTERM")
+    is_whole(own)
+
+
+@pytest.mark.fault(
+    "engine stopped for good during a task",
+    how="SIGKILL to dockerd; a patience of 3 s instead of 60",
+    holds="16; the container ends by its lease, and is removed by the next builder once there is an engine again",
+)
+def test_stopped_for_good(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    builder = own.start("warm", "--json", program=changed(HURRIED))
+    builder.says("line 20")
+    aftermath.begins()
+    own_engine.kill()
+    ended = builder.end()
+    aftermath.clean()
+    assert ended.status == 16
+    assert "the engine was lost while counts ran" in told(ended)
+    is_whole(own)
+    own_engine.up(LIVE)  # which lets alone what still runs
+    with own.engine() as engine:
+        (container,) = own.containers(engine)
+        assert poll(lambda: engine.state(container).over, Deadline(5), every=0.05), "it outlived its builder"
+        assert engine.state(container).exit_code == 70
+    assert own.run("sweep").status == 0
+    are_warm(own, [])
+
+
+# --- the connection to it --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(cli: Cli, proxy: Proxy) -> Cli:
+    """A user who reaches the engine through a socket that can be disturbed."""
+    cli.manifest(command("counts", COUNTING))
+    cli.host = proxy.url
+    return cli
+
+
+@pytest.mark.fault(
+    "socket hangs: it accepts and never answers",
+    how="a socket of the test's own; a patience of 3 s instead of 60",
+    holds="16: the engine gave no answer in time",
+)
+def test_a_hanging_socket(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+    proxy.hang = True
+    aftermath.begins()
+    builder = far.start("warm", "--json", program=changed("cli.Engine = lambda url, _: engine.Engine(url, 3.0)"))
+    ended = builder.end()
+    far.left_nothing()
+    aftermath.clean()
+    assert ended.status == 16
+    assert "it took the question and gave no answer in time" in told(ended)
+
+
+@pytest.mark.fault(
+    "socket hangs during a task",
+    how="a socket before the engine's stops passing anything on; a patience of 3 s instead of 60",
+    holds="16; the container ends by its lease, and is removed by the next builder",
+)
+def test_a_socket_that_hangs_during_a_task(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+    builder = far.start(
+        "warm",
+        "--json",
+        program=changed(
+            f"{HURRIED}; engine.QUICK = 3.0",
+            "cli.Engine = lambda url, _: engine.Engine(url, 3.0)",
+        ),
+    )
+    builder.says("line 20")
+    aftermath.begins()
+    proxy.hang = True
+    ended = builder.end()
+    with far.engine() as engine:
+        (container,) = far.containers(engine)
+        assert poll(lambda: engine.state(container).over, Deadline(5), every=0.05), "it outlived its builder"
+        aftermath.clean()
+        assert engine.state(container).exit_code == 70
+    assert ended.status == 16
+    assert "the engine gave no answer for 3 s" in told(ended)
+    is_whole(far)
+    proxy.hang = False
+    assert far.run("sweep").status == 0
+    are_warm(far, [])
+
+
+@pytest.mark.fault(
+    "time-out of the client while a container is silent",
+    how="a time-out of 1 s instead of 60, a task that is silent for 3 s",
+    holds="0: silence is no failure",
+)
+def test_silence_beyond_the_clients_timeout(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("silent", "import time; time.sleep(3); print('line 0'); print('KERNELS READY')"))
+    builder = cli.start("warm", "--json", program=changed("cli.Engine = lambda url, _: engine.Engine(url, 1.0)"))
+    builder.says("▸ command")
+    aftermath.begins()
+    aftermath.over(cli, builder, 0, warm=["silent"])
+    assert numbers(cli.log("silent")) == [0]
+
+
+@pytest.mark.fault(
+    "log stream cut in the middle of a frame",
+    how="a socket before the engine's ends the attachment after 1003 bytes",
+    holds="0: the log goes on from the engine's copy, each line once",
+)
+def test_a_log_stream_cut_within_a_frame(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+    builder = far.start("warm", "--json")
+    builder.says("1 to do")  # the probe is over
+    proxy.cut_after = 1003
+    aftermath.begins()
+    builder.says("line 100")
+    go(far)
+    aftermath.over(far, builder, 0, warm=["counts"])
+    assert proxy.cuts == 1
+    is_whole(far)
+
+
+# --- the image -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "warm-up image removed before a container is created from it",
+    how="docker rmi between the engine's answer and the next request",
+    holds="16: the engine refused, and the image is named",
+)
+def test_an_image_that_is_removed_before_the_create(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+    far.manifest(shapes(), image={"setup": [f"true {far.place}"]})
+    assert far.run("warm").status == 0
+    far.manifest(shapes(), shapes("other", m_values=[64]), image={"setup": [f"true {far.place}"]})
+
+    def remove(request: bytes) -> None:
+        if b"/containers/create" in request and b"-run-" in request:
+            aftermath.begins()
+            remove_images(far)
+
+    proxy.before = remove
+    aftermath.over(far, far.start("warm", "--json"), 16, "No such image: sha256:", warm=["shapes"])
+
+
+@pytest.mark.fault(
+    "image removed while a container runs from it",
+    how="docker rmi --force of the warm-up image's tag",
+    holds="0: the engine keeps what runs",
+)
+def test_an_image_that_is_removed_while_it_runs(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("counts", COUNTING), image={"setup": [f"true {cli.place}"]})
+    builder = cli.start("warm", "--json")
+    builder.says("line 20")
+    aftermath.begins()
+    remove_images(cli)
+    go(cli)
+    aftermath.over(cli, builder, 0, warm=["counts"])
+    is_whole(cli)
+
+
+def remove_images(cli: Cli) -> None:
+    """The warm-up images that were built for this user alone."""
+    with cli.engine() as engine:
+        for image in engine._api.images():
+            history = engine._api.history(image["Id"])
+            if any(str(cli.place) in layer["CreatedBy"] for layer in history):
+                for tag in image["RepoTags"] or [image["Id"]]:
+                    engine._api.remove_image(tag, force=True)

@@ -1,0 +1,327 @@
+"""Faults of the machine, while the real program runs: disks that are full or read-only, memory, processes, clocks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builder.engine import Engine, Mount
+from builder.spec import ContainerSpec
+from tests.engine.cli import GATE, READY, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.faults import Aftermath, changed, numbers, told
+
+pytestmark = pytest.mark.engine
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+class Volume:
+    """A named volume of a few MB, that keeps its content because a container of the test's own has it mounted."""
+
+    def __init__(self, engine: Engine, image: str, options: str) -> None:
+        self.name = f"warm-cache-test-{os.urandom(6).hex()}"
+        self._engine = engine
+        engine._api.create_volume(
+            self.name, driver="local", driver_opts={"type": "tmpfs", "device": "tmpfs", "o": options}
+        )
+        self._keeper = engine.create(
+            ContainerSpec(
+                image=image,
+                name=self.name,
+                command=["sleep", "600"],
+                network="none",
+                stop_timeout=0,
+                mounts=(Mount(source=self.name, target="/jit", kind="volume"),),
+            )
+        )
+        engine.start(self._keeper)
+
+    def close(self) -> None:
+        self._engine.remove(self._keeper, force=True)
+        self._engine._api.remove_volume(self.name, force=True)
+
+
+@pytest.fixture
+def small(cli: Cli, engine: Engine) -> Iterator[str]:
+    """``--cache`` for a volume of 4 MiB."""
+    volume = Volume(engine, cli.image, "size=4m")
+    yield f"volume:{volume.name}"
+    volume.close()
+
+
+#: An entry of Triton's cache.
+KERNEL = "from triton.cache import compile_kernel\ncompile_kernel('k', 'x')\n"
+
+#: Leaves not one page of the cache's file system.
+FILL = """
+def fill():
+    with open('/jit/ballast', 'ab', buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == 28, error
+"""
+
+
+@pytest.mark.fault(
+    "cache's disk full while a task compiles",
+    how="a tmpfs volume of 4 MiB as the cache, filled before the kernels are written",
+    holds="11: the reason names the disk",
+)
+def test_a_full_cache(cli: Cli, small: str, aftermath: Aftermath) -> None:
+    code = f"{FILL}\nprint('line 0')\nfill()\n{KERNEL}{READY}"
+    cli.manifest(command("fills", code, families=["triton"]), cache={"root": None, "volume": small[7:]})
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    aftermath.over(cli, builder, 11, "No space left on device")
+    assert numbers(cli.log("fills")) == [0]
+
+
+@pytest.mark.fault(
+    "cache's disk full when the marker is written",
+    how="a tmpfs volume of 4 MiB as the cache, filled by the second pass",
+    holds="11: the reason names the disk; no marker, and no part of one",
+)
+def test_a_full_cache_at_the_marker(cli: Cli, small: str, aftermath: Aftermath) -> None:
+    code = f"""{FILL}
+import os
+{KERNEL}print('line', int(os.path.exists('/jit/first')), flush=True)
+if os.path.exists('/jit/first'):
+    fill()
+open('/jit/first', 'w').close()
+{READY}"""
+    cli.manifest(command("fills", code, families=["triton"]), cache={"root": None, "volume": small[7:]})
+    builder = cli.start("warm", "--json")
+    builder.says("line 1")
+    aftermath.begins()
+    aftermath.over(cli, builder, 11, "No space left on device")
+    assert numbers(cli.log("fills")) == [0, 1]
+    with cli.engine() as engine:
+        assert "markers" not in run_in(engine, cli, small[7:], "find /jit/markers -type f")
+
+
+@pytest.mark.fault(
+    "cache is read-only",
+    how="a volume that is mounted read-only as the cache",
+    holds="12: what cannot be written, and why",
+)
+def test_a_read_only_cache(cli: Cli, engine: Engine, aftermath: Aftermath) -> None:
+    volume = Volume(engine, cli.image, "size=4m,ro")
+    try:
+        cli.manifest(shapes(), cache={"root": None, "volume": volume.name})
+        aftermath.begins()
+        aftermath.over(cli, cli.start("warm", "--json"), 12, "Read-only file system")
+    finally:
+        volume.close()
+
+
+@pytest.mark.fault(
+    "log file's disk full",
+    how="/dev/full in the log's place",
+    holds="0: the cache is warm, and a warning says that the log is not complete, and why",
+)
+def test_a_full_disk_under_the_log(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(shapes())
+    cli.logs.mkdir()
+    log = cli.logs / "shapes.log"
+    log.symlink_to("/dev/full")
+    builder = cli.start("warm", "--json")
+    builder.says("▸ shapes")
+    aftermath.begins()
+    builder.end()
+    log.unlink()  # it has no end, and nothing may read it
+    aftermath.over(cli, builder, 0, f"the log {log} is not complete: No space left on device", warm=["shapes"])
+
+
+@pytest.mark.fault(
+    "disk of the lease files full",
+    how="a full tmpfs at XDG_RUNTIME_DIR, mounted in the builder's own mount namespace",
+    holds="12: before anything is created",
+)
+def test_a_full_disk_under_the_lease(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(shapes())
+    aftermath.begins()
+    builder = cli.start("warm", "--json", program=on_full_disk(cli.place / "run", 0))
+    aftermath.over(
+        cli, builder, 12, f"cannot make a lease file in {cli.place}/run/warm-cache-0: No space left on device"
+    )
+
+
+@pytest.mark.fault(
+    "/tmp full",
+    how="a tmpfs of three pages at TMPDIR, in the builder's own mount namespace, and a cache that is read through it",
+    holds="12: the reason names the disk",
+)
+def test_a_full_temporary_directory(cli: Cli, small: str, aftermath: Aftermath) -> None:
+    cli.manifest(shapes(), cache={"root": None, "volume": small[7:]})
+    assert cli.run("warm").status == 0
+    (cli.place / "tmp").mkdir()
+    aftermath.begins()
+    builder = cli.start(
+        "warm", "--json", program=on_full_disk(cli.place / "tmp", 3), environ={"TMPDIR": str(cli.place / "tmp")}
+    )
+    aftermath.over(cli, builder, 12, "to a temporary directory: No space left on device", warm=["shapes"])
+
+
+def on_full_disk(place: Path, pages: int) -> tuple[str, ...]:
+    """The real program, which finds a file system with so many free pages there. Nobody else does."""
+    if os.getuid():
+        pytest.skip("a file system of its own needs root")
+    script = (
+        f'mount -t tmpfs -o size={(pages + 1) * 4}k tmpfs "$0" && head -c 4096 /dev/zero >"$0/ballast" && exec "$@"'
+    )
+    return "unshare", "--mount", "sh", "-c", script, str(place), sys.executable, "-m", "builder"
+
+
+def run_in(engine: Engine, cli: Cli, volume: str, shell: str) -> str:
+    """What this prints, in a container with the volume."""
+    container = engine.create(
+        ContainerSpec(
+            image=cli.image,
+            name=f"warm-cache-test-{os.urandom(6).hex()}",
+            command=["sh", "-c", shell],
+            network="none",
+            mounts=(Mount(source=volume, target="/jit", kind="volume"),),
+        )
+    )
+    try:
+        engine.start(container)
+        return "".join(data.decode() for _, data in engine.log_frames(container, follow=True))
+    finally:
+        engine.remove(container, force=True)
+
+
+# --- memory and processes --------------------------------------------------------------------------------------------
+
+
+def update(cli: Cli, **limits: int) -> None:
+    """New limits for the one container that runs."""
+    with cli.engine() as engine:
+        (container,) = cli.containers(engine)
+        engine._api._raise_for_status(
+            engine._api._post_json(engine._api._url("/containers/{0}/update", container), data=limits)
+        )
+
+
+def tasks_of(cli: Cli) -> int:
+    """Processes and threads of the one container that runs."""
+    with cli.engine() as engine:
+        (container,) = cli.containers(engine)
+        usage = engine._api._get(
+            engine._api._url("/containers/{0}/stats", container), params={"stream": 0, "one-shot": 1}
+        ).json()
+        return int(usage["pids_stats"]["current"])
+
+
+@pytest.mark.fault(
+    "out of memory inside the container",
+    how="docker update: a limit of 256 MiB, and a task that wants more",
+    holds="11: memory is named in the reason",
+)
+def test_out_of_memory(cli: Cli, aftermath: Aftermath) -> None:
+    with cli.engine() as engine:
+        if not engine.info.get("MemoryLimit"):
+            pytest.skip("this engine cannot limit memory, and without a limit the task would take the machine's")
+    code = "print('line 0', flush=True)\n" + GATE + "held = [bytes(1 << 20) * 64 for _ in range(100)]\n" + READY
+    code = code.replace("bytes(1 << 20)", "b'x' * (1 << 20)")
+    cli.manifest(command("eats", code))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    update(cli, Memory=256 << 20, MemorySwap=256 << 20)
+    aftermath.begins()
+    (cli.root / "go").touch()
+    aftermath.over(cli, builder, 11, "out of memory inside the container")
+    assert numbers(cli.log("eats")) == [0]
+
+
+@pytest.mark.fault(
+    "PID limit reached by a task",
+    how="docker update: no process more than there are, and a task that forks",
+    holds="11: the reason is the task's own last line",
+)
+def test_the_pid_limit(cli: Cli, aftermath: Aftermath) -> None:
+    code = "print('line 0', flush=True)\n" + GATE + "import os\nos.fork()\n" + READY
+    cli.manifest(command("forks", code))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    update(cli, PidsLimit=2)
+    aftermath.begins()
+    (cli.root / "go").touch()
+    aftermath.over(cli, builder, 11, "Resource temporarily unavailable")
+    assert numbers(cli.log("forks")) == [0]
+
+
+@pytest.mark.fault(
+    "PID limit reached by the in-container program",
+    how="docker update: no process more than there are, or one, before the second pass",
+    holds="11: the reason names the limit",
+)
+@pytest.mark.parametrize(
+    ("more", "said"), [(-2, "cannot start python3: "), (-1, "cannot read what python3 says: can't start new thread")]
+)
+def test_the_pid_limit_at_the_second_pass(cli: Cli, aftermath: Aftermath, more: int, said: str) -> None:
+    code = KERNEL + "print('line 0', flush=True)\n" + GATE + READY
+    cli.manifest(command("kernels", code, families=["triton"]))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    update(cli, PidsLimit=tasks_of(cli) + more)  # two of them, the child and a thread for its output, end with the pass
+    aftermath.begins()
+    (cli.root / "go").touch()
+    ended = aftermath.over(cli, builder, 11, f"second pass: {said}")
+    assert "PID limit" in told(ended)
+    assert numbers(cli.log("kernels")) == [0]
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+#: The wall clock is off by as many seconds as this file says; the monotonic one is not.
+JUMPING = """
+from pathlib import Path
+real = time.time
+def off():
+    try:
+        return float(Path({path!r}).read_text())
+    except (OSError, ValueError):
+        return 0.0
+time.time = lambda: real() + off()
+time.time_ns = lambda: int(time.time() * 1e9)
+"""
+
+DAY = 86400.0
+
+
+@pytest.mark.fault(
+    "wall clock jumps by a day, to and fro",
+    how="time.time() of the builder; another builder sweeps, ten years ahead",
+    holds="11: a deadline of 3 s is kept, one of 60 s is not over, and nobody's container is swept",
+)
+def test_a_clock_that_jumps(cli: Cli, aftermath: Aftermath) -> None:
+    waits = "print('line 0', flush=True)\n" + GATE + READY
+    cli.manifest(
+        command("waits", waits, timeout="60s", silence="60s"),
+        command("never", "import time; print('line 0', flush=True); time.sleep(60)", timeout="3s"),
+    )
+    clock = cli.place / "clock"
+    program = changed(JUMPING.format(path=str(clock)))
+    builder = cli.start("warm", "--json", program=program)
+    builder.says("line 0")
+    aftermath.begins()
+    for days in (1, -2):
+        clock.write_text(str(days * DAY))
+        ahead = cli.place / "ahead"
+        ahead.write_text(str(3650 * DAY))
+        swept = cli.start("sweep", "--lock-timeout", "1s", program=changed(JUMPING.format(path=str(ahead)))).end()
+        assert swept.status == 15, swept.said
+        assert "removed " not in swept.said
+    (cli.root / "go").touch()
+    ended = aftermath.over(cli, builder, 11, "never failed: timeout: not finished after 3 s", warm=["waits"])
+    assert ended.task("waits")["state"] == "warmed"
+    assert 3 <= ended.task("never")["seconds"] < 15
+    assert numbers(cli.log("waits")) == [0]

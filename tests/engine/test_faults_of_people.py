@@ -1,0 +1,265 @@
+"""What people and other programs do to a run: kill, rename and remove its container, close its terminal, look away."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.engine.cli import GATE, PROGRAM, READY, ROOT, Cli, Running, a_cli, command, shapes, wait_for  # noqa: F401
+from tests.engine.faults import Aftermath, are_warm, numbers, time_passes, told
+
+pytestmark = pytest.mark.engine
+
+#: One line, then a wait for a file ``go`` in the cache root, and one more line.
+WAITING = "print('line 0', flush=True)\n" + GATE + "print('line 1')\n" + READY
+
+#: The same, from the very second on.
+SLEEPING = "import time\nprint('line 0', flush=True)\ntime.sleep(3600)\n"
+
+
+def container(cli: Cli) -> str:
+    """The one that runs."""
+    with cli.engine() as engine:
+        (found,) = cli.containers(engine)
+        return found
+
+
+def ask(cli: Cli, path: str, **params: object) -> None:
+    """Something that somebody else asks of the engine."""
+    with cli.engine() as engine:
+        engine._request("POST", path, container(cli), params=params)
+
+
+# --- its container ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("container killed by somebody else", how="docker kill", holds="11: ended by SIGKILL, from outside")
+def test_a_container_that_is_killed(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("dies", WAITING))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    ask(cli, "/containers/{0}/kill")
+    ended = aftermath.over(cli, builder, 11, "the container was ended by SIGKILL (status 137) and gave no verdict")
+    assert "from outside: not by this builder, and not for memory" in told(ended)
+    assert numbers(cli.log("dies")) == [0]
+
+
+@pytest.mark.fault("container renamed by somebody else", how="docker rename", holds="0: it is known by its id")
+def test_a_container_that_is_renamed(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("waits", WAITING))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    ask(cli, "/containers/{0}/rename", name=f"warm-cache-test-{os.urandom(6).hex()}")
+    (cli.root / "go").touch()
+    aftermath.over(cli, builder, 0, warm=["waits"])
+    assert numbers(cli.log("waits")) == [0, 1]
+
+
+@pytest.mark.fault("container removed by somebody else", how="docker rm --force", holds="11: removed by somebody else")
+def test_a_container_that_is_removed(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("vanishes", WAITING))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    with cli.engine() as engine:
+        engine.remove(container(cli), force=True)
+    ended = aftermath.over(cli, builder, 11)
+    assert any(words in told(ended) for words in ("was removed by somebody else", "was ended by SIGKILL")), told(ended)
+    assert numbers(cli.log("vanishes")) == [0]
+
+
+@pytest.mark.fault("container paused and resumed", how="docker pause, 2 s, docker unpause", holds="0: nothing is lost")
+def test_a_container_that_is_paused(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("waits", WAITING))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    ask(cli, "/containers/{0}/pause")
+    (cli.root / "go").touch()
+    time_passes(2)
+    assert builder.process.poll() is None
+    ask(cli, "/containers/{0}/unpause")
+    aftermath.over(cli, builder, 0, warm=["waits"])
+    assert numbers(cli.log("waits")) == [0, 1]
+
+
+# --- its reader ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("stdout closed (`| head`)", how="a pipe whose reader goes away", holds="0: the run goes on")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_reader_that_goes_away(cli: Cli, aftermath: Aftermath, options: tuple[str, ...]) -> None:
+    cli.manifest(shapes())
+    reader, writer = os.pipe()
+    builder = cli.start("warm", *options, stdout=writer)
+    os.close(writer)
+    if not options:
+        assert os.read(reader, 1)
+    os.close(reader)
+    aftermath.begins()
+    ended = builder.end()
+    cli.left_nothing()
+    aftermath.clean()
+    assert ended.status == 0
+    assert "BrokenPipe" not in ended.said
+    are_warm(cli, ["shapes"])
+
+
+@pytest.mark.fault("stdout's disk full", how="/dev/full as stdout of --json", holds="0, and a warning that says so")
+def test_a_full_disk_under_the_document(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(shapes())
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        builder = cli.start("warm", "--json", stdout=full.fileno())
+    aftermath.begins()
+    ended = builder.end()
+    cli.left_nothing()
+    aftermath.clean()
+    assert ended.status == 0
+    assert "warning: the JSON document could not be written: No space left on device" in ended.said
+    are_warm(cli, ["shapes"])
+
+
+# --- its terminal ----------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A terminal with a builder in its foreground."""
+
+    def __init__(self, cli: Cli) -> None:
+        self._master, slave = os.openpty()
+        # setsid --ctty: a session of its own, whose terminal this is.
+        self.builder = cli.start(
+            "warm", program=("setsid", "--ctty", "--wait", *PROGRAM), stdin=slave, stdout=slave, stderr=slave
+        )
+        os.close(slave)
+        self._text = b""
+
+    def shows(self, text: str) -> None:
+        """Reads until this was written on it."""
+        while text.encode() not in self._text:
+            self._text += os.read(self._master, 65536)
+
+    def types(self, keys: bytes) -> None:
+        os.write(self._master, keys)
+
+    def reads_on(self) -> None:
+        """Reads until nobody has it any more."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self._master, 65536):
+                self._text += data
+
+    def close(self) -> None:
+        os.close(self._master)
+
+
+@pytest.mark.fault("Ctrl-Z, then Ctrl-C", how="keys on a terminal", holds="130: Ctrl-Z is refused")
+def test_a_builder_that_cannot_be_stopped_from_its_terminal(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("sleeps", SLEEPING))
+    terminal = Terminal(cli)
+    terminal.shows("line 0")
+    aftermath.begins()
+    terminal.types(b"\x1a")
+    terminal.shows("^Z")
+    terminal.types(b"\x03")
+    terminal.reads_on()
+    terminal.close()
+    ended = terminal.builder.end(5)
+    cli.left_nothing()
+    aftermath.clean()
+    assert ended.status == 130
+    are_warm(cli, [])
+    assert numbers(cli.log("sleeps")) == [0]
+
+
+@pytest.mark.fault("terminal closed", how="a terminal's other end closed: SIGHUP, and no more output", holds="129")
+def test_a_terminal_that_is_closed(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("sleeps", SLEEPING))
+    terminal = Terminal(cli)
+    terminal.shows("line 0")
+    aftermath.begins()
+    terminal.close()
+    ended = terminal.builder.end(5)
+    cli.left_nothing()
+    aftermath.clean()
+    assert ended.status == 129
+    are_warm(cli, [])
+    assert numbers(cli.log("sleeps")) == [0]
+
+
+@pytest.mark.fault(
+    "builder stopped for a while",
+    how="SIGSTOP, which cannot be refused; 2 s later SIGCONT, with 40,000 lines meanwhile",
+    holds="0: the container waits for its reader, and every line arrives",
+)
+def test_a_builder_that_is_stopped(cli: Cli, aftermath: Aftermath) -> None:
+    prints = "for n in range(1, 20000):\n    print('line', n)\n    print('.' * 90)\n"
+    cli.manifest(command("flows", "print('line 0', flush=True)\n" + GATE + prints + READY))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    builder.send(signal.SIGSTOP)
+    (cli.root / "go").touch()
+    time_passes(2)
+    builder.send(signal.SIGCONT)
+    aftermath.over(cli, builder, 0, warm=["flows"])
+    assert numbers(cli.log("flows")) == list(range(20000))
+
+
+# --- the builder itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "two builders at once",
+    how="two of the same manifest, started together, and no cache yet",
+    holds="0 and 0: one warms, the other waits for it, and finds everything warm; neither sweeps the other",
+)
+def test_two_builders_at_once(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("waits", WAITING))
+    shutil.rmtree(cli.root)
+    builders = [cli.start("warm", "--json", "--lock-timeout", "60s") for _ in range(2)]
+    wait_for(lambda: any("waiting for pid" in builder.err for builder in builders), 30, "the one that waits")
+    wait_for(lambda: any("line 0" in builder.err for builder in builders), 30, "the one that works")
+    aftermath.begins()
+    (cli.root / "go").touch()
+    ended = [builder.end() for builder in builders]
+    cli.left_nothing()
+    aftermath.clean()
+    assert [one.status for one in ended] == [0, 0]
+    assert sorted(one.task("waits")["state"] for one in ended) == ["warm", "warmed"]
+    assert not any("removed warm-cache-" in one.said for one in ended)
+    are_warm(cli, ["waits"])
+    assert numbers(cli.log("waits")) == [0, 1]
+
+
+@pytest.mark.fault(
+    "started by cron",
+    how="env -i with DOCKER_HOST alone, no terminal, another working directory",
+    holds="0: the lease is in the temporary directory, and is gone afterwards",
+)
+def test_a_builder_with_an_empty_environment(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(shapes())
+    program = ("env", "-i", f"DOCKER_HOST={cli.host}", "sh", "-c", f'cd {ROOT} && exec "$0" "$@"', *PROGRAM)
+    aftermath.begins()
+    builder = cli.start("warm", "--json", program=program)
+    aftermath.over(cli, builder, 0, warm=["shapes"])
+    home = Path(tempfile.gettempdir()) / f"warm-cache-{os.getuid()}"
+    assert [path for path in home.glob("held-*/lease") if is_ours(path, builder)] == []
+
+
+def is_ours(lease: Path, builder: Running) -> bool:
+    """A lease that is younger than this builder, and that nobody holds any more."""
+    try:
+        with lease.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return lease.stat().st_mtime > builder.started
+    except OSError:
+        return False
