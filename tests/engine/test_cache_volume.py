@@ -173,12 +173,11 @@ def test_the_lock_of_a_volume_is_held_by_a_container(user: Volume) -> None:
     user.left_nothing()
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_signals_end_the_locks_container_too(user: Volume, times: int) -> None:
+def test_signals_end_the_locks_container_too(user: Volume) -> None:
     user.manifest(server(user.model("org/m"), "serve", "refuses-sigterm"))
     builder = user.start("warm", "--json")
     builder.says("SIGTERM is refused")
-    for _ in range(times):
+    for _ in range(2):
         builder.send(signal.SIGINT)
     assert builder.end(5).status == 130
     user.left_nothing()

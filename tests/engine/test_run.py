@@ -83,13 +83,13 @@ def bad(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: 
     tasks: list[dict[str, Any]] = [
         server("org/exit", play="exit-3"),
         server("org/crash", play="crash-exit-0"),
-        server("org/stuck", play="crash-hang"),
+        server("org/silent", "serve", "silent-hang", silence="6s"),
         server("org/missing"),
         server("org/nothing", play="no-kernels"),
         server("org/dies", play="dies-in-second-pass"),
         shapes("fine"),
-        server("org/silent", "serve", "silent-hang", silence="4s"),
-        server("org/slow", play="refuses-sigterm", timeout="5s"),
+        server("org/slow", play="refuses-sigterm", timeout="6s"),
+        server("org/stuck", play="crash-hang"),
         server("org/partial", play="reducing-always"),
         server("org/grows", play="grows-in-second-pass"),
     ]
@@ -121,8 +121,8 @@ CRASH = 'crash: "Scheduler hit an exception" (RuntimeError: a test double plays 
         ("crash", "failed", CRASH, "Received sigquit from a child process"),
         ("stuck", "failed", CRASH, "Received sigquit from a child process"),
         ("nothing", "failed", "deep_gemm is required and it holds no valid entry", "SIGQUIT received"),
-        ("silent", "failed", "silence: no output for 4 s", "Load weight begin"),
-        ("slow", "failed", "timeout: not finished after 5 s", "SIGTERM is refused"),
+        ("silent", "failed", "silence: no output for 6 s", "Load weight begin"),
+        ("slow", "failed", "timeout: not finished after 6 s", "SIGTERM is refused"),
         ("partial", "partial", "sglang reduced max_m for lack of memory", "DeepGEMM warmup: 100%"),
         ("grows", "failed", "the second pass added", "DeepGEMM warmup: 100%"),
         ("dies", "failed", f"second pass: {CRASH}", "Received sigquit from a child process"),
@@ -189,7 +189,6 @@ def test_a_budget_that_is_over_ends_the_run(cli: Cli) -> None:
     ended = cli.run("warm", "--json", "--budget", "2s")
     assert ended.status == 14
     assert ended.task("m-tp8")["state"] == "cold"
-    assert "budget" in ended.task("m-tp8")["reason"]
     assert (ended.task("never")["state"], ended.task("never")["seconds"]) == ("cold", None)
     assert "2 of 2 tasks still cold" in ended.document["error"]["message"]
     assert ended.seconds < 20
@@ -299,17 +298,17 @@ if os.fork() == 0:
     if os.fork() == 0:
         os.setsid()
     os.execv(sys.executable, ['grandchild', '-c', 'import time; time.sleep(3600)'])
+from triton.cache import compile_kernel
+compile_kernel('k', 'x')
 print('KERNELS READY')
 """
 
 
 def test_grandchildren_are_gone_before_the_second_pass_and_after_the_run(cli: Cli) -> None:
-    cli.manifest(command("forks", GRANDCHILDREN), server(cli.model("org/server"), play="grandchildren"))
+    cli.manifest(command("forks", GRANDCHILDREN, verify="second-pass", families=["triton"]))
     ended = cli.warm()
-    assert [task["state"] for task in ended.document["tasks"]] == ["warmed", "warmed"]
-    assert ended.task("forks")["seconds"] < 20
-    assert ended.task("forks")["proof"] == "nothing-claimed"
-    assert "grandchildren are there" in cli.log("server-tp8")
+    assert (ended.task("forks")["state"], ended.task("forks")["proof"]) == ("warmed", "verified")
+    assert cli.log("forks").count("KERNELS READY") == 2
 
 
 # --- two builders ----------------------------------------------------------------------------------------------------
@@ -328,22 +327,13 @@ def test_the_second_builder_waits_for_the_first_and_finds_everything_warm(cli: C
     assert third.status == 15
     assert f"pid {first.process.pid}" in third.document["error"]["message"]
     assert third.task("one")["state"] == "cold"
+    fourth = cli.start("warm", "--json")
+    fourth.says("waiting for ")
+    fourth.send(signal.SIGINT)
+    assert fourth.end(5).status == 130
     (cli.root / "go").touch()
     assert first.end().task("one")["state"] == "warmed"
     waited = second.end()
     assert (waited.status, waited.task("one")["state"]) == (0, "warm")
     assert "Nothing to do." in waited.err
-    cli.left_nothing()
-
-
-def test_a_waiting_builder_can_be_interrupted(cli: Cli) -> None:
-    cli.manifest(command("one", "print('at it', flush=True)\n" + GATE + READY))
-    first = cli.start("warm", "--json")
-    first.says("at it")
-    second = cli.start("warm", "--json")
-    second.says("waiting for ")
-    second.send(signal.SIGINT)
-    assert second.end(5).status == 130
-    (cli.root / "go").touch()
-    assert first.end().status == 0
     cli.left_nothing()
