@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import struct
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from builder.engine import Engine
-from tests.bench.measuring import CLI, Series, environment, in_turn, milliseconds, quietly, ratio, show, write_down
+from tests.bench.measuring import CLI, Way, environment, in_turn, milliseconds, quietly, ratio, show, write_down
 
 pytestmark = [pytest.mark.bench, pytest.mark.engine, pytest.mark.timeout(900)]
 
-ROUNDS = 25
+ROUNDS = 15
 MODELS = (
     "deepseek-ai/DeepSeek-V3-0324",
     "deepseek-ai/DeepSeek-V3.2",
@@ -33,15 +35,12 @@ VERSION_KEY = (
     "import hashlib, sys, torch, triton; "
     'print(hashlib.sha256(f"{sys.version}|{triton.__version__}|{torch.__version__}".encode()).hexdigest()[:12])'
 )
-#: Runs it as a process of its own, so often, inside one container, and prints the seconds of each.
+#: Runs it as a process of its own, and prints its seconds.
 IN_CONTAINER = """
-import json, subprocess, sys, time
-def once():
-    begun = time.perf_counter()
-    subprocess.run([sys.executable, "-c", sys.argv[1]], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begun
-once()
-print(json.dumps([once() for _ in range(int(sys.argv[2]))]))
+import subprocess, sys, time
+begun = time.perf_counter()
+subprocess.run([sys.executable, "-c", sys.argv[1]], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - begun)
 """
 
 
@@ -111,14 +110,15 @@ def entry(place: Path) -> None:
     (place / ".committed").touch()
 
 
-def version_key(image: str) -> Series:
-    """The ancestor's way, inside a container that runs already: the container's start is not counted."""
-    code = [IN_CONTAINER, VERSION_KEY, "5"]
-    return Series(
-        "import torch, triton for a version key",
-        json.loads(quietly([CLI, "run", "--rm", "--network", "none", "--entrypoint", "python", image, "-c", *code])),
-        "in the real image, without the container's start",
-    )
+@contextlib.contextmanager
+def version_key(image: str) -> Iterator[Callable[[], float]]:
+    """The ancestor's way, inside a container that runs already: neither its start nor `docker exec` is counted."""
+    idle = ["--init", "--network", "none", "--entrypoint", "sleep", image, "3600"]
+    container = quietly([CLI, "run", "--detach", *idle]).strip()
+    try:
+        yield lambda: float(quietly([CLI, "exec", container, "python", "-c", IN_CONTAINER, VERSION_KEY]))
+    finally:
+        quietly([CLI, "rm", "-f", container])
 
 
 def _run(command: list[str], env: dict[str, str]) -> None:
@@ -144,9 +144,11 @@ def test_a_warm_check(tmp_path: Path, engine: Engine, tiny_image: str, stand_in_
         "python -c pass": [sys.executable, "-c", "pass"],
     }
 
-    found = in_turn(ROUNDS, {name: functools.partial(_run, command, env) for name, command in ways.items()})
-    whole, single, client, *_ = series = [*found.values(), version_key(stand_in_image)]
-    ancestor = series[-1]
+    timed: dict[str, Way] = {name: functools.partial(_run, command, env) for name, command in ways.items()}
+    with version_key(stand_in_image) as key:
+        series = list(in_turn(ROUNDS, {**timed, "import torch, triton for a version key": key}).values())
+    whole, single, client, *_, ancestor = series
+    ancestor.remark = "in the real image, without the container's start"
     for one in (whole, single):
         one.remark = (
             f"{ratio(one, client):.2f} × docker-py, {ratio(ancestor, one):.1f} times as fast as importing torch"
