@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
     what it finds. strict: only a marker with the proof ``verified`` counts."""
     now = coverage(task, record=record, config_digest=config_digest)
     keys = toolchain.family_keys(record)
-    found = folder(root, folder_name(task.label, now))
+    found = [_vouching(item, task) for item in folder(root, folder_name(task.label, now))]
     good = [(item, item.marker) for item in found if item.marker is not None]
     same = [(item, marker) for item, marker in good if marker["coverage"] == now]
     cold = [
@@ -166,6 +166,30 @@ def publish(root: Path, marker: Mapping[str, Any]) -> str:
 # Judging
 
 
+def _required(task: Task) -> tuple[str, ...] | None:
+    """The families that a marker of this task claims at least; None where only its run can tell."""
+    if task.families is not None:
+        return task.families
+    return ("deep_gemm",) if task.recipe in ("compile-deep-gemm", "shapes") else None
+
+
+def _vouching(item: Found, task: Task) -> Found:
+    """The marker, unless it vouches for less than the task requires or for a family without an entry: no run writes
+    such a one, and what it lists could be all there while nothing is compiled."""
+    marker = item.marker
+    if marker is None:
+        return item
+    for family in dict.fromkeys((*(_required(task) or ()), *marker["claims"])):
+        if family not in marker["claims"]:
+            problem = f"it claims nothing for {files.printable(family)}"
+        elif not marker["entries"][family]:
+            problem = f"it claims no entry for {family}"
+        else:
+            continue
+        return replace(item, marker=None, problem=problem)
+    return item
+
+
 def _against_disk(root: Path, item: Found, marker: dict[str, Any], record: Record, strict: bool) -> Judgement:
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
@@ -215,9 +239,7 @@ def _reason(kind: str, rows: list[Row]) -> str:
 
 def _expected(task: Task, keys: Mapping[str, str]) -> str | None:
     """The name of the marker that the task would write, where that can be told before it has run."""
-    claims = task.families
-    if claims is None and task.recipe in ("compile-deep-gemm", "shapes"):
-        claims = ("deep_gemm",)
+    claims = _required(task)
     if claims is None or any(family not in keys for family in claims):
         return None
     return toolchain.digest({family: keys[family] for family in claims})

@@ -293,10 +293,40 @@ def test_nothing_listed_is_never_verified() -> None:
     assert build(claims=["deep_gemm", "triton"])["proof"] == "inventory"
 
 
-def test_a_marker_that_boasts_is_not_believed(warm: Path) -> None:
-    boast = {**build(), "entries": {"deep_gemm": []}}
-    markers.publish(warm, boast)
-    assert judge(warm, strict=True).reason == "unverified"
+@pytest.mark.parametrize(
+    ("task", "boast", "why"),
+    [
+        (TASK, {"claims": []}, "it claims nothing for deep_gemm"),
+        (TASK, {"entries": {"deep_gemm": []}}, "it claims no entry for deep_gemm"),
+        (dataclasses.replace(TASK, recipe="shapes"), {"claims": []}, "it claims nothing for deep_gemm"),
+        (dataclasses.replace(TASK, families=("deep_gemm", "triton")), {}, "it claims nothing for triton"),
+        (dataclasses.replace(TASK, recipe="serve"), {"entries": {"deep_gemm": []}}, "it claims no entry for deep_gemm"),
+    ],
+)
+def test_a_marker_that_vouches_for_too_little_is_not_believed(
+    warm: Path, task: Task, boast: dict[str, Any], why: str
+) -> None:
+    path = markers.publish(warm, {**build(task), **boast})
+    for strict in (False, True):
+        judgement = judge(warm, task, strict=strict)
+        assert (judgement.state, judgement.reason) == ("cold", f"marker-unreadable: {path}: {why}")
+
+
+def test_a_marker_that_vouches_for_too_little_hides_no_better_reason(warm: Path) -> None:
+    less = markers.publish(warm, build(claims=[], entries={}))
+    os.utime(warm / less, (time.time() + 100, time.time() + 100))
+    assert judge(warm).state == "warm"
+    assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith("compile: deep_gemm deep_gemm was ")
+
+
+@pytest.mark.parametrize(("recipe", "families"), [("serve", None), ("command", None), ("compile-deep-gemm", ())])
+def test_a_task_that_requires_nothing_may_claim_nothing(
+    tmp_path: Path, recipe: str, families: tuple[str, ...] | None
+) -> None:
+    task = dataclasses.replace(TASK, recipe=recipe, families=families)
+    markers.publish(tmp_path, build(task, claims=[], entries={}))
+    assert judge(tmp_path, task).state == "warm"
+    assert judge(tmp_path, task, strict=True).reason == "unverified"
 
 
 def test_a_task_without_claims_depends_on_its_coverage_alone(tmp_path: Path) -> None:
