@@ -193,21 +193,26 @@ def _finished(family: Family, path: str) -> list[os.DirEntry[str]] | None:
     return None if items is None else [item for item in items if not matches(item.name, family.transient)]
 
 
-def size_and_stamp(base: str, name: str) -> tuple[int, int]:
-    """Bytes of an entry's files, and the mtime in ns of its ``.committed``, which a hit touches (0: it has none)."""
-    path, size, stamp = f"{base}/{name}", 0, 0
+def size_and_times(family: Family, base: str, name: str) -> tuple[int, int, int]:
+    """Bytes of an entry's files; the mtime in ns of its ``.committed``, which a hit touches (0: it has none); and the
+    newest mtime in ns of its other files, which only compiling changes (0: a use does as well, or it cannot be told).
+    """
+    path, size, used, written = f"{base}/{name}", 0, 0, 0
     try:
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode):
-            return status.st_size, 0
+            told = not matches(name.rpartition("/")[2], family.rewritten)
+            return status.st_size, 0, status.st_mtime_ns if told else 0
         for item in listing(path) or ():
             found = item.stat(follow_symlinks=False)
             size += found.st_size if stat.S_ISREG(found.st_mode) else 0
             if item.name == ".committed":
-                stamp = found.st_mtime_ns
+                used = found.st_mtime_ns
+            elif not matches(item.name, family.transient):
+                written = max(written, found.st_mtime_ns)
     except (OSError, ValueError):
-        return size, stamp
-    return size, stamp
+        return size, used, 0
+    return size, used, written
 
 
 def _is_regular(path: str) -> bool:

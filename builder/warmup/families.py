@@ -57,6 +57,10 @@ TRANSIENT = (
     ".nfs*",
 )
 
+#: Names of files, in families whose entries are files, that a mere use writes to: FlashInfer logs every load, and ninja
+#: every build that had something to do, beside what it made. Their times tell nothing.
+REWRITTEN = ("*.log", ".ninja_log", ".ninja_deps")
+
 _ABANDONED = "abandoned by a process that was killed"
 
 
@@ -74,6 +78,7 @@ class Family:
     on, component by component, one without is matched against the name at any depth.
     host_specific: names, directly in the family's directory, that are true on one host only: never entries.
     whole: patterns of directories that are published by one rename, so that they are moved aside only as a whole.
+    rewritten: names of files that a mere use writes anew, so that a new time is no sign of a compilation.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Family:
     leftovers: tuple[tuple[str, str], ...] = ()
     host_specific: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = REWRITTEN
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -174,6 +180,8 @@ FAMILIES: tuple[Family, ...] = (
         leftovers=(("*.tmp", f"write {_ABANDONED}"), ("tmp.pid_*", f"write {_ABANDONED}")),
         # Keyed by CUDA_VISIBLE_DEVICES alone; on another host its answers are wrong.
         host_specific=("gpu_p2p_access_cache_for_*",),
+        # FlashInfer's tuning results (flashinfer_autotune.py): every server saves what it has loaded.
+        rewritten=(*REWRITTEN, "rank_*.json"),
     ),
     Family(
         name="cuda",

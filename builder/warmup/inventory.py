@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from builder.warmup import elf
-from builder.warmup.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_stamp
+from builder.warmup.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_times
 from builder.warmup.families import Family
 from builder.warmup.files import UNREADABLE, is_dir, listing, matches, printable, walk, why
 
@@ -35,6 +35,7 @@ __all__ = [
     "check",
     "elf_problem",
     "may_be_in_progress",
+    "recompiled",
     "remove_host_specific",
     "scan",
     "sweep",
@@ -59,11 +60,13 @@ _NAME = {
 @dataclass(frozen=True)
 class Entry:
     """One compile result. name: posix, from the family's directory. bytes: of all its files. used_ns: mtime of the
-    stamp that a hit touches, 0 where the family has none. problem: why it is not valid, naming the file."""
+    stamp that a hit touches, 0 where the family has none. written_ns: newest mtime of its other files, 0 where that
+    says nothing. problem: why it is not valid, naming the file."""
 
     name: str
     bytes: int
     used_ns: int
+    written_ns: int
     problem: str | None
 
 
@@ -98,10 +101,10 @@ def scan(family: Family, directory: Path, *, mount: str | None = None) -> Invent
     base = str(directory)
     entries = {}
     for name in NAMES[family.layout](family, base):
-        size, used_ns = size_and_stamp(base, name)
+        size, used_ns, written_ns = size_and_times(family, base, name)
         problem = problem_of(family, base, name, mount)
         if problem != MISSING:  # gone between listing and looking
-            entries[name] = Entry(name, size, used_ns, problem)
+            entries[name] = Entry(name, size, used_ns, written_ns, problem)
     return Inventory(entries)
 
 
@@ -128,6 +131,17 @@ def used(before: Inventory, after: Inventory) -> set[str]:
         if name not in before.valid
         or after.entries[name].used_ns == 0
         or after.entries[name].used_ns != before.entries[name].used_ns
+    }
+
+
+def recompiled(before: Inventory, after: Inventory) -> set[str]:
+    """Entries that are valid at both times and were written in between: builders that work in place, and caches that
+    never hit, make no new name."""
+    return {
+        name
+        for name in before.valid & after.valid
+        if before.entries[name].written_ns
+        and after.entries[name].written_ns not in (0, before.entries[name].written_ns)
     }
 
 

@@ -219,6 +219,7 @@ class Warming:
             raise Failed(f"second pass: {partial}") from None
         again = self._scan()
         grown = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.added(after[name], again[name]))]
+        anew = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.recompiled(after[name], again[name]))]
         lost = [f"{name}/{entry}" for name in claims for entry in sorted(after[name].valid - again[name].valid)]
         self.verdict.second_pass_added = len(grown)
         self._count(again, only=claims)
@@ -226,6 +227,11 @@ class Warming:
             noun = "entry" if len(grown) == 1 else "entries"
             raise Failed(
                 f"the second pass added {len(grown)} {noun} (first: {grown[0]}): the first one did not warm everything"
+            )
+        if anew:
+            noun = "entry" if len(anew) == 1 else "entries"
+            raise Failed(
+                f"the second pass compiled {len(anew)} {noun} again (first: {anew[0]}): it did not use them"
             )
         if lost:
             raise Failed(

@@ -483,6 +483,40 @@ def test_added_and_used_by_the_stamp(tmp_path: Path) -> None:
     assert inventory.added(after, after) == inventory.used(after, after) == set()
 
 
+def test_what_was_compiled_again_shows_in_its_files_and_not_in_a_hits_traces(tmp_path: Path) -> None:
+    places = {DEEP_GEMM: tmp_path / "deep_gemm", TRITON: tmp_path / "triton", FAMILY["flashinfer"]: tmp_path / "fi"}
+    kernel, group = deep_gemm_entry(places[DEEP_GEMM]), triton_entry(places[TRITON])
+    cached = places[FAMILY["flashinfer"]] / "cached_ops" / "page"
+    cached.mkdir(parents=True)
+    for name in ("page.ptx", "build.ninja", ".ninja_log", ".ninja_deps"):
+        (cached / name).write_text("x")
+    (cached.parents[1] / "flashinfer_jit.log").write_text("x")
+    before = {family: inventory.scan(family, place) for family, place in places.items()}
+
+    def again(*touched: Path) -> set[str]:
+        for path in touched:
+            os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+        found = {family: inventory.scan(family, place) for family, place in places.items()}
+        return {name for family in places for name in inventory.recompiled(before[family], found[family])}
+
+    (group / "mm.json.lock").touch()
+    assert again() == set()
+    traces = (cached / ".ninja_log", cached / ".ninja_deps", cached.parents[1] / "flashinfer_jit.log")
+    assert again(kernel / ".committed", kernel, group, group / "mm.json.lock", *traces) == set()
+    assert again(cached / "page.ptx") == {"cached_ops/page/page.ptx"}
+    assert again(kernel / "kernel.cubin", group / "mm.cubin") == {"cached_ops/page/page.ptx", NAME, KEY}
+
+
+def test_a_family_of_saved_tunings_is_not_compiled_by_saving(tmp_path: Path) -> None:
+    path = tmp_path / "flashinfer" / "autotune" / "rank_tp0_pp0_dp0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    before = inventory.scan(FAMILY["sglang_cache"], tmp_path)
+    os.utime(path, ns=(1, 1))
+    assert before.valid
+    assert inventory.recompiled(before, inventory.scan(FAMILY["sglang_cache"], tmp_path)) == set()
+
+
 def test_without_stamps_every_valid_entry_was_used(tmp_path: Path) -> None:
     triton_entry(tmp_path)
     triton_entry(tmp_path, "BROKEN").joinpath("mm.cubin").unlink()

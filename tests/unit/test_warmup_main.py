@@ -144,6 +144,28 @@ def test_a_command_is_run_again_and_claims_what_it_needs(program: Program) -> No
     assert done.stdout.count(b"KERNELS READY") == 2
 
 
+@pytest.mark.parametrize(
+    ("hit", "reason"),
+    [
+        (False, "the second pass compiled 1 entry again (first: tvm_ffi/kernel_1/kernel.ptx): it did not use them"),
+        (True, ""),
+    ],
+)
+def test_a_builder_that_works_in_place_proves_nothing_by_making_no_new_name(
+    program: Program, hit: bool, reason: str
+) -> None:
+    code = (
+        "import os, pathlib, sys; folder = pathlib.Path(os.environ['TVM_FFI_CACHE_DIR'], 'kernel_1')\n"
+        "folder.mkdir(exist_ok=True); kernel = folder / 'kernel.ptx'\n"
+        "with (folder / 'build.log').open('a') as log: log.write('loaded')\n"
+        "if sys.argv[1] == 'False' or not kernel.exists(): kernel.write_text('// kernel')\n"
+    )
+    done = program.run(program.command(code, str(hit), families=("tvm_ffi",)))
+    assert done.verdict["reason"] == reason
+    assert (done.status, done.verdict["proof"]) == ((0, "verified") if hit else (20, None))
+    assert bool(marker_files(program)) == hit
+
+
 def test_a_command_that_claims_nothing_runs_once(program: Program) -> None:
     done = program.run(program.command("print('done')"))
     assert (done.verdict["proof"], done.verdict["state"]) == ("nothing-claimed", "warmed")
