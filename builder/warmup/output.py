@@ -21,10 +21,14 @@ STDOUT, STDERR = 0, 1
 
 
 class Redactor:
-    """Takes secret values out of one stream, also where a read cuts them in two."""
+    """Takes secret values out of one stream, also where a read cuts them in two.
+
+    White space around a value, such as the newline that a file ended with, is no part of what is secret: masked with
+    it, two lines of the log would become one.
+    """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        values = {secret.encode() for secret in secrets}
+        values = {os.fsencode(secret).strip() for secret in secrets}
         self._secrets = sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
         self._any = re.compile(b"|".join(map(re.escape, self._secrets)))
         self._held = b""

@@ -112,6 +112,17 @@ def test_a_secret_is_masked_wherever_a_read_cuts_it(cut: int) -> None:
     assert shown.endswith(MASK + b"!")
 
 
+@pytest.mark.parametrize("around", ["{}\n", " {}\r\n", "\t{} "])
+def test_white_space_around_a_secret_is_not_masked_with_it(around: str) -> None:
+    redactor = Redactor([around.format("hf_abcdef")])
+    assert redactor.feed(b"one hf_abcdef\ntwo\n") + redactor.flush() == b"one ***\ntwo\n"
+    assert Redactor([around.format("hf_ab")]).feed(b"hf_ab\n") == b"hf_ab\n"
+
+
+def test_a_secret_that_is_not_utf_8_is_one_all_the_same() -> None:
+    assert Redactor([os.fsdecode(b"\xff\xfe-secret")]).feed(b"is \xff\xfe-secret.") == b"is ***."
+
+
 def test_what_only_looks_like_the_start_of_a_secret_is_printed_in_the_end() -> None:
     redactor = Redactor(["hf_abcdef"])
     assert redactor.feed(b"a hf_abc") == b"a "
