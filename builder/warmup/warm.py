@@ -219,7 +219,9 @@ class Warming:
             raise Failed(f"second pass: {partial}") from None
         again = self._scan()
         grown = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.added(after[name], again[name]))]
-        anew = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.recompiled(after[name], again[name]))]
+        anew = [
+            f"{name}/{entry}" for name in claims for entry in sorted(inventory.recompiled(after[name], again[name]))
+        ]
         lost = [f"{name}/{entry}" for name in claims for entry in sorted(after[name].valid - again[name].valid)]
         self.verdict.second_pass_added = len(grown)
         self._count(again, only=claims)
@@ -230,9 +232,7 @@ class Warming:
             )
         if anew:
             noun = "entry" if len(anew) == 1 else "entries"
-            raise Failed(
-                f"the second pass compiled {len(anew)} {noun} again (first: {anew[0]}): it did not use them"
-            )
+            raise Failed(f"the second pass compiled {len(anew)} {noun} again (first: {anew[0]}): it did not use them")
         if lost:
             raise Failed(
                 f"{len(lost)} entries were valid before the second pass and are not after it (first: {lost[0]})"
