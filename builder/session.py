@@ -279,7 +279,6 @@ class Session:
             log_limit=manifest.container.log_limit,
             workdir=self.serving.workdir or "/",
             secrets=tuple(name for name in manifest.container.secrets if compiles and self.options.environ.get(name)),
-            force=self.options.force,
             job_max=manifest.cache.job_max,
             repair=repair,
             observed={"host": socket.gethostname(), "builder": __version__, "image": self.serving.ref},

@@ -26,7 +26,8 @@ def main() -> int:
     """Never raises for what the job or the machine is like: that is said, and becomes the exit status."""
     try:
         # Gone before any child starts: the nonce in it is what makes a line an event.
-        job = Job.from_json(os.environ.pop(JOB_VARIABLE, ""))
+        # It is UTF-8 whatever the image's locale is.
+        job = Job.from_json(os.fsencode(os.environ.pop(JOB_VARIABLE, "")).decode("utf-8", "surrogateescape"))
     except ValueError as error:
         print(f"warm-cache: {error}", file=sys.stderr, flush=True)  # noqa: T201 - without a job there is no output yet
         return NO_JOB

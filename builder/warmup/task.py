@@ -24,6 +24,8 @@ SHAPE = re.compile(
     re.ASCII,
 )
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @dataclass(frozen=True, order=True)
 class Shape:
@@ -97,14 +99,15 @@ class Job:
     log_limit: int = 2 << 30
     workdir: str = "/"
     secrets: tuple[str, ...] = ()
-    force: bool = False
     job_max: float = 6 * 3600.0
     repair: bool = False
     observed: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The document for ``WARM_CACHE_JOB``."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        """The document for ``WARM_CACHE_JOB``: valid UTF-8, and short, because Linux takes no environment string above
+        128 KiB. Only what cannot be UTF-8 (half a surrogate pair) is escaped."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> Job:

@@ -14,7 +14,7 @@ import pytest
 
 from builder.warmup import markers, toolchain
 from builder.warmup.coverage import config_digest
-from builder.warmup.task import JOB_VARIABLE, Shape
+from builder.warmup.task import JOB_VARIABLE, Job, Shape, Task
 from tests.program import ROOT, Program
 
 SHAPE = Shape("GEMM_NT_F8F8BF16", 4096, 7168)
@@ -43,6 +43,22 @@ def test_no_job_is_a_sentence_and_not_a_traceback(program: Program, text: str) -
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
     assert done.stdout == b""
+
+
+def test_a_job_takes_the_room_of_its_text_and_no_more() -> None:
+    job = Job("run", "n", "/jit", task=Task("l", "m", "command", argv=("模型" * 15_000,)))
+    assert len(job.to_json().encode()) < 92_000
+    assert Job.from_json(job.to_json()) == job
+    strange = Job("run", "n", "/jit", task=Task("l", "m", "command", argv=("\udcff\ud800 \U0001d11e é \0\x7f\u2028",)))
+    assert Job.from_json(strange.to_json().encode("utf-8", "strict").decode()) == strange
+
+
+def test_a_job_reads_the_same_in_every_locale(program: Program) -> None:
+    task = program.command("pass", model="é模")
+    for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
+        done = program.run(task, environ=locale)
+        assert done.status == 0, done.stderr
+        assert json.loads((program.root / done.verdict["marker"]).read_text())["coverage"]["model"] == "é模"
 
 
 def test_a_run_without_a_task_is_refused(program: Program) -> None:
