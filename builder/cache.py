@@ -23,6 +23,7 @@ from builder.errors import EngineLostError, EngineRefusedError, PreflightError
 from builder.manifest import Manifest
 from builder.warmup import families, files, markers
 from builder.warmup.coverage import STORE_MOUNT as STORE
+from builder.warmup.coverage import is_commit
 
 #: What decides whether a task is warm, without the entries themselves.
 INDEX = ("layout.json", "images", "markers")
@@ -80,7 +81,10 @@ class CacheRoot:
         root = self._manifest.cache.root
         if root is None or self.exists():
             return False
-        root.mkdir(exist_ok=True)  # another builder may be doing so too
+        try:
+            root.mkdir(exist_ok=True)  # another builder may be doing so too
+        except OSError as error:
+            raise PreflightError(f"cannot make the cache root {root}: {error.strerror}. Set [cache] root") from error
         return True
 
     @contextlib.contextmanager
@@ -189,7 +193,10 @@ class CacheRoot:
         base = f"hub/models--{model.replace('/', '--')}"
         self._unpack(container, f"{STORE}/{base}/refs", copy / base)
         for reference in (copy / base / "refs").glob("*") if (copy / base / "refs").is_dir() else ():
-            snapshot = f"{base}/snapshots/{reference.read_text(errors='replace').strip()}"
+            commit = reference.read_text(errors="replace").strip()
+            if not is_commit(commit):
+                continue
+            snapshot = f"{base}/snapshots/{commit}"
             target = self._engine.link_target(container, f"{STORE}/{snapshot}/config.json")
             if target is None:
                 continue
@@ -211,7 +218,8 @@ class CacheRoot:
                 return
             raise
         try:
-            with tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
+            # Closed here on every way out: an archive that nobody reads to its end keeps the engine from removing.
+            with contextlib.closing(stream), tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
                 for member in tar:
                     _extract(tar, member, target, 1 if strip else 0)
         except tarfile.TarError as error:

@@ -21,10 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from builder import __version__
+from builder import __version__, preflight
+from builder.complaints import EngineTimeoutError
 from builder.container import Cancel
 from builder.engine import Engine
-from builder.errors import BuilderError, DefectError, Interrupted, PreflightError, ProblemsError, UsageError
+from builder.errors import (
+    BuilderError,
+    DefectError,
+    EngineLostError,
+    Interrupted,
+    PreflightError,
+    ProblemsError,
+    UsageError,
+)
 from builder.manifest import Manifest, Overrides, cache_of, load, profiles, select
 from builder.report import TASK_COLUMNS, Console, Report, counted, task_table
 from builder.session import Options, Session
@@ -263,10 +272,16 @@ class _Invocation:
             force=getattr(self.arguments, "force", False),
             strict=getattr(self.arguments, "strict", False),
             allow_busy=getattr(self.arguments, "allow_busy", False),
+            creates=self.arguments.verb == "warm",
         )
         engine = Engine(self.environ.get("DOCKER_HOST") or None, timeout)
         with contextlib.closing(engine):
-            engine.connect()
+            try:
+                engine.connect()
+            except EngineTimeoutError:
+                raise
+            except EngineLostError as error:
+                raise preflight.without_engine(manifest, engine.url, error) from error
             # All that is loaded by now stays to the end. Not looking through it, at every collection and once more at
             # exit, saves a tenth of a check.
             gc.freeze()
@@ -320,6 +335,7 @@ class _Invocation:
                     self.report.extra["env"] = text
                 else:
                     print(text)
+                verbs.warmth(session)
             case verb:
                 from builder import verbs
 

@@ -17,7 +17,7 @@ import os
 import posixpath
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from builder.attachment import Connection
@@ -369,7 +369,7 @@ class Engine:
 
     # --- files and volumes -------------------------------------------------------------------------------------------
 
-    def archive(self, container: str, path: str) -> Iterator[bytes]:
+    def archive(self, container: str, path: str) -> Generator[bytes, None, None]:
         """The tar of a path in a container that need not run. Raises NotFoundError at once when there is none."""
         doing = f"cannot read {path} in {container[:12]}"
         # requests offers gzip by itself, the engine takes the offer, and what is read below is what is on the wire.
@@ -378,7 +378,7 @@ class Engine:
             response = self._request("GET", "/containers/{0}/archive", container, **how)
         return self._chunks(response, doing)
 
-    def _chunks(self, response: Any, doing: str) -> Iterator[bytes]:
+    def _chunks(self, response: Any, doing: str) -> Generator[bytes, None, None]:
         with contextlib.closing(response):
             yield from self._iterated(response.raw.stream(1 << 20, decode_content=False), doing)
 

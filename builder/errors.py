@@ -26,6 +26,9 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: The head of every list of preflight problems.
+CANNOT_RUN = "this machine can't run it"
+
 
 class BuilderError(Exception):
     """Base of everything this program raises on purpose."""
@@ -62,8 +65,8 @@ class Problem:
 class ProblemsError(BuilderError):
     """Several problems reported at once, never one per run."""
 
-    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, problems: Sequence[Problem] = (), *, notes: Sequence[str] = ()) -> None:
+        super().__init__(message, notes=notes)
         self.problems = tuple(problems)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from builder import holder
 from builder.container import Cancel
 from builder.errors import BuilderError, PreflightError, ProblemsError
+from builder.locks import open_lock
 from builder.manifest import CacheSpec
 from builder.report import Console
 from builder.session import Session
@@ -63,7 +64,7 @@ def _take(
 ) -> None:
     if cache.root is not None and here:
         try:
-            descriptor = os.open(cache.root / PATH, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_lock(cache.root / PATH)
         except OSError as error:
             if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not _is_root(cache.root):
                 console.say(f"there is no cache at {cache.root} yet, so there is nothing to hold")

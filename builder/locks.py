@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from builder.container import Cancel
-from builder.errors import BusyError
+from builder.errors import BusyError, PreflightError
 from builder.waiting import Deadline, poll
 
 
@@ -39,6 +40,15 @@ class Patience:
     def exhausted(self, what: str) -> BusyError:
         """The end of it."""
         return BusyError(f"{what}, still after {self._seconds:.0f} s. Wait for it, or raise --lock-timeout.")
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file that is there. Raises OSError, and PreflightError for what cannot be one: a link
+    would lock something else, and a FIFO would be waited for.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise PreflightError(f"{path} is no regular file, so it cannot be a lock. Something else made it: remove it")
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def try_lock(descriptor: int) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from builder import gpus
 from builder.engine import Engine
-from builder.errors import EngineRefusedError, Problem
+from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.gpus import Look, Process
 from builder.manifest import Manifest
+from builder.warmup import layout
 from builder.warmup.toolchain import Record
 
 #: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
@@ -24,29 +25,38 @@ def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
     """Everything that is known without starting a container. The engine is connected; `Engine.connect` says why it is
     not.
     """
-    yield from _image(manifest, engine)
-    yield from _gpus(manifest, engine)
-    yield from _cache(manifest, engine)
-    yield from _store(manifest, engine)
+    ref = manifest.image.ref
+    image = engine.image(ref)
+    if image is None:
+        text = f"{ref} is not on this engine."
+        yield Problem("image", text, f"Run: docker pull {ref}, or: warm-cache warm --pull.")
+    if engine.local:
+        yield from _host(manifest, image is not None)
 
 
-def _image(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
-    if engine.image(manifest.image.ref) is None:
-        yield Problem(
-            "image",
-            f"{manifest.image.ref} is not on this engine.",
-            f"Run: docker pull {manifest.image.ref}, or pass --pull.",
-        )
+def without_engine(manifest: Manifest, url: str, error: EngineLostError) -> PreflightError:
+    """No engine answers: that, and what this machine lacks besides if the engine was meant to be on it."""
+    problems = [Problem("engine", f"{error.message}.".replace("..", "."))]
+    if url.startswith("unix://"):
+        problems += _host(manifest, False)
+    return PreflightError(CANNOT_RUN, problems)
 
 
-def _gpus(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+def _host(manifest: Manifest, image: bool) -> Iterator[Problem]:
+    """What is wrong with the machine that the engine runs on, which is this one. image: whether there is one to ask."""
+    yield from _gpus(manifest, image)
+    yield from _cache(manifest)
+    yield from _store(manifest)
+
+
+def _gpus(manifest: Manifest, image: bool) -> Iterator[Problem]:
     """What the host's driver says. A container's own view is the last word: `seen_problems`."""
     wanted = manifest.gpus
-    if not wanted.count or not engine.local:
+    if not wanted.count:
         return
     host = gpus.host_gpus()
     if host is None or not host.names:
-        if engine.image(manifest.image.ref) is None:
+        if not image:
             what = "no NVIDIA driver is loaded on this machine" if host is None else "the driver sees no GPU"
             yield Problem(
                 "GPUs",
@@ -124,9 +134,9 @@ def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
     return None
 
 
-def _cache(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+def _cache(manifest: Manifest) -> Iterator[Problem]:
     root = manifest.cache.root
-    if root is None or not engine.local:
+    if root is None:
         return
     if not root.exists():
         if not root.parent.is_dir():
@@ -143,6 +153,12 @@ def _cache(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
     if not root.is_dir():
         yield Problem("cache", f"{root} is not a directory.", "Set [cache] root to a directory on a local file system.")
         return
+    if foreign := layout.foreign(root):
+        yield Problem(
+            "cache",
+            f"{root} is no cache root, and not empty ({foreign} is in it).",
+            "Set [cache] root to an empty directory.",
+        )
     free = shutil.disk_usage(root).free
     if free < MIN_FREE_BYTES:
         yield Problem(
@@ -152,9 +168,9 @@ def _cache(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
         )
 
 
-def _store(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+def _store(manifest: Manifest) -> Iterator[Problem]:
     store = manifest.models.store
-    if store is None or not engine.local:
+    if store is None:
         return
     if not Path(store).is_dir():
         yield Problem(

@@ -42,7 +42,18 @@ def warm(session: Session, tasks: tuple[Task, ...]) -> None:
                 with session.console.group(title), gpus.free_after(item.task.label):
                     settle(session, item, warm_task(session, item))
                 session.cancel.check()
+        recheck(session, tasks)
     conclude(session)
+
+
+def recheck(session: Session, tasks: tuple[Task, ...]) -> None:
+    """What was warm when its turn came may not be any more: a later task can have removed what it stands on."""
+    results = {result.label: result for result in session.report.tasks}
+    for item in session.plan(tasks).items:
+        result = results[item.task.label]
+        if result.state in ("warm", "warmed") and not item.warm:
+            result.state, result.verified = "failed", False
+            result.reason = f"no longer warm at the end of the run: {item.judgement.reason}"
 
 
 def todo(session: Session, plan: Plan) -> tuple[Item, ...]:
@@ -108,9 +119,13 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
     if state != "warmed":
         state = state if state in ("partial", "skipped") else "failed"
         return result_of(item, state, reason, **numbers)
+    if outcome.exit_code != 0:
+        return result_of(item, "failed", f"its verdict is warmed, but the container {describe(outcome)}", **numbers)
     now = session.plan((item.task,)).items[0]
     if not now.warm:
         return result_of(item, "failed", f"its marker does not hold: {now.judgement.reason}", **numbers)
+    if not session.wrote(now.judgement.marker):
+        return result_of(item, "failed", "its verdict is warmed, but the marker is an older one", **numbers)
     return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
 
 
@@ -147,7 +162,7 @@ def announce(session: Session, plan: Plan) -> None:
     devices = f"{manifest.gpus.count} GPUs" if manifest.gpus.count else "no GPUs"
     session.console.say(f"warm-cache  {image.ref} ({image.id[:19]}…)  {devices}  cache {session.cache.name}")
     keys = toolchain.family_keys(plan.items[0].record)
-    session.console.say(f"toolchain {plan.digest} of {counted(len(keys), 'family').replace('familys', 'families')}")
+    session.console.say(f"toolchain {plan.digest} of {len(keys)} families, logs in {session.options.log_dir}")
     cold = todo(session, plan)
     session.console.say(f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(cold)} warm, {len(cold)} to do")
     for item in cold:

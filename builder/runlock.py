@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 
 from builder import holder
+from builder.locks import open_lock
 from builder.session import Session
 
 PATH = "locks/run.lock"
@@ -22,7 +23,7 @@ def held(session: Session) -> Iterator[None]:
     """Holds the run lock. Raises BusyError when another builder still has it after ``[run] lock_timeout``."""
     root = session.cache.direct()
     try:
-        descriptor = os.open(root / PATH, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if root else None
+        descriptor = open_lock(root / PATH) if root else None
     except OSError:
         descriptor = None
     name, doing = session.cache.name, f"works on {session.cache.name}"

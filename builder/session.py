@@ -21,7 +21,15 @@ from builder import __version__, gpulock, gpus, hooks, preflight
 from builder.cache import CacheRoot
 from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine, Image, Mount
-from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem, UsageError
+from builder.errors import (
+    CANNOT_RUN,
+    BuilderError,
+    EngineLostError,
+    EngineRefusedError,
+    PreflightError,
+    Problem,
+    UsageError,
+)
 from builder.gpus import Look, Nvml
 from builder.image import PROGRAM_ROOT, identity, warmup_image
 from builder.lease import Lease, Swept, debts, sweep
@@ -34,6 +42,12 @@ from builder.warmup import toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.task import JOB_VARIABLE, Job, Task
 from builder.warmup.toolchain import Record
+
+#: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
+MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
+
+#: What an init exits with when it finds no such program, or may not run it.
+NO_PYTHON = (126, 127)
 
 #: A probe reads metadata and asks two libraries: well under a second. The rest is a slow disk's share.
 PROBE_TIMEOUT = 120.0
@@ -52,6 +66,7 @@ class Options:
     force: bool = False
     strict: bool = False
     allow_busy: bool = False
+    creates: bool = False
 
 
 @dataclass(eq=False)
@@ -142,8 +157,14 @@ class Session:
 
     @functools.cached_property
     def warmup(self) -> Image:
-        """The warm-up image, built on first use."""
-        return warmup_image(self.engine, self.serving, self.manifest.image.setup, self._build_line)
+        """The warm-up image, built on first use. Raises PreflightError where the serving image, or a setup command on
+        it, cannot be built on.
+        """
+        try:
+            return warmup_image(self.engine, self.serving, self.manifest.image.setup, self._build_line)
+        except EngineRefusedError as error:
+            problem = Problem("image", f"{error.message}.", "See [image] setup, and ONBUILD of the serving image.")
+            raise PreflightError(CANNOT_RUN, [problem], notes=error.notes) from error
 
     def _build_line(self, line: str) -> None:
         if self.console.verbose:
@@ -154,7 +175,7 @@ class Session:
         """Preflight. Raises PreflightError with every problem of this machine."""
         problems = list(preflight.problems(self.manifest, self.engine))
         if problems:
-            raise PreflightError("this machine can't run it", [*problems, *self.busy()])
+            raise PreflightError(CANNOT_RUN, [*problems, *self.busy()])
 
     def busy(self) -> list[Problem]:
         """Who holds GPUs that this manifest wants, as far as that can be seen and does not change by itself."""
@@ -220,6 +241,11 @@ class Session:
             self._records[env] = record if record is not None else self.probe(env)
         return self._records
 
+    def wrote(self, marker: Mapping[str, Any] | None) -> bool:
+        """Whether a marker is this run's own."""
+        observed = (marker or {}).get("observed")
+        return isinstance(observed, dict) and observed.get("run") == self.run_id
+
     @property
     def identity(self) -> str:
         return identity(self.serving, self.manifest.image.setup)
@@ -227,7 +253,7 @@ class Session:
     def probe(self, env: ProbeEnv) -> Record:
         """Asks a container what its kernels would depend on. It also lays out the cache root and writes the memo."""
         self.ready()
-        if self.cache.create():
+        if self.options.creates and self.cache.create():
             self.console.say(f"created {self.cache.name}")
         task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=PROBE_TIMEOUT)
         outcome = self.run(
@@ -240,11 +266,14 @@ class Session:
         found = [known for known in told if toolchain.sound(known)]
         if not found:
             why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
+            if outcome.exit_code in NO_PYTHON:
+                problem = Problem("image", f"{self.manifest.image.ref} cannot run python3, which it needs: {why}.")
+                raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
             raise BuilderError(f"the probe of {self.manifest.image.ref} told nothing: {why}", notes=outcome.tail)
         record: Record = found[-1]
         problems = list(preflight.seen_problems(self.manifest, record))
         if problems:
-            raise PreflightError("this machine can't run it", problems)
+            raise PreflightError(CANNOT_RUN, problems)
         return record
 
     # --- one container -----------------------------------------------------------------------------------------------
@@ -281,7 +310,12 @@ class Session:
             secrets=tuple(name for name in manifest.container.secrets if compiles and self.options.environ.get(name)),
             job_max=manifest.cache.job_max,
             repair=repair,
-            observed={"host": socket.gethostname(), "builder": __version__, "image": self.serving.ref},
+            observed={
+                "host": socket.gethostname(),
+                "builder": __version__,
+                "image": self.serving.ref,
+                "run": self.run_id,
+            },
         )
         spec = ContainerSpec(
             image=self.warmup.id,
@@ -290,7 +324,7 @@ class Session:
             command=[],
             env=self._environment(job),
             labels=lease.labels(task.label, lifetime),
-            mounts=(self.cache.mount(), *(self._store() if compiles else ())),
+            mounts=(*self._root(), *(self._store() if compiles else ())),
             gpus=_devices(manifest) if compiles else 0,
             shm_size=manifest.container.shm_size,
             network=manifest.container.network if compiles else "none",
@@ -316,7 +350,7 @@ class Session:
             problem = preflight.no_driver(manifest, error) or preflight.no_source(manifest, error)
             if problem is None:
                 raise
-            raise PreflightError("this machine can't run it", [problem]) from error
+            raise PreflightError(CANNOT_RUN, [problem]) from error
         self.report.warnings += outcome.problems
         if outcome.container:
             self.ran[outcome.container] = spec.name
@@ -331,9 +365,23 @@ class Session:
             raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
         return directory
 
+    def _root(self) -> tuple[Mount, ...]:
+        """The cache root; nothing where a verb that only reads must not make one, and then its place is in the
+        container.
+        """
+        return (self.cache.mount(),) if self.options.creates or self.cache.exists() else ()
+
     def _environment(self, job: Job) -> dict[str, str]:
         """Secrets are handed on by name and never enter the job, a label or a log."""
-        env = {JOB_VARIABLE: job.to_json()}
+        document = job.to_json()
+        if len(document.encode()) > MAX_JOB:
+            label = job.task.label if job.task else job.mode
+            raise UsageError(
+                f"{label}: its argv, env and shapes make a job of {len(document.encode())} bytes, and the kernel's "
+                f"limit for one variable is {MAX_JOB}. Put long values into a file in the image."
+            )
+        # The program is found by its working directory, which an image may have told Python not to trust.
+        env = {JOB_VARIABLE: document, "PYTHONSAFEPATH": ""}
         if self.manifest.models.store:
             env["HF_HOME"] = STORE
             env["HF_HUB_OFFLINE"] = "0" if self.manifest.models.writable else "1"

@@ -20,12 +20,20 @@ from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.task import Task
 
 
+def known(session: Session) -> bool:
+    """Whether there is a cache root to read. Raises PreflightError for something else in its place."""
+    root = session.manifest.cache.root
+    if root is not None and session.engine.local and root.exists() and not root.is_dir():
+        session.ready()
+    return session.cache.exists()
+
+
 def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
     """The plan, reported; None (and every task cold) where there is no cache root to judge by, so that reading makes
     none.
     """
     session.report.image_ref = session.manifest.image.ref
-    if not session.cache.exists():
+    if not known(session):
         reason = f"no-marker: {session.cache.name} does not exist"
         session.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in tasks]
         session.report.cache = session.cache.name
@@ -42,7 +50,9 @@ def check(session: Session, tasks: tuple[Task, ...]) -> None:
     for task in cold:
         session.console.annotate(f"{task.label} cold", task.reason)
     if cold:
-        raise ColdError(f"{len(cold)} of {counted(len(tasks), 'task')} cold; run: warm-cache warm")
+        raise ColdError(
+            f"{len(cold)} of {counted(len(tasks), 'task')} cold; warm-cache warm, with the same options, warms them"
+        )
 
 
 def explain(session: Session, tasks: tuple[Task, ...]) -> None:
@@ -138,15 +148,18 @@ def _marker(path: Path, root: Path) -> dict[str, Any]:
 def env(session: Session, tasks: tuple[Task, ...], form: str) -> str:
     """The mounts and variables of a test job that must hit the cache, as docker arguments, shell, GitHub lines or JSON.
 
-    Raises ColdError where there is no cache root, and UsageError for the forms that a process uses in place (shell,
-    github) when the root does not lie at its mount path here.
+    With what all the tasks have in common in their own environment: kernels were compiled under it. Raises ColdError
+    where there is no cache root, and UsageError for the forms that a process uses in place (shell, github) when the
+    root does not lie at its mount path here, and for docker arguments that a shell would tear apart.
     """
-    if not session.cache.exists():
-        raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet; run: warm-cache warm")
-    keys = toolchain.family_keys(next(iter(session.records(tasks).values())))
+    plan = judged(session, tasks)
+    if plan is None:
+        raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet")
+    keys = toolchain.family_keys(plan.items[0].record)
     cache = session.manifest.cache
-    variables = families.environment(cache.mount, keys)
-    session.report.toolchain = toolchain.digest(keys)
+    variables = {**common_env(tasks), **families.environment(cache.mount, keys)}
+    if session.manifest.models.store:
+        variables["HF_HOME"] = STORE
     if form in ("shell", "github") and not Path(cache.mount, "layout.json").is_file():
         raise UsageError(
             f"--format {form} is for a process that sees the cache at {cache.mount}, and there is none here. "
@@ -158,9 +171,30 @@ def env(session: Session, tasks: tuple[Task, ...], form: str) -> str:
         return "\n".join(f"{name}={value}" for name, value in sorted(variables.items()))
     mounts = _mounts(session)
     if form == "docker":
-        flags = [f"--mount {shlex.quote(mount)}" for mount in mounts]
-        return " ".join(flags + [f"-e {shlex.quote(f'{name}={value}')}" for name, value in sorted(variables.items())])
+        words = [*mounts, *(f"{name}={value}" for name, value in sorted(variables.items()))]
+        torn = [
+            word for word in words if shlex.quote(word) != word or "," in word.partition("src=")[2].split(",dst=")[0]
+        ]
+        if torn:
+            raise UsageError(
+                f"docker run $(…) would tear apart {torn[0]!r}: a shell splits and docker cuts at commas. "
+                "Use --format json, or a cache root without such characters."
+            )
+        return " ".join([f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]])
     return json.dumps({"toolchain": session.report.toolchain, "mounts": mounts, "env": variables}, indent=2)
+
+
+def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:
+    """The variables that every task has, with the same value."""
+    first, *others = [task.env.items() for task in tasks]
+    return {name: value for name, value in sorted(first) if all((name, value) in other for other in others)}
+
+
+def warmth(session: Session) -> None:
+    """Raises ColdError where what `env` printed leads to a cache in which something is cold."""
+    cold = [task.label for task in session.report.tasks if task.state == "cold"]
+    if cold:
+        raise ColdError(f"{len(cold)} of {counted(len(session.report.tasks), 'task')} cold: {', '.join(cold)}")
 
 
 def _mounts(session: Session) -> list[str]:

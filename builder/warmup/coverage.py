@@ -195,13 +195,14 @@ def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | No
         commit = files.read_bytes(str(folder / "refs" / wanted), 4096).decode("ascii", "replace").strip()
     except files.UnreadableError:
         commit = wanted
-    if (
-        not re.fullmatch(r"[0-9A-Za-z._-]+", commit)
-        or commit in (".", "..")
-        or not (folder / "snapshots" / commit).is_dir()
-    ):
+    if not is_commit(commit) or not (folder / "snapshots" / commit).is_dir():
         return None, f"{model} has no revision {wanted} in the store: {folder / 'refs' / wanted} names no snapshot"
     return _digest_of(folder / "snapshots" / commit / "config.json", _within(store))
+
+
+def is_commit(name: str) -> bool:
+    """Whether a reference of the store names a snapshot, and no place elsewhere."""
+    return re.fullmatch(r"[0-9A-Za-z._-]+", name) is not None and name not in (".", "..")
 
 
 def _within(store: Path) -> Callable[[Path], bool]:

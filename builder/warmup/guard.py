@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import errno
 import os
 import signal
 import stat
@@ -81,9 +82,13 @@ class Guard:
     def acquire(self, path: Path, *, exclusive: bool) -> int:
         """Waits for the lock on a file (made where it is missing) and returns the descriptor that holds it.
 
-        The waiting is done by the kernel, in its queue, so that nobody overtakes us. Raises Stopped, OSError.
+        The waiting is done by the kernel, in its queue, so that nobody overtakes us. Raises Stopped, OSError; that
+        also for a link, which would lock something else, and for anything but a file.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "is no regular file, so it cannot be a lock: remove it", str(path))
         errors: list[OSError] = []
 
         def wait() -> None:

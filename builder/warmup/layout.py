@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.warmup import files
+from builder.warmup.families import FAMILY
 
 SCHEMA = 1
 FOLDERS = ("images", "markers", "locks")
@@ -26,8 +27,11 @@ class LayoutError(Exception):
 def prepare(root: Path) -> str:
     """Makes the layout where it is missing and returns the root's identity. Safe to run by several at once.
 
-    Raises LayoutError for a root that a newer version wrote, or that cannot be written.
+    Raises LayoutError for a root that a newer version wrote, that cannot be written, or that is somebody else's
+    directory: a slip in a path must not lay a cache out in it.
     """
+    if stranger := foreign(root):
+        raise LayoutError(f"{root} is no cache root, and not empty ({stranger} is in it). Use an empty directory.")
     try:
         for name in FOLDERS:
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -52,6 +56,18 @@ def prepare(root: Path) -> str:
             "Use a newer builder or another cache root."
         )
     return str(known["id"])
+
+
+def foreign(root: Path) -> str | None:
+    """Something in this directory that shows that it is no cache root, by name; None in a root, or where one can be."""
+    own = {"lost+found", "aside", *FOLDERS, *FAMILY}
+    names = [item.name for item in files.listing(str(root)) or ()]
+    if "layout.json" in names:
+        return None
+    return next(
+        (files.printable(name) for name in sorted(names) if name not in own and "layout.json." not in name),
+        None,
+    )
 
 
 def run_lock(root: Path) -> Path:

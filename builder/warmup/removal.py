@@ -99,7 +99,7 @@ def _remove(path: Path) -> str | None:
 def _refused(locks: contextlib.ExitStack, path: Path, held: str) -> str | None:
     """Takes the lock exclusively, or says who has it (or why nobody can)."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         return f"{path.name} cannot be locked: {why(error)}"
     locks.callback(os.close, descriptor)

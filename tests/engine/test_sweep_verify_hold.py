@@ -187,7 +187,7 @@ def test_a_layout_from_the_future_is_left_alone(cli: Cli) -> None:
 @pytest.mark.parametrize("verb", ["sweep", "verify"])
 def test_an_engine_that_is_not_there(cli: Cli, verb: str) -> None:
     cli.manifest(shapes())
-    assert cli.run(verb, environ={"DOCKER_HOST": f"unix://{cli.place}/nothing.sock"}).status == 16
+    assert cli.run(verb, environ={"DOCKER_HOST": f"unix://{cli.place}/nothing.sock"}).status == 12
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

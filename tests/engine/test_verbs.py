@@ -431,8 +431,9 @@ def test_doctor_finds_nothing_where_nothing_is_wrong(warmed: Cli) -> None:
     assert well.out == f"this machine can run 3 tasks of {warmed.image}\n"
 
 
-def test_an_engine_that_is_not_there_is_lost(cli: Cli) -> None:
+def test_without_an_engine_everything_that_is_missing_is_said(cli: Cli) -> None:
     cli.manifest(shapes())
     lost = cli.run("check", "--json", environ={"DOCKER_HOST": f"unix://{cli.place}/no.sock"})
-    assert lost.status == 16
+    assert lost.status == 12
+    assert [problem["place"] for problem in lost.document["error"]["problems"]] == ["engine"]
     assert "no.sock" in lost.document["error"]["message"]

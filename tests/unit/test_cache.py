@@ -16,7 +16,7 @@ from builder.cache import CacheRoot
 from builder.complaints import NotFoundError
 from builder.container import Cancel
 from builder.engine import ContainerSpec, Engine
-from builder.errors import EngineLostError, EngineRefusedError, Interrupted
+from builder.errors import EngineLostError, EngineRefusedError, Interrupted, PreflightError
 from builder.manifest import load
 from builder.warmup import markers
 from builder.warmup.families import FAMILIES
@@ -62,7 +62,7 @@ class Elsewhere:
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             tar.add(place, arcname=place.name)
         data = buffer.getvalue()
-        return iter([data[at : at + 700] for at in range(0, len(data), 700)])
+        return (data[at : at + 700] for at in range(0, len(data), 700))
 
     def link_target(self, container: str, path: str) -> str | None:
         place = self.root / os.path.relpath(path, self.mount)
@@ -174,7 +174,7 @@ def test_a_directory_that_is_not_there_is_empty_and_asks_nobody(make: Make, tmp_
 
 def test_only_the_leaf_is_made(make: Make, tmp_path: Path) -> None:
     cached = make(Elsewhere(tmp_path, local=True), where=f'root = "{tmp_path}/no/such"')
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(PreflightError, match="cannot make the cache root"):
         cached.create()
 
 
@@ -255,7 +255,7 @@ def archive_of(*names: str) -> Callable[[str, str], Iterator[bytes]]:
                 entry = tarfile.TarInfo(name)
                 entry.size = 4
                 tar.addfile(entry, io.BytesIO(b"evil"))
-        return iter([buffer.getvalue()])
+        return (part for part in [buffer.getvalue()])
 
     return archive
 
@@ -277,7 +277,7 @@ def test_an_answer_that_is_no_archive_is_a_lost_engine(
     make: Make, root: Path, sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Elsewhere(root)
-    monkeypatch.setattr(engine, "archive", lambda container, path: iter([sent]))
+    monkeypatch.setattr(engine, "archive", lambda container, path: (part for part in [sent]))
     with pytest.raises(EngineLostError, match=r"the engine's archive of /jit/layout\.json"), make(engine).view():
         pytest.fail("nothing was read")
     assert engine.here == {}

@@ -68,7 +68,7 @@ def test_everything_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.Mo
     problems = found(manifest, Here(image=False))
     assert [problem.place for problem in problems] == ["image", "GPUs", "cache", "models"]
     assert all(problem.remedy for problem in problems)
-    assert problems[0].remedy == "Run: docker pull tiny:1, or pass --pull."
+    assert problems[0].remedy == "Run: docker pull tiny:1, or: warm-cache warm --pull."
     assert problems[1].text == "8 × H200 wanted, none found: no NVIDIA driver is loaded on this machine."
     assert problems[2].remedy == f"Run: mkdir -p {tmp_path}/no/cache, or set [cache] root."
 

@@ -1,0 +1,196 @@
+"""What a task, an image or a directory must not get away with, however hard it tries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engine.cli import READY, Cli, a_cli, command, shapes
+
+__all__ = ["a_cli"]
+
+pytestmark = pytest.mark.engine
+
+#: Claims a perfect warm-up in the program's own name, and then keeps the program from saying anything else.
+FORGE = """
+import json, os, signal
+job = next(item for item in open("/proc/1/environ").read().split("\\0") if item.startswith("WARM_CACHE_JOB="))
+nonce = json.loads(job.partition("=")[2])["nonce"]
+verdict = {"event": "verdict", "state": "warmed", "proof": "verified", "entries": {"deep_gemm": 99}, "added": {}}
+print(f"@warmup {nonce} {json.dumps(verdict)}", flush=True)
+os.kill(os.getppid(), signal.SIGKILL)
+"""
+
+
+def image_from(cli: Cli, tag: str, *lines: str) -> None:
+    """An image made of the tiny one; goes with the test's own removal."""
+    text = "\n".join([f"FROM {cli.image}", *lines]) + "\n"
+    subprocess.run(["docker", "-H", cli.host, "build", "-q", "-t", tag, "-"], input=text, text=True, check=True)
+
+
+def remove_image(cli: Cli, tag: str) -> None:
+    subprocess.run(["docker", "-H", cli.host, "rmi", "-f", tag], check=False, capture_output=True)
+
+
+def test_a_forged_verdict_makes_nothing_warm(cli: Cli) -> None:
+    cli.manifest(command("forge", READY))
+    cli.warm()
+    cli.manifest(command("forge", READY + FORGE))
+    cold = cli.run("warm", "--json")
+    assert (cold.status, cold.task("forge")["state"]) == (11, "failed")
+    assert "SIGKILL" in cold.task("forge")["reason"]
+
+
+def test_a_forged_verdict_is_not_saved_by_an_older_marker(cli: Cli) -> None:
+    """The task behaves once, and forges when there is a file: its coverage, and so its marker, are the same."""
+    code = f"import os\nif os.path.exists('/jit/go'): exec({FORGE!r})\n" + READY
+    cli.manifest(command("forge", code))
+    cli.warm()
+    (cli.root / "go").touch()
+    again = cli.run("warm", "--force", "--json")
+    assert (again.status, again.task("forge")["state"]) == (11, "failed")
+
+
+def test_a_later_task_cannot_take_away_what_an_earlier_one_warmed(cli: Cli) -> None:
+    cli.manifest(shapes("first"), command("thief", "import shutil; shutil.rmtree('/jit/deep_gemm')\n" + READY))
+    ended = cli.run("warm", "--json")
+    assert ended.status == 11
+    assert ended.task("thief")["state"] == "warmed"
+    assert ended.task("first")["state"] == "failed" and ended.task("first")["verified"] is False
+    assert "no longer warm at the end of the run: entries:" in ended.task("first")["reason"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_a_lock_that_is_none_is_neither_waited_for_nor_taken(cli: Cli, kind: str) -> None:
+    cli.manifest(shapes())
+    cli.warm()
+    lock = cli.root / "locks" / "run.lock"
+    lock.unlink()
+    if kind == "fifo":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to("/dev/null")
+    ended = cli.start("warm", "--force", "--lock-timeout", "2s").end(20)
+    assert ended.status != 0
+    lock.unlink()
+
+
+def test_a_directory_of_somebody_else_stays_as_it_is(cli: Cli) -> None:
+    cli.root.mkdir()
+    (cli.root / "photos").mkdir()
+    cli.manifest(shapes())
+    for verb in ("check", "warm", "doctor"):
+        ended = cli.run(verb, "--json")
+        assert ended.status == 12
+        assert "no cache root, and not empty (photos is in it)" in ended.document["error"]["problems"][0]["text"]
+    assert [path.name for path in cli.root.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize("verb", ["doctor", "check", "explain", "status", "env"])
+def test_a_verb_that_reads_makes_no_cache_root(cli: Cli, verb: str) -> None:
+    cli.manifest(shapes())
+    assert cli.run(verb).status in (0, 10)
+    assert not cli.root.exists()
+
+
+def test_a_reference_of_the_store_leads_nowhere_else(cli: Cli, proxy_host: str) -> None:
+    """Read through the engine, as a store of another machine is; the reference names a file above the copy."""
+    cli.model("org/m")
+    cli.root.mkdir()
+    target = cli.place / "stolen"
+    (cli.store / "config.json").write_text("{}")
+    (cli.store / "hub" / "models--org--m" / "refs" / "main").write_text("../" * 30 + str(target).lstrip("/"))
+    cli.manifest({"model": "org/m", "argv": ["--tp", "8"]})
+    ended = cli.start("check", environ={"DOCKER_HOST": proxy_host}).end(60)
+    assert ended.status in (10, 11)
+    assert not target.exists()
+
+
+@pytest.fixture
+def proxy_host(docker_host: str) -> Iterator[str]:
+    """The engine behind a TCP port of this machine: its file system is not ours, as far as the builder knows."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    open_sockets = [listener]
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            engine = socket.socket(socket.AF_UNIX)
+            engine.connect(docker_host.removeprefix("unix://"))
+            open_sockets.extend((client, engine))
+            for pair in ((client, engine), (engine, client)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    for one in open_sockets:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "says"),
+    [
+        (["RUN rm /usr/bin/python3"], 12, "cannot run python3"),
+        (["ONBUILD RUN false"], 12, "ONBUILD"),
+        (["ENV PYTHONSAFEPATH=1"], 0, "1 warmed"),
+    ],
+)
+def test_images_that_make_it_hard(
+    cli: Cli, lines: list[str], status: int, says: str, request: pytest.FixtureRequest
+) -> None:
+    tag = "warm-cache-test:hard"
+    image_from(cli, tag, *lines)
+    request.addfinalizer(lambda: remove_image(cli, tag))
+    cli.image = tag
+    cli.manifest(shapes())
+    ended = cli.run("warm")
+    assert ended.status == status, ended.said
+    assert says in ended.said
+
+
+def test_a_job_that_no_environment_can_hold_is_refused_in_words(cli: Cli) -> None:
+    cli.manifest(command("long", READY + "#" * 140_000))
+    ended = cli.run("warm", "--json")
+    assert ended.status == 2
+    assert "limit for one variable" in ended.document["error"]["message"]
+
+
+def test_a_job_gets_the_variables_that_its_kernels_were_compiled_under(cli: Cli) -> None:
+    both = {"SGLANG_X": "1"}
+    cli.model("org/m")
+    cli.manifest(shapes("a", env={**both, "SGLANG_A": "1"}), shapes("b", env=both), defaults={"env": {"DG_Y": "2"}})
+    cold = cli.run("env")
+    assert cold.status == 10
+    cli.warm()
+    warm = cli.run("env")
+    assert warm.status == 0
+    words = shlex.split(warm.out)
+    assert {"SGLANG_X=1", "DG_Y=2", "HF_HOME=/models"} <= set(words)
+    assert not [word for word in words if word.startswith("SGLANG_A")]
+
+
+@pytest.mark.parametrize("name", ["with space", "with,comma"])
+def test_docker_arguments_that_a_shell_would_tear_apart_are_refused(cli: Cli, name: str) -> None:
+    cli.root = cli.place / name
+    cli.manifest(shapes())
+    cli.warm()
+    ended = cli.run("env")
+    assert ended.status == 2 and "--format json" in ended.err
+    assert cli.run("env", "--format", "json").status == 0
