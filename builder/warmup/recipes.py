@@ -156,14 +156,14 @@ def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int |
         "m_values": list(task.m_values),
         "chunked_prefill_size": size,
     }
-    watch = _watch(r"^warm-cache sweep: all \d+ shapes done", sweeping=True)
+    watch = _watch(r"^warm-cache shapes: all \d+ shapes done", sweeping=True)
     script = Path(__file__).with_name("sweep.py")
     with setting.child(["python3", str(script), json.dumps(order, separators=(",", ":"))], watch) as child:
         child.wait(lambda: child.ended)
         if child.status == 0 and watch.succeeded:
             return watch
         failed = f" (first: {watch.failed_shapes[0]})" if watch.failed_shapes else f"; {child.describe_end()}"
-        reason = f"sweep: {len(watch.swept)} of {len(wanted)} shapes done{failed}"
+        reason = f"{len(watch.swept)} of {len(wanted)} shapes done{failed}"
     raise Partial(reason) if watch.swept else Failed(reason)
 
 
@@ -172,7 +172,7 @@ def finish(setting: Setting, first: Watch) -> None:
     try:
         watch = sweep(setting, list(first.shapes), first.chunked_prefill_size)
     except Failed as failed:
-        raise Partial(f"sglang reduced max_m, and the rest could not be swept: {failed}") from None
+        raise Partial(f"sglang reduced max_m, and the rest could not be gone over: {failed}") from None
     if watch.reduced:
         raise Partial("sglang reduced max_m for lack of memory, with the weights and without them")
     first.shapes.update({shape: count for shape, count in watch.swept.items() if shape in first.shapes})

@@ -4,7 +4,7 @@ A script for the serving image's python, standalone on purpose: ``python3 sweep.
 ``{"shapes": [[kernel, n, k, groups], ...], "m_values": [...], "chunked_prefill_size": N}``. For each shape it does what
 ``_maybe_compile_deep_gemm_one_type_all`` of sglang does, over the list of Ms that sglang itself makes from the chunked
 prefill size (``m_values``, when given, replaces it), and logs sglang's own lines. Lines of its own begin with
-``warm-cache sweep:``; the last one is the evidence. Exit status 0 when every shape was done, else 1.
+``warm-cache shapes:``; the last one is the evidence. Exit status 0 when every shape was done, else 1.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def sweep_one(compile_utils: Any, shape: list[Any], m_list: list[int]) -> bool:
 
 def say(text: str) -> None:
     """A line of ours on stdout."""
-    print(f"warm-cache sweep: {text}", flush=True)  # noqa: T201 - a script's own stdout
+    print(f"warm-cache shapes: {text}", flush=True)  # noqa: T201 - a script's own stdout
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class Warming:
         self._phase(task.recipe)
         first = recipe.first(setting)
         if recipe.sweeps and first.reduced:
-            self._phase("sweeping what memory cut short")
+            self._phase("finishing what memory cut short")
             recipes.finish(setting, first)
         after = self._scan()
         claims, used = self._claim(recipe, first, after)

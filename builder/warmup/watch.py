@@ -22,7 +22,7 @@ _DEEP_GEMM = re.compile(
 )
 _CHUNKED = re.compile(rb"server_args=[^\n]*?\bchunked_prefill_size(?:'\s*:|=)\s*(-?\d+)")
 _SWEPT = re.compile(
-    rb"warm-cache sweep: done <(?P<kernel>[A-Z][A-Z0-9_]*)> N=(?P<n>\d+), K=(?P<k>\d+), "
+    rb"warm-cache shapes: done <(?P<kernel>[A-Z][A-Z0-9_]*)> N=(?P<n>\d+), K=(?P<k>\d+), "
     rb"num_groups=(?P<groups>\d+) over (?P<ms>\d+) Ms"
 )
 _TRACEBACK = re.compile(rb"Traceback \(most recent call last\):\n(?:[ \t][^\n]*\n)+([^\s][^\n]*)")
@@ -145,9 +145,9 @@ class Watch:
             self.chunked_prefill_size = int(size[1]) if size else None
         if b"reducing max_m to" in text:
             self.reduced = True
-        if self._sweeping and b"warm-cache sweep: " in text:
+        if self._sweeping and b"warm-cache shapes: " in text:
             self.swept.update({_shape(found): int(found["ms"]) for found in _SWEPT.finditer(text)})
-            self.failed_shapes += [_readable(m[1]) for m in re.finditer(rb"warm-cache sweep: failed ([^\n]*)", text)]
+            self.failed_shapes += [_readable(m[1]) for m in re.finditer(rb"warm-cache shapes: failed ([^\n]*)", text)]
 
     def _inform(self, text: bytes) -> None:
         for row in self._phases:

@@ -71,7 +71,7 @@ def test_what_was_found_is_told(good: Group) -> None:
     assert len(document["toolchain"]) == 16
     assert document["warnings"] == []
     assert "5 warmed in" in ended.err
-    assert "sweeping what memory cut short" in ended.err
+    assert "finishing what memory cut short" in ended.err
 
 
 # --- failure ---------------------------------------------------------------------------------------------------------

@@ -261,4 +261,4 @@ def test_a_shape_that_fails_says_why_and_does_not_stop_the_others(capsys: pytest
     module = types.SimpleNamespace(DeepGemmKernelType={"GEMM_NT_F8F8BF16": 5}, _compile_deep_gemm_one_type_all=fail)
     assert not sweep.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1])
     out = capsys.readouterr().out
-    assert out == "warm-cache sweep: failed <GEMM_NT_F8F8BF16> N=1, K=2, num_groups=3: RuntimeError: nvcc is gone\n"
+    assert out == "warm-cache shapes: failed <GEMM_NT_F8F8BF16> N=1, K=2, num_groups=3: RuntimeError: nvcc is gone\n"

@@ -111,6 +111,14 @@ def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
     assert [event["event"] for event in done.events[-2:]] == ["verdict", "end"]
 
 
+def test_what_the_builder_observed_is_in_the_marker_as_it_was_sent(program: Program) -> None:
+    observed = {"run": "20261124-093647-ab12", "builder": "0.1.0", "host": "h é", "nested": {"a": [1, None]}}
+    done = program.run(program.command("pass"), observed=observed)
+    found = json.loads((program.root / done.verdict["marker"]).read_text())["observed"]
+    assert {name: found[name] for name in observed} == observed
+    assert found["image"] == "sha256:0f1e"
+
+
 def test_the_next_run_adds_nothing_and_still_knows_what_it_used(program: Program) -> None:
     first = program.run(program.task()).verdict
     again = program.run(program.task()).verdict
@@ -149,6 +157,8 @@ def test_shapes_go_over_the_list_of_the_servers_flags(program: Program) -> None:
     done = program.run(program.task(recipe="shapes", argv=argv, shapes=(SHAPE,)))
     assert done.verdict["proof"] == "verified"
     assert done.stdout.count(b"num_groups=1 over 1024 Ms") == 2
+    assert done.log.count(b"warm-cache shapes: all 1 shapes done in ") == 2
+    assert b"sweep" not in done.stdout + done.stderr
 
 
 def test_a_command_is_run_again_and_claims_what_it_needs(program: Program) -> None:
@@ -191,7 +201,7 @@ def test_a_command_that_claims_nothing_runs_once(program: Program) -> None:
 def test_an_inventory_may_be_enough(program: Program) -> None:
     done = program.run(program.task(verify="inventory"))
     assert (done.verdict["proof"], done.verdict["second_pass_added"]) == ("inventory", None)
-    assert b"sweep" not in done.stdout
+    assert b"warm-cache shapes:" not in done.stdout
 
 
 # What goes wrong
