@@ -148,10 +148,6 @@ class Engine:
             return f"{self.url} (DOCKER_HOST)"
         return f"{self.url} (DOCKER_HOST is not set)"
 
-    def ping(self) -> None:
-        """Raises EngineLostError when the engine does not answer."""
-        self._read("the engine does not answer a ping", lambda: self._get("/_ping"))
-
     @property
     def info(self) -> Mapping[str, Any]:
         """What the engine says about itself and its host."""
@@ -285,8 +281,6 @@ class Engine:
             exit_code=data.get("ExitCode") or 0,
             oom_killed=bool(data.get("OOMKilled")),
             error=data.get("Error") or "",
-            started_at=data.get("StartedAt") or "",
-            finished_at=data.get("FinishedAt") or "",
             pid=data.get("Pid") or 0,
         )
 
@@ -407,11 +401,6 @@ class Engine:
         except NotFoundError:
             return False
         return True
-
-    def ensure_volume(self, name: str, labels: Mapping[str, str] | None = None) -> None:
-        """Creates the named volume unless it is there."""
-        with self._translated(f"cannot create the volume {name}"):
-            self._api.create_volume(name, labels=dict(labels or {}))
 
     # --- one request, one translator ---------------------------------------------------------------------------------
 

@@ -118,8 +118,6 @@ class State:
     exit_code: int
     oom_killed: bool = False
     error: str = ""
-    started_at: str = ""
-    finished_at: str = ""
     pid: int = 0
 
     @property

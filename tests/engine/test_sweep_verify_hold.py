@@ -393,7 +393,7 @@ def test_a_directory_whose_lock_file_cannot_be_opened_is_held_by_a_container(cli
 
 def test_an_image_that_is_not_there_fails_no_job(cli: Cli, volume: str) -> None:
     with cli.engine() as engine:
-        engine.ensure_volume(volume)
+        engine._api.create_volume(volume)
     cli.manifest(shapes(), cache={"root": None, "volume": volume}, image={"ref": "nobody/has:this"})
     ended = cli.run("hold", "--", "sh", "-c", "echo ran; exit 4")
     assert (ended.status, ended.out) == (4, "ran\n")
