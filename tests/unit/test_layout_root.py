@@ -74,3 +74,23 @@ def test_a_family_directory_has_its_factors_beside_it(tmp_path: Path) -> None:
         "key": "00ff",
         "factors": {"triton": "3.9.0 ab", "ptxas": None},
     }
+
+
+@pytest.mark.parametrize("name", ["etc", "README.md", ".git", "half\nname"])
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "markers").mkdir()
+    with pytest.raises(layout.LayoutError, match="is no cache root, and not empty .* Use an empty directory") as caught:
+        layout.prepare(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "markers"}
+    (tmp_path / "layout.json").write_text('{"schema": 1, "id": "known"}')
+    assert layout.prepare(tmp_path) == "known"
+
+
+def test_what_a_fresh_volume_or_a_first_run_that_was_killed_holds_is_taken(tmp_path: Path) -> None:
+    for name in ("lost+found", "images", "markers", "locks", "aside", "deep_gemm", "cuda"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".layout.json.abc.tmp").touch()
+    (tmp_path / ".layout.json.abc.tmp").with_name("..layout.json.abc.tmp.def.tmp").touch()
+    assert layout.prepare(tmp_path) == layout.prepare(tmp_path)
