@@ -41,7 +41,7 @@ def test_the_console_script_and_the_python_versions(wheel: Path) -> None:
         info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(info).decode()
         scripts = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
-    assert "warm-cache = builder.cli:main" in scripts
+    assert "warm-cache = builder.__main__:main" in scripts
     assert "Requires-Python: >=3.10" in metadata
 
 
