@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,12 @@ class TaskResult:
         """The last column of the table."""
         if self.state == "warm":
             return f"since {self.since}" if self.since else ""
-        return self.reason + (f" (log: {self.log})" if self.log and self.state not in ("warmed", "cold") else "")
+        return self.reason
+
+    @property
+    def proven(self) -> str | None:
+        """How it is known that this task is warm; None where it is not."""
+        return self.proof if self.state in ("warm", "warmed") else None
 
 
 def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResult:
@@ -66,7 +72,7 @@ def before(item: Item) -> TaskResult:
 class Report:
     """One run's result; complete at every moment, so that an interrupted run has its report too."""
 
-    verb: str
+    verb: str | None
     image_ref: str = ""
     image_id: str | None = None
     toolchain: str | None = None
@@ -104,8 +110,8 @@ class Report:
                     "seconds": None if task.seconds is None else round(task.seconds, 3),
                     "entries": dict(task.entries),
                     "entries_added": sum(task.added.values()),
-                    "verified": task.verified,
-                    "proof": task.proof,
+                    "verified": task.verified and task.proven is not None,
+                    "proof": task.proven,
                     "log": task.log,
                 }
                 for task in self.tasks
@@ -122,7 +128,8 @@ class Report:
                     {"place": problem.place, "text": problem.text, "remedy": problem.remedy}
                     for problem in error.problems
                 ]
-        return json.dumps(data, indent=2)
+        # The same document for everybody but GitHub's runner, which takes this for a command wherever it stands.
+        return json.dumps(data, indent=2).replace("##[", "##\\u005b")
 
 
 def duration(seconds: float | None) -> str:
@@ -148,6 +155,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def sentence(text: str) -> str:
+    """With a stop at its end."""
+    text = text.rstrip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def families(counts: Mapping[str, int], sign: str = "") -> str:
     """``+518 deep_gemm, +3 triton``; an en dash for nothing."""
     return ", ".join(f"{sign}{number} {name}" for name, number in sorted(counts.items()) if number) or "–"
@@ -167,18 +180,15 @@ def task_table(tasks: Sequence[TaskResult]) -> list[list[str]]:
     """Rows of the table at the end of a run."""
     rows = []
     for task in tasks:
-        if task.proof is None:
-            proven = "–"
-        elif task.state == "warmed":
-            proven = "0 new" if task.verified else task.proof
-        else:
-            proven = "yes" if task.verified else task.proof
+        proven = task.proven or "–"
+        if task.proven is not None and task.verified:
+            proven = "0 new" if task.state == "warmed" else "yes"
         entries = families(task.added, "+") if any(task.added.values()) else families(task.entries)
         rows.append([task.label, task.state, duration(task.seconds), entries, proven, task.note])
     return rows
 
 
-TASK_COLUMNS = ("model", "state", "time", "entries", "verified", "note")
+TASK_COLUMNS = ("task", "state", "time", "entries", "verified", "note")
 
 
 #: What stands before a line of a container, of an operator's command, and before this program's remarks between them.
@@ -196,7 +206,7 @@ class Console:
         self, stream: TextIO, *, terminal: bool, github: bool = False, width: int = 80, verbose: bool = False
     ) -> None:
         self._stream = stream
-        self._github = github
+        self.github = github
         self._terminal = terminal
         self._width = max(40, width)
         self._lock = threading.Lock()
@@ -204,7 +214,10 @@ class Console:
         self.closed = False
 
     def say(self, text: str = "") -> None:
-        """One or more lines."""
+        """One or more lines. Whatever they hold, none is a command for GitHub's runner."""
+        self._write(_harmless(text) if self.github else text)
+
+    def _write(self, text: str) -> None:
         with self._lock:
             if self.closed:
                 return
@@ -217,25 +230,26 @@ class Console:
                 self.closed = True
 
     def log(self, stream: str, line: str) -> None:
-        """One line of a container. The mark before it keeps it apart from ours, and from a CI system's commands."""
-        if self._github:
-            line = line.replace("##[", "## [")
+        """One line of a container. The mark before it keeps it apart from ours."""
         self.say(f"  {LOG_MARKS[stream]} {line}")
 
     @contextmanager
     def group(self, title: str) -> Iterator[None]:
         """What is said inside belongs to this title; collapsed in GitHub Actions."""
-        self.say(f"::group::{_command_data(title)}" if self._github else title)
+        if self.github:
+            self._write(f"::group::{_command_data(title)}")
+        else:
+            self.say(title)
         try:
             yield
         finally:
-            if self._github:
-                self.say("::endgroup::")
+            if self.github:
+                self._write("::endgroup::")
 
     def annotate(self, title: str, text: str) -> None:
         """An error that GitHub Actions shows on the run's page; nothing elsewhere, where the table says it."""
-        if self._github:
-            self.say(f"::error title={_command_property(title)}::{_command_data(text)}")
+        if self.github:
+            self._write(f"::error title={_command_property(title)}::{_command_data(text)}")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Mapping[str, str] = STATE_STYLE
@@ -261,9 +275,19 @@ class Console:
         self.say("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
 
 
+#: The older form of a command counts anywhere in a line; the newer one at its beginning, and blanks do not.
+_OLD_COMMAND = "##["
+_COMMAND = re.compile(r"(^|\r)(\s*)::", re.MULTILINE)
+
+
+def _harmless(text: str) -> str:
+    """As it was to people, and nothing to GitHub's runner."""
+    return _COMMAND.sub(r"\1\2: :", text.replace(_OLD_COMMAND, "## ["))
+
+
 def _command_data(text: str) -> str:
     """Escaped as GitHub's runner unescapes it."""
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text.replace(_OLD_COMMAND, "## [").replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _command_property(text: str) -> str:

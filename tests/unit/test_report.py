@@ -9,7 +9,18 @@ import re
 import pytest
 
 from builder.errors import PreflightError, Problem
-from builder.report import TASK_COLUMNS, Console, Report, TaskResult, counted, duration, families, size, task_table
+from builder.report import (
+    TASK_COLUMNS,
+    Console,
+    Report,
+    TaskResult,
+    counted,
+    duration,
+    families,
+    sentence,
+    size,
+    task_table,
+)
 
 
 def console(**options: bool) -> tuple[Console, io.StringIO]:
@@ -45,6 +56,8 @@ RESULTS = [
         "failed",
         'crash: "Scheduler hit an exception"',
         seconds=52.2,
+        proof="verified",
+        verified=True,
         log="logs/Flash-tp4.log",
     ),
 ]
@@ -58,7 +71,8 @@ def test_a_piped_table_keeps_one_line_a_task_and_no_colour() -> None:
     assert "\x1b" not in stream.getvalue()
     assert lines[1].split() == ["V3-tp8", "warm", "–", "412", "deep_gemm", "yes", "since", "2026-11-23"]
     assert lines[2].split() == ["V3.2-tp8", "warmed", "3:41", "+518", "deep_gemm", "0", "new"]
-    assert 'crash: "Scheduler hit an exception" (log: logs/Flash-tp4.log)' in lines[3]
+    assert lines[0].split() == ["task", "state", "time", "entries", "verified", "note"]
+    assert lines[3].endswith('  –         crash: "Scheduler hit an exception"')
 
 
 def test_a_terminal_table_fits_its_width() -> None:
@@ -80,6 +94,31 @@ def test_github_groups_and_annotations_cannot_be_broken_out_of() -> None:
     assert lines[1] == "  │ ::set-output name=x::y"
     assert lines[2] == "  ┃ ## [error]no"
     assert lines[3:] == ["::endgroup::", "::error title=task%3A a%2C b::50%25%0Aof it"]
+
+
+def test_in_github_nothing_foreign_is_a_command() -> None:
+    out, stream = console(github=True)
+    foreign = TaskResult("::x", "org/x", "0d", "failed", "##[error]no")
+    out.table(TASK_COLUMNS, task_table([foreign]))
+    out.say("crash\n  ::error::no\r::error::no\n\u3000::error::no")
+    out.say("a::b")
+    with out.group("##[group]x"):
+        out.annotate("##[y]", "##[error]z")
+    lines = re.split("[\r\n]", stream.getvalue())
+    assert [line for line in lines if line.lstrip().startswith("::")] == [
+        "::group::## [group]x",
+        "::error title=## [y]::## [error]z",
+        "::endgroup::",
+    ]
+    assert "##[" not in stream.getvalue()
+    assert "  : :error::no" in lines and "a::b" in lines
+
+
+def test_the_document_is_no_command_either() -> None:
+    report = Report("warm", tasks=[TaskResult("x", "org/x", "0d", "failed", "##[error]no")])
+    text = report.document(11, None)
+    assert "##[" not in text
+    assert json.loads(text)["tasks"][0]["reason"] == "##[error]no"
 
 
 def test_outside_github_nothing_looks_like_a_command() -> None:
@@ -108,6 +147,8 @@ def test_the_document_says_everything_once() -> None:
     assert [task["state"] for task in document["tasks"]] == ["warm", "warmed", "failed"]
     assert document["tasks"][1]["entries_added"] == 518
     assert document["tasks"][1]["verified"] is True
+    assert [task["proof"] for task in document["tasks"]] == ["verified", "verified", None]
+    assert document["tasks"][2]["verified"] is False
     assert {"model", "key", "state", "reason", "seconds", "entries_added", "verified"} <= set(document["tasks"][0])
 
 
@@ -120,6 +161,10 @@ def test_the_document_lists_every_problem() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "–"), (0.4, "0:00"), (221.0, "3:41"), (3723.0, "1:02:03")])
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_sentence_ends() -> None:
+    assert [sentence(text) for text in ("a", "a. ", "a?", "a!")] == ["a.", "a.", "a?", "a!"]
 
 
 def test_counts_and_sizes() -> None:
