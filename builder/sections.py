@@ -142,7 +142,7 @@ def read_image(table: Table, given: Given) -> ImageSpec:
 
 
 def read_cache(table: Table, given: Given) -> CacheSpec:
-    root = table.read("root", _host_directory, None)
+    root = table.read("root", lambda value: _own_directory(_host_directory(value)), None)
     volume = table.read("volume", _volume_name, None)
     mount = table.read("mount", _mount_point, "/jit")
     job_max = table.read("job_max", seconds, 6 * 3600.0)
@@ -224,14 +224,24 @@ def _host_directory(value: Any) -> Path:
 
 def _directory_option(value: Any) -> Path:
     """On the command line, a path may be relative to where the command runs."""
-    return Path(os.path.abspath(a_string(value)))
+    text = a_string(value)
+    try:
+        return Path(os.path.abspath(text))
+    except OSError as error:
+        raise ValueError(f"{text!r} is relative to a directory that is gone ({error.strerror})") from None
+
+
+def _own_directory(path: Path) -> Path:
+    if path == path.parent:
+        raise ValueError(f"a directory of its own is wanted, found {str(path)!r}")
+    return path
 
 
 def _cache_place(value: Any) -> tuple[Path | None, str | None]:
     text = a_string(value)
     if text.startswith(VOLUME):
         return None, _volume_name(text.removeprefix(VOLUME))
-    return _directory_option(text), None
+    return _own_directory(_directory_option(text)), None
 
 
 def _mount_point(value: Any) -> str:
