@@ -4,24 +4,25 @@ that prints.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import gc
 import io
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from builder import __version__, preflight
+from builder import arguments, preflight
+from builder.arguments import VERBS, CommandLineError
 from builder.complaints import EngineTimeoutError
 from builder.container import Cancel
 from builder.engine import Engine
@@ -31,15 +32,20 @@ from builder.errors import (
     EngineLostError,
     Interrupted,
     PreflightError,
+    Problem,
     ProblemsError,
     UsageError,
 )
-from builder.manifest import Manifest, Overrides, cache_of, load, profiles, select
-from builder.report import TASK_COLUMNS, Console, Report, counted, task_table
+from builder.manifest import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select
+from builder.report import TASK_COLUMNS, Console, Report, counted, sentence, task_table
 from builder.session import Options, Session
 from builder.waiting import Deadline
+from builder.warmup.files import printable
 
-ENVIRONMENT = "WARM_CACHE_"
+#: Of a run's log directory below the default place: when it began, and which run it was.
+LOG_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+#: So many of these stay.
+LOGS_KEPT = 50
 #: Seconds that a test job waits for an engine's answer, when it is only about the hold.
 HOLD_PATIENCE = 10.0
 #: What a machine can be short of, wherever that shows: no defect in here.
@@ -55,183 +61,43 @@ SHORTAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Verb:
-    """One subcommand. help is one line; example a command line that works; own are names in OPTIONS, beside the common
-    ones. wraps: a command of somebody else's follows, and owns stdout.
-    """
-
-    help: str
-    example: str
-    own: tuple[str, ...] = ()
-    wraps: bool = False
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return (*(WRAPPING if self.wraps else COMMON), *self.own)
-
-
-#: name → keyword arguments of argparse. Every one that takes a value can be given as WARM_CACHE_<NAME> too.
-OPTIONS: dict[str, dict[str, object]] = {
-    "manifest": {"metavar": "FILE", "help": "the manifest (TOML)"},
-    "profile": {"metavar": "NAME", "help": f"a packaged manifest: {', '.join(profiles())}"},
-    "cache": {"metavar": "DIR|volume:NAME", "help": "the cache root, instead of the manifest's"},
-    "image": {"metavar": "REF", "help": "the serving image, instead of the manifest's"},
-    "models": {"metavar": "DIR", "help": "the model store (HF_HOME), instead of the manifest's"},
-    "only": {
-        "metavar": "MODEL",
-        "action": "append",
-        "help": "only tasks of this model or label (may be repeated; * matches)",
-    },
-    "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else goes to stderr"},
-    "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
-    "force": {"action": "store_true", "help": "run warm tasks too"},
-    "allow-busy": {"action": "store_true", "help": "start even where somebody else holds a GPU"},
-    "pull": {"action": "store_true", "help": "pull the image first"},
-    "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
-    "budget": {"metavar": "55m", "help": "how long the whole run may take"},
-    "timeout": {"metavar": "20m", "help": "how long one task may take"},
-    "silence": {"metavar": "10m", "help": "how long a task may be silent"},
-    "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
-    "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
-    "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
-    "format": {
-        "metavar": "FORMAT",
-        "choices": ("docker", "shell", "github", "json"),
-        "help": "docker, shell, github or json",
-    },
-}
-COMMON = ("manifest", "profile", "cache", "image", "models", "json", "verbose")
-WRAPPING = ("manifest", "profile", "cache", "image", "verbose")
-STARTS = ("pull", "log-dir")
-
-VERBS = {
-    "warm": Verb(
-        "make every task of the manifest warm",
-        "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
-        ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
-    ),
-    "check": Verb("say warm or cold per task; exit 0 or 10", "warm-cache check --profile h200", ("only", "strict")),
-    "explain": Verb(
-        "per task: why it is warm or cold, factor by factor",
-        "warm-cache explain --only DeepSeek-V3.2",
-        ("only", "strict"),
-    ),
-    "status": Verb("what lies in the cache: families, entries, bytes, markers", "warm-cache status --json"),
-    "verify": Verb(
-        "look at every entry in the cache; exit 0 or 10",
-        "warm-cache verify --repair --profile h200 --cache /data/sglang-jit",
-        ("repair", "lock-timeout"),
-    ),
-    "sweep": Verb(
-        "end containers of builders that were killed, and move aside what they left in the cache",
-        "warm-cache sweep --profile h200 --cache /data/sglang-jit",
-        ("lock-timeout",),
-    ),
-    "hold": Verb(
-        "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",
-        "warm-cache hold --cache /jit -- pytest test/srt",
-        wraps=True,
-    ),
-    "env": Verb(
-        "mounts and variables of a test job that must hit the cache",
-        "docker run $(warm-cache env --format docker) …",
-        ("format",),
-    ),
-    "doctor": Verb(
-        "what keeps this machine from running the manifest, all at once",
-        "warm-cache doctor --profile h200",
-        ("allow-busy",),
-    ),
-}
-
-STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad entries (verify) · 11 some
-tasks failed, partial, timed out or skipped · 12 this machine can't run it · 13 GPUs not released · 14 budget exhausted
-· 15 cache or GPUs busy · 16 engine lost · 130/143 signal"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; `OPTIONS` and `VERBS` are its text."""
-    top = argparse.ArgumentParser(
-        prog="warm-cache",
-        description="Compile every JIT kernel that sglang's test jobs will ask for into a persistent cache, prove it, "
-        "and leave nothing behind.",
-        epilog=f"example: warm-cache warm --profile h200 --cache /data/sglang-jit\n\n{STATUSES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    top.add_argument("--version", action="version", version=f"warm-cache {__version__}")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, verb in VERBS.items():
-        sub = verbs.add_parser(
-            name,
-            help=verb.help,
-            description=verb.help[0].upper() + verb.help[1:] + ".",
-            epilog=f"example: {verb.example}\n\n{STATUSES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            usage=f"warm-cache {name} [option ...] -- CMD [argument ...]" if verb.wraps else None,
-        )
-        sub.set_defaults(json=False, models=None)
-        for option in verb.options:
-            flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
-            sub.add_argument(*flags, **OPTIONS[option])  # type: ignore[arg-type]
-    return top
-
-
 def main(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] | None = None) -> int:
     """Runs one verb and returns its exit status. Everything raised on purpose ends here as one sentence."""
     environ = dict(os.environ if environ is None else environ)
-    argv, wrapped = _split(list(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parser().parse_args(argv, argparse.Namespace(command=wrapped))
-    except SystemExit as stop:  # argparse has printed its own message
+        said = arguments.parse(argv, environ)
+    except SystemExit as stop:  # argparse has printed a help text
+        _silence_broken_stdout()
         return int(stop.code or 0)
-    chosen = getattr(arguments, "manifest", None) or getattr(arguments, "profile", None)
-    for option in VERBS[arguments.verb].options:
-        name = option.replace("-", "_")
-        value = environ.get(ENVIRONMENT + name.upper())
-        if option in ("manifest", "profile") and chosen:
-            continue  # a flag wins over the environment, also over the other way to say it
-        if value and not getattr(arguments, name):
-            action = OPTIONS[option].get("action")
-            setattr(
-                arguments,
-                name,
-                {"store_true": value.lower() not in ("0", "no", "false"), "append": value.split(",")}.get(
-                    str(action), value
-                ),
-            )
-    return _Invocation(arguments, environ).run()
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our own words and the wrapped command's, which begins after the first ``--`` and is nobody's to interpret."""
-    verb = VERBS.get(argv[0]) if argv else None
-    at = argv.index("--") if verb and verb.wraps and "--" in argv else len(argv)
-    return argv[:at], argv[at + 1 :]
+    except UsageError as error:
+        return _Invocation(arguments.unparsed(argv, environ), environ).conclude(error)
+    return _Invocation(said, environ).run()
 
 
 class _Invocation:
     """One run of one verb: streams, report, signals, and the mapping from errors to exit status."""
 
-    def __init__(self, arguments: argparse.Namespace, environ: Mapping[str, str]) -> None:
-        self.arguments = arguments
+    def __init__(self, said: Namespace, environ: Mapping[str, str]) -> None:
+        self.said = said
         self.environ = environ
         self.started = time.monotonic()
-        self.report = Report(arguments.verb)
+        self.report = Report(said.verb)
         self.status = 0
+        self.cancel = Cancel()
+        self.run_id = os.urandom(6).hex()
+        self.logs: Path | None = None  # in the default place
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal of the last century still sees the rest
-        stream = _or_nowhere(sys.stderr if arguments.json or arguments.verb in ("env", "hold") else sys.stdout)
+        stream = _or_nowhere(sys.stderr if said.json or said.verb in ("env", "hold") else sys.stdout)
         terminal = stream.isatty() and environ.get("TERM") != "dumb" and "NO_COLOR" not in environ
         self.console = Console(
             stream,
             terminal=terminal,
             github=environ.get("GITHUB_ACTIONS") == "true",
             width=shutil.get_terminal_size((80, 24)).columns,
-            verbose=arguments.verbose,
+            verbose=said.verbose,
         )
 
     def run(self) -> int:
@@ -243,36 +109,35 @@ class _Invocation:
         except KeyboardInterrupt:
             error = Interrupted(signal.SIGINT)
         except Exception as raised:  # noqa: BLE001 - it ends in a sentence, whatever it is
-            if self.arguments.verbose:
+            if self.said.verbose:
                 self.console.say(traceback.format_exc().rstrip())
             error = _unexpected(raised)
         self.report.seconds = time.monotonic() - self.started
-        try:
-            return self._conclude(error)
-        except KeyboardInterrupt:
-            return Interrupted(signal.SIGINT).exit_code
+        if error is not None and self.cancel.signum is not None and not isinstance(error, Interrupted):
+            self.report.warnings.append(error.message)  # of several reasons the signal is the first
+            error = Interrupted(self.cancel.signum)
+        return self.conclude(error)
 
     def _verb(self) -> None:
-        self._check_choices()
-        if VERBS[self.arguments.verb].wraps:
+        if VERBS[self.said.verb].wraps:
             return self._hold()
-        manifest, cancel = self._manifest(), Cancel()
-        with _signals(cancel), self._open(manifest, cancel) as session:
+        manifest = self._manifest()
+        with _signals(self.cancel), self._open(manifest) as session:
             self._act(session)
         return None
 
     @contextlib.contextmanager
-    def _open(self, manifest: Manifest, cancel: Cancel, timeout: float = 60.0) -> Iterator[Session]:
+    def _open(self, manifest: Manifest, timeout: float = 60.0) -> Iterator[Session]:
         """An engine that answers within so many seconds, and the session with it."""
         options = Options(
             log_dir=self._log_dir(),
             state_dir=self._state_dir(),
             environ=self.environ,
-            pull=getattr(self.arguments, "pull", False),
-            force=getattr(self.arguments, "force", False),
-            strict=getattr(self.arguments, "strict", False),
-            allow_busy=getattr(self.arguments, "allow_busy", False),
-            creates=self.arguments.verb == "warm",
+            pull=getattr(self.said, "pull", False),
+            force=getattr(self.said, "force", False),
+            strict=getattr(self.said, "strict", False),
+            allow_busy=getattr(self.said, "allow_busy", False),
+            creates=self.said.verb == "warm",
         )
         engine = Engine(self.environ.get("DOCKER_HOST") or None, timeout)
         with contextlib.closing(engine):
@@ -285,36 +150,36 @@ class _Invocation:
             # All that is loaded by now stays to the end. Not looking through it, at every collection and once more at
             # exit, saves a tenth of a check.
             gc.freeze()
+            budget = Deadline(manifest.run.budget)
             with Session(
-                manifest, engine, self.console, cancel, self.report, options, Deadline(manifest.run.budget)
+                manifest, engine, self.console, self.cancel, self.report, options, budget, self.run_id
             ) as session:
                 yield session
 
     def _hold(self) -> None:
-        arguments = self.arguments
-        if not arguments.command:
+        said = self.said
+        if not said.command:
             raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
-        named = arguments.manifest or arguments.profile or not arguments.cache
+        named = said.manifest or said.profile or not said.cache
         manifest = self._manifest() if named else None
         from builder import command, hold
 
         # A job's own choices, before this program makes its own.
         ignored = [signum for signum in command.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
-        cancel = Cancel()
         holding = hold.held(
-            manifest.cache if manifest else cache_of(arguments.cache),
+            manifest.cache if manifest else self._cache(),
             here=manifest is None or (self.environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
-            connect=(lambda: self._open(manifest, cancel, HOLD_PATIENCE)) if manifest else None,
+            connect=(lambda: self._open(manifest, HOLD_PATIENCE)) if manifest else None,
             console=self.console,
-            cancel=cancel,
+            cancel=self.cancel,
         )
-        with _signals(cancel), holding:
-            self.status = command.run(arguments.command, self.environ, ignored=ignored)
+        with _signals(self.cancel), holding:
+            self.status = command.run(said.command, self.environ, ignored=ignored)
 
     def _act(self, session: Session) -> None:
         """Each verb loads what it needs: a check has ended before all the others would be there."""
         tasks = session.manifest.tasks
-        match self.arguments.verb:
+        match self.said.verb:
             case "warm":
                 from builder import run
 
@@ -326,15 +191,15 @@ class _Invocation:
             case "verify":
                 from builder import upkeep
 
-                upkeep.verify(session, repair=self.arguments.repair)
+                upkeep.verify(session, repair=self.said.repair)
             case "env":
                 from builder import verbs
 
-                text = verbs.env(session, tasks, self.arguments.format or "docker")
-                if self.arguments.json:
+                text = verbs.env(session, tasks, self.said.format or "docker")
+                if self.said.json:
                     self.report.extra["env"] = text
                 else:
-                    print(text)
+                    self._print(text)
                 verbs.warmth(session)
             case verb:
                 from builder import verbs
@@ -343,47 +208,85 @@ class _Invocation:
                     session, tasks
                 )
 
-    def _check_choices(self) -> None:
-        """What argparse does for flags, for values that came from the environment."""
-        for option, keywords in OPTIONS.items():
-            choices, value = keywords.get("choices"), getattr(self.arguments, option.replace("-", "_"), None)
-            if isinstance(choices, tuple) and value is not None and value not in choices:
-                raise UsageError(f"{ENVIRONMENT}{option.upper()} is {value!r}: one of {', '.join(choices)} is wanted")
-
     def _manifest(self) -> Manifest:
-        arguments = self.arguments
-        if not arguments.manifest and not arguments.profile:
-            raise UsageError(f"which manifest? Pass --manifest FILE or --profile NAME ({', '.join(profiles())}).")
-        if arguments.manifest and arguments.profile:
-            raise UsageError(f"--manifest {arguments.manifest} and --profile {arguments.profile} exclude each other")
+        said = self.said
+        if not said.manifest and not said.profile:
+            raise UsageError(f"which manifest? Pass --manifest FILE or --profile NAME ({', '.join(profiles())})")
+        if said.manifest and said.profile:
+            ways = [f"{arguments.place(said, way)} {getattr(said, way)}" for way in ("manifest", "profile")]
+            raise UsageError(f"{' and '.join(ways)} exclude each other")
         overrides = Overrides(
-            image=arguments.image,
-            cache=arguments.cache,
-            models=arguments.models,
-            **{name: getattr(arguments, name, None) for name in ("budget", "timeout", "silence", "lock_timeout")},
+            image=said.image,
+            cache=said.cache,
+            models=said.models,
+            **{name: getattr(said, name, None) for name in ("budget", "timeout", "silence", "lock_timeout")},
         )
-        return select(
-            load(arguments.manifest, profile=arguments.profile, overrides=overrides),
-            getattr(arguments, "only", None) or (),
-        )
+        with self._blaming():
+            manifest = load(said.manifest, profile=said.profile, overrides=overrides)
+            self.report.image_ref, cache = manifest.image.ref, manifest.cache
+            self.report.cache = str(cache.root) if cache.root else f"volume {cache.volume}"
+            return select(manifest, getattr(said, "only", None) or ())
+
+    def _cache(self) -> CacheSpec:
+        with self._blaming():
+            return cache_of(self.said.cache)
+
+    @contextlib.contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """A problem of an option's value is put where the value was said, and is no problem of the manifest."""
+        places = {f"--{option}": arguments.place(self.said, option) for option in VERBS[self.said.verb].options}
+        path = printable(self.said.manifest or "")
+        places[path] = f"{places['--manifest']} {path}"
+        try:
+            yield
+        except UsageError as error:
+            if not error.problems:
+                raise
+            problems = [Problem(places.get(each.place, each.place), each.text, each.remedy) for each in error.problems]
+            message = error.message
+            if all(each.place in places for each in error.problems):
+                message = str(problems[0]) if len(problems) == 1 else "options cannot be used as they are"
+            raise UsageError(message, problems) from None
 
     def _log_dir(self) -> Path:
-        chosen = getattr(self.arguments, "log_dir", None)
-        return Path(chosen).absolute() if chosen else self._state_home() / "logs" / time.strftime("%Y%m%d-%H%M%S")
+        chosen = getattr(self.said, "log_dir", None)
+        if chosen:
+            return _absolute(chosen, arguments.place(self.said, "log-dir"))
+        self.logs = self._state_home() / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.run_id[:6]}"
+        return self.logs
+
+    def _prune_logs(self) -> None:
+        """A run that left logs in the default place leaves only the newest runs' logs there."""
+        if self.logs is None or not self.logs.is_dir():
+            return
+        with contextlib.suppress(OSError):
+            runs = sorted(path for path in self.logs.parent.iterdir() if LOG_NAME.fullmatch(path.name))
+            for path in runs[:-LOGS_KEPT]:
+                shutil.rmtree(path, ignore_errors=True)  # never through a link
 
     def _state_home(self) -> Path:
         """Where logs go by default. A cron job may have no HOME: then the temporary directory has to do."""
-        base = self.environ.get("XDG_STATE_HOME")
-        if not base:
+        base = self.environ.get("XDG_STATE_HOME", "")
+        if not base.startswith("/"):
+            base = ""
             with contextlib.suppress(RuntimeError):
                 base = str(Path.home() / ".local" / "state")
         return Path(base or tempfile.gettempdir()) / "warm-cache"
 
     def _state_dir(self) -> Path:
-        return Path(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()).absolute()
+        return _absolute(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "XDG_RUNTIME_DIR")
 
     # --- the end
     # ---------------------------------------------------------------------------------------------------------
+
+    def conclude(self, error: BuilderError | None) -> int:
+        """Says what there is to say at the end, and returns the exit status."""
+        try:
+            status = self._conclude(error)
+            self._prune_logs()
+        except KeyboardInterrupt:
+            return Interrupted(signal.SIGINT).exit_code
+        return status
 
     def _conclude(self, error: BuilderError | None) -> int:
         status = error.exit_code if error else self.status
@@ -391,23 +294,28 @@ class _Invocation:
         for warning in report.warnings:
             console.say(f"warning: {warning}")
         if report.verb in ("warm", "check") and report.tasks:
-            self._tasks()
+            self._tasks(error)
         if error is not None:
             self._complain(error)
-        if self.arguments.json:
-            try:
-                print(report.document(status, error), flush=True)
-            except BrokenPipeError:
-                pass
-            except OSError as failed:
-                console.say(f"warning: the JSON document could not be written: {failed.strerror}")
+        if self.said.json:
+            self._print(report.document(status, error))
         _silence_broken_stdout()
         return status
 
-    def _tasks(self) -> None:
+    def _print(self, text: str) -> None:
+        """What was asked for, on stdout."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            pass
+        except OSError as failed:
+            self.report.warnings.append(f"stdout cannot be written to: {failed.strerror}")
+            self.console.say(f"warning: {self.report.warnings[-1]}")
+
+    def _tasks(self, error: BuilderError | None) -> None:
         report = self.report
         total = len(report.tasks)
-        if report.count("warm") == total:
+        if error is None and all(task.state == "warm" and task.seconds is None for task in report.tasks):
             more = " Nothing to do." if report.verb == "warm" else ""
             self.console.say(
                 f"warm-cache: {total} of {counted(total, 'task')} warm for toolchain {report.toolchain} "
@@ -415,6 +323,9 @@ class _Invocation:
             )
             return
         self.console.table(TASK_COLUMNS, task_table(report.tasks))
+        for task in report.tasks:
+            if task.log and task.state in ("failed", "partial", "skipped"):
+                self.console.say(f"log of {task.label}: {task.log}")
         kinds = [
             f"{report.count(state)} {state}"
             for state in ("warmed", "warm", "cold", "partial", "skipped", "failed")
@@ -423,23 +334,24 @@ class _Invocation:
         self.console.say(f"{', '.join(kinds)} in {report.seconds:.1f} s.")
 
     def _complain(self, error: BuilderError) -> None:
-        lines = []
-        if isinstance(error, ProblemsError) and error.problems:
-            lines.append(f"error: {error.message} ({counted(len(error.problems), 'problem')}):")
-            width = max(len(problem.place) for problem in error.problems)
+        lines = [error.usage] if isinstance(error, CommandLineError) else []
+        problems = error.problems if isinstance(error, ProblemsError) else ()
+        if problems and error.message != str(problems[0]):
+            lines.append(f"error: {error.message} ({counted(len(problems), 'problem')}):")
+            width = max(len(problem.place) for problem in problems)
             lines += [
-                f"  {problem.place:<{width}}  {problem.text} {problem.remedy}".rstrip() for problem in error.problems
+                f"  {problem.place:<{width}}  " + sentence(f"{problem.text} {problem.remedy}") for problem in problems
             ]
             if error.exit_code == 12:
-                lines.append("To see the program work without GPUs: make demo.")
-            lines[-1] += f" Exit {error.exit_code}."
+                lines.append("To see the program work without GPUs (from a checkout): make demo.")
         else:
-            end = "" if error.message.endswith((".", "!", "?")) else "."
-            lines.append(f"error: {error.message}{end} Exit {error.exit_code}.")
+            lines.append("error: " + sentence(error.message))
+        lines[-1] += f" Exit {error.exit_code}."
         if error.notes:
-            lines += ["last lines:", *(f"  │ {note}" for note in error.notes)]
+            lines.append("last line:" if len(error.notes) == 1 else "last lines:")
+            lines += [f"  │ {note}" for note in error.notes]
         # Errors belong on stderr; with --json, for env and for hold the console is there already.
-        stream = Console(_or_nowhere(sys.stderr), terminal=False)
+        stream = Console(_or_nowhere(sys.stderr), terminal=False, github=self.console.github)
         stream.say("\n".join(lines))
         self.console.annotate("warm-cache", error.message)
 
@@ -464,6 +376,14 @@ def _signals(cancel: Cancel) -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _absolute(path: str, place: str) -> Path:
+    """Raises UsageError, with the place where the path was said, when nobody knows what it is relative to."""
+    try:
+        return Path(path).absolute()
+    except OSError as error:
+        raise UsageError(f"{place}: {path} is relative to a directory that is gone ({error.strerror})") from None
 
 
 def _or_nowhere(stream: TextIO | None) -> TextIO:

@@ -10,12 +10,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from builder import cli, verbs
+from builder import __main__, arguments, cli, run, verbs
 from builder.container import Cancel
-from builder.errors import BuilderError, BusyError, ColdError, EngineLostError, Interrupted, PreflightError, Problem
+from builder.errors import (
+    BuilderError,
+    BusyError,
+    ColdError,
+    EngineLostError,
+    Interrupted,
+    PreflightError,
+    Problem,
+    TasksError,
+)
+from builder.report import TaskResult
 from builder.session import Session
 from builder.warmup.task import Task
 
@@ -41,6 +52,14 @@ recipe = "command"
 argv = ["true"]
 success = "x"
 """
+
+
+def shell(words: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """The program with these words, as a shell understands them."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"exec {sys.executable} -m builder {words}"
+    return subprocess.run(["sh", "-c", command], cwd=place, env=environ, capture_output=True, text=True, timeout=30)
+
 
 Act = Callable[[Session, tuple[Task, ...]], None]
 
@@ -107,21 +126,117 @@ def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureF
     assert "usage: warm-cache" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [[], *([verb] for verb in cli.VERBS)])
-def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "usage: warm-cache VERB [option ...]\nerror: which verb? One of warm, check"),
+        (["chekc"], "usage: warm-cache VERB [option ...]\nerror: there is no verb 'chekc'; did you mean 'check'?"),
+        (["zzz"], "error: there is no verb 'zzz'; known: check, doctor"),
+        (["--strict"], "error: --strict comes after the verb, which is one of warm, check"),
+        (["--jsno"], "error: there is no option '--jsno'; see: warm-cache --help."),
+        (["warm", "--bugdet", "5m"], "error: there is no option '--bugdet'; did you mean --budget? Exit 2."),
+        (["warm", "--bugdet=5m"], "error: there is no option '--bugdet'; did you mean --budget? Exit 2."),
+        (["check", "--zzz"], "error: there is no option '--zzz'; see: warm-cache check --help. Exit 2."),
+        (["check", "--force"], "error: --force is no option of check, but of warm. Exit 2."),
+        (["check", "all"], "usage: warm-cache check [option ...]\nerror: check takes no argument 'all'. Exit 2."),
+        (["check", "--cache"], "error: --cache wants a value. Exit 2."),
+        (["check", "--strict=1"], "error: --strict takes no value. Exit 2."),
+        (["env", "--format", "yaml"], "error: --format is 'yaml': one of docker, shell, github, json is wanted. Exit"),
+        (["hold", "pytest"], "error: hold takes no argument 'pytest'; the command follows after two dashes. Exit 2."),
+    ],
+)
+def test_wrong_words_get_the_verbs_usage_and_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv, environ={}) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.startswith("usage: warm-cache ")
+    assert captured.err.count("\n") == 2
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("argv", [[], ["wram"], ["check", "--no-such"], ["env", "--format", "yaml"], ["check", "--on"]])
+@pytest.mark.parametrize("environ", [{}, {"WARM_CACHE_JSON": "1"}])
+def test_wrong_words_are_one_document_where_json_is_wanted(
+    argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv if environ else [*argv, "--json"], environ=environ) == 2
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["exit"] == 2
+    assert document["verb"] == (argv[0] if argv and argv[0] in arguments.VERBS else None)
+    assert f"error: {document['error']['message']}" in captured.err
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in arguments.VERBS)])
+def test_every_verb_explains_itself(
+    verb: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert cli.main([*verb, "--help"], environ={}) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
     assert "example: " in shown
-    assert "exit status: 0 warm" in shown
+    assert ("exit status: 0 warm" in shown) == (not verb)
+    assert "exit status:" in shown
+
+
+@pytest.mark.parametrize("verb", arguments.VERBS)
+def test_every_example_is_a_command_line(verb: str) -> None:
+    words = arguments.VERBS[verb].example.replace("$(", "").replace(")", "").partition("warm-cache ")[2].split()
+    if verb == "env":
+        words = words[: words.index("lmsysorg/sglang:v0.5.23")]
+    said = arguments.parse(words, {})
+    assert said.verb == verb
+    assert said.profile or said.cache
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["--help", "check --manifest /no/such/file --json"])
+def test_a_full_stdout_changes_no_status(tmp_path: Path, words: str) -> None:
+    done = shell(f"{words} >/dev/full", tmp_path)
+    assert done.returncode == (0 if words == "--help" else 2)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert ("stdout cannot be written to: No space left on device" in done.stderr) == ("--json" in words)
+
+
+@pytest.mark.parametrize("option", ["cache", "log-dir", "models"])
+def test_a_place_below_a_directory_that_is_gone(bench: Bench, tmp_path: Path, option: str) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    before = Path.cwd()
+    os.chdir(gone)
+    gone.rmdir()
+    try:
+        assert cli.main(["warm", "--manifest", str(bench.path), f"--{option}", "here"], environ={}) == 2
+        assert cli.main(["warm", "--manifest", "m.toml"], environ={}) == 2
+    finally:
+        os.chdir(before)
+    shown = bench.said()
+    assert f"error: --{option}: " in shown
+    assert "is relative to a directory that is gone (No such file or directory). Exit 2." in shown
+
+
+@pytest.mark.parametrize("option", ["cache", "manifest", "log-dir"])
+def test_bytes_that_are_not_utf_8(bench: Bench, option: str) -> None:
+    assert bench.run("warm", f"--{option}", os.fsdecode(b"/a\xff"), manifest=option != "manifest") == 2
+    assert f"error: --{option}: '/a\\udcff' is not valid UTF-8, and cannot be used. Exit 2." in bench.said()
+
+
+@pytest.mark.parametrize("root", ["/", "//", "/tmp/.."])
+def test_the_whole_file_system_is_no_cache(bench: Bench, root: str) -> None:
+    assert bench.run("check", "--cache", root) == 2
+    assert "error: --cache: a directory of its own is wanted, found '/" in bench.said()
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         ([], "which manifest? Pass --manifest FILE or --profile NAME (h200, stand-in)"),
-        (["--profile", "h100"], "there is no profile 'h100'"),
+        (["--profile", "h20"], "error: --profile: there is no profile 'h20'; did you mean 'h200'? Exit 2."),
         (["--manifest", "a", "--profile", "h200"], "--manifest a and --profile h200 exclude each other"),
-        (["--manifest", "/no/such/file"], "No such file or directory"),
+        (["--manifest", "/no/such/file"], "error: --manifest /no/such/file: No such file or directory. Name a file"),
     ],
 )
 def test_a_manifest_is_needed(bench: Bench, argv: list[str], said: str) -> None:
@@ -141,6 +256,17 @@ def test_all_of_a_manifests_problems_at_once(bench: Bench) -> None:
     assert len(places) >= 3
     assert all(place.startswith(str(bench.path)) for place in places)
     assert f"({len(places)} problems):" in captured.err
+    assert all(line.endswith((".", "?")) for line in captured.err.splitlines()[1:])
+
+
+def test_what_the_manifest_says_is_in_the_document_of_an_early_error(bench: Bench) -> None:
+    assert bench.run("check", "--only", "three", "--json") == 2
+    document = json.loads(bench.capsys.readouterr().out)
+    assert document["image"]["ref"] == "tiny:1"
+    assert document["cache"] == "/data/cache"
+    bench.fail(EngineLostError("gone"))
+    assert bench.run("check", "--cache", "volume:jit", "--json") == 16
+    assert json.loads(bench.capsys.readouterr().out)["cache"] == "volume jit"
 
 
 def test_only_what_is_asked_for(bench: Bench) -> None:
@@ -172,10 +298,52 @@ def test_one_way_to_name_a_manifest_wins_over_the_other_in_the_environment(bench
     assert bench.sessions[-1].manifest.path == "stand-in.toml"
 
 
-@pytest.mark.parametrize(("value", "strict"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "strict"),
+    [
+        *((word, True) for word in ("1", "true", "YES", "on", "y")),
+        *((word, False) for word in ("0", "false", "No", "off", "n", "", " ")),
+    ],
+)
 def test_switches_in_the_environment(bench: Bench, value: str, strict: bool) -> None:
     assert bench.run("check", WARM_CACHE_STRICT=value) == 0
     assert bench.sessions[-1].options.strict is strict
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"WARM_CACHE_STRICT": "maybe"}, "WARM_CACHE_STRICT: a switch is 1 (true, yes, on) or 0 (false, no, off)"),
+        ({"WARM_CACHE_CACHE": "volume:-"}, "WARM_CACHE_CACHE: a volume's name is wanted, found '-'. Exit 2."),
+        ({"WARM_CACHE_ONLY": "three"}, "WARM_CACHE_ONLY: no task of "),
+        ({"WARM_CACHE_IMAGE": "a b"}, "WARM_CACHE_IMAGE: an image reference is wanted"),
+    ],
+)
+def test_the_variable_is_blamed_for_its_value(bench: Bench, environ: dict[str, str], said: str) -> None:
+    assert cli.main(["check", "--manifest", str(bench.path)], environ=environ) == 2
+    shown = bench.said()
+    assert shown.startswith(f"error: {said}")
+    assert shown.count("\n") == 1
+    assert "--" not in shown and str(bench.path) not in shown.replace("no task of " + str(bench.path), "")
+
+
+def test_a_duration_is_blamed_where_it_was_said(bench: Bench) -> None:
+    assert bench.run("warm", WARM_CACHE_BUDGET="foo") == 2
+    assert bench.said().startswith("error: WARM_CACHE_BUDGET: a duration such as")
+    assert bench.run("warm", "--budget", "foo", WARM_CACHE_BUDGET="5m") == 2
+    assert bench.said().startswith("error: --budget: a duration such as")
+    assert bench.run("warm", "--budget", "foo", "--json", WARM_CACHE_LOCK_TIMEOUT="bar") == 2
+    captured = bench.capsys.readouterr()
+    assert captured.err.startswith("error: options cannot be used as they are (2 problems):\n")
+    places = {problem["place"] for problem in json.loads(captured.out)["error"]["problems"]}
+    assert places == {"--budget", "WARM_CACHE_LOCK_TIMEOUT"}
+
+
+def test_manifests_that_the_environment_names(bench: Bench) -> None:
+    assert bench.run("check", manifest=False, WARM_CACHE_MANIFEST="/no/file") == 2
+    assert bench.said().startswith("error: WARM_CACHE_MANIFEST /no/file: No such file or directory.")
+    assert bench.run("check", manifest=False, WARM_CACHE_MANIFEST="/no/file", WARM_CACHE_PROFILE="h200") == 2
+    assert "WARM_CACHE_MANIFEST /no/file and WARM_CACHE_PROFILE h200 exclude each other" in bench.said()
 
 
 def test_a_list_in_the_environment(bench: Bench) -> None:
@@ -194,6 +362,29 @@ def test_where_logs_and_leases_go(bench: Bench, tmp_path: Path, monkeypatch: pyt
     options = bench.sessions[-1].options
     assert options.state_dir == tmp_path / "run", "a mount's source is absolute"
     assert options.log_dir.parent == tmp_path / "state" / "warm-cache" / "logs"
+    assert cli.LOG_NAME.fullmatch(options.log_dir.name)
+    assert options.log_dir.name.endswith(bench.sessions[-1].run_id[:6])
+
+
+def test_logs_of_the_newest_runs_stay(bench: Bench, tmp_path: Path) -> None:
+    logs = tmp_path / "warm-cache" / "logs"
+    old = [f"20250101-{number:06d}-abcdef" for number in range(cli.LOGS_KEPT + 3)]
+    foreign = ["20240101-000000", "mine", "20240101-000000-abcdef.txt"]
+    for name in (*old, *foreign):
+        (logs / name).mkdir(parents=True)
+        (logs / name / "task.log").touch()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (logs / "20230101-000000-abcdef").symlink_to(kept)
+
+    assert bench.run("check", XDG_STATE_HOME=str(tmp_path)) == 0
+    assert len(list(logs.iterdir())) == len(old) + len(foreign) + 1, "a run without logs removes none"
+    bench.act(lambda session, _tasks: session.options.log_dir.mkdir(parents=True))
+    assert bench.run("check", XDG_STATE_HOME=str(tmp_path)) == 0
+    own = bench.sessions[-1].options.log_dir.name
+    left = {path.name for path in logs.iterdir() if not path.is_symlink()}
+    assert left == {*old[4:], own, *foreign}
+    assert kept.is_dir()
 
 
 # --- the status ------------------------------------------------------------------------------------------------------
@@ -204,7 +395,8 @@ def test_where_logs_and_leases_go(bench: Bench, tmp_path: Path, monkeypatch: pyt
     [
         (ColdError("1 of 2 tasks cold"), 10, "error: 1 of 2 tasks cold. Exit 10."),
         (BusyError("in use!"), 15, "error: in use! Exit 15."),
-        (EngineLostError("gone", notes=["the last line"]), 16, "error: gone. Exit 16.\nlast lines:\n  │ the last line"),
+        (EngineLostError("gone", notes=["the last line"]), 16, "error: gone. Exit 16.\nlast line:\n  │ the last line"),
+        (EngineLostError("gone", notes=["1", "2"]), 16, "error: gone. Exit 16.\nlast lines:\n  │ 1\n  │ 2"),
         (Interrupted(signal.SIGTERM), 143, "error: interrupted by SIGTERM. Exit 143."),
         (KeyboardInterrupt(), 130, "error: interrupted by SIGINT. Exit 130."),
         (BuilderError("odd"), 1, "error: odd. Exit 1."),
@@ -224,7 +416,7 @@ def test_problems_stand_under_each_other(bench: Bench) -> None:
         "error: this machine can't run it (2 problems):\n"
         "  disk  it is full. Empty it.\n"
         "  GPUs  none.\n"
-        "To see the program work without GPUs: make demo. Exit 12.\n"
+        "To see the program work without GPUs (from a checkout): make demo. Exit 12.\n"
     )
 
 
@@ -255,6 +447,63 @@ def test_in_github_actions_the_error_is_an_annotation(bench: Bench) -> None:
     bench.fail(ColdError("100% cold\nreally"))
     assert bench.run("check", GITHUB_ACTIONS="true") == 10
     assert "::error title=warm-cache::100%25 cold%0Areally\n" in bench.capsys.readouterr().out
+
+
+def test_in_github_actions_no_error_is_a_command(bench: Bench) -> None:
+    bench.fail(ColdError("##[error]no", notes=["x\n::error::no"]))
+    assert bench.run("check", GITHUB_ACTIONS="true") == 10
+    assert bench.said() == "error: ## [error]no. Exit 10.\nlast line:\n  │ x\n: :error::no\n"
+
+
+def warm_tasks(**more: Any) -> Act:
+    def act(session: Session, tasks: tuple[Task, ...]) -> None:
+        session.report.tasks = [TaskResult(task.label, task.model, "", "warm", **more) for task in tasks]
+
+    return act
+
+
+def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(act: Act) -> str:
+        monkeypatch.setattr(run, "warm", act)
+        bench.run("warm")
+        return bench.capsys.readouterr().out
+
+    def interrupted(session: Session, tasks: tuple[Task, ...]) -> None:
+        warm_tasks()(session, tasks)
+        raise Interrupted(signal.SIGTERM)
+
+    assert said(warm_tasks()) == "warm-cache: 2 of 2 tasks warm for toolchain None (tiny:1). Nothing to do.\n"
+    for act in (interrupted, warm_tasks(seconds=1.0)):
+        shown = said(act)
+        assert "Nothing to do" not in shown
+        assert shown.startswith("task ") and "2 warm in 0.0 s." in shown
+
+
+def test_the_log_of_a_failed_task_is_named_below_the_table(bench: Bench) -> None:
+    def act(session: Session, _tasks: tuple[Task, ...]) -> None:
+        session.report.tasks = [
+            TaskResult("one", "org/one", "", "failed", "crash", log="/logs/one.log"),
+            TaskResult("two", "org/two", "", "warmed", log="/logs/two.log"),
+        ]
+        raise TasksError("1 failed of 2 tasks")
+
+    bench.act(act)
+    assert bench.run("check") == 11
+    shown = bench.capsys.readouterr().out
+    assert "\nlog of one: /logs/one.log\n1 warmed, 1 failed in " in shown
+    assert "two.log" not in shown
+
+
+def test_a_signal_comes_before_every_other_reason(bench: Bench) -> None:
+    def act(session: Session, _tasks: tuple[Task, ...]) -> None:
+        session.cancel.set(signal.SIGTERM)
+        raise EngineLostError("the engine was lost")
+
+    bench.act(act)
+    assert bench.run("check") == 143
+    captured = bench.capsys.readouterr()
+    assert captured.out == "warning: the engine was lost\n"
+    assert captured.err == "error: interrupted by SIGTERM. Exit 143.\n"
 
 
 # --- signals and streams ---------------------------------------------------------------------------------------------
@@ -295,8 +544,61 @@ def test_an_old_terminal_sees_what_it_can(bench: Bench, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_defect(tmp_path: Path, closed: str) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = f"exec {sys.executable} -m builder check --manifest /no/such/file --json {closed}"
-    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30)
+    done = shell(f"check --manifest /no/such/file --json {closed}", tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+    done = shell(f"--help {closed}", tmp_path)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+# --- the beginning ---------------------------------------------------------------------------------------------------
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from builder.__main__ import main
+sys.argv[1:] = ["--version"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["builder.cli", "argparse", "builder.session"])
+def test_ctrl_c_during_imports_is_quiet(module: str) -> None:
+    code = INTERRUPTED_IMPORT.format(module=module)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_before_a_run_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert __main__.main() == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_background_job_of_a_script_goes_on_ignoring_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def main() -> int:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 7
+
+    monkeypatch.setattr(cli, "main", main)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert __main__.main() == 7
+        assert seen == [signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -27,7 +27,7 @@ ORDER = """
     resume sinks logs lease container locks gpulock hooks
     cache preflight plan report
     command session holder runlock hold machine run verbs upkeep
-    cli __main__
+    arguments cli __main__
 """.split()
 
 MOST_LINES = 500

@@ -1,0 +1,335 @@
+"""The words of the command line: verbs, options, and the environment that stands in for options.
+
+A flag wins over the environment. Whatever is wrong is a UsageError that names where it was said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import textwrap
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from builder import __version__
+from builder.errors import UsageError
+from builder.manifest import profiles
+from builder.values import near
+
+ENVIRONMENT = "WARM_CACHE_"
+SWITCHES = {
+    **dict.fromkeys(("1", "true", "yes", "y", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "n", "off", ""), False),
+}
+#: No line of a help text is longer.
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One subcommand. help is one line; example a command line that works; own are names in OPTIONS, beside the common
+    ones. wraps: a command of somebody else's follows, and owns stdout.
+    """
+
+    help: str
+    example: str
+    own: tuple[str, ...] = ()
+    wraps: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (*(WRAPPING if self.wraps else COMMON), *self.own)
+
+
+#: name → keyword arguments of argparse, and choices, which the environment has to keep to as well. Every option can be
+#: given as WARM_CACHE_<NAME> too: a switch by a word of SWITCHES, one that may be repeated by a list with commas.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "manifest": {"metavar": "FILE", "help": "the manifest (TOML)"},
+    "profile": {"metavar": "NAME", "help": f"a packaged manifest: {', '.join(profiles())}"},
+    "cache": {"metavar": "DIR|volume:NAME", "help": "the cache root, instead of the manifest's"},
+    "image": {"metavar": "REF", "help": "the serving image, instead of the manifest's"},
+    "models": {"metavar": "DIR", "help": "the model store (HF_HOME), instead of the manifest's"},
+    "only": {
+        "metavar": "MODEL",
+        "action": "append",
+        "help": "only tasks of this model or label (may be repeated; * matches)",
+    },
+    "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else goes to stderr"},
+    "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
+    "force": {"action": "store_true", "help": "run warm tasks too"},
+    "allow-busy": {"action": "store_true", "help": "start even where somebody else holds a GPU"},
+    "pull": {"action": "store_true", "help": "pull the image first"},
+    "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
+    "budget": {"metavar": "55m", "help": "how long the whole run may take"},
+    "timeout": {"metavar": "20m", "help": "how long one task may take"},
+    "silence": {"metavar": "10m", "help": "how long a task may be silent"},
+    "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
+    "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
+    "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
+    "format": {
+        "metavar": "FORMAT",
+        "choices": ("docker", "shell", "github", "json"),
+        "help": "docker, shell, github or json",
+    },
+}
+COMMON = ("manifest", "profile", "cache", "image", "models", "json", "verbose")
+WRAPPING = ("manifest", "profile", "cache", "image", "verbose")
+STARTS = ("pull", "log-dir")
+
+VERBS = {
+    "warm": Verb(
+        "make every task of the manifest warm",
+        "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
+        ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
+    ),
+    "check": Verb(
+        "say warm or cold per task; exit 0 or 10",
+        "warm-cache check --profile h200 --cache /data/sglang-jit",
+        ("only", "strict"),
+    ),
+    "explain": Verb(
+        "per task: why it is warm or cold, factor by factor",
+        "warm-cache explain --profile h200 --only DeepSeek-V3.2",
+        ("only", "strict"),
+    ),
+    "status": Verb(
+        "what lies in the cache: families, entries, bytes, markers",
+        "warm-cache status --profile h200 --json",
+    ),
+    "verify": Verb(
+        "look at every entry in the cache; exit 0 or 10",
+        "warm-cache verify --repair --profile h200",
+        ("repair", "lock-timeout"),
+    ),
+    "sweep": Verb(
+        "end containers of builders that were killed, and move aside what they left in the cache",
+        "warm-cache sweep --profile h200 --cache /data/sglang-jit",
+        ("lock-timeout",),
+    ),
+    "hold": Verb(
+        "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",
+        "warm-cache hold --cache /jit -- pytest test/srt",
+        wraps=True,
+    ),
+    "env": Verb(
+        "mounts and variables of a test job that must hit the cache",
+        "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
+        ("format",),
+    ),
+    "doctor": Verb(
+        "what keeps this machine from running the manifest, all at once",
+        "warm-cache doctor --profile h200",
+        ("allow-busy",),
+    ),
+}
+
+STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad
+entries (verify) · 11 some tasks failed, partial, timed out or skipped · 12 this
+machine can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or
+GPUs busy · 16 engine lost · 129/130/143 signal · hold: CMD's.
+Where several apply: signal, 1, 16, 13, 14, 11."""
+
+
+class CommandLineError(UsageError):
+    """The words themselves are wrong. usage: how they would be right."""
+
+    def __init__(self, message: str, verb: str | None) -> None:
+        super().__init__(message)
+        self.usage = f"usage: {usage(verb)}"
+
+
+def usage(verb: str | None) -> str:
+    """One line."""
+    if verb is None:
+        return "warm-cache VERB [option ...]"
+    return f"warm-cache {verb} [option ...]" + (" -- CMD [argument ...]" if VERBS[verb].wraps else "")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would end the process; --help and --version still do."""
+
+    def __init__(self, verb: str | None = None, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, usage=usage(verb), **keywords)
+        self.verb = verb
+
+    def error(self, message: str) -> NoReturn:
+        text = message.removeprefix("argument ")
+        text = text.replace("-v/--verbose: ", "--verbose: ")
+        option, _, what = text.partition(": ")
+        if what == "expected one argument":
+            text = f"{option} wants a value"
+        elif what.startswith("ignored explicit argument"):
+            text = f"{option} takes no value"
+        raise CommandLineError(text, self.verb)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # nobody there to read it
+            super()._print_message(message, file)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(WIDTH, shutil.get_terminal_size((80, 24)).columns))
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH)
+
+
+def top() -> argparse.ArgumentParser:
+    """The help of the whole; it knows the verbs by name only."""
+    parser = _Parser(
+        prog="warm-cache",
+        description=_filled(
+            "Compile every JIT kernel that sglang's test jobs will ask for into a persistent cache, prove it, and "
+            "leave nothing behind."
+        ),
+        epilog=f"example: {VERBS['warm'].example}\n\n{STATUSES}",
+    )
+    parser.add_argument("--version", action="version", version=f"warm-cache {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=argparse.ArgumentParser)
+    for name, verb in VERBS.items():
+        verbs.add_parser(name, help=verb.help)
+    return parser
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The options of this verb."""
+    verb = VERBS[name]
+    found = _Parser(
+        name,
+        prog=f"warm-cache {name}",
+        description=_filled(verb.help[0].upper() + verb.help[1:] + "."),
+        epilog=f"example: {verb.example}\n\nexit status: " + ("CMD's" if verb.wraps else "see warm-cache --help"),
+    )
+    for option in verb.options:
+        flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
+        keywords = {keyword: value for keyword, value in OPTIONS[option].items() if keyword != "choices"}
+        found.add_argument(*flags, **keywords)
+    return found
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
+    """Everything that was said, by flags and by the environment; `sources` tells which options came from a variable.
+
+    Raises UsageError, and SystemExit after --help and --version.
+    """
+    words, command = _split(argv)
+    name = _verb(words)
+    said, rest = parser(name).parse_known_args(
+        words[1:], Namespace(verb=name, command=command, sources={}, json=False, models=None)
+    )
+    if rest:
+        raise CommandLineError(_surplus(name, rest), name)
+    _take(said, environ)
+    _check(said)
+    return said
+
+
+def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
+    """What can be known of a command line that is wrong: the verb, if there is one, and whether JSON is wanted."""
+    words, _ = _split(argv)
+    verb = words[0] if words and words[0] in VERBS else None
+    switch = SWITCHES.get(environ.get(f"{ENVIRONMENT}JSON", "").strip().lower(), False)
+    owner = verb is not None and VERBS[verb].wraps  # stdout is the command's
+    return Namespace(verb=verb, json="--json" in words or (switch and not owner), verbose=False, sources={})
+
+
+def place(said: Namespace, option: str) -> str:
+    """Where an option's value came from: the flag, or the variable."""
+    return str(said.sources.get(option, f"--{option}"))
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own words and the wrapped command's, which begins after the first ``--`` and is nobody's to interpret."""
+    words = list(argv)
+    verb = VERBS.get(words[0]) if words else None
+    at = words.index("--") if verb and verb.wraps and "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def _verb(words: list[str]) -> str:
+    if not words:
+        raise CommandLineError(f"which verb? One of {', '.join(VERBS)}", None)
+    word = words[0]
+    if word in ("-h", "--help", "--version"):
+        top().parse_args([word])  # prints, and raises SystemExit
+    if word in VERBS:
+        return word
+    if not word.startswith("-"):
+        raise CommandLineError(f"there is no verb {word!r}; {near(word, VERBS)}", None)
+    if word.partition("=")[0].removeprefix("--") in OPTIONS or word == "-v":
+        raise CommandLineError(f"{word} comes after the verb, which is one of {', '.join(VERBS)}", None)
+    raise CommandLineError(f"there is no option {word!r}; see: warm-cache --help", None)
+
+
+def _surplus(name: str, rest: list[str]) -> str:
+    verb = VERBS[name]
+    for word in rest:
+        option = word.partition("=")[0]
+        if not option.startswith("-") or option in ("-", "--"):
+            continue
+        others = [other for other, its in VERBS.items() if option.removeprefix("--") in its.options]
+        if others:
+            return f"{option} is no option of {name}, but of {', '.join(others)}"
+        hint = _close(option, (f"--{known}" for known in verb.options)) or f"see: warm-cache {name} --help"
+        return f"there is no option {option!r}; {hint}"
+    more = "; the command follows after two dashes" if verb.wraps else ""
+    argument = next((word for word in rest if word != "--"), "--")
+    return f"{name} takes no argument {argument!r}{more}"
+
+
+def _close(word: str, known: Iterable[str]) -> str:
+    import difflib  # only where something is wrong already
+
+    found = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f"did you mean {found[0]}?" if found else ""
+
+
+def _take(said: Namespace, environ: Mapping[str, str]) -> None:
+    """What the environment says, where no flag does."""
+    chosen = said.manifest is not None or said.profile is not None
+    for option in VERBS[said.verb].options:
+        name = option.replace("-", "_")
+        variable = ENVIRONMENT + name.upper()
+        value: Any = environ.get(variable)
+        if not value or getattr(said, name) not in (None, False):
+            continue
+        if option in ("manifest", "profile") and chosen:
+            continue  # a flag wins over the environment, also over the other way to say it
+        action = OPTIONS[option].get("action")
+        if action == "store_true":
+            word = value.strip().lower()
+            if word not in SWITCHES:
+                raise UsageError(f"{variable}: a switch is 1 (true, yes, on) or 0 (false, no, off), found {value!r}")
+            value = SWITCHES[word]
+        elif action == "append":
+            value = [part.strip() for part in value.split(",")]
+        setattr(said, name, value)
+        said.sources[option] = variable
+
+
+def _check(said: Namespace) -> None:
+    for option in VERBS[said.verb].options:
+        value, where = getattr(said, option.replace("-", "_")), place(said, option)
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                continue
+            if not _is_text(text):
+                raise UsageError(f"{where}: {text!r} is not valid UTF-8, and cannot be used")
+            choices = OPTIONS[option].get("choices")
+            if choices and text not in choices:
+                message = f"{where} is {text!r}: one of {', '.join(choices)} is wanted"
+                raise UsageError(message) if option in said.sources else CommandLineError(message, said.verb)
+
+
+def _is_text(value: str) -> bool:
+    """Bytes that are not UTF-8 come as lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
