@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
-_INTERRUPTED = 128 + signal.SIGINT
+_INTERRUPTED = 130
 
 
 def main() -> int:
     """The exit status of one invocation, whenever a SIGINT comes."""
-    # Not so in the background of a script, which has it ignored.
-    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    heard = False
     try:
+        import signal  # it loads others, and a SIGINT meanwhile is caught here already
+
+        # Not so in the background of a script, which has it ignored.
+        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if heard:
             # Nothing is owed to anybody yet, and an exception in the middle of an import may be lost or shown.
             signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
