@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.engine.cli import READY, Cli, a_cli, command, shapes
+from tests.engine.door import Door
 
 __all__ = ["a_cli"]
 
@@ -100,7 +98,7 @@ def test_a_verb_that_reads_makes_no_cache_root(cli: Cli, verb: str) -> None:
     assert not cli.root.exists()
 
 
-def test_a_reference_of_the_store_leads_nowhere_else(cli: Cli, proxy_host: str) -> None:
+def test_a_reference_of_the_store_leads_nowhere_else(cli: Cli, elsewhere: Door) -> None:
     """Read through the engine, as a store of another machine is; the reference names a file above the copy."""
     cli.model("org/m")
     cli.root.mkdir()
@@ -108,40 +106,17 @@ def test_a_reference_of_the_store_leads_nowhere_else(cli: Cli, proxy_host: str) 
     (cli.store / "config.json").write_text("{}")
     (cli.store / "hub" / "models--org--m" / "refs" / "main").write_text("../" * 30 + str(target).lstrip("/"))
     cli.manifest({"model": "org/m", "argv": ["--tp", "8"]})
-    ended = cli.start("check", environ={"DOCKER_HOST": proxy_host}).end(60)
+    ended = cli.start("check", environ={"DOCKER_HOST": elsewhere.url}).end(60)
     assert ended.status in (10, 11)
     assert not target.exists()
 
 
 @pytest.fixture
-def proxy_host(docker_host: str) -> Iterator[str]:
-    """The engine behind a TCP port of this machine: its file system is not ours, as far as the builder knows."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    open_sockets = [listener]
-
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    def serve() -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            engine = socket.socket(socket.AF_UNIX)
-            engine.connect(docker_host.removeprefix("unix://"))
-            open_sockets.extend((client, engine))
-            for pair in ((client, engine), (engine, client)):
-                threading.Thread(target=pump, args=pair, daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-    for one in open_sockets:
-        one.close()
+def elsewhere(docker_host: str) -> Iterator[Door]:
+    """The engine behind a port: nobody can be sure to see its file system."""
+    door = Door(docker_host)
+    yield door
+    door.close()
 
 
 @pytest.mark.parametrize(
