@@ -199,7 +199,7 @@ class _Invocation:
                 if self.said.json:
                     self.report.extra["env"] = text
                 else:
-                    self._print(text)
+                    self._print(text, "what was asked for")
                 verbs.warmth(session)
             case verb:
                 from builder import verbs
@@ -298,18 +298,18 @@ class _Invocation:
         if error is not None:
             self._complain(error)
         if self.said.json:
-            self._print(report.document(status, error))
+            self._print(report.document(status, error), "the JSON document")
         _silence_broken_stdout()
         return status
 
-    def _print(self, text: str) -> None:
-        """What was asked for, on stdout."""
+    def _print(self, text: str, what: str) -> None:
+        """On stdout; a reader that went away misses nothing."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
             pass
         except OSError as failed:
-            self.report.warnings.append(f"stdout cannot be written to: {failed.strerror}")
+            self.report.warnings.append(f"{what} could not be written: {failed.strerror}")
             self.console.say(f"warning: {self.report.warnings[-1]}")
 
     def _tasks(self, error: BuilderError | None) -> None:

@@ -198,7 +198,7 @@ def test_a_full_stdout_changes_no_status(tmp_path: Path, words: str) -> None:
     done = shell(f"{words} >/dev/full", tmp_path)
     assert done.returncode == (0 if words == "--help" else 2)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
-    assert ("stdout cannot be written to: No space left on device" in done.stderr) == ("--json" in words)
+    assert ("the JSON document could not be written: No space left on device" in done.stderr) == ("--json" in words)
 
 
 @pytest.mark.parametrize("option", ["cache", "log-dir", "models"])
