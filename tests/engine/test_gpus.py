@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from builder.warmup import layout
 from tests.engine.cli import GATE, READY, Cli, Ended, command, wait_for
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library, build  # noqa: F401 - fixtures
 
@@ -470,7 +471,7 @@ def test_after_a_kill_the_next_run_puts_the_machine_back(cli: GpuCli, ledger: Pa
 
 
 def test_where_everything_is_warm_the_machine_is_put_back_too(cli: GpuCli, ledger: Path) -> None:
-    cli.root.mkdir()
+    layout.prepare(cli.root)
     cli.go()
     assert cli.ended().status == 0
     (cli.root / "go").unlink()
