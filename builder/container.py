@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from builder.complaints import NotFoundError
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted
@@ -34,11 +34,15 @@ from builder.warmup.task import JOB_VARIABLE, Job
 
 __all__ = ["Cancel", "Deadlines", "Outcome", "Sinks", "run_container"]
 
+T = TypeVar("T")
 Ended = Literal["exited", "timeout", "silence", "budget", "cancelled", "lost"]
 
 #: Seconds. A cancelled CI step has 7.5 s: stopping, the end of the log and removal together have to stay below 5.
 CANCEL_GRACE = 2.0
 _CANCEL_DRAIN = 1.0
+#: For one answer of the engine, from the moment that somebody cancels: an engine that hangs must not hold the builder,
+#: because the lease ends the container as soon as the builder has ended.
+_CANCEL_PATIENCE = 2.0
 _DRAIN = 60.0
 #: Seconds between two looks at a container that gives no reason to look.
 _LOOK = 1.0
@@ -297,7 +301,7 @@ class _Life:
     def _is_over(self) -> bool:
         """Raises EngineLostError when the engine does not say."""
         try:
-            self.state = self._engine.state(self._container)
+            self.state = self._answer(lambda: self._engine.state(self._container))
         except NotFoundError:
             self._gone = True
             self.problems.append(f"{self._name} was removed by somebody else while it ran")
@@ -324,32 +328,50 @@ class _Life:
         """Nothing of it runs any more when this returns without raising."""
         if self._gone or (self.state is not None and self.state.over):
             return
-        self.state = self._engine.state(self._container)
+        if self.lost:
+            raise EngineLostError(f"the engine does not answer; {self._name} ends by its lease when this builder has")
+        self.state = self._answer(lambda: self._engine.state(self._container))
         if self.state.status == "created":
             return
         self._stop()
         self.state = poll(self._over_state, Deadline(_STOP_LAG), every=0.02) or self.state
 
     def _over_state(self) -> State | None:
-        state = self._engine.state(self._container)
+        state = self._answer(lambda: self._engine.state(self._container))
         return state if state.over else None
+
+    def _answer(self, ask: Callable[[], T]) -> T:
+        """What the engine says. Who wants to end the run does not wait for an engine that hangs."""
+        attempt, limit = _Attempt(ask), Deadline(None)
+        while attempt.running:
+            attempt.join(0.05)
+            if self._cancel.is_set:
+                limit = limit.within(_CANCEL_PATIENCE)
+            if limit.over and attempt.running:
+                self.lost = True
+                raise EngineLostError(f"the engine gave no answer within {_CANCEL_PATIENCE:.0f} s")
+        return attempt.result()
 
     def _stop(self) -> None:
         """Asks in order; faster when somebody gets impatient meanwhile."""
         times = self._cancel.times
         limit = Deadline(self._grace(times) + _STOP_LAG)
-        attempt = _Attempt(self._engine, self._container, self._grace(times))
+        attempt = self._stopping(times)
         while attempt.running and not limit.over:
             attempt.join(0.05)
             if self._cancel.times > times:
                 times = self._cancel.times
-                attempt = _Attempt(self._engine, self._container, self._grace(times))
+                attempt = self._stopping(times)
         if attempt.running:
             raise EngineLostError(
                 f"the engine did not stop {self._name} within {limit.left() + _STOP_LAG:.0f} s of the grace"
             )
-        if attempt.error is not None:
-            raise attempt.error
+        with contextlib.suppress(NotFoundError):
+            attempt.result()
+
+    def _stopping(self, times: int) -> _Attempt[None]:
+        grace = self._grace(times)
+        return _Attempt(lambda: self._engine.stop(self._container, grace))
 
     def _grace(self, times: int) -> float:
         return self._deadlines.grace if not times else min(CANCEL_GRACE, self._deadlines.grace) if times == 1 else 0.0
@@ -362,9 +384,9 @@ class _Life:
         """Nothing of it is left when this returns without raising."""
         try:
             if self._container:
-                self._engine.remove(self._container, force=True)
+                self._answer(lambda: self._engine.remove(self._container, force=True))
             elif self._may_exist:
-                self._remove_unanswered()
+                self._answer(self._remove_unanswered)
         except BaseException:
             self._lease.keep = True
             raise
@@ -377,21 +399,26 @@ class _Life:
                 self._engine.remove(found.id, force=True)
 
 
-class _Attempt:
-    """One stop, in a thread of its own, so that a second signal need not wait for it."""
+class _Attempt(Generic[T]):
+    """One question to the engine, in a thread of its own, so that a signal need not wait for the answer."""
 
-    def __init__(self, engine: Containers, container: str, grace: float) -> None:
-        self.error: BuilderError | None = None
-        self._thread = threading.Thread(target=self._run, args=(engine, container, grace), name="stop", daemon=True)
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._answers: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(ask,), name="ask", daemon=True)
         self._thread.start()
 
-    def _run(self, engine: Containers, container: str, grace: float) -> None:
+    def _run(self, ask: Callable[[], T]) -> None:
         try:
-            engine.stop(container, grace)
-        except NotFoundError:
-            return
-        except BuilderError as error:
-            self.error = error
+            self._answers.append(ask())
+        except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
+            self._error = error
+
+    def result(self) -> T:
+        """The answer; raises what came instead of it. Only once it does not run any more."""
+        if self._error is not None:
+            raise self._error
+        return self._answers[0]
 
     @property
     def running(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from builder.waiting import Deadline, poll
 from tests.engine.cli import Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
-from tests.engine.faults import Aftermath, OwnEngine, are_warm, changed, numbers, told
+from tests.engine.faults import Aftermath, OwnEngine, are_warm, changed, numbers, time_passes, told
 from tests.engine.workshop import Proxy
 
 pytestmark = pytest.mark.engine
@@ -200,17 +201,45 @@ def test_a_socket_that_hangs_during_a_task(far: Cli, proxy: Proxy, aftermath: Af
     aftermath.begins()
     proxy.hang = True
     ended = builder.end()
-    with far.engine() as engine:
-        (container,) = far.containers(engine)
-        assert poll(lambda: engine.state(container).over, Deadline(5), every=0.05), "it outlived its builder"
-        aftermath.clean()
-        assert engine.state(container).exit_code == 70
+    ends_by_its_lease(far, aftermath)
     assert ended.status == 16
     assert "the engine gave no answer for 3 s" in told(ended)
     is_whole(far)
     proxy.hang = False
     assert far.run("sweep").status == 0
     are_warm(far, [])
+
+
+@pytest.mark.fault(
+    "signal to the builder while the socket hangs",
+    how="a socket before the engine's stops passing anything on; SIGTERM",
+    holds="143, within 5 s; the container ends by its lease, and is removed by the next builder",
+)
+def test_a_signal_while_the_socket_hangs(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+    builder = far.start("warm", "--json")
+    builder.says("line 20")
+    proxy.hang = True
+    time_passes(1.2)  # it is waiting for an answer by now
+    aftermath.begins()
+    builder.send(signal.SIGTERM)
+    ended = builder.end(5)
+    ends_by_its_lease(far, aftermath)
+    assert ended.status == 143
+    assert "interrupted by SIGTERM" in told(ended)
+    assert "does not answer; warm-cache-" in told(ended)
+    is_whole(far)
+    proxy.hang = False
+    assert far.run("sweep").status == 0
+    are_warm(far, [])
+
+
+def ends_by_its_lease(cli: Cli, aftermath: Aftermath) -> None:
+    """Its one container, whose builder has ended."""
+    with cli.engine() as engine:
+        (container,) = cli.containers(engine)
+        assert poll(lambda: engine.state(container).over, Deadline(5), every=0.05), "it outlived its builder"
+        aftermath.clean()
+        assert engine.state(container).exit_code == 70
 
 
 @pytest.mark.fault(
