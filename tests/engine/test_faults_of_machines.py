@@ -313,13 +313,13 @@ def test_a_clock_that_jumps(cli: Cli, aftermath: Aftermath) -> None:
     builder = cli.start("warm", "--json", program=program)
     builder.says("line 0")
     aftermath.begins()
-    for days in (1, -2):
-        clock.write_text(str(days * DAY))
-        ahead = cli.place / "ahead"
-        ahead.write_text(str(3650 * DAY))
-        swept = cli.start("sweep", "--lock-timeout", "1s", program=changed(JUMPING.format(path=str(ahead)))).end()
-        assert swept.status == 15, swept.said
-        assert "removed " not in swept.said
+    clock.write_text(str(DAY))
+    ahead = cli.place / "ahead"
+    ahead.write_text(str(3650 * DAY))
+    swept = cli.start("sweep", "--lock-timeout", "1s", program=changed(JUMPING.format(path=str(ahead)))).end()
+    assert swept.status == 15, swept.said
+    assert "removed " not in swept.said
+    clock.write_text(str(-2 * DAY))
     (cli.root / "go").touch()
     ended = aftermath.over(cli, builder, 11, "never failed: timeout: not finished after 3 s", warm=["waits"])
     assert ended.task("waits")["state"] == "warmed"
