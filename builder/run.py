@@ -146,11 +146,8 @@ def settle(session: Session, item: Item, result: TaskResult) -> None:
         return
     session.console.say(f"{result.label}: {result.state}: {result.reason}")
     if result.tail:
-        session.console.say(
-            f"the last {counted(len(result.tail), 'line')} of its log"
-            + (f" ({result.log})" if result.log else "")
-            + ":"
-        )
+        lines = "line" if len(result.tail) == 1 else f"{len(result.tail)} lines"
+        session.console.say(f"the last {lines} of its log:")
         for line in result.tail:
             session.console.log("out", line)
     session.console.annotate(f"{result.label} {result.state}", result.reason)

@@ -177,7 +177,7 @@ def test_in_github_actions_every_task_is_a_group_and_every_failure_an_annotation
 def test_the_last_lines_of_a_failed_task_are_shown_again(bad: dict[str, Group]) -> None:
     _, ended = bad["crash"]
     shown = ended.err.split("crash-tp8: failed: ")[1].split("::endgroup::")[0]
-    assert "lines of its log (" in shown
+    assert "lines of its log:\n" in shown
     assert "Received sigquit from a child process" in shown
 
 
