@@ -432,6 +432,7 @@ def test_a_second_signal_ends_release_and_the_next_run_does_it(cli: GpuCli, ledg
     running.says("▸ command")
     running.send(signal.SIGTERM)
     running.says("putting this machine back into service")
+    wait_for(lambda: done(ledger) == ["acquire", "release"], 10, "the command's start")
     running.send(signal.SIGTERM)
     ended = running.end(20)
     assert ended.status == 143
