@@ -1,4 +1,4 @@
-"""The words of the command line: verbs, options, and the environment that stands in for options.
+"""From a command line to what was said: a verb, its options and arguments, and the variables that stand for options.
 
 A flag wins over the environment. Whatever is wrong is a UsageError that names where it was said.
 """
@@ -11,13 +11,12 @@ import shutil
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from builder import __version__
 from builder.errors import UsageError
-from builder.manifest import profiles
 from builder.values import near
+from builder.words import OPTIONS, STATUSES, VERBS
 
 ENVIRONMENT = "WARM_CACHE_"
 SWITCHES = {
@@ -26,111 +25,6 @@ SWITCHES = {
 }
 #: No line of a help text is longer.
 WIDTH = 80
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One subcommand. help is one line; example a command line that works; own are names in OPTIONS, beside the common
-    ones. wraps: a command of somebody else's follows, and owns stdout.
-    """
-
-    help: str
-    example: str
-    own: tuple[str, ...] = ()
-    wraps: bool = False
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return (*(WRAPPING if self.wraps else COMMON), *self.own)
-
-
-#: name → keyword arguments of argparse, and choices, which the environment has to keep to as well. Every option can be
-#: given as WARM_CACHE_<NAME> too: a switch by a word of SWITCHES, one that may be repeated by a list with commas.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "manifest": {"metavar": "FILE", "help": "the manifest (TOML)"},
-    "profile": {"metavar": "NAME", "help": f"a packaged manifest: {', '.join(profiles())}"},
-    "cache": {"metavar": "DIR|volume:NAME", "help": "the cache root, instead of the manifest's"},
-    "image": {"metavar": "REF", "help": "the serving image, instead of the manifest's"},
-    "models": {"metavar": "DIR", "help": "the model store (HF_HOME), instead of the manifest's"},
-    "only": {
-        "metavar": "MODEL",
-        "action": "append",
-        "help": "only tasks of this model or label (may be repeated; * matches)",
-    },
-    "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else goes to stderr"},
-    "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
-    "force": {"action": "store_true", "help": "run warm tasks too"},
-    "allow-busy": {"action": "store_true", "help": "start even where somebody else holds a GPU"},
-    "pull": {"action": "store_true", "help": "pull the image first"},
-    "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
-    "budget": {"metavar": "55m", "help": "how long the whole run may take"},
-    "timeout": {"metavar": "20m", "help": "how long one task may take"},
-    "silence": {"metavar": "10m", "help": "how long a task may be silent"},
-    "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
-    "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
-    "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
-    "format": {
-        "metavar": "FORMAT",
-        "choices": ("docker", "shell", "github", "json"),
-        "help": "docker, shell, github or json",
-    },
-}
-COMMON = ("manifest", "profile", "cache", "image", "models", "json", "verbose")
-WRAPPING = ("manifest", "profile", "cache", "image", "verbose")
-STARTS = ("pull", "log-dir")
-
-VERBS = {
-    "warm": Verb(
-        "make every task of the manifest warm",
-        "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
-        ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
-    ),
-    "check": Verb(
-        "say warm or cold per task; exit 0 or 10",
-        "warm-cache check --profile h200 --cache /data/sglang-jit",
-        ("only", "strict"),
-    ),
-    "explain": Verb(
-        "per task: why it is warm or cold, factor by factor",
-        "warm-cache explain --profile h200 --only DeepSeek-V3.2",
-        ("only", "strict"),
-    ),
-    "status": Verb(
-        "what lies in the cache: families, entries, bytes, markers",
-        "warm-cache status --profile h200 --json",
-    ),
-    "verify": Verb(
-        "look at every entry in the cache; exit 0 or 10",
-        "warm-cache verify --repair --profile h200",
-        ("repair", "lock-timeout"),
-    ),
-    "sweep": Verb(
-        "end containers of builders that were killed, and move aside what they left in the cache",
-        "warm-cache sweep --profile h200 --cache /data/sglang-jit",
-        ("lock-timeout",),
-    ),
-    "hold": Verb(
-        "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",
-        "warm-cache hold --cache /jit -- pytest test/srt",
-        wraps=True,
-    ),
-    "env": Verb(
-        "mounts and variables of a test job that must hit the cache",
-        "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
-        ("format",),
-    ),
-    "doctor": Verb(
-        "what keeps this machine from running the manifest, all at once",
-        "warm-cache doctor --profile h200",
-        ("allow-busy",),
-    ),
-}
-
-STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad
-entries (verify) · 11 some tasks failed, partial, timed out or skipped · 12 this
-machine can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or
-GPUs busy · 16 engine lost · 129/130/143 signal · hold: CMD's.
-Where several apply: signal, 1, 16, 13, 14, 11."""
 
 
 class CommandLineError(UsageError):
@@ -145,7 +39,14 @@ def usage(verb: str | None) -> str:
     """One line."""
     if verb is None:
         return "warm-cache VERB [option ...]"
-    return f"warm-cache {verb} [option ...]" + (" -- CMD [argument ...]" if VERBS[verb].wraps else "")
+    words = VERBS[verb]
+    arguments = [
+        (f"[{each.metavar}]" if each.optional else each.metavar) + (" ..." if each.many else "")
+        for each in words.arguments
+    ]
+    return " ".join(["warm-cache", verb, *arguments, "[option ...]"]) + (
+        " -- CMD [argument ...]" if words.needs == "command" else ""
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,6 +64,8 @@ class _Parser(argparse.ArgumentParser):
             text = f"{option} wants a value"
         elif what.startswith("ignored explicit argument"):
             text = f"{option} takes no value"
+        elif text.startswith("the following arguments are required: "):
+            text = f"which {text.partition(': ')[2]}?"
         raise CommandLineError(text, self.verb)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -203,8 +106,17 @@ def parser(name: str) -> argparse.ArgumentParser:
         name,
         prog=f"warm-cache {name}",
         description=_filled(verb.help[0].upper() + verb.help[1:] + "."),
-        epilog=f"example: {verb.example}\n\nexit status: " + ("CMD's" if verb.wraps else "see warm-cache --help"),
+        epilog="\n\n".join(
+            [
+                *map(_filled, filter(None, verb.details.split("\n\n"))),
+                f"example: {verb.example}",
+                "exit status: " + ("CMD's" if verb.needs == "command" else "see warm-cache --help"),
+            ]
+        ),
     )
+    for argument in verb.arguments:
+        nargs = {(True, False): "+", (True, True): "*", (False, True): "?"}.get((argument.many, argument.optional))
+        found.add_argument(argument.name, metavar=argument.metavar, nargs=nargs, help=argument.help)
     for option in verb.options:
         flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
         keywords = {keyword: value for keyword, value in OPTIONS[option].items() if keyword != "choices"}
@@ -234,7 +146,7 @@ def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
     words, _ = _split(argv)
     verb = words[0] if words and words[0] in VERBS else None
     switch = SWITCHES.get(environ.get(f"{ENVIRONMENT}JSON", "").strip().lower(), False)
-    owner = verb is not None and VERBS[verb].wraps  # stdout is the command's
+    owner = verb is not None and VERBS[verb].needs == "command"  # stdout is the command's
     return Namespace(verb=verb, json="--json" in words or (switch and not owner), verbose=False, sources={})
 
 
@@ -247,7 +159,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own words and the wrapped command's, which begins after the first ``--`` and is nobody's to interpret."""
     words = list(argv)
     verb = VERBS.get(words[0]) if words else None
-    at = words.index("--") if verb and verb.wraps and "--" in words else len(words)
+    at = words.index("--") if verb and verb.needs == "command" and "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
 
@@ -277,7 +189,7 @@ def _surplus(name: str, rest: list[str]) -> str:
             return f"{option} is no option of {name}, but of {', '.join(others)}"
         hint = _close(option, (f"--{known}" for known in verb.options)) or f"see: warm-cache {name} --help"
         return f"there is no option {option!r}; {hint}"
-    more = "; the command follows after two dashes" if verb.wraps else ""
+    more = "; the command follows after two dashes" if verb.needs == "command" else ""
     argument = next((word for word in rest if word != "--"), "--")
     return f"{name} takes no argument {argument!r}{more}"
 
@@ -324,6 +236,14 @@ def _check(said: Namespace) -> None:
             if choices and text not in choices:
                 message = f"{where} is {text!r}: one of {', '.join(choices)} is wanted"
                 raise UsageError(message) if option in said.sources else CommandLineError(message, said.verb)
+    for argument in VERBS[said.verb].arguments:
+        value = getattr(said, argument.name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not _is_text(text):
+                raise UsageError(f"{argument.metavar}: {text!r} is not valid UTF-8, and cannot be used")
+            if argument.choices and text is not None and text not in argument.choices:
+                message = f"{argument.metavar} is {text!r}: {near(text, argument.choices)}"
+                raise CommandLineError(message, said.verb)
 
 
 def _is_text(value: str) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from builder.container import Cancel
+from builder.cancel import Cancel
 from builder.engine import ContainerSpec, Engine, Mount
 from builder.errors import EngineLostError, EngineRefusedError, PreflightError
 from builder.manifest import Manifest

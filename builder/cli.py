@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import io
 import os
 import re
@@ -17,14 +18,15 @@ import tempfile
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from builder import arguments, preflight
-from builder.arguments import VERBS, CommandLineError
+from builder.arguments import CommandLineError
+from builder.call import Call
+from builder.cancel import Cancel
 from builder.complaints import EngineTimeoutError
-from builder.container import Cancel
 from builder.engine import Engine
 from builder.errors import (
     BuilderError,
@@ -41,13 +43,12 @@ from builder.report import TASK_COLUMNS, Console, Report, counted, sentence, tas
 from builder.session import Options, Session
 from builder.waiting import Deadline
 from builder.warmup.files import printable
+from builder.words import VERBS
 
 #: Of a run's log directory below the default place: when it began, and which run it was.
 LOG_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 #: So many of these stay.
 LOGS_KEPT = 50
-#: Seconds that a test job waits for an engine's answer, when it is only about the hold.
-HOLD_PATIENCE = 10.0
 #: What a machine can be short of, wherever that shows: no defect in here.
 SHORTAGES = (
     errno.ENOSPC,
@@ -90,7 +91,9 @@ class _Invocation:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal of the last century still sees the rest
-        stream = _or_nowhere(sys.stderr if said.json or said.verb in ("env", "hold") else sys.stdout)
+        verb = VERBS.get(said.verb)
+        owned = verb is not None and (verb.text or verb.needs == "command")  # stdout is somebody else's
+        stream = _or_nowhere(sys.stderr if said.json or owned else sys.stdout)
         terminal = stream.isatty() and environ.get("TERM") != "dumb" and "NO_COLOR" not in environ
         self.console = Console(
             stream,
@@ -119,12 +122,17 @@ class _Invocation:
         return self.conclude(error)
 
     def _verb(self) -> None:
-        if VERBS[self.said.verb].wraps:
-            return self._hold()
-        manifest = self._manifest()
-        with _signals(self.cancel), self._open(manifest) as session:
-            self._act(session)
-        return None
+        """Each verb loads what it needs: a check has ended before all the others would be there."""
+        verb = VERBS[self.said.verb]
+        if getattr(self.said, "here", False):
+            status = _function(verb.here)(self._call())
+        elif verb.needs != "engine":
+            status = _function(verb.act)(self._call())
+        else:
+            manifest = self._manifest()
+            with _signals(self.cancel), self._open(manifest) as session:
+                status = _function(verb.act)(session, self.said)
+        self.status = status or 0
 
     @contextlib.contextmanager
     def _open(self, manifest: Manifest, timeout: float = 60.0) -> Iterator[Session]:
@@ -137,7 +145,7 @@ class _Invocation:
             force=getattr(self.said, "force", False),
             strict=getattr(self.said, "strict", False),
             allow_busy=getattr(self.said, "allow_busy", False),
-            creates=self.said.verb == "warm",
+            creates=VERBS[self.said.verb].creates,
         )
         engine = Engine(self.environ.get("DOCKER_HOST") or None, timeout)
         with contextlib.closing(engine):
@@ -156,57 +164,18 @@ class _Invocation:
             ) as session:
                 yield session
 
-    def _hold(self) -> None:
-        said = self.said
-        if not said.command:
-            raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
-        named = said.manifest or said.profile or not said.cache
-        manifest = self._manifest() if named else None
-        from builder import command, hold
-
-        # A job's own choices, before this program makes its own.
-        ignored = [signum for signum in command.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
-        holding = hold.held(
-            manifest.cache if manifest else self._cache(),
-            here=manifest is None or (self.environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
-            connect=(lambda: self._open(manifest, HOLD_PATIENCE)) if manifest else None,
+    def _call(self) -> Call:
+        return Call(
+            said=self.said,
+            environ=self.environ,
+            report=self.report,
             console=self.console,
             cancel=self.cancel,
+            manifest=self._manifest,
+            cache=self._cache,
+            connect=self._open,
+            signals=lambda: _signals(self.cancel),
         )
-        with _signals(self.cancel), holding:
-            self.status = command.run(said.command, self.environ, ignored=ignored)
-
-    def _act(self, session: Session) -> None:
-        """Each verb loads what it needs: a check has ended before all the others would be there."""
-        tasks = session.manifest.tasks
-        match self.said.verb:
-            case "warm":
-                from builder import run
-
-                run.warm(session, tasks)
-            case "sweep":
-                from builder import upkeep
-
-                upkeep.sweep(session)
-            case "verify":
-                from builder import upkeep
-
-                upkeep.verify(session, repair=self.said.repair)
-            case "env":
-                from builder import verbs
-
-                text = verbs.env(session, tasks, self.said.format or "docker")
-                if self.said.json:
-                    self.report.extra["env"] = text
-                else:
-                    self._print(text, "what was asked for")
-                verbs.warmth(session)
-            case verb:
-                from builder import verbs
-
-                {"check": verbs.check, "explain": verbs.explain, "status": verbs.status, "doctor": verbs.doctor}[verb](
-                    session, tasks
-                )
 
     def _manifest(self) -> Manifest:
         said = self.said
@@ -297,6 +266,10 @@ class _Invocation:
             self._tasks(error)
         if error is not None:
             self._complain(error)
+        if self.said.json and report.text is not None:
+            report.extra[str(report.verb)] = report.text
+        elif report.text is not None:
+            self._print(report.text, "what was asked for")
         if self.said.json:
             self._print(report.document(status, error), "the JSON document")
         _silence_broken_stdout()
@@ -354,6 +327,13 @@ class _Invocation:
         stream = Console(_or_nowhere(sys.stderr), terminal=False, github=self.console.github)
         stream.say("\n".join(lines))
         self.console.annotate("warm-cache", error.message)
+
+
+def _function(name: str) -> Callable[..., int | None]:
+    """``module:function`` of a verb."""
+    module, _, function = name.partition(":")
+    found: Callable[..., int | None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 @contextlib.contextmanager

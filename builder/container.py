@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
 import signal
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from builder.cancel import Cancel
 from builder.complaints import NotFoundError
-from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.lease import LABEL_LEASE, Lease
 from builder.logs import GIVE_UP, EventCallback, Pump
 from builder.sinks import Sinks
@@ -82,67 +80,6 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     log_complete: bool = False
     container: str = ""
-
-
-class Cancel:
-    """Somebody wants it to end: a signal, or another thread. Once is in order, twice is at once.
-
-    `set` may be called in a signal handler whatever the interrupted code was doing: it takes no lock.
-    """
-
-    def __init__(self) -> None:
-        self._signums: list[int] = []
-        self._shields = 0
-        self._reader, self._writer = os.pipe()
-        self._close = weakref.finalize(self, _close_all, self._reader, self._writer)
-
-    def set(self, signum: int) -> None:
-        """Asks for the end, in the name of this signal."""
-        self._signums.append(signum)
-        if len(self._signums) == 1:
-            os.write(self._writer, b".")
-
-    @property
-    def is_set(self) -> bool:
-        return bool(self._signums)
-
-    @property
-    def times(self) -> int:
-        """How often it was asked for."""
-        return len(self._signums)
-
-    @property
-    def signum(self) -> int | None:
-        """The first signal."""
-        return self._signums[0] if self._signums else None
-
-    def check(self) -> None:
-        """Raises Interrupted once the end was asked for."""
-        if self._signums:
-            raise Interrupted(self._signums[0])
-
-    @contextlib.contextmanager
-    def shield(self) -> Iterator[None]:
-        """While something runs that looks at `is_set` itself, and must not be torn out of a step by an exception."""
-        self._shields += 1
-        try:
-            yield
-        finally:
-            self._shields -= 1
-
-    @property
-    def shielded(self) -> bool:
-        return self._shields > 0
-
-    def wait(self, seconds: float, *also: int) -> bool:
-        """Waits for so long, for the first `set`, or until one of these descriptors is readable; says whether it is
-        set.
-        """
-        poller = select.poll()
-        for descriptor in (self._reader, *also):
-            poller.register(descriptor, select.POLLIN)
-        poller.poll(max(0.0, seconds) * 1000)
-        return self.is_set
 
 
 def run_container(
@@ -449,8 +386,3 @@ class _Impatient(Deadline):
 
 def _with_job(spec: ContainerSpec, job: Job) -> ContainerSpec:
     return replace(spec, env={**spec.env, JOB_VARIABLE: job.to_json()})
-
-
-def _close_all(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

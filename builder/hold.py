@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from builder import holder
-from builder.container import Cancel
-from builder.errors import BuilderError, PreflightError, ProblemsError
+from builder import command, holder
+from builder.call import Call
+from builder.cancel import Cancel
+from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
 from builder.locks import open_lock
 from builder.manifest import CacheSpec
 from builder.report import Console
@@ -27,6 +29,29 @@ from builder.waiting import Deadline, poll
 PATH = "locks/hold.lock"
 #: Seconds that a removal may take before people are told what they wait for.
 _SAY_AFTER = 0.5
+
+
+#: Seconds that a test job waits for an engine's answer, when it is only about the hold.
+PATIENCE = 10.0
+
+
+def hold(call: Call) -> int:
+    """Runs the command under the hold. Returns the command's exit status."""
+    said, environ = call.said, call.environ
+    if not said.command:
+        raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
+    manifest = call.manifest() if call.names_a_manifest or not said.cache else None
+    # A job's own choices, before this program makes its own.
+    ignored = [signum for signum in command.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
+    holding = held(
+        manifest.cache if manifest else call.cache(),
+        here=manifest is None or (environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
+        connect=(lambda: call.connect(manifest, PATIENCE)) if manifest else None,
+        console=call.console,
+        cancel=call.cancel,
+    )
+    with call.signals(), holding:
+        return command.run(said.command, environ, ignored=ignored)
 
 
 @contextlib.contextmanager

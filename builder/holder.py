@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from builder.container import Cancel, Deadlines
+from builder.cancel import Cancel
+from builder.container import Deadlines
 from builder.errors import BuilderError, DefectError, EngineLostError, PreflightError, Problem
 from builder.session import Session, describe
 from builder.waiting import Deadline, poll

@@ -3,7 +3,8 @@ back.
 
 Every acquire gets its release, exactly once and whatever happens. What is owed is on disk before acquire starts,
 beside the lease file, and goes when release has succeeded; a builder that was killed leaves it there, and the next
-sweep, which proves by the lease that the owner is dead, does what is written.
+sweep, which proves by the lease that the owner is dead, does what is written. A command of a builder that was killed
+is ended within seconds, so that an acquire does not go on beside its own release.
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ _TAIL = 20
 _GRACE = 2.0
 #: Longer lines of a hook are cut into several.
 _LINE = 8192
+
+#: The line ($1) beside a guard of its process group, which gets a newline on stdin when the line has ended, and
+#: end-of-file when the builder is dead: then the line is ended as the builder would have ended it.
+_GUARDED = f"""
+exec 3<&0 </dev/null
+( {{ trap '' HUP INT TERM
+    read -r _ <&3 && exit
+    kill -TERM 0
+    sleep {_GRACE}
+    kill -KILL 0
+  }} >/dev/null 2>&1 & )
+exec 3<&-
+exec /bin/sh -c "$1"
+"""
 
 Show = Callable[[str], None]
 
@@ -81,28 +96,36 @@ def _run_line(
         tail.append(text)
         show(text)
 
-    try:
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", line],
-            cwd=hooks.directory if Path(hooks.directory).is_dir() else "/",
-            env={**environ, "WARM_CACHE_RUN": hooks.run_id},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # A terminal's Ctrl-C is for the builder, which ends its hooks in order.
-            start_new_session=True,
-        )
-    except (OSError, ValueError) as error:
-        return Failure(f"{line!r} cannot be started: {error}", ())
-    limit = Deadline(hooks.timeout)
-    try:
-        _follow(process, said, lambda: limit.over or hurried())
-    finally:
-        stopped = process.poll() is None
-        if stopped:
-            _end(process)
-        if process.stdout is not None:
-            process.stdout.close()
+    with contextlib.ExitStack() as held:
+        # Only we have the end that writes, and the kernel closes it when we are no more.
+        reader, writer = os.pipe()
+        held.callback(os.close, writer)
+        try:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _GUARDED, "sh", line],
+                cwd=hooks.directory if os.access(hooks.directory, os.X_OK) else "/",
+                env={**environ, "WARM_CACHE_RUN": hooks.run_id},
+                stdin=reader,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                # A terminal's Ctrl-C is for the builder, which ends its hooks in order.
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            return Failure(f"{line!r} cannot be started: {error}", ())
+        finally:
+            os.close(reader)
+        limit = Deadline(hooks.timeout)
+        try:
+            _follow(process, said, lambda: limit.over or hurried())
+        finally:
+            stopped = process.poll() is None
+            if stopped:
+                _end(process)
+            if process.stdout is not None:
+                process.stdout.close()
+        with contextlib.suppress(OSError):
+            os.write(writer, b"\n")
     if stopped:
         why = f"did not end within {hooks.timeout:.0f} s" if limit.over else "was interrupted"
         return Failure(f"{line!r} {why}", tuple(tail))

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from builder.container import Cancel
+from builder.cancel import Cancel
 from builder.errors import BusyError, PreflightError
 from builder.waiting import Deadline, poll
 

@@ -12,6 +12,7 @@ never waits, nor takes a machine out of service to learn that there is nothing t
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def _out_of_service(session: Session) -> Iterator[None]:
     if not (spec.acquire or spec.release):
         yield
         return
-    place = str(Path.cwd())
+    place = _working_directory(session)
     acquire, release = (
         hooks.Hooks(lines, session.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
     )
@@ -79,6 +80,15 @@ def _out_of_service(session: Session) -> Iterator[None]:
             yield
         finally:
             _release(session, debt, release)
+
+
+def _working_directory(session: Session) -> str:
+    """Where the operator's commands run: where the builder does, as long as that is there."""
+    try:
+        return os.getcwd()
+    except OSError as error:
+        session.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
+        return "/"
 
 
 def _owe(debt: Path, release: hooks.Hooks) -> None:

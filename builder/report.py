@@ -81,6 +81,8 @@ class Report:
     gpus: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    #: What a verb prints on stdout, where its result is text.
+    text: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def planned(self, plan: Plan) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,9 @@ from builder.warmup.files import printable
 from builder.warmup.task import Task
 
 
-def warm(session: Session, tasks: tuple[Task, ...]) -> None:
+def warm(session: Session, _said: Namespace) -> None:
     """Makes every task warm. Raises what keeps it from that; the session's report is complete either way."""
+    tasks = session.manifest.tasks
     plan = session.plan(tasks)
     session.report.planned(plan)
     if not todo(session, plan):

@@ -23,6 +23,8 @@ OCCUPIED = ("/", "/root", "/root/.cache")
 VOLUME = "volume:"
 
 _MOUNT = re.compile(r"/[A-Za-z0-9._/-]*")
+#: Characters of a wrong value that its message repeats.
+_SHOWN = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,13 +262,23 @@ def _devices(value: Any) -> tuple[int, ...]:
     """``"4-7"``, ``"0,2,5"``, or a list of indices."""
     if isinstance(value, list):
         found = list(list_of(count, "GPU indices")(value))
+        repeated = len(set(found)) != len(found)
     else:
-        found = []
+        found, repeated = [], False
         for part in a_string(value).split(","):
             span = re.fullmatch(r"\s*(\d{1,3})(?:-(\d{1,3}))?\s*", part, re.ASCII)
             if not span or int(span[2] or span[1]) < int(span[1]):
-                raise ValueError(f'GPU indices such as "4-7" or "0,2" are wanted, found {value!r}')
+                raise ValueError(f'GPU indices such as "4-7" or "0,2" are wanted, found {_short(value)}')
             found += range(int(span[1]), int(span[2] or span[1]) + 1)
-    if not found or len(set(found)) != len(found):
-        raise ValueError(f"every GPU once, and at least one, is wanted, found {value!r}")
+            # At the first repetition: the rest of a long text may name a thousand more with every few letters.
+            if repeated := len(set(found)) != len(found):
+                break
+    if not found or repeated:
+        raise ValueError(f"every GPU once, and at least one, is wanted, found {_short(value)}")
     return tuple(found)
+
+
+def _short(value: object) -> str:
+    """For a message: the value, or the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"

@@ -19,7 +19,8 @@ from typing import Any
 
 from builder import __version__, gpulock, gpus, hooks, preflight
 from builder.cache import CacheRoot
-from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
+from builder.cancel import Cancel
+from builder.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine, Image, Mount
 from builder.errors import (
     CANNOT_RUN,

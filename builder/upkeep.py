@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ TIMEOUT = 3600.0
 Event = Mapping[str, Any]
 
 
-def sweep(session: Session) -> None:
+def sweep(session: Session, _said: Namespace) -> None:
     """Ends containers of dead owners, moves unsafe leftovers aside, and removes what has lain there long enough."""
     containers = [dataclasses.asdict(container) for container in session.sweep()]
     swept: list[dict[str, str]] = []
@@ -54,7 +55,7 @@ def sweep(session: Session) -> None:
     session.console.say(f"{session.cache.name}: {len(swept)} moved aside, {len(removed)} removed{more}")
 
 
-def verify(session: Session, *, repair: bool) -> None:
+def verify(session: Session, said: Namespace) -> None:
     """Every entry of every family directory. Raises ColdError when any is bad; with repair, when any is still bad."""
     entries = 0
     directories = 0
@@ -73,7 +74,7 @@ def verify(session: Session, *, repair: bool) -> None:
                 directories += 1
                 entries += int(event.get("entries") or 0)
 
-    there = _is_there(session)
+    there, repair = _is_there(session), bool(said.repair)
     if there and repair:
         with runlock.held(session):
             _in_container(session, "verify", hear, repair=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from argparse import Namespace
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,8 +44,9 @@ def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
     return plan
 
 
-def check(session: Session, tasks: tuple[Task, ...]) -> None:
+def check(session: Session, _said: Namespace) -> None:
     """Warm or cold per task. Raises ColdError when anything is cold."""
+    tasks = session.manifest.tasks
     judged(session, tasks)
     cold = [task for task in session.report.tasks if task.state == "cold"]
     for task in cold:
@@ -55,8 +57,9 @@ def check(session: Session, tasks: tuple[Task, ...]) -> None:
         )
 
 
-def explain(session: Session, tasks: tuple[Task, ...]) -> None:
+def explain(session: Session, _said: Namespace) -> None:
     """Per task: state and reason, and what differs from the nearest marker."""
+    tasks = session.manifest.tasks
     plan = judged(session, tasks)
     explained = []
     for index, result in enumerate(session.report.tasks):
@@ -78,8 +81,9 @@ def explain(session: Session, tasks: tuple[Task, ...]) -> None:
     session.report.extra["explain"] = explained
 
 
-def status(session: Session, tasks: tuple[Task, ...]) -> None:
+def status(session: Session, _said: Namespace) -> None:
     """What lies in the cache root: families by key with entries and bytes, and every marker, with its age."""
+    tasks = session.manifest.tasks
     current: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     marks: list[dict[str, Any]] = []
@@ -145,7 +149,15 @@ def _marker(path: Path, root: Path) -> dict[str, Any]:
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def env(session: Session, tasks: tuple[Task, ...], form: str) -> str:
+def env(session: Session, said: Namespace) -> None:
+    """Prints the mounts and variables, and raises ColdError where they lead to a cache in which something is cold."""
+    session.report.text = printed(session, session.manifest.tasks, said.format or "docker")
+    cold = [task.label for task in session.report.tasks if task.state == "cold"]
+    if cold:
+        raise ColdError(f"{len(cold)} of {counted(len(session.report.tasks), 'task')} cold: {', '.join(cold)}")
+
+
+def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
     """The mounts and variables of a test job that must hit the cache, as docker arguments, shell, GitHub lines or JSON.
 
     With what all the tasks have in common in their own environment: kernels were compiled under it. Raises ColdError
@@ -190,13 +202,6 @@ def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:
     return {name: value for name, value in sorted(first) if all((name, value) in other for other in others)}
 
 
-def warmth(session: Session) -> None:
-    """Raises ColdError where what `env` printed leads to a cache in which something is cold."""
-    cold = [task.label for task in session.report.tasks if task.state == "cold"]
-    if cold:
-        raise ColdError(f"{len(cold)} of {counted(len(session.report.tasks), 'task')} cold: {', '.join(cold)}")
-
-
 def _mounts(session: Session) -> list[str]:
     """Markers and memos are read-only for a job: what it runs may add kernels, never vouch for any."""
     cache, models = session.manifest.cache, session.manifest.models
@@ -212,10 +217,11 @@ def _mounts(session: Session) -> list[str]:
     return mounts
 
 
-def doctor(session: Session, tasks: tuple[Task, ...]) -> None:
+def doctor(session: Session, _said: Namespace) -> None:
     """Preflight alone. Raises PreflightError with every problem; with an image there, its GPUs are looked at by a
     container.
     """
+    tasks = session.manifest.tasks
     problems = [*preflight.problems(session.manifest, session.engine), *session.busy()]
     if not problems:
         session.probe(probe_env(tasks[0]))

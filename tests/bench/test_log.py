@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
+from builder.cancel import Cancel
+from builder.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine
 from builder.lease import Lease
 from builder.warmup.task import Job

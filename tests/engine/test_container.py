@@ -238,7 +238,8 @@ def test_out_of_memory(workshop: Workshop) -> None:
 BUILDER = """
 import json, signal, sys
 from pathlib import Path
-from builder.container import Cancel, Deadlines, Sinks, run_container
+from builder.cancel import Cancel
+from builder.container import Deadlines, Sinks, run_container
 from builder.engine import ContainerSpec, Engine
 from builder.lease import Lease
 from builder.warmup.task import Job

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from builder.container import Cancel, Deadlines, Outcome, Sinks, run_container
+from builder.cancel import Cancel
+from builder.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine import ContainerSpec, Engine
 from builder.lease import Lease
 from builder.waiting import Deadline, poll

@@ -13,8 +13,8 @@ from typing import cast
 import pytest
 
 from builder.cache import CacheRoot
+from builder.cancel import Cancel
 from builder.complaints import NotFoundError
-from builder.container import Cancel
 from builder.engine import ContainerSpec, Engine
 from builder.errors import EngineLostError, EngineRefusedError, Interrupted, PreflightError
 from builder.manifest import load

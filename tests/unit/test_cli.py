@@ -8,14 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder import __main__, arguments, cli, run, verbs
-from builder.container import Cancel
+from builder import __main__, arguments, cli, run, verbs, words
+from builder.cancel import Cancel
 from builder.errors import (
     BuilderError,
     BusyError,
@@ -91,10 +92,10 @@ class Bench:
         self.act(lambda session, tasks: None)
 
     def act(self, act: Act) -> None:
-        def recorded(session: Session, tasks: tuple[Task, ...]) -> None:
+        def recorded(session: Session, _said: Namespace) -> None:
             self.sessions.append(session)
-            self.tasks = [task.model for task in tasks]
-            act(session, tasks)
+            self.tasks = [task.model for task in session.manifest.tasks]
+            act(session, session.manifest.tasks)
 
         self.monkeypatch.setattr(verbs, "check", recorded)
 
@@ -165,11 +166,11 @@ def test_wrong_words_are_one_document_where_json_is_wanted(
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert document["exit"] == 2
-    assert document["verb"] == (argv[0] if argv and argv[0] in arguments.VERBS else None)
+    assert document["verb"] == (argv[0] if argv and argv[0] in words.VERBS else None)
     assert f"error: {document['error']['message']}" in captured.err
 
 
-@pytest.mark.parametrize("verb", [[], *([verb] for verb in arguments.VERBS)])
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in words.VERBS)])
 def test_every_verb_explains_itself(
     verb: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,12 +183,12 @@ def test_every_verb_explains_itself(
     assert "exit status:" in shown
 
 
-@pytest.mark.parametrize("verb", arguments.VERBS)
+@pytest.mark.parametrize("verb", words.VERBS)
 def test_every_example_is_a_command_line(verb: str) -> None:
-    words = arguments.VERBS[verb].example.replace("$(", "").replace(")", "").partition("warm-cache ")[2].split()
+    typed = words.VERBS[verb].example.replace("$(", "").replace(")", "").partition("warm-cache ")[2].split()
     if verb == "env":
-        words = words[: words.index("lmsysorg/sglang:v0.5.23")]
-    said = arguments.parse(words, {})
+        typed = typed[: typed.index("lmsysorg/sglang:v0.5.23")]
+    said = arguments.parse(typed, {})
     assert said.verb == verb
     assert said.profile or said.cache
 
@@ -464,7 +465,7 @@ def warm_tasks(**more: Any) -> Act:
 
 def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(act: Act) -> str:
-        monkeypatch.setattr(run, "warm", act)
+        monkeypatch.setattr(run, "warm", lambda session, _said: act(session, session.manifest.tasks))
         bench.run("warm")
         return bench.capsys.readouterr().out
 

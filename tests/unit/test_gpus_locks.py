@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from builder import gpulock
-from builder.container import Cancel
+from builder.cancel import Cancel
 from builder.errors import BusyError, Interrupted
 from builder.locks import Patience
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from builder.container import Cancel
+from builder.cancel import Cancel
 from builder.errors import GpusHeldError
 from builder.gpus import Gpu, Look, Process
 from builder.machine import TOLERANCE, Machine

@@ -24,10 +24,10 @@ ORDER = """
     values document sections tasks manifest
     spec waiting frames tunnel progress attachment complaints greeting engine image
     gpus
-    resume sinks logs lease container locks gpulock hooks
+    cancel resume sinks logs lease container locks gpulock hooks
     cache preflight plan report
-    command session holder runlock hold machine run verbs upkeep
-    arguments cli __main__
+    command session call holder runlock hold machine run verbs upkeep
+    words arguments cli __main__
 """.split()
 
 MOST_LINES = 500

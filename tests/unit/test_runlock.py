@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from builder import holder, locks, runlock
-from builder.container import Cancel
+from builder.cancel import Cancel
 from builder.errors import BusyError, Interrupted
 from builder.locks import Patience
 from builder.session import Session

@@ -1,0 +1,159 @@
+"""The words of the command line, as data: verbs, their options and arguments, and the function that does each verb.
+
+Nothing here is imported by a verb; adding one is a row in VERBS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from builder.manifest import profiles
+
+#: What a verb needs before it can begin. engine: a manifest and an engine that answers; its function gets
+#: ``(session, said)``. nothing: neither (its function may ask for a manifest); it gets ``(call)``, a builder.call.Call.
+#: command: somebody else's command follows after ``--`` and owns stdout; it gets ``(call)``.
+Needs = Literal["engine", "nothing", "command"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A positional argument. name: its attribute of what was said; many: at least one, kept as a list; choices: the
+    words it may be.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    many: bool = False
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One subcommand.
+
+    help: one line; example: a command line that works; act: ``module:function`` that does it; own: names in OPTIONS,
+    beside the common ones; text: its result is text on stdout, and what else it says goes to
+    stderr; creates: it may make a cache root that is not there; here: the
+    function (of a Call) that does it with --here, for the environment that it runs in, with the standard library
+    alone; details: paragraphs below the options in its help.
+    """
+
+    help: str
+    example: str
+    act: str
+    own: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+    needs: Needs = "engine"
+    text: bool = False
+    creates: bool = False
+    here: str = ""
+    details: str = ""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        common = WRAPPING if self.needs == "command" else COMMON
+        return (*common, *self.own, *(("here",) if self.here else ()))
+
+
+#: name → keyword arguments of argparse, and choices, which the environment has to keep to as well. Every option can be
+#: given as WARM_CACHE_<NAME> too: a switch by a word of SWITCHES, one that may be repeated by a list with commas.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "manifest": {"metavar": "FILE", "help": "the manifest (TOML)"},
+    "profile": {"metavar": "NAME", "help": f"a packaged manifest: {', '.join(profiles())}"},
+    "cache": {"metavar": "DIR|volume:NAME", "help": "the cache root, instead of the manifest's"},
+    "image": {"metavar": "REF", "help": "the serving image, instead of the manifest's"},
+    "models": {"metavar": "DIR", "help": "the model store (HF_HOME), instead of the manifest's"},
+    "only": {
+        "metavar": "MODEL",
+        "action": "append",
+        "help": "only tasks of this model or label (may be repeated; * matches)",
+    },
+    "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else goes to stderr"},
+    "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
+    "force": {"action": "store_true", "help": "run warm tasks too"},
+    "allow-busy": {"action": "store_true", "help": "start even where somebody else holds a GPU"},
+    "pull": {"action": "store_true", "help": "pull the image first"},
+    "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
+    "budget": {"metavar": "55m", "help": "how long the whole run may take"},
+    "timeout": {"metavar": "20m", "help": "how long one task may take"},
+    "silence": {"metavar": "10m", "help": "how long a task may be silent"},
+    "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
+    "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
+    "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
+    "here": {"action": "store_true", "help": "for the environment that this runs in: no engine, nothing to install"},
+    "format": {
+        "metavar": "FORMAT",
+        "choices": ("docker", "shell", "github", "json"),
+        "help": "docker, shell, github or json",
+    },
+}
+COMMON = ("manifest", "profile", "cache", "image", "models", "json", "verbose")
+WRAPPING = ("manifest", "profile", "cache", "image", "verbose")
+STARTS = ("pull", "log-dir")
+
+VERBS = {
+    "warm": Verb(
+        "make every task of the manifest warm",
+        "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
+        "builder.run:warm",
+        ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
+        creates=True,
+    ),
+    "check": Verb(
+        "say warm or cold per task; exit 0 or 10",
+        "warm-cache check --profile h200 --cache /data/sglang-jit",
+        "builder.verbs:check",
+        ("only", "strict"),
+    ),
+    "explain": Verb(
+        "per task: why it is warm or cold, factor by factor",
+        "warm-cache explain --profile h200 --only DeepSeek-V3.2",
+        "builder.verbs:explain",
+        ("only", "strict"),
+    ),
+    "status": Verb(
+        "what lies in the cache: families, entries, bytes, markers",
+        "warm-cache status --profile h200 --json",
+        "builder.verbs:status",
+    ),
+    "verify": Verb(
+        "look at every entry in the cache; exit 0 or 10",
+        "warm-cache verify --repair --profile h200",
+        "builder.upkeep:verify",
+        ("repair", "lock-timeout"),
+    ),
+    "sweep": Verb(
+        "end containers of builders that were killed, and move aside what they left in the cache",
+        "warm-cache sweep --profile h200 --cache /data/sglang-jit",
+        "builder.upkeep:sweep",
+        ("lock-timeout",),
+    ),
+    "hold": Verb(
+        "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",
+        "warm-cache hold --cache /jit -- pytest test/srt",
+        "builder.hold:hold",
+        needs="command",
+    ),
+    "env": Verb(
+        "mounts and variables of a test job that must hit the cache",
+        "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
+        "builder.verbs:env",
+        ("format",),
+        text=True,
+    ),
+    "doctor": Verb(
+        "what keeps this machine from running the manifest, all at once",
+        "warm-cache doctor --profile h200",
+        "builder.verbs:doctor",
+        ("allow-busy",),
+    ),
+}
+
+STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad
+entries (verify) · 11 some tasks failed, partial, timed out or skipped · 12 this
+machine can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or
+GPUs busy · 16 engine lost · 129/130/143 signal · hold: CMD's.
+Where several apply: signal, 1, 16, 13, 14, 11."""
