@@ -12,7 +12,6 @@ never waits, nor takes a machine out of service to learn that there is nothing t
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def _out_of_service(session: Session) -> Iterator[None]:
 def _working_directory(session: Session) -> str:
     """Where the operator's commands run: where the builder does, as long as that is there."""
     try:
-        return os.getcwd()
+        return str(Path.cwd())
     except OSError as error:
         session.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
         return "/"

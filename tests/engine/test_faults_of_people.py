@@ -263,3 +263,47 @@ def is_ours(lease: Path, builder: Running) -> bool:
             return lease.stat().st_mtime > builder.started
     except OSError:
         return False
+
+
+def out_of_service(ledger: Path, acquire: str) -> dict[str, object]:
+    """A section of the manifest; what was done is one word a line."""
+    return {"acquire": [f"echo acquire >> {ledger}; {acquire}"], "release": [f"echo release >> {ledger}"]}
+
+
+@pytest.mark.fault(
+    "builder killed while it takes the machine out of service",
+    how="SIGKILL, with a [gpus] acquire that refuses SIGTERM",
+    holds="acquire ends within 5 s, and the next builder does the release",
+)
+def test_a_builder_killed_during_acquire(cli: Cli, aftermath: Aftermath) -> None:
+    ledger = cli.place / "ledger"
+    stubborn = f"trap '' TERM; echo $$ > {cli.place}/pid; echo draining; sleep 600 & wait; sleep 600"
+    cli.manifest(shapes(), gpus=out_of_service(ledger, stubborn))
+    builder = cli.start("warm")
+    builder.says("» draining")
+    aftermath.begins()
+    builder.send(signal.SIGKILL)
+    builder.end(5)
+    process = Path("/proc", (cli.place / "pid").read_text().strip())
+    wait_for(lambda: not process.exists() or b" Z " in (process / "stat").read_bytes(), 5, "the end of acquire")
+    aftermath.clean()
+    assert ledger.read_text().split() == ["acquire"]
+    ended = cli.run("sweep")
+    assert "putting this machine back into service, for a builder that was killed" in ended.said
+    assert ledger.read_text().split() == ["acquire", "release"]
+    are_warm(cli, [])
+
+
+@pytest.mark.fault(
+    "working directory removed",
+    how="rmdir while the builder starts in it, with [gpus] acquire and release",
+    holds="0: that is said, and acquire and release run in /",
+)
+def test_a_working_directory_that_is_gone(cli: Cli, aftermath: Aftermath) -> None:
+    ledger = cli.place / "ledger"
+    cli.manifest(shapes(), gpus=out_of_service(ledger, f"pwd >> {ledger}"))
+    gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
+    aftermath.begins()
+    ended = aftermath.over(cli, cli.start("warm", "--json", program=(*gone, *PROGRAM)), 0, warm=["shapes"])
+    assert "the working directory is gone" in ended.said
+    assert ledger.read_text().split() == ["acquire", "/", "release"]

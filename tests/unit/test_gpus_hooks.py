@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from builder import hooks, lease
 from builder.hooks import Hooks
+from builder.waiting import Deadline, poll
 from tests.fakes import FakeEngine
 
 
@@ -64,6 +67,40 @@ def test_what_it_leaves_in_the_background_holds_nobody_up(said: Said) -> None:
     began = time.monotonic()
     assert run(said, "sleep 30 & echo started") is None
     assert said[-1] == "started" and time.monotonic() - began < 10
+
+
+KILLED = """
+import sys
+from builder import hooks
+hooks.run(hooks.Hooks((sys.argv[1],), "r1", 600), {"PATH": "/usr/bin:/bin"}, lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.parametrize("stubborn", ["", "trap '' TERM; "], ids=["heeds SIGTERM", "refuses SIGTERM"])
+def test_a_command_does_not_outlive_a_builder_that_is_killed(stubborn: str) -> None:
+    line = f"{stubborn}sleep 600 & echo it is $! of $$; wait"
+    builder = subprocess.Popen([sys.executable, "-c", KILLED, line], stdout=subprocess.PIPE, text=True)
+    try:
+        assert builder.stdout is not None
+        said = next(text for text in builder.stdout if text.startswith("it is"))
+        pids = [int(word) for word in said.split() if word.isdecimal()]
+        (group,) = {os.getpgid(pid) for pid in pids}
+    finally:
+        builder.kill()
+        builder.communicate()
+    assert poll(lambda: in_group(group) == [], Deadline(10), every=0.05), "the guard is in the group as well"
+
+
+def in_group(group: int) -> list[str]:
+    """Commands of a process group that run."""
+    stats = [path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    fields = [text.rpartition(")") for text in stats]
+    return [name for name, _, rest in fields if rest.split()[2] == str(group) and rest.split()[0] != "Z"]
+
+
+def test_a_guard_ends_with_its_command(said: Said) -> None:
+    assert run(said, "echo $$") is None
+    assert poll(lambda: in_group(int(said[-1])) == [], Deadline(10), every=0.05)
 
 
 def test_it_reads_nothing(said: Said) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -162,7 +163,7 @@ class TestGood:
     @pytest.mark.parametrize("name", profiles())
     def test_profiles_are_good(self, name: str) -> None:
         manifest = load(profile=name, overrides=Overrides(cache="/c"))
-        assert len(manifest.tasks) >= 3
+        assert len(manifest.tasks) >= 2
 
     def test_the_h200_profile_warms_what_the_tests_launch(self) -> None:
         manifest = load(profile="h200")
@@ -199,6 +200,7 @@ class TestBad:
             (HEAD + "[gpus]\ncount = 8\ndevices = '4-7'\n" + TASK, "m.toml:8: devices names 4 GPUs, and count says 8."),
             (HEAD + "[gpus]\ndevices = '7-4'\n" + TASK, "m.toml:7: devices: GPU indices such as"),
             (HEAD + "[gpus]\ndevices = [1, 1]\n" + TASK, "m.toml:7: devices: every GPU once"),
+            (HEAD + "[gpus]\ndevices = '0-3,2'\n" + TASK, "m.toml:7: devices: every GPU once"),
             (HEAD + "[run]\nbudget = 'soon'\n" + TASK, "m.toml:7: budget: a duration such as"),
             (HEAD + "[run]\nbudget = 0\n" + TASK, "m.toml:7: budget: more than 0 seconds are wanted, found 0."),
             (HEAD + "[run]\nlifetime = '20m'\n" + TASK, "m.toml:7: lifetime is not longer than the longest task timeout (1200 s)."),
@@ -236,6 +238,13 @@ class TestBad:
     )  # fmt: skip
     def test_says_what_and_where(self, write: Write, text: str, said: str) -> None:
         assert only_problem(write(text)).startswith(said)
+
+    def test_a_flood_of_gpus_is_refused_before_it_is_counted(self, write: Write) -> None:
+        path = write(HEAD + f"[gpus]\ndevices = '{','.join(['0-999'] * 300_000)}'\n" + TASK)
+        began = time.monotonic()
+        said = only_problem(path)
+        assert time.monotonic() - began < 5, "300 million GPUs take a minute and the machine's memory"
+        assert said.startswith("m.toml:7: devices: every GPU once") and len(said) < 300
 
     @pytest.mark.parametrize("name", ["HF_TOKEN", "MY_PASSWORD", "aws_secret", "OPENAI_API_KEY", "X_CREDENTIALS"])
     def test_secrets_are_refused_and_not_repeated(self, write: Write, name: str) -> None:
