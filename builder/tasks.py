@@ -8,11 +8,12 @@ does not depend on the order of the tasks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from builder.values import (
     count,
     describe,
     list_of,
+    near,
     one_of,
     positive,
     positive_seconds,
@@ -57,7 +59,7 @@ _ONLY_FOR = {
 _PARALLELISM = {
     "tp": ("--tp", "--tp-size", "--tensor-parallel-size"),
     "pp": ("--pp", "--pp-size", "--pipeline-parallel-size"),
-    "dp": ("--dp", "--dp-size", "--data-parallel-size"),
+    "dp": ("--dp", "--dp-size", "--data-parallel-size", "--attn-dp-size"),
     "ep": ("--ep", "--ep-size", "--expert-parallel-size"),
 }
 
@@ -68,6 +70,7 @@ def read_tasks(root: Table, *, gpus: int, timeout: float | None, silence: float 
     gpus: how many the machine gives; what a task takes unless it says less. Problems go into the document.
     """
     defaults = root.table("defaults")
+    groups = _read_groups(root.table("args"))
     base = _read(defaults, Task(label="", model="", recipe="compile-deep-gemm", gpus=gpus))
     defaults.finish()
     tables = root.tables("task")
@@ -75,7 +78,7 @@ def read_tasks(root: Table, *, gpus: int, timeout: float | None, silence: float 
         root.blame(None, "there is no [[task]]:", "a manifest names at least one model.")
     tasks = []
     for table in tables:
-        task = _read_task(table, base, gpus)
+        task = _read_task(table, base, gpus, groups)
         tasks.append(replace(task, timeout=timeout or task.timeout, silence=silence or task.silence))
     _blame_twins(tables, tasks)
     return tuple(replace(task, label=label) for task, label in zip(tasks, labels(tasks), strict=True))
@@ -99,12 +102,39 @@ def _read(table: Table, base: Task) -> Task:
     )
 
 
-def _read_task(table: Table, base: Task, gpus: int) -> Task:
+def _read_groups(table: Table) -> dict[str, tuple[str, ...]]:
+    """[args]: words that several tasks have in common, by name. A group may hold those that stand above it."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for name in table.data:
+        groups[name] = table.read(name, _arguments(groups), ())
+    return groups
+
+
+def _arguments(groups: Mapping[str, tuple[str, ...]]) -> Callable[[Any], tuple[str, ...]]:
+    """A converter for arguments, of which ``@NAME`` stands for the words of that group, and ``@@x`` for ``@x``."""
+
+    def words(value: Any) -> tuple[str, ...]:
+        argument = an_argument(value)
+        if not argument.startswith("@") or argument == "@":
+            return (argument,)
+        name = argument[1:]
+        if name.startswith("@"):
+            return (name,)
+        if name not in groups:
+            known = near(name, groups) if groups else "[args] has none"
+            raise ValueError(f"no group {name!r} stands in [args] above this ({known}); a word that begins so is '@@…'")
+        return groups[name]
+
+    convert = list_of(words, "arguments")
+    return lambda value: tuple(itertools.chain.from_iterable(convert(value)))
+
+
+def _read_task(table: Table, base: Task, gpus: int, groups: Mapping[str, tuple[str, ...]]) -> Task:
     task = replace(
         _read(table, base),
         model=table.require("model", a_string, ""),
         revision=table.read("revision", a_string, None),
-        argv=table.read("argv", list_of(an_argument, "arguments"), ()),
+        argv=table.read("argv", _arguments(groups), ()),
         success=table.read("success", _regexp, None),
         shapes=table.read("shapes", list_of(_shape, "shapes"), ()),
     )

@@ -9,6 +9,8 @@ PORT = ("--port",)
 API_KEY = ("--api-key",)
 DATA_PARALLEL = ("--dp", "--dp-size", "--data-parallel-size")
 DP_ATTENTION = "--enable-dp-attention"
+#: sglang 0.5.23's word for both of them.
+ATTENTION_DP = ("--attn-dp-size",)
 CHUNKED_PREFILL = ("--chunked-prefill-size",)
 LOAD_FORMAT = ("--load-format",)
 LOADER_CONFIG = ("--model-loader-extra-config",)
@@ -69,8 +71,13 @@ def with_dummy_weights(argv: Sequence[str], layers: int | None) -> list[str]:
     return words
 
 
+def ranks(argv: Sequence[str]) -> int:
+    """How many data-parallel ranks take requests."""
+    return max(1, number(argv, DATA_PARALLEL, 1), number(argv, ATTENTION_DP, 1))
+
+
 def chunked_prefill_size(argv: Sequence[str], default: int) -> int:
     """What a server makes of its flags: DP attention divides the size among its ranks."""
     size = number(argv, CHUNKED_PREFILL, default)
-    ranks = number(argv, DATA_PARALLEL, 1) if DP_ATTENTION in argv else 1
+    ranks = number(argv, ATTENTION_DP, number(argv, DATA_PARALLEL, 1) if DP_ATTENTION in argv else 1)
     return size // ranks if ranks > 1 and size > 0 else size

@@ -59,7 +59,7 @@ def until_steady(setting: Setting, child: Child, client: Client, limit: int) -> 
 
 def ask_all(setting: Setting, child: Child, client: Client, turn: int) -> None:
     """One request of every length, to every data-parallel rank. Tokens that come back are the evidence."""
-    ranks = max(1, flags.number(setting.task.argv, flags.DATA_PARALLEL, 1))
+    ranks = flags.ranks(setting.task.argv)
     for at, (length, new) in enumerate(setting.task.requests):
         # Other tokens in every request: a prefix that the server remembers would not be computed again.
         prompts = [
