@@ -38,9 +38,10 @@ from builder.errors import (
     ProblemsError,
     UsageError,
 )
+from builder.launch import Options
 from builder.manifest import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select
 from builder.report import TASK_COLUMNS, Console, Report, counted, sentence, task_table
-from builder.session import Options, Session
+from builder.session import Session
 from builder.waiting import Deadline
 from builder.warmup.files import printable
 from builder.words import VERBS

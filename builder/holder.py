@@ -15,7 +15,8 @@ from typing import Any
 from builder.cancel import Cancel
 from builder.container import Deadlines
 from builder.errors import BuilderError, DefectError, EngineLostError, PreflightError, Problem
-from builder.session import Session, describe
+from builder.launch import Asked, describe
+from builder.session import Session
 from builder.waiting import Deadline, poll
 from builder.warmup.events import FAILED
 from builder.warmup.task import Task
@@ -61,7 +62,7 @@ class _Holder:
 
     def __init__(self, session: Session, lock: Lock) -> None:
         self._session, self._lock = session, lock
-        self._cancel = Cancel()
+        self._cancel = Cancel(part_of=session.cancel)
         self._waiting, self._locked = threading.Event(), threading.Event()
         self._failure: BuilderError | None = None
         self._thread = threading.Thread(target=self._run, name=lock.name, daemon=True)
@@ -110,7 +111,7 @@ class _Holder:
         limits = Deadlines(task=lock.lifetime, silence=lock.lifetime, start=start, grace=2.0)
         task = Task(label=lock.mode, model="", recipe="command")
         try:
-            outcome = self._session.run(lock.mode, task, limits, cancel=self._cancel, on_event=self._on_event)
+            outcome = self._session.run(lock.mode, task, limits, Asked(cancel=self._cancel, on_event=self._on_event))
         except BuilderError as error:
             self._failure = error
             return

@@ -13,9 +13,10 @@ from builder import machine, runlock
 from builder.container import Deadlines, Outcome
 from builder.errors import BudgetError, EngineLostError, TasksError
 from builder.frames import readable
+from builder.launch import Asked, describe
 from builder.plan import Item, Plan
 from builder.report import TaskResult, counted, duration, result_of
-from builder.session import Session, describe
+from builder.session import Session
 from builder.warmup import toolchain
 from builder.warmup.files import printable
 from builder.warmup.task import Task
@@ -77,9 +78,7 @@ def warm_task(session: Session, item: Item) -> TaskResult:
         "run",
         item.task,
         limits,
-        display=session.console.log,
-        on_event=lambda event: tell(session, event),
-        budget=session.budget,
+        Asked(display=session.console.log, on_event=lambda event: tell(session, event), budget=session.budget),
     )
     result = judge_outcome(session, item, outcome)
     result.seconds = outcome.seconds

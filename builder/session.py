@@ -10,18 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder import __version__, gpulock, gpus, hooks, preflight
+from builder import gpulock, gpus, hooks, launch, preflight
 from builder.cache import CacheRoot
 from builder.cancel import Cancel
-from builder.container import Deadlines, Outcome, Sinks, run_container
-from builder.engine import ContainerSpec, Engine, Image, Mount
+from builder.container import Deadlines, Outcome
+from builder.engine import Engine, Image
 from builder.errors import (
     CANNOT_RUN,
     BuilderError,
@@ -29,10 +27,10 @@ from builder.errors import (
     EngineRefusedError,
     PreflightError,
     Problem,
-    UsageError,
 )
 from builder.gpus import Look, Nvml
-from builder.image import PROGRAM_ROOT, identity, warmup_image
+from builder.image import identity, warmup_image
+from builder.launch import NOTHING_ELSE, Asked, Options, describe
 from builder.lease import Lease, Swept, debts, sweep
 from builder.locks import Patience
 from builder.manifest import Manifest
@@ -40,12 +38,8 @@ from builder.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.report import Console, Report
 from builder.waiting import Deadline
 from builder.warmup import toolchain
-from builder.warmup.coverage import STORE_MOUNT as STORE
-from builder.warmup.task import JOB_VARIABLE, Job, Task
+from builder.warmup.task import Task
 from builder.warmup.toolchain import Record
-
-#: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
-MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 
 #: What an init exits with when it finds no such program, or may not run it.
 NO_PYTHON = (126, 127)
@@ -54,20 +48,6 @@ NO_PYTHON = (126, 127)
 PROBE_TIMEOUT = 120.0
 #: Seconds after which a container that is read through, and never started, is nobody's any more.
 READ_LIFETIME = 3600.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line adds to the manifest. Paths are absolute."""
-
-    log_dir: Path
-    state_dir: Path
-    environ: Mapping[str, str]
-    pull: bool = False
-    force: bool = False
-    strict: bool = False
-    allow_busy: bool = False
-    creates: bool = False
 
 
 @dataclass(eq=False)
@@ -279,133 +259,6 @@ class Session:
 
     # --- one container -----------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        mode: str,
-        task: Task,
-        deadlines: Deadlines,
-        *,
-        cancel: Cancel | None = None,
-        display: Callable[[str, str], None] | None = None,
-        on_event: Callable[[Mapping[str, Any]], None] | None = None,
-        budget: Deadline | None = None,
-        repair: bool = False,
-    ) -> Outcome:
-        """One container of the warm-up image in this mode, to its end. Raises PreflightError where no GPU can be
-        had. Only what compiles or looks at the toolchain gets GPUs, models, secrets and a network.
-        """
-        manifest, lease = self.manifest, self.lease
-        lifetime = deadlines.task + deadlines.grace + manifest.run.start
-        compiles = mode in ("run", "probe")
-        job = Job(
-            mode=mode,
-            nonce=lease.nonce,
-            mount=manifest.cache.mount,
-            image={"id": self.identity, "digests": list(self.serving.digests), "labels": self.serving.labels},
-            task=task,
-            lease=lease.target,
-            lifetime=lifetime,
-            grace=deadlines.grace,
-            log_limit=manifest.container.log_limit,
-            workdir=self.serving.workdir or "/",
-            secrets=tuple(name for name in manifest.container.secrets if compiles and self.options.environ.get(name)),
-            job_max=manifest.cache.job_max,
-            repair=repair,
-            observed={
-                "host": socket.gethostname(),
-                "builder": __version__,
-                "image": self.serving.ref,
-                "run": self.run_id,
-            },
-        )
-        spec = ContainerSpec(
-            image=self.warmup.id,
-            name=f"warm-cache-{self.run_id}-{mode}-{task.label}"[:120],
-            entrypoint=["python3", "-m", "builder.warmup"],
-            command=[],
-            env=self._environment(job),
-            labels=lease.labels(task.label, lifetime),
-            mounts=(*self._root(), *(self._store() if compiles else ())),
-            gpus=_devices(manifest) if compiles else 0,
-            shm_size=manifest.container.shm_size,
-            network=manifest.container.network if compiles else "none",
-            workdir=PROGRAM_ROOT,
-            stop_timeout=int(deadlines.grace) + 1,
-        )
-        log = self._log_dir() / f"{task.label}.log" if mode == "run" else None
-        sinks = Sinks(log_path=log, display=display)
-        try:
-            with self.cancel.shield() if cancel is None else contextlib.nullcontext():
-                outcome = run_container(
-                    self.engine,
-                    spec,
-                    job=job,
-                    lease=lease,
-                    deadlines=deadlines,
-                    cancel=cancel or self.cancel,
-                    sinks=sinks,
-                    on_event=on_event,
-                    budget=budget,
-                )
-        except EngineRefusedError as error:
-            problem = preflight.no_driver(manifest, error) or preflight.no_source(manifest, error)
-            if problem is None:
-                raise
-            raise PreflightError(CANNOT_RUN, [problem]) from error
-        self.report.warnings += outcome.problems
-        if outcome.container:
-            self.ran[outcome.container] = spec.name
-        return outcome
-
-    def _log_dir(self) -> Path:
-        """Where logs go. Raises UsageError where none can be written."""
-        directory = self.options.log_dir
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
-        return directory
-
-    def _root(self) -> tuple[Mount, ...]:
-        """The cache root; nothing where a verb that only reads must not make one, and then its place is in the
-        container.
-        """
-        return (self.cache.mount(),) if self.options.creates or self.cache.exists() else ()
-
-    def _environment(self, job: Job) -> dict[str, str]:
-        """Secrets are handed on by name and never enter the job, a label or a log."""
-        document = job.to_json()
-        if len(document.encode()) > MAX_JOB:
-            label = job.task.label if job.task else job.mode
-            raise UsageError(
-                f"{label}: its argv, env and shapes make a job of {len(document.encode())} bytes, and the kernel's "
-                f"limit for one variable is {MAX_JOB}. Put long values into a file in the image."
-            )
-        # The program is found by its working directory, which an image may have told Python not to trust.
-        env = {JOB_VARIABLE: document, "PYTHONSAFEPATH": ""}
-        if self.manifest.models.store:
-            env["HF_HOME"] = STORE
-            env["HF_HUB_OFFLINE"] = "0" if self.manifest.models.writable else "1"
-        return env | {name: self.options.environ[name] for name in job.secrets}
-
-    def _store(self) -> tuple[Mount, ...]:
-        models = self.manifest.models
-        return (Mount(source=str(models.store), target=STORE, read_only=not models.writable),) if models.store else ()
-
-
-def describe(outcome: Outcome) -> str:
-    """How a container ended, in words that name its status and never return it raw."""
-    if outcome.oom:
-        return "ran out of memory inside the container"
-    if outcome.exit_code is None:
-        return "never reported an exit status"
-    if outcome.exit_code > 128:
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(outcome.exit_code - 128).name} (status {outcome.exit_code})"
-    return f"ended with status {outcome.exit_code}"
-
-
-def _devices(manifest: Manifest) -> int | tuple[str, ...]:
-    """What to ask the engine for: these GPUs where the manifest names some, else a number of them."""
-    devices = manifest.gpus.devices
-    return tuple(str(index) for index in devices) if devices else manifest.gpus.count
+    def run(self, mode: str, task: Task, deadlines: Deadlines, asked: Asked = NOTHING_ELSE) -> Outcome:
+        """One container of the warm-up image in this mode, to its end: `launch.run`."""
+        return launch.run(self, mode, task, deadlines, asked)

@@ -14,8 +14,9 @@ from typing import Any
 from builder import runlock
 from builder.container import Deadlines
 from builder.errors import ColdError, EngineLostError, PreflightError, Problem
+from builder.launch import Asked, describe
 from builder.report import counted
-from builder.session import Session, describe
+from builder.session import Session
 from builder.warmup.events import FAILED, WARMED
 from builder.warmup.files import printable
 from builder.warmup.places import bad_entries, places
@@ -118,7 +119,7 @@ def _in_container(session: Session, mode: str, hear: Callable[[Event], None], *,
     run = session.manifest.run
     limits = Deadlines(task=TIMEOUT, silence=TIMEOUT, start=run.start, grace=run.grace)
     task = Task(label=mode, model="", recipe="command")
-    outcome = session.run(mode, task, limits, repair=repair)
+    outcome = session.run(mode, task, limits, Asked(repair=repair))
     for event in outcome.events:
         hear(event)
     session.cancel.check()

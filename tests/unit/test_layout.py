@@ -25,7 +25,7 @@ ORDER = """
     spec waiting frames tunnel progress attachment complaints greeting engine image
     gpus
     cancel resume sinks logs lease container locks gpulock hooks
-    cache preflight plan report
+    cache preflight plan report launch
     command session call holder runlock hold machine run verbs upkeep
     words arguments cli __main__
 """.split()
