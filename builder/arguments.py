@@ -10,19 +10,21 @@ import contextlib
 import shutil
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from builder import __version__
 from builder.errors import UsageError
 from builder.values import near
-from builder.words import OPTIONS, STATUSES, VERBS
+from builder.words import OPTIONS, STATUSES, VERBS, Verb
 
 ENVIRONMENT = "WARM_CACHE_"
 SWITCHES = {
     **dict.fromkeys(("1", "true", "yes", "y", "on"), True),
     **dict.fromkeys(("0", "false", "no", "n", "off", ""), False),
 }
+#: Options that the program asks about for every verb, whether it has them or not.
+SHARED_VALUES = ("manifest", "profile", "cache", "image", "models")
 #: No line of a help text is longer.
 WIDTH = 80
 
@@ -82,8 +84,10 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, WIDTH)
 
 
-def top() -> argparse.ArgumentParser:
-    """The help of the whole; it knows the verbs by name only."""
+def top(fill: Callable[[str, argparse.ArgumentParser], None] | None = None) -> argparse.ArgumentParser:
+    """The help of the whole; it knows the verbs by name only. fill: what more each of them gets, for who completes
+    words.
+    """
     parser = _Parser(
         prog="warm-cache",
         description=_filled(
@@ -95,7 +99,9 @@ def top() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"warm-cache {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=argparse.ArgumentParser)
     for name, verb in VERBS.items():
-        verbs.add_parser(name, help=verb.help)
+        added = verbs.add_parser(name, help=verb.help)
+        if fill is not None:
+            fill(name, added)
     return parser
 
 
@@ -114,14 +120,23 @@ def parser(name: str) -> argparse.ArgumentParser:
             ]
         ),
     )
+    add_words(found, verb)
+    return found
+
+
+def add_words(parser: argparse.ArgumentParser, verb: Verb) -> list[argparse.Action]:
+    """Gives a parser the verb's arguments and options. Which values those may have is looked at later, with the
+    environment's (`_check`).
+    """
+    added = []
     for argument in verb.arguments:
         nargs = {(True, False): "+", (True, True): "*", (False, True): "?"}.get((argument.many, argument.optional))
-        found.add_argument(argument.name, metavar=argument.metavar, nargs=nargs, help=argument.help)
+        added.append(parser.add_argument(argument.name, metavar=argument.metavar, nargs=nargs, help=argument.help))
     for option in verb.options:
         flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
         keywords = {keyword: value for keyword, value in OPTIONS[option].items() if keyword != "choices"}
-        found.add_argument(*flags, **keywords)
-    return found
+        added.append(parser.add_argument(*flags, **keywords))
+    return added
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
@@ -132,7 +147,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
     words, command = _split(argv)
     name = _verb(words)
     said, rest = parser(name).parse_known_args(
-        words[1:], Namespace(verb=name, command=command, sources={}, json=False, models=None)
+        words[1:], Namespace(verb=name, command=command, sources={}, json=False, **dict.fromkeys(SHARED_VALUES))
     )
     if rest:
         raise CommandLineError(_surplus(name, rest), name)

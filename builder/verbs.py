@@ -1,4 +1,4 @@
-"""The verbs that only read: check, explain, status, env and doctor."""
+"""The verbs that only read the cache: check, explain, status and env."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from builder import preflight
-from builder.errors import ColdError, PreflightError, UsageError
-from builder.plan import Plan, probe_env
+from builder.errors import ColdError, UsageError
+from builder.plan import Plan
 from builder.report import TaskResult, counted, size
 from builder.session import Session
 from builder.warmup import families, files, inventory, markers, toolchain
@@ -215,16 +214,3 @@ def _mounts(session: Session) -> list[str]:
     if models.store:
         mounts.append(f"type=bind,src={models.store},dst={STORE},readonly")
     return mounts
-
-
-def doctor(session: Session, _said: Namespace) -> None:
-    """Preflight alone. Raises PreflightError with every problem; with an image there, its GPUs are looked at by a
-    container.
-    """
-    tasks = session.manifest.tasks
-    problems = [*preflight.problems(session.manifest, session.engine), *session.busy()]
-    if not problems:
-        session.probe(probe_env(tasks[0]))
-    else:
-        raise PreflightError("this machine can't run it", problems)
-    session.console.say(f"this machine can run {counted(len(tasks), 'task')} of {session.manifest.image.ref}")

@@ -35,7 +35,7 @@ class Verb:
     """One subcommand.
 
     help: one line; example: a command line that works; act: ``module:function`` that does it; own: names in OPTIONS,
-    beside the common ones; text: its result is text on stdout, and what else it says goes to
+    beside the SHARED ones; text: its result is text on stdout, and what else it says goes to
     stderr; creates: it may make a cache root that is not there; here: the
     function (of a Call) that does it with --here, for the environment that it runs in, with the standard library
     alone; details: paragraphs below the options in its help.
@@ -54,8 +54,7 @@ class Verb:
 
     @property
     def options(self) -> tuple[str, ...]:
-        common = WRAPPING if self.needs == "command" else COMMON
-        return (*common, *self.own, *(("here",) if self.here else ()))
+        return (*SHARED[self.needs], *self.own, *(("here",) if self.here else ()))
 
 
 #: name → keyword arguments of argparse, and choices, which the environment has to keep to as well. Every option can be
@@ -90,8 +89,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "docker, shell, github or json",
     },
 }
-COMMON = ("manifest", "profile", "cache", "image", "models", "json", "verbose")
-WRAPPING = ("manifest", "profile", "cache", "image", "verbose")
+#: The options that all verbs with the same needs have.
+SHARED: dict[Needs, tuple[str, ...]] = {
+    "engine": ("manifest", "profile", "cache", "image", "models", "json", "verbose"),
+    "command": ("manifest", "profile", "cache", "image", "verbose"),
+    "nothing": ("json", "verbose"),
+}
 STARTS = ("pull", "log-dir")
 
 VERBS = {
@@ -144,10 +147,18 @@ VERBS = {
         ("format",),
         text=True,
     ),
+    "completion": Verb(
+        "print a script by which a shell completes verbs, options and profiles",
+        "source <(warm-cache completion bash)",
+        "builder.completion:completion",
+        arguments=(Argument("shell", "SHELL", "bash, zsh, fish or tcsh", choices=("bash", "zsh", "fish", "tcsh")),),
+        needs="nothing",
+        text=True,
+    ),
     "doctor": Verb(
         "what keeps this machine from running the manifest, all at once",
         "warm-cache doctor --profile h200",
-        "builder.verbs:doctor",
+        "builder.doctor:doctor",
         ("allow-busy",),
     ),
 }

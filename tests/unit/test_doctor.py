@@ -1,0 +1,220 @@
+"""What `doctor` finds beyond preflight: each check on machines where it is well, ill, and cannot be known."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from builder import doctor
+from builder.doctor import OK, UNKNOWN, WARN, Facts
+from builder.gpus import HostGpus
+from builder.manifest import Manifest, load
+
+NOW = 1_800_000_000.0
+GIB = 1 << 30
+Write = Callable[..., Manifest]
+
+
+def info(**more: Any) -> dict[str, Any]:
+    told = datetime.fromtimestamp(NOW, tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.123456789Z")
+    usual = {"ServerVersion": "28.2.2", "CgroupDriver": "systemd", "CgroupVersion": "2", "MemTotal": 2048 * GIB}
+    return {**usual, "SystemTime": told, "Runtimes": {"runc": {}, "nvidia": {}}, **more}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(gpus: int = 8, store: Path | None = None, cache: Path | None = None, shm: str = "32g") -> Manifest:
+        path = tmp_path / "manifest.toml"
+        models = f'[models]\nstore = "{store}"\n' if store else ""
+        path.write_text(
+            f'schema = 1\n[image]\nref = "a:1"\n[cache]\nroot = "{cache or tmp_path / "cache"}"\n{models}'
+            f'[gpus]\ncount = {gpus}\n[container]\nshm_size = "{shm}"\n'
+            '[[task]]\nmodel = "org/one"\n[[task]]\nmodel = "org/two"\n'
+        )
+        return load(path)
+
+    return write
+
+
+@pytest.fixture
+def found(write: Write, tmp_path: Path) -> Callable[..., doctor.Finding]:
+    """What one check finds on a machine that differs from a good one in what the test says."""
+
+    def found(check: str, manifest: Manifest | None = None, **facts: Any) -> doctor.Finding:
+        usual = {
+            "manifest": manifest or write(),
+            "info": info(),
+            "local": True,
+            "host": HostGpus(("NVIDIA H200",) * 8, "580.65.06"),
+            "now": NOW,
+            "dev": tmp_path,
+        }
+        finding = doctor.examine(Facts(**{**usual, **facts}))[check]
+        assert bool(finding.remedy) == (finding.state == WARN), "a remedy for what is wrong, and for nothing else"
+        return finding
+
+    return found
+
+
+def hub(store: Path, model: str, *, link: Path | None = None) -> None:
+    """A model of the store, as the hub lays it out; its config.json may be a link to somewhere."""
+    home = store / "hub" / f"models--{model.replace('/', '--')}"
+    snapshot = home / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("a" * 40)
+    if link is None:
+        (snapshot / "config.json").write_text("{}")
+    else:
+        (snapshot / "config.json").symlink_to(link)
+    (snapshot / "model.safetensors").write_text("")
+
+
+def test_a_restart_of_the_engine(found: Callable[..., doctor.Finding]) -> None:
+    assert "ends a running warm-up" in found("engine").text
+    assert "leaves a running warm-up alone" in found("engine", info=info(LiveRestoreEnabled=True)).text
+
+
+def test_the_driver(found: Callable[..., doctor.Finding]) -> None:
+    assert found("driver").text == "driver 580.65.06, 8 × NVIDIA H200"
+    assert found("driver", host=None).state == UNKNOWN
+    assert found("driver", local=False, host=None).state == UNKNOWN
+
+
+def test_the_toolkit(found: Callable[..., doctor.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert found("toolkit").text == "found nvidia"
+    missing = found("toolkit", info=info(Runtimes={"runc": {}}))
+    assert missing.state == WARN and "nvidia-ctk" in missing.remedy
+    devices = [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}, {"Source": "cdi", "ID": "nvidia.com/gpu=1"}]
+    assert found("toolkit", info=info(Runtimes=None, DiscoveredDevices=devices)).text == "found nvidia.com/gpu=0"
+
+
+def test_the_toolkit_in_path(
+    found: Callable[..., doctor.Finding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hook = tmp_path / "nvidia-container-runtime-hook"
+    hook.write_text("#!/bin/sh\n")
+    hook.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("toolkit", info=info(Runtimes={"runc": {}})).state == OK
+    assert found("toolkit", info=info(Runtimes={"runc": {}}), local=False).state == WARN, "that is another machine's"
+
+
+def test_daemon_reload_takes_gpus_that_dev_char_does_not_know(
+    found: Callable[..., doctor.Finding], write: Write, tmp_path: Path
+) -> None:
+    trap = found("daemon-reload")
+    assert trap.state == WARN and "create-dev-char-symlinks" in trap.remedy
+    assert found("daemon-reload", info=info(CgroupDriver="cgroupfs")).state == OK
+    assert found("daemon-reload", write(gpus=0)).state == OK
+    assert found("daemon-reload", local=False).state == UNKNOWN
+    (tmp_path / "char").mkdir()
+    (tmp_path / "char" / "195:0").symlink_to("../nvidia0")
+    assert found("daemon-reload").state == OK
+
+
+def test_shared_memory_is_memory(found: Callable[..., doctor.Finding], write: Write) -> None:
+    assert found("shared memory").state == OK
+    assert found("shared memory", info=info(MemTotal=16 * GIB)).state == WARN
+
+
+def test_the_caches_file_system(found: Callable[..., doctor.Finding], write: Write, tmp_path: Path) -> None:
+    mounts = tmp_path / "proc" / "self" / "mounts"
+    mounts.parent.mkdir(parents=True)
+    cache = tmp_path / "a cache"
+    cache.mkdir()
+
+    def on(kind: str) -> doctor.Finding:
+        octal = str(cache).replace(" ", "\\040")
+        mounts.write_text(f"/dev/vda / ext4 rw 0 0\nserver:/x {octal} {kind} rw 0 0\nnonsense\n")
+        return found("cache disk", write(cache=cache / "root"), proc=tmp_path / "proc")
+
+    assert on("xfs").state == OK and "on xfs" in on("xfs").text
+    assert on("nfs4").state == WARN and "locks" in on("nfs4").text
+    assert on("tmpfs").state == WARN and "reboot" in on("tmpfs").text
+    assert found("cache disk", local=False).state == UNKNOWN
+    assert found("cache disk", proc=tmp_path / "none").state == UNKNOWN, "no file says where anything is mounted"
+
+
+def test_the_engines_disk(
+    found: Callable[..., doctor.Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = info(DockerRootDir=str(tmp_path))
+    usage = SimpleNamespace(free=100 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    assert found("engine disk", info=there).state == OK
+    usage.free = GIB
+    assert found("engine disk", info=there).state == WARN, "one task's log alone may take 2 GiB"
+    assert found("engine disk", info=info(DockerRootDir="/no/such")).state == UNKNOWN
+
+
+def test_descriptors(found: Callable[..., doctor.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (64, 4096))
+    assert found("descriptors").state == WARN
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (resource.RLIM_INFINITY,) * 2)
+    assert found("descriptors").state == OK
+
+
+@pytest.mark.parametrize(("apart", "state"), [(0, OK), (-4, OK), (7, WARN), (-3600, WARN)])
+def test_clocks(found: Callable[..., doctor.Finding], apart: float, state: str) -> None:
+    assert found("clock", now=NOW + apart).state == state
+
+
+@pytest.mark.parametrize("said", [None, "", "yesterday", "2026-13-45T99:00:00Z", 7])
+def test_an_engine_that_does_not_say_the_time(found: Callable[..., doctor.Finding], said: object) -> None:
+    assert found("clock", info=info(SystemTime=said)).state == UNKNOWN
+
+
+def test_an_offset_is_part_of_the_time(found: Callable[..., doctor.Finding]) -> None:
+    east = datetime.fromtimestamp(NOW + 7200, tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.5+02:00")
+    assert found("clock", info=info(SystemTime=east)).state == OK
+
+
+def test_models_that_a_container_would_not_see(
+    found: Callable[..., doctor.Finding], write: Write, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    hub(store, "org/one")
+    one_missing = found("models", write(store=store))
+    assert one_missing.state == WARN and one_missing.text.endswith(": org/two")
+    outside = tmp_path / "config.json"
+    outside.write_text("{}")
+    hub(store, "org/two", link=outside)
+    assert found("models", write(store=store)).text.endswith(": org/two"), "that link leads out of the mount"
+
+
+def test_models_that_are_all_there(found: Callable[..., doctor.Finding], write: Write, tmp_path: Path) -> None:
+    hub(tmp_path / "store", "org/one")
+    hub(tmp_path / "store", "org/two")
+    assert found("models", write(store=tmp_path / "store")).state == OK
+    assert found("models", write()).state == OK, "no store is asked for"
+    assert found("models", write(store=tmp_path / "none")).state == UNKNOWN
+
+
+def test_a_cache_that_cannot_be_read(
+    found: Callable[..., doctor.Finding], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    assert found("permissions").state == OK
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert found("permissions").state == WARN
+
+
+def test_no_answer_of_an_engine_is_too_odd(write: Write) -> None:
+    odd: list[Any] = [None, [], "x", 3, {"a": 1}]
+    names = ("CgroupDriver", "Runtimes", "DiscoveredDevices", "MemTotal", "SystemTime", "DockerRootDir")
+    for value in odd:
+        told = info(**dict.fromkeys(names, value))
+        findings = doctor.examine(Facts(write(), told, True, None, time.time()))
+        assert set(findings) == set(doctor.CHECKS)
