@@ -25,6 +25,7 @@ from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, 
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.frames import Demux, readable
 from builder.greeting import Greeting
+from builder.podman import Drained, is_between_states, is_podman
 from builder.progress import PullProgress
 from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
 from builder.tunnel import Tunnel
@@ -53,6 +54,7 @@ class Engine:
         self._timeout = timeout
         self._client: Any = None
         self._local: bool | None = None
+        self._podman: bool | None = None
         self._tunnel: Tunnel | None = None
         self.api_version = ""
 
@@ -99,6 +101,7 @@ class Engine:
             said, info = greeting.answer() if greeting else (None, {})
         if info:
             self._local = _is_this_machine(info)
+            self._podman = is_podman(info)
         # Never from_env(): that one asks for the version with errors of its own.
         options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
         api_client: Any = docker.APIClient
@@ -162,6 +165,13 @@ class Engine:
         if self._local is None:
             self._local = self.url.startswith("unix://") and _is_this_machine(self.info)
         return self._local
+
+    @property
+    def podman(self) -> bool:
+        """Whether it is Podman behind Docker's API: docker/README.md says what is different there."""
+        if self._podman is None:
+            self._podman = is_podman(self.info)
+        return self._podman
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -276,13 +286,7 @@ class Engine:
             f"cannot look at {container[:12]}",
             lambda: self._get("/containers/{0}/json", container, timeout=self._quick).json()["State"],
         )
-        return State(
-            status=data["Status"],
-            exit_code=data.get("ExitCode") or 0,
-            oom_killed=bool(data.get("OOMKilled")),
-            error=data.get("Error") or "",
-            pid=data.get("Pid") or 0,
-        )
+        return State.told(data, knows_memory=not self.podman)
 
     def stop(self, container: str, grace: float) -> None:
         seconds = max(0, math.ceil(grace))
@@ -293,8 +297,7 @@ class Engine:
 
     def remove(self, container: str, *, force: bool = False) -> None:
         try:
-            with self._translated(f"cannot remove {container[:12]}"):
-                self._request("DELETE", "/containers/{0}", container, params={"v": 1, "force": int(force)})
+            retry_reads(lambda: self._remove(container, force), is_between_states)
         except NotFoundError:
             return
         except EngineRefusedError as error:
@@ -303,6 +306,10 @@ class Engine:
                 lambda: self._is_gone(container), Deadline(QUICK), every=0.05
             ):
                 raise
+
+    def _remove(self, container: str, force: bool) -> None:
+        with self._translated(f"cannot remove {container[:12]}"):
+            self._request("DELETE", "/containers/{0}", container, params={"v": 1, "force": int(force)})
 
     def _is_gone(self, container: str) -> bool:
         try:
@@ -330,7 +337,9 @@ class Engine:
         return self._attach(container, {"stdout": 1, "stderr": 1, "stream": 1})
 
     def attach_stdin(self, container: str) -> Attachment:
-        return self._attach(container, {"stdin": 1, "stream": 1})
+        if not self.podman:
+            return self._attach(container, {"stdin": 1, "stream": 1})
+        return Drained(self._attach(container, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}))
 
     def _attach(self, container: str, params: Mapping[str, int]) -> Attachment:
         """A connection of its own. docker-py's own attach has no timeout before the engine's first answer."""
@@ -391,7 +400,9 @@ class Engine:
             return None
         status = json.loads(base64.b64decode(response.headers.get("X-Docker-Container-Path-Stat", "e30=")))
         target = str(status.get("linkTarget") or "")
-        # The engine resolves the link inside the container and answers with an absolute path.
+        # The engine resolves the link inside the container and answers with an absolute path. Podman answers with this
+        # very path, link or not, and follows links by itself when they are read.
+        target = "" if target == path else target
         return posixpath.relpath(target, posixpath.dirname(path)) if target.startswith("/") else target
 
     def has_volume(self, name: str) -> bool:

@@ -19,6 +19,14 @@ ULIMITS: Mapping[str, int] = {"memlock": -1, "stack": 67108864}
 #: One file that is never rotated: rotation makes every follower lose lines, and a bare json-file inherits the daemon's.
 LOG_OPTIONS: Mapping[str, str] = {"max-size": "1000g", "max-file": "1"}
 
+#: Podman shows steps of its own between the engine's states.
+PODMANS_STATES: Mapping[str, str] = {
+    "configured": "created",
+    "initialized": "created",
+    "stopping": "running",
+    "stopped": "exited",
+}
+
 
 @dataclass(frozen=True)
 class Image:
@@ -112,13 +120,26 @@ class ContainerSpec:
 @dataclass(frozen=True)
 class State:
     """What inspect says. status: created, running, paused, restarting, removing, exited or dead. exit_code only means
-    something once the container is over; oom_killed is true as well when only a child was killed."""
+    something once the container is over; oom_killed is true as well when only a child was killed, and None where the
+    engine does not know.
+    """
 
     status: str
     exit_code: int
-    oom_killed: bool = False
+    oom_killed: bool | None = False
     error: str = ""
     pid: int = 0
+
+    @classmethod
+    def told(cls, data: Mapping[str, Any], *, knows_memory: bool = True) -> State:
+        """What this ``State`` of inspect says. knows_memory: whether its no to ``OOMKilled`` means anything."""
+        return cls(
+            status=PODMANS_STATES.get(data["Status"], data["Status"]),
+            exit_code=data.get("ExitCode") or 0,
+            oom_killed=bool(data.get("OOMKilled")) or (False if knows_memory else None),
+            error=data.get("Error") or "",
+            pid=data.get("Pid") or 0,
+        )
 
     @property
     def over(self) -> bool:

@@ -22,7 +22,7 @@ WARMUP = BUILDER / "warmup"
 ORDER = """
     errors
     values document sections tasks manifest
-    spec waiting frames tunnel progress attachment complaints greeting engine image
+    spec waiting frames tunnel progress attachment complaints greeting podman engine image
     gpus
     cancel resume sinks logs lease container locks gpulock hooks
     cache preflight plan report launch
