@@ -102,9 +102,11 @@ ENDED_EARLY = {
 def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
     """What became of the task. Only a marker that holds on disk makes it warmed, whatever the container said."""
     verdict = outcome.verdict or {}
-    numbers = {
+    numbers: dict[str, Any] = {
         "entries": counts(verdict.get("entries")),
         "added": counts(verdict.get("added")),
+        "added_bytes": counts(verdict.get("added_bytes")),
+        "loaded": readable(str(verdict.get("loaded") or "")),
         "proof": verdict.get("proof"),
     }
     if outcome.ended in ENDED_EARLY:

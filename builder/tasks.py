@@ -33,11 +33,13 @@ from builder.values import (
     positive,
     positive_seconds,
 )
+from builder.warmup import flags
 from builder.warmup.families import FAMILIES
 from builder.warmup.files import printable
 from builder.warmup.task import Shape, Task
 
 RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
+LOADS = ("weights", "dummy", "dummy-then-weights")
 VERIFY = ("second-pass", "steady", "inventory")
 
 _OWN_VARIABLES = {name for family in FAMILIES for name, _ in family.env} | {
@@ -69,8 +71,8 @@ def read_tasks(root: Table, *, gpus: int, timeout: float | None, silence: float 
 
     gpus: how many the machine gives; what a task takes unless it says less. Problems go into the document.
     """
-    defaults = root.table("defaults")
     groups = _read_groups(root.table("args"))
+    defaults = root.table("defaults")
     base = _read(defaults, Task(label="", model="", recipe="compile-deep-gemm", gpus=gpus))
     defaults.finish()
     tables = root.tables("task")
@@ -95,7 +97,7 @@ def _read(table: Table, base: Task) -> Task:
         silence=table.read("silence", positive_seconds, base.silence),
         requests=table.read("requests", list_of(_request, "[prompt tokens, new tokens] pairs"), base.requests),
         m_values=table.read("m_values", list_of(positive, "values of M"), base.m_values),
-        load=table.read("load", one_of(("weights", "dummy"), "way to load"), base.load),
+        load=table.read("load", one_of(LOADS, "way to load"), base.load),
         layers=table.read("layers", positive, base.layers),
         verify=table.read("verify", one_of(VERIFY, "way to verify"), base.verify),
         families=table.read("families", list_of(_family, "family names"), base.families),
@@ -174,8 +176,10 @@ def _check_recipe(table: Table, task: Task) -> None:
             )
     if table.has("verify") and task.verify == "steady" and task.recipe != "serve":
         table.blame("verify", "verify = 'steady' repeats requests;", "it is for serve.")
-    if table.has("layers") and task.recipe in _SERVERS and task.load != "dummy":
+    if table.has("layers") and task.recipe in _SERVERS and task.load == "weights":
         table.blame("layers", "layers keeps a few layers of a model without weights;", 'it needs load = "dummy".')
+    if task.layers is not None and task.load != "weights" and flags.value(task.argv, flags.DRAFT_MODEL) is not None:
+        table.blame("layers", "sglang would cut the draft model of argv to as many layers:", "leave layers out.")
 
 
 def _check_argv(table: Table, task: Task) -> None:
@@ -187,8 +191,17 @@ def _check_argv(table: Table, task: Task) -> None:
     for option in _SECRET_OPTIONS:
         if option in names:
             table.blame("argv", f"argv holds {option}, and argv is recorded in markers and logs:", "leave it out.")
+    if task.load != "weights" and not _is_object(flags.value(task.argv, flags.OVERRIDES) or "{}"):
+        table.blame("argv", f"argv: {flags.OVERRIDES[0]} is no JSON object.")
     if any(SECRET_VALUE.search(argument) for argument in task.argv):
         table.blame("argv", "argv holds what looks like an access token:", "pass it by name, in [container] secrets.")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _environment(table: Table) -> dict[str, str]:
