@@ -13,13 +13,16 @@ from typing import Any, TextIO
 
 from builder.errors import BuilderError, ProblemsError
 from builder.plan import Item, Plan
+from builder.warmup.files import printable
 
 JSON_SCHEMA = 1
 
 
 @dataclass
 class TaskResult:
-    """What became of one task. seconds is None for a task that nothing was done for."""
+    """What became of one task. seconds is None for a task that nothing was done for. loaded: the weights it was warmed
+    with, where it has a model (``weights``, ``dummy weights, 4 layers``).
+    """
 
     label: str
     model: str
@@ -29,6 +32,8 @@ class TaskResult:
     seconds: float | None = None
     entries: Mapping[str, int] = field(default_factory=dict)
     added: Mapping[str, int] = field(default_factory=dict)
+    added_bytes: Mapping[str, int] = field(default_factory=dict)
+    loaded: str = ""
     verified: bool = False
     proof: str | None = None
     since: str = ""
@@ -38,9 +43,12 @@ class TaskResult:
     @property
     def note(self) -> str:
         """The last column of the table."""
-        if self.state == "warm":
-            return f"since {self.since}" if self.since else ""
-        return self.reason
+        parts = [self.reason]
+        if self.state == "warm" and not self.reason:
+            parts = [f"since {self.since}" if self.since else ""]
+        if self.state in ("warm", "warmed") and self.loaded not in ("", "weights"):
+            parts.append(f"with {self.loaded}")
+        return ", ".join(part for part in parts if part)
 
     @property
     def proven(self) -> str | None:
@@ -65,7 +73,15 @@ def before(item: Item) -> TaskResult:
         proof=marker.get("proof"),
         verified=marker.get("proof") == "verified",
         since=str(marker.get("written", ""))[:10],
+        loaded=_loaded(marker),
     )
+
+
+def _loaded(marker: Mapping[str, Any]) -> str:
+    """A marker may hold anything."""
+    observed = marker.get("observed")
+    loaded = observed.get("loaded") if isinstance(observed, dict) else None
+    return printable(loaded)[:60] if isinstance(loaded, str) else ""
 
 
 @dataclass
@@ -112,6 +128,9 @@ class Report:
                     "seconds": None if task.seconds is None else round(task.seconds, 3),
                     "entries": dict(task.entries),
                     "entries_added": sum(task.added.values()),
+                    "added": {name: number for name, number in task.added.items() if number},
+                    "added_bytes": dict(task.added_bytes),
+                    "loaded": task.loaded or None,
                     "verified": task.verified and task.proven is not None,
                     "proof": task.proven,
                     "log": task.log,
@@ -163,9 +182,17 @@ def sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def families(counts: Mapping[str, int], sign: str = "") -> str:
-    """``+518 deep_gemm, +3 triton``; an en dash for nothing."""
-    return ", ".join(f"{sign}{number} {name}" for name, number in sorted(counts.items()) if number) or "–"
+def families(counts: Mapping[str, int], sign: str = "", sizes: Mapping[str, int] | None = None) -> str:
+    """``+518 deep_gemm (51.2 MB), +3 triton (40.1 kB)``; an en dash for nothing."""
+    sizes = sizes or {}
+    return (
+        ", ".join(
+            f"{sign}{number} {name}" + (f" ({size(sizes[name])})" if name in sizes else "")
+            for name, number in sorted(counts.items())
+            if number
+        )
+        or "–"
+    )
 
 
 STATE_STYLE = {
@@ -185,7 +212,7 @@ def task_table(tasks: Sequence[TaskResult]) -> list[list[str]]:
         proven = task.proven or "–"
         if task.proven is not None and task.verified:
             proven = "0 new" if task.state == "warmed" else "yes"
-        entries = families(task.added, "+") if any(task.added.values()) else families(task.entries)
+        entries = families(task.added, "+", task.added_bytes) if any(task.added.values()) else families(task.entries)
         rows.append([task.label, task.state, duration(task.seconds), entries, proven, task.note])
     return rows
 

@@ -16,7 +16,8 @@ Events and their fields:
 - kept: family, key, path, why (mode ``sweep``: would go, and may not)
 - checked: family, key, entries (mode ``verify``: how many were looked at; one per family directory)
 - bad: family, key, entry, problem (mode ``verify``: an entry that is not valid, and was not moved)
-- verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n}, added {family: n}, proof,
+- verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n} of the families it claims,
+  added {family: n} and added_bytes {family: bytes} of any family, loaded (the weights, or null), proof,
   second_pass_added, shapes [str], marker (path below the root, or null), seconds
 - end: stdout, stderr: bytes this program wrote to each, this line not included. Always the last line.
 """

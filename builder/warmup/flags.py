@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 PORT = ("--port",)
 API_KEY = ("--api-key",)
@@ -13,6 +14,8 @@ DP_ATTENTION = "--enable-dp-attention"
 ATTENTION_DP = ("--attn-dp-size",)
 CHUNKED_PREFILL = ("--chunked-prefill-size",)
 LOAD_FORMAT = ("--load-format",)
+DRAFT_LOAD_FORMAT = ("--speculative-draft-load-format",)
+DRAFT_MODEL = ("--speculative-draft-model-path", "--speculative-draft-model")
 LOADER_CONFIG = ("--model-loader-extra-config",)
 OVERRIDES = ("--json-model-override-args",)
 
@@ -54,21 +57,29 @@ def without(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return kept
 
 
-def with_dummy_weights(argv: Sequence[str], layers: int | None) -> list[str]:
-    """Real shapes without a checkpoint: random weights, and a few layers only when ``layers`` is given.
+def with_dummy_weights(argv: Sequence[str], overrides: Mapping[str, Any]) -> list[str]:
+    """Random weights instead of a checkpoint, and a model configuration with these overrides.
 
-    sglang refuses a loader configuration together with dummy weights. Overrides of the manifest are kept.
+    sglang refuses a loader configuration together with dummy weights. Overrides that argv has already win. Raises
+    ValueError where those are no JSON object.
     """
-    words = without(argv, (*LOAD_FORMAT, *LOADER_CONFIG))
-    words += ["--load-format", "dummy"]
-    if layers is not None:
-        try:
-            overrides = json.loads(value(words, OVERRIDES) or "{}")
-        except ValueError:
-            overrides = {}
+    words = without(argv, (*LOAD_FORMAT, *DRAFT_LOAD_FORMAT, *LOADER_CONFIG))
+    words += [LOAD_FORMAT[0], "dummy"]
+    if overrides:
+        given = json.loads(value(words, OVERRIDES) or "{}")
+        if not isinstance(given, dict):
+            raise ValueError(f"{OVERRIDES[0]} is not a JSON object")
         words = without(words, OVERRIDES)
-        words += ["--json-model-override-args", json.dumps({**overrides, "num_hidden_layers": layers})]
+        words += [OVERRIDES[0], json.dumps(_merged(overrides, given))]
     return words
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    made = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            made[key] = _merged(below[key], above[key])
+    return made
 
 
 def ranks(argv: Sequence[str]) -> int:

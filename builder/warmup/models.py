@@ -6,13 +6,16 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from builder.warmup import flags
+from builder.warmup import files, flags
 from builder.warmup.coverage import config_digest as digest_of_config
 from builder.warmup.coverage import is_directory
 from builder.warmup.task import Task
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+_CONFIG_LIMIT = 16 << 20
 
 #: What transformers and the hub write beside the models, when those cannot be written.
 WRITES = ("HF_ASSETS_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE")
@@ -33,11 +36,21 @@ def config_digest(task: Task, environ: Mapping[str, str]) -> str | None:
     folder = _folder(store, task)
     if digest is None and (problem or folder is None or not (folder / "config.json").is_file()):
         raise Skipped(problem or f"{task.model} has no config.json")
-    dummy = task.load == "dummy" or flags.value(task.argv, flags.LOAD_FORMAT) == "dummy"
+    dummy = task.load != "weights" or flags.value(task.argv, flags.LOAD_FORMAT) == "dummy"
     if folder is not None and not dummy and not any(_weights(folder)):
         kinds = ", ".join(WEIGHT_SUFFIXES)
         raise Skipped(f"{task.model}: config.json is there, but no weights ({kinds}) are in {folder}")
     return digest
+
+
+def config(task: Task, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """The model's config.json; None where it cannot be read (yet: the server may fetch it)."""
+    folder = _folder(_store(environ), task)
+    try:
+        found = None if folder is None else files.read_json(str((folder / "config.json").resolve()), _CONFIG_LIMIT)
+    except (files.UnreadableError, OSError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def defaults(environ: Mapping[str, str], private: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder.warmup import layout
+from builder.warmup import inventory, layout
 from builder.warmup.families import FAMILY, directory
 from builder.warmup.files import is_dir, listing, walk, why
 
@@ -52,12 +52,7 @@ def may_remove(
     """
     what = Path(directory(str(root), family, key)) if what is None else what
     with contextlib.ExitStack() as locks:
-        yield (
-            _refused(locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}")
-            or _refused(locks, layout.hold_lock(root), "a test job holds the cache")
-            or _used(what, job_max, now)
-            or _viewed(what, mounts)
-        )
+        yield (_busy(locks, root, family, key) or _used(what, job_max, now) or _viewed(what, mounts))
 
 
 def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str, str, str, str | None]]:
@@ -72,6 +67,18 @@ def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str
         with may_remove(root, family, key, job_max=job_max, now=now, what=path) as refusal:
             stays = refusal or _remove(path)
         yield family, key, name, stays
+
+
+def clear_host_specific(root: Path, family: str, key: str) -> list[str]:
+    """Removes what is true on this host alone, however new it is; the names of what went.
+
+    sglang writes such a file, waits for its other ranks, and reads it: whoever is in between must not find it gone.
+    So it stays while somebody else works in the family or holds the cache, and goes with the last one, or the next.
+    """
+    with contextlib.ExitStack() as locks:
+        refusal = _busy(locks, root, family, key)
+        place = Path(directory(str(root), family, key))
+        return [] if refusal else inventory.remove_host_specific(FAMILY[family], place)
 
 
 def _aside(root: Path) -> Iterator[tuple[str, str, Path]]:
@@ -94,6 +101,13 @@ def _remove(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be removed: {why(error)}"
     return None
+
+
+def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str) -> str | None:
+    """Takes both locks exclusively, or says who has one."""
+    return _refused(locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}") or _refused(
+        locks, layout.hold_lock(root), "a test job holds the cache"
+    )
 
 
 def _refused(locks: contextlib.ExitStack, path: Path, held: str) -> str | None:

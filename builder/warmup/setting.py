@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from builder.warmup import flags
 from builder.warmup.child import Child
 from builder.warmup.guard import Guard
 from builder.warmup.output import Output
@@ -55,8 +54,5 @@ class Setting:
 
 
 def model_argv(task: Task, module: str) -> list[str]:
-    words = list(task.argv)
-    if task.load == "dummy":
-        words = flags.with_dummy_weights(words, task.layers)
     revision = [] if task.revision is None else ["--revision", task.revision]
-    return ["python3", "-m", module, "--model", task.model, *revision, *words]
+    return ["python3", "-m", module, "--model", task.model, *revision, *task.argv]

@@ -20,6 +20,7 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
     for place in places(root):
         guard.check()
         _move_aside(root, place, output)
+        removal.clear_host_specific(root, place.family.name, place.key)
     for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=time.time()):
         guard.check()
         if stays is None:

@@ -13,11 +13,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder.warmup import families, inventory, layout, markers, models, recipes, toolchain
+from builder.warmup import dummies, families, inventory, layout, markers, models, recipes, removal, toolchain
 from builder.warmup.child import Failed
 from builder.warmup.counter import Counter
 from builder.warmup.events import FAILED, PARTIAL, SKIPPED, WARMED
@@ -41,11 +41,23 @@ class Verdict:
     reason: str = ""
     entries: dict[str, int] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
+    added_bytes: dict[str, int] = field(default_factory=dict)
+    loaded: str | None = None
     proof: str | None = None
     second_pass_added: int | None = None
     shapes: list[str] = field(default_factory=list)
     marker: str | None = None
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What both passes came to. doubt: why the proof is weaker than asked for, or what it took."""
+
+    claims: list[str]
+    used: Mapping[str, set[str]]
+    proof: str
+    doubt: str
 
 
 class Warming:
@@ -58,6 +70,7 @@ class Warming:
         self._temporary: str | None = None
         self._keys: dict[str, str] = {}
         self._before: dict[str, Inventory] = {}
+        self._locks: dict[str, int] = {}
         self._watches: list[Watch] = []
         self.verdict = Verdict()
 
@@ -79,6 +92,7 @@ class Warming:
             self.say("stopped", str(stopped))
             return 128 + stopped.signum
         finally:
+            self._leave()
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
         self.say(verdict.state, verdict.reason)
@@ -120,6 +134,59 @@ class Warming:
         environ = {**models.defaults(environ, self._temporary), **environ}
         environ.update(families.environment(self._job.mount, self._keys))
         self._before = self._scan()
+        done = self._compile(recipe, environ)
+        self.verdict.proof, self.verdict.reason = done.proof, done.doubt
+        marker = markers.build(
+            task,
+            record=record,
+            config_digest=digest,
+            claims=done.claims,
+            entries={name: sorted(done.used[name]) for name in done.claims},
+            proof=done.proof,
+            second_pass_added=self.verdict.second_pass_added,
+            shapes=self._shapes(),
+            observed=self._observed(),
+        )
+        self._guard.check()
+        self.verdict.marker = markers.publish(self._root, marker)
+
+    def _compile(self, recipe: Recipe, environ: Mapping[str, str]) -> Proven:
+        """Both passes; with dummy weights and then with real ones, where the task leaves the choice to the proof."""
+        task, why = self._task, ""
+        if not recipe.needs_model:
+            return self._passes(recipe, environ, task)
+        if task.load != "weights":
+            self.verdict.loaded = dummies.describe(task)
+            try:
+                return self._passes(recipe, environ, self._with_dummies(environ))
+            except (Failed, Partial) as failed:
+                if task.load == "dummy":
+                    raise
+                why = f"{dummies.describe(task)} did not do: {failed}"
+            self._phase("falling back to weights")
+            self._output.say(f"falling back to weights, because {why}")
+        self.verdict.loaded = "weights"
+        task = replace(task, load="weights")
+        try:
+            if why:
+                models.config_digest(task, environ)
+            done = self._passes(recipe, environ, task)
+        except (Failed, Partial) as failed:
+            raise type(failed)(f"{failed} (and {why})" if why else str(failed)) from None
+        except models.Skipped as skipped:
+            raise Failed(f"{why}; and with weights: {skipped}") from None
+        return replace(done, doubt="; ".join(filter(None, (f"with weights, because {why}" if why else "", done.doubt))))
+
+    def _with_dummies(self, environ: Mapping[str, str]) -> Task:
+        try:
+            return dummies.task_of(self._task, models.config(self._task, environ) if self._task.layers else None)
+        except ValueError as error:
+            raise Failed(str(error)) from None
+
+    def _passes(self, recipe: Recipe, environ: Mapping[str, str], task: Task) -> Proven:
+        """First pass, inventory, second pass."""
+        self._watches = []
+        before = self._scan()
         setting = Setting(
             watches=self._watches,
             task=task,
@@ -137,34 +204,25 @@ class Warming:
             self._phase("finishing what memory cut short")
             recipes.finish(setting, first)
         after = self._scan()
-        claims, used = self._claim(recipe, first, after)
+        claims, used = self._claim(recipe, first, before, after)
         self._count(after, only=claims)
         if not claims:
-            proof, doubt = "nothing-claimed", "the task claims no family, so there was nothing to prove"
-        else:
-            proof, doubt = self._prove(recipe, setting, first, after, claims)
-        self.verdict.proof, self.verdict.reason = proof, doubt
-        for family in FAMILIES:
-            inventory.remove_host_specific(family, self._directory(family.name))
-        marker = markers.build(
-            task,
-            record=record,
-            config_digest=digest,
-            claims=claims,
-            entries={name: sorted(used[name]) for name in claims},
-            proof=proof,
-            second_pass_added=self.verdict.second_pass_added,
-            shapes=self._shapes(),
-            observed=self._observed(),
-        )
-        self._guard.check()
-        self.verdict.marker = markers.publish(self._root, marker)
+            return Proven(claims, used, "nothing-claimed", "the task claims no family, so there was nothing to prove")
+        return Proven(claims, used, *self._prove(recipe, setting, first, after, claims))
+
+    def _leave(self) -> None:
+        """Whatever became of the task: what is true on this host alone does not stay for other users of the root."""
+        for name in [family.name for family in FAMILIES if family.host_specific and family.name in self._locks]:
+            os.close(self._locks.pop(name))  # our own lock is one that would keep it there
+            removal.clear_host_specific(self._root, name, self._keys[name])
 
     def _prepare_families(self, record: toolchain.Record) -> None:
         """Directories, shared locks until the process ends, memo, leftovers of killed processes moved aside."""
         for name, key in sorted(self._keys.items()):
             layout.describe_family(self._root, name, key, toolchain.family_factors(record, name))
-            self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
+            if FAMILY[name].host_specific:
+                removal.clear_host_specific(self._root, name, key)  # of one that was killed
+            self._locks[name] = self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
         write_memo(self._root, self._job, record, self._task.env)
         for family in FAMILIES:
             key = self._keys[family.name]
@@ -179,16 +237,14 @@ class Warming:
                 self._output.event("swept", family=family.name, key=key, path=path, why=why)
 
     def _claim(
-        self, recipe: Recipe, first: Watch, after: Mapping[str, Inventory]
+        self, recipe: Recipe, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]
     ) -> tuple[list[str], dict[str, set[str]]]:
         """The families this task vouches for, and the entries it used. Raises Failed where a required one has none."""
-        used = {name: inventory.used(self._before[name], found) for name, found in after.items()}
+        used = {name: inventory.used(before[name], found) for name, found in after.items()}
         asked = self._task.families if self._task.families is not None else recipe.requires or None
         claims = list(asked) if asked is not None else [name for name in used if used[name]]
         for name in claims:
-            broken = {
-                entry: why for entry, why in after[name].invalid.items() if entry not in self._before[name].entries
-            }
+            broken = {entry: why for entry, why in after[name].invalid.items() if entry not in before[name].entries}
             if broken:
                 entry = min(broken)
                 raise Failed(f"{name}: {len(broken)} new entries are not valid (first: {entry}: {broken[entry]})")
@@ -253,9 +309,13 @@ class Warming:
         }
 
     def _count(self, found: Mapping[str, Inventory], *, only: list[str]) -> None:
+        """What the families in ``only`` hold, and what the run added to any family: its work is all of that."""
         self.verdict.entries = {name: len(found[name].valid) for name in only if found[name].valid}
-        added = {name: len(inventory.added(self._before[name], found[name])) for name in only}
-        self.verdict.added = {name: count for name, count in added.items() if count or name in self.verdict.entries}
+        added = {name: inventory.added(self._before[name], inside) for name, inside in found.items()}
+        self.verdict.added = {name: len(new) for name, new in added.items() if new or name in self.verdict.entries}
+        self.verdict.added_bytes = {
+            name: sum(found[name].entries[entry].bytes for entry in new) for name, new in added.items() if new
+        }
 
     def _shapes(self) -> list[str]:
         """What the first pass went over, as far as it came."""
@@ -271,6 +331,7 @@ class Warming:
     def _observed(self) -> dict[str, Any]:
         return {
             **self._job.observed,
+            "loaded": self.verdict.loaded,
             "image": self._job.image.get("id"),
             "host": self._job.observed.get("host") or socket.gethostname(),
             "seconds": round(time.monotonic() - self._begun, 3),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from builder.manifest import Overrides, load, profiles
+from builder.warmup.dummies import task_of
 from builder.warmup.setting import model_argv
 from builder.warmup.task import Task
 
@@ -67,7 +68,7 @@ def test_sglang_understands_every_task_of_every_profile(docker_host: str, stand_
     }
     assert {name.split()[0] for name in tasks} >= {"h200", "h100-4"}
     # With dummy weights a recipe makes words of its own.
-    tasks |= {f"{name} dummy": replace(task, load="dummy", layers=4) for name, task in tasks.items()}
+    tasks |= {f"{name} dummy": task_of(replace(task, layers=4), None) for name, task in tasks.items()}
     # What must be refused, or the test would not see a typo, or a flag that this sglang has dropped.
     any_task = next(task for task in tasks.values() if task.recipe == "compile-deep-gemm")
     wrong = {

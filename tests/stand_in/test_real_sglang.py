@@ -260,6 +260,24 @@ def test_a_real_server_answers_and_is_warmed(tmp_path: Path, stand_in_image: str
     assert "The server is fired up and ready to roll!" in log
 
 
+def test_a_real_server_starts_with_dummy_weights_and_fewer_layers(tmp_path: Path, stand_in_image: str) -> None:
+    """The checkpoint is not there (the image has a config.json and a tokenizer), nor is a flag that would read it."""
+    text = serve_manifest(tmp_path, stand_in_image, "serve").read_text()
+    text = text.replace('"--load-format", "dummy", ', "'--model-loader-extra-config', '{\"num_threads\": 8}', ")
+    manifest = tmp_path / "manifest.toml"
+    manifest.write_text(text.replace('recipe = "serve"', 'recipe = "serve"\nload = "dummy"\nlayers = 1'))
+    run = warm_cache(
+        "warm", "--manifest", manifest, "--cache", tmp_path / "cache", "--log-dir", tmp_path / "logs", "--json"
+    )
+    assert run.status == 0, run.err[-3000:]
+    task = run.document["tasks"][0]
+    assert (task["state"], task["loaded"]) == ("warmed", "dummy weights, 1 layer")
+    log = Path(task["log"]).read_text()
+    assert "'load_format': 'dummy', 'model_loader_extra_config': '{}'" in log
+    assert "'json_model_override_args': '{\"num_hidden_layers\": 1}'" in log
+    assert "The server is fired up and ready to roll!" in log
+
+
 def test_a_success_line_alone_is_no_proof(tmp_path: Path, stand_in_image: str) -> None:
     """On the CPU compile_deep_gemm prints its success line, exits 0, and compiles nothing at all."""
     manifest = serve_manifest(tmp_path, stand_in_image, "compile-deep-gemm")

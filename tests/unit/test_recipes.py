@@ -177,12 +177,12 @@ def test_dummy_weights_drop_the_loader_configuration_and_keep_other_overrides() 
         '--json-model-override-args={"b": 2}',
         "--load-format=auto",
     ]
-    words = flags.with_dummy_weights(argv, 4)
+    words = flags.with_dummy_weights(argv, {"num_hidden_layers": 4})
     assert flags.value(words, flags.LOADER_CONFIG) is None
     assert flags.value(words, flags.LOAD_FORMAT) == "dummy"
     assert json.loads(flags.value(words, flags.OVERRIDES) or "") == {"b": 2, "num_hidden_layers": 4}
     assert words[:2] == ["--tp", "8"]
-    assert flags.value(flags.with_dummy_weights(argv, None), flags.OVERRIDES) == '{"b": 2}'
+    assert flags.value(flags.with_dummy_weights(argv, {}), flags.OVERRIDES) == '{"b": 2}'
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,7 @@ def test_dummy_weights_drop_the_loader_configuration_and_keep_other_overrides() 
         (["--chunked-prefill-size", "4096"], 4096),
         (["--dp", "8", "--enable-dp-attention"], 1024),
         (["--dp", "8"], 8192),
+        (["--attn-dp-size", "8"], 1024),
         (["--chunked-prefill-size=-1", "--dp-size=2", "--enable-dp-attention"], -1),
     ],
 )

@@ -17,6 +17,8 @@
 | oom | takes memory until something gives |
 | binary | invalid UTF-8, megabyte lines, NUL bytes, no final newline; success |
 | leak-secret | prints HF_TOKEN, whole and in two writes; success |
+| all-families | a request leaves something in the cache of every family, and a P2P probe; success |
+| NAME@dummy | the play of this name where the weights are dummies, none elsewhere |
 """
 
 import os
@@ -34,9 +36,13 @@ CRASH = (
 )
 
 
+DUMMIES = False  # set by a server whose weights are
+
+
 def play() -> str:
     """The play that was asked for; empty for none."""
-    return os.environ.get("TINY_PLAY", "")
+    name, _, only = os.environ.get("TINY_PLAY", "").partition("@")
+    return "" if only == "dummy" and not DUMMIES else name
 
 
 def at_load() -> None:

@@ -9,7 +9,7 @@ import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from sglang import log, plays
+from sglang import caches, log, plays
 from sglang.srt.layers.deep_gemm_wrapper import compile_utils
 from triton import cache as triton_cache
 
@@ -32,6 +32,7 @@ def parse(argv):
     args, _ = parser.parse_known_args(argv)
     if args.load_format == "dummy" and json.loads(args.model_loader_extra_config):
         raise ValueError("Unexpected extra config keys for load format dummy")
+    plays.DUMMIES = args.load_format == "dummy"
     if args.enable_dp_attention and args.dp_size > 1:
         args.chunked_prefill_size //= args.dp_size
     return args
@@ -89,6 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         new = int(body.get("sampling_params", {}).get("max_new_tokens", 16))
         with self.lock:
             forward(self.args)
+            if plays.play() == "all-families":
+                caches.fill()
             if plays.play() != "no-kernels":
                 for prompt in prompts:
                     triton_cache.compile_kernel("prefill", f"blocks {-(-len(prompt) // 256)} tp {self.args.tp_size}")
