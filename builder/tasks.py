@@ -54,6 +54,7 @@ _SERVERS = ("compile-deep-gemm", "serve")
 _ONLY_FOR = {
     "shapes": ("shapes",),
     "m_values": ("shapes",),
+    "workers": ("shapes", "compile-deep-gemm"),
     "requests": ("serve",),
     "load": _SERVERS,
     "layers": _SERVERS,
@@ -97,6 +98,7 @@ def _read(table: Table, base: Task) -> Task:
         silence=table.read("silence", positive_seconds, base.silence),
         requests=table.read("requests", list_of(_request, "[prompt tokens, new tokens] pairs"), base.requests),
         m_values=table.read("m_values", list_of(positive, "values of M"), base.m_values),
+        workers=table.read("workers", count, base.workers),
         load=table.read("load", one_of(LOADS, "way to load"), base.load),
         layers=table.read("layers", positive, base.layers),
         verify=table.read("verify", one_of(VERIFY, "way to verify"), base.verify),
@@ -284,7 +286,7 @@ def _degree(argv: Sequence[str], name: str) -> int:
 
 
 def _content(task: Task) -> str:
-    apart = {"label": "", "timeout": 0, "silence": 0}
+    apart = {"label": "", "timeout": 0, "silence": 0, "workers": 0}
     return json.dumps({**asdict(task), **apart}, sort_keys=True)
 
 

@@ -8,6 +8,7 @@ of sgl-deep-gemm 0.1.0 to 0.2.5.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from builder.warmup import flags
 from builder.warmup.child import Failed
 from builder.warmup.serving import Server, ask_all, until_steady
 from builder.warmup.setting import Partial, Setting, model_argv
-from builder.warmup.task import Shape
+from builder.warmup.task import Shape, Task
 from builder.warmup.watch import Row, Watch
 
 SETTLE_SECONDS = 120.0  # compile_deep_gemm sleeps 10 s after its success line and waits 60 s for its server
@@ -93,7 +94,9 @@ class Recipe:
 
 def _watch(evidence: str | None = None, *, sweeping: bool = False) -> Watch:
     pattern = None if evidence is None else re.compile(evidence.encode(), re.MULTILINE)
-    return Watch(crashes=CRASHES, phases=PHASES, progress=PROGRESS, evidence=pattern, sweeping=sweeping)
+    # What kills a worker of a sweep is no end of the sweep: another one goes on, and the end says what is missing.
+    crashes = () if sweeping else CRASHES
+    return Watch(crashes=crashes, phases=PHASES, progress=PROGRESS, evidence=pattern, sweeping=sweeping)
 
 
 def compile_deep_gemm(setting: Setting) -> Watch:
@@ -137,13 +140,25 @@ def shapes(setting: Setting) -> Watch:
     """sglang's DeepGEMM warm-up for the task's shapes, without a server."""
     if not setting.task.shapes:
         raise Failed("the task names no shapes")
-    watch = sweep(setting, setting.task.shapes, None)
+    watch = sweep(setting, setting.task.shapes, None, workers=crew(setting.task))
     if watch.reduced:
         raise Partial("memory is too small for all Ms of a shape, though no weights are loaded: sglang reduced max_m")
     return watch
 
 
-def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int | None) -> Watch:
+def crew(task: Task) -> int:
+    """How many workers go over a task's shapes: one per GPU; without GPUs one per CPU core that there is for us."""
+    return task.workers or task.gpus or len(os.sched_getaffinity(0))
+
+
+def _devices(setting: Setting) -> list[str]:
+    """A value of CUDA_VISIBLE_DEVICES for each worker; none where the task has no GPU of its own."""
+    given = setting.env.get("CUDA_VISIBLE_DEVICES")
+    own = given.split(",") if given else [str(index) for index in range(setting.task.gpus)]
+    return own[: setting.task.gpus]
+
+
+def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int | None, *, workers: int = 1) -> Watch:
     """Every shape over sglang's own list of Ms. Raises Partial when some shapes failed, Failed when none was done."""
     task = setting.task
     size = (
@@ -155,9 +170,11 @@ def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int |
         "shapes": [[shape.kernel, shape.n, shape.k, shape.groups] for shape in wanted],
         "m_values": list(task.m_values),
         "chunked_prefill_size": size,
+        "workers": workers,
+        "devices": _devices(setting),
     }
     watch = _watch(r"^warm-cache shapes: all \d+ shapes done", sweeping=True)
-    script = Path(__file__).with_name("sweep.py")
+    script = Path(__file__).with_name("crew.py")
     with setting.child(["python3", str(script), json.dumps(order, separators=(",", ":"))], watch) as child:
         child.wait(lambda: child.ended)
         if child.status == 0 and watch.succeeded:
@@ -170,7 +187,7 @@ def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int |
 def finish(setting: Setting, first: Watch) -> None:
     """Finishes without server and weights what memory cut short. Raises Partial if that is cut short as well."""
     try:
-        watch = sweep(setting, list(first.shapes), first.chunked_prefill_size)
+        watch = sweep(setting, list(first.shapes), first.chunked_prefill_size, workers=crew(setting.task))
     except Failed as failed:
         raise Partial(f"sglang reduced max_m, and the rest could not be gone over: {failed}") from None
     if watch.reduced:

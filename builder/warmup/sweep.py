@@ -1,10 +1,11 @@
-"""Drives sglang's own DeepGEMM warm-up for given shapes, without a server and without weights.
+"""Drives sglang's own DeepGEMM warm-up for one shape after another, without a server and without weights.
 
 A script for the serving image's python, standalone on purpose: ``python3 sweep.py JSON`` with
-``{"shapes": [[kernel, n, k, groups], ...], "m_values": [...], "chunked_prefill_size": N}``. For each shape it does what
-``_maybe_compile_deep_gemm_one_type_all`` of sglang does, over the list of Ms that sglang itself makes from the chunked
-prefill size (``m_values``, when given, replaces it), and logs sglang's own lines. Lines of its own begin with
-``warm-cache shapes:``; the last one is the evidence. Exit status 0 when every shape was done, else 1.
+``{"m_values": [...], "chunked_prefill_size": N, "report": FD}``. It imports sglang, says ``{"ready": [Ms, contiguous
+Ms]}`` on the descriptor, and then does what it reads on stdin, one ``[kernel, n, k, groups]`` a line, until that ends:
+what ``_maybe_compile_deep_gemm_one_type_all`` of sglang does, over the list of Ms that sglang itself makes from the
+chunked prefill size (``m_values``, when given, replaces it). It answers each with ``{"done": Ms, "seconds": S}`` or
+``{"failed": reason}``. What it cannot do at all is ``{"unable": reason}``. stdout and stderr are sglang's own.
 """
 
 from __future__ import annotations
@@ -21,29 +22,35 @@ import types
 from pathlib import Path
 from typing import Any
 
-CONTIGUOUS = "_CONTIG"  # kinds of which sglang keeps only aligned Ms
+ALIGNMENT = 128  # of the Ms that sglang keeps for contiguous kinds, on Hopper
 
 
 def main(document: str) -> int:
-    """Runs the whole list; one shape's failure does not stop the others."""
+    """Works until stdin ends. One shape's failure does not stop the others."""
     order = json.loads(document)
     # The same two switches that sglang.compile_deep_gemm sets before it imports anything.
     os.environ["SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE"] = "1"
     os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "1"
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    begun = time.monotonic()
-    compile_utils = importlib.import_module("sglang.srt.layers.deep_gemm_wrapper.compile_utils")
+    os.set_inheritable(order["report"], False)  # a compiler that outlives this process must not keep it open
+    with os.fdopen(order["report"], "w", encoding="ascii", buffering=1) as report:
 
-    if not getattr(compile_utils, "ENABLE_JIT_DEEPGEMM", True):
-        say("failed: sglang finds no usable DeepGEMM here (no GPU that it supports, or the package is missing)")
-        return 1
-    m_list = sorted(set(order["m_values"])) or builtin_m_list(compile_utils, order["chunked_prefill_size"])
-    say(f"{len(order['shapes'])} shapes over {len(m_list)} Ms, import took {time.monotonic() - begun:.1f} s")
-    done = sum(sweep_one(compile_utils, shape, m_list) for shape in order["shapes"])
-    if done < len(order["shapes"]):
-        say(f"{done} of {len(order['shapes'])} shapes done")
-        return 1
-    say(f"all {done} shapes done in {time.monotonic() - begun:.1f} s")
+        def say(**what: Any) -> None:
+            report.write(json.dumps(what) + "\n")
+
+        compile_utils = importlib.import_module("sglang.srt.layers.deep_gemm_wrapper.compile_utils")
+        if not getattr(compile_utils, "ENABLE_JIT_DEEPGEMM", True):
+            say(unable="sglang finds no usable DeepGEMM here (no GPU that it supports, or the package is missing)")
+            return 1
+        m_list = sorted(set(order["m_values"])) or builtin_m_list(compile_utils, order["chunked_prefill_size"])
+        say(ready=[len(m_list), sum(m % ALIGNMENT == 0 for m in m_list)])
+        for line in sys.stdin:
+            begun = time.monotonic()
+            failed = sweep_one(compile_utils, json.loads(line), m_list)
+            if failed:
+                say(failed=failed)
+            else:
+                say(done=len(m_list), seconds=round(time.monotonic() - begun, 1))
     return 0
 
 
@@ -60,19 +67,17 @@ def builtin_m_list(compile_utils: Any, chunked_prefill_size: int) -> list[int]:
     return list(compile_utils._BUILTIN_M_LIST)  # noqa: SLF001 - sglang has no public name for it
 
 
-def sweep_one(compile_utils: Any, shape: list[Any], m_list: list[int]) -> bool:
-    """One shape. False, and a line that says why, when it failed."""
+def sweep_one(compile_utils: Any, shape: list[Any], m_list: list[int]) -> str:
+    """One shape. Why it failed, in one line; "" when it did not."""
     name, n, k, groups = shape
     text = f"<{name}> N={n}, K={k}, num_groups={groups}"
     try:
         kernel_type = compile_utils.DeepGemmKernelType[name]
     except KeyError:
-        say(f"failed {text}: this sglang knows no such kernel type")
-        return False
+        return "this sglang knows no such kernel type"
     logging.getLogger(__name__).info("Try DeepGEMM JIT Compiling for %s with all Ms.", text)
     # Ranks share the cache directory through this lock since 0.5.20; older versions have none.
     lock = getattr(compile_utils, "_local_rank_compile_lock", lambda *_: contextlib.nullcontext())
-    begun = time.monotonic()
     try:
         with lock(kernel_type, n, k, groups):
             compile_utils._compile_deep_gemm_one_type_all(  # noqa: SLF001 - as above
@@ -80,15 +85,8 @@ def sweep_one(compile_utils: Any, shape: list[Any], m_list: list[int]) -> bool:
             )
     except Exception as error:
         logging.getLogger(__name__).exception("DeepGEMM warm-up of %s failed", text)
-        say(f"failed {text}: {type(error).__name__}: {error}".splitlines()[0])
-        return False
-    say(f"done {text} over {len(m_list)} Ms in {time.monotonic() - begun:.1f} s")
-    return True
-
-
-def say(text: str) -> None:
-    """A line of ours on stdout."""
-    print(f"warm-cache shapes: {text}", flush=True)  # noqa: T201 - a script's own stdout
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 if __name__ == "__main__":

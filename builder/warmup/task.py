@@ -50,7 +50,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Task:
-    """One warm-up. Durations in seconds. ``families`` None means: what the recipe requires by default."""
+    """One warm-up. Durations in seconds. ``families`` None means: what the recipe requires by default.
+
+    workers: that go over the shapes; 0 means one per GPU, or per CPU core where there is none.
+    """
 
     label: str
     model: str
@@ -65,6 +68,7 @@ class Task:
     families: tuple[str, ...] | None = None
     shapes: tuple[Shape, ...] = ()
     m_values: tuple[int, ...] = ()
+    workers: int = 0
     requests: tuple[tuple[int, int], ...] = ((4, 8), (64, 8), (1024, 8))
     load: str = "weights"
     layers: int | None = None

@@ -25,6 +25,9 @@ _SWEPT = re.compile(
     rb"warm-cache shapes: done <(?P<kernel>[A-Z][A-Z0-9_]*)> N=(?P<n>\d+), K=(?P<k>\d+), "
     rb"num_groups=(?P<groups>\d+) over (?P<ms>\d+) Ms"
 )
+_SWEEP_FAILED = re.compile(rb"warm-cache shapes: failed:? ([^\n]*)")
+#: The one bar of all workers of a sweep.
+_SWEEP_BAR = re.compile(rb"warm-cache shapes: (?P<done>\d+)/(?P<total>\d+) Ms, (?P<shapes>\d+ of \d+) shapes")
 _TRACEBACK = re.compile(rb"Traceback \(most recent call last\):\n(?:[ \t][^\n]*\n)+([^\s][^\n]*)")
 
 
@@ -55,7 +58,7 @@ class Watch:
     """Reads both streams of one child. Written by the pump's thread, read by the recipe's.
 
     evidence: what a recipe's success looks like, or None where something else is the evidence. ``succeeded`` is set
-    by its match (or by the recipe); from then on crash lines are only log. sweeping: the child is sweep.py.
+    by its match (or by the recipe); from then on crash lines are only log. sweeping: the child is crew.py.
     """
 
     def __init__(
@@ -135,7 +138,8 @@ class Watch:
                 if found["kernel"]:
                     self._current = _shape(found)
                     self.shapes.setdefault(self._current, 0)
-                    self.phase = f"DeepGEMM {len(self.shapes)}: {self._current}"
+                    if not self._sweeping:
+                        self.phase = f"DeepGEMM {len(self.shapes)}: {self._current}"
                 else:
                     self.done = (int(found["done"]), int(found["total"]), "Ms")
                     if self._current:
@@ -146,8 +150,13 @@ class Watch:
         if b"reducing max_m to" in text:
             self.reduced = True
         if self._sweeping and b"warm-cache shapes: " in text:
-            self.swept.update({_shape(found): int(found["ms"]) for found in _SWEPT.finditer(text)})
-            self.failed_shapes += [_readable(m[1]) for m in re.finditer(rb"warm-cache shapes: failed ([^\n]*)", text)]
+            swept = {_shape(found): int(found["ms"]) for found in _SWEPT.finditer(text)}
+            self.swept.update(swept)
+            self.shapes.update(swept)
+            self.failed_shapes += [_readable(found[1]) for found in _SWEEP_FAILED.finditer(text)]
+            for found in _SWEEP_BAR.finditer(text):
+                self.done = (int(found["done"]), int(found["total"]), "Ms")
+                self.phase = f"DeepGEMM {found['shapes'].decode()} shapes"
 
     def _inform(self, text: bytes) -> None:
         for row in self._phases:

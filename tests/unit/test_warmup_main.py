@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +233,7 @@ def test_an_inventory_may_be_enough(program: Program) -> None:
         ),
         ("no-kernels", 20, "failed", "deep_gemm is required and it holds no valid entry"),
         ("reducing-always", 21, "partial", "sglang reduced max_m for lack of memory"),
-        ("dies-in-second-pass", 20, "failed", 'second pass: crash: "Scheduler hit an exception"'),
+        ("dies-in-second-pass", 20, "failed", "second pass: 0 of 3 shapes done (first: <G"),
         (
             "grows-in-second-pass",
             20,
@@ -294,6 +296,52 @@ def test_a_shape_that_fails_makes_the_task_partial(program: Program) -> None:
     assert (done.status, done.verdict["state"]) == (21, "partial")
     assert "1 of 2 shapes done (first: <NO_SUCH_KIND>" in done.verdict["reason"]
     assert not marker_files(program)
+
+
+CONTIG = Shape("GROUPED_GEMM_NT_F8F8BF16_CONTIG", 64, 128, 32)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_is_killed_is_named_with_its_shape_and_the_rest_goes_on(program: Program, workers: int) -> None:
+    shapes = (CONTIG, SHAPE, Shape("GEMM_NT_F8F8BF16", 512, 256), Shape("GEMM_NT_F8F8BF16", 64, 64))
+    environ = {"TINY_PLAY": "dies-at-contig", "TINY_COMPILE_SECONDS": "0.2"}
+    task = program.task(env=environ, recipe="shapes", argv=(), shapes=shapes, m_values=(64, 128), workers=workers)
+    done = program.run(task)
+    assert (done.status, done.verdict["state"]) == (21, "partial")
+    reason = done.verdict["reason"]
+    assert reason.startswith(f"3 of 4 shapes done (first: <{CONTIG.kernel}> N=64, K=128, num_groups=32: its worker was")
+    assert "killed by SIGKILL" in reason
+    assert (b"[worker 2] " in done.log) == (workers == 3), "who says what is told where there are several"
+    assert not marker_files(program)
+
+
+def test_workers_make_the_same_entries_and_one_bar(program: Program) -> None:
+    shapes = tuple(Shape("GEMM_NT_F8F8BF16", 64 * number, 128) for number in range(1, 7))
+    task = program.task(recipe="shapes", argv=(), shapes=shapes, workers=3)
+    done = program.run(task)
+    assert (done.status, done.verdict["proof"], done.verdict["second_pass_added"]) == (0, "verified", 0)
+    bars = done.all("progress")
+    assert {bar["total"] for bar in bars} == {6 * 2560}, "all shapes together, from the first word on"
+    assert bars[-1]["done"] == 6 * 2560
+    assert b"DeepGEMM warmup:" not in done.stdout + done.stderr
+    assert b"all 6 shapes done" in done.log and b"by 3 workers" in done.log and b"by 1 worker" in done.log
+    names = {path.name for path in program.root.glob("deep_gemm/*/cache/*")}
+    shutil.rmtree(program.root)
+    assert program.run(replace(task, workers=1)).status == 0
+    assert {path.name for path in program.root.glob("deep_gemm/*/cache/*")} == names
+
+
+def test_every_worker_has_a_gpu_of_its_own(program: Program) -> None:
+    watch = "import os, sys; print('worker sees', os.environ.get('CUDA_VISIBLE_DEVICES'), file=sys.stderr)\n"
+    spy = program.place / "spy"
+    spy.mkdir()
+    (spy / "sitecustomize.py").write_text(f"import sys\nif 'report' in ' '.join(sys.orig_argv):\n    {watch}")
+    shapes = tuple(Shape("GEMM_NT_F8F8BF16", 64 * number, 128) for number in range(1, 4))
+    environ = {"TINY_COMPILE_SECONDS": "0.2"}
+    task = program.task(env=environ, recipe="shapes", argv=(), shapes=shapes, m_values=(64,), gpus=2)
+    done = program.run(task, environ={"PYTHONPATH": f"{spy}:{program.environ['PYTHONPATH']}"})
+    assert done.status == 0, done.verdict
+    assert b"[worker 0] worker sees 0\n" in done.log and b"[worker 1] worker sees 1\n" in done.log
 
 
 def test_a_server_that_dies_before_it_is_healthy(program: Program) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
 import threading
 import uuid
@@ -28,7 +29,10 @@ def compile_kernel(name: str, key: str) -> bool:
     (build / "meta.json").write_text(json.dumps({"command": command, "compiler_info": {"version": VERSION_TEXT}}))
     (build / ".committed").touch()
     entry.parent.mkdir(parents=True, exist_ok=True)
-    build.rename(entry)
+    try:
+        build.rename(entry)
+    except OSError:  # another process was first; the original's loser discards its build as well
+        shutil.rmtree(build)
     return True
 
 

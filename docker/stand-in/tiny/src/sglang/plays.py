@@ -12,6 +12,7 @@
 | reducing | the server has too little memory for all Ms, a sweep has enough; success |
 | reducing-always | the sweep has too little as well |
 | dies-in-second-pass | crash as soon as everything asked for is there already |
+| dies-at-contig | a contiguous kind kills its process, as the kernel does when memory runs out |
 | grows-in-second-pass | every pass makes one entry that no other asks for |
 | no-kernels | the success line, and nothing compiled |
 | oom | takes memory until something gives |
