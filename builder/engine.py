@@ -25,7 +25,7 @@ from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, 
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.frames import Demux, readable
 from builder.greeting import Greeting
-from builder.podman import Drained, is_between_states, is_podman
+from builder.podman import Drained, is_between_states, is_podman, stored_log
 from builder.progress import PullProgress
 from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
 from builder.tunnel import Tunnel
@@ -54,7 +54,6 @@ class Engine:
         self._timeout = timeout
         self._client: Any = None
         self._local: bool | None = None
-        self._podman: bool | None = None
         self._tunnel: Tunnel | None = None
         self.api_version = ""
 
@@ -101,7 +100,7 @@ class Engine:
             said, info = greeting.answer() if greeting else (None, {})
         if info:
             self._local = _is_this_machine(info)
-            self._podman = is_podman(info)
+            self.podman = is_podman(info)
         # Never from_env(): that one asks for the version with errors of its own.
         options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
         api_client: Any = docker.APIClient
@@ -166,12 +165,10 @@ class Engine:
             self._local = self.url.startswith("unix://") and _is_this_machine(self.info)
         return self._local
 
-    @property
+    @functools.cached_property
     def podman(self) -> bool:
         """Whether it is Podman behind Docker's API: docker/README.md says what is different there."""
-        if self._podman is None:
-            self._podman = is_podman(self.info)
-        return self._podman
+        return is_podman(self.info)
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -356,6 +353,12 @@ class Engine:
         return found
 
     def log_frames(self, container: str, *, follow: bool, tail: int | None = None) -> Iterator[tuple[int, bytes]]:
+        if self.podman:
+            read = functools.partial(self._log_frames, container, False, tail)
+            return stored_log(read, functools.partial(self.state, container) if follow else None)
+        return self._log_frames(container, follow, tail)
+
+    def _log_frames(self, container: str, follow: bool, tail: int | None) -> Iterator[tuple[int, bytes]]:
         params = {"stdout": 1, "stderr": 1, "follow": int(follow), "tail": "all" if tail is None else tail}
         doing = f"cannot read the log of {container[:12]}"
         with self._translated(doing):
@@ -400,8 +403,7 @@ class Engine:
             return None
         status = json.loads(base64.b64decode(response.headers.get("X-Docker-Container-Path-Stat", "e30=")))
         target = str(status.get("linkTarget") or "")
-        # The engine resolves the link inside the container and answers with an absolute path. Podman answers with this
-        # very path, link or not, and follows links by itself when they are read.
+        # The engine resolves it inside the container, to an absolute path. Podman says this very path, link or not.
         target = "" if target == path else target
         return posixpath.relpath(target, posixpath.dirname(path)) if target.startswith("/") else target
 

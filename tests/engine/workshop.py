@@ -121,7 +121,7 @@ class Proxy:
 
     def _requests(self, client: socket.socket, engine: socket.socket) -> None:
         data = self._receive(client)
-        output = b"/attach" in data and b"stdout=1" in data
+        output = b"/attach" in data and b"stdout=1" in data and b"stdin=1" not in data
         threading.Thread(target=self._answers, args=(client, engine, output), daemon=True).start()
         while data:
             if self.hang:

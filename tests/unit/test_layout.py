@@ -22,9 +22,9 @@ WARMUP = BUILDER / "warmup"
 ORDER = """
     errors
     values document sections tasks manifest
-    spec waiting frames tunnel progress attachment complaints greeting podman engine image
+    spec waiting frames tunnel progress attachment complaints greeting resume podman engine image
     gpus
-    cancel resume sinks logs lease container locks gpulock hooks
+    cancel sinks logs lease container locks gpulock hooks
     cache preflight plan report launch
     command session call holder runlock hold machine run verbs doctor upkeep
     words arguments completion cli __main__
