@@ -8,6 +8,7 @@ layout lies.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import stat
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from builder.cancel import Cancel
+from builder.cancel import REMOVE, Cancel
 from builder.engine import ContainerSpec, Engine, Mount
 from builder.errors import EngineLostError, EngineRefusedError, PreflightError
 from builder.manifest import Manifest
@@ -165,13 +166,14 @@ class CacheRoot:
         try:
             # A signal must not come between the creation and the knowledge of it.
             with self._cancel.shield():
-                container = self._create(spec)
+                container = self._cancel.answer(lambda: self._create(spec), f"to create {spec.name}")
             self._cancel.check()
             yield container
         finally:
             if container is not None:
                 with self._cancel.shield():
-                    self._engine.remove(container)
+                    remove = functools.partial(self._engine.remove, container)
+                    self._cancel.answer(remove, f"to remove {spec.name}", by=REMOVE)
 
     def _create(self, spec: ContainerSpec) -> str | None:
         """None where the engine's host has no such directory."""

@@ -13,21 +13,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from builder.cancel import Cancel
-from builder.complaints import NotFoundError
+from builder.cancel import LEAST, REMOVE, STOP, Cancel
+from builder.complaints import EngineTimeoutError, NotFoundError
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.lease import LABEL_LEASE, Lease
 from builder.logs import GIVE_UP, EventCallback, Pump
 from builder.sinks import Sinks
 from builder.spec import Containers, ContainerSpec, State
-from builder.waiting import Deadline, poll
+from builder.waiting import Attempt, Deadline, poll
 from builder.warmup.task import JOB_VARIABLE, Job
 
 __all__ = ["Cancel", "Deadlines", "Outcome", "Sinks", "run_container"]
@@ -38,9 +37,6 @@ Ended = Literal["exited", "timeout", "silence", "budget", "cancelled", "lost"]
 #: Seconds. A cancelled CI step has 7.5 s: stopping, the end of the log and removal together have to stay below 5.
 CANCEL_GRACE = 2.0
 _CANCEL_DRAIN = 1.0
-#: For one answer of the engine, from the moment that somebody cancels: an engine that hangs must not hold the builder,
-#: because the lease ends the container as soon as the builder has ended.
-_CANCEL_PATIENCE = 2.0
 _DRAIN = 60.0
 #: Seconds between two looks at a container that gives no reason to look.
 _LOOK = 1.0
@@ -105,17 +101,20 @@ def run_container(
         with contextlib.ExitStack() as duties:
             duties.callback(life.duty, "removing the container", life.remove)
             container = life.create(spec, job)
-            stdin = engine.attach_stdin(container)
+            stdin = life.answer(lambda: engine.attach_stdin(container), f"to attach to {spec.name}")
             duties.callback(stdin.close)
             pump = Pump(engine, container, nonce=job.nonce, sinks=sinks, on_event=on_event)
             duties.callback(lambda: pump.finish(life.drain_deadline(), ran=life.ran, lost=life.lost))
-            pump.attach()
+            life.answer(pump.attach, f"to attach to {spec.name}")
             pump.start()
             duties.callback(life.duty, "stopping the container", life.end)
-            engine.start(container)
+            life.answer(lambda: engine.start(container), f"to start {spec.name}")
             ended = life.watch(pump)
     except BuilderError as error:
-        error.notes = (*error.notes, *life.problems)
+        if life.lost:
+            error.message = "; ".join([error.message, *life.problems])
+        else:
+            error.notes = (*error.notes, *life.problems)
         raise
     except BaseException:
         for problem in life.problems:
@@ -186,7 +185,7 @@ class _Life:
     def _create(self, spec: ContainerSpec) -> str:
         self._may_exist = True
         try:
-            self._container = self._engine.create(spec)
+            self._container = self.answer(lambda: self._engine.create(spec), f"to create {spec.name}")
         except EngineRefusedError:
             self._may_exist = False
             raise
@@ -238,7 +237,7 @@ class _Life:
     def _is_over(self) -> bool:
         """Raises EngineLostError when the engine does not say."""
         try:
-            self.state = self._answer(lambda: self._engine.state(self._container))
+            self.state = self._look()
         except NotFoundError:
             self._gone = True
             self.problems.append(f"{self._name} was removed by somebody else while it ran")
@@ -267,48 +266,48 @@ class _Life:
             return
         if self.lost:
             raise EngineLostError(f"the engine does not answer; {self._name} ends by its lease when this builder has")
-        self.state = self._answer(lambda: self._engine.state(self._container))
+        self.state = self._look()
         if self.state.status == "created":
             return
         self._stop()
-        self.state = poll(self._over_state, Deadline(_STOP_LAG), every=0.02) or self.state
+        poll(self._over_or_due, Deadline(_STOP_LAG), every=0.02)
 
-    def _over_state(self) -> State | None:
-        state = self._answer(lambda: self._engine.state(self._container))
-        return state if state.over else None
+    def _over_or_due(self) -> bool:
+        self.state = self._look()
+        return self.state.over or self._cancel.is_due(STOP)
 
-    def _answer(self, ask: Callable[[], T]) -> T:
+    def _look(self) -> State:
+        return self.answer(lambda: self._engine.state(self._container), f"about {self._name}")
+
+    def answer(self, ask: Callable[[], T], what: str) -> T:
         """What the engine says. Who wants to end the run does not wait for an engine that hangs."""
-        attempt, limit = _Attempt(ask), Deadline(None)
-        while attempt.running:
-            attempt.join(0.05)
-            if self._cancel.is_set:
-                limit = limit.within(_CANCEL_PATIENCE)
-            if limit.over and attempt.running:
-                self.lost = True
-                raise EngineLostError(f"the engine gave no answer within {_CANCEL_PATIENCE:.0f} s")
-        return attempt.result()
+        try:
+            return self._cancel.answer(ask, what)
+        except EngineTimeoutError:
+            self.lost = self.lost or self._cancel.is_set
+            raise
 
     def _stop(self) -> None:
         """Asks in order; faster when somebody gets impatient meanwhile."""
         times = self._cancel.times
         limit = Deadline(self._grace(times) + _STOP_LAG)
-        attempt = self._stopping(times)
-        while attempt.running and not limit.over:
+        attempt, least = self._stopping(times), Deadline(LEAST)
+        while attempt.running and not limit.over and not (least.over and self._cancel.is_due(STOP)):
             attempt.join(0.05)
             if self._cancel.times > times:
                 times = self._cancel.times
                 attempt = self._stopping(times)
         if attempt.running:
+            self.lost = True
             raise EngineLostError(
-                f"the engine did not stop {self._name} within {limit.left() + _STOP_LAG:.0f} s of the grace"
+                f"the engine did not stop {self._name} in time; it ends by its lease when this builder has"
             )
         with contextlib.suppress(NotFoundError):
             attempt.result()
 
-    def _stopping(self, times: int) -> _Attempt[None]:
+    def _stopping(self, times: int) -> Attempt[None]:
         grace = self._grace(times)
-        return _Attempt(lambda: self._engine.stop(self._container, grace))
+        return Attempt(lambda: self._engine.stop(self._container, grace))
 
     def _grace(self, times: int) -> float:
         return self._deadlines.grace if not times else min(CANCEL_GRACE, self._deadlines.grace) if times == 1 else 0.0
@@ -318,51 +317,34 @@ class _Life:
         return _Impatient(self._cancel)
 
     def remove(self) -> None:
-        """Nothing of it is left when this returns without raising."""
+        """Nothing of it is left when this returns without raising. What an engine that hangs still creates or starts
+        later has our lease, which is over by then: it ends by itself, and the next sweep removes it.
+        """
+        ask = self._remove if self._container else self._remove_unanswered if self._may_exist else None
+        if ask is None:
+            return
         try:
-            if self._container:
-                self._answer(lambda: self._engine.remove(self._container, force=True))
-            elif self._may_exist:
-                self._answer(self._remove_unanswered)
+            self._cancel.answer(ask, f"to remove {self._name}", by=REMOVE)
+        except EngineTimeoutError as error:
+            self._lease.keep = True
+            raise EngineLostError(f"{error.message}. The next run, or a sweep, removes it") from None
         except BaseException:
             self._lease.keep = True
             raise
 
+    def _remove(self) -> None:
+        self._engine.remove(self._container, force=True)
+
     def _remove_unanswered(self) -> None:
-        """The engine may have created it, and its answer was lost: found by name, and ours only by its lease."""
+        """The engine may have created it, and its answer was lost: found by name, and ours only by its lease. What is
+        not there may still come.
+        """
         mine = self._lease.labels("", 0.0)[LABEL_LEASE]
-        for found in self._engine.containers([f"{LABEL_LEASE}={mine}"]):
-            if found.name == self._name:
-                self._engine.remove(found.id, force=True)
-
-
-class _Attempt(Generic[T]):
-    """One question to the engine, in a thread of its own, so that a signal need not wait for the answer."""
-
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._answers: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(ask,), name="ask", daemon=True)
-        self._thread.start()
-
-    def _run(self, ask: Callable[[], T]) -> None:
-        try:
-            self._answers.append(ask())
-        except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
-            self._error = error
-
-    def result(self) -> T:
-        """The answer; raises what came instead of it. Only once it does not run any more."""
-        if self._error is not None:
-            raise self._error
-        return self._answers[0]
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def join(self, seconds: float) -> None:
-        self._thread.join(seconds)
+        found = [one for one in self._engine.containers([f"{LABEL_LEASE}={mine}"]) if one.name == self._name]
+        for one in found:
+            self._engine.remove(one.id, force=True)
+        if not found:
+            raise EngineLostError(f"if the engine still creates {self._name}, the next run, or a sweep, removes it")
 
 
 class _Impatient(Deadline):

@@ -20,6 +20,8 @@ PROC = Path("/proc/driver/nvidia")
 
 #: Seconds for one look at all GPUs. A driver that hangs (a GPU fell off the bus) must not take the builder with it.
 PATIENCE = 20.0
+#: Seconds for letting go of the driver, which only answers.
+_SHUT = 1.0
 #: Bytes in use on a GPU that nobody holds: contexts of services, and what the driver keeps for itself.
 IDLE_BYTES = 1 << 30
 
@@ -141,7 +143,7 @@ class Nvml:
         """Lets go of the driver. May be called twice."""
         if self._is_open and self._absent is None:
             self._is_open = False
-            _within(self._patience, self._shut)
+            _within(min(self._patience, _SHUT), self._shut)
 
     # --- in a thread of its own ---
 

@@ -21,7 +21,7 @@ from builder.frames import BrokenFramesError, Demux
 from builder.resume import Received, Resume
 from builder.sinks import Display, Lines, LogFile, Sinks, Tail
 from builder.spec import STDERR, STDOUT, Attachment, Containers
-from builder.waiting import Deadline, poll
+from builder.waiting import Attempt, Deadline, poll
 from builder.warmup import events
 
 EventCallback = Callable[[Mapping[str, Any]], None]
@@ -36,6 +36,8 @@ _TAIL_ENTRIES = 500
 _EXIT_LAG = 1.0
 #: Seconds without an answer after which an engine is not waited for any more.
 GIVE_UP = 60.0
+#: Seconds beyond its deadline that the end of the log may take to notice it.
+_HANGS = 0.3
 
 
 class Pump:
@@ -115,15 +117,28 @@ class Pump:
         """
         try:
             if ran and not lost:
-                self._reconcile(deadline)
+                self._in_time(deadline)
                 return
-            self._release_thread(Deadline(1.0))
+            self._release_thread(Deadline(0.1))
             if lost:
                 self.problems.append("the log ends where the engine was lost: what came after that was not read")
         except (BuilderError, BrokenFramesError) as error:
             self.problems.append(f"the end of the log could not be read: {error}")
         finally:
             self._close(deadline)
+
+    def _in_time(self, deadline: Deadline) -> None:
+        """Makes the log complete, unless the engine does not even answer by then."""
+        attempt, limit = Attempt(lambda: self._reconcile(deadline)), Deadline(None)
+        while attempt.running:
+            attempt.join(0.05)
+            if deadline.over:
+                limit = limit.within(_HANGS)
+            if limit.over and attempt.running:
+                self._stopped.set()
+                self.problems.append("the end of the log could not be read: the engine gave no answer in time")
+                return
+        attempt.result()
 
     def _close(self, deadline: Deadline) -> None:
         self._release_thread(Deadline(0.2))

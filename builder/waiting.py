@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -49,6 +49,35 @@ def poll(predicate: Callable[[], T], deadline: Deadline, every: float) -> T:
         if answer or deadline.over:
             return answer
         pause.wait(min(every, deadline.left()))
+
+
+class Attempt(Generic[T]):
+    """A call in a thread of its own, begun at once, so that nobody has to wait for its end. It cannot be taken back."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._answers: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), name="attempt", daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], T]) -> None:
+        try:
+            self._answers.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
+            self._error = error
+
+    def result(self) -> T:
+        """The answer; raises what came instead of it. Only once it does not run any more."""
+        if self._error is not None:
+            raise self._error
+        return self._answers[0]
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
 
 
 def retry_reads(read: Callable[[], T], transient: Callable[[BaseException], bool], *, seconds: float = 2.0) -> T:

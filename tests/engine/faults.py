@@ -135,6 +135,10 @@ class OwnEngine:
         self._do("down")
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    def keep_log(self, container: str, kept: Path) -> None:
+        """What the engine stores of this container's output stays there, also after the container's removal."""
+        kept.hardlink_to(self._directory / "data" / "containers" / container / f"{container}-json.log")
+
     def load(self, image: str, source: str) -> None:
         """This image, from the engine at source."""
         there, here = Engine(source).connect(), Engine(self.host).connect()

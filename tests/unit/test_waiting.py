@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
+import time
 
 import pytest
 
+from builder.cancel import LEAST, Cancel
+from builder.complaints import EngineTimeoutError
 from builder.waiting import Deadline, poll, retry_reads
 
 
@@ -86,3 +91,37 @@ def test_other_failures_come_through_at_once() -> None:
 def test_the_last_failure_is_the_one_that_is_told() -> None:
     with pytest.raises(OSError, match="still"):
         retry_reads(lambda: (_ for _ in ()).throw(OSError("still")), lambda error: True, seconds=0.05)
+
+
+class TestAnEngineThatHangs:
+    """`Cancel.answer`: patience without end, and little of it from the first signal on."""
+
+    def test_without_a_signal_an_answer_is_waited_for(self) -> None:
+        assert Cancel().answer(lambda: poll(lambda: False, Deadline(0.2), every=0.2) or "late", "something") == "late"
+
+    def test_what_comes_instead_of_an_answer_is_raised(self) -> None:
+        with pytest.raises(ZeroDivisionError):
+            Cancel().answer(lambda: 1 / 0, "something")
+
+    def test_after_a_signal_it_is_given_up(self) -> None:
+        cancel, never = Cancel(), threading.Event()
+        threading.Timer(0.1, cancel.set, [signal.SIGINT]).start()
+        began = time.monotonic()
+        with pytest.raises(EngineTimeoutError, match="no answer in time when it was asked to start it"):
+            cancel.answer(never.wait, "to start it", by=0.4)
+        assert 0.4 < time.monotonic() - began < 3
+        never.set()
+
+    def test_late_questions_get_little_time_and_are_answered_in_it(self) -> None:
+        cancel, never = Cancel(), threading.Event()
+        cancel.set(signal.SIGINT)
+        part = Cancel(part_of=cancel)
+        assert poll(lambda: cancel.is_due(0.2), Deadline(5), every=0.02)
+        part.set(signal.SIGTERM)
+        assert part.is_due(0.2), "it is part of an end that began before"
+        assert part.answer(lambda: poll(lambda: False, Deadline(0.05), every=0.05) or "yes", "it", by=0.1) == "yes"
+        began = time.monotonic()
+        with pytest.raises(EngineTimeoutError):
+            part.answer(never.wait, "it", by=0.1)
+        assert time.monotonic() - began >= LEAST
+        never.set()
