@@ -41,7 +41,7 @@ from builder.report import Console
 from builder.resume import stored_form
 from builder.sinks import Lines, Sinks
 from builder.spec import Attachment, ContainerSpec, State
-from builder.tasks import RECIPES, VERIFY, digest, labels
+from builder.tasks import LOADS, RECIPES, VERIFY, digest, labels
 from builder.waiting import Deadline
 from builder.warmup import coverage, events, inventory, markers, toolchain
 from builder.warmup.families import FAMILIES, FAMILY, Family, directory
@@ -292,6 +292,8 @@ def toml_task(task: Task) -> str:
     """The task as a manifest has it: what differs from a task's defaults."""
     plain = Task(label=task.label, model="", recipe="")
     given = {field.name: getattr(task, field.name) for field in dataclasses.fields(Task)}
+    # In argv "@x" is the name of a group.
+    given["argv"] = tuple(f"@{word}" if word.startswith("@") and word != "@" else word for word in task.argv)
     return "[[task]]\n" + "".join(
         f"{name} = {toml(value)}\n" for name, value in given.items() if value != getattr(plain, name)
     )
@@ -309,7 +311,7 @@ def tasks(draw: st.DrawFn) -> Task:
     """A task that a manifest may ask for; not yet labelled."""
     recipe = draw(st.sampled_from(RECIPES))
     server = recipe in ("compile-deep-gemm", "serve")
-    load = draw(st.sampled_from(["weights", "dummy"])) if server else "weights"
+    load = draw(st.sampled_from(LOADS)) if server else "weights"
     variables = st.dictionaries(st.from_regex(r"[A-Za-z_]{1,3}_[0-9]", fullmatch=True), arguments, max_size=3)
     optional: dict[str, Any] = {"shapes": {"shapes": st.lists(shapes, min_size=1, max_size=3).map(tuple)}}.get(
         recipe, {}
@@ -327,7 +329,7 @@ def tasks(draw: st.DrawFn) -> Task:
         families=draw(st.none() | st.lists(st.sampled_from(CLAIMABLE), unique=True).map(tuple)),
         m_values=draw(st.lists(st.integers(1, 1 << 20), max_size=3).map(tuple)) if recipe == "shapes" else (),
         load=load,
-        layers=draw(st.none() | st.integers(1, 99)) if load == "dummy" else None,
+        layers=draw(st.none() | st.integers(1, 99)) if load != "weights" else None,
         verify=draw(st.sampled_from([way for way in VERIFY if way != "steady" or recipe == "serve"])),
         **{name: draw(strategy) for name, strategy in optional.items()},
     )
