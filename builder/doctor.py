@@ -28,7 +28,7 @@ from builder.plan import probe_env
 from builder.report import counted, size
 from builder.session import Session
 from builder.warmup import models
-from builder.warmup.coverage import NEEDS_CONFIG, is_directory
+from builder.warmup.coverage import is_directory, needs_config
 from builder.warmup.task import Task
 
 OK, WARN, UNKNOWN = "ok", "warning", "unknown"
@@ -296,7 +296,7 @@ CHECKS: dict[str, Callable[[Facts], Finding]] = {
 
 
 def _needs_store(task: Task) -> bool:
-    return task.recipe in NEEDS_CONFIG and not is_directory(task.model)
+    return needs_config(task) and not is_directory(task.model)
 
 
 def _nearest(path: Path) -> Path:

@@ -71,7 +71,7 @@ def make_plan(
 
 def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bool) -> Item:
     digest, problem = None, None
-    if task.recipe in markers.NEEDS_CONFIG:
+    if markers.needs_config(task):
         if store is None and not task.model.startswith("/"):
             problem = "no model store: set [models] store"
         else:

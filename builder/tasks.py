@@ -40,6 +40,7 @@ from builder.warmup.task import Shape, Task
 
 RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
 LOADS = ("weights", "dummy", "dummy-then-weights")
+SHAPES_FROM = ("config", "markers")
 VERIFY = ("second-pass", "steady", "inventory")
 
 _OWN_VARIABLES = {name for family in FAMILIES for name, _ in family.env} | {
@@ -53,6 +54,7 @@ _SERVERS = ("compile-deep-gemm", "serve")
 #: Keys that mean something for some recipes only.
 _ONLY_FOR = {
     "shapes": ("shapes",),
+    "shapes_from": ("shapes",),
     "m_values": ("shapes",),
     "workers": ("shapes", "compile-deep-gemm"),
     "requests": ("serve",),
@@ -141,6 +143,7 @@ def _read_task(table: Table, base: Task, gpus: int, groups: Mapping[str, tuple[s
         argv=table.read("argv", _arguments(groups), ()),
         success=table.read("success", _regexp, None),
         shapes=table.read("shapes", list_of(_shape, "shapes"), ()),
+        shapes_from=table.read("shapes_from", _places, ()),
     )
     table.finish()
     _check_recipe(table, task)
@@ -159,13 +162,13 @@ def _check_recipe(table: Table, task: Task) -> None:
             table.blame(
                 key, f"{key} means nothing to the recipe {task.recipe!r};", "it is for " + " and ".join(recipes) + "."
             )
-    if task.recipe == "shapes" and not table.has("shapes"):
+    if task.recipe == "shapes" and not (table.has("shapes") or table.has("shapes_from")):
         table.blame(
             None,
-            "a task with the recipe 'shapes' needs 'shapes':",
-            f'e.g. ["{Shape("GEMM_NT_F8F8BF16", 4096, 7168)}"].',
+            "a task with the recipe 'shapes' needs 'shapes' or 'shapes_from':",
+            f'e.g. ["{Shape("GEMM_NT_F8F8BF16", 4096, 7168)}"], or "config", or "markers".',
         )
-    if table.has("shapes") and table.data["shapes"] == []:
+    if table.has("shapes") and table.data["shapes"] == [] and not task.shapes_from:
         table.blame("shapes", "shapes is empty: nothing would be compiled.")
     if task.recipe == "command":
         if not table.has("argv") or table.data["argv"] == []:
@@ -292,6 +295,13 @@ def _content(task: Task) -> str:
 
 def _shape(value: Any) -> Shape:
     return Shape.parse(a_string(value))
+
+
+def _places(value: Any) -> tuple[str, ...]:
+    """One place that shapes come from, or several, each once."""
+    place = one_of(SHAPES_FROM, "place that shapes come from")
+    places = (place(value),) if isinstance(value, str) else list_of(place, "places that shapes come from")(value)
+    return tuple(dict.fromkeys(places))
 
 
 def _family(value: Any) -> str:

@@ -28,7 +28,7 @@ NEEDS_CONFIG = frozenset({"compile-deep-gemm", "serve"})
 _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "compile-deep-gemm": ("load", "layers", "m_values"),
     "serve": ("load", "layers", "requests"),
-    "shapes": ("shapes", "m_values"),
+    "shapes": ("shapes", "shapes_from", "m_values"),
     "command": ("success",),
 }
 
@@ -61,7 +61,7 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
         value = getattr(task, name)
         if name == "shapes":
             value = [str(shape) for shape in sorted(set(value))]
-        elif name == "m_values":
+        elif name in ("m_values", "shapes_from"):
             value = sorted(set(value))
         elif name == "requests":
             value = [list(pair) for pair in value]
@@ -69,9 +69,14 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
     return factors
 
 
+def needs_config(task: Task) -> bool:
+    """Whether the task's kernels depend on the model's config.json."""
+    return task.recipe in NEEDS_CONFIG or "config" in task.shapes_from
+
+
 def _in_image(task: Task, record: Record) -> str | None:
     """What stands for the config.json of a model that lies in the image."""
-    in_image = task.recipe in NEEDS_CONFIG and is_directory(task.model)
+    in_image = needs_config(task) and is_directory(task.model)
     return f"in the image {record['factors'].get('image')}" if in_image else None
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from builder.warmup import files, inventory, toolchain
 from builder.warmup.coverage import (
-    NEEDS_CONFIG,
     RECIPE_VERSIONS,
     brief,
     config_digest,
@@ -25,6 +24,7 @@ from builder.warmup.coverage import (
     coverage_digest,
     describe,
     differences,
+    needs_config,
     normalise_argv,
 )
 from builder.warmup.entries import MISSING
@@ -34,7 +34,6 @@ from builder.warmup.task import Task
 from builder.warmup.toolchain import Record
 
 __all__ = [
-    "NEEDS_CONFIG",
     "RECIPE_VERSIONS",
     "SCHEMA",
     "VERIFIED",
@@ -45,6 +44,7 @@ __all__ = [
     "coverage",
     "coverage_digest",
     "judge",
+    "needs_config",
     "normalise_argv",
     "publish",
     "read",

@@ -52,6 +52,7 @@ class Shape:
 class Task:
     """One warm-up. Durations in seconds. ``families`` None means: what the recipe requires by default.
 
+    shapes_from: where more shapes come from: ``config`` (config.json of the model), ``markers`` (of its earlier runs).
     workers: that go over the shapes; 0 means one per GPU, or per CPU core where there is none.
     """
 
@@ -67,6 +68,7 @@ class Task:
     success: str | None = None
     families: tuple[str, ...] | None = None
     shapes: tuple[Shape, ...] = ()
+    shapes_from: tuple[str, ...] = ()
     m_values: tuple[int, ...] = ()
     workers: int = 0
     requests: tuple[tuple[int, int], ...] = ((4, 8), (64, 8), (1024, 8))

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder.warmup import dummies, families, inventory, layout, markers, models, recipes, removal, toolchain
+from builder.warmup import dummies, families, inventory, layout, markers, models, recipes, removal, shapes, toolchain
 from builder.warmup.child import Failed
 from builder.warmup.counter import Counter
+from builder.warmup.coverage import needs_config
 from builder.warmup.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.warmup.families import FAMILIES, FAMILY
 from builder.warmup.guard import Guard, Stopped
@@ -129,7 +130,7 @@ class Warming:
         self._guard.check()
         self._prepare_families(record)
         self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
-        digest = models.config_digest(task, environ) if recipe.needs_model else None
+        digest = models.config_digest(task, environ) if needs_config(task) else None
         # Over the image's variables and the task's come the families', which nothing may redirect.
         environ = {**models.defaults(environ, self._temporary), **environ}
         environ.update(families.environment(self._job.mount, self._keys))
@@ -154,7 +155,7 @@ class Warming:
         """Both passes; with dummy weights and then with real ones, where the task leaves the choice to the proof."""
         task, why = self._task, ""
         if not recipe.needs_model:
-            return self._passes(recipe, environ, task)
+            return self._passes(recipe, environ, self._with_shapes(environ))
         if task.load != "weights":
             self.verdict.loaded = dummies.describe(task)
             try:
@@ -176,6 +177,19 @@ class Warming:
         except models.Skipped as skipped:
             raise Failed(f"{why}; and with weights: {skipped}") from None
         return replace(done, doubt="; ".join(filter(None, (f"with weights, because {why}" if why else "", done.doubt))))
+
+    def _with_shapes(self, environ: Mapping[str, str]) -> Task:
+        """The task with every shape that it asks for, from wherever."""
+        task = self._task
+        if not task.shapes_from:
+            return task
+        try:
+            wanted = shapes.wanted(self._root, task, environ)
+        except shapes.NotUnderstood as why:
+            raise Failed(str(why)) from None
+        told = " and ".join(task.shapes_from)
+        self._output.say(f"{len(wanted)} shapes, {len(wanted) - len(set(task.shapes))} of them from {told}")
+        return replace(task, shapes=wanted)
 
     def _with_dummies(self, environ: Mapping[str, str]) -> Task:
         try:

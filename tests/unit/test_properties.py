@@ -41,7 +41,7 @@ from builder.report import Console
 from builder.resume import stored_form
 from builder.sinks import Lines, Sinks
 from builder.spec import Attachment, ContainerSpec, State
-from builder.tasks import LOADS, RECIPES, VERIFY, digest, labels
+from builder.tasks import LOADS, RECIPES, SHAPES_FROM, VERIFY, digest, labels
 from builder.waiting import Deadline
 from builder.warmup import coverage, events, inventory, markers, toolchain
 from builder.warmup.families import FAMILIES, FAMILY, Family, directory
@@ -313,9 +313,13 @@ def tasks(draw: st.DrawFn) -> Task:
     server = recipe in ("compile-deep-gemm", "serve")
     load = draw(st.sampled_from(LOADS)) if server else "weights"
     variables = st.dictionaries(st.from_regex(r"[A-Za-z_]{1,3}_[0-9]", fullmatch=True), arguments, max_size=3)
-    optional: dict[str, Any] = {"shapes": {"shapes": st.lists(shapes, min_size=1, max_size=3).map(tuple)}}.get(
-        recipe, {}
-    )
+    optional: dict[str, Any] = {
+        "shapes": {
+            "shapes": st.lists(shapes, min_size=1, max_size=3).map(tuple),
+            "shapes_from": st.lists(st.sampled_from(SHAPES_FROM), unique=True).map(tuple),
+            "workers": st.integers(0, 99),
+        }
+    }.get(recipe, {})
     return Task(
         label="",
         model=draw(arguments.filter(str.strip)),
