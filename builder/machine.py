@@ -12,6 +12,7 @@ never waits, nor takes a machine out of service to learn that there is nothing t
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class Machine:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._said: set[str] = set()
+        self._saying = threading.Lock()
 
     def names(self, item: Item) -> dict[str, str]:
         """Of the GPUs' locks: UUID → name for people. Where NVML says nothing the probe did, in a container."""
@@ -172,14 +174,16 @@ class Machine:
         session.report.warnings += [problem.text for problem in problems]
 
     @contextlib.contextmanager
-    def free_after(self, label: str) -> Iterator[None]:
+    def free_after(self, label: str, devices: tuple[int, ...] | None = None) -> Iterator[None]:
         """After what happens inside, which is the task of this label, its GPUs are as free as they were before.
+        devices: which these are, None: all of this run's. Other tasks may run on others meanwhile.
 
         Raises GpusHeldError when they are not within ``[gpus] release_timeout``: whatever came next would run out of
         memory. Somebody who wants to end the run does not wait for them.
         """
         session = self._session
-        before, ran = self._look() if session.manifest.gpus.count else Look(), len(session.ran)
+        has_some = session.manifest.gpus.count if devices is None else devices
+        before, ran = self._look(devices) if has_some else Look(), len(session.ran)
         yield
         if len(session.ran) == ran or not before.gpus:
             return
@@ -207,7 +211,8 @@ class Machine:
                 f"the GPUs are not free again {timeout:.0f} s after {label}: {held}. The next server would run out of "
                 "memory, so nothing more is started; end what holds them, and run again"
             )
-        session.console.say(f"GPUs free again after {max(freed.values()):.1f} s")
+        whose = "" if devices is None else f"{label}: "
+        session.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
 
     def _report(self, freed: dict[str, float]) -> None:
         """The longest wait of all tasks; None for a GPU that is not free yet."""
@@ -254,9 +259,11 @@ class Machine:
         who = ", ".join(process.describe(names) for process in held.processes)
         return f"GPU {held.gpu.index} is held by {who}, with {memory}"
 
-    def _look(self) -> Look:
+    def _look(self, devices: tuple[int, ...] | None = None) -> Look:
         """A look, and once per run what it cannot say."""
         look = self._session.look()
+        if devices is not None:
+            look = look.chosen(devices, 0)
         if look.absent is not None:
             self._session.report.extra["gpus_reason"] = look.absent
             self._say(f"{look.absent}; who holds them, and whether they are free again after a task, is not checked")
@@ -265,6 +272,8 @@ class Machine:
         return look
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
+        with self._saying:
+            known = text in self._said
             self._said.add(text)
+        if not known:
             self._session.console.say(f"GPUs: {text}")

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -104,6 +104,14 @@ class Report:
     def planned(self, plan: Plan) -> None:
         """The tasks as a run that has done nothing yet has them."""
         self.tasks = [before(item) for item in plan.items]
+
+    def settle(self, result: TaskResult) -> None:
+        """Puts a task's result in the place of its plan."""
+        self.tasks[[task.label for task in self.tasks].index(result.label)] = result
+
+    def of(self, label: str) -> TaskResult:
+        """The result of this task so far."""
+        return next(task for task in self.tasks if task.label == label)
 
     def count(self, *states: str) -> int:
         """How many tasks are in one of these states."""
@@ -227,8 +235,8 @@ LOG_MARKS = {"out": "│", "err": "┃", "note": "▸", "hook": "»"}
 class Console:
     """Everything people see. Colours and width only on a terminal; collapsed groups only in GitHub Actions.
 
-    A closed stream (``| head``) ends the display and nothing else: the run and its logs go on. Log lines may come from
-    another thread than the rest.
+    A closed stream (``| head``) ends the display and nothing else: the run and its logs go on. Every method may be
+    called from any thread.
     """
 
     def __init__(
@@ -239,6 +247,7 @@ class Console:
         self._terminal = terminal
         self._width = max(40, width)
         self._lock = threading.Lock()
+        self._above: Callable[[str], None] | None = None
         self.verbose = verbose
         self.closed = False
 
@@ -246,7 +255,20 @@ class Console:
         """One or more lines. Whatever they hold, none is a command for GitHub's runner."""
         self._write(_harmless(text) if self.github else text)
 
+    @property
+    def terminal(self) -> TextIO | None:
+        """The stream, where it is a terminal that can be drawn on."""
+        return self._stream if self._terminal and not self.closed else None
+
+    def above(self, take: Callable[[str], None] | None) -> None:
+        """From now on text goes to whoever draws on the terminal, and shows it above that; None: nobody does now."""
+        self._above = take
+
     def _write(self, text: str) -> None:
+        take = self._above
+        if take is not None and not self.closed:
+            take(text)
+            return
         with self._lock:
             if self.closed:
                 return
@@ -274,6 +296,11 @@ class Console:
         finally:
             if self.github:
                 self._write("::endgroup::")
+
+    def collapsed(self, title: str, lines: Sequence[str]) -> None:
+        """A group in one piece, whatever else is said at the time."""
+        inside = "".join(f"{_harmless(line)}\n" for line in lines)
+        self._write(f"::group::{_command_data(title)}\n{inside}::endgroup::")
 
     def annotate(self, title: str, text: str) -> None:
         """An error that GitHub Actions shows on the run's page; nothing elsewhere, where the table says it."""

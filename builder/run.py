@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from builder import machine, runlock
+from builder import machine, runlock, sidebyside
+from builder.activity import Activity
 from builder.container import Deadlines, Outcome
 from builder.errors import BudgetError, EngineLostError, TasksError
+from builder.estimates import Estimate
 from builder.frames import readable
 from builder.launch import Asked, describe
 from builder.plan import Item, Plan
-from builder.report import TaskResult, counted, duration, result_of
+from builder.report import TaskResult, counted, duration, result_of, size
 from builder.session import Session
+from builder.sidebyside import Seat
+from builder.voices import Voice, speaking
 from builder.warmup import toolchain
 from builder.warmup.files import printable
 from builder.warmup.task import Task
@@ -33,20 +38,23 @@ def warm(session: Session, _said: Namespace) -> None:
     session.sweep()
     session.ready()
     with runlock.held(session):
-        plan = session.plan(tasks)  # another builder may have finished while this one waited
+        expected: dict[str, Estimate] = {}
+        plan = session.plan(tasks, expected)  # another builder may have finished while this one waited
         session.report.planned(plan)
-        announce(session, plan)
+        announce(session, plan, expected)
         items = todo(session, plan)
         with machine.taken(session, items) as gpus:
-            for number, item in enumerate(items, start=1):
-                if session.budget.over:
-                    break
-                title = f"[{number}/{len(items)}] {item.task.label}"
-                with session.console.group(title), gpus.free_after(item.task.label):
-                    settle(session, item, warm_task(session, item))
-                session.cancel.check()
+            sidebyside.work(session, items, expected, lambda item, seat: warm_one(session, gpus, item, seat))
         recheck(session, tasks)
     conclude(session)
+
+
+def warm_one(session: Session, gpus: machine.Machine, item: Item, seat: Seat) -> None:
+    """One task, from its title to the moment when its GPUs are free again. In a thread of its own."""
+    label = item.task.label
+    speak = speaking(session.console, seat.title, label, together=seat.together)
+    with speak as voice, gpus.free_after(label, seat.devices):
+        settle(session, voice, warm_task(session, item, seat, voice))
 
 
 def recheck(session: Session, tasks: tuple[Task, ...]) -> None:
@@ -64,7 +72,7 @@ def todo(session: Session, plan: Plan) -> tuple[Item, ...]:
     return plan.items if session.options.force else plan.cold
 
 
-def warm_task(session: Session, item: Item) -> TaskResult:
+def warm_task(session: Session, item: Item, seat: Seat, voice: Voice) -> TaskResult:
     """One task in one container, to a result that the disk confirms."""
     if item.config_problem:
         return result_of(item, "skipped", item.config_problem)
@@ -78,14 +86,20 @@ def warm_task(session: Session, item: Item) -> TaskResult:
         "run",
         item.task,
         limits,
-        Asked(display=session.console.log, on_event=lambda event: tell(session, event), budget=session.budget),
+        Asked(
+            devices=seat.devices,
+            cancel=seat.cancel,
+            display=voice.log,
+            on_event=lambda event: tell(seat.activity, voice, event),
+            budget=session.budget,
+        ),
     )
     result = judge_outcome(session, item, outcome)
     result.seconds = outcome.seconds
     result.log = str(outcome.log_path) if outcome.log_path else None
     result.tail = outcome.tail
     if outcome.ended == "lost":
-        settle(session, item, result)
+        settle(session, voice, result)
         raise EngineLostError(f"the engine was lost while {item.task.label} ran", notes=outcome.problems)
     return result
 
@@ -139,24 +153,23 @@ def counts(value: object) -> dict[str, int]:
     return {str(name): number for name, number in value.items() if isinstance(number, int)}
 
 
-def settle(session: Session, item: Item, result: TaskResult) -> None:
-    """Puts a task's result into the report, in the place of its plan, and says it."""
-    tasks = session.report.tasks
-    tasks[[task.label for task in tasks].index(result.label)] = result
+def settle(session: Session, voice: Voice, result: TaskResult) -> None:
+    """Puts a task's result into the report, and says it."""
+    session.report.settle(result)
     if result.state in ("warmed", "warm", "cold"):
         why = f" ({result.reason})" if result.reason else ""
-        session.console.say(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
+        voice.conclude(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
         return
-    session.console.say(f"{result.label}: {result.state}: {result.reason}")
+    voice.conclude(f"{result.label}: {result.state}: {result.reason}")
     if result.tail:
         lines = "line" if len(result.tail) == 1 else f"{len(result.tail)} lines"
-        session.console.say(f"the last {lines} of its log:")
+        voice.say(f"the last {lines} of its log:")
         for line in result.tail:
-            session.console.log("out", line)
-    session.console.annotate(f"{result.label} {result.state}", result.reason)
+            voice.log("out", line)
+    voice.annotate(f"{result.label} {result.state}", result.reason)
 
 
-def announce(session: Session, plan: Plan) -> None:
+def announce(session: Session, plan: Plan, expected: Mapping[str, Estimate]) -> None:
     """The head of a run that has work to do."""
     image, manifest = session.serving, session.manifest
     devices = f"{manifest.gpus.count} GPUs" if manifest.gpus.count else "no GPUs"
@@ -164,19 +177,25 @@ def announce(session: Session, plan: Plan) -> None:
     keys = toolchain.family_keys(plan.items[0].record)
     session.console.say(f"toolchain {plan.digest} of {len(keys)} families, logs in {session.options.log_dir}")
     cold = todo(session, plan)
-    session.console.say(f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(cold)} warm, {len(cold)} to do")
+    sums = [f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(cold)} warm, {len(cold)} to do"]
+    if cold:
+        sums.append(sidebyside.forecast(session, cold, expected))
+    if root := session.cache.direct():
+        sums.append(f"{size(shutil.disk_usage(root).free)} free")
+    session.console.say(" · ".join(sums))
     for item in cold:
         session.console.say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
 
 
-def tell(session: Session, event: Mapping[str, Any]) -> None:
-    """An event of the container, as far as people want to see it above the log."""
+def tell(activity: Activity, voice: Voice, event: Mapping[str, Any]) -> None:
+    """An event of the container, as far as people want to see it between the lines of the log."""
+    activity.hear(event)
     match event.get("event"):
         case "phase":
-            session.console.say(f"  ▸ {printable(str(event.get('phase')))}")
+            voice.remark(printable(str(event.get("phase"))))
         case "swept":
             what = f"{event.get('family')}/{event.get('path')}: {event.get('why')}"
-            session.console.say(f"  ▸ moved aside {printable(what)}")
+            voice.remark(f"moved aside {printable(what)}")
 
 
 def conclude(session: Session) -> None:
@@ -184,10 +203,11 @@ def conclude(session: Session) -> None:
     states = session.report
     unfinished = states.count("failed", "partial", "skipped")
     cold = states.count("cold")
-    if cold and session.budget.over:
+    short = any(task.state == "cold" and task.reason.startswith("budget:") for task in states.tasks)
+    if cold and (session.budget.over or short):
         raise BudgetError(
-            f"the budget ended with {cold} of {counted(len(states.tasks), 'task')} still cold; "
-            "what is finished stays warm, run again to go on"
+            f"the budget {'ended' if session.budget.over else 'is used as far as it goes,'} with {cold} of "
+            f"{counted(len(states.tasks), 'task')} still cold; what is finished stays warm, run again to go on"
         )
     if unfinished or cold:
         kinds = [

@@ -12,7 +12,18 @@ from typing import Any, TypeVar
 
 from builder.document import Document, Table
 from builder.errors import Problem
-from builder.values import a_boolean, a_string, a_variable, count, list_of, matching, positive_seconds, seconds, size
+from builder.values import (
+    a_boolean,
+    a_string,
+    a_variable,
+    count,
+    list_of,
+    matching,
+    positive,
+    positive_seconds,
+    seconds,
+    size,
+)
 
 T = TypeVar("T")
 D = TypeVar("D")  # of a value that may be None
@@ -84,7 +95,7 @@ class RunSpec:
     """All in seconds. budget: for the whole run, None = unlimited. lock_timeout: how long to wait for another builder.
 
     start: until a container says its first word. grace: between a stop's SIGTERM and its SIGKILL. lifetime: after
-    which whatever this run left somewhere ends by itself.
+    which whatever this run left somewhere ends by itself. parallel, a number: tasks without GPUs side by side.
     """
 
     budget: float | None = None
@@ -92,6 +103,7 @@ class RunSpec:
     start: float = 120.0
     grace: float = 8.0
     lifetime: float = 7200.0
+    parallel: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +219,7 @@ def read_run(table: Table, given: Given) -> RunSpec:
         start=given.over("start", positive_seconds, table.read("start", positive_seconds, default.start)),
         grace=given.over("grace", seconds, table.read("grace", seconds, default.grace)),
         lifetime=table.read("lifetime", positive_seconds, default.lifetime),
+        parallel=table.read("parallel", positive, default.parallel),
     )
     table.finish()
     return spec

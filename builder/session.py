@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder import gpulock, gpus, hooks, launch, preflight
 from builder.cache import CacheRoot
@@ -40,6 +40,9 @@ from builder.waiting import Deadline
 from builder.warmup import toolchain
 from builder.warmup.task import Task
 from builder.warmup.toolchain import Record
+
+if TYPE_CHECKING:
+    from builder.estimates import Estimate
 
 #: What an init exits with when it finds no such program, or may not run it.
 NO_PYTHON = (126, 127)
@@ -192,12 +195,18 @@ class Session:
         """One line of an operator's command."""
         self.console.log("hook", line)
 
-    def plan(self, tasks: Sequence[Task]) -> Plan:
-        """Judges these tasks against the cache as it is now."""
+    def plan(self, tasks: Sequence[Task], expected: dict[str, Estimate] | None = None) -> Plan:
+        """Judges these tasks against the cache as it is now. expected: is filled with how long each of them will take,
+        by label, as far as the cache tells; that means to read every marker.
+        """
         records = self.records(tasks)
         models = {task.model for task in tasks}
         with self.cache.view() as root, self.cache.store_view(models) as store:
             plan = make_plan(tasks, records, root=root, store=store, strict=self.options.strict)
+            if expected is not None:
+                from builder import estimates
+
+                expected.update(estimates.learn(root, plan.items))
         self.report.toolchain = plan.digest
         self.report.cache = self.cache.name
         return plan

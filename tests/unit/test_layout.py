@@ -25,8 +25,8 @@ ORDER = """
     spec waiting frames tunnel progress attachment complaints greeting resume podman engine image
     gpus
     cancel sinks logs lease container locks gpulock hooks
-    cache preflight plan report launch
-    command session call holder runlock hold machine run verbs doctor upkeep
+    cache preflight plan report launch estimates packing activity voices display
+    command session call holder runlock hold machine sidebyside run verbs doctor upkeep
     words arguments completion cli __main__
 """.split()
 
