@@ -51,9 +51,7 @@ def known_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny
 def aftermath(request: pytest.FixtureRequest, known_image: Path, tmp_path: Path) -> faults.Aftermath:
     """For a test of a fault: its clock, what has to be true when it is over, and the cache root of its `cli`."""
     shutil.copytree(known_image, tmp_path / "cache")
-    assert request.node.get_closest_marker("fault"), "the fault has no row in the table"
-    seconds = request.config.stash.setdefault(faults.SECONDS, {})
-    return faults.Aftermath(seconds, f"{request.node.path.stem}.{request.node.originalname}")
+    return faults.Aftermath.of(request)
 
 
 @pytest.fixture(scope="session")

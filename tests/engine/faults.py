@@ -7,6 +7,7 @@ rows, in this order, which tests/unit/test_fault_table.py asserts. `make faults`
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import shutil
@@ -58,6 +59,13 @@ class Aftermath:
     def __init__(self, seconds: dict[str, float], test: str) -> None:
         self._seconds, self._test = seconds, test
         self._since = time.monotonic()
+
+    @classmethod
+    def of(cls, request: pytest.FixtureRequest) -> Aftermath:
+        """Of the test that asks."""
+        assert request.node.get_closest_marker("fault"), "the fault has no row in the table"
+        seconds = request.config.stash.setdefault(SECONDS, {})
+        return cls(seconds, f"{request.node.path.stem}.{request.node.originalname}")
 
     def begins(self) -> None:
         """The fault is there from now on."""
@@ -139,6 +147,12 @@ class OwnEngine:
         """What the engine stores of this container's output stays there, also after the container's removal."""
         kept.hardlink_to(self._directory / "data" / "containers" / container / f"{container}-json.log")
 
+    def makes_read_only(self, directory: Path) -> None:
+        """For the engine and its containers, and for nobody else."""
+        script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"'
+        guardian = (self._directory / "guardian.pid").read_text().strip()
+        subprocess.run(["nsenter", "--mount", "--target", guardian, "sh", "-c", script, directory], check=True)
+
     def load(self, image: str, source: str) -> None:
         """This image, from the engine at source."""
         there, here = Engine(source).connect(), Engine(self.host).connect()
@@ -199,7 +213,7 @@ def table(found: list[Row], seconds: Mapping[str, float], old: Mapping[str, str]
     """README.md; old: the seconds of tests that this run has not measured."""
     lines = [HEAD, _line(COLUMNS), _line(["---"] * len(COLUMNS))]
     for row in found:
-        known = f"{seconds[row.test]:.1f}" if row.test in seconds else old.get(row.test, "–")
+        known = f"{math.ceil(seconds[row.test] * 10) / 10:.1f}" if row.test in seconds else old.get(row.test, "–")
         lines.append(_line([row.fault, row.how, row.holds, known, f"`{row.test}`"]))
     return "".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from builder.waiting import Deadline, poll
-from tests.engine.cli import Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import PROGRAM, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.faults import Aftermath, OwnEngine, are_warm, changed, numbers, time_passes, told
 from tests.engine.workshop import Proxy
 
@@ -108,6 +109,8 @@ def test_killed_and_started_again_with_live_restore(own: Cli, own_engine: OwnEng
     aftermath.begins()
     restart(own_engine, LIVE, signal="KILL")
     further(own)
+    sweeper = own.start("sweep", "--lock-timeout", "0s").end()
+    assert (sweeper.status, "removed" in sweeper.said) == (15, False), "its builder lives"
     go(own)
     aftermath.over(own, builder, 0, warm=["counts"])
     has_all_that_was_stored(own, kept)
@@ -123,7 +126,9 @@ def test_killed_and_started_again(own: Cli, own_engine: OwnEngine, aftermath: Af
     builder = own.start("warm", "--json")
     builder.says("line 20")
     aftermath.begins()
-    restart(own_engine, signal="KILL")
+    own_engine.kill()
+    assert under_lease(own), "nobody is there to end it"
+    own_engine.up()
     aftermath.over(own, builder, 11, "SIGTERM")
     is_whole(own)
 
@@ -183,6 +188,79 @@ def test_stopped_for_good(own: Cli, own_engine: OwnEngine, aftermath: Aftermath)
         assert engine.state(container).exit_code == 70
     assert own.run("sweep").status == 0
     are_warm(own, [])
+
+
+@pytest.mark.fault(
+    "builder killed while there is no engine",
+    how="SIGKILL to dockerd with live-restore on, then to the builder",
+    holds="the container ends by its lease within 5 s all the same, and is removed by the next builder once there is "
+    "an engine again",
+)
+def test_a_builder_killed_while_there_is_no_engine(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    restart(own_engine, LIVE)
+    builder = own.start("warm")
+    builder.says("line 20")
+    own_engine.kill()
+    assert under_lease(own)
+    aftermath.begins()
+    builder.send(signal.SIGKILL)
+    builder.end(5)
+    wait_for(lambda: not under_lease(own), 5, "the end by the lease")
+    aftermath.clean()
+    own_engine.up(LIVE)
+    with own.engine() as engine:
+        (container,) = own.containers(engine)
+        wait_for(lambda: engine.state(container).over, 10, "the engine's notice of it")
+        assert engine.state(container).exit_code == 70
+    assert own.run("sweep").status == 0
+    are_warm(own, [])
+
+
+def under_lease(cli: Cli) -> list[str]:
+    """Processes of containers that have a lease file of this user, whether or not there is an engine."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):
+            found += [place.parent.name] if f"{cli.place}/run/" in place.read_text() else []
+    return found
+
+
+@pytest.mark.fault(
+    "engine killed and started again, then the builder killed, where the lease is an attachment",
+    how="SIGKILL to dockerd with live-restore on, and a new one, and SIGKILL to the builder, whose lease file is on a "
+    "file system that the engine does not see",
+    holds="a sweep that cannot see the lease leaves the container alone; it ends by its maximum lifetime, and is "
+    "removed by the next sweep after that",
+)
+def test_an_attachment_does_not_survive_the_engine(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+    own.manifest(command("counts", COUNTING, timeout="10s"), run={"start": "5s"})
+    restart(own_engine, LIVE)
+    hidden = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(own.place / "run"))
+    builder = own.start("warm", program=(*hidden, *PROGRAM))
+    builder.says("line 20")
+    restart(own_engine, LIVE, signal="KILL")
+    further(own)
+    go(own)
+    assert builder.end().status == 0, "a builder that lives ends its container as ever"
+    own.left_nothing()
+
+    (own.root / "go").unlink()
+    builder = own.start("warm", "--force", program=(*hidden, *PROGRAM))
+    builder.says("line 20")
+    restart(own_engine, LIVE, signal="KILL")
+    aftermath.begins()
+    builder.send(signal.SIGKILL)
+    builder.end(5)
+    with own.engine() as engine:
+        (container,) = own.containers(engine)
+        swept = own.start("sweep").end()
+        assert "its lease file cannot be seen from here; it ends by its own lifetime" in swept.said
+        assert engine.state(container).status == "running"
+        wait_for(lambda: engine.state(container).over, 30, "the end of its lifetime")
+        assert engine.state(container).exit_code == 71
+    assert own.run("sweep").status == 0
+    aftermath.clean()
+    are_warm(own, ["counts"])  # by the first one
 
 
 # --- the connection to it --------------------------------------------------------------------------------------------

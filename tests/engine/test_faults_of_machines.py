@@ -12,7 +12,7 @@ import pytest
 from builder.engine import Engine, Mount
 from builder.spec import ContainerSpec
 from tests.engine.cli import GATE, READY, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
-from tests.engine.faults import Aftermath, changed, numbers, told
+from tests.engine.faults import Aftermath, OwnEngine, changed, numbers, told
 
 pytestmark = pytest.mark.engine
 
@@ -120,6 +120,24 @@ def test_a_read_only_cache(cli: Cli, engine: Engine, aftermath: Aftermath) -> No
         aftermath.over(cli, cli.start("warm", "--json"), 12, "Read-only file system")
     finally:
         volume.close()
+
+
+@pytest.mark.fault(
+    "cache directory is read-only for the engine",
+    how="a read-only bind mount of the directory onto itself, in the engine's mount namespace",
+    holds="11: the reason says what cannot be written, and why; what is warm stays so",
+)
+def test_a_read_only_cache_directory(
+    tmp_path: Path, own_engine: OwnEngine, tiny_image: str, aftermath: Aftermath
+) -> None:
+    cli = Cli(tmp_path, own_engine.host, tiny_image, engine=own_engine.host)
+    cli.manifest(shapes())
+    assert cli.run("warm").status == 0
+    own_engine.makes_read_only(cli.root)
+    cli.manifest(shapes(), shapes("other", m_values=[64]))
+    aftermath.begins()
+    aftermath.over(cli, cli.start("warm", "--json"), 11, "Read-only file system", warm=["shapes"])
+    cli.close()
 
 
 @pytest.mark.fault(

@@ -7,12 +7,16 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engine.cli import GATE, PROGRAM, READY, ROOT, Cli, Running, a_cli, command, shapes, wait_for  # noqa: F401
+from tests.engine.door import Door
 from tests.engine.faults import Aftermath, are_warm, numbers, time_passes, told
 
 pytestmark = pytest.mark.engine
@@ -263,6 +267,77 @@ def is_ours(lease: Path, builder: Running) -> bool:
             return lease.stat().st_mtime > builder.started
     except OSError:
         return False
+
+
+#: Who may use the engine's socket, and nothing else of this machine.
+NOBODY = 65534
+
+
+@pytest.fixture
+def nobody(docker_host: str, tiny_image: str) -> Iterator[Cli]:
+    """A user who is not root, with a socket to the engine."""
+    program = as_nobody(sys.executable, "-c", "import builder.cli, docker")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if os.getuid() or subprocess.run(program, cwd="/", env=environ, capture_output=True).returncode:
+        pytest.skip("needs root, and a checkout and an interpreter that everybody may read")
+    # Not in a directory of pytest's, which nobody else may enter.
+    with tempfile.TemporaryDirectory(prefix="warm-cache-test-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        door = Door(docker_host, place / "engine.sock")
+        cli = Cli(place, door.url, tiny_image)
+        (place / "engine.sock").chmod(0o666)
+        for path in (place, place / "run"):
+            os.chown(path, NOBODY, NOBODY)
+        cli.root.mkdir()
+        yield cli
+        cli.close()
+        door.close()
+
+
+def as_nobody(*program: str) -> tuple[str, ...]:
+    return "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *program
+
+
+@pytest.mark.fault(
+    "builder that is not root",
+    how="uid 65534 with access to the engine's socket; the cache directory is root's, once readable and once closed",
+    holds="as for root: 0 for warm and check, 130 within 5 s for a signal, and a sweep after SIGKILL; nothing in the "
+    "cache is the builder's own",
+)
+@pytest.mark.parametrize("mode", [0o755, 0o700], ids=["readable", "closed"])
+def test_a_builder_that_is_not_root(nobody: Cli, mode: int, request: pytest.FixtureRequest) -> None:
+    clock = Aftermath.of(request)
+    nobody.root.chmod(mode)
+    program = as_nobody(*PROGRAM)
+
+    def ends(verb: str, status: int) -> str:
+        ended = nobody.start(verb, program=program).end()
+        nobody.left_nothing()
+        assert ended.status == status, ended.said
+        return ended.said
+
+    nobody.manifest(shapes())
+    ends("check", 10)
+    ends("warm", 0)
+    ends("check", 0)
+    assert {path.lstat().st_uid for path in nobody.root.rglob("*")} == {0}
+
+    nobody.manifest(shapes(), command("sleeps", SLEEPING))
+    builder = nobody.start("warm", "--json", program=program)
+    builder.says("line 0")
+    clock.begins()
+    builder.send(signal.SIGINT)
+    assert builder.end(5).status == 130
+    nobody.left_nothing()
+    clock.clean()
+
+    builder = nobody.start("warm", program=program)
+    builder.says("line 0")
+    builder.send(signal.SIGKILL)
+    builder.end(5)
+    assert "its builder is gone" in ends("sweep", 0)
+    assert "shapes" in ends("check", 10)
 
 
 def out_of_service(ledger: Path, acquire: str) -> dict[str, object]:
