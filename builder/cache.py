@@ -187,9 +187,8 @@ class CacheRoot:
     def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
         mount = PurePosixPath(self._manifest.cache.mount)
         for name in names:
-            self._unpack(
-                container, str(mount / name), copy if name == "." else copy / PurePosixPath(name).parent, name == "."
-            )
+            # What lies in the root, by `/.`: how the root itself would be called in its archive differs by engine.
+            self._unpack(container, f"{mount}/{name}", copy if name == "." else copy / PurePosixPath(name).parent)
 
     def _fetch_model(self, container: str, model: str, copy: Path) -> None:
         base = f"hub/models--{model.replace('/', '--')}"
@@ -209,7 +208,7 @@ class CacheRoot:
                     (copy / snapshot).mkdir(parents=True, exist_ok=True)
                     shutil.move(str(file), copy / snapshot / "config.json")
 
-    def _unpack(self, container: str, source: str, target: Path, strip: bool = False) -> None:
+    def _unpack(self, container: str, source: str, target: Path) -> None:
         """What lies at source, below target. Regular files and directories only: a link or a device never leaves the
         cache.
         """
@@ -223,14 +222,14 @@ class CacheRoot:
             # Closed here on every way out: an archive that nobody reads to its end keeps the engine from removing.
             with contextlib.closing(stream), tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
                 for member in tar:
-                    _extract(tar, member, target, 1 if strip else 0)
+                    _extract(tar, member, target)
         except tarfile.TarError as error:
             raise EngineLostError(f"the engine's archive of {source} broke off or is none: {error}") from error
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, strip: int) -> None:
-    """One member, below target, without so many of its first parts."""
-    path = _inside(target, member.name, strip)
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """One member, below target."""
+    path = _inside(target, member.name)
     if path is None:
         return
     if member.isdir():
@@ -239,7 +238,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, strip:
     path.parent.mkdir(parents=True, exist_ok=True)
     if member.islnk():
         # Another name of a file that came before it.
-        original = _inside(target, member.linkname, strip)
+        original = _inside(target, member.linkname)
         if original is not None and original.is_file():
             shutil.copy2(original, path)
     elif member.isreg() and (content := tar.extractfile(member)) is not None:
@@ -248,10 +247,10 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, strip:
         os.utime(path, (member.mtime, member.mtime))
 
 
-def _inside(target: Path, name: str, strip: int) -> Path | None:
+def _inside(target: Path, name: str) -> Path | None:
     """Where a member of this name lies below target; None for one that would lie elsewhere."""
     place = PurePosixPath(name)
-    return None if place.is_absolute() or ".." in place.parts else target.joinpath(*place.parts[strip:])
+    return None if place.is_absolute() or ".." in place.parts else target / place
 
 
 class _Reader:

@@ -64,7 +64,9 @@ def _remedy(explanation: str) -> str:
         return "The engine may not raise this limit: it needs CAP_SYS_RESOURCE"
     if "no space left on device" in explanation:
         return "The engine's disk is full: free space below its data root"
-    if explanation.startswith("network ") and explanation.rstrip().endswith("not found"):
+    if "invalid mount option" in explanation:
+        return "Podman takes a comma in a path for the end of it: use a path without one"
+    if explanation.startswith(("network ", "container create: unable to find network")) and "not found" in explanation:
         return "Create it (docker network create), or set [container] network"
     return ""
 

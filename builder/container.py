@@ -248,9 +248,10 @@ class _Life:
             and not self.state.oom_killed
         ):
             name = signal.Signals(self.state.exit_code - 128).name
-            self.problems.append(
-                f"{self._name} was ended by {name} from outside: not by this builder, and not for memory"
-            )
+            cause = "from outside: not by this builder, and not for memory"
+            if self.state.oom_killed is None:
+                cause = "and not by this builder: by somebody else, or for memory; this engine cannot tell which"
+            self.problems.append(f"{self._name} was ended by {name} {cause}")
         return self.state.over
 
     # --- after -------------------------------------------------------------------------------------------------------

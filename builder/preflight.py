@@ -67,9 +67,12 @@ def _gpus(manifest: Manifest, image: bool) -> Iterator[Problem]:
     yield from _count_and_names(manifest, list(host.names))
 
 
-def seen_problems(manifest: Manifest, record: Record) -> Iterator[Problem]:
-    """What the probe's container, which had the GPUs, found about them."""
-    if manifest.gpus.count:
+def seen_problems(manifest: Manifest, record: Record, *, podman: bool = False) -> Iterator[Problem]:
+    """What the probe's container, which had the GPUs, found about them. podman: whether that engine ran it."""
+    if manifest.gpus.count and podman and not record.get("gpus"):
+        text = f"{_wanted(manifest)} wanted, the container got none: this engine is Podman, which ignores the request."
+        yield Problem("GPUs", text, "Set DOCKER_HOST to a Docker Engine with nvidia-container-toolkit.")
+    elif manifest.gpus.count:
         yield from _count_and_names(manifest, [str(gpu.get("name")) for gpu in record.get("gpus", ())])
 
 
@@ -124,6 +127,14 @@ def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
     if "nvidia-container-cli" in error.message or "CDI device injection failed" in error.message:
         return Problem("GPUs", f"{_wanted(manifest)} wanted, but the container toolkit failed: {error.message}.")
     return None
+
+
+def no_init(error: EngineRefusedError) -> Problem | None:
+    """Podman's refusal of a container with an init, as the problem it is; None for another one."""
+    if "container-init binary not found" not in error.message:
+        return None
+    text = "this engine is Podman, and the init that every container gets is missing on its host."
+    return Problem("engine", text, "Run there: apt-get install catatonit (or: dnf install catatonit).")
 
 
 def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:

@@ -228,7 +228,9 @@ class Session:
                     driver=host.driver if host else None,
                     env=dict(env),
                 )
-            self._records[env] = record if record is not None else self.probe(env)
+            # Podman would not even say that it has no GPUs to give: the probe's container has to.
+            doubted = self.options.creates and bool(self.manifest.gpus.count) and self.engine.podman
+            self._records[env] = self.probe(env) if record is None or doubted else record
         return self._records
 
     def wrote(self, marker: Mapping[str, Any] | None) -> bool:
@@ -256,12 +258,12 @@ class Session:
         found = [known for known in told if toolchain.sound(known)]
         if not found:
             why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
-            if outcome.exit_code in NO_PYTHON:
+            if outcome.exit_code in NO_PYTHON or any("catatonit" in line for line in outcome.tail):
                 problem = Problem("image", f"{self.manifest.image.ref} cannot run python3, which it needs: {why}.")
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
             raise BuilderError(f"the probe of {self.manifest.image.ref} told nothing: {why}", notes=outcome.tail)
         record: Record = found[-1]
-        problems = list(preflight.seen_problems(self.manifest, record))
+        problems = list(preflight.seen_problems(self.manifest, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)
         return record

@@ -51,10 +51,14 @@ class Mount:
     read_only: bool = False
 
     def body(self) -> dict[str, Any]:
-        """As the engine wants it."""
-        mount = {"Type": self.kind, "Source": self.source, "Target": self.target, "ReadOnly": self.read_only}
-        # An empty named volume would be filled with what the image has at that path: somebody else's cache.
-        return mount | ({"VolumeOptions": {"NoCopy": True}} if self.kind == "volume" else {})
+        """A bind as the engine wants it: one whose source is missing is refused."""
+        return {"Type": self.kind, "Source": self.source, "Target": self.target, "ReadOnly": self.read_only}
+
+    def short(self) -> str:
+        """A volume as the engine wants it. An empty one would be filled with what the image has at that path, somebody
+        else's cache; Podman heeds that in this form alone.
+        """
+        return f"{self.source}:{self.target}:nocopy{',ro' if self.read_only else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,8 @@ class ContainerSpec:
             "Init": True,
             "IpcMode": "private",
             "NetworkMode": self.network,
-            "Mounts": [mount.body() for mount in self.mounts],
+            "Mounts": [mount.body() for mount in self.mounts if mount.kind == "bind"],
+            "Binds": [mount.short() for mount in self.mounts if mount.kind == "volume"],
             "Tmpfs": dict(self.tmpfs),
             "Ulimits": [{"Name": name, "Soft": value, "Hard": value} for name, value in self.ulimits.items()],
             "LogConfig": {"Type": "json-file", "Config": dict(LOG_OPTIONS)},

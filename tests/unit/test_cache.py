@@ -60,7 +60,7 @@ class Elsewhere:
             raise NotFoundError(f"no {path}", status=404)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
-            tar.add(place, arcname=place.name)
+            tar.add(place, arcname="." if path.endswith("/.") else place.name)
         data = buffer.getvalue()
         return (data[at : at + 700] for at in range(0, len(data), 700))
 

@@ -225,10 +225,8 @@ def test_the_request_for_a_container_says_exactly_this() -> None:
             "IpcMode": "private",
             "ShmSize": 32 << 30,
             "NetworkMode": "none",
-            "Mounts": [
-                {"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True},
-                {"Type": "volume", "Source": "v", "Target": "/c", "ReadOnly": False, "VolumeOptions": {"NoCopy": True}},
-            ],
+            "Mounts": [{"Type": "bind", "Source": "/a", "Target": "/b", "ReadOnly": True}],
+            "Binds": ["v:/c:nocopy"],
             "Tmpfs": {},
             "Ulimits": [
                 {"Name": "memlock", "Soft": -1, "Hard": -1},
