@@ -159,6 +159,21 @@ def test_a_full_disk_under_the_log(cli: Cli, aftermath: Aftermath) -> None:
 
 
 @pytest.mark.fault(
+    "crash loop that floods the log",
+    how="a task that prints without end, and a log_limit of 4 MiB instead of 2 GiB",
+    holds="11: the reason is the log limit; the log ends there",
+)
+def test_a_flood(cli: Cli, aftermath: Aftermath) -> None:
+    flood = "print('line 0', flush=True)\nwhile True:\n    print('crashed, and starting again ' * 9)\n"
+    cli.manifest(command("floods", flood), container={"log_limit": "4m"})
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    aftermath.over(cli, builder, 11, "the log limit is reached: no more was copied and the task was ended")
+    assert 4 << 20 < (cli.logs / "floods.log").stat().st_size < 8 << 20
+
+
+@pytest.mark.fault(
     "disk of the lease files full",
     how="a full tmpfs at XDG_RUNTIME_DIR, mounted in the builder's own mount namespace",
     holds="12: before anything is created",
