@@ -57,7 +57,8 @@ def warmup_image(engine: Engine, serving: Image, setup: Sequence[str], on_line: 
 
 def _program() -> list[tuple[str, bytes]]:
     """The in-container program's sources, sorted, as (path in the context, content)."""
-    sources = [_PACKAGE / "__init__.py", *sorted((_PACKAGE / "warmup").glob("*.py"))]
+    program = _PACKAGE / "warmup"
+    sources = [_PACKAGE / "__init__.py", *sorted(program.glob("*.py")), *sorted(program.glob("stub_driver/*.c"))]
     return [(f"builder/{path.relative_to(_PACKAGE).as_posix()}", path.read_bytes()) for path in sources]
 
 

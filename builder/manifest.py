@@ -153,6 +153,7 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
         tasks=read_tasks(
             root,
             gpus=gpus.count,
+            pretend=gpus.pretend,
             timeout=given.read("timeout", positive_seconds),
             silence=given.read("silence", positive_seconds),
         ),

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from builder.errors import BuilderError, ProblemsError
 from builder.plan import Item, Plan
+from builder.warmup import markers
 from builder.warmup.files import printable
 
 JSON_SCHEMA = 1
@@ -21,7 +22,8 @@ JSON_SCHEMA = 1
 @dataclass
 class TaskResult:
     """What became of one task. seconds is None for a task that nothing was done for. loaded: the weights it was warmed
-    with, where it has a model (``weights``, ``dummy weights, 4 layers``).
+    with, where it has a model (``weights``, ``dummy weights, 4 layers``). reservation: what has to be said wherever it
+    is called warm.
     """
 
     label: str
@@ -37,6 +39,7 @@ class TaskResult:
     verified: bool = False
     proof: str | None = None
     since: str = ""
+    reservation: str = ""
     log: str | None = None
     tail: Sequence[str] = ()
 
@@ -46,6 +49,8 @@ class TaskResult:
         parts = [self.reason]
         if self.state == "warm" and not self.reason:
             parts = [f"since {self.since}" if self.since else ""]
+        if self.state == "warm":
+            parts.append(self.reservation)
         if self.state in ("warm", "warmed") and self.loaded not in ("", "weights"):
             parts.append(f"with {self.loaded}")
         return ", ".join(part for part in parts if part)
@@ -74,6 +79,7 @@ def before(item: Item) -> TaskResult:
         verified=marker.get("proof") == "verified",
         since=str(marker.get("written", ""))[:10],
         loaded=_loaded(marker),
+        reservation=markers.reservation(marker),
     )
 
 
@@ -104,6 +110,11 @@ class Report:
     def planned(self, plan: Plan) -> None:
         """The tasks as a run that has done nothing yet has them."""
         self.tasks = [before(item) for item in plan.items]
+        said = {task.reservation: None for task in self.tasks if task.reservation}
+        for reservation in said:
+            labels = ", ".join(task.label for task in self.tasks if task.reservation == reservation)
+            if (warning := f"{labels}: {reservation}") not in self.warnings:
+                self.warnings.append(warning)
 
     def settle(self, result: TaskResult) -> None:
         """Puts a task's result in the place of its plan."""
@@ -140,6 +151,7 @@ class Report:
                     "added_bytes": dict(task.added_bytes),
                     "loaded": task.loaded or None,
                     "verified": task.verified and task.proven is not None,
+                    "reservation": task.reservation or None,
                     "proof": task.proven,
                     "log": task.log,
                 }

@@ -173,6 +173,8 @@ def announce(session: Session, plan: Plan, expected: Mapping[str, Estimate]) -> 
     """The head of a run that has work to do."""
     image, manifest = session.serving, session.manifest
     devices = f"{manifest.gpus.count} GPUs" if manifest.gpus.count else "no GPUs"
+    if manifest.gpus.pretend:
+        devices = f"no GPU, pretending {manifest.gpus.pretend} (experimental: not proven on hardware)"
     session.console.say(f"warm-cache  {image.ref} ({image.id[:19]}…)  {devices}  cache {session.cache.name}")
     keys = toolchain.family_keys(plan.items[0].record)
     session.console.say(f"toolchain {plan.digest} of {len(keys)} families, logs in {session.options.log_dir}")

@@ -19,11 +19,13 @@ from builder.values import (
     count,
     list_of,
     matching,
+    one_of,
     positive,
     positive_seconds,
     seconds,
     size,
 )
+from builder.warmup.pretend import GPUS
 
 T = TypeVar("T")
 D = TypeVar("D")  # of a value that may be None
@@ -76,13 +78,15 @@ class ContainerSpecs:
 
 @dataclass(frozen=True, kw_only=True)
 class GpusSpec:
-    """count: 0 = no device request. devices: GPU indices of a shared machine. acquire, release: command lines.
+    """count: 0 = no device request. pretend: a GPU that kernels are compiled for without one (experimental). devices:
+    GPU indices of a shared machine. acquire, release: command lines.
 
     In seconds: release_timeout: until the GPUs of a task that ended are free again. hook_timeout: for one command line.
     """
 
     count: int = 8
     name: str | None = None
+    pretend: str | None = None
     devices: tuple[int, ...] | None = None
     acquire: tuple[str, ...] = ()
     release: tuple[str, ...] = ()
@@ -193,8 +197,10 @@ def read_container(table: Table, given: Given) -> ContainerSpecs:
 
 
 def read_gpus(table: Table) -> GpusSpec:
+    pretended = table.read("pretend", one_of(GPUS, "GPU to pretend"), None)
     specs = GpusSpec(
-        count=table.read("count", count, 8),
+        count=table.read("count", count, 8 if pretended is None else 0),
+        pretend=pretended,
         name=table.read("name", a_string, None),
         devices=table.read("devices", _devices, None),
         acquire=table.read("acquire", list_of(a_string, "command lines"), ()),
@@ -203,6 +209,8 @@ def read_gpus(table: Table) -> GpusSpec:
         hook_timeout=table.read("hook_timeout", positive_seconds, 60.0),
     )
     table.finish()
+    if specs.pretend is not None and (specs.count or specs.devices):
+        table.blame("pretend", "pretend is for a machine without GPUs, or whose GPUs stay free:", "set count = 0.")
     if specs.devices is not None and specs.count != len(specs.devices):
         if not table.has("count"):
             return replace(specs, count=len(specs.devices))

@@ -36,7 +36,7 @@ from builder.values import (
 from builder.warmup import flags
 from builder.warmup.families import FAMILIES
 from builder.warmup.files import printable
-from builder.warmup.task import Shape, Task
+from builder.warmup.task import PRETEND_VARIABLE, Shape, Task
 
 RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
 LOADS = ("weights", "dummy", "dummy-then-weights")
@@ -51,6 +51,7 @@ _OWN_VARIABLES = {name for family in FAMILIES for name, _ in family.env} | {
 _SECRET_OPTIONS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
 _MODEL_OPTIONS = ("--model-path", "--model")
 _SERVERS = ("compile-deep-gemm", "serve")
+_COMPILES_ONLY = "only recipe = 'shapes' compiles without running anything."
 #: Keys that mean something for some recipes only.
 _ONLY_FOR = {
     "shapes": ("shapes",),
@@ -69,10 +70,13 @@ _PARALLELISM = {
 }
 
 
-def read_tasks(root: Table, *, gpus: int, timeout: float | None, silence: float | None) -> tuple[Task, ...]:
+def read_tasks(
+    root: Table, *, gpus: int, timeout: float | None, silence: float | None, pretend: str | None = None
+) -> tuple[Task, ...]:
     """Every [[task]] of the manifest over [defaults]. timeout and silence: seconds that replace every task's own.
 
-    gpus: how many the machine gives; what a task takes unless it says less. Problems go into the document.
+    gpus: how many the machine gives; what a task takes unless it says less. pretend: the GPU that is not there, but
+    for which is compiled. Problems go into the document.
     """
     groups = _read_groups(root.table("args"))
     defaults = root.table("defaults")
@@ -85,8 +89,13 @@ def read_tasks(root: Table, *, gpus: int, timeout: float | None, silence: float 
     for table in tables:
         task = _read_task(table, base, gpus, groups)
         tasks.append(replace(task, timeout=timeout or task.timeout, silence=silence or task.silence))
+        if pretend is not None and task.recipe != "shapes":
+            table.blame("recipe", f"on a pretended GPU nothing runs, and {task.recipe!r} runs kernels:", _COMPILES_ONLY)
     _blame_twins(tables, tasks)
-    return tuple(replace(task, label=label) for task, label in zip(tasks, labels(tasks), strict=True))
+    extra = {} if pretend is None else {PRETEND_VARIABLE: pretend}
+    return tuple(
+        replace(task, label=label, env={**task.env, **extra}) for task, label in zip(tasks, labels(tasks), strict=True)
+    )
 
 
 def _read(table: Table, base: Task) -> Task:
@@ -289,7 +298,9 @@ def _degree(argv: Sequence[str], name: str) -> int:
 
 
 def _content(task: Task) -> str:
-    apart = {"label": "", "timeout": 0, "silence": 0, "workers": 0}
+    apart: dict[str, Any] = {"label": "", "timeout": 0, "silence": 0, "workers": 0}
+    if task.recipe == "shapes":
+        apart["gpus"] = 0  # who compiles does not change what is compiled
     return json.dumps({**asdict(task), **apart}, sort_keys=True)
 
 

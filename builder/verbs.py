@@ -17,7 +17,7 @@ from builder.report import TaskResult, counted, size
 from builder.session import Session
 from builder.warmup import families, files, inventory, markers, toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
-from builder.warmup.task import Task
+from builder.warmup.task import PRETEND_VARIABLE, Task
 
 
 def known(session: Session) -> bool:
@@ -64,6 +64,8 @@ def explain(session: Session, _said: Namespace) -> None:
     for index, result in enumerate(session.report.tasks):
         judgement = plan.items[index].judgement if plan else None
         because = f", because {result.reason}" if result.reason else f", since {result.since}"
+        if result.reservation:
+            because += f"; {result.reservation}"
         session.console.say(f"{result.label}: {result.state}{because}")
         differences = list(judgement.differences) if judgement else []
         if differences:
@@ -73,6 +75,7 @@ def explain(session: Session, _said: Namespace) -> None:
                 "label": result.label,
                 "state": result.state,
                 "reason": result.reason,
+                "reservation": result.reservation or None,
                 "marker": judgement.path if judgement else None,
                 "factors": [dict(zip(("factor", "marker", "now"), row, strict=True)) for row in differences],
             }
@@ -198,7 +201,11 @@ def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
 def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:
     """The variables that every task has, with the same value."""
     first, *others = [task.env.items() for task in tasks]
-    return {name: value for name, value in sorted(first) if all((name, value) in other for other in others)}
+    return {
+        name: value
+        for name, value in sorted(first)
+        if name != PRETEND_VARIABLE and all((name, value) in other for other in others)
+    }
 
 
 def _mounts(session: Session) -> list[str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
-from builder.warmup import layout, toolchain, upkeep
+from builder.warmup import layout, pretend, toolchain, upkeep
 from builder.warmup.events import FAILED
 from builder.warmup.guard import Guard, Stopped, end
 from builder.warmup.output import Output
@@ -67,7 +68,13 @@ def main() -> int:
 def _probe(job: Job, output: Output) -> int:
     root = Path(job.mount)
     env = {} if job.task is None else dict(job.task.env)
-    record = toolchain.probe(environ={**os.environ, **env}, mount=job.mount, image=job.image)
+    with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
+        try:
+            environ = pretend.environment({**os.environ, **env}, place)
+        except pretend.Impossible as why:
+            output.say(str(why))
+            return FAILED
+        record = toolchain.probe(environ=environ, mount=job.mount, image=job.image)
     output.event("toolchain", record=record)
     try:
         layout.prepare(root)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.warmup import files
-from builder.warmup.task import Task
+from builder.warmup.task import PRETEND_VARIABLE, Task
 from builder.warmup.toolchain import Record
 
 #: Raise a recipe's number when what it makes compile changes: its tasks are then asked for again.
@@ -51,10 +51,12 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
         "revision": task.revision,
         "config.json": config_digest or _in_image(task, record),
         "argv": argv,
-        "env": dict(sorted(task.env.items())),
+        # For which GPU kernels are compiled, and how, is the toolchain's to tell.
+        "env": {name: value for name, value in sorted(task.env.items()) if name != PRETEND_VARIABLE},
         "recipe": task.recipe,
         "recipe version": RECIPE_VERSIONS.get(task.recipe, 0),
-        "gpus": task.gpus,
+        # What is compiled for a shape does not depend on how many GPUs there are to do it.
+        "gpus": None if task.recipe == "shapes" else task.gpus,
         "families": None if task.families is None else sorted(set(task.families)),
     }
     for name in _SETTINGS.get(task.recipe, ()):

@@ -34,6 +34,7 @@ from builder.warmup.task import Task
 from builder.warmup.toolchain import Record
 
 __all__ = [
+    "PRETENDED",
     "RECIPE_VERSIONS",
     "SCHEMA",
     "VERIFIED",
@@ -48,10 +49,13 @@ __all__ = [
     "normalise_argv",
     "publish",
     "read",
+    "reservation",
 ]
 
 #: The proof of a second pass in a new process that added nothing. Others: steady, inventory, nothing-claimed.
 VERIFIED = "verified"
+#: The same, on a GPU that was not there: never as good as verified.
+PRETENDED = "pretended"
 
 Row = tuple[str, str, str]
 
@@ -144,6 +148,16 @@ def build(
     }
 
 
+def reservation(marker: Mapping[str, Any]) -> str:
+    """What has to be said wherever the marker is believed; "" for one that a real GPU made."""
+    if marker.get("proof") != PRETENDED:
+        return ""
+    observed = marker.get("observed")
+    gpu = observed.get("pretended") if isinstance(observed, dict) else None
+    which = f"pretended {files.printable(gpu)[:40]}" if isinstance(gpu, str) else "a pretended one"
+    return f"compiled without a GPU ({which}): experimental, not proven on hardware"
+
+
 def publish(root: Path, marker: Mapping[str, Any]) -> str:
     """Writes the marker last, after all that it claims; its path below `root`. Raises OSError and leaves nothing.
 
@@ -157,7 +171,9 @@ def publish(root: Path, marker: Mapping[str, Any]) -> str:
     4. The directory is fsynced: only now does a crash of the machine keep the new name. Before, it may keep the old
        file, which is only older. Without step 2 it could keep the new name on an empty file.
     """
-    name = f"{toolchain.digest(marker['keys'])}.json"
+    # One made without a GPU lies beside what a real one proved, and never in its place.
+    kind = ".pretended" if marker["proof"] == PRETENDED else ""
+    name = f"{toolchain.digest(marker['keys'])}{kind}.json"
     path = f"markers/{folder_name(str(marker['label']), marker['coverage'])}/{name}"
     files.write_atomically(root / path, json.dumps(marker, indent=1).encode("ascii") + b"\n")
     return path

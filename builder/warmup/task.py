@@ -17,6 +17,9 @@ T = TypeVar("T")
 JOB_VARIABLE = "WARM_CACHE_JOB"
 SCHEMA = 1
 
+#: In a task's environment: the GPU that its kernels are compiled for, where there is none. Set by the builder alone.
+PRETEND_VARIABLE = "WARM_CACHE_PRETEND"
+
 #: The line sglang logs for every GEMM it warms (compile_utils.py of 0.5.12 to 0.5.23); `shapes` of a manifest accept
 #: it as it is.
 SHAPE = re.compile(

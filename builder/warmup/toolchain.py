@@ -6,7 +6,7 @@ The record is JSON::
      "factors":  {name: text or null},                 # every factor that families.py names
      "gpus":     [{"index", "uuid", "name", "compute_capability", "sm_count", "memory_bytes"}],
      "sglang":   {"version": text or null, "commit": text or null},
-     "observed": {"driver", "python", "problems": [text]}}
+     "observed": {"driver", "python", "problems": [text], "pretended": a GPU that is not there, or null}}
 
 What is absent is null, never guessed: an absent compiler is another toolchain than any compiler. Versions come from
 installed metadata and from ``--version``, GPU facts from libcuda and NVML; importing torch would take seconds.
@@ -30,6 +30,7 @@ from typing import Any
 
 from builder.warmup import compilers, files, packages
 from builder.warmup.families import FAMILIES, FAMILY, PACKAGES, TABLE_VERSION
+from builder.warmup.task import PRETEND_VARIABLE
 
 Record = dict[str, Any]
 SCHEMA = 1
@@ -51,6 +52,7 @@ PROBE_ENV: tuple[str, ...] = (
     "SGLANG_BUILD_COMMIT",
     "TRITON_PTXAS_BLACKWELL_PATH",
     "TRITON_PTXAS_PATH",
+    PRETEND_VARIABLE,
 )
 
 _COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")
@@ -100,7 +102,12 @@ def probe(*, environ: Mapping[str, str], mount: str, image: Mapping[str, Any]) -
         "factors": {name: factors[name] for name in sorted(factors)},
         "gpus": gpus,
         "sglang": {"version": sglang.version if sglang else None, "commit": commit},
-        "observed": {"driver": found["driver"], "python": sys.version.split()[0], "problems": problems},
+        "observed": {
+            "driver": found["driver"],
+            "python": sys.version.split()[0],
+            "problems": problems,
+            "pretended": environ.get(PRETEND_VARIABLE),
+        },
     }
 
 
@@ -161,8 +168,11 @@ def read_memo(
     """The record that `probe` would make in this image, if it was made before; None where that cannot be told.
 
     gpus: names of the GPU models that the host sees, sorted and joined by ", " ("" for none); driver: its version.
-    None = the host cannot see it: not compared, nor is what the container could not see. env: the task's environment.
+    None = the host cannot see it: not compared, nor is what the container could not see. env: the task's environment;
+    where it pretends a GPU the host's do not count, and its memos are never those of a real one.
     """
+    if env.get(PRETEND_VARIABLE):
+        gpus = driver = None
     for memo in _memos(memo_path(root, image_id), image_id):
         record = memo["record"]
         model, seen = gpu_model(record), _text(record["observed"].get("driver"))

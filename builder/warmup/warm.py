@@ -17,7 +17,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder.warmup import dummies, families, inventory, layout, markers, models, recipes, removal, shapes, toolchain
+from builder.warmup import (
+    dummies,
+    families,
+    inventory,
+    layout,
+    markers,
+    models,
+    pretend,
+    recipes,
+    removal,
+    shapes,
+    toolchain,
+)
 from builder.warmup.child import Failed
 from builder.warmup.counter import Counter
 from builder.warmup.coverage import needs_config
@@ -85,7 +97,7 @@ class Warming:
             verdict.state, verdict.reason = "skipped", str(skipped)
         except Partial as partial:
             verdict.state, verdict.reason = "partial", str(partial)
-        except (Failed, layout.LayoutError) as failed:
+        except (Failed, layout.LayoutError, pretend.Impossible) as failed:
             verdict.state, verdict.reason = "failed", str(failed)
         except OSError as error:
             verdict.state, verdict.reason = "failed", f"{error.filename or self._root}: {error.strerror or error}"
@@ -117,7 +129,8 @@ class Warming:
         if unknown:
             raise Failed(f"no claimable family is called {unknown[0]!r}")
         layout.prepare(self._root)
-        environ = {**os.environ, **task.env}
+        self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
+        environ = pretend.environment({**os.environ, **task.env}, self._temporary)
         record = toolchain.probe(environ=environ, mount=self._job.mount, image=self._job.image)
         self._keys = toolchain.family_keys(record)
         self._output.event(
@@ -129,7 +142,6 @@ class Warming:
         )
         self._guard.check()
         self._prepare_families(record)
-        self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
         digest = models.config_digest(task, environ) if needs_config(task) else None
         # Over the image's variables and the task's come the families', which nothing may redirect.
         environ = {**models.defaults(environ, self._temporary), **environ}
@@ -137,17 +149,21 @@ class Warming:
         self._before = self._scan()
         done = self._compile(recipe, environ)
         self.verdict.proof, self.verdict.reason = done.proof, done.doubt
+        pretended = record["observed"]["pretended"]
+        if pretended:
+            self.verdict.proof = markers.PRETENDED
         marker = markers.build(
             task,
             record=record,
             config_digest=digest,
             claims=done.claims,
             entries={name: sorted(done.used[name]) for name in done.claims},
-            proof=done.proof,
+            proof=self.verdict.proof,
             second_pass_added=self.verdict.second_pass_added,
             shapes=self._shapes(),
-            observed=self._observed(),
+            observed={**self._observed(), "compiled-on": "no GPU" if pretended else "GPU", "pretended": pretended},
         )
+        self.verdict.reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
         self._guard.check()
         self.verdict.marker = markers.publish(self._root, marker)
 

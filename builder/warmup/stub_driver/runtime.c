@@ -1,0 +1,185 @@
+/* EXPERIMENTAL, for a machine without a GPU: preloaded over libcudart.so (pretend.py compiles it and gives the numbers).
+ *
+ * One pretended GPU. Device memory is host memory that is given when touched, and a launch does nothing: nothing is ever
+ * computed.
+ */
+#define _GNU_SOURCE
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#undef cudaGetDeviceProperties
+
+#define OK cudaSuccess
+#define FREE_MEMORY (GPU_MEMORY - (1ull << 30))
+#define UNKNOWN(device) do { if ((device) != 0) return cudaErrorInvalidDevice; } while (0)
+
+/* devices */
+cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return OK; }
+cudaError_t cudaGetDevice(int *d) { *d = 0; return OK; }
+cudaError_t cudaSetDevice(int d) { UNKNOWN(d); return OK; }
+
+cudaError_t cudaDeviceGetPCIBusId(char *text, int length, int d)
+{
+    UNKNOWN(d);
+    snprintf(text, length, "0000:01:00.0");
+    return OK;
+}
+
+cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d)
+{
+    switch (a) {
+    case cudaDevAttrMultiProcessorCount: *v = GPU_SMS; break;
+    case cudaDevAttrComputeCapabilityMajor: *v = GPU_MAJOR; break;
+    case cudaDevAttrComputeCapabilityMinor: *v = GPU_MINOR; break;
+    case cudaDevAttrClockRate: *v = 1980000; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *v = GPU_SHARED; break;
+    case cudaDevAttrL2CacheSize: *v = GPU_L2; break;
+    default: *v = 0;
+    }
+    return OK;
+}
+
+static cudaError_t describe(struct cudaDeviceProp *p, int d)
+{
+    UNKNOWN(d);
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, GPU_NAME);
+    p->pciBusID = 1;
+    p->major = GPU_MAJOR;
+    p->minor = GPU_MINOR;
+    p->multiProcessorCount = GPU_SMS;
+    p->warpSize = 32;
+    p->maxThreadsPerBlock = 1024;
+    p->maxThreadsPerMultiProcessor = 2048;
+    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->sharedMemPerBlock = 49152;
+    p->sharedMemPerBlockOptin = GPU_SHARED;
+    p->sharedMemPerMultiprocessor = GPU_SHARED + 1024;
+    p->l2CacheSize = GPU_L2;
+    p->totalGlobalMem = GPU_MEMORY;
+    return OK;
+}
+
+/* CUDA 12 calls it by the second name. */
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) { return describe(p, d); }
+cudaError_t cudaGetDeviceProperties_v2(struct cudaDeviceProp *p, int d) { return describe(p, d); }
+
+/* memory */
+cudaError_t cudaMalloc(void **p, size_t n)
+{
+    *p = mmap(NULL, n ? n : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return *p == MAP_FAILED ? cudaErrorMemoryAllocation : OK;
+}
+
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) { *free_bytes = FREE_MEMORY; *total = GPU_MEMORY; return OK; }
+
+cudaError_t cudaMemset2DAsync(void *p, size_t pitch, int v, size_t width, size_t height, cudaStream_t s)
+{
+    for (size_t i = 0; i < height; i++) memset((char *)p + i * pitch, v, width);
+    return OK;
+}
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p)
+{
+    memset(a, 0, sizeof *a);
+    a->type = cudaMemoryTypeDevice;
+    a->devicePointer = (void *)p;
+    return OK;
+}
+
+cudaError_t cudaFree(void *p) { return OK; }
+cudaError_t cudaMemcpy(void *d, const void *s, size_t n, enum cudaMemcpyKind k) { memmove(d, s, n); return OK; }
+cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, enum cudaMemcpyKind k,
+    cudaStream_t st) { memmove(d, s, n); return OK; }
+cudaError_t cudaMemset(void *p, int v, size_t n) { memset(p, v, n); return OK; }
+cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s) { memset(p, v, n); return OK; }
+cudaError_t cudaHostAlloc(void **p, size_t n, unsigned f) { *p = malloc(n); return OK; }
+cudaError_t cudaFreeHost(void *p) { free(p); return OK; }
+cudaError_t cudaHostRegister(void *p, size_t n, unsigned f) { return OK; }
+cudaError_t cudaHostUnregister(void *p) { return OK; }
+
+/* the runtime itself */
+cudaError_t cudaDriverGetVersion(int *v) { *v = CUDART_VERSION; return OK; }
+cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return OK; }
+cudaError_t cudaGetLastError(void) { return OK; }
+cudaError_t cudaPeekAtLastError(void) { return OK; }
+cudaError_t cudaDeviceSynchronize(void) { return OK; }
+cudaError_t cudaDeviceCanAccessPeer(int *c, int a, int b) { *c = 0; return OK; }
+
+/* streams and events */
+cudaError_t cudaDeviceGetStreamPriorityRange(int *l, int *g) { *l = 0; *g = -5; return OK; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned f, int p) { *s = (cudaStream_t)malloc(8); return OK; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned f) { *s = (cudaStream_t)malloc(8); return OK; }
+cudaError_t cudaStreamCreate(cudaStream_t *s) { *s = (cudaStream_t)malloc(8); return OK; }
+cudaError_t cudaStreamDestroy(cudaStream_t s) { return OK; }
+cudaError_t cudaStreamQuery(cudaStream_t s) { return OK; }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return OK; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned f) { return OK; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned f) { *e = (cudaEvent_t)malloc(8); return OK; }
+cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = (cudaEvent_t)malloc(8); return OK; }
+cudaError_t cudaEventDestroy(cudaEvent_t e) { return OK; }
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return OK; }
+cudaError_t cudaEventQuery(cudaEvent_t e) { return OK; }
+cudaError_t cudaEventSynchronize(cudaEvent_t e) { return OK; }
+cudaError_t cudaEventElapsedTime(float *m, cudaEvent_t a, cudaEvent_t b) { *m = 0.01f; return OK; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *m) { return OK; }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) { return OK; }
+cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) { *p = 0; return OK; }
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status)
+{
+    *status = cudaStreamCaptureStatusNone;
+    return OK;
+}
+
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *g,
+                                     const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *n)
+{
+    *status = cudaStreamCaptureStatusNone;
+    if (id) *id = 0;
+    return OK;
+}
+
+/* kernels: a launch does nothing */
+cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t s, cudaStream_t st) { return OK; }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *f, void **a) { return OK; }
+cudaError_t cudaFuncSetAttribute(const void *f, enum cudaFuncAttribute a, int v) { return OK; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *f, int b, size_t s) { *n = 2; return OK; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int b,
+    size_t s, unsigned fl) { *n = 2; return OK; }
+cudaError_t cudaMemcpyToSymbol(const void *s, const void *src, size_t n, size_t o, enum cudaMemcpyKind k) { return OK; }
+cudaError_t cudaGetSymbolAddress(void **p, const void *s) { *p = malloc(1<<20); return OK; }
+int __cudaGetKernel(void **k, const void *f) { *k = (void *)f; return 0; }
+int __cudaLaunchKernel(void *k, dim3 g, dim3 b, void **a, size_t s, cudaStream_t st) { return 0; }
+
+cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f)
+{
+    memset(a, 0, sizeof *a);
+    a->maxThreadsPerBlock = 1024;
+    a->binaryVersion = a->ptxVersion = 10 * GPU_MAJOR + GPU_MINOR;
+    return OK;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned version, unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *result)
+{
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
+    *f = driver ? dlsym(driver, name) : NULL;
+    if (result) *result = *f ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return OK;
+}
+
+/* cuBLAS handles */
+int cublasLtCreate(void **h) { *h = malloc(64); return 0; }
+int cublasLtDestroy(void *h) { return 0; }
+int cublasCreate_v2(void **h) { *h = calloc(1, 4096); return 0; }
+int cublasLtMatmulAlgoGetHeuristic(void *h, void *desc, void *a, void *b, void *c, void *d, void *preference, int wanted,
+                                   void *results, int *found)
+{
+    memset(results, 0, 64);
+    *found = 1;
+    return 0;
+}
