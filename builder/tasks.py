@@ -62,7 +62,7 @@ _ONLY_FOR = {
     "load": _SERVERS,
     "layers": _SERVERS,
 }
-_PARALLELISM = {
+PARALLELISM = {
     "tp": ("--tp", "--tp-size", "--tensor-parallel-size"),
     "pp": ("--pp", "--pp-size", "--pipeline-parallel-size"),
     "dp": ("--dp", "--dp-size", "--data-parallel-size", "--attn-dp-size"),
@@ -282,7 +282,7 @@ def _told_apart(
 
 def _plain_label(task: Task) -> str:
     parts = [re.sub(r"[^A-Za-z0-9._-]+", "-", task.model.rstrip("/").rpartition("/")[2]).strip("-.")[:64] or "task"]
-    parts += [f"{name}{degree}" for name in _PARALLELISM if (degree := _degree(task.argv, name)) > 1]
+    parts += [f"{name}{degree}" for name in PARALLELISM if (degree := _degree(task.argv, name)) > 1]
     return "-".join(parts)
 
 
@@ -291,7 +291,7 @@ def _degree(argv: Sequence[str], name: str) -> int:
     degree = 1
     for index, argument in enumerate(argv):
         option, equals, value = argument.partition("=")
-        if option in _PARALLELISM[name]:
+        if option in PARALLELISM[name]:
             text = value if equals else argv[index + 1] if index + 1 < len(argv) else ""
             degree = int(text) if re.fullmatch(r"[0-9]{1,4}", text) else degree
     return degree

@@ -83,6 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
     "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
     "here": {"action": "store_true", "help": "for the environment that this runs in: no engine, nothing to install"},
+    "suite": {"metavar": "NAME", "help": "only tests whose suite or runner has this in its name (* matches)"},
     "format": {
         "metavar": "FORMAT",
         "choices": ("docker", "shell", "github", "json"),
@@ -146,6 +147,20 @@ VERBS = {
         "builder.verbs:env",
         ("format",),
         text=True,
+    ),
+    "import-tests": Verb(
+        "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",
+        "warm-cache import-tests test/registered --suite 8-gpu-h200 --profile h200",
+        "builder.imports:import_tests",
+        ("manifest", "profile", "image", "cache", "suite"),
+        arguments=(Argument("paths", "PATH", "test files of sglang, or folders of them", many=True),),
+        needs="nothing",
+        text=True,
+        details="The files are read and never executed; fixtures that they import are found by themselves in a "
+        "checkout of sglang. Conditions are read as they come out on CUDA, on Hopper GPUs and in CI.\n\n"
+        "Without a manifest: prints one. With --manifest or --profile: which launches no task covers, and in which "
+        "flags the nearest task differs; which tasks no test needs. Exit 0 when every launch is covered and "
+        "everything was understood, 10 otherwise.",
     ),
     "completion": Verb(
         "print a script by which a shell completes verbs, options and profiles",

@@ -8,6 +8,8 @@ import pytest
 
 from tests.program import Program, assemble
 
+collect_ignore = ["fixtures"]  # test files to be read, not run
+
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:

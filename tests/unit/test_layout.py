@@ -27,6 +27,7 @@ ORDER = """
     cancel sinks logs lease container locks gpulock hooks
     cache preflight plan report launch estimates packing activity voices display
     command session call holder runlock hold machine sidebyside run verbs doctor upkeep
+    testfiles expressions reading imports
     words arguments completion cli __main__
 """.split()
 
