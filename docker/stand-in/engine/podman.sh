@@ -95,6 +95,7 @@ up() {   # up DIR
     sh -c 'ip link set lo up; podman "$@"; exit $?' podman \
     --root "$DIR/root" --runroot "$DIR/run" system service --time 0 "$HOST" >>"$DIR/log" 2>&1 </dev/null) &
   pid=$!
+  disown "$pid" # its end is nobody's news
   echo "$pid" >"$DIR/guardian.pid"
   for ((tries = 0; tries < 400; tries++)); do
     if pings; then return; fi
@@ -116,11 +117,19 @@ halt() {   # ends it and, with its namespace, everything in it
 }
 
 run() {
-  local dir=$1 status=0
+  local dir=$1 status=0 child
   shift
+  enter "$dir"
   trap halt EXIT
   up "$dir"
-  DOCKER_HOST=$HOST "$@" || status=$?
+  # Not in the foreground: a shell waits for its foreground child before it heeds a signal.
+  DOCKER_HOST=$HOST env --default-signal=INT "$@" &
+  child=$!
+  trap : INT
+  trap 'kill -TERM $child 2>/dev/null || :' TERM
+  while wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do :; done
+  status=0
+  wait "$child" || status=$?
   exit $status
 }
 
