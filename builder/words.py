@@ -150,7 +150,7 @@ VERBS = {
     ),
     "import-tests": Verb(
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",
-        "warm-cache import-tests test/registered --suite 8-gpu-h200 --profile h200",
+        "warm-cache import-tests test/registered --suite h200 --profile h200",
         "builder.imports:import_tests",
         ("manifest", "profile", "image", "cache", "suite"),
         arguments=(Argument("paths", "PATH", "test files of sglang, or folders of them", many=True),),
@@ -179,7 +179,7 @@ VERBS = {
 }
 
 STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad
-entries (verify) · 11 some tasks failed, partial, timed out or skipped · 12 this
-machine can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or
-GPUs busy · 16 engine lost · 129/130/143 signal · hold: CMD's.
-Where several apply: signal, 1, 16, 13, 14, 11."""
+entries (verify), launches not covered (import-tests) · 11 some tasks failed,
+partial, timed out or skipped · 12 this machine can't run it · 13 GPUs not
+released · 14 budget exhausted · 15 cache or GPUs busy · 16 engine lost ·
+129/130/143 signal · hold: CMD's. Where several apply: signal, 1, 16, 13, 14, 11."""
