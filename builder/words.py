@@ -182,4 +182,5 @@ STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold 
 entries (verify), launches not covered (import-tests) · 11 some tasks failed,
 partial, timed out or skipped · 12 this machine can't run it · 13 GPUs not
 released · 14 budget exhausted · 15 cache or GPUs busy · 16 engine lost ·
-129/130/143 signal · hold: CMD's. Where several apply: signal, 1, 16, 13, 14, 11."""
+129/130/143 signal · hold: CMD's.
+Where several apply: signal, 1, 16, 13, 14, 11."""
