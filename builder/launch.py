@@ -80,7 +80,8 @@ class Shared(Protocol):
 class Asked:
     """What else one container may be asked for. devices: GPUs by index; None: all that the manifest has.
 
-    cancel: who may end it, if not whoever ends the whole invocation.
+    cancel: who may end it, if not whoever ends the whole invocation. beside: other tasks of this run may compile at the
+    same time.
     """
 
     devices: tuple[int, ...] | None = None
@@ -89,6 +90,7 @@ class Asked:
     on_event: Callable[[Mapping[str, Any]], None] | None = None
     budget: Deadline | None = None
     repair: bool = False
+    beside: bool = False
 
 
 NOTHING_ELSE = Asked()
@@ -143,6 +145,7 @@ def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Ask
         secrets=tuple(name for name in secrets if shared.options.environ.get(name)),
         job_max=manifest.cache.job_max,
         repair=asked.repair,
+        beside=asked.beside,
         observed={
             "host": socket.gethostname(),
             "builder": __version__,

@@ -53,7 +53,7 @@ def warm_one(session: Session, gpus: machine.Machine, item: Item, seat: Seat) ->
     """One task, from its title to the moment when its GPUs are free again. In a thread of its own."""
     label = item.task.label
     speak = speaking(session.console, seat.title, label, together=seat.together)
-    with speak as voice, gpus.free_after(label, seat.devices):
+    with speak as voice, gpus.free_after(label, seat.held):
         settle(session, voice, warm_task(session, item, seat, voice))
 
 
@@ -92,6 +92,7 @@ def warm_task(session: Session, item: Item, seat: Seat, voice: Voice) -> TaskRes
             display=voice.log,
             on_event=lambda event: tell(seat.activity, voice, event),
             budget=session.budget,
+            beside=seat.together,
         ),
     )
     result = judge_outcome(session, item, outcome)

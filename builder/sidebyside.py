@@ -31,12 +31,14 @@ _LOOK = 0.1
 
 @dataclass(frozen=True)
 class Seat:
-    """Where and how one task runs. devices: its GPUs by index, None: all that the manifest has. together: others may
-    run at the same time. cancel: ends it.
+    """Where and how one task runs. devices: GPUs that its container sees, by index; None: all that the manifest has.
+    held: those that are its own; none of a task without GPUs, which still sees them: its kernels are for them.
+    together: others may run at the same time. cancel: ends it.
     """
 
     title: str
     devices: tuple[int, ...] | None
+    held: tuple[int, ...] | None
     together: bool
     activity: Activity
     cancel: Cancel
@@ -185,6 +187,7 @@ class _Shift:
         where = f"  {_named(busy.devices)}" if busy.devices and not all_of_them else ""
         seat = Seat(
             f"[{self._started}/{self._count}] {task.label}{where}",
+            None if all_of_them or not task.gpus else busy.devices,
             None if all_of_them else busy.devices,
             self._together,
             activity,

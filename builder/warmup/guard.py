@@ -79,8 +79,9 @@ class Guard:
         """The moment (monotonic) until which a child may take its time: ``until``, or earlier once a signal came."""
         return min(until, self._signalled + max(0.5, self._job.grace - 1.0)) if self._signum else until
 
-    def acquire(self, path: Path, *, exclusive: bool) -> int:
-        """Waits for the lock on a file (made where it is missing) and returns the descriptor that holds it.
+    def acquire(self, path: Path, *, exclusive: bool, on_wait: Callable[[], None] = lambda: None) -> int:
+        """Waits for the lock on a file (made where it is missing) and returns the descriptor that holds it. on_wait: is
+        called about twenty times a second meanwhile.
 
         The waiting is done by the kernel, in its queue, so that nobody overtakes us. Raises Stopped, OSError; that
         also for a link, which would lock something else, and for anything but a file.
@@ -101,6 +102,7 @@ class Guard:
         waiter.start()
         while waiter.is_alive():
             self.check()
+            on_wait()
             waiter.join(0.05)
         if errors:
             raise OSError(errors[0].errno, errors[0].strerror, str(path))

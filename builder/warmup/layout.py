@@ -80,6 +80,11 @@ def hold_lock(root: Path) -> Path:
     return root / "locks" / "hold.lock"
 
 
+def compiling_lock(root: Path) -> Path:
+    """Held shared by every task of a run that has several at once, exclusively by one that has to be undisturbed."""
+    return root / "locks" / "compiling.lock"
+
+
 def family_lock(root: Path, family: str, key: str) -> Path:
     """Held shared by everybody who compiles into this family's directory, exclusively by who removes from it."""
     return root / "locks" / f"{family}-{key}.lock"

@@ -60,6 +60,13 @@ def neighbours(root: Path, label: str) -> list[Found]:
     return [found for name in folders for found in folder(root, name)]
 
 
+def twins(root: Path, name: str) -> list[Found]:
+    """Markers of other labels that cover the same as those in the folder of this name."""
+    suffix = name[name.rindex("-") :]
+    names = [item.name for item in files.listing(str(root / "markers")) or ()]
+    return [found for other in names if other.endswith(suffix) and other != name for found in folder(root, other)]
+
+
 def folder(root: Path, name: str) -> list[Found]:
     """What lies where a task's markers belong, most recent first."""
     base = root / "markers" / name

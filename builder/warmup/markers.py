@@ -29,7 +29,7 @@ from builder.warmup.coverage import (
 )
 from builder.warmup.entries import MISSING
 from builder.warmup.families import FAMILY, TABLE_VERSION, directory
-from builder.warmup.markerfiles import SCHEMA, Found, claimed_keys, folder, folder_name, neighbours, read
+from builder.warmup.markerfiles import SCHEMA, Found, claimed_keys, folder, folder_name, neighbours, read, twins
 from builder.warmup.task import Task
 from builder.warmup.toolchain import Record
 
@@ -88,11 +88,18 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
     cold = [
         _against_disk(root, item, marker, record, strict)
         for item, marker in same
-        if all(keys[family] == marker["keys"][family] for family in marker["claims"])
+        if _has_keys(marker, keys)
     ]
     for judgement in cold:
         if judgement.state == "warm":
             return judgement
+    for item in twins(root, folder_name(task.label, now)):
+        # The same work under another label: a label is only what people call it.
+        marker = _vouching(item, task).marker
+        if marker is not None and marker["coverage"] == now and _has_keys(marker, keys):
+            judgement = _against_disk(root, item, marker, record, strict)
+            if judgement.state == "warm":
+                return judgement
     if cold:
         return cold[0]
     for item in found:
@@ -180,6 +187,11 @@ def publish(root: Path, marker: Mapping[str, Any]) -> str:
 
 
 # Judging
+
+
+def _has_keys(marker: Mapping[str, Any], keys: Mapping[str, str]) -> bool:
+    """Whether the families that it claims are those of now."""
+    return all(keys[family] == marker["keys"][family] for family in marker["claims"])
 
 
 def _required(task: Task) -> tuple[str, ...] | None:

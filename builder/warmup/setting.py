@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from builder.warmup.beside import Beside
 from builder.warmup.child import Child
 from builder.warmup.guard import Guard
 from builder.warmup.output import Output
@@ -24,7 +25,7 @@ class Setting:
     """What every pass works with.
 
     entries: counts the valid entries of every claimable family. on_tick: called about ten times a second. watches: of
-    the children so far, for whoever reports what a pass that failed had seen.
+    the children so far, for whoever reports what a pass that failed had seen. beside: the neighbours.
     """
 
     task: Task
@@ -34,6 +35,7 @@ class Setting:
     guard: Guard
     grace: float
     entries: Callable[[], int]
+    beside: Beside
     on_tick: Callable[[], None] = lambda: None
     watches: list[Watch] = field(default_factory=list)
 

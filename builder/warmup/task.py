@@ -94,7 +94,8 @@ class Job:
     container ends by itself. grace: seconds between SIGTERM and giving up on children. secrets: NAMES of environment
     variables whose values must never be printed. image: id, digest, labels of the serving image (identity of
     image-bound families). job_max: seconds that a test job may last, and use the cache without a word (``sweep``).
-    repair: bad entries move aside (``verify``).
+    repair: bad entries move aside (``verify``). beside: other tasks of this run may compile into the root at the same
+    time.
     """
 
     mode: str
@@ -110,6 +111,7 @@ class Job:
     secrets: tuple[str, ...] = ()
     job_max: float = 6 * 3600.0
     repair: bool = False
+    beside: bool = False
     observed: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

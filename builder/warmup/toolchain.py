@@ -186,12 +186,19 @@ def read_memo(
     return None
 
 
-def write_memo(root: Path, image_id: str, record: Record, *, env: Mapping[str, str]) -> None:
-    """Remembers the record for this image and task environment, beside what is known for others. Raises OSError."""
+def write_memo(root: Path, image_id: str, record: Record, *, env: Mapping[str, str], known: bool = False) -> None:
+    """Remembers the record for this image and task environment, beside what is known for others. Raises OSError.
+
+    known: what is remembered already, and says the same, stays: a task may see fewer GPUs than there are.
+    """
     path = memo_path(root, image_id)
     new = {"table": TABLE_VERSION, "env": _probe_env(env), "record": record}
     same = _circumstances(new)
-    memos = [new, *(memo for memo in _memos(path, image_id) if _circumstances(memo) != same)]
+    before = _memos(path, image_id)
+    facts = record["factors"]
+    if known and any(_circumstances(memo) == same and memo["record"]["factors"] == facts for memo in before):
+        return
+    memos = [new, *(memo for memo in before if _circumstances(memo) != same)]
     document = {"schema": SCHEMA, "image": image_id, "memos": memos[:_MEMO_KEEP]}
     files.write_atomically(path, json.dumps(document, indent=1).encode("ascii"))
 

@@ -30,6 +30,7 @@ from builder.warmup import (
     shapes,
     toolchain,
 )
+from builder.warmup.beside import Beside
 from builder.warmup.child import Failed
 from builder.warmup.counter import Counter
 from builder.warmup.coverage import needs_config
@@ -73,6 +74,10 @@ class Proven:
     doubt: str
 
 
+class _Disturbed(Failed):
+    """The second pass compiled something, or somebody else did meanwhile."""
+
+
 class Warming:
     """One task's run. ``verdict`` is filled as the run goes on, so that a stop can report what there was."""
 
@@ -84,6 +89,7 @@ class Warming:
         self._keys: dict[str, str] = {}
         self._before: dict[str, Inventory] = {}
         self._locks: dict[str, int] = {}
+        self._beside = Beside(self._root, guard, output, active=job.beside)
         self._watches: list[Watch] = []
         self.verdict = Verdict()
 
@@ -142,6 +148,7 @@ class Warming:
         )
         self._guard.check()
         self._prepare_families(record)
+        self._beside.begin()
         digest = models.config_digest(task, environ) if needs_config(task) else None
         # Over the image's variables and the task's come the families', which nothing may redirect.
         environ = {**models.defaults(environ, self._temporary), **environ}
@@ -225,6 +232,7 @@ class Warming:
             output=self._output,
             guard=self._guard,
             grace=max(0.5, self._job.grace - 1.0),
+            beside=self._beside,
             entries=lambda: sum(len(found.valid) for found in self._scan().values()),
             on_tick=Counter(self._output, {name: self._directory(name) for name in self._candidates()}).tick,
         )
@@ -253,7 +261,7 @@ class Warming:
             if FAMILY[name].host_specific:
                 removal.clear_host_specific(self._root, name, key)  # of one that was killed
             self._locks[name] = self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
-        write_memo(self._root, self._job, record, self._task.env)
+        write_memo(self._root, self._job, record, self._task.env, known=True)
         for family in FAMILIES:
             key = self._keys[family.name]
             moved = inventory.sweep(
@@ -274,7 +282,11 @@ class Warming:
         asked = self._task.families if self._task.families is not None else recipe.requires or None
         claims = list(asked) if asked is not None else [name for name in used if used[name]]
         for name in claims:
-            broken = {entry: why for entry, why in after[name].invalid.items() if entry not in before[name].entries}
+            broken = {
+                entry: why
+                for entry, why in after[name].invalid.items()
+                if entry not in before[name].entries and not self._is_neighbours(name, entry, why)
+            }
             if broken:
                 entry = min(broken)
                 raise Failed(f"{name}: {len(broken)} new entries are not valid (first: {entry}: {broken[entry]})")
@@ -295,6 +307,24 @@ class Warming:
             return "inventory", ""
         if self._task.verify == "steady" and recipe.steady:
             return "steady", ""
+        try:
+            return self._second_pass(recipe, setting, first, after, claims)
+        except _Disturbed:
+            if not self._beside.active:
+                raise
+        # A neighbour's work, maybe. What our own pass added is on disk now, and a pass that adds nothing is the proof.
+        with self._beside.undisturbed():
+            return self._second_pass(recipe, setting, first, self._scan(), claims)
+
+    def _is_neighbours(self, family: str, entry: str, problem: str) -> bool:
+        """Whether an invalid entry may be one that a task beside this one is just making."""
+        return self._beside.active and inventory.may_be_in_progress(
+            FAMILY[family], self._directory(family), entry, problem, now=time.time()
+        )
+
+    def _second_pass(
+        self, recipe: Recipe, setting: Setting, first: Watch, after: Mapping[str, Inventory], claims: list[str]
+    ) -> tuple[str, str]:
         self._phase("second pass")
         doubt = ""
         try:
@@ -313,12 +343,14 @@ class Warming:
         self._count(again, only=claims)
         if grown:
             noun = "entry" if len(grown) == 1 else "entries"
-            raise Failed(
+            raise _Disturbed(
                 f"the second pass added {len(grown)} {noun} (first: {grown[0]}): the first one did not warm everything"
             )
         if anew:
             noun = "entry" if len(anew) == 1 else "entries"
-            raise Failed(f"the second pass compiled {len(anew)} {noun} again (first: {anew[0]}): it did not use them")
+            raise _Disturbed(
+                f"the second pass compiled {len(anew)} {noun} again (first: {anew[0]}): it did not use them"
+            )
         if lost:
             raise Failed(
                 f"{len(lost)} entries were valid before the second pass and are not after it (first: {lost[0]})"
@@ -369,8 +401,10 @@ class Warming:
         }
 
 
-def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str]) -> None:
+def write_memo(
+    root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False
+) -> None:
     """Remembers the record for the image, where it has an id. Raises OSError."""
     image_id = job.image.get("id")
     if isinstance(image_id, str) and image_id:
-        toolchain.write_memo(root, image_id, record, env=env)
+        toolchain.write_memo(root, image_id, record, env=env, known=known)

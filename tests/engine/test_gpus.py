@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,74 +16,25 @@ import psutil
 import pytest
 
 from builder.warmup import layout
-from tests.engine.cli import GATE, READY, Cli, Ended, command, wait_for
-from tests.stub_nvml.stub import GB, Driver, a_driver, a_library, build  # noqa: F401 - fixtures
+from tests.engine.cli import GATE, READY, Ended, command, wait_for
+from tests.engine.gpumachine import GpuCli, gpu_image
+from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.engine
 
 GPUS = 2
 
 
-@pytest.fixture(scope="module")
-def gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
-    """The tiny image with two pretended GPUs, whoever looks."""
-    context = tmp_path_factory.mktemp("gpu-image")
-    build("cuda.c", context / "libcuda.so.1")
-    (context / "Dockerfile").write_text(
-        f"FROM {tiny_image}\n"
-        "COPY libcuda.so.1 /opt/driver/\n"
-        f"ENV LD_LIBRARY_PATH=/opt/driver FAKE_CUDA_DEVICES={GPUS}\n"
-    )
-    tag = f"warm-cache-test-gpus:{os.getpid()}"
-    docker = ["docker", "-H", docker_host]
-    if shutil.which("docker") is None:
-        pytest.skip("no docker command to build the image with")
-    subprocess.run([*docker, "build", "-q", "-t", tag, context], check=True, capture_output=True, timeout=120)
-    yield tag
-    subprocess.run([*docker, "rmi", "-f", tag], check=False, capture_output=True, timeout=60)
-
-
-class GpuCli(Cli):
-    """A user on a machine with GPUs, which the test has in its hands."""
-
-    driver: Driver
-
-    @property
-    def environ(self) -> dict[str, str]:
-        return {**super().environ, **self.driver.environ}
-
-    def gpus(self, *tasks: dict[str, Any], **section: Any) -> None:
-        usual = {"count": GPUS, "name": "H200", "release_timeout": "10s"}
-        self.manifest(*(tasks or (command("one", READY),)), gpus={**usual, **section})
-
-    def ended(self, *options: str, **how: Any) -> Ended:
-        """`warm` to its end, whatever that is, and nothing of it left."""
-        ended = self.run("warm", "--json", *options, **how)
-        if "device driver" in ended.err:
-            pytest.skip("this engine has no GPU device driver, not even a fake one")
-        assert "defect" not in ended.said, ended.said
-        return ended
-
-    def go(self) -> None:
-        (self.root / "go").touch()
-
-    def another(self, name: str) -> GpuCli:
-        """Another cache root, on the same GPUs."""
-        place = self.place / name
-        place.mkdir()
-        return self.on(place, self.host, self.image, self.driver)
-
-    @classmethod
-    def on(cls, place: Path, host: str, image: str, driver: Driver) -> GpuCli:
-        cli = cls(place, host, image)
-        cli.driver = driver
-        return cli
+@pytest.fixture(scope="module", name="image")
+def a_gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
+    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, GPUS) as tag:
+        yield tag
 
 
 @pytest.fixture(name="cli")
-def a_gpu_cli(tmp_path: Path, docker_host: str, gpu_image: str, driver: Driver) -> Iterator[GpuCli]:
+def a_gpu_cli(tmp_path: Path, docker_host: str, image: str, driver: Driver) -> Iterator[GpuCli]:
     (tmp_path / "user").mkdir()
-    cli = GpuCli.on(tmp_path / "user", docker_host, gpu_image, driver)
+    cli = GpuCli.on(tmp_path / "user", docker_host, image, driver)
     yield cli
     cli.close()
 

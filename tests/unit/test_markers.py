@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import struct
 import threading
 import time
@@ -126,7 +127,17 @@ def test_no_marker(tmp_path: Path) -> None:
 
 
 def test_another_task_is_no_neighbour(warm: Path) -> None:
-    other = dataclasses.replace(TASK, label="DeepSeek-V3-0324")
+    other = dataclasses.replace(TASK, label="DeepSeek-V3-0324", argv=("--tp", "4"))
+    assert judge(warm, other).reason == "no-marker"
+
+
+def test_the_same_work_under_another_label_is_done(warm: Path) -> None:
+    """As long as the disk has it; and why it is cold is said of its own markers."""
+    other = dataclasses.replace(TASK, label="what-people-call-it-now")
+    assert judge(warm, other, strict=True).state == "warm"
+    assert judge(warm, other, made=record(deep_gemm="0.2.5 bbbb")).reason == "no-marker"
+    (entry,) = list(warm.glob("deep_gemm/*/cache/*"))[:1]
+    shutil.rmtree(entry)
     assert judge(warm, other).reason == "no-marker"
 
 
