@@ -9,7 +9,6 @@ Whatever is made so carries the mark: in the record's ``observed``, in the marke
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,8 @@ def _others(include: Path, driver: Path, environ: Mapping[str, str]) -> list[str
 
 def _include(environ: Mapping[str, str]) -> Path:
     """Where cuda.h is: beside the compiler that DeepGEMM uses."""
+    import shutil  # as below
+
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).resolve().parents[1])]
     for home in (*homes, "/usr/local/cuda"):
@@ -103,7 +104,8 @@ def _include(environ: Mapping[str, str]) -> Path:
 
 
 def _cc(environ: Mapping[str, str], *arguments: str) -> str:
-    import subprocess  # the host reads the table above, and never comes here
+    import shutil  # the host reads the table above, and never comes here
+    import subprocess
 
     compiler = shutil.which("cc", path=environ.get("PATH")) or shutil.which("gcc", path=environ.get("PATH"))
     if compiler is None:
