@@ -94,12 +94,12 @@ class Activity:
         """Units a second, over the last half minute; None as long as nothing can be said."""
         history = list(self._history)
         now = self._clock()
-        recent = [one for one in history if one[0] >= now - _WINDOW] or history[-1:]
-        before = next((one for one in reversed(history) if one[0] < now - _WINDOW), None)
-        first = before or (recent[0] if recent else None)
-        if first is None or not recent or now - first[0] < 1.0 or recent[-1][1] <= first[1]:
+        recent = [one for one in history if one[0] >= now - _WINDOW]
+        if len(recent) < 2:
+            recent = history[-2:]
+        if len(recent) < 2 or now - recent[0][0] < 1.0 or recent[-1][1] <= recent[0][1]:
             return None
-        return (recent[-1][1] - first[1]) / (now - first[0])
+        return (recent[-1][1] - recent[0][1]) / (now - recent[0][0])
 
     def parts(self) -> list[str]:
         """Phase, how far, how fast, how long still: what there is to say of these."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ class Cancel:
         self._since = 0.0
         self._signums: list[int] = []
         self._shields = 0
+        self._shielding = threading.Lock()
         self._reader, self._writer = os.pipe()
         self._close = weakref.finalize(self, _close_all, self._reader, self._writer)
 
@@ -92,11 +94,13 @@ class Cancel:
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
         """While something runs that looks at `is_set` itself, and must not be torn out of a step by an exception."""
-        self._shields += 1
+        with self._shielding:
+            self._shields += 1
         try:
             yield
         finally:
-            self._shields -= 1
+            with self._shielding:
+                self._shields -= 1
 
     @property
     def shielded(self) -> bool:

@@ -90,13 +90,16 @@ class _Screen:
         self._console, self._stream, self._picture = console, stream, picture
         self._texts: deque[str] = deque()
         self._dropped = 0
+        self._stuck = False
         self._changed = threading.Condition()
         self._closed = False
 
     def take(self, text: str) -> None:
         """To be shown above the lines."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._texts) < _QUEUE or self._closed, _PATIENCE):
+            patience = 0.0 if self._stuck else _PATIENCE
+            self._stuck = not self._changed.wait_for(lambda: len(self._texts) < _QUEUE or self._closed, patience)
+            if self._stuck:
                 self._dropped += 1 + self._texts.popleft().count("\n")
             self._texts.append(text)
 

@@ -137,3 +137,20 @@ def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
             session.ran[container] = "x"
     assert len(session.said) == 1 and "is not checked" in session.said[0]
     assert session.report.extra["gpus_reason"] == absent.absent
+
+
+def test_a_task_beside_others_answers_for_its_own_gpus_alone() -> None:
+    """Its neighbour has just begun, on the other GPU."""
+    mine, other = replace(IDLE, index=4, uuid="GPU-4"), IDLE
+    looks = [Look((other, mine)), Look((holding(STRANGER), holding_on(mine, SERVER))), Look((holding(STRANGER), mine))]
+    session = FakeSession(looks, timeout=20)
+    with Machine(session).free_after("half", (4,)):  # type: ignore[arg-type]
+        session.ran[OURS] = "warm-cache-1-run-half"
+    assert session.said[-1].startswith("half: GPUs free again after 0.")
+    with Machine(session).free_after("none", ()):  # type: ignore[arg-type]
+        session.ran[THEIRS] = "x"
+    assert len(session.said) == 1, "a task without GPUs has none to give back"
+
+
+def holding_on(gpu: Gpu, *processes: Process) -> Gpu:
+    return replace(gpu, processes=processes, used=sum(process.memory or 0 for process in processes))

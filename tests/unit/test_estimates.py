@@ -1,0 +1,88 @@
+"""How long a task will take, from the nearest marker there is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.estimates import TIME_OUT, Estimate, learn
+from builder.plan import make_plan
+from builder.warmup import markers
+from builder.warmup.families import FAMILIES
+from builder.warmup.task import Task
+from builder.warmup.toolchain import Record
+
+TASK = Task(label="model", model="org/model", recipe="command", argv=("serve",), families=(), timeout=900.0)
+
+
+def record(sglang: str = "0.5.23", **factors: str) -> Record:
+    names = {factor for family in FAMILIES for factor in family.factors}
+    return {
+        "schema": 1,
+        "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit", **factors},
+        "gpus": [],
+        "sglang": {"version": sglang, "commit": "abc"},
+        "observed": {"driver": None, "python": "3.12.3", "problems": []},
+    }
+
+
+def seen(root: Path, task: Task, seconds: Any, made: Record | None = None, written: float = 1.0) -> Path:
+    """A marker of an earlier run that took so long."""
+    known: dict[str, Any] = {"claims": [], "entries": {}, "proof": "nothing-claimed", "second_pass_added": None}
+    marker = markers.build(
+        task, record=made or record(), config_digest=None, shapes=[], observed={"seconds": seconds}, **known
+    )
+    path = root / markers.publish(root, marker)
+    os.utime(path, (written, written))
+    return path
+
+
+def expected(root: Path, task: Task = TASK) -> Estimate:
+    plan = make_plan((task,), {(): record()}, root=root, store=None)
+    return learn(root, plan.items)[task.label]
+
+
+def test_nothing_known_is_the_time_out_and_no_promise(tmp_path: Path) -> None:
+    assert expected(tmp_path) == Estimate(900.0, False, TIME_OUT)
+
+
+def test_the_nearest_marker_counts_and_among_equals_the_newest(tmp_path: Path) -> None:
+    other = replace(TASK, label="other", model="org/other")
+    for name, seconds in (("x", 100.0), ("y", 300.0), ("z", 500.0)):
+        seen(tmp_path, replace(other, label=name, model=name), seconds)
+    assert expected(tmp_path) == Estimate(300.0, False, "other tasks of the recipe command")
+    seen(tmp_path, TASK, 50.0, record(sglang="0.5.22"))
+    assert expected(tmp_path) == Estimate(50.0, True, "the same launch, of another version")
+    # One marker per set of claimed keys: this task claims a family, so that another toolchain is another file.
+    claiming = replace(TASK, families=None)
+    assert expected(tmp_path, claiming).seconds == 50.0
+    seen(tmp_path, TASK, 40.0, record(triton="another"), written=2.0)
+    assert expected(tmp_path) == Estimate(40.0, True, "the same task, under another toolchain")
+    seen(tmp_path, TASK, 30.0, written=3.0)
+    assert expected(tmp_path) == Estimate(30.0, True, "the same task")
+
+
+def test_what_others_took_is_no_more_than_the_time_out(tmp_path: Path) -> None:
+    seen(tmp_path, replace(TASK, label="other", model="org/other"), 5000.0)
+    assert expected(tmp_path).seconds == 900.0
+
+
+@pytest.mark.parametrize("seconds", [None, "60", True, -1, 0, 1e300, {}, [1]])
+def test_a_number_that_is_none_tells_nothing(tmp_path: Path, seconds: object) -> None:
+    seen(tmp_path, TASK, seconds)
+    assert expected(tmp_path).source == TIME_OUT
+
+
+def test_garbage_tells_nothing(tmp_path: Path) -> None:
+    path = seen(tmp_path, TASK, 60.0)
+    marker = json.loads(path.read_text())
+    for number, text in enumerate(("", "[" * 100_000, json.dumps({**marker, "observed": 3}), json.dumps([marker]))):
+        path.with_name(f"{number}.json").write_text(text)
+    (tmp_path / "markers" / "a file").write_text("")
+    os.mkfifo(tmp_path / "markers" / "model-0123456789ab")
+    assert expected(tmp_path).seconds == 60.0
