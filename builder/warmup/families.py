@@ -4,9 +4,13 @@ A family is one kind of JIT cache. The table says which variables point at it, w
 how its entries look on disk and what a killed process leaves behind. Nothing here has behaviour beyond joining paths;
 `toolchain` turns factors into keys and `inventory` reads the layouts.
 
+What sglang keeps elsewhere, and why it is no family: FlashInfer's cubins and Hugging Face's kernels lie in the image
+(FLASHINFER_CUBIN_DIR stays as it is); the allocator of symmetric memory is built in the temporary directory, which no
+variable of its own moves; outlines keeps grammars in a data base; CUDA graphs cannot be kept.
+
 Sources: sglang 0.5.11 to 0.5.23 (``srt/environ.py``, ``kernels/jit``), sgl-deep-gemm 0.1.0 to 0.2.5, Triton 3.9
-(``runtime/cache.py``, ``knobs.py``), torch 2.14 (``cpp_extension.py``, ``codecache.py``), quack-kernels 0.6.5,
-nvidia-cutlass-dsl 4.8.0.
+(``runtime/cache.py``, ``knobs.py``), torch 2.14 (``cpp_extension.py``, ``codecache.py``), DeepEP 2 (``csrc/jit``),
+quack-kernels 0.6.5, nvidia-cutlass-dsl 4.8.0.
 """
 
 from __future__ import annotations
@@ -112,7 +116,19 @@ FAMILIES: tuple[Family, ...] = (
         leftovers=(("tmp/*", f"build {_ABANDONED}"),),
     ),
     Family(
+        name="deep_ep",
+        # DeepEP's own JIT (its version 2): keyed by source and flags, with the path of its headers and without their
+        # content, so that images must not share it.
+        env=(("EP_JIT_CACHE_DIR", ""),),
+        factors=("image", "torch", "nvcc", "compute_capability"),
+        layout="deep_gemm",
+        shared=False,
+        leftovers=(("tmp/*", f"build {_ABANDONED}"),),
+    ),
+    Family(
         name="triton",
+        # Its tuning results are entries here as well, where a task's env has TRITON_CACHE_AUTOTUNING = "1"; without it
+        # every process measures anew.
         env=(("TRITON_CACHE_DIR", ""),),
         # __grp__*.json holds absolute paths, so the mount path is part of what a kernel is found by.
         factors=("triton", "ptxas", "compute_capability", "mount", *HOST_ABI),

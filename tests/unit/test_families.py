@@ -10,6 +10,7 @@ from builder.warmup.families import FAMILIES, FAMILY, HOST_ABI, PACKAGES, Family
 
 NAMES = [
     "deep_gemm",
+    "deep_ep",
     "triton",
     "inductor",
     "flashinfer",
@@ -35,6 +36,7 @@ def test_environment_covers_old_and_new_sglang() -> None:
     assert made == {
         "SGLANG_DG_CACHE_DIR": f"/jit/deep_gemm/{keys['deep_gemm']}",
         "DG_JIT_CACHE_DIR": f"/jit/deep_gemm/{keys['deep_gemm']}",
+        "EP_JIT_CACHE_DIR": f"/jit/deep_ep/{keys['deep_ep']}",
         "TRITON_CACHE_DIR": f"/jit/triton/{keys['triton']}",
         "TORCHINDUCTOR_CACHE_DIR": f"/jit/inductor/{keys['inductor']}",
         "FLASHINFER_WORKSPACE_BASE": f"/jit/flashinfer/{keys['flashinfer']}",
@@ -69,7 +71,7 @@ def test_what_the_driver_manages_is_never_claimed() -> None:
 
 
 def test_host_binaries_depend_on_the_host_abi() -> None:
-    for name in set(NAMES) - {"deep_gemm", "sglang_cache", "cuda"}:
+    for name in set(NAMES) - {"deep_gemm", "deep_ep", "sglang_cache", "cuda"}:
         assert set(HOST_ABI) <= set(FAMILY[name].factors), name
 
 

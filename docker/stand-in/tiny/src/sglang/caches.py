@@ -1,4 +1,4 @@
-"""One entry for every other cache that sglang fills, where its variable points; a default would be outside of the cache."""
+"""One entry for every other cache that sglang fills, where its variable points; a default would lie elsewhere."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ from deep_gemm.jit import cubin
 
 #: variable → where below it the real program writes, and what.
 ENTRIES = {
+    "EP_JIT_CACHE_DIR": "cache/kernel.dispatch.0123/kernel.cubin",
     "TORCHINDUCTOR_CACHE_DIR": "fxgraph/ab/fab0123/entry",
     "FLASHINFER_WORKSPACE_BASE": ".cache/flashinfer/0.6.5/90a/cached_ops/norm/norm.so",
     "TRTLLM_DG_CACHE_DIR": "cache/kernel.gemm.0123/kernel.cubin",
@@ -29,5 +30,7 @@ def fill() -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cubin(variable.encode()) if path.suffix in (".so", ".o", ".cubin") else b"{}")
+            if path.suffix == ".cubin":
+                path.with_suffix(".cu").write_text("// test double\n")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     Path(os.environ["SGLANG_CACHE_DIR"], f"gpu_p2p_access_cache_for_{devices}.json").write_text("{}")
