@@ -14,7 +14,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
@@ -89,11 +89,11 @@ class CacheRoot:
         return True
 
     @contextlib.contextmanager
-    def view(self, *, entries: bool = True, everything: bool = False) -> Iterator[Path]:
+    def view(self, *, entries: bool = True, keys: Collection[tuple[str, str]] | None = None) -> Iterator[Path]:
         """A path below which layout, memos and markers lie, and the entries that the markers list.
 
         Direct, it is the root itself. Through the engine it is a private copy that goes with the context: of the whole
-        family directories that markers claim (``entries``), or of all of them (``everything``).
+        family directories that markers claim (``entries``), or of those among them that are asked for (family, key).
         """
         direct = self.direct()
         if direct is not None:
@@ -102,9 +102,12 @@ class CacheRoot:
         with self._scratch() as copy, self._reader() as container:
             if container is not None:
                 with self._copying():
-                    self._fetch(container, ["."] if everything else INDEX, copy)
-                    if entries and not everything:
-                        self._fetch(container, sorted(_claimed(copy)), copy)
+                    self._fetch(container, INDEX, copy)
+                    if entries:
+                        claimed = _claimed(copy)
+                        if keys is not None:
+                            claimed &= {f"{family}/{key}" for family, key in keys}
+                        self._fetch(container, sorted(claimed), copy)
             yield copy
 
     @contextlib.contextmanager
@@ -187,8 +190,7 @@ class CacheRoot:
     def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
         mount = PurePosixPath(self._manifest.cache.mount)
         for name in names:
-            # What lies in the root, by `/.`: how the root itself would be called in its archive differs by engine.
-            self._unpack(container, f"{mount}/{name}", copy if name == "." else copy / PurePosixPath(name).parent)
+            self._unpack(container, f"{mount}/{name}", copy / PurePosixPath(name).parent)
 
     def _fetch_model(self, container: str, model: str, copy: Path) -> None:
         base = f"hub/models--{model.replace('/', '--')}"

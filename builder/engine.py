@@ -24,7 +24,7 @@ from builder.attachment import Connection
 from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.frames import Demux, readable
-from builder.greeting import Greeting
+from builder.greeting import Greeting, is_this_machine, version
 from builder.podman import Drained, is_between_states, is_podman, stored_log
 from builder.progress import PullProgress
 from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
@@ -99,7 +99,7 @@ class Engine:
 
             said, info = greeting.answer() if greeting else (None, {})
         if info:
-            self._local = _is_this_machine(info)
+            self._local = is_this_machine(info)
             self.podman = is_podman(info)
         # Never from_env(): that one asks for the version with errors of its own.
         options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
@@ -123,7 +123,7 @@ class Engine:
         """The newest version of the API that both sides know. Raises EngineLostError when there is none for us."""
         from docker.constants import DEFAULT_DOCKER_API_VERSION
 
-        newest = _version(engines_newest)
+        newest = version(engines_newest)
         if newest is None:
             raise EngineLostError(f"what answers at {self._place()} is no container engine: it gave no API version")
         if newest < MINIMUM_API:
@@ -131,8 +131,8 @@ class Engine:
                 f"the engine at {self._place()} is too old: it has API {newest[0]}.{newest[1]}, and device requests "
                 f"need {MINIMUM_API[0]}.{MINIMUM_API[1]}. Update it to Docker Engine 19.03 or later"
             )
-        oldest = _version(engines_oldest) or MINIMUM_API
-        major, minor = max(oldest, min(newest, _version(DEFAULT_DOCKER_API_VERSION) or newest))
+        oldest = version(engines_oldest) or MINIMUM_API
+        major, minor = max(oldest, min(newest, version(DEFAULT_DOCKER_API_VERSION) or newest))
         return f"{major}.{minor}"
 
     @property
@@ -162,7 +162,7 @@ class Engine:
         host name and the same running kernel. A builder in a container of its own has another host name.
         """
         if self._local is None:
-            self._local = self.url.startswith("unix://") and _is_this_machine(self.info)
+            self._local = self.url.startswith("unix://") and is_this_machine(self.info)
         return self._local
 
     @functools.cached_property
@@ -191,17 +191,13 @@ class Engine:
 
     def pull(self, ref: str, on_progress: Callable[[str], None] = lambda text: None) -> Image:
         """Pulls, and says how far it is when that has changed: layers, and bytes of those being loaded."""
-        api = self._api
-        from docker import auth
         from docker.utils import parse_repository_tag
 
         doing = f"cannot pull {ref}"
         with self._translated(doing):
             name, tag = parse_repository_tag(ref)
-            registry, _ = auth.resolve_repository_name(name)
-            credentials = auth.get_config_header(api, registry)
             where = {"fromImage": name, "tag": tag or "latest"}
-            headers = {"X-Registry-Auth": credentials} if credentials else {}
+            headers = self.credentials(name)
             response = self._request("POST", "/images/create", params=where, headers=headers, **self._long)
         progress = PullProgress(where["tag"])
         with contextlib.closing(response):
@@ -212,6 +208,20 @@ class Engine:
         if image is None:
             raise EngineRefusedError(f"{doing}: the engine pulled it and does not have it", status=404)
         return image
+
+    def credentials(self, name: str) -> Mapping[str, Any]:
+        """What this user's docker login says about the registry of a repository, as a header."""
+        from docker import auth
+
+        registry, _ = auth.resolve_repository_name(name)
+        found = auth.get_config_header(self._api, registry)
+        return {"X-Registry-Auth": found} if found else {}
+
+    def ask(self, doing: str, method: str, path: str, *names: str, **options: Any) -> Any:
+        """One question beyond those of this class, asked once; the answer's JSON, None for an empty one."""
+        with self._translated(doing):
+            answer = self._request(method, path, *names, **options)
+            return answer.json() if answer.content else None
 
     def build(
         self,
@@ -486,13 +496,3 @@ class Engine:
         if isinstance(error, lost):
             return loss(doing, error, hint=self._tunnel.complaint() if self._tunnel else "")
         return None
-
-
-def _is_this_machine(info: Mapping[str, Any]) -> bool:
-    here = os.uname()
-    return info.get("Name") == here.nodename and info.get("KernelVersion") == here.release
-
-
-def _version(text: object) -> tuple[int, int] | None:
-    parts = text.split(".") if isinstance(text, str) else []
-    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdigit() for part in parts) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -42,3 +43,15 @@ class Greeting:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def is_this_machine(info: Mapping[str, Any]) -> bool:
+    """Whether an engine that says this of itself runs on the kernel that we run on, as far as names tell."""
+    here = os.uname()
+    return (info.get("Name"), info.get("KernelVersion")) == (here.nodename, here.release)
+
+
+def version(text: object) -> tuple[int, int] | None:
+    """``1.41`` as numbers; None for anything else."""
+    parts = text.split(".") if isinstance(text, str) else []
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdigit() for part in parts) else None

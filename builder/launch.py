@@ -26,7 +26,7 @@ from builder.manifest import Manifest
 from builder.report import Report
 from builder.waiting import Deadline
 from builder.warmup.coverage import STORE_MOUNT as STORE
-from builder.warmup.task import JOB_VARIABLE, Job, Task
+from builder.warmup.task import JOB_VARIABLE, Job, PrunePolicy, Task
 
 #: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
 MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
@@ -91,6 +91,7 @@ class Asked:
     budget: Deadline | None = None
     repair: bool = False
     beside: bool = False
+    prune: PrunePolicy | None = None
 
 
 NOTHING_ELSE = Asked()
@@ -146,6 +147,7 @@ def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Ask
         job_max=manifest.cache.job_max,
         repair=asked.repair,
         beside=asked.beside,
+        prune=asked.prune,
         observed={
             "host": socket.gethostname(),
             "builder": __version__,

@@ -21,12 +21,14 @@ from builder.sections import (
     ImageSpec,
     ModelsSpec,
     Overrides,
+    RefreshSpec,
     RunSpec,
     read_cache,
     read_container,
     read_gpus,
     read_image,
     read_models,
+    read_refresh,
     read_run,
 )
 from builder.tasks import read_tasks
@@ -35,7 +37,8 @@ from builder.warmup.files import printable
 from builder.warmup.task import Task
 
 __all__ = [
-    "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RunSpec",
+    "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RefreshSpec",
+    "RunSpec",
     "cache_of", "load", "profiles", "select",
 ]  # fmt: skip
 
@@ -53,6 +56,7 @@ class Manifest:
     container: ContainerSpecs
     gpus: GpusSpec
     run: RunSpec
+    refresh: RefreshSpec
     tasks: tuple[Task, ...]
 
 
@@ -150,6 +154,7 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
         container=read_container(root.table("container"), given),
         gpus=gpus,
         run=read_run(root.table("run"), given),
+        refresh=read_refresh(root.table("refresh")),
         tasks=read_tasks(
             root,
             gpus=gpus.count,

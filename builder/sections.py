@@ -50,12 +50,27 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """Either root (an absolute host directory) or volume (a named volume). job_max: seconds a test job may last."""
+    """Either root (an absolute host directory) or volume (a named volume). job_max: seconds a test job may last.
+
+    What `prune` and `refresh` leave: keep, so many toolchains of each task; older_than, seconds without use after which
+    the rest goes (None: it never does); max_size, bytes that the root may have (None: no limit).
+    """
 
     root: Path | None = None
     volume: str | None = None
     mount: str = "/jit"
     job_max: float = 6 * 3600.0
+    keep: int = 2
+    older_than: float | None = None
+    max_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshSpec:
+    """metrics: a file for Prometheus' textfile collector, absolute. when_idle: seconds to wait for idle GPUs."""
+
+    metrics: Path | None = None
+    when_idle: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +179,9 @@ def read_cache(table: Table, given: Given) -> CacheSpec:
     volume = table.read("volume", _volume_name, None)
     mount = table.read("mount", _mount_point, "/jit")
     job_max = table.read("job_max", seconds, 6 * 3600.0)
+    keep = table.read("keep", positive, 2)
+    older_than = table.read("older_than", positive_seconds, None)
+    max_size = table.read("max_size", size, None)
     table.finish()
     if table.has("root") and table.has("volume"):
         table.blame("volume", "[cache] has both root and volume:", "keep one of them.")
@@ -174,7 +192,24 @@ def read_cache(table: Table, given: Given) -> CacheSpec:
         table.blame(
             None, "there is no cache:", "set root or volume in [cache], or pass --cache DIR or --cache volume:NAME."
         )
-    return CacheSpec(root=root, volume=volume, mount=mount, job_max=job_max)
+    return CacheSpec(
+        root=root,
+        volume=volume,
+        mount=mount,
+        job_max=job_max,
+        keep=keep,
+        older_than=older_than,
+        max_size=max_size,
+    )
+
+
+def read_refresh(table: Table) -> RefreshSpec:
+    spec = RefreshSpec(
+        metrics=table.read("metrics", _host_directory, None),
+        when_idle=table.read("when_idle", seconds, None),
+    )
+    table.finish()
+    return spec
 
 
 def read_models(table: Table, given: Given) -> ModelsSpec:

@@ -201,7 +201,9 @@ class Session:
         """
         records = self.records(tasks)
         models = {task.model for task in tasks}
-        with self.cache.view() as root, self.cache.store_view(models) as store:
+        # Whatever else lies in the cache is no matter of this image, and need not be copied.
+        keys = {place for record in records.values() for place in toolchain.family_keys(record).items()}
+        with self.cache.view(keys=keys) as root, self.cache.store_view(models) as store:
             plan = make_plan(tasks, records, root=root, store=store, strict=self.options.strict)
             if expected is not None:
                 from builder import estimates
@@ -219,19 +221,27 @@ class Session:
             self._records: dict[ProbeEnv, Record] = {}
         host = gpus.host_gpus() if self.engine.local else None
         for env in sorted({probe_env(task) for task in tasks} - self._records.keys()):
-            with self.cache.view(entries=False) as root:
-                record = toolchain.read_memo(
-                    root,
-                    self.identity,
-                    mount=self.manifest.cache.mount,
-                    gpus=host.model if host else None,
-                    driver=host.driver if host else None,
-                    env=dict(env),
-                )
+            record = self._remembered(env, host)
             # Podman would not even say that it has no GPUs to give: the probe's container has to.
             doubted = self.options.creates and bool(self.manifest.gpus.count) and self.engine.podman
             self._records[env] = self.probe(env) if record is None or doubted else record
         return self._records
+
+    def remembers(self, tasks: Sequence[Task]) -> bool:
+        """Whether `records` would start no container for these tasks."""
+        host = gpus.host_gpus() if self.engine.local else None
+        return all(self._remembered(env, host) is not None for env in {probe_env(task) for task in tasks})
+
+    def _remembered(self, env: ProbeEnv, host: gpus.HostGpus | None) -> Record | None:
+        with self.cache.view(entries=False) as root:
+            return toolchain.read_memo(
+                root,
+                self.identity,
+                mount=self.manifest.cache.mount,
+                gpus=host.model if host else None,
+                driver=host.driver if host else None,
+                env=dict(env),
+            )
 
     def wrote(self, marker: Mapping[str, Any] | None) -> bool:
         """Whether a marker is this run's own."""

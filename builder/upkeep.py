@@ -14,7 +14,7 @@ from typing import Any
 from builder import runlock
 from builder.container import Deadlines
 from builder.errors import ColdError, EngineLostError, PreflightError, Problem
-from builder.launch import Asked, describe
+from builder.launch import NOTHING_ELSE, Asked, describe
 from builder.report import counted
 from builder.session import Session
 from builder.warmup.events import FAILED, WARMED
@@ -48,10 +48,10 @@ def sweep(session: Session, _said: Namespace) -> None:
                 kept.append(_row(event, "path", "why"))
                 session.console.say(f"left {kept[-1]['path']}: {kept[-1]['why']}")
 
-    if not _is_there(session):
+    if not is_there(session):
         return
     with runlock.held(session):
-        _in_container(session, "sweep", hear)
+        in_container(session, "sweep", hear)
     more = f", {len(kept)} left" if kept else ""
     session.console.say(f"{session.cache.name}: {len(swept)} moved aside, {len(removed)} removed{more}")
 
@@ -75,12 +75,14 @@ def verify(session: Session, said: Namespace) -> None:
                 directories += 1
                 entries += int(event.get("entries") or 0)
 
-    there, repair = _is_there(session), bool(said.repair)
+    there, repair = is_there(session), bool(said.repair)
     if there and repair:
         with runlock.held(session):
-            _in_container(session, "verify", hear, repair=True)
+            in_container(session, "verify", hear, Asked(repair=True))
+    elif there and session.cache.direct() is None:
+        in_container(session, "verify", hear)  # a copy of everything would be as large as everything
     elif there:
-        with session.cache.view(everything=True) as root:
+        with session.cache.view() as root:
             for place in places(root):
                 found, problems = bad_entries(place, now=time.time())
                 shared = {"family": place.family.name, "key": place.key}
@@ -103,7 +105,7 @@ def verify(session: Session, said: Namespace) -> None:
     session.console.say(f"{session.cache.name}: {of}, all valid" + (f"; {len(moved)} moved aside" if moved else ""))
 
 
-def _is_there(session: Session) -> bool:
+def is_there(session: Session) -> bool:
     """Whether there is a cache root to work on; nothing here makes one where somebody mistyped a name."""
     session.report.cache = session.cache.name
     if session.cache.exists():
@@ -114,12 +116,12 @@ def _is_there(session: Session) -> bool:
     return False
 
 
-def _in_container(session: Session, mode: str, hear: Callable[[Event], None], *, repair: bool = False) -> None:
+def in_container(session: Session, mode: str, hear: Callable[[Event], None], asked: Asked = NOTHING_ELSE) -> None:
     """This mode to its end, and what it told. Raises what kept it from ending well."""
     run = session.manifest.run
     limits = Deadlines(task=TIMEOUT, silence=TIMEOUT, start=run.start, grace=run.grace)
     task = Task(label=mode, model="", recipe="command")
-    outcome = session.run(mode, task, limits, Asked(repair=repair))
+    outcome = session.run(mode, task, limits, asked)
     for event in outcome.events:
         hear(event)
     session.cancel.check()

@@ -15,7 +15,7 @@ from builder.errors import ColdError, UsageError
 from builder.plan import Plan
 from builder.report import TaskResult, counted, size
 from builder.session import Session
-from builder.warmup import families, files, inventory, markers, toolchain
+from builder.warmup import families, files, markers, places, toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.task import PRETEND_VARIABLE, Task
 
@@ -92,8 +92,8 @@ def status(session: Session, _said: Namespace) -> None:
     if session.cache.exists():
         records = session.records(tasks)
         current = toolchain.family_keys(next(iter(records.values())))
-        with session.cache.view(everything=True) as root:
-            found = [_family(root, path, current) for path in sorted(root.glob("*/*")) if _is_family(path)]
+        found = [{**held, "use": _use(held, current)} for held in holdings(session)]
+        with session.cache.view(entries=False) as root:
             marks = [_marker(path, root) for path in sorted(root.glob("markers/*/*.json"))]
         session.report.toolchain = toolchain.digest(current)
     session.report.cache = session.cache.name
@@ -113,21 +113,29 @@ def status(session: Session, _said: Namespace) -> None:
     )
 
 
-def _is_family(path: Path) -> bool:
-    return path.parent.name in families.FAMILY and path.is_dir()
+def holdings(session: Session) -> list[dict[str, Any]]:
+    """What every family directory holds: family, key, entries, invalid, bytes. Counted by a container where the root
+    cannot be read from here: a copy would be as large as the cache.
+    """
+    direct = session.cache.direct()
+    found: list[dict[str, Any]] = []
+    if direct is not None:
+        found += places.holdings(direct)
+    else:
+        from builder import upkeep  # a check has no use for it
+
+        names = ("family", "key", "entries", "invalid", "bytes")
+
+        def hear(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "holding" and all(name in event for name in names):
+                found.append({name: event[name] for name in names})
+
+        upkeep.in_container(session, "status", hear)
+    return sorted(found, key=lambda held: (held["family"], held["key"]))
 
 
-def _family(root: Path, path: Path, current: Mapping[str, str]) -> dict[str, Any]:
-    name, key = path.parent.name, path.name
-    found = inventory.scan(families.FAMILY[name], path)
-    return {
-        "family": name,
-        "key": files.printable(key),
-        "entries": len(found.valid),
-        "invalid": len(found.invalid),
-        "bytes": found.bytes,
-        "use": "this image" if current.get(name) == key else "another toolchain",
-    }
+def _use(held: Mapping[str, Any], current: Mapping[str, str]) -> str:
+    return "this image" if current.get(held["family"]) == held["key"] else "another toolchain"
 
 
 def _marker(path: Path, root: Path) -> dict[str, Any]:

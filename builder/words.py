@@ -84,6 +84,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
     "here": {"action": "store_true", "help": "for the environment that this runs in: no engine, nothing to install"},
     "suite": {"metavar": "NAME", "help": "only tests whose suite or runner has this in its name (* matches)"},
+    "keep": {"metavar": "N", "help": "how many toolchains of each task stay (default 2)"},
+    "older-than": {"metavar": "14d", "help": "what nobody has used for so long goes"},
+    "max-size": {"metavar": "200G", "help": "what was used longest ago goes until the cache is no larger"},
+    "images": {"action": "store_true", "help": "serving images of dropped toolchains go too, though still tagged"},
+    "dry-run": {"action": "store_true", "help": "say what would go, and change nothing"},
     "format": {
         "metavar": "FORMAT",
         "choices": ("docker", "shell", "github", "json"),
@@ -97,6 +102,7 @@ SHARED: dict[Needs, tuple[str, ...]] = {
     "nothing": ("json", "verbose"),
 }
 STARTS = ("pull", "log-dir")
+POLICY = ("keep", "older-than", "max-size", "images")
 
 VERBS = {
     "warm": Verb(
@@ -134,6 +140,18 @@ VERBS = {
         "warm-cache sweep --profile h200 --cache /data/sglang-jit",
         "builder.upkeep:sweep",
         ("lock-timeout",),
+    ),
+    "prune": Verb(
+        "remove what no toolchain that is kept needs, and never what the manifest's image needs or a job uses",
+        "warm-cache prune --profile h200 --keep 2 --max-size 200G --dry-run",
+        "builder.prune:prune",
+        (*POLICY, "dry-run", "lock-timeout"),
+        details="""Markers say what a toolchain needs. Of each task the newest toolchains stay; with --older-than
+whatever nobody has used for so long goes, and with --max-size what was used longest ago, until the cache fits.
+Directories that nothing kept refers to go with them, and so do warm-up images and untagged serving images that no
+container uses. The manifest's [cache] keep, older_than and max_size say the same.
+
+Nothing goes that was touched within [cache] job_max, that a warm-up works in, or while a test job holds the cache.""",
     ),
     "hold": Verb(
         "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",

@@ -1,5 +1,5 @@
 """``python3 -m builder.warmup``: reads its job from the environment and does it. Modes: probe, run, lock, hold, sweep,
-verify.
+verify, prune, status.
 
 Exit status: 0 done (``run``: warmed) · 20 failed · 21 partial · 22 skipped · 2 no job · 70 the lease ended · 71 the
 lifetime is over · 128 + N stopped by signal N.
@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from builder.warmup import layout, pretend, toolchain, upkeep
+from builder.warmup import layout, pretend, reclaim, toolchain, upkeep
 from builder.warmup.events import FAILED
 from builder.warmup.guard import Guard, Stopped, end
 from builder.warmup.output import Output
@@ -21,6 +21,8 @@ from builder.warmup.task import JOB_VARIABLE, Job
 from builder.warmup.warm import Warming, write_memo
 
 NO_JOB = 2
+#: Modes for a whole cache root.
+UPKEEP = {"sweep": upkeep.sweep, "verify": upkeep.verify, "prune": reclaim.prune, "status": upkeep.status}
 
 
 def main() -> int:
@@ -45,7 +47,7 @@ def main() -> int:
             status = _probe(job, output)
         elif job.mode in ("lock", "hold"):
             status = _lock(job, output, guard)
-        elif job.mode in ("sweep", "verify"):
+        elif job.mode in UPKEEP:
             status = _upkeep(job, output, guard)
         else:
             output.say(f"no such mode, or no task for it: {job.mode!r}")
@@ -107,7 +109,7 @@ def _lock(job: Job, output: Output, guard: Guard) -> int:
 
 def _upkeep(job: Job, output: Output, guard: Guard) -> int:
     try:
-        return {"sweep": upkeep.sweep, "verify": upkeep.verify}[job.mode](job, output, guard)
+        return UPKEEP[job.mode](job, output, guard)
     except (layout.LayoutError, OSError) as error:
         output.say(str(error))
         return FAILED

@@ -16,6 +16,11 @@ Events and their fields:
 - kept: family, key, path, why (mode ``sweep``: would go, and may not)
 - checked: family, key, entries (mode ``verify``: how many were looked at; one per family directory)
 - bad: family, key, entry, problem (mode ``verify``: an entry that is not valid, and was not moved)
+- pruned: kind (marker, memo, family, entries), path, family, key, bytes, why, stays ("" for what went, or would: mode
+  ``prune``); planned: the same, of a dry run
+- freed: before, after (bytes of the root, now and as planned), freed (bytes that were deleted), left [text], images,
+  kept_images [ids] (mode ``prune``, once)
+- holding: family, key, entries, invalid, bytes (mode ``status``, one per family directory)
 - verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n} of the families it claims,
   added {family: n} and added_bytes {family: bytes} of any family, loaded (the weights, or null), proof,
   second_pass_added, shapes [str], marker (path below the root, or null), seconds
@@ -32,7 +37,7 @@ WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
 
 NAMES = frozenset(
     {"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "removed", "kept", "checked", "bad"}
-    | {"verdict", "end"}
+    | {"pruned", "planned", "freed", "holding", "verdict", "end"}
 )
 
 

@@ -38,9 +38,10 @@ def open_regular(path: str) -> tuple[int, int]:
     """A descriptor for reading and the size of a regular file. Raises UnreadableError for anything else.
 
     O_NONBLOCK because opening a FIFO for reading would wait for a writer; a device or socket never passes the check.
+    Looking at a file is no use of it: where that is ours to say (the owner's), its access time stays as it was.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise UnreadableError("is missing", missing=True) from None
     except (OSError, ValueError) as error:
@@ -52,6 +53,13 @@ def open_regular(path: str) -> tuple[int, int]:
         os.close(fd)
         raise UnreadableError("is not a regular file")
     return fd, status.st_size
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
 
 
 def read_bytes(path: str, limit: int) -> bytes:

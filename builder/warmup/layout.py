@@ -60,7 +60,7 @@ def prepare(root: Path) -> str:
 
 def foreign(root: Path) -> str | None:
     """Something in this directory that shows that it is no cache root, by name; None in a root, or where one can be."""
-    own = {"lost+found", "aside", *FOLDERS, *FAMILY}
+    own = {"lost+found", "aside", "used", *FOLDERS, *FAMILY}
     names = [item.name for item in files.listing(str(root)) or ()]
     if "layout.json" in names:
         return None

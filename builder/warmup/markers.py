@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from builder.warmup import files, inventory, toolchain
+from builder.warmup import files, inventory, toolchain, use
 from builder.warmup.coverage import (
     RECIPE_VERSIONS,
     brief,
@@ -92,6 +92,7 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
     ]
     for judgement in cold:
         if judgement.state == "warm":
+            use.note(root, str(judgement.path))
             return judgement
     for item in twins(root, folder_name(task.label, now)):
         # The same work under another label: a label is only what people call it.
@@ -183,6 +184,7 @@ def publish(root: Path, marker: Mapping[str, Any]) -> str:
     name = f"{toolchain.digest(marker['keys'])}{kind}.json"
     path = f"markers/{folder_name(str(marker['label']), marker['coverage'])}/{name}"
     files.write_atomically(root / path, json.dumps(marker, indent=1).encode("ascii") + b"\n")
+    use.stamp(root, path)
     return path
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from builder.warmup import files, inventory
 from builder.warmup.families import FAMILIES, Family
@@ -48,6 +49,21 @@ def bad_entries(place: Place, *, now: float) -> tuple[int, dict[str, str]]:
         if files.listing(str(path / name)) is None:
             bad[name] = f"{files.UNREADABLE}: a directory that cannot be listed"
     return len(found.entries), bad
+
+
+def holdings(root: Path) -> Iterator[dict[str, Any]]:
+    """How much each directory of each family holds: family, key, entries, invalid, bytes (of the entries' files)."""
+    for family in FAMILIES:
+        for item in files.listing(str(root / family.name)) or ():
+            if files.is_dir(item):
+                found = inventory.scan(family, Path(item.path))
+                yield {
+                    "family": family.name,
+                    "key": files.printable(item.name),
+                    "entries": len(found.valid),
+                    "invalid": len(found.invalid),
+                    "bytes": found.bytes,
+                }
 
 
 def _mount(root: Path, family: str, key: str) -> str | None:

@@ -32,6 +32,7 @@ from builder.warmup.files import is_dir, listing, walk, why
 #: What `inventory.sweep` calls the things it moves; anything else that lies there is somebody else's.
 _MOVED = re.compile(r"(?P<family>[a-z_]+)-(?P<key>[0-9a-f]{16})-[0-9a-f]{12}-[0-9a-f]{32}")
 _MOUNTS = Path("/proc/self/mountinfo")
+HELD = "a test job holds the cache"
 
 
 @contextlib.contextmanager
@@ -44,15 +45,23 @@ def may_remove(
     now: float,
     what: Path | None = None,
     mounts: Path = _MOUNTS,
+    create: bool = True,
 ) -> Iterator[str | None]:
     """Why something of this family may not be removed now, or None: it may, until the context ends.
 
     what: the file or directory in question, by default the family's whole directory. job_max: seconds that a test job
-    may last. now: seconds since the epoch, as file times are; a time after it counts as just now. Never raises OSError.
+    may last. now: seconds since the epoch, as file times are; a time after it counts as just now. create: lock files
+    that are missing are made; without, nothing is written, and nobody holds what is not there. Never raises OSError.
     """
     what = Path(directory(str(root), family, key)) if what is None else what
     with contextlib.ExitStack() as locks:
-        yield (_busy(locks, root, family, key) or _used(what, job_max, now) or _viewed(what, mounts))
+        yield (_busy(locks, root, family, key, create) or _used(what, job_max, now) or _viewed(what, mounts))
+
+
+def is_held(root: Path) -> bool:
+    """Whether somebody says now that the cache is in use. Writes nothing."""
+    with contextlib.ExitStack() as locks:
+        return _refused(locks, layout.hold_lock(root), HELD, create=False) is not None
 
 
 def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str, str, str, str | None]]:
@@ -65,7 +74,7 @@ def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str
         if _used(path, job_max, now) is not None:
             continue
         with may_remove(root, family, key, job_max=job_max, now=now, what=path) as refusal:
-            stays = refusal or _remove(path)
+            stays = refusal or remove(path)
         yield family, key, name, stays
 
 
@@ -89,7 +98,7 @@ def _aside(root: Path) -> Iterator[tuple[str, str, Path]]:
                 yield named["family"], named["key"], Path(item.path)
 
 
-def _remove(path: Path) -> str | None:
+def remove(path: Path) -> str | None:
     """Deletes it; what was in the way, or None."""
     try:
         if stat.S_ISDIR(path.lstat().st_mode):
@@ -103,17 +112,20 @@ def _remove(path: Path) -> str | None:
     return None
 
 
-def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str) -> str | None:
+def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str, create: bool = True) -> str | None:
     """Takes both locks exclusively, or says who has one."""
-    return _refused(locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}") or _refused(
-        locks, layout.hold_lock(root), "a test job holds the cache"
-    )
+    return _refused(
+        locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create
+    ) or _refused(locks, layout.hold_lock(root), HELD, create)
 
 
-def _refused(locks: contextlib.ExitStack, path: Path, held: str) -> str | None:
+def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = True) -> str | None:
     """Takes the lock exclusively, or says who has it (or why nobody can)."""
+    flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        return None if not create else f"{path.name} cannot be locked: its directory is gone"
     except OSError as error:
         return f"{path.name} cannot be locked: {why(error)}"
     locks.callback(os.close, descriptor)

@@ -86,16 +86,37 @@ class Task:
 
 
 @dataclass(frozen=True)
+class PrunePolicy:
+    """What may go from a cache root (mode ``prune``). keep: so many toolchains of each task stay. older_than: seconds
+    without use after which it goes, None: never. max_size: bytes that the root may have, None: no limit.
+
+    image, keys and folders say what never goes: the identity of the manifest's image, its family keys (of every
+    environment that its tasks have), where the markers of its tasks lie, and the labels of tasks of which that cannot
+    be told now, because their model is not there. dry_run: it is only said.
+    """
+
+    keep: int = 2
+    older_than: float | None = None
+    max_size: int | None = None
+    image: str = ""
+    keys: tuple[Mapping[str, str], ...] = ()
+    folders: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything the in-container program is told.
 
-    mode: ``probe`` | ``run`` | ``lock`` | ``hold`` | ``sweep`` | ``verify``. mount: the cache root inside the
+    mode: ``probe`` | ``run`` | ``lock`` | ``hold`` | ``sweep`` | ``verify`` | ``prune`` |
+    ``status``. mount: the cache root inside the
     container. workdir: the image's own working directory, where children start. lifetime: seconds after which the
     container ends by itself. grace: seconds between SIGTERM and giving up on children. secrets: NAMES of environment
     variables whose values must never be printed. image: id, digest, labels of the serving image (identity of
     image-bound families). job_max: seconds that a test job may last, and use the cache without a word (``sweep``).
     repair: bad entries move aside (``verify``). beside: other tasks of this run may compile into the root at the same
-    time.
+    time. prune: what may go (``prune``).
     """
 
     mode: str
@@ -112,6 +133,7 @@ class Job:
     job_max: float = 6 * 3600.0
     repair: bool = False
     beside: bool = False
+    prune: PrunePolicy | None = None
     observed: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -203,6 +203,26 @@ def write_memo(root: Path, image_id: str, record: Record, *, env: Mapping[str, s
     files.write_atomically(path, json.dumps(document, indent=1).encode("ascii"))
 
 
+def drop_memos(path: Path, toolchain: str) -> None:
+    """Forgets what a memo file says about environments of this toolchain, and with the last of them the file. Raises
+    OSError.
+    """
+    try:
+        document = files.read_json(str(path), _MEMO_LIMIT)
+    except files.UnreadableError:
+        return
+    memos = [memo for memo in document["memos"] if not _is_of(memo, toolchain)]
+    if memos:
+        files.write_atomically(path, json.dumps({**document, "memos": memos}, indent=1).encode("ascii"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_of(memo: Any, toolchain: str) -> bool:
+    record = memo.get("record") if isinstance(memo, dict) else None
+    return record is not None and sound(record) and digest(family_keys(record)) == toolchain
+
+
 def _memos(path: Path, image_id: str) -> list[dict[str, Any]]:
     """The memos of the file that this program understands, most recent first; none where there is no such file."""
     try:

@@ -9,7 +9,7 @@ from builder.warmup import inventory, layout, removal
 from builder.warmup.events import WARMED
 from builder.warmup.guard import Guard
 from builder.warmup.output import Output
-from builder.warmup.places import Place, bad_entries, places
+from builder.warmup.places import Place, bad_entries, holdings, places
 from builder.warmup.task import Job
 
 
@@ -43,6 +43,14 @@ def verify(job: Job, output: Output, guard: Guard) -> int:
         for name, problem in sorted(bad.items()):
             output.event("bad", family=place.family.name, key=place.key, entry=name, problem=problem)
         output.event("checked", family=place.family.name, key=place.key, entries=entries)
+    return WARMED
+
+
+def status(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``status``: what every family directory holds."""
+    for held in holdings(Path(job.mount)):
+        guard.check()
+        output.event("holding", **held)
     return WARMED
 
 

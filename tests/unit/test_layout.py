@@ -26,8 +26,8 @@ ORDER = """
     gpus
     cancel sinks logs lease container locks gpulock hooks
     cache preflight plan report launch estimates packing activity voices display
-    command session call holder runlock hold machine sidebyside run verbs doctor upkeep
-    testfiles expressions reading imports
+    command session call holder runlock hold machine sidebyside run upkeep verbs doctor
+    testfiles expressions reading imports images policy prune
     words arguments completion cli __main__
 """.split()
 

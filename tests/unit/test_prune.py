@@ -1,0 +1,255 @@
+"""What may go from a cache root and what does, without an engine: the decision, and the program that carries it out."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.warmup import layout, markers, reclaim, toolchain, use
+from builder.warmup.markerfiles import folder_name
+from builder.warmup.prune import Plan
+from builder.warmup.task import PrunePolicy
+from tests.generations import DAY, Generations, image, record, task, unvouched
+from tests.program import Program, Result
+
+
+@pytest.fixture
+def made(program: Program) -> Generations:
+    return Generations(program.root)
+
+
+def policy(made: Generations, current: int, tasks: tuple[str, ...] = ("a", "b"), **limits: Any) -> PrunePolicy:
+    """With these tasks in the manifest, and the image of this number."""
+    known = made.made.get(current) or record(current)
+    covered = [markers.coverage(task(name), record=known, config_digest=None) for name in tasks]
+    return PrunePolicy(
+        image=image(current),
+        keys=(toolchain.family_keys(known),),
+        folders=tuple(folder_name(name, cover) for name, cover in zip(tasks, covered, strict=True)),
+        **limits,
+    )
+
+
+def planned(made: Generations, wanted: PrunePolicy, *, job_max: float = 0.0) -> Plan:
+    return reclaim.plan(made.root, wanted, job_max=job_max, now=time.time())
+
+
+def pruned(program: Program, wanted: PrunePolicy, *, job_max: float = 0.0) -> Result:
+    done = program.run(None, mode="prune", prune=wanted, job_max=job_max)
+    assert done.status == 0, done.log
+    return done
+
+
+def digest(root: Path) -> str:
+    """Of every name, content and time below it."""
+    known = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        known.update(f"{path} {status.st_mode} {status.st_mtime_ns} {status.st_ctime_ns}".encode("utf-8", "replace"))
+        known.update(path.read_bytes() if path.is_file() else b"")
+    return known.hexdigest()
+
+
+def test_of_each_task_the_newest_toolchains_stay(program: Program, made: Generations) -> None:
+    for number, days in ((1, 30), (2, 20), (3, 10), (4, 1)):
+        made.warmed(number, ["a", "b"] if number != 2 else ["a"], days=days)
+    done = pruned(program, policy(made, 4))
+    assert made.markers() == ["a@3", "a@4", "b@3", "b@4"]
+    assert not made.place(1).exists()
+    assert not made.place(2, "inductor").exists()
+    assert made.place(3, "inductor").is_dir()
+    assert not (made.root / "deep_gemm" / f"{made.key(1)}.json").exists()
+    assert sorted(path.name for path in (made.root / "images").iterdir()) == [
+        toolchain.memo_path(made.root, image(number)).name for number in (3, 4)
+    ]
+    assert unvouched(made.root) == []
+    total = done.all("freed")[0]
+    assert total["freed"] > 0
+    assert total["images"] == [image(1), image(2)]
+    assert pruned(program, policy(made, 4)).all("pruned") == []
+
+
+def test_what_the_images_task_needs_stays_whoever_compiled_it(program: Program, made: Generations) -> None:
+    """The image of number 9 was never warmed: its kernels and its markers are those of number 1."""
+    made.warmed(1, ["a"], days=99)
+    made.warmed(2, ["a"], days=3)
+    made.warmed(3, ["a"], days=2)
+    same = {name: f"{name} 1" for name in ("deep_gemm_format", "deep_gemm", "deep_gemm_nvcc", "compute_capability")}
+    same |= {"sm_count": "sm_count 1", "deep_gemm_path": "deep_gemm_path 1"}
+    known = {**record(9, **same), "sglang": made.made[1]["sglang"]}
+    made.made[9] = known
+    pruned(program, policy(made, 9, ("a",), keep=1, older_than=DAY, max_size=1))
+    assert made.markers() == ["a@1"]
+    assert unvouched(made.root) == []
+    assert made.place(1).is_dir()
+    assert not made.place(1, "inductor").exists()  # which is of the old image alone
+
+
+def test_what_nobody_uses_goes_after_its_time(program: Program, made: Generations) -> None:
+    for number in (1, 2, 3):
+        made.warmed(number, ["a"], days=20)
+    (used,) = [path for path in made.root.glob("markers/*/*.json") if image(2) in path.read_text()]
+    use.stamp(made.root, str(used.relative_to(made.root)))
+    pruned(program, policy(made, 4, older_than=14 * DAY, keep=9))
+    assert made.markers() == ["a@2"]
+
+
+def test_a_reader_leaves_its_time_where_there_are_access_times(made: Generations) -> None:
+    if not use.has_access_times(made.root):
+        pytest.skip("this file system is mounted without access times")
+    known = made.warmed(1, ["a"], days=20)
+    (path,) = made.root.glob("markers/*/*.json")
+    marker, written = str(path.relative_to(made.root)), path.stat().st_mtime
+    assert time.time() - use.last(made.root, marker, written) > 19 * DAY
+    assert markers.read(path)  # anybody's look at it
+    assert time.time() - use.last(made.root, marker, written) > 19 * DAY
+    assert markers.judge(made.root, task("a"), record=known, config_digest=None).state == "warm"
+    assert time.time() - use.last(made.root, marker, written) < DAY
+
+
+def test_entries_that_nobody_lists_go_by_age_and_never_a_young_one(program: Program, made: Generations) -> None:
+    made.warmed(1, ["a"], days=20)
+    old = made.entry(made.key(1), "cache/other.1", days=20)
+    young = made.entry(made.key(1), "cache/other.2", days=0.01)
+    done = pruned(program, policy(made, 1, ("a",), older_than=14 * DAY))
+    assert not old.exists()
+    assert young.is_dir()
+    assert made.place(1, "inductor").is_dir()
+    assert [(event["kind"], event["path"]) for event in done.all("pruned")] == [
+        ("entries", f"deep_gemm/{made.key(1)}/cache/other.1")
+    ]
+    assert unvouched(made.root) == []
+
+
+def test_the_least_recently_used_goes_until_it_fits(program: Program, made: Generations) -> None:
+    for number, days in ((1, 30), (2, 20), (3, 10), (4, 1)):
+        made.warmed(number, ["a"], days=days, size=100_000)
+    loose = made.entry(made.key(4), "cache/loose.1", size=100_000, days=25)
+    before = planned(made, policy(made, 4, keep=9)).before
+    wanted = policy(made, 4, keep=9, max_size=before - 450_000)
+    found = planned(made, wanted)
+    assert found.after <= before - 450_000
+    done = pruned(program, wanted)
+    assert made.markers() == ["a@2", "a@3", "a@4"]
+    assert not made.place(1).exists()
+    assert not loose.exists()  # used between the first and the second
+    assert done.all("freed")[0]["after"] <= before - 450_000
+    after = planned(made, wanted)
+    assert after.before <= before - 450_000
+    assert found.after - 100_000 < after.before <= found.after  # markers and memos are not foretold
+
+
+def test_it_never_goes_below_what_is_needed_and_says_so(program: Program, made: Generations) -> None:
+    made.warmed(1, ["a", "b"], days=50)
+    made.warmed(2, ["a", "b"], days=40)
+    done = pruned(program, policy(made, 2, max_size=1))
+    assert made.markers() == ["a@2", "b@2"]
+    assert "more than the 0.0 MB wanted" in done.all("freed")[0]["left"][0]
+
+
+def test_what_was_touched_within_a_job_stays_and_its_markers_vouch_for_it(program: Program, made: Generations) -> None:
+    """File times can be set back, the time of a change cannot: all of this was made just now."""
+    made.warmed(1, ["a"], days=50)
+    made.warmed(2, ["a"], days=40)
+    done = pruned(program, policy(made, 2, keep=1), job_max=3600.0)
+    assert made.markers() == ["a@1", "a@2"]
+    assert done.all("pruned") == []
+    assert "a job may last 3600 s" in " ".join(done.all("freed")[0]["left"])
+
+
+@pytest.mark.parametrize("which", ["hold", "family"])
+def test_locks_are_respected(program: Program, made: Generations, which: str) -> None:
+    made.warmed(1, ["a"], days=50)
+    made.warmed(2, ["a"], days=40)
+    lock = layout.hold_lock(made.root) if which == "hold" else layout.family_lock(made.root, "deep_gemm", made.key(1))
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        done = pruned(program, policy(made, 2, keep=1))
+        assert made.markers() == ["a@1", "a@2"]
+        assert made.place(1).is_dir()
+        assert made.place(1, "inductor").is_dir()
+    why = "a test job holds the cache" if which == "hold" else f"a warm-up works in deep_gemm/{made.key(1)}"
+    assert why in " ".join(done.all("freed")[0]["left"])
+    pruned(program, policy(made, 2, keep=1))
+    assert made.markers() == ["a@2"]
+    assert not made.place(1).exists()
+
+
+def test_a_dry_run_says_the_same_and_changes_nothing(program: Program, made: Generations) -> None:
+    for number, days in ((1, 30), (2, 20), (3, 10)):
+        made.warmed(number, ["a", "b"], days=days)
+    made.entry(made.key(3), "cache/loose.1", days=90)
+    (made.root / "theirs").mkdir()
+    before = digest(made.root)
+    limits: dict[str, Any] = {"keep": 1, "older_than": 14 * DAY}
+    dry = pruned(program, policy(made, 3, **limits, dry_run=True))
+    assert digest(made.root) == before
+    from_outside = planned(made, policy(made, 3, **limits))
+    assert digest(made.root) == before
+    told = [(event["kind"], event["path"], event["bytes"]) for event in dry.all("planned")]
+    assert told == [(step.kind, step.name, step.bytes) for step in from_outside.steps]
+    done = pruned(program, policy(made, 3, **limits))
+    assert [event["path"] for event in done.all("pruned")] == [path for _, path, _ in told]
+    assert (made.root / "theirs").is_dir()
+
+
+def test_whatever_lies_there_crashes_nothing_and_a_newer_marker_keeps_its_kernels(
+    program: Program, made: Generations
+) -> None:
+    made.warmed(1, ["a"], days=50)
+    made.warmed(2, ["a"], days=40)
+    (made.root / "markers" / "theirs").mkdir()
+    (made.root / "markers" / "theirs" / "half.json").write_text("{")
+    os.mkfifo(made.root / "markers" / "theirs" / "pipe.json")
+    (made.root / "images" / "junk.json").write_text('{"memos": [{"record": 7}, 8], "image": 1}')
+    (made.root / "used" / "theirs").mkdir(parents=True)
+    (made.root / "deep_gemm" / ("f" * 16)).symlink_to("/etc")
+    (made.root / "markers" / "newer").mkdir()
+    newer = made.root / "markers" / "newer" / "1.json"
+    newer.write_text('{"schema": 2}')
+    done = pruned(program, policy(made, 2, keep=1))
+    assert made.place(1).is_dir()
+    assert "no kernels are removed" in " ".join(done.all("freed")[0]["left"])
+    newer.unlink()
+    pruned(program, policy(made, 2, keep=1))
+    assert not made.place(1).exists()
+    assert (made.root / "markers" / "theirs" / "half.json").exists()
+
+
+def test_a_kill_at_any_moment_leaves_markers_that_hold_and_the_next_prune_finishes(
+    program: Program, made: Generations
+) -> None:
+    for number, days in ((1, 30), (2, 20), (3, 10)):
+        made.warmed(number, ["a", "b", "c"], days=days, entries=100)
+    wanted = policy(made, 3, ("a", "b", "c"), keep=1)
+
+    def there() -> int:
+        return len([*made.root.glob("markers/*"), *made.root.glob("*/*"), *made.root.glob("aside/pruned/*/cache/*")])
+
+    whole = there()
+    for kills in range(40):
+        running = program.start(None, mode="prune", prune=wanted, job_max=0.0)
+        # Further into it each time, from the first marker on.
+        while there() == whole and running.process.poll() is None:
+            pass
+        deadline = time.monotonic() + kills * 0.004
+        while time.monotonic() < deadline and running.process.poll() is None:
+            pass
+        running.process.send_signal(signal.SIGKILL)
+        if running.process.wait() == 0:
+            break
+        assert unvouched(made.root) == []
+        whole = there()
+    assert kills > 0, "it was never killed on its way"
+    pruned(program, wanted)
+    assert made.markers() == ["a@3", "b@3", "c@3"]
+    assert unvouched(made.root) == []
+    assert list((made.root / "aside").glob("pruned/*")) == []
+    assert sorted(path.name for path in (made.root / "deep_gemm").iterdir() if path.is_dir()) == [made.key(3)]
