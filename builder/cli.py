@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from builder import arguments, preflight
+from builder import arguments, github, preflight
 from builder.arguments import CommandLineError
 from builder.call import Call
 from builder.cancel import Cancel
@@ -267,6 +267,10 @@ class _Invocation:
             self._tasks(error)
         if error is not None:
             self._complain(error)
+        told = github.tell(report, status, error, self.environ) if console.github else []
+        for problem in told:
+            report.warnings.append(problem)
+            console.say(f"warning: {problem}")
         if self.said.json and report.text is not None:
             report.extra[str(report.verb)] = report.text
         elif report.text is not None:

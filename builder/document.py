@@ -1,11 +1,14 @@
 """A TOML file as people wrote it: typed reading that collects every problem, each with the line it is on.
 
+A Python 3.10 that has nothing installed cannot read TOML. For it, and for programs, the same document may be JSON.
+
 Reading never stops at the first mistake: a value that is wrong is recorded as a problem and read as the default, so
 that one run shows all of them. Whoever reads asks `Reader.problems` at the end.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +21,22 @@ from builder.warmup.files import printable
 
 if sys.version_info >= (3, 11):
     import tomllib
+
+    HAS_TOML = True
 else:
-    import tomli as tomllib
+    try:
+        import tomli as tomllib
+
+        HAS_TOML = True
+    except ImportError:
+        HAS_TOML = False
+
+NO_TOML = "this Python is older than 3.11 and has no tomli, so it cannot read TOML."
+TO_JSON = (
+    "Give it the manifest as JSON, made by a newer Python: "
+    "python3 -c 'import json, sys, tomllib; json.dump(tomllib.load(sys.stdin.buffer), sys.stdout)' "
+    "< manifest.toml > manifest.json"
+)
 
 T = TypeVar("T")
 D = TypeVar("D")  # of a default, which may be None
@@ -88,6 +105,19 @@ def _refusal(text: str, error: ValueError | RecursionError) -> tuple[int, str]:
     return int(at[1]) if at else text.count("\n") + 1, printable(re.sub(r" \(at .*", "", str(error)))
 
 
+def _json(name: str, text: str) -> dict[str, Any]:
+    """A TOML document never begins with a brace. Raises UsageError with the line where this is no JSON."""
+    try:
+        data: dict[str, Any] = json.loads(text)
+    except RecursionError:
+        raise UsageError(f"{name} is not valid JSON", [Problem(name, "it is nested too deeply.")]) from None
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        reason = printable(getattr(error, "msg", str(error)))
+        raise UsageError(f"{name} is not valid JSON", [Problem(f"{name}:{line}", reason)]) from None
+    return data
+
+
 def _vast(data: Any) -> Iterator[Path]:
     """Where integers stand that do not fit into 64 bits: TOML promises no more, and neither do those who read them."""
     todo: list[tuple[Path, Any]] = [((), data)]
@@ -122,12 +152,19 @@ class Document:
                 f"{name}:{line}", f"byte 0x{body[error.start]:02x} is not UTF-8.", "Save the file as UTF-8."
             )
             raise UsageError(f"{name} cannot be read", [problem]) from None
-        try:
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            line, reason = _refusal(text, error)
-            raise UsageError(f"{name} is not valid TOML", [Problem(f"{name}:{line}", reason)]) from None
-        document = cls(name, data, find_lines(text))
+        data: dict[str, Any] = {}
+        lines: dict[Path, int] = {}
+        if text.lstrip().startswith("{"):
+            data = _json(name, text)
+        elif text.strip() and not HAS_TOML:
+            raise UsageError(f"{name} cannot be read", [Problem(name, NO_TOML, TO_JSON)])
+        elif text.strip():
+            try:
+                data, lines = tomllib.loads(text), find_lines(text)
+            except (ValueError, RecursionError) as error:
+                line, reason = _refusal(text, error)
+                raise UsageError(f"{name} is not valid TOML", [Problem(f"{name}:{line}", reason)]) from None
+        document = cls(name, data, lines)
         for path in _vast(data):
             document.blame(path, "an integer of more than 64 bits:", "none is that large.")
         if document.problems:

@@ -73,8 +73,7 @@ def holder(descriptor: int, locks: Path = Path("/proc/locks")) -> str:
 
 
 def _process(pid: int) -> str:
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
+        return f"pid {pid} ({words.decode('utf-8', 'replace')[:80]})"
     return f"pid {pid}"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from builder import plain
 from builder.errors import BuilderError, ProblemsError
 from builder.plan import Item, Plan
 from builder.warmup import markers
@@ -314,19 +315,24 @@ class Console:
         inside = "".join(f"{_harmless(line)}\n" for line in lines)
         self._write(f"::group::{_command_data(title)}\n{inside}::endgroup::")
 
-    def annotate(self, title: str, text: str) -> None:
-        """An error that GitHub Actions shows on the run's page; nothing elsewhere, where the table says it."""
+    def annotate(self, title: str, text: str, level: str = "error") -> None:
+        """An error or a warning that GitHub Actions shows on the run's page; nothing elsewhere, where the table says
+        it.
+        """
         if self.github:
-            self._write(f"::error title={_command_property(title)}::{_command_data(text)}")
+            self._write(f"::{level} title={_command_property(title)}::{_command_data(text)}")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Mapping[str, str] = STATE_STYLE
     ) -> None:
         """A table that wraps on a terminal, and keeps one row a line in a pipe."""
-        from rich.console import Console as RichConsole
-        from rich.table import Table
-        from rich.text import Text
-
+        try:
+            from rich.console import Console as RichConsole
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:  # inside a test job nothing is installed for this program's sake
+            self.say(plain.table(columns, rows))
+            return
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for name in columns:
             table.add_column(name, overflow="fold", no_wrap=not self._terminal)

@@ -9,14 +9,16 @@ from argparse import Namespace
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from builder import github
 from builder.errors import ColdError, UsageError
 from builder.plan import Plan
-from builder.report import TaskResult, counted, size
+from builder.report import Console, Report, TaskResult, counted, size
 from builder.session import Session
 from builder.warmup import families, files, markers, places, toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
+from builder.warmup.here import IMAGE_VARIABLE
 from builder.warmup.task import PRETEND_VARIABLE, Task
 
 
@@ -43,33 +45,45 @@ def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
     return plan
 
 
-def check(session: Session, _said: Namespace) -> None:
+def check(session: Session, said: Namespace) -> None:
     """Warm or cold per task. Raises ColdError when anything is cold."""
-    tasks = session.manifest.tasks
-    judged(session, tasks)
-    cold = [task for task in session.report.tasks if task.state == "cold"]
+    judged(session, session.manifest.tasks)
+    gate(session.console, session.report, said.on_cold, "warm-cache warm, with the same options, warms them")
+
+
+def gate(console: Console, report: Report, on_cold: str | None, remedy: str) -> None:
+    """What a check comes to: an annotation for every cold task, and ColdError, unless a cold cache is only to be warned
+    of.
+    """
+    cold = [task for task in report.tasks if task.state == "cold"]
+    level: Literal["warning", "error"] = "warning" if on_cold == "warn" else "error"
     for task in cold:
-        session.console.annotate(f"{task.label} cold", task.reason)
-    if cold:
-        raise ColdError(
-            f"{len(cold)} of {counted(len(tasks), 'task')} cold; warm-cache warm, with the same options, warms them"
-        )
+        console.annotate(f"{task.label} cold", task.reason, level)
+    if not cold:
+        return
+    error = ColdError(f"{len(cold)} of {counted(len(report.tasks), 'task')} cold; {remedy}")
+    if level == "error":
+        raise error
+    report.warnings.append(error.message)
 
 
 def explain(session: Session, _said: Namespace) -> None:
     """Per task: state and reason, and what differs from the nearest marker."""
-    tasks = session.manifest.tasks
-    plan = judged(session, tasks)
+    explained(session.console, session.report, judged(session, session.manifest.tasks))
+
+
+def explained(console: Console, report: Report, plan: Plan | None) -> None:
+    """Says, and reports, what differs for every task of the report."""
     explained = []
-    for index, result in enumerate(session.report.tasks):
+    for index, result in enumerate(report.tasks):
         judgement = plan.items[index].judgement if plan else None
         because = f", because {result.reason}" if result.reason else f", since {result.since}"
         if result.reservation:
             because += f"; {result.reservation}"
-        session.console.say(f"{result.label}: {result.state}{because}")
+        console.say(f"{result.label}: {result.state}{because}")
         differences = list(judgement.differences) if judgement else []
         if differences:
-            session.console.table(("factor", "marker", "now"), [[str(cell) for cell in row] for row in differences])
+            console.table(("factor", "marker", "now"), [[str(cell) for cell in row] for row in differences])
         explained.append(
             {
                 "label": result.label,
@@ -80,7 +94,7 @@ def explain(session: Session, _said: Namespace) -> None:
                 "factors": [dict(zip(("factor", "marker", "now"), row, strict=True)) for row in differences],
             }
         )
-    session.report.extra["explain"] = explained
+    report.extra["explain"] = explained
 
 
 def status(session: Session, _said: Namespace) -> None:
@@ -162,9 +176,14 @@ def _marker(path: Path, root: Path) -> dict[str, Any]:
 def env(session: Session, said: Namespace) -> None:
     """Prints the mounts and variables, and raises ColdError where they lead to a cache in which something is cold."""
     session.report.text = printed(session, session.manifest.tasks, said.format or "docker")
-    cold = [task.label for task in session.report.tasks if task.state == "cold"]
+    blame_cold(session.report)
+
+
+def blame_cold(report: Report) -> None:
+    """Raises ColdError with the labels of what is cold."""
+    cold = [task.label for task in report.tasks if task.state == "cold"]
     if cold:
-        raise ColdError(f"{len(cold)} of {counted(len(session.report.tasks), 'task')} cold: {', '.join(cold)}")
+        raise ColdError(f"{len(cold)} of {counted(len(report.tasks), 'task')} cold: {', '.join(cold)}")
 
 
 def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
@@ -187,10 +206,9 @@ def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
             f"--format {form} is for a process that sees the cache at {cache.mount}, and there is none here. "
             f"Use --format docker, or mount {session.cache.name} at {cache.mount}."
         )
-    if form == "shell":
-        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items()))
-    if form == "github":
-        return "\n".join(f"{name}={value}" for name, value in sorted(variables.items()))
+    if form in ("shell", "github"):
+        return lines(variables, form)
+    variables[IMAGE_VARIABLE] = session.identity
     mounts = _mounts(session)
     if form == "docker":
         words = [*mounts, *(f"{name}={value}" for name, value in sorted(variables.items()))]
@@ -204,6 +222,13 @@ def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
             )
         return " ".join([f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]])
     return json.dumps({"toolchain": session.report.toolchain, "mounts": mounts, "env": variables}, indent=2)
+
+
+def lines(variables: Mapping[str, str], form: str) -> str:
+    """Variables as a shell's exports, or as lines of GitHub's file of variables."""
+    if form == "shell":
+        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items()))
+    return "\n".join(github.variable(name, value) for name, value in sorted(variables.items()))
 
 
 def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:

@@ -89,6 +89,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max-size": {"metavar": "200G", "help": "what was used longest ago goes until the cache is no larger"},
     "images": {"action": "store_true", "help": "serving images of dropped toolchains go too, though still tagged"},
     "dry-run": {"action": "store_true", "help": "say what would go, and change nothing"},
+    "on-cold": {
+        "metavar": "warn|fail",
+        "choices": ("warn", "fail"),
+        "help": "warn: a cold cache is annotated, and no failure; fail: it is one (default)",
+    },
     "format": {
         "metavar": "FORMAT",
         "choices": ("docker", "shell", "github", "json"),
@@ -111,18 +116,21 @@ VERBS = {
         "builder.run:warm",
         ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
         creates=True,
+        here="builder.inside:warm",
     ),
     "check": Verb(
         "say warm or cold per task; exit 0 or 10",
         "warm-cache check --profile h200 --cache /data/sglang-jit",
         "builder.verbs:check",
-        ("only", "strict"),
+        ("only", "strict", "on-cold"),
+        here="builder.here:check",
     ),
     "explain": Verb(
         "per task: why it is warm or cold, factor by factor",
         "warm-cache explain --profile h200 --only DeepSeek-V3.2",
         "builder.verbs:explain",
         ("only", "strict"),
+        here="builder.here:explain",
     ),
     "status": Verb(
         "what lies in the cache: families, entries, bytes, markers",
@@ -165,6 +173,7 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         "builder.verbs:env",
         ("format",),
         text=True,
+        here="builder.here:env",
     ),
     "import-tests": Verb(
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",

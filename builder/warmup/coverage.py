@@ -51,8 +51,7 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
         "revision": task.revision,
         "config.json": config_digest or _in_image(task, record),
         "argv": argv,
-        # For which GPU kernels are compiled, and how, is the toolchain's to tell.
-        "env": {name: value for name, value in sorted(task.env.items()) if name != PRETEND_VARIABLE},
+        "env": _environment(task, record),
         "recipe": task.recipe,
         "recipe version": RECIPE_VERSIONS.get(task.recipe, 0),
         # What is compiled for a shape does not depend on how many GPUs there are to do it.
@@ -74,6 +73,14 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
 def needs_config(task: Task) -> bool:
     """Whether the task's kernels depend on the model's config.json."""
     return task.recipe in NEEDS_CONFIG or "config" in task.shapes_from
+
+
+def _environment(task: Task, record: Record) -> dict[str, str]:
+    """The task's variables over the switches that every process of its environment has. For which GPU kernels are
+    compiled, and how, is the toolchain's to tell.
+    """
+    variables = {**record.get("switches", {}), **task.env}
+    return {name: value for name, value in sorted(variables.items()) if name != PRETEND_VARIABLE}
 
 
 def _in_image(task: Task, record: Record) -> str | None:

@@ -6,6 +6,7 @@ The record is JSON::
      "factors":  {name: text or null},                 # every factor that families.py names
      "gpus":     [{"index", "uuid", "name", "compute_capability", "sm_count", "memory_bytes"}],
      "sglang":   {"version": text or null, "commit": text or null},
+     "switches": {variable: text},                     # that every process there has, a task's own not among them
      "observed": {"driver", "python", "problems": [text], "pretended": a GPU that is not there, or null}}
 
 What is absent is null, never guessed: an absent compiler is another toolchain than any compiler. Versions come from
@@ -16,6 +17,7 @@ The memo (``<root>/images/<image id>.json``) keeps records, so that a host that 
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import importlib.machinery
 import json
@@ -55,6 +57,34 @@ PROBE_ENV: tuple[str, ...] = (
     PRETEND_VARIABLE,
 )
 
+#: Variables by which sglang and DeepGEMM decide what to compile: they are part of what a task covers.
+SWITCHES: tuple[str, ...] = ("SGLANG_*", "SGL_*", "DG_*")
+
+#: Of those, what cannot change a kernel: who and where it is, how loud, for how long, and what continuous integration
+#: keeps its books with (srt/environ.py of 0.5.23; DeepGEMM's own, by what enters its keys).
+INERT: tuple[str, ...] = (
+    "SGLANG_BUILD_COMMIT",
+    "SGLANG_CI_*",
+    "SGLANG_CUDA_COREDUMP*",
+    "SGLANG_HEALTH_CHECK_TIMEOUT",
+    "SGLANG_HOST_IP",
+    "SGLANG_IMAGE_TAG",
+    "SGLANG_IS_IN_CI*",
+    "SGLANG_LOG*",
+    "SGLANG_PORT",
+    "SGLANG_TEST_*",
+    "SGLANG_WARMUP_TIMEOUT",
+    "DG_JIT_DUMP_*",
+    "DG_JIT_PRINT_*",
+    "DG_PRINT_CONFIGS",
+    # Whatever else they are: no secret's value is recorded.
+    "*_KEY",
+    "*PASSWORD*",
+    "*SECRET*",
+    "*_TOKEN",
+)
+_PLACES = frozenset(variable for family in FAMILIES for variable, _ in family.env)
+
 _COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")
 _MEMO_LIMIT = 4 << 20
 _MEMO_KEEP = 16
@@ -63,11 +93,18 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 _DEVICES = f"import sys; sys.path.insert(0, {_ROOT!r}); from builder.warmup import devices; devices.main()"
 
 
-def probe(*, environ: Mapping[str, str], mount: str, image: Mapping[str, Any]) -> Record:
+def probe(
+    *,
+    environ: Mapping[str, str],
+    mount: str,
+    image: Mapping[str, Any],
+    inherited: Mapping[str, str] | None = None,
+) -> Record:
     """The record of the environment that this process runs in. Takes a few tenths of a second, plus what cuInit takes.
 
     environ: the environment that the task's processes will have. mount: the cache root as they see it. image: ``id``
-    and ``labels`` of the serving image, as far as they are known.
+    and ``labels`` of the serving image, as far as they are known. inherited: the environment without the task's own
+    variables (default: this process's), of which the record keeps the switches.
     """
     triton = packages.find("triton")
     tools = compilers.start_all(environ, None if triton is None else triton.place)
@@ -102,6 +139,7 @@ def probe(*, environ: Mapping[str, str], mount: str, image: Mapping[str, Any]) -
         "factors": {name: factors[name] for name in sorted(factors)},
         "gpus": gpus,
         "sglang": {"version": sglang.version if sglang else None, "commit": commit},
+        "switches": switches(os.environ if inherited is None else inherited),
         "observed": {
             "driver": found["driver"],
             "python": sys.version.split()[0],
@@ -109,6 +147,19 @@ def probe(*, environ: Mapping[str, str], mount: str, image: Mapping[str, Any]) -
             "pretended": environ.get(PRETEND_VARIABLE),
         },
     }
+
+
+def switches(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of this environment that may change what is compiled, but for those that say where it goes."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if _matches(name, SWITCHES) and name not in _PLACES and not _matches(name, INERT)
+    }
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def family_factors(record: Record, family: str) -> dict[str, str | None]:
@@ -143,6 +194,7 @@ def sound(record: Any) -> bool:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         return False
     factors, gpus, sglang = record.get("factors"), record.get("gpus"), record.get("sglang")
+    switched = record.get("switches", {})  # which earlier versions did not record
     return (
         isinstance(factors, dict)
         and all(isinstance(name, str) and isinstance(value, (str, type(None))) for name, value in factors.items())
@@ -150,6 +202,8 @@ def sound(record: Any) -> bool:
         and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), (str, type(None))) for gpu in gpus)
         and isinstance(sglang, dict)
         and all(name in sglang and isinstance(sglang[name], (str, type(None))) for name in ("version", "commit"))
+        and isinstance(switched, dict)
+        and all(isinstance(name, str) and isinstance(value, str) for name, value in switched.items())
         and isinstance(record.get("observed"), dict)
     )
 
@@ -184,6 +238,20 @@ def read_memo(
         ):
             return dict(record)
     return None
+
+
+def known_images(root: Path) -> list[tuple[str, Record]]:
+    """(image id, record) of every memo below `root` that this program understands."""
+    found = []
+    for item in files.listing(str(root / "images")) or ():
+        try:
+            document = files.read_json(item.path, _MEMO_LIMIT)
+        except files.UnreadableError:
+            continue
+        image_id = document.get("image") if isinstance(document, dict) else None
+        if isinstance(image_id, str) and Path(item.path) == memo_path(root, image_id):
+            found += [(image_id, memo["record"]) for memo in _understood(document, image_id)]
+    return found
 
 
 def write_memo(root: Path, image_id: str, record: Record, *, env: Mapping[str, str], known: bool = False) -> None:
@@ -229,6 +297,10 @@ def _memos(path: Path, image_id: str) -> list[dict[str, Any]]:
         document = files.read_json(str(path), _MEMO_LIMIT)
     except files.UnreadableError:
         return []
+    return _understood(document, image_id)
+
+
+def _understood(document: Any, image_id: str) -> list[dict[str, Any]]:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA or document.get("image") != image_id:
         return []
     memos = document.get("memos")

@@ -25,8 +25,9 @@ ORDER = """
     spec waiting frames tunnel progress attachment complaints greeting resume podman engine image
     gpus
     cancel sinks logs lease container locks gpulock hooks
-    cache preflight plan report launch estimates packing activity voices display
+    cache preflight plan plain report github launch estimates packing activity voices display
     command session call holder runlock hold machine sidebyside run upkeep verbs doctor
+    here inside
     testfiles expressions reading imports images policy prune
     words arguments completion cli __main__
 """.split()

@@ -1,0 +1,428 @@
+"""--here: the program inside a test job, by a Python that has nothing but its standard library and a copied folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.warmup import guard
+from tests.program import ROOT, TINY, assemble
+
+IMAGE = "sha256:" + "0f1e" * 16
+SHAPE = "GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"
+DENSE = {"model": "org/dense", "recipe": "shapes", "shapes": [SHAPE], "m_values": [64]}
+#: A process that asks sglang for the kernels of that task.
+JIT = """
+from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
+c._compile_deep_gemm_one_type_all(
+    kernel_type=c.DeepGemmKernelType.GEMM_NT_F8F8BF16, n=4096, k=7168, num_groups=1, m_list=[64]
+)
+"""
+#: Starts the program with this folder and the job's packages on its path, and tells at the end what it loaded.
+START = """
+import os, sys
+sys.path[:0] = sys.argv.pop(1).split(":")
+from builder.__main__ import main
+status = main()
+foreign = {"docker", "requests", "rich", "tenacity", "psutil", "pynvml", "torch"} & set(sys.modules)
+sys.exit(f"it loaded {foreign}" if foreign else status)
+"""
+
+
+class Job:
+    """A test job's container: its packages, its compilers, its environment, and a cache root mounted at ``jit``."""
+
+    def __init__(self, place: Path, site: Path) -> None:
+        self.place, self.root, self.path = place, place / "jit", place / "manifest.json"
+        self.tools = place / "tools"
+        shutil.copytree(ROOT / "builder", place / "copy" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(TINY, self.tools, ignore=shutil.ignore_patterns("src"))
+        self._site = site
+        self.environ = {
+            "PATH": f"{self.tools}:{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONPATH": str(site),
+            "HOME": str(place),
+            "CUDA_HOME": str(place),
+            "TMPDIR": str(place),
+            "LC_ALL": "C.UTF-8",
+        }
+        self.manifest(DENSE)
+
+    def manifest(self, *tasks: Mapping[str, Any], **sections: Mapping[str, Any]) -> None:
+        """As JSON, which every Python can read."""
+        cache = {"root": "/data/elsewhere", "mount": str(self.root)}
+        usual = {"schema": 1, "image": {"ref": "tiny:1"}, "cache": cache, "gpus": {"count": 0}, "run": {"grace": "1s"}}
+        self.path.write_text(json.dumps({**usual, **sections, "task": tasks}))
+
+    def start(self, verb: str, *words: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        python = [sys.executable, "-S", "-I", "-c", START, f"{self.place / 'copy'}:{self._site}"]
+        return subprocess.Popen(
+            [*python, verb, *words],
+            cwd=self.place,
+            env={**self.environ, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, verb: str, *words: str, status: int, environ: Mapping[str, str] | None = None) -> tuple[str, str]:
+        """stdout and stderr of one invocation with this manifest, which has to end with this status."""
+        process = self.start(verb, "--here", "--manifest", str(self.path), *words, environ=environ)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == status, out + err
+        assert "Traceback" not in err
+        return out, err
+
+    def document(self, verb: str, *words: str, status: int, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.run(verb, "--json", *words, status=status, environ=environ)[0])
+        return found
+
+    def warm(self, *words: str) -> None:
+        self.run("warm", "--image", IMAGE, *words, status=0)
+
+    def reasons(self, *words: str, environ: Mapping[str, str] | None = None) -> list[str]:
+        return [task["reason"] for task in self.document("check", *words, status=10, environ=environ)["tasks"]]
+
+    def nvcc(self, old: str, new: str) -> None:
+        """Another compiler."""
+        path = self.tools / "nvcc"
+        path.write_text(path.read_text().replace(old, new))
+
+    def entries(self) -> set[str]:
+        return {path.name for path in self.root.glob("deep_gemm/*/cache/*")}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return assemble(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, site: Path) -> Job:
+    return Job(tmp_path, site)
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory: pytest.TempPathFactory, site: Path) -> Job:
+    """Warm; nobody changes it."""
+    job = Job(tmp_path_factory.mktemp("warmed"), site)
+    job.warm()
+    return job
+
+
+@pytest.fixture
+def other(warmed: Job, tmp_path: Path, site: Path) -> Job:
+    """A job elsewhere whose root has what the warm one has; another mount is another toolchain for Triton alone."""
+    shutil.copytree(warmed.root, tmp_path / "jit", symlinks=True)
+    return Job(tmp_path, site)
+
+
+def test_a_copied_folder_is_enough_for_cold_warm_and_warm_again(job: Job) -> None:
+    assert job.reasons() == [f"no-marker: there is no directory {job.root} here"]
+    job.root.mkdir()
+    assert job.reasons() == [f"no-marker: {job.root} is empty"]
+    said = job.run("warm", "--image", IMAGE, status=0)[0]
+    assert "dense: warmed" in said and "task   state" in said, "a table without a library"
+    assert job.entries()
+    document = job.document("check", "--strict", status=0)
+    assert document["tasks"][0]["state"] == "warm" and document["toolchain"]
+    assert "Nothing to do" in job.run("warm", status=0)[0], "and not even the image has to be known"
+
+
+def test_the_factor_that_differs_is_named_per_family(other: Job) -> None:
+    other.nvcc("V13.0.88", "V13.1.2")
+    document = other.document("check", status=10)
+    assert re.match(
+        r"compile: deep_gemm deep_gemm_nvcc was .*V13\.0\.88 is .*V13\.1\.2", document["tasks"][0]["reason"]
+    )
+    families = {family["family"]: family for family in document["families"]}
+    assert families["deep_gemm"]["state"] == "differs"
+    (factor,) = families["deep_gemm"]["factors"]
+    assert factor["factor"] == "deep_gemm_nvcc" and "V13.1.2" in factor["is"]
+    assert families["inductor"]["state"] == "found", "it does not depend on nvcc"
+    assert [factor["factor"] for factor in families["triton"]["factors"]] == ["mount"]
+    said = other.run("explain", status=0)[0]
+    assert "dense: cold, because compile: deep_gemm" in said
+
+
+def test_without_a_manifest_the_families_are_compared(other: Job) -> None:
+    process = other.start("check", "--here", "--cache", str(other.root))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 10, out + err
+    assert "triton of this environment: not in" in err
+    assert re.search(r"triton +differs +[0-9a-f]{16} +mount was \S+/jit is \S+/jit", out)
+
+
+def test_switches_that_the_job_has_set_count(warmed: Job) -> None:
+    switched = {"DG_JIT_WITH_LINEINFO": "1", "SGLANG_IS_IN_CI": "true", "SGLANG_DG_CACHE_DIR": "/elsewhere"}
+    reasons = warmed.reasons(environ=switched)
+    assert reasons == ["coverage: env DG_JIT_WITH_LINEINFO was absent is 1"]
+    del switched["DG_JIT_WITH_LINEINFO"]
+    assert warmed.document("check", status=0, environ=switched)["tasks"][0]["state"] == "warm"
+
+
+def test_no_secret_is_taken_for_a_switch(job: Job) -> None:
+    job.run("warm", "--image", IMAGE, status=0, environ={"SGLANG_API_KEY": "sesame-open"})
+    written = [path.read_bytes() for path in job.root.rglob("*.json")]
+    assert written and not any(b"sesame-open" in text for text in written)
+
+
+class TestImage:
+    """Nothing inside a container says which image it was made of."""
+
+    def serve(self, job: Job, **commit: str) -> None:
+        """A task that claims a family of one image."""
+        code = (
+            "import os, shutil; p = os.environ['FLASHINFER_WORKSPACE_BASE'] + '/cached_ops/op';"
+            "os.makedirs(p, exist_ok=True); os.path.exists(p + '/op.so') or shutil.copy('/bin/true', p + '/op.so');"
+            "print('READY')"
+        )
+        job.manifest(
+            {
+                "model": "org/ops",
+                "recipe": "command",
+                "argv": ["python3", "-c", code],
+                "success": "READY",
+                "families": ["flashinfer"],
+            }
+        )
+        job.run("warm", "--image", IMAGE, status=0, environ=commit)
+
+    def test_unknown_is_said_and_not_guessed(self, job: Job) -> None:
+        self.serve(job)
+        (reason,) = job.reasons()
+        assert reason.startswith("unknown: flashinfer may be of another image; nothing here says which build")
+        families = {each["family"]: each for each in job.document("check", status=10)["families"]}
+        assert (families["flashinfer"]["state"], families["flashinfer"]["key"]) == ("unknown", None)
+        assert families["deep_gemm"]["state"] == "found"
+        out, err = job.run("env", status=10)
+        assert "SGLANG_DG_CACHE_DIR" in out and "FLASHINFER" not in out and "left out: flashinfer" in err
+        assert job.run("warm", status=2)[1].count("which image is this?") == 1
+
+    def test_another_compiler_is_known_to_differ_all_the_same(self, job: Job) -> None:
+        self.serve(job)
+        job.nvcc("V13.0.88", "V13.1.2")
+        assert job.reasons()[0].startswith("compile: flashinfer nvcc was ")
+
+    def test_who_started_the_container_may_have_named_it(self, job: Job) -> None:
+        self.serve(job)
+        named = {"WARM_CACHE_IMAGE_ID": IMAGE}
+        assert job.document("check", status=0, environ=named)["image"]["id"] == IMAGE
+        assert "FLASHINFER_WORKSPACE_BASE" in job.run("env", status=0, environ=named)[0]
+        assert job.reasons(environ={"WARM_CACHE_IMAGE_ID": IMAGE[:-1] + "0"})[0].startswith("compile: flashinfer image")
+
+    def test_its_build_commit_and_every_factor_may_tell(self, job: Job) -> None:
+        commit = {"SGLANG_BUILD_COMMIT": "b71d74673c"}
+        self.serve(job, **commit)
+        document = job.document("check", status=0, environ=commit)
+        assert document["image"]["id"] == IMAGE and "build b71d74673c" in document["image_known"]
+        other = {"SGLANG_BUILD_COMMIT": "5d78fcde60"}
+        assert "knows no image of build 5d78fcde60" in job.document("check", status=10, environ=other)["image_known"]
+        (memo,) = (job.root / "images").glob("*.json")
+        twin = memo.read_text().replace(IMAGE, "sha256:" + "a" * 64)
+        (memo.parent / f"sha256-{'a' * 64}.json").write_text(twin)
+        assert "2 images of build" in job.document("check", status=10, environ=commit)["image_known"]
+
+
+def test_foreign_things_in_the_root_are_a_reason_and_no_crash(other: Job) -> None:
+    os.mkfifo(other.root / "deep_gemm" / f"{'a' * 16}.json")
+    (other.root / "triton" / f"{'b' * 16}.json").write_text("{")
+    (other.root / "triton" / f"{'b' * 16}").mkdir()
+    (other.root / "images" / "sha256-1.json").write_text('{"image": [], "memos": 3}')
+    assert other.document("check", status=0)["tasks"][0]["state"] == "warm"
+    (other.root / "layout.json").unlink()
+    (other.root / "notes.txt").write_text("mine")
+    assert other.reasons() == [f"no-marker: {other.root} is no cache root (notes.txt is in it)"]
+
+
+@pytest.mark.parametrize("form", ["shell", "github", "json"])
+def test_a_process_with_the_printed_variables_adds_nothing(warmed: Job, form: str) -> None:
+    text = warmed.run("env", "--format", form, status=0)[0]
+    if form == "json":
+        variables = json.loads(text)["env"]
+    elif form == "github":
+        variables = dict(line.split("=", 1) for line in text.splitlines())
+    else:
+        variables = dict(word.split("=", 1) for word in shlex.split(text) if word != "export")
+    before = warmed.entries()
+    done = subprocess.run(
+        [sys.executable, "-c", JIT], env={**warmed.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert warmed.entries() == before
+
+
+def test_docker_arguments_are_not_for_who_is_inside(warmed: Job) -> None:
+    assert "--format docker is for who starts a container" in warmed.run("env", "--format", "docker", status=2)[1]
+
+
+def test_nothing_is_printed_where_there_is_no_cache(job: Job) -> None:
+    out, err = job.run("env", status=10)
+    assert out == "" and f"there is no directory {job.root} here" in err
+
+
+def test_a_cold_cache_warns_where_that_is_asked_for(job: Job) -> None:
+    github = {
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_OUTPUT": str(job.place / "o"),
+        "GITHUB_STEP_SUMMARY": str(job.place / "s"),
+    }
+    out, _ = job.run("check", "--on-cold", "warn", status=0, environ=github)
+    assert "::warning title=dense cold::no-marker" in out and "::error" not in out
+    assert "state=cold\n" in (job.place / "o").read_text()
+    assert "| dense | 🟡 cold |" in (job.place / "s").read_text()
+    out, _ = job.run("check", status=10, environ=github)
+    assert "::error title=dense cold::no-marker" in out
+
+
+def test_hold_works_there_too(warmed: Job) -> None:
+    process = warmed.start("hold", "--cache", str(warmed.root), "--", "sh", "-c", "echo held; exit 7")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (7, "held\n", "")
+
+
+def test_toml_without_a_reader_is_one_sentence(job: Job) -> None:
+    """Python 3.10 has none."""
+    job.path = job.place / "manifest.toml"
+    job.path.write_text("schema = 1\n")
+    blocked = START.replace("import os, sys", "import os, sys\nsys.modules['tomllib'] = sys.modules['tomli'] = None")
+    code = blocked.replace("from builder", "import builder.document as d; d.HAS_TOML = False\nfrom builder", 1)
+    if sys.version_info >= (3, 11):
+        code = code.replace("sys.modules['tomllib'] = ", "")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-S",
+            "-I",
+            "-c",
+            code,
+            str(job.place / "copy"),
+            "check",
+            "--here",
+            "--manifest",
+            str(job.path),
+        ],
+        env=job.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "json.dump(tomllib.load(" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- a warm-up that is ended early
+# ---------------------------------------------------------------------------------------------------------------------
+
+#: Two generations that leave their session and refuse SIGTERM.
+HANGS = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        os.setsid()
+print("HANGING", flush=True)
+time.sleep(600)
+"""
+
+
+def hanging(job: Job, **task: Any) -> None:
+    job.manifest(
+        {
+            "model": "org/hangs",
+            "recipe": "command",
+            "argv": ["python3", "-c", HANGS],
+            "success": "NEVER",
+            "families": [],
+            **task,
+        }
+    )
+
+
+def below(pid: int) -> set[int]:
+    return guard.descendants(pid)
+
+
+@pytest.fixture
+def running(job: Job, until: Callable[..., None]) -> subprocess.Popen[str]:
+    """A warm-up whose command hangs, with everything that it started."""
+    hanging(job)
+    process = job.start("warm", "--here", "--manifest", str(job.path), "--image", IMAGE)
+    until(lambda: len(below(process.pid)) >= 4 or process.poll() is not None, what="a hanging command")
+    return process
+
+
+def gone(pids: set[int], until: Callable[..., None]) -> None:
+    until(lambda: all(guard._state(pid) in ("", "Z") for pid in pids), seconds=10, what="the end of every process")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_no_process_is_left_whatever_ends_it(
+    job: Job, running: subprocess.Popen[str], until: Callable[..., None], signum: int, status: int
+) -> None:
+    pids = below(running.pid)
+    began = time.monotonic()
+    running.send_signal(signum)
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == status, out + err
+    assert time.monotonic() - began < 7.5
+    gone(pids, until)
+    if signum != signal.SIGKILL:
+        assert "hangs: cold in" in out
+    assert not list((job.root / "markers").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "status", "reason"),
+    [
+        ({"timeout": "2s"}, (), 11, "timeout: not finished after 2 s"),
+        ({"silence": "1s"}, (), 11, "silence: no output for 1 s"),
+        ({}, ("--budget", "2s"), 14, "budget: the run's budget ended while it was compiling"),
+    ],
+)
+def test_deadlines_hold(job: Job, task: dict[str, Any], words: tuple[str, ...], status: int, reason: str) -> None:
+    hanging(job, **task)
+    document = job.document("warm", "--image", IMAGE, *words, status=status)
+    assert document["tasks"][0]["reason"] == reason
+
+
+def test_a_failure_is_told_with_its_last_lines(job: Job) -> None:
+    job.manifest(
+        {**DENSE, "env": {"TINY_PLAY": "exit-3"}},
+        {
+            "model": "org/fails",
+            "recipe": "command",
+            "argv": ["python3", "-c", "print('so near'); exit(3)"],
+            "success": "READY",
+        },
+    )
+    out, err = job.run("warm", "--image", IMAGE, status=11)
+    assert "fails: failed: exit status 3" in out and "  │ so near" in out
+    assert "1 failed" in err
+
+
+def test_one_warm_up_at_a_time(job: Job, running: subprocess.Popen[str], until: Callable[..., None]) -> None:
+    pids = below(running.pid)
+    err = job.run("warm", "--image", IMAGE, "--lock-timeout", "0s", status=15)[1]
+    assert f"{job.root} is in use" in err
+    running.kill()
+    running.communicate(timeout=30)
+    gone(pids, until)
+
+
+def test_another_python_than_the_tests_is_warned_of(job: Job) -> None:
+    (job.tools / "python3").symlink_to("/bin/sh")
+    assert f"python3 on PATH is {job.tools}/python3" in job.run("check", status=10)[0]
