@@ -24,7 +24,16 @@ _LONGEST_CELL, _MOST_ROWS = 600, 500
 #: What Markdown, its tables, autolinks, mentions or HTML could take for more than text.
 _MARKUP = re.compile(r"[^\w ,/=%–×·…-]|_")
 
-_SIGNS = {"warm": "✅", "warmed": "✅", "cold": "🟡", "partial": "🟡", "skipped": "🟡", "failed": "❌"}
+_DEFERRED = 17
+_SIGNS = {
+    "warm": "✅",
+    "warmed": "✅",
+    "cold": "🟡",
+    "deferred": "🟡",
+    "partial": "🟡",
+    "skipped": "🟡",
+    "failed": "❌",
+}
 
 
 def tell(report: Report, status: int, error: BuilderError | None, environ: Mapping[str, str]) -> list[str]:
@@ -49,7 +58,7 @@ def tell(report: Report, status: int, error: BuilderError | None, environ: Mappi
 
 
 def outputs(report: Report, status: int, error: BuilderError | None) -> dict[str, str]:
-    """What later steps may ask for: ``state`` (warm, cold or failed), ``toolchain``, and of env ``docker-args``."""
+    """What later steps may ask for: ``state``, ``toolchain``, and of env ``docker-args``."""
     if report.verb == "env":
         return {"docker-args": report.text} if report.text and report.text.startswith("--mount ") else {}
     if report.verb not in TOLD:
@@ -58,7 +67,11 @@ def outputs(report: Report, status: int, error: BuilderError | None) -> dict[str
 
 
 def state(report: Report, status: int, error: BuilderError | None) -> str:
-    """The whole run in one word. Cold is only what a check found; a run that left something cold has failed."""
+    """The whole run in one word: warm, cold, failed or deferred. Cold is only what a check found; a run that left
+    something cold has failed.
+    """
+    if status == _DEFERRED:
+        return "deferred"
     if isinstance(error, ColdError) or (not status and report.count("cold")):
         return "cold"
     return "failed" if status else "warm"

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from builder.warmup.families import FAMILIES
+
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,20 +204,74 @@ def test_a_damaged_entry_is_compiled_again_and_nothing_else(warmed: Warmed, copy
     assert warm_cache("check", "--manifest", warmed.manifest, "--cache", copy).status == 0
 
 
-def test_a_job_with_the_printed_environment_compiles_nothing(warmed: Warmed, copy: Path, docker_host: str) -> None:
+#: What a test job asks of the two families: the kernels of the task `dense`, through sglang, and Triton's.
+JOB = """
+from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
+c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.GEMM_NT_F8F8BF16, 4096, 7168, 1, [64, 128])
+"""
+JIT = f"python3 -c {shlex.quote(JOB)} && TRITON_DEFAULT_FP_FUSION=1 python3 /opt/standin/tri.py"
+
+
+def entries(cache: Path) -> dict[str, int]:
+    """Every file of every family but locks, with the time of its last change of content: a hit only touches a stamp."""
+    return {
+        str(path.relative_to(cache)): 0 if path.name == ".committed" else path.stat().st_mtime_ns
+        for family in FAMILIES
+        for path in (cache / family.name).glob("*/**/*")
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+
+
+def in_container(docker_host: str, image: str, arguments: list[str], script: str) -> str:
+    """What a shell in a container of the serving image says, which has to succeed."""
+    command = ["docker", "-H", docker_host, "run", "--rm", "--init", "--network", "none", *arguments]
+    done = subprocess.run([*command, image, "sh", "-ec", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_job_with_the_printed_arguments_compiles_nothing(warmed: Warmed, copy: Path, docker_host: str) -> None:
     printed = warm_cache("env", "--format", "docker", "--manifest", warmed.manifest, "--cache", copy)
     assert printed.status == 0, printed.err
-    job = (
-        "from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c\n"
-        "c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.GEMM_NT_F8F8BF16, 4096, 7168, 1, [64, 128])\n"
+    before = entries(copy)
+    arguments = [*shlex.split(printed.out), "-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so"]
+    said = in_container(docker_host, warmed.first.document["image"]["id"], arguments, JIT)
+    assert "TRITON KERNEL READY" in said
+    assert before and entries(copy) == before
+    elsewhere = in_container(
+        docker_host,
+        warmed.first.document["image"]["id"],
+        ["-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so", "-e", "DG_JIT_CACHE_DIR=/tmp/cold"],
+        f"SGLANG_DG_CACHE_DIR=/tmp/cold python3 -c {shlex.quote(JOB)}; ls /tmp/cold/cache | wc -l",
     )
-    before = {path.name for path in kernels(copy)}
+    assert int(elsewhere.split()[-1]) >= 2, "without them it compiles, so that nothing above is empty"
+
+
+def test_a_job_inside_the_image_is_told_the_same(
+    warmed: Warmed, copy: Path, docker_host: str, tmp_path: Path
+) -> None:
+    """A runner's container, with the cache mounted and a copied folder: what the host warmed is warm in there."""
+    shutil.copytree(ROOT / "builder", tmp_path / "copied" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(warmed.manifest, tmp_path / "copied" / "manifest.toml")
+    mounts = ["-v", f"{copy}:/jit", "-v", f"{tmp_path}/copied:/copied:ro"]
     image = warmed.first.document["image"]["id"]
-    command = ["docker", "-H", docker_host, "run", "--rm", "--init", "--network", "none", *shlex.split(printed.out)]
-    command += ["-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so", image, "python3", "-c", job]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {path.name for path in kernels(copy)} == before
+    here = "PYTHONPATH=/copied:$PYTHONPATH PYTHONDONTWRITEBYTECODE=1 python3 -m builder"
+    before = entries(copy)
+    options = "--here --manifest /copied/manifest.toml --cache /jit"
+    document = json.loads(in_container(docker_host, image, mounts, f"{here} check --strict {options} --json"))
+    assert [task["state"] for task in document["tasks"]] == ["warm", "warm"]
+    states = {family["family"]: family["state"] for family in document["families"]}
+    assert states["deep_gemm"] == states["triton"] == "found"
+    assert states["flashinfer"] == "unknown" and document["image"]["id"] is None, "nobody has said which image this is"
+    said = in_container(docker_host, image, mounts, f'eval "$({here} env {options} --format shell)"; {JIT}')
+    assert "TRITON KERNEL READY" in said
+    assert before and entries(copy) == before
+    host = warm_cache("env", "--format", "json", "--manifest", warmed.manifest, "--cache", copy)
+    variables = json.loads(host.out)["env"]
+    named = [*mounts, "-e", f"WARM_CACHE_IMAGE_ID={variables['WARM_CACHE_IMAGE_ID']}"]
+    document = json.loads(in_container(docker_host, image, named, f"{here} check {options} --json"))
+    assert {family["state"] for family in document["families"]} == {"found"}
+    assert document["toolchain"] == warmed.first.document["toolchain"]
 
 
 SERVE = """

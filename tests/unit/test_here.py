@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from builder.warmup import guard
+from tests.actions import Runner
 from tests.program import ROOT, TINY, assemble
 
 IMAGE = "sha256:" + "0f1e" * 16
@@ -426,3 +427,46 @@ def test_one_warm_up_at_a_time(job: Job, running: subprocess.Popen[str], until: 
 def test_another_python_than_the_tests_is_warned_of(job: Job) -> None:
     (job.tools / "python3").symlink_to("/bin/sh")
     assert f"python3 on PATH is {job.tools}/python3" in job.run("check", status=10)[0]
+
+
+# --- the action, and the job of the example workflow for a runner that is a container
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def runner(job: Job, event: str) -> Runner:
+    place = job.place / event
+    place.mkdir()
+    names = {
+        "WARM_CACHE_INSIDE": "h200-container",
+        "WARM_CACHE_MANIFEST": str(job.path),
+        "WARM_CACHE_MOUNT": str(job.root),
+        "WARM_CACHE_TEST": f"python3 -c '{JIT}' && echo TESTED in $DG_JIT_CACHE_DIR",
+    }
+    return Runner(place, job.environ, event, names)
+
+
+def test_the_pre_test_workflow_inside_a_container(job: Job) -> None:
+    """Cold is a warning for a pull request, whose tests run all the same; warmed, a push's tests find everything."""
+    run = runner(job, "pull_request")
+    job.environ["DG_JIT_CACHE_DIR"] = str(job.place / "private")
+    found = run.job("pre-test.yml", "inside")
+    assert found is not None and found["cache"]["state"] == "cold", run.log
+    assert "::warning title=dense cold::" in run.log and f"TESTED in {job.place}/private" in run.log, run.log
+    job.environ["WARM_CACHE_IMAGE_ID"] = IMAGE
+    run = runner(job, "push")
+    good, outputs = run.action(mode="here-warm", manifest=str(job.path), budget="1m")
+    assert good and outputs["state"] == "warm" and outputs["docker-args"] == "", run.log
+    before = job.entries()
+    run = runner(job, "schedule")
+    found = run.job("pre-test.yml", "inside")
+    assert found is not None and found["cache"]["state"] == "warm", run.log
+    assert re.search(rf"TESTED in {job.root}/deep_gemm/[0-9a-f]{{16}}\n", run.log)
+    assert before and job.entries() == before
+    assert [step.status for step in run.steps] == [0, 0, 0, None, 0]
+
+
+def test_a_cold_container_fails_a_push_before_its_tests(job: Job) -> None:
+    run = runner(job, "push")
+    run.job("pre-test.yml", "inside")
+    assert "::error title=dense cold::no-marker" in run.log and "TESTED" not in run.log
+    assert [step.status for step in run.steps] == [0, 10, None, None, None]

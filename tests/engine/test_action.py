@@ -1,0 +1,158 @@
+"""The action and the example workflows, step by step as GitHub's runner would run them, against a real engine."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.actions import Runner
+from tests.engine.cli import READY, Cli, a_cli, command, shapes  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.engine
+
+#: A process that asks sglang for the kernels of the task `shapes`, and says what its cache lacked.
+JIT = (
+    "import os, pathlib; c = pathlib.Path(os.environ['DG_JIT_CACHE_DIR'], 'cache'); n = len(list(c.iterdir()));"
+    "from sglang.srt.layers.deep_gemm_wrapper import compile_utils as u;"
+    "u._compile_deep_gemm_one_type_all(kernel_type=u.DeepGemmKernelType.GEMM_NT_F8F8BF16, n=4096, k=7168,"
+    " num_groups=1, m_list=[64, 128]);"
+    "print('ENTRIES', n, 'NEW', len(list(c.iterdir())) - n)"
+)
+
+
+def runner(cli: Cli, event: str = "push", **variables: str) -> Runner:
+    """On the host, where this test's Python has what the program needs. Nothing leads to the checkout but the action."""
+    environ = {name: value for name, value in cli.environ.items() if name != "PYTHONPATH"}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    place = cli.place / f"runner-{event}-{len(list(cli.place.iterdir()))}"
+    place.mkdir()
+    return Runner(place, environ, event, variables)
+
+
+def statuses(run: Runner) -> list[int | None]:
+    """Of the action's four steps: program, run, variables, clean-up."""
+    return [step.status for step in run.steps]
+
+
+def test_warm_then_warm_again(cli: Cli) -> None:
+    cli.manifest(shapes("dense"), command("ready", READY))
+    run = runner(cli)
+    good, outputs = run.action(mode="warm", manifest=str(cli.path), budget="5m")
+    assert good, run.log
+    assert statuses(run) == [0, 0, 0, 0]
+    assert outputs["state"] == "warm" and re.fullmatch("[0-9a-f]{16}", outputs["toolchain"])
+    assert outputs["docker-args"].startswith(f"--mount type=bind,src={cli.root},dst=/jit ")
+    assert "::group::[1/2] dense" in run.log and "::endgroup::" in run.log and "::error" not in run.log
+    assert "| dense | ✅ warmed |" in run.summary and "| ready | ✅ warmed |" in run.summary
+    again = runner(cli, "pull_request")
+    good, outputs = again.action(mode="check", manifest=str(cli.path))
+    assert good and outputs["state"] == "warm" and statuses(again) == [0, 0, 0, None]
+    assert "::warning" not in again.log and "::error" not in again.log
+    cli.left_nothing()
+
+
+def test_a_cold_cache_warns_a_pull_request_and_fails_a_push(cli: Cli) -> None:
+    cli.manifest(shapes("dense"))
+    cli.root.mkdir()
+    run = runner(cli, "pull_request")
+    good, outputs = run.action(mode="check", manifest=str(cli.path))
+    assert good, run.log
+    assert outputs["state"] == "cold" and statuses(run) == [0, 0, 0, None]
+    assert "::warning title=dense cold::no-marker" in run.log and "::error" not in run.log
+    assert "| dense | 🟡 cold |" in run.summary
+    assert outputs["docker-args"], "the job fills the cache that it did not find"
+    run = runner(cli)
+    good, outputs = run.action(mode="check", manifest=str(cli.path))
+    assert not good and outputs["state"] == "cold" and statuses(run) == [0, 10, None, None]
+    assert "::error title=dense cold::no-marker" in run.log
+    good, outputs = runner(cli).action(mode="check", manifest=str(cli.path), **{"on-cold": "warn"})
+    assert good and outputs["state"] == "cold"
+    cli.left_nothing()
+
+
+def test_a_failed_task_is_named_and_cleaned_up_after(cli: Cli) -> None:
+    cli.manifest(command("fails", "print('so near'); exit(3)"))
+    run = runner(cli)
+    good, outputs = run.action(mode="warm", manifest=str(cli.path))
+    assert not good and outputs["state"] == "failed" and statuses(run) == [0, 11, None, 0]
+    assert re.search(r"::error title=fails failed::exit status 3", run.log)
+    assert "| fails | ❌ failed |" in run.summary
+    run = runner(cli, "pull_request")
+    good, outputs = run.action(mode="warm", manifest=str(cli.path))
+    assert good and outputs["state"] == "failed", "a cold cache never fails a pull request"
+    assert "::warning title=warm-cache::the cache is cold in part (status 11)" in run.log
+    cli.left_nothing()
+
+
+def test_what_a_killed_builder_left_is_swept_even_after_a_failure(cli: Cli) -> None:
+    """The run's lease ends its container; what is swept is the container that it could not remove."""
+    cli.manifest(command("hangs", "print('HANGING', flush=True)\nimport time; time.sleep(60)"))
+    started = cli.start("warm")
+    started.says("HANGING")
+    started.process.kill()
+    started.process.wait()
+    cli.manifest(command("fails", "exit(3)"))
+    run = runner(cli)
+    assert run.action(mode="warm", manifest=str(cli.path))[0] is False
+    assert run.steps[-1].status == 0
+    cli.left_nothing()
+
+
+def test_a_wrong_input_is_an_annotation_and_the_clean_up_bears_it(cli: Cli) -> None:
+    run = runner(cli)
+    assert run.action(mode="chekc")[0] is False
+    assert statuses(run) == [2, None, None, None] and "::error title=warm-cache::mode is one of" in run.log
+    run = runner(cli)
+    good, outputs = run.action(mode="warm")
+    assert not good and outputs["state"] == "failed" and "which manifest?" in run.log
+    assert statuses(run) == [0, 2, None, 0]
+
+
+def test_a_machine_without_the_libraries_gets_them_in_a_folder_that_goes(cli: Cli) -> None:
+    """The runner's own Python stays as it is: what is installed goes to RUNNER_TEMP. The index is played."""
+    cli.manifest(command("ready", READY))
+    cli.root.mkdir()
+    tools = cli.place / "tools"
+    tools.mkdir()
+    python = tools / "python3"
+    pip = 'printf "%s\\n" "$*" > "$(dirname "$0")/../asked"; ' + (
+        f'printf "#!/bin/sh\\nexec env PYTHONPATH=\'{Path(__file__).resolve().parents[2]}\' {sys.executable} -m builder '
+        '\\"\\$@\\"\\n" > "$(dirname "$0")/warm-cache"; chmod +x "$(dirname "$0")/warm-cache"'
+    )
+    python.write_text(
+        "#!/bin/bash\n"
+        'if [ "$1" = -I ]; then exit 1; fi\n'
+        'if [ "$1" = -m ]; then mkdir -p "$3/bin"; cat > "$3/bin/pip" <<"END"\n#!/bin/sh\n' + pip + "\nEND\n"
+        'chmod +x "$3/bin/pip"; exit; fi\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    run = runner(cli)
+    good, _ = run.action(mode="check", manifest=str(cli.path), python=str(python), **{"on-cold": "warn"})
+    assert good, run.log
+    asked = (run.temp / "warm-cache" / "venv" / "asked").read_text()
+    assert asked.split()[0] == "install" and asked.split()[-1] == str(Path(__file__).resolve().parents[2])
+
+
+def test_the_pre_test_workflow_on_a_host(cli: Cli) -> None:
+    """Warmed on a push; then the job's container finds every kernel, on a pull request too."""
+    cli.manifest(shapes("dense", m_values=[64, 128]))
+    names = {
+        "WARM_CACHE_HOST": "h200-host",
+        "WARM_CACHE_MANIFEST": str(cli.path),
+        "WARM_CACHE_IMAGE": cli.image,
+        "WARM_CACHE_GPUS": "none",
+        "WARM_CACHE_TEST": f'python3 -c "{JIT}"',
+    }
+    for event in ("push", "pull_request"):
+        run = runner(cli, event, **names)
+        outputs = run.job("pre-test.yml", "host")
+        assert outputs is not None and outputs["cache"]["state"] == "warm", run.log
+        assert run.steps[-1].status == 0, run.log
+        found = re.search(r"ENTRIES (\d+) NEW (\d+)", run.log)
+        assert found and int(found[1]) > 0 and int(found[2]) == 0
+    assert runner(cli).job("pre-test.yml", "host") is None, "no runner is named: the job is skipped"
+    cli.left_nothing()

@@ -1,0 +1,104 @@
+"""What GitHub's runner is told. Texts come from pull requests: none of them becomes markup or another output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from builder import github
+from builder.errors import BuilderError, ColdError, PreflightError, TasksError
+from builder.report import Report, TaskResult
+from tests.actions import entries
+
+HOSTILE = (
+    "| x | <img src=x onerror=alert(1)> [click](javascript:alert(1)) `code` **bold** _it_ @team #1 https://evil.example "
+    "www.evil.example\n\n# heading\r\n::error::no\n<!-- --> &lt; \\| \x1b[31mred \u202e"
+)
+
+
+def report(*states: str, verb: str = "check") -> Report:
+    tasks = [TaskResult(f"task-{at}", "org/model", "k", state, "why") for at, state in enumerate(states)]
+    return Report(verb, image_ref="lmsysorg/sglang:v0.5.23", toolchain="4be1c0a97d21f3e8", cache="/jit", tasks=tasks)
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> Mapping[str, str]:
+    names = ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")
+    return {"GITHUB_ACTIONS": "true", **{name: str(tmp_path / name) for name in names}}
+
+
+@pytest.mark.parametrize(
+    ("states", "status", "error", "state"),
+    [
+        (("warm", "warm"), 0, None, "warm"),
+        (("warm", "warmed"), 0, None, "warm"),
+        (("warm", "cold"), 10, ColdError("1 of 2 tasks cold"), "cold"),
+        (("warm", "cold"), 0, None, "cold"),
+        (("warm", "failed"), 11, TasksError("1 failed"), "failed"),
+        ((), 12, PreflightError("no engine"), "failed"),
+        (("cold",), 17, BuilderError("never idle"), "deferred"),
+    ],
+)
+def test_the_state_is_one_word(
+    environ: Mapping[str, str], states: tuple[str, ...], status: int, error: BuilderError | None, state: str
+) -> None:
+    assert github.tell(report(*states), status, error, environ) == []
+    said = entries(Path(environ["GITHUB_OUTPUT"]).read_text())
+    assert said == {"state": state, "toolchain": "4be1c0a97d21f3e8"}
+    assert f"warm-cache check: {state}" in Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
+
+
+def test_the_summary_has_the_table() -> None:
+    text = github.summary(report("warm", "failed", verb="warm"), 11, TasksError("1 failed of 2 tasks"))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == "| task | state | time | entries | verified | note |"
+    assert re.fullmatch(r"\|( --- \|){6}", rows[1])
+    assert rows[2].startswith("| task-0 | ✅ warm | – | – |") and rows[3].startswith("| task-1 | ❌ failed |")
+    assert "**1 failed of 2 tasks** (exit 11)" in text
+
+
+def test_hostile_text_is_text() -> None:
+    found = report("failed")
+    found.tasks[0].label = found.tasks[0].reason = found.cache = found.image_ref = HOSTILE
+    found.warnings.append(HOSTILE)
+    text = github.summary(found, 11, TasksError(HOSTILE))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 3 and all(row.count("|") == 7 for row in rows)
+    told = re.sub(r"&#\d+;", "", text)
+    for sign in ("<", ">", "`", "[", "]", "@", "http:", "https:", "www.", "_", "\\", "\x1b", "\u202e"):
+        assert sign not in told, sign
+    assert [line for line in text.splitlines() if line.startswith(("#", "::"))] == ["### ❌ warm-cache check: failed"]
+
+
+def test_a_long_run_fits_into_a_summary() -> None:
+    found = report(*["failed"] * 3000)
+    for task in found.tasks:
+        task.reason = HOSTILE * 500
+    assert len(github.summary(found, 11, TasksError("x")).encode()) < 1 << 20
+
+
+@pytest.mark.parametrize("value", ["plain", "two\nlines", "a\nEVIL=1\n", "end\r\nx", ""])
+def test_no_value_becomes_another_variable(value: str) -> None:
+    assert entries(github.variable("NAME", value)).keys() == {"NAME"}
+
+
+def test_nothing_is_written_for_anybody_else(environ: Mapping[str, str], tmp_path: Path) -> None:
+    assert github.tell(report("warm"), 0, None, {**environ, "GITHUB_ACTIONS": ""}) == []
+    github.tell(report("warm", verb="explain"), 0, None, environ)
+    assert list(tmp_path.iterdir()) == [] or not any(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_docker_arguments_are_an_output() -> None:
+    found = report(verb="env")
+    found.text = "--mount type=bind,src=/a,dst=/jit -e A=b"
+    assert github.outputs(found, 0, None) == {"docker-args": found.text}
+    found.text = "export A=b"
+    assert github.outputs(found, 0, None) == {}
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(environ: Mapping[str, str], tmp_path: Path) -> None:
+    (problem,) = github.tell(report("warm"), 0, None, {**environ, "GITHUB_OUTPUT": str(tmp_path)})
+    assert problem.startswith("GITHUB_OUTPUT could not be written: ")
