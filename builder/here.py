@@ -24,7 +24,7 @@ from builder.verbs import blame_cold, common_env, explained, gate, lines
 from builder.warmup import families, files, here, layout, toolchain
 from builder.warmup.coverage import brief
 from builder.warmup.here import Image, Standing
-from builder.warmup.task import Task
+from builder.warmup.task import PRETEND_VARIABLE, Task
 from builder.warmup.toolchain import Record
 
 MOUNT = "/jit"
@@ -126,8 +126,9 @@ def look(call: Call) -> Surroundings:
     known = {"id": image.id, "labels": {"ai.sglang.build.commit": image.commit}} if image else {}
     records: dict[ProbeEnv, Record] = {}
     for wanted in sorted({probe_env(task) for task in manifest.tasks} if manifest else {()}):
+        own = {name: value for name, value in wanted if name != PRETEND_VARIABLE}  # the GPUs here are what counts here
         records[wanted] = toolchain.probe(
-            environ={**environ, **dict(wanted)}, mount=str(root), image=known, inherited=environ
+            environ={**environ, **own}, mount=str(root), image=known, inherited=environ
         )
     first = next(iter(records.values()))
     if image is None:

@@ -1,7 +1,7 @@
 """A small GitHub runner: the steps of a workflow's job or of a composite action, as the runner would run them.
 
-Expressions are evaluated strictly: an unknown input, step, output, variable or function is an error here, where the real
-runner makes an empty string of it.
+Expressions are evaluated strictly: an unknown input, step, output, variable or function is an error here, where the
+real runner makes an empty string of it.
 """
 
 from __future__ import annotations
@@ -127,6 +127,10 @@ class Context(dict[str, Any]):
         raise KeyError(f"the expression names {name}, which is not there")
 
 
+def _status_functions(good: bool) -> dict[str, Callable[[], bool]]:
+    return {"always": lambda: True, "success": lambda: good, "failure": lambda: not good}
+
+
 def _shown(value: Any) -> str:
     return {True: "true", False: "false", None: ""}.get(value, str(value)) if not isinstance(value, str) else value
 
@@ -192,11 +196,11 @@ class Runner:
         return good, {name: values.filled(spec["value"]) for name, spec in action["outputs"].items()}
 
     def _run(self, steps: list[dict[str, Any]], names: Mapping[str, str]) -> tuple[bool, dict[str, dict[str, str]]]:
-        good, outputs, ids = True, {}, {step["id"] for step in steps if "id" in step}
+        good, ids = True, {step["id"] for step in steps if "id" in step}
+        outputs: dict[str, dict[str, str]] = {}
         for number, step in enumerate(steps):
             known = self._names(names, outputs, ids)
-            state = {"always": lambda: True, "success": lambda good=good: good, "failure": lambda good=good: not good}
-            values = Expression(known, state)
+            values = Expression(known, _status_functions(good))
             title = step.get("name") or step.get("id") or step.get("uses") or f"step {number}"
             if not values.condition(step.get("if")):
                 self.steps.append(Step(title, None))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.actions import Runner
+from tests.actions import ROOT, Runner
 from tests.engine.cli import READY, Cli, a_cli, command, shapes  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.engine
@@ -22,9 +22,24 @@ JIT = (
     "print('ENTRIES', n, 'NEW', len(list(c.iterdir())) - n)"
 )
 
+#: A Python that lacks the libraries, and whose virtual environments have a pip that needs no index.
+PLAYED = """#!/bin/bash
+case "$1" in
+  -I) exit 1 ;;
+  -m) mkdir -p "$3/bin"; ln -s "$0" "$3/bin/pip" ;;
+  install)
+    bin=$(dirname "$0")
+    echo "$*" > "$bin/asked"
+    printf '#!/bin/sh\\nPYTHONPATH={root} exec {python} -m builder "$@"\\n' > "$bin/warm-cache"
+    chmod +x "$bin/warm-cache"
+    ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
 
 def runner(cli: Cli, event: str = "push", **variables: str) -> Runner:
-    """On the host, where this test's Python has what the program needs. Nothing leads to the checkout but the action."""
+    """On the host, where this test's Python has what the program needs. Only the action leads to the checkout."""
     environ = {name: value for name, value in cli.environ.items() if name != "PYTHONPATH"}
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     place = cli.place / f"runner-{event}-{len(list(cli.place.iterdir()))}"
@@ -115,26 +130,14 @@ def test_a_machine_without_the_libraries_gets_them_in_a_folder_that_goes(cli: Cl
     """The runner's own Python stays as it is: what is installed goes to RUNNER_TEMP. The index is played."""
     cli.manifest(command("ready", READY))
     cli.root.mkdir()
-    tools = cli.place / "tools"
-    tools.mkdir()
-    python = tools / "python3"
-    pip = 'printf "%s\\n" "$*" > "$(dirname "$0")/../asked"; ' + (
-        f'printf "#!/bin/sh\\nexec env PYTHONPATH=\'{Path(__file__).resolve().parents[2]}\' {sys.executable} -m builder '
-        '\\"\\$@\\"\\n" > "$(dirname "$0")/warm-cache"; chmod +x "$(dirname "$0")/warm-cache"'
-    )
-    python.write_text(
-        "#!/bin/bash\n"
-        'if [ "$1" = -I ]; then exit 1; fi\n'
-        'if [ "$1" = -m ]; then mkdir -p "$3/bin"; cat > "$3/bin/pip" <<"END"\n#!/bin/sh\n' + pip + "\nEND\n"
-        'chmod +x "$3/bin/pip"; exit; fi\n'
-        f'exec {sys.executable} "$@"\n'
-    )
+    python = cli.place / "python3"
+    python.write_text(PLAYED.format(python=sys.executable, root=ROOT))
     python.chmod(0o755)
     run = runner(cli)
     good, _ = run.action(mode="check", manifest=str(cli.path), python=str(python), **{"on-cold": "warn"})
     assert good, run.log
-    asked = (run.temp / "warm-cache" / "venv" / "asked").read_text()
-    assert asked.split()[0] == "install" and asked.split()[-1] == str(Path(__file__).resolve().parents[2])
+    asked = (run.temp / "warm-cache" / "venv" / "bin" / "asked").read_text()
+    assert asked.split()[0] == "install" and asked.split()[-1] == str(ROOT)
 
 
 def test_the_pre_test_workflow_on_a_host(cli: Cli) -> None:

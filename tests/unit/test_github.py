@@ -14,8 +14,8 @@ from builder.report import Report, TaskResult
 from tests.actions import entries
 
 HOSTILE = (
-    "| x | <img src=x onerror=alert(1)> [click](javascript:alert(1)) `code` **bold** _it_ @team #1 https://evil.example "
-    "www.evil.example\n\n# heading\r\n::error::no\n<!-- --> &lt; \\| \x1b[31mred \u202e"
+    "| x | <img src=x onerror=alert(1)> [click](javascript:alert(1)) `code` **bold** _it_ @team #1 "
+    "https://evil.example www.evil.example\n\n# heading\r\n::error::no\n<!-- --> &lt; \\| \x1b[31mred \u202e"
 )
 
 
