@@ -123,7 +123,10 @@ def status(session: Session, _said: Namespace) -> None:
     )
     session.console.table(
         ("task", "written", "image", "proof", "claims"),
-        [[row["task"], row["written"], row["image"], row["proof"], ", ".join(row["claims"])] for row in marks],
+        [
+            [row["task"], row["written"], row["image"], row["reservation"] or row["proof"], ", ".join(row["claims"])]
+            for row in marks
+        ],
     )
 
 
@@ -165,6 +168,7 @@ def _marker(path: Path, root: Path) -> dict[str, Any]:
         "written": written,
         "image": files.printable(observed["image"]) if isinstance(observed.get("image"), str) else "",
         "proof": files.printable(marker["proof"]) if marker is not None else "unreadable",
+        "reservation": markers.reservation(marker or {}) or None,
         "claims": sorted(markers.claimed_keys(path)),
     }
 

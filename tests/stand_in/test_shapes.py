@@ -136,6 +136,8 @@ def test_what_was_pretended_is_warm_and_says_so_but_never_strictly(pretended: tu
     status, document = cache.run("check")
     assert status == 0 and document["tasks"][0]["reservation"] == SAID
     assert document["warnings"] == [f"shapes: {SAID}"]
+    assert cache.run("explain")[1]["explain"][0]["reservation"] == SAID
+    assert cache.run("status")[1]["markers"][0]["reservation"] == SAID
     assert cache.run("check", "--strict")[0] == 10
     (path,) = cache.root.glob("markers/shapes-*/*.pretended.json")
     marker = json.loads(path.read_text())
