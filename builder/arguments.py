@@ -146,7 +146,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
     """
     words, command = _split(argv)
     name = _verb(words)
-    said, rest = parser(name).parse_known_args(
+    said, rest = parser(name).parse_known_intermixed_args(
         words[1:], Namespace(verb=name, command=command, sources={}, json=False, **dict.fromkeys(SHARED_VALUES))
     )
     if rest:

@@ -127,6 +127,17 @@ class CacheRoot:
                         self._fetch_model(str(container), model, copy)
                 yield copy
 
+    def prove(self, volume: str) -> None:
+        """Reads through this volume as a job would have it in the root's place. Raises EngineRefusedError where the
+        engine cannot mount it, or nothing of the root is seen in it.
+        """
+        with self._reader(volume=volume) as container:
+            path = f"{self._manifest.cache.mount}/layout.json"
+            if container is not None:
+                with contextlib.closing(self._engine.archive(container, path)) as stream:
+                    for _ in stream:
+                        pass
+
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
         """A private directory that goes with the context."""
@@ -147,11 +158,15 @@ class CacheRoot:
             ) from error
 
     @contextlib.contextmanager
-    def _reader(self, *, store: bool = False) -> Iterator[str | None]:
-        """A created container with the root mounted read-only, or None where the engine has no such directory yet."""
+    def _reader(self, *, store: bool = False, volume: str | None = None) -> Iterator[str | None]:
+        """A created container with the root (or the model store, or a volume instead of the root) mounted read-only, or
+        None where the engine has no such directory yet.
+        """
         mount = self.mount()
         if store:
             mount = Mount(source=str(self._manifest.models.store), target=STORE)
+        elif volume is not None:
+            mount = Mount(source=volume, target=mount.target, kind="volume")
         mount = Mount(source=mount.source, target=mount.target, kind=mount.kind, read_only=True)
         if not store and not self.exists():
             yield None

@@ -29,6 +29,7 @@ from builder.podman import Drained, is_between_states, is_podman, stored_log
 from builder.progress import PullProgress
 from builder.spec import Attachment, ContainerSpec, Found, Image, Mount, State
 from builder.tunnel import Tunnel
+from builder.volumes import Volumes, found_in
 from builder.waiting import Deadline, poll, retry_reads
 
 __all__ = ["ContainerSpec", "Engine", "EngineTimeoutError", "Found", "Image", "Mount", "NotFoundError", "State"]
@@ -43,7 +44,7 @@ QUICK = 10.0
 START = 120.0
 
 
-class Engine:
+class Engine(Volumes):
     """One engine. url None means ``DOCKER_HOST``, else the default socket; timeout in seconds for one answer.
 
     Nothing is contacted before `connect`, or the first question.
@@ -328,15 +329,7 @@ class Engine:
     def containers(self, labels: Sequence[str]) -> list[Found]:
         params = {"all": 1, "filters": json.dumps({"label": list(labels)})}
         listing = self._read("cannot list containers", lambda: self._get("/containers/json", params=params).json())
-        return [
-            Found(
-                entry["Id"],
-                (entry.get("Names") or ["/"])[0].lstrip("/"),
-                entry.get("State") or "",
-                entry.get("Labels") or {},
-            )
-            for entry in listing
-        ]
+        return [found_in(entry) for entry in listing]
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
@@ -383,7 +376,7 @@ class Engine:
             for chunk in self._iterated(response.raw.stream(1 << 18, decode_content=False), doing):
                 yield from demux.whole(chunk)
 
-    # --- files and volumes -------------------------------------------------------------------------------------------
+    # --- files -------------------------------------------------------------------------------------------------------
 
     def archive(self, container: str, path: str) -> Generator[bytes, None, None]:
         """The tar of a path in a container that need not run. Raises NotFoundError at once when there is none."""
@@ -416,14 +409,6 @@ class Engine:
         # The engine resolves it inside the container, to an absolute path. Podman says this very path, link or not.
         target = "" if target == path else target
         return posixpath.relpath(target, posixpath.dirname(path)) if target.startswith("/") else target
-
-    def has_volume(self, name: str) -> bool:
-        """Whether the engine has this named volume."""
-        try:
-            self._read(f"cannot look for the volume {name}", lambda: self._get("/volumes/{0}", name))
-        except NotFoundError:
-            return False
-        return True
 
     # --- one request, one translator ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 
 #: Modes whose containers get GPUs, models, secrets and a network.
 COMPILES = ("run", "probe")
+#: Modes that only look, some of them at what an untrusted job left: they cannot write to the root.
+LOOKS = ("view-list", "view-audit")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Asked:
     """What else one container may be asked for. devices: GPUs by index; None: all that the manifest has.
 
     cancel: who may end it, if not whoever ends the whole invocation. beside: other tasks of this run may compile at the
-    same time.
+    same time. view: what the modes of views are told. mounts: besides the cache root.
     """
 
     devices: tuple[int, ...] | None = None
@@ -92,6 +94,8 @@ class Asked:
     repair: bool = False
     beside: bool = False
     prune: PrunePolicy | None = None
+    view: Mapping[str, Any] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
 
 
 NOTHING_ELSE = Asked()
@@ -148,6 +152,7 @@ def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Ask
         repair=asked.repair,
         beside=asked.beside,
         prune=asked.prune,
+        view=asked.view,
         observed={
             "host": socket.gethostname(),
             "builder": __version__,
@@ -166,7 +171,7 @@ def _spec(shared: Shared, job: Job, task: Task, deadlines: Deadlines, asked: Ask
         command=[],
         env=_environment(shared, job),
         labels=shared.lease.labels(task.label, job.lifetime),
-        mounts=(*_root(shared), *(_store(manifest) if compiles else ())),
+        mounts=(*_root(shared, job.mode in LOOKS), *(_store(manifest) if compiles else ()), *asked.mounts),
         gpus=_devices(manifest, asked.devices) if compiles else 0,
         shm_size=manifest.container.shm_size,
         network=manifest.container.network if compiles else "none",
@@ -185,11 +190,12 @@ def _log_dir(options: Options) -> Path:
     return directory
 
 
-def _root(shared: Shared) -> tuple[Mount, ...]:
+def _root(shared: Shared, read_only: bool) -> tuple[Mount, ...]:
     """The cache root; nothing where a verb that only reads must not make one, and then its place is in the
     container.
     """
-    return (shared.cache.mount(),) if shared.options.creates or shared.cache.exists() else ()
+    there = shared.options.creates or shared.cache.exists()
+    return (replace(shared.cache.mount(), read_only=read_only),) if there else ()
 
 
 def _environment(shared: Shared, job: Job) -> dict[str, str]:

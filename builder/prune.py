@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from builder import images, policy, runlock, upkeep
+from builder import errand, images, policy, runlock, upkeep
 from builder.launch import Asked
 from builder.policy import Limits
 from builder.report import counted, size
@@ -105,7 +105,7 @@ def in_container(session: Session, wanted: PrunePolicy, outcome: Outcome) -> Non
                 outcome.images = frozenset(map(str, event.get("images") or ()))
                 outcome.kept_images = frozenset(map(str, event.get("kept_images") or ()))
 
-    upkeep.in_container(session, "prune", hear, Asked(prune=wanted))
+    errand.run(session, "prune", hear, Asked(prune=wanted))
 
 
 def _take(outcome: Outcome, found: Plan) -> None:

@@ -162,6 +162,19 @@ class Found:
     labels: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Volume:
+    """A named volume. mountpoint: where its files lie on the engine's host; with options (a device, a network file
+    system) only while a container has it.
+    """
+
+    name: str
+    driver: str
+    mountpoint: str
+    options: Mapping[str, str]
+    labels: Mapping[str, str]
+
+
 class Attachment(Protocol):
     """A connection to a container's streams, all its own."""
 

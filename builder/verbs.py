@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -139,7 +139,7 @@ def holdings(session: Session) -> list[dict[str, Any]]:
     if direct is not None:
         found += places.holdings(direct)
     else:
-        from builder import upkeep  # a check has no use for it
+        from builder import errand  # a check has no use for it
 
         names = ("family", "key", "entries", "invalid", "bytes")
 
@@ -147,7 +147,7 @@ def holdings(session: Session) -> list[dict[str, Any]]:
             if event.get("event") == "holding" and all(name in event for name in names):
                 found.append({name: event[name] for name in names})
 
-        upkeep.in_container(session, "status", hear)
+        errand.run(session, "status", hear)
     return sorted(found, key=lambda held: (held["family"], held["key"]))
 
 
@@ -190,12 +190,13 @@ def blame_cold(report: Report) -> None:
         raise ColdError(f"{len(cold)} of {counted(len(report.tasks), 'task')} cold: {', '.join(cold)}")
 
 
-def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
+def printed(session: Session, tasks: tuple[Task, ...], form: str, root: Sequence[str] = ()) -> str:
     """The mounts and variables of a test job that must hit the cache, as docker arguments, shell, GitHub lines or JSON.
 
     With what all the tasks have in common in their own environment: kernels were compiled under it. Raises ColdError
     where there is no cache root, and UsageError for the forms that a process uses in place (shell, github) when the
-    root does not lie at its mount path here, and for docker arguments that a shell would tear apart.
+    root does not lie at its mount path here, and for docker arguments that a shell would tear apart. root: mounts
+    that the job gets instead of the cache root's.
     """
     plan = judged(session, tasks)
     if plan is None:
@@ -213,7 +214,7 @@ def printed(session: Session, tasks: tuple[Task, ...], form: str) -> str:
     if form in ("shell", "github"):
         return lines(variables, form)
     variables[IMAGE_VARIABLE] = session.identity
-    mounts = _mounts(session)
+    mounts = [*(root or _root(session)), *_store(session)]
     if form == "docker":
         words = [*mounts, *(f"{name}={value}" for name, value in sorted(variables.items()))]
         torn = [
@@ -245,16 +246,16 @@ def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:
     }
 
 
-def _mounts(session: Session) -> list[str]:
+def _root(session: Session) -> list[str]:
     """Markers and memos are read-only for a job: what it runs may add kernels, never vouch for any."""
-    cache, models = session.manifest.cache, session.manifest.models
+    cache = session.manifest.cache
     if cache.root is None:
-        mounts = [f"type=volume,src={cache.volume},dst={cache.mount}"]
-    else:
-        mounts = [f"type=bind,src={cache.root},dst={cache.mount}"]
-        mounts += [
-            f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part},readonly" for part in ("markers", "images")
-        ]
-    if models.store:
-        mounts.append(f"type=bind,src={models.store},dst={STORE},readonly")
-    return mounts
+        return [f"type=volume,src={cache.volume},dst={cache.mount}"]
+    return [f"type=bind,src={cache.root},dst={cache.mount}"] + [
+        f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part},readonly" for part in ("markers", "images")
+    ]
+
+
+def _store(session: Session) -> list[str]:
+    store = session.manifest.models.store
+    return [f"type=bind,src={store},dst={STORE},readonly"] if store else []

@@ -82,6 +82,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repair": {"action": "store_true", "help": "move bad entries aside, so that they are compiled again"},
     "lock-timeout": {"metavar": "1m", "help": "how long to wait for another builder on the same cache or GPUs"},
     "log-dir": {"metavar": "DIR", "help": "where each task's whole log goes (default: below the state directory)"},
+    "replace": {"action": "store_true", "help": "drop a view of this name first"},
+    "fail-on-jit": {"action": "store_true", "help": "exit 10 when anything was compiled in spite of the cache"},
+    "before": {"metavar": "FILE", "help": "ahead of a job: write down what the cache holds"},
+    "after": {"metavar": "FILE", "help": "behind the job: compare with what was written down"},
     "here": {"action": "store_true", "help": "for the environment that this runs in: no engine, nothing to install"},
     "suite": {"metavar": "NAME", "help": "only tests whose suite or runner has this in its name (* matches)"},
     "keep": {"metavar": "N", "help": "how many toolchains of each task stay (default 2)"},
@@ -196,6 +200,35 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         arguments=(Argument("shell", "SHELL", "bash, zsh, fish or tcsh", choices=("bash", "zsh", "fish", "tcsh")),),
         needs="nothing",
         text=True,
+    ),
+    "view": Verb(
+        "writable views of the warm cache for test jobs, and what jobs did to theirs",
+        "warm-cache view create pr-4711 --profile h200",
+        "builder.view:view",
+        ("replace", "fail-on-jit", "lock-timeout"),
+        (
+            Argument(
+                "action",
+                "ACTION",
+                "create, audit, promote, drop or list",
+                choices=("create", "audit", "promote", "drop", "list"),
+            ),
+            Argument("job", "JOB", "name of the view", optional=True),
+        ),
+        text=True,
+        details="create prints the arguments of docker run that give a job a view: it reads the warm cache, and what "
+        "it writes stays in the view. audit says what the job compiled in spite of the cache, promote which lines of a "
+        "manifest would cover that. drop removes the view; list shows all.",
+    ),
+    "audit": Verb(
+        "what a job compiled in spite of the cache, where there is no engine",
+        "warm-cache audit --here --after before.json --fail-on-jit",
+        "builder.audit:elsewhere",
+        ("before", "after", "fail-on-jit"),
+        needs="nothing",
+        text=True,
+        here="builder.audit:here",
+        details="Without --cache DIR it looks at the directories that the families' variables name here.",
     ),
     "doctor": Verb(
         "what keeps this machine from running the manifest, all at once",

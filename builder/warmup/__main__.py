@@ -1,5 +1,5 @@
-"""``python3 -m builder.warmup``: reads its job from the environment and does it. Modes: probe, run, lock, hold, sweep,
-verify, prune, status.
+"""``python3 -m builder.warmup``: reads its job from the environment and does it. Modes: probe, run, those of LOCKS, and
+those of UPKEEP.
 
 Exit status: 0 done (``run``: warmed) · 20 failed · 21 partial · 22 skipped · 2 no job · 70 the lease ended · 71 the
 lifetime is over · 128 + N stopped by signal N.
@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from builder.warmup import layout, pretend, reclaim, toolchain, upkeep
+from builder.warmup import layout, pretend, reclaim, toolchain, upkeep, views
 from builder.warmup.events import FAILED
 from builder.warmup.guard import Guard, Stopped, end
 from builder.warmup.output import Output
@@ -21,8 +21,17 @@ from builder.warmup.task import JOB_VARIABLE, Job
 from builder.warmup.warm import Warming, write_memo
 
 NO_JOB = 2
+
+#: Modes that hold one lock, and of which file.
+LOCKS = {"lock": layout.run_lock, "views": layout.views_lock, "hold": layout.hold_lock}
 #: Modes for a whole cache root.
-UPKEEP = {"sweep": upkeep.sweep, "verify": upkeep.verify, "prune": reclaim.prune, "status": upkeep.status}
+UPKEEP = {
+    "sweep": upkeep.sweep,
+    "verify": upkeep.verify,
+    "prune": reclaim.prune,
+    "status": upkeep.status,
+    **views.MODES,
+}
 
 
 def main() -> int:
@@ -45,7 +54,7 @@ def main() -> int:
             status = warming.run()
         elif job.mode == "probe":
             status = _probe(job, output)
-        elif job.mode in ("lock", "hold"):
+        elif job.mode in LOCKS:
             status = _lock(job, output, guard)
         elif job.mode in UPKEEP:
             status = _upkeep(job, output, guard)
@@ -89,12 +98,12 @@ def _probe(job: Job, output: Output) -> int:
 
 
 def _lock(job: Job, output: Output, guard: Guard) -> int:
-    """Holds the run lock, or the hold (shared; only of a root that is there: a job makes none)."""
-    root, exclusive = Path(job.mount), job.mode == "lock"
+    """Holds a lock of the root; the hold is shared, and only of a root that is there: a job makes none."""
+    root, exclusive = Path(job.mount), job.mode != "hold"
     try:
         if exclusive:
             layout.prepare(root)
-        path = layout.run_lock(root) if exclusive else layout.hold_lock(root)
+        path = LOCKS[job.mode](root)
         output.event("phase", phase=f"waiting for the {path.stem} lock")
         guard.acquire(path, exclusive=exclusive)
     except (layout.LayoutError, OSError) as error:

@@ -9,10 +9,11 @@ Events and their fields:
 - phase: phase (a short word or two for people)
 - progress: done, total, unit
 - entries: families {family: valid entries}, added {family: new since the start}
-- locked: path (modes ``lock`` and ``hold``: that lock is held from now on)
+- locked: path (modes ``lock``, ``views`` and ``hold``: that lock is held from now on)
 - toolchain: record (what `toolchain.probe` found)
 - swept: family, key, path, why (one per leftover or invalid entry moved aside)
-- removed: family, key, path (mode ``sweep``: gone for good, after it has lain aside for longer than a job may last)
+- removed: family, key, path (mode ``sweep``: gone for good, after it has lain aside for longer than a job may last;
+  without family and key: views and generations that nobody has)
 - kept: family, key, path, why (mode ``sweep``: would go, and may not)
 - checked: family, key, entries (mode ``verify``: how many were looked at; one per family directory)
 - bad: family, key, entry, problem (mode ``verify``: an entry that is not valid, and was not moved)
@@ -21,6 +22,11 @@ Events and their fields:
 - freed: before, after (bytes of the root, now and as planned), freed (bytes that were deleted), left [text], images,
   kept_images [ids] (mode ``prune``, once)
 - holding: family, key, entries, invalid, bytes (mode ``status``, one per family directory)
+- omitted: family, key, why (mode ``view-create``: a family directory that the generation does not have)
+- view: view, generation, created, engine (mode ``view-create``); and bytes, files, idle (mode ``view-list``)
+- generation: id, asked, bytes, files, views [name] (mode ``view-list``)
+- finding: the fields of `findings.Finding` (mode ``view-audit``: one thing that the job changed)
+- audited: used, asked [shape], counts {kind: n}, seconds, truncated (mode ``view-audit``: all of it together)
 - verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n} of the families it claims,
   added {family: n} and added_bytes {family: bytes} of any family, loaded (the weights, or null), proof,
   second_pass_added, shapes [str], marker (path below the root, or null), seconds
@@ -37,7 +43,7 @@ WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
 
 NAMES = frozenset(
     {"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "removed", "kept", "checked", "bad"}
-    | {"pruned", "planned", "freed", "holding", "verdict", "end"}
+    | {"pruned", "planned", "freed", "holding", "omitted", "view", "generation", "finding", "audited", "verdict", "end"}
 )
 
 

@@ -83,6 +83,9 @@ class Family:
     host_specific: names, directly in the family's directory, that are true on one host only: never entries.
     whole: patterns of directories that are published by one rename, so that they are moved aside only as a whole.
     rewritten: names of files that a mere use writes anew, so that a new time is no sign of a compilation.
+    renamed: every file of an entry comes by rename and is never written again, so that another name (a hard link) of it
+    stays as it is. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of
+    the others: ninja, quack and torch's loader write in place, and nobody has looked at the rest.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Family:
     host_specific: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     rewritten: tuple[str, ...] = REWRITTEN
+    renamed: bool = False
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -113,6 +117,7 @@ FAMILIES: tuple[Family, ...] = (
             "deep_gemm_path",
         ),
         layout="deep_gemm",
+        renamed=True,
         leftovers=(("tmp/*", f"build {_ABANDONED}"),),
     ),
     Family(
@@ -133,6 +138,7 @@ FAMILIES: tuple[Family, ...] = (
         # __grp__*.json holds absolute paths, so the mount path is part of what a kernel is found by.
         factors=("triton", "ptxas", "compute_capability", "mount", *HOST_ABI),
         layout="triton",
+        renamed=True,
         leftovers=(("*/tmp.pid_*", f"write {_ABANDONED}"),),
     ),
     Family(
@@ -156,6 +162,7 @@ FAMILIES: tuple[Family, ...] = (
         leftovers=((".staging-*", f"build {_ABANDONED}"), ("*.tmp-*", f"write {_ABANDONED}")),
         # sglang renames a finished build onto the leaf and takes "it exists" for success: half a leaf never heals.
         whole=("deps-*",),
+        renamed=True,
     ),
     Family(
         name="tvm_ffi",

@@ -41,7 +41,7 @@ def prepare(root: Path) -> str:
             write = _write if path.exists() else _create
             write(path, {"schema": SCHEMA, "id": _new_id()})
             known = _read(path)
-        for lock in (run_lock(root), hold_lock(root)):
+        for lock in (run_lock(root), hold_lock(root), views_lock(root)):
             lock.touch()
     except OSError as error:
         place = error.filename or root
@@ -60,7 +60,7 @@ def prepare(root: Path) -> str:
 
 def foreign(root: Path) -> str | None:
     """Something in this directory that shows that it is no cache root, by name; None in a root, or where one can be."""
-    own = {"lost+found", "aside", "used", *FOLDERS, *FAMILY}
+    own = {"lost+found", "aside", "used", "generations", "views", *FOLDERS, *FAMILY}
     names = [item.name for item in files.listing(str(root)) or ()]
     if "layout.json" in names:
         return None
@@ -83,6 +83,16 @@ def hold_lock(root: Path) -> Path:
 def compiling_lock(root: Path) -> Path:
     """Held shared by every task of a run that has several at once, exclusively by one that has to be undisturbed."""
     return root / "locks" / "compiling.lock"
+
+
+def views_lock(root: Path) -> Path:
+    """One at a time makes, drops or sweeps views: the builder (or a container on its behalf) holds this exclusively."""
+    return root / "locks" / "views.lock"
+
+
+def generations_lock(root: Path) -> Path:
+    """Held exclusively by the one container that makes or removes generations, or what lies below ``views``."""
+    return root / "locks" / "generations.lock"
 
 
 def family_lock(root: Path, family: str, key: str) -> Path:

@@ -8,7 +8,9 @@ keeps them. Removing takes away what somebody may be about to open, so it needs 
   whoever keeps a view of the root, an overlay with the root below, for as long as the view lives);
 - nobody has touched it for as long as a job may last: jobs that say nothing are known by what they do. Touched is
   both modified and moved, by the file's own times; the latter is what tells how long something lies aside;
-- no overlay that is mounted here has it below: the kernel says nothing about what such a view shows after a change.
+- no view has it below, of those that the root has a record of (their generation holds another name of every file, so
+  that nothing would break, and nothing be freed either), and no overlay that is mounted here, about which the kernel
+  says nothing of what it shows after a change.
 
 The locks are held until the removal is done, so that what was true stays true: a job that starts meanwhile waits the
 moment it takes. Both are tried and never waited for: a cleaner can come back.
@@ -25,7 +27,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder.warmup import inventory, layout
+from builder.warmup import inventory, layout, views
 from builder.warmup.families import FAMILY, directory
 from builder.warmup.files import is_dir, listing, walk, why
 
@@ -55,7 +57,12 @@ def may_remove(
     """
     what = Path(directory(str(root), family, key)) if what is None else what
     with contextlib.ExitStack() as locks:
-        yield (_busy(locks, root, family, key, create) or _used(what, job_max, now) or _viewed(what, mounts))
+        yield (
+            _busy(locks, root, family, key, create)
+            or _used(what, job_max, now)
+            or _recorded(root, what)
+            or _viewed(what, mounts)
+        )
 
 
 def is_held(root: Path) -> bool:
@@ -162,6 +169,11 @@ def _touched(what: Path) -> float | None:
     except OSError:
         return None
     return newest
+
+
+def _recorded(root: Path, what: Path) -> str | None:
+    view = views.below(root, what)
+    return None if view is None else f"the view {view} has it below"
 
 
 def _viewed(what: Path, mounts: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from builder.warmup import inventory, layout, removal
+from builder.warmup import inventory, layout, removal, views
 from builder.warmup.events import WARMED
 from builder.warmup.guard import Guard
 from builder.warmup.output import Output
@@ -27,6 +27,7 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
             output.event("removed", family=family, key=key, path=path)
         else:
             output.event("kept", family=family, key=key, path=path, why=stays)
+    views.sweep(root, job, output, guard)
     return WARMED
 
 

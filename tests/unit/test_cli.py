@@ -132,7 +132,7 @@ def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureF
     [
         ([], "usage: warm-cache VERB [option ...]\nerror: which verb? One of warm, check"),
         (["chekc"], "usage: warm-cache VERB [option ...]\nerror: there is no verb 'chekc'; did you mean 'check'?"),
-        (["zzz"], "error: there is no verb 'zzz'; known: check, "),
+        (["zzz"], "error: there is no verb 'zzz'; known: audit, "),
         (["--strict"], "error: --strict comes after the verb, which is one of warm, check"),
         (["--jsno"], "error: there is no option '--jsno'; see: warm-cache --help."),
         (["warm", "--bugdet", "5m"], "error: there is no option '--bugdet'; did you mean --budget? Exit 2."),

@@ -22,11 +22,11 @@ WARMUP = BUILDER / "warmup"
 ORDER = """
     errors
     values document sections tasks manifest
-    spec waiting frames tunnel progress attachment complaints greeting resume podman engine image
+    spec waiting frames tunnel progress attachment complaints greeting resume podman volumes engine image
     gpus
     cancel sinks logs lease container locks gpulock hooks
     cache preflight plan plain report github launch estimates packing activity voices display
-    command session call holder runlock hold machine sidebyside run upkeep verbs doctor
+    command session call holder runlock hold machine sidebyside run errand overlay upkeep verbs audit view doctor
     here inside
     testfiles expressions reading imports images policy prune
     words arguments completion cli __main__
