@@ -46,8 +46,8 @@ def here(call: Call) -> None:
         document = json.dumps(snapshot.take(places)).encode("ascii")
         try:
             files.write_atomically(Path(said.before), document)
-        except OSError as error:
-            raise UsageError(f"--before: cannot write {said.before}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--before: cannot write {said.before!r}: {files.why(error)}") from None
         call.report.extra["snapshot"] = said.before
         call.console.say(f"noted what {len(places)} family directories hold")
         return

@@ -205,8 +205,9 @@ class _Invocation:
     def _blaming(self) -> Iterator[None]:
         """A problem of an option's value is put where the value was said, and is no problem of the manifest."""
         places = {f"--{option}": arguments.place(self.said, option) for option in VERBS[self.said.verb].options}
-        path = printable(self.said.manifest or "")
-        places[path] = f"{places['--manifest']} {path}"
+        if "--manifest" in places:
+            path = printable(self.said.manifest or "")
+            places[path] = f"{places['--manifest']} {path}"
         try:
             yield
         except UsageError as error:

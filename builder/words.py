@@ -224,7 +224,7 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         "what a job compiled in spite of the cache, where there is no engine",
         "warm-cache audit --here --after before.json --fail-on-jit",
         "builder.audit:elsewhere",
-        ("before", "after", "fail-on-jit"),
+        ("cache", "before", "after", "fail-on-jit"),
         needs="nothing",
         text=True,
         here="builder.audit:here",

@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         dict(_places(document))
         float(document["taken"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(f"{path} is no snapshot: {type(error).__name__}") from None
     return document
 

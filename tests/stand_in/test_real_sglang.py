@@ -274,6 +274,47 @@ def test_a_job_inside_the_image_is_told_the_same(
     assert document["toolchain"] == warmed.first.document["toolchain"]
 
 
+#: What sglang does for one shape: its lock, then its loop.
+ASK = """
+from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
+kind = c.DeepGemmKernelType.GEMM_NT_F8F8BF16
+def ask(n, k, ms):
+    with c._local_rank_compile_lock(kind, n, k, 1):
+        c._compile_deep_gemm_one_type_all(kind, n, k, 1, ms)
+ask(4096, 7168, [64, 128])
+"""
+
+
+def test_a_job_in_a_view_hits_every_kernel_and_what_it_compiles_stays_there(
+    warmed: Warmed, copy: Path, docker_host: str
+) -> None:
+    """sglang's locks want a place that can be written to: a read-only mount of a warm cache would crash it."""
+    where = ["--manifest", warmed.manifest, "--cache", copy]
+    before = {str(path): path.read_bytes() for path in kernels(copy)[0].iterdir()}
+
+    def job(name: str, code: str) -> dict[str, Any]:
+        printed = warm_cache("view", "create", name, *where)
+        assert printed.status == 0, printed.err
+        run = ["docker", "-H", docker_host, "run", "--rm", "--init", "--network", "none", *shlex.split(printed.out)]
+        run += ["-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so", warmed.first.document["image"]["id"]]
+        done = subprocess.run([*run, "python3", "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found: dict[str, Any] = warm_cache("view", "audit", name, *where, "--json").document["audit"]
+        return found
+
+    try:
+        hits = job("hits", ASK)
+        assert (hits["jit"], hits["findings"], hits["used"]) == (0, [], len(kernels(copy)))
+        made = job("makes", ASK + "ask(512, 7168, [64])\n")
+        shapes = {row["shape"] for row in made["findings"]}
+        assert made["jit"] == len(made["findings"]) >= 1 and shapes == {"GEMM_NT_F8F8BF16 N=512, K=7168, num_groups=1"}
+        assert made["seconds"] > 1
+        assert {str(path): path.read_bytes() for path in kernels(copy)[0].iterdir()} == before
+    finally:
+        for name in ("hits", "makes"):
+            warm_cache("view", "drop", name, *where)
+
+
 SERVE = """
 schema = 1
 [image]

@@ -1,0 +1,172 @@
+"""Generations: complete, valid, and unchanged by whatever happens to the root afterwards."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from builder.warmup import generations, inventory, layout, removal, views
+from builder.warmup.families import FAMILY
+from builder.warmup.generations import Omitted
+from tests.unit.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
+
+KEY = "0123456789abcdef"
+HOUR = 3600.0
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "jit"
+    layout.prepare(root)
+    deep_gemm_entry(root / "deep_gemm" / KEY)
+    triton_entry(root / "triton" / KEY)
+    for family in ("inductor", "flashinfer", "quack", "tvm_ffi", "torch_extensions", "cuda"):
+        (root / family / KEY / "ab").mkdir(parents=True)
+        (root / family / KEY / "ab" / "one.so").write_bytes(elf())
+        (root / family / f"{KEY}.json").write_text("{}")
+    (root / "markers" / "task").mkdir()
+    (root / "markers" / "task" / "keys.json").write_text("{}")
+    return root
+
+
+def published(root: Path) -> Path:
+    generation, omitted = generations.publish(root, check=lambda: None)
+    assert omitted == []
+    return generations.tree(root, generation)
+
+
+def held(place: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in place.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_generation_is_a_root_of_its_own_with_every_valid_entry(root: Path) -> None:
+    (root / "deep_gemm" / KEY / "tmp" / "1").mkdir(parents=True)
+    (root / "deep_gemm" / KEY / "tmp" / "1" / "kernel.cu").write_text("half")
+    (deep_gemm_entry(root / "deep_gemm" / KEY, "cache/bad.1") / "kernel.cubin").write_bytes(b"")
+    (root / "inductor" / KEY / "link.so").symlink_to("/etc/passwd")
+    (root / "theirs").write_text("not ours")
+    place = published(root)
+    names = set(held(place))
+    assert {
+        f"deep_gemm/{KEY}/{NAME}/{name}" for name in ("kernel.cu", "kernel.cubin", "meta.json", ".committed")
+    } <= names
+    assert {f"cuda/{KEY}/ab/one.so", f"quack/{KEY}.json", "markers/task/keys.json", "layout.json"} <= names
+    assert not [name for name in names if "bad" in name or "tmp" in name or "link" in name or "theirs" in name]
+    for name, family in FAMILY.items():
+        before, after = (inventory.scan(family, base / name / KEY) for base in (root, place))
+        assert before.valid == after.valid and not after.invalid
+    assert layout.prepare(place) == layout.prepare(root)
+
+
+def test_nothing_new_is_no_new_generation(root: Path) -> None:
+    first = published(root)
+    os.utime(root / "deep_gemm" / KEY / NAME / ".committed")  # a hit
+    assert published(root) == first
+    deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
+    second = published(root)
+    assert second != first
+    assert generations.known(root) == [first.name, second.name]
+    generations.remove(root / "deep_gemm" / KEY / "cache" / "new.1", root)
+    assert published(root) == first
+    assert generations.known(root) == [second.name, first.name], "the newest is the one that was asked for last"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY))
+def test_what_is_written_in_place_afterwards_changes_no_generation(root: Path, family: str) -> None:
+    place = published(root)
+    before = held(place)
+    for path in (root / family / KEY).rglob("*"):
+        if path.is_file() and not FAMILY[family].renamed:
+            path.write_bytes(b"other")
+        elif path.is_file():  # as its maker does it
+            (path.parent / "tmp.x").write_bytes(b"other")
+            (path.parent / "tmp.x").rename(path)
+    for marker in (root / "markers").rglob("*.json"):
+        (marker.parent / "x").write_text("other")
+        (marker.parent / "x").rename(marker)
+    assert held(place) == before
+
+
+def test_unchanged_files_are_kept_once(root: Path) -> None:
+    first = published(root)
+    deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
+    second = published(root)
+    inodes = [base / f"deep_gemm/{KEY}/{NAME}/kernel.cubin" for base in (root, first, second)]
+    assert len({path.stat().st_ino for path in inodes}) == 1
+    copies = [base / f"flashinfer/{KEY}/ab/one.so" for base in (root, first, second)]
+    assert len({path.stat().st_ino for path in copies}) == 2
+    assert copies[1].stat().st_ino == copies[2].stat().st_ino
+    assert copies[0].stat().st_mtime_ns == copies[1].stat().st_mtime_ns, "ninja compares times"
+
+
+def test_a_family_that_is_being_written_in_place_is_taken_from_the_newest_generation_or_left_out(root: Path) -> None:
+    with (
+        layout.family_lock(root, "quack", KEY).open("w") as lock,
+        layout.family_lock(root, "triton", KEY).open("w") as two,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        fcntl.flock(two, fcntl.LOCK_SH)
+        generation, omitted = generations.publish(root, check=lambda: None)
+        assert omitted == [Omitted("quack", KEY, "somebody works in it, and no earlier generation has it")]
+        assert not (generations.tree(root, generation) / "quack" / KEY).exists()
+        assert (generations.tree(root, generation) / "triton" / KEY).exists(), "it is published by rename"
+    whole = published(root)
+    with layout.family_lock(root, "quack", KEY).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        (root / "quack" / KEY / "ab" / "one.so").write_bytes(b"\x7fELF half")
+        deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
+        place = published(root)
+    one = f"quack/{KEY}/ab/one.so"
+    assert place != whole and (place / one).stat().st_ino == (whole / one).stat().st_ino
+
+
+def test_what_a_killed_process_was_making_is_never_a_generation(root: Path) -> None:
+    half = generations.home(root) / ".0123456789abcdef.77.tmp"
+    half.mkdir(parents=True)
+    (half / "layout.json").write_text("{}")
+    assert generations.known(root) == []
+    generations.remove_unfinished(generations.home(root))
+    assert list(generations.home(root).iterdir()) == []
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generations.publish(root, check=stop)
+    assert list(generations.home(root).iterdir()) == []
+
+
+def test_nothing_that_a_view_has_below_it_may_be_removed(root: Path) -> None:
+    place = published(root)
+    deep_gemm_entry(root / "deep_gemm" / ("f" * 16))
+    later = time.time() + 7 * HOUR
+
+    def refusal(family: str, key: str, what: Path | None = None) -> str | None:
+        with removal.may_remove(root, family, key, job_max=HOUR, now=later, what=what) as found:
+            return found
+
+    assert refusal("triton", KEY) is None
+    view = views.home(root) / "pr-1"
+    (view / "upper").mkdir(parents=True)
+    (view / "view.json").write_text(
+        f'{{"schema": 1, "view": "pr-1", "generation": "{place.name}", "created": 1.5, "engine": "E"}}'
+    )
+    said = "the view pr-1 has it below"
+    assert refusal("triton", KEY) == said
+    assert refusal("triton", KEY, place) == said
+    assert refusal("triton", KEY, generations.home(root)) == said
+    assert refusal("deep_gemm", "f" * 16) is None, "made after the generation"
+    aside = layout.aside(root, "triton", KEY)
+    aside.mkdir(parents=True)
+    assert refusal("triton", KEY, aside) is None
+    (view / "view.json").write_text("garbage")
+    assert views.records(root) == {"pr-1": None}
