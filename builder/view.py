@@ -84,14 +84,13 @@ def view(session: Session, said: Namespace) -> None:
 
 def _create(session: Session, job: str, replace: bool) -> None:
     cache = session.manifest.cache
-    volume = overlay.volume_name(session, job)
-    mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
-    tasks = session.manifest.tasks
-    # All that can be wrong with the words is wrong before anything is made.
-    text, document = (printed(session, tasks, form, mounts) for form in ("docker", "json"))
+    # Whatever can be wrong is found before anything is made.
     if not errand.is_there(session):
         raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet")
-    place = _place(session)
+    volume, place = volume_name(session, job), _place(session)
+    mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
+    tasks = session.manifest.tasks
+    text, document = (printed(session, tasks, form, mounts) for form in ("docker", "json"))
     told: dict[str, Any] = {}
 
     def hear(event: Event) -> None:
