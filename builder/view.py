@@ -87,7 +87,7 @@ def _create(session: Session, job: str, replace: bool) -> None:
     # Whatever can be wrong is found before anything is made.
     if not errand.is_there(session):
         raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet")
-    volume, place = volume_name(session, job), _place(session)
+    volume, place = overlay.volume_name(session, job), _place(session)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
     tasks = session.manifest.tasks
     text, document = (printed(session, tasks, form, mounts) for form in ("docker", "json"))
