@@ -264,7 +264,7 @@ class _Invocation:
         report, console = self.report, self.console
         for warning in report.warnings:
             console.say(f"warning: {warning}")
-        if report.verb in ("warm", "check") and report.tasks:
+        if report.verb in ("warm", "check", "refresh") and report.tasks:
             self._tasks(error)
         if error is not None:
             self._complain(error)

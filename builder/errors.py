@@ -13,6 +13,7 @@
     ├── BusyError              15   cache or GPUs are in use by another builder
     ├── EngineLostError        16   the engine stopped answering
     │   └── EngineRefusedError 16   the engine answered, and said no
+    ├── DeferredError          17   `refresh --when-idle`: the machine never became idle
     └── Interrupted            130 / 143   a signal: 128 + its number
 
 A message says what failed, what was seen, and what to do next. What a container last said travels with the
@@ -123,6 +124,12 @@ class EngineRefusedError(EngineLostError):
     def __init__(self, message: str, *, status: int = 0, notes: Sequence[str] = ()) -> None:
         super().__init__(message, notes=notes)
         self.status = status
+
+
+class DeferredError(BuilderError):
+    """The machine never became idle, so nothing was done."""
+
+    exit_code = 17
 
 
 class Interrupted(BuilderError):

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from builder import machine, runlock, sidebyside
+from builder import forecast, machine, runlock, sidebyside
 from builder.activity import Activity
 from builder.container import Deadlines, Outcome
 from builder.errors import BudgetError, EngineLostError, TasksError
@@ -43,6 +43,7 @@ def warm(session: Session, _said: Namespace) -> None:
         session.report.planned(plan)
         announce(session, plan, expected)
         items = todo(session, plan)
+        forecast.refuse(session, items)
         with machine.taken(session, items) as gpus:
             sidebyside.work(session, items, expected, lambda item, seat: warm_one(session, gpus, item, seat))
         recheck(session, tasks)

@@ -92,6 +92,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "older-than": {"metavar": "14d", "help": "what nobody has used for so long goes"},
     "max-size": {"metavar": "200G", "help": "what was used longest ago goes until the cache is no larger"},
     "images": {"action": "store_true", "help": "serving images of dropped toolchains go too, though still tagged"},
+    "when-idle": {"metavar": "10m", "help": "wait so long until nobody else has the GPUs, else do nothing: exit 17"},
+    "metrics": {"metavar": "FILE", "help": "where to write metrics for Prometheus' textfile collector"},
+    "webhook": {"metavar": "URL", "help": "where to POST the outcome; better as WARM_CACHE_WEBHOOK, out of sight"},
     "dry-run": {"action": "store_true", "help": "say what would go, and change nothing"},
     "on-cold": {
         "metavar": "warn|fail",
@@ -152,6 +155,21 @@ VERBS = {
         "warm-cache sweep --profile h200 --cache /data/sglang-jit",
         "builder.upkeep:sweep",
         ("lock-timeout",),
+    ),
+    "refresh": Verb(
+        "nightly: pull the image if it has moved, warm what is cold, remove what is superseded, tell the outcome",
+        "warm-cache refresh --profile h200 --when-idle 10m --metrics FILE.prom",
+        "builder.refresh:refresh",
+        (
+            *("manifest", "profile", "cache", "image", "models"),
+            *("allow-busy", "budget", "timeout", "silence", "lock-timeout", "log-dir"),
+            *("when-idle", "metrics", "webhook", *POLICY),
+        ),
+        needs="nothing",
+        creates=True,
+        details="""The registry is asked whether the image has moved, and nothing is pulled to find out. What is new is
+warmed beside what is in use, which stays until the policy of prune lets it go. Where nothing has changed nothing
+is started. A second refresh of the same cache ends at once with 15, unless --lock-timeout lets it wait.""",
     ),
     "prune": Verb(
         "remove what no toolchain that is kept needs, and never what the manifest's image needs or a job uses",
@@ -242,5 +260,5 @@ STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold 
 entries (verify), launches not covered (import-tests) · 11 some tasks failed,
 partial, timed out or skipped · 12 this machine can't run it · 13 GPUs not
 released · 14 budget exhausted · 15 cache or GPUs busy · 16 engine lost ·
-129/130/143 signal · hold: CMD's.
+17 deferred (refresh) · 129/130/143 signal · hold: CMD's.
 Where several apply: signal, 1, 16, 13, 14, 11."""

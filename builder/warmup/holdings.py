@@ -16,7 +16,7 @@ from typing import Any
 
 from builder.warmup import files, markerfiles, toolchain, use
 from builder.warmup.entries import NAMES
-from builder.warmup.families import FAMILY
+from builder.warmup.families import FAMILY, directory
 
 #: Layouts whose entries stand alone, so that one of them may go without the others.
 ALONE = ("deep_gemm", "triton")
@@ -210,3 +210,9 @@ class _Measure:
                 return 0
             self._seen.add((status.st_dev, status.st_ino))
         return status.st_blocks * 512
+
+
+def count(root: Path, place: Dir) -> int:
+    """How many entries a family's directory has, valid or not."""
+    family, base = FAMILY[place[0]], directory(str(root), *place)
+    return sum(1 for _ in NAMES[family.layout](family, base))

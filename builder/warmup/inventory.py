@@ -40,6 +40,7 @@ __all__ = [
     "scan",
     "sweep",
     "used",
+    "weigh",
 ]
 
 
@@ -116,6 +117,11 @@ def check(family: Family, directory: Path, name: str, *, mount: str | None = Non
     if not _NAME[family.layout].fullmatch(name):
         return "not a name of an entry"
     return problem_of(family, str(directory), name, mount)
+
+
+def weigh(family: Family, directory: Path, name: str) -> int:
+    """Bytes of one entry's files; 0 where there is none."""
+    return size_and_times(family, str(directory), name)[0]
 
 
 def added(before: Inventory, after: Inventory) -> set[str]:

@@ -168,7 +168,12 @@ class Warming:
             proof=self.verdict.proof,
             second_pass_added=self.verdict.second_pass_added,
             shapes=self._shapes(),
-            observed={**self._observed(), "compiled-on": "no GPU" if pretended else "GPU", "pretended": pretended},
+            observed={
+                **self._observed(),
+                "bytes": self._weigh(done),
+                "compiled-on": "no GPU" if pretended else "GPU",
+                "pretended": pretended,
+            },
         )
         self.verdict.reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
         self._guard.check()
@@ -390,12 +395,20 @@ class Warming:
         self._guard.check()
         self._output.event("phase", phase=phase)
 
+    def _weigh(self, done: Proven) -> dict[str, int]:
+        """Bytes of the entries that the marker lists: what the next warm-up under other keys will need again."""
+        return {
+            name: sum(inventory.weigh(FAMILY[name], self._directory(name), entry) for entry in done.used[name])
+            for name in done.claims
+        }
+
     def _observed(self) -> dict[str, Any]:
         return {
             **self._job.observed,
             "loaded": self.verdict.loaded,
             "image": self._job.image.get("id"),
             "host": self._job.observed.get("host") or socket.gethostname(),
+            "added_bytes": dict(self.verdict.added_bytes),
             "seconds": round(time.monotonic() - self._begun, 3),
             "time": int(time.time()),
         }

@@ -172,7 +172,7 @@ class Cli:
     # --- running it --------------------------------------------------------------------------------------------------
 
     def argv(self, verb: str, *options: str) -> list[str]:
-        logs = ["--log-dir", str(self.logs)] if verb == "warm" else []
+        logs = ["--log-dir", str(self.logs)] if verb in ("warm", "refresh") else []
         return [verb, "--manifest", str(self.path), *logs, *options]
 
     def start(

@@ -26,9 +26,9 @@ ORDER = """
     gpus
     cancel sinks logs lease container locks gpulock hooks
     cache preflight plan plain report github launch estimates packing activity voices display
-    command session call holder runlock hold machine sidebyside run errand overlay upkeep verbs audit view doctor
+    command session forecast call holder runlock hold machine sidebyside run errand overlay upkeep verbs audit view doctor
     here inside
-    testfiles expressions reading imports images policy prune
+    testfiles expressions reading imports images policy prune idle metrics webhook tale refresh
     words arguments completion cli __main__
 """.split()
 
@@ -179,7 +179,7 @@ def test_every_way_to_fail_has_an_exit_status_of_its_own() -> None:
             continue  # a base, and one way to lose the engine
         assert cls.exit_code not in statuses, f"{cls.__name__} and {statuses[cls.exit_code]} share {cls.exit_code}"
         statuses[cls.exit_code] = cls.__name__
-    assert set(statuses) == {1, 2, 10, 11, 12, 13, 14, 15, 16, 130}
+    assert set(statuses) == {1, 2, 10, 11, 12, 13, 14, 15, 16, 17, 130}
     assert errors.EngineRefusedError.exit_code == errors.EngineLostError.exit_code
 
 

@@ -1,0 +1,101 @@
+"""`refresh --when-idle`: who keeps a machine from being idle, as the driver says it or, without one, the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from builder import gpulock
+from builder.engine import Engine
+from builder.locks import try_lock
+from tests.engine.cli import Cli, Ended, shapes
+from tests.engine.gpumachine import GpuCli, gpu_image
+from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.engine
+
+GPUS = 2
+
+
+@pytest.fixture(scope="module", name="image")
+def a_gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
+    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, GPUS) as tag:
+        yield tag
+
+
+@pytest.fixture
+def sleeper() -> Iterator[psutil.Popen]:
+    process = psutil.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def deferred(cli: Cli, reason: str) -> None:
+    """Nothing was warmed, and the reason is said while it waits and at the end."""
+    ended: Ended = cli.run("refresh", "--when-idle", "2s", "--json")
+    if "device driver" in ended.err:
+        pytest.skip("this engine has no GPU device driver, not even a fake one")
+    assert ended.status == 17, ended.said
+    assert reason in ended.document["error"]["message"]
+    assert "waiting until this machine is idle, at most 0:02" in ended.err
+    assert not cli.root.exists()
+
+
+def when_free(cli: Cli, reason: str, free: Any) -> None:
+    """One that waits has its turn as soon as the machine is idle, and then goes by the hooks, as `warm` does."""
+    ledger = cli.place / "ledger"
+    hooks = {"acquire": [f"echo acquire >> {ledger}"], "release": [f"echo release >> {ledger}"]}
+    cli.manifest(shapes("mine"), gpus={"count": GPUS, **hooks})
+    running = cli.start("refresh", "--when-idle", "2m", "--json")
+    running.says(reason)
+    assert not ledger.exists()
+    free()
+    ended = running.end()
+    assert ended.status == 0, ended.said
+    assert ended.document["refresh"]["waited_seconds"] > 0
+    assert ledger.read_text() == "acquire\nrelease\n"
+    cli.left_nothing()
+
+
+def test_a_process_on_a_gpu_and_another_builders_lock(
+    tmp_path: Path, docker_host: str, image: str, driver: Driver, sleeper: psutil.Popen
+) -> None:
+    (tmp_path / "user").mkdir()
+    cli = GpuCli.on(tmp_path / "user", docker_host, image, driver)
+    try:
+        cli.manifest(shapes("mine"), gpus={"count": GPUS})
+        driver.hold((1, sleeper.pid, 71 * GB))
+        deferred(cli, f"GPU 1 is held by pid {sleeper.pid} (sleep)")
+        driver.hold()
+        lock = gpulock.lock_file(gpulock.usable()[0], driver.uuids[0])
+        assert try_lock(lock)
+        deferred(cli, "another builder has GPU 0")
+        when_free(cli, "another builder has GPU 0", lambda: os.close(lock))
+    finally:
+        cli.close()
+
+
+def test_without_the_drivers_library_a_container_with_gpus_is_somebody(
+    tmp_path: Path, docker_host: str, image: str, engine: Engine
+) -> None:
+    (tmp_path / "user").mkdir()
+    cli = Cli(tmp_path / "user", docker_host, image)
+    cli.manifest(shapes("mine"), gpus={"count": GPUS})
+    name = f"test-{os.urandom(4).hex()}"
+    request = {"Driver": "", "Count": 1, "Capabilities": [["gpu"]]}
+    host = {"NetworkMode": "none", "Init": True, "DeviceRequests": [request]}
+    job = {"Image": image, "Cmd": ["sleep", "600"], "HostConfig": host}
+    engine.ask("arranging", "POST", "/containers/create", params={"name": name}, json=job)
+    try:
+        engine.start(name)
+        deferred(cli, f"container {name} has GPUs")
+        when_free(cli, f"container {name} has GPUs", lambda: engine.remove(name, force=True))
+    finally:
+        engine.remove(name, force=True)
+        cli.close()
