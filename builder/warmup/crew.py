@@ -27,7 +27,7 @@ from typing import Any
 
 CONTIGUOUS = "_CONTIG"  # kinds of which sglang keeps only aligned Ms
 ALIGNMENT = 128
-BAR_SECONDS = 0.5  # between two states of the bar
+BAR_SECONDS = 2.0  # between two states of the bar
 
 _BAR = re.compile(rb"DeepGEMM warmup:[^\n]*?\|\s*(\d+)/(\d+)")
 
