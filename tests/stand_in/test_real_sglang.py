@@ -247,9 +247,7 @@ def test_a_job_with_the_printed_arguments_compiles_nothing(warmed: Warmed, copy:
     assert int(elsewhere.split()[-1]) >= 2, "without them it compiles, so that nothing above is empty"
 
 
-def test_a_job_inside_the_image_is_told_the_same(
-    warmed: Warmed, copy: Path, docker_host: str, tmp_path: Path
-) -> None:
+def test_a_job_inside_the_image_is_told_the_same(warmed: Warmed, copy: Path, docker_host: str, tmp_path: Path) -> None:
     """A runner's container, with the cache mounted and a copied folder: what the host warmed is warm in there."""
     shutil.copytree(ROOT / "builder", tmp_path / "copied" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(warmed.manifest, tmp_path / "copied" / "manifest.toml")
@@ -373,6 +371,42 @@ def test_a_real_server_starts_with_dummy_weights_and_fewer_layers(tmp_path: Path
     assert "'load_format': 'dummy', 'model_loader_extra_config': '{}'" in log
     assert "'json_model_override_args': '{\"num_hidden_layers\": 1}'" in log
     assert "The server is fired up and ready to roll!" in log
+
+
+#: Asks the real libraries where they keep what they compile, and lets one of them begin (the image has no ninja).
+WHERE = """
+import contextlib, json, os
+from sglang.srt.environ import envs
+import sglang.srt.layers.deep_gemm_wrapper.compile_utils
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+import triton
+import tvm_ffi.cpp
+with contextlib.suppress(FileNotFoundError):
+    tvm_ffi.cpp.load_inline("probe", cpp_sources="int one(int x) { return x + 1; }", functions=["one"])
+print("WHERE " + json.dumps({
+    "deep_gemm": [envs.SGLANG_DG_CACHE_DIR.get(), os.environ["DG_JIT_CACHE_DIR"]],
+    "sglang_cache": [envs.SGLANG_CACHE_DIR.get()],
+    "sglang_jit": [envs.SGLANG_JIT_CACHE_DIR.get()],
+    "cute_dsl": [envs.SGLANG_CUTE_AOT_CACHE_DIR.get()],
+    "inductor": [cache_dir()],
+    "triton": [triton.knobs.cache.dir],
+}))
+"""
+
+
+def test_the_real_libraries_keep_what_they_compile_below_the_root(tmp_path: Path, stand_in_image: str) -> None:
+    manifest = tmp_path / "manifest.toml"
+    head = MANIFEST.format(image=stand_in_image).partition("[[task]]")[0]
+    task = f"argv = ['python3', '-c', '''{WHERE}''']\nsuccess = 'WHERE'\nfamilies = []\n"
+    manifest.write_text(f"{head}[[task]]\nmodel = 'stand-in/where'\nrecipe = 'command'\n{task}")
+    run = warm_cache(
+        "warm", "--manifest", manifest, "--cache", tmp_path / "cache", "--log-dir", tmp_path / "logs", "--json"
+    )
+    assert run.status == 0, run.err[-3000:]
+    said = Path(run.task("where")["log"]).read_text().partition("WHERE ")[2].partition("\n")[0]
+    for family, paths in json.loads(said).items():
+        assert all(path.startswith(f"/jit/{family}/") for path in paths), (family, paths)
+    assert run.task("where")["added"].keys() == {"tvm_ffi"} and run.task("where")["added_bytes"]["tvm_ffi"] > 100
 
 
 def test_a_success_line_alone_is_no_proof(tmp_path: Path, stand_in_image: str) -> None:
