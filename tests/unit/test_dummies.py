@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from builder.errors import UsageError
+from builder.manifest import load
 from builder.warmup import dummies, flags
 from builder.warmup.dummies import TooFewLayersError, few_layers
 from builder.warmup.task import Task
@@ -105,6 +108,29 @@ def test_what_sglang_refuses_is_left_out_and_what_the_task_overrides_wins() -> N
     told = json.loads(flags.value(words, flags.OVERRIDES) or "")
     assert told == {"num_hidden_layers": 9, "first_k_dense_replace": 3, "moe_layer_freq": 1, "b": {"c": 1}}
     assert len(words) == 6
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ('load = "dummies"', "load: there is no way to load 'dummies' (did you mean 'dummy'?)."),
+        ("layers = 4", 'layers keeps a few layers of a model without weights; it needs load = "dummy".'),
+        (
+            'load = "dummy"\nlayers = 4\nargv = ["--speculative-draft-model-path", "org/draft"]',
+            "sglang would cut the draft model of argv to as many layers: leave layers out.",
+        ),
+        (
+            'load = "dummy-then-weights"\nargv = ["--json-model-override-args", "{x"]',
+            "argv: --json-model-override-args is no JSON object.",
+        ),
+    ],
+)
+def test_what_a_manifest_may_not_ask_for(tmp_path: Path, task: str, said: str) -> None:
+    path = tmp_path / "m.toml"
+    path.write_text(f'schema = 1\nimage.ref = "i"\ncache.root = "/c"\n[[task]]\nmodel = "org/m"\n{task}\n')
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert [str(problem).partition(": ")[2] for problem in caught.value.problems] == [said]
 
 
 # With a server that plays

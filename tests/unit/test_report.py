@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -173,4 +174,15 @@ def test_counts_and_sizes() -> None:
     assert size(999) == "999 B"
     assert size(9_800_000_000) == "9.8 GB"
     assert families({"triton": 3, "deep_gemm": 518, "quack": 0}, "+") == "+518 deep_gemm, +3 triton"
+    sizes = {"triton": 40_100, "deep_gemm": 51_200_000}
+    told = families({"triton": 3, "deep_gemm": 518, "quack": 0}, "+", sizes)
+    assert told == "+518 deep_gemm (51.2 MB), +3 triton (40.1 kB)"
     assert families({}) == "–"
+
+
+def test_a_task_that_was_warmed_with_dummies_says_so() -> None:
+    made: dict[str, Any] = {"label": "l", "model": "m", "key": "k", "loaded": "dummy weights, 4 layers"}
+    assert TaskResult(**made, state="warmed").note == "with dummy weights, 4 layers"
+    assert TaskResult(**made, state="warm", since="2026-11-23").note == "since 2026-11-23, with dummy weights, 4 layers"
+    assert TaskResult(**made, state="failed", reason="crash").note == "crash"
+    assert TaskResult("l", "m", "k", "warmed", loaded="weights").note == ""
