@@ -99,6 +99,7 @@ class _Run:
             layout.prepare(self.seen.root)
         except layout.LayoutError as error:
             raise PreflightError(f"this machine can't run it: {error}") from None
+        self._may_vouch()
         self.seen = replace(self.seen, missing="")
         descriptor = open_lock(layout.run_lock(self.seen.root))
         try:
@@ -110,6 +111,17 @@ class _Run:
         finally:
             os.close(descriptor)
         self._conclude()
+
+    def _may_vouch(self) -> None:
+        """Raises PreflightError where nothing that this run finds out could be written down. Containers of test jobs
+        get the markers read-only: what they run may add kernels, and never vouch for any.
+        """
+        closed = [name for name in ("markers", "images") if not os.access(self.seen.root / name, os.W_OK)]
+        if closed:
+            raise PreflightError(
+                f"this machine can't run it: {' and '.join(closed)} in {self.seen.root} cannot be written here. A "
+                "container that may vouch for kernels gets the whole root writable, not what warm-cache env prints"
+            )
 
     def _todo(self, plan: Plan | None) -> list[Item]:
         forced = bool(self.call.said.force)

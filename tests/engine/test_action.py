@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -159,3 +160,33 @@ def test_the_pre_test_workflow_on_a_host(cli: Cli) -> None:
         assert found and int(found[1]) > 0 and int(found[2]) == 0
     assert runner(cli).job("pre-test.yml", "host") is None, "no runner is named: the job is skipped"
     cli.left_nothing()
+
+
+#: A Python whose program only writes down what it was asked for, and ends with this status.
+ASKED = """#!/bin/bash
+if [ "$1" = -c ] && [[ "$2" == *builder* ]]; then
+  echo "${{@:4}}" >> {asked}
+  [ "$4" != refresh ] || exit {status}
+  exit 0
+fi
+exec {python} "$@"
+"""
+
+
+@pytest.mark.parametrize(("status", "good"), [(0, True), (17, True), (11, False)])
+def test_the_nightly_workflow_asks_for_a_refresh(tmp_path: Path, status: int, good: bool) -> None:
+    """What a refresh does has tests of its own: this is what the workflow says to it, and makes of its answer."""
+    asked = tmp_path / "asked"
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text(ASKED.format(asked=asked, status=status, python=sys.executable))
+    python.chmod(0o755)
+    environ = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    run = Runner(tmp_path, environ, "schedule", {"WARM_CACHE_HOST": "h200-host"})
+    assert run.job("nightly-refresh.yml", "refresh") is not None
+    assert asked.read_text().splitlines() == [
+        "refresh --profile h200 --budget 100m --when-idle 10m",
+        "sweep --profile h200",
+    ], run.log
+    assert statuses(run) == [0, 0 if good else status, None, 0]
+    assert ("::warning title=warm-cache::put off" in run.log) == (status == 17)

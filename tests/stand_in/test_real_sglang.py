@@ -209,6 +209,11 @@ JOB = """
 from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
 c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.GEMM_NT_F8F8BF16, 4096, 7168, 1, [64, 128])
 """
+#: The same, and where sglang then looks for its caches, whatever it has made of the variables.
+LOOKS = JOB + """
+import json, os
+print("LOOKS", json.dumps({name: value for name, value in os.environ.items() if value.startswith("/jit/")}))
+"""
 JIT = f"python3 -c {shlex.quote(JOB)} && TRITON_DEFAULT_FP_FUSION=1 python3 /opt/standin/tri.py"
 
 
@@ -235,8 +240,10 @@ def test_a_job_with_the_printed_arguments_compiles_nothing(warmed: Warmed, copy:
     assert printed.status == 0, printed.err
     before = entries(copy)
     arguments = [*shlex.split(printed.out), "-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so"]
-    said = in_container(docker_host, warmed.first.document["image"]["id"], arguments, JIT)
+    said = in_container(docker_host, warmed.first.document["image"]["id"], arguments, JIT.replace(JOB, LOOKS))
     assert "TRITON KERNEL READY" in said
+    looks = json.loads(re.search("^LOOKS (.*)$", said, re.MULTILINE)[1])  # type: ignore[index]
+    assert looks == dict(word.split("=", 1) for word in shlex.split(printed.out) if re.match("[A-Z_]+=/jit/", word))
     assert before and entries(copy) == before
     elsewhere = in_container(
         docker_host,

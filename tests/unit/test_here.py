@@ -267,6 +267,27 @@ def test_a_process_with_the_printed_variables_adds_nothing(warmed: Job, form: st
     assert warmed.entries() == before
 
 
+#: The variable that each cache of sglang is found by, in wheels of these versions (srt/environ.py, deep_gemm_wrapper,
+#: kernels/jit): the defaults moved below SGLANG_CACHE_DIR in 0.5.18, and what is set wins in all of them.
+READ = {
+    "0.5.17": "SGLANG_DG_CACHE_DIR TVM_FFI_CACHE_DIR TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR "
+    "FLASHINFER_WORKSPACE_BASE TORCH_EXTENSIONS_DIR",
+    "0.5.18": "SGLANG_DG_CACHE_DIR SGLANG_JIT_CACHE_DIR SGLANG_CACHE_DIR TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR "
+    "CUDA_CACHE_PATH FLASHINFER_WORKSPACE_BASE TORCH_EXTENSIONS_DIR",
+    "0.5.20": "SGLANG_DG_CACHE_DIR DG_JIT_CACHE_DIR SGLANG_JIT_CACHE_DIR SGLANG_CUTE_AOT_CACHE_DIR SGLANG_CACHE_DIR "
+    "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR CUDA_CACHE_PATH FLASHINFER_WORKSPACE_BASE TORCH_EXTENSIONS_DIR",
+}
+
+
+@pytest.mark.parametrize("version", READ)
+def test_every_variable_that_sglang_reads_is_printed(warmed: Job, version: str) -> None:
+    text = warmed.run("env", "--format", "json", status=0, environ={"WARM_CACHE_IMAGE_ID": IMAGE})[0]
+    variables = json.loads(text)["env"]
+    for name in READ[version].split():
+        assert Path(variables[name]).is_relative_to(warmed.root), name
+    assert variables["SGLANG_DG_CACHE_DIR"] == variables["DG_JIT_CACHE_DIR"], "sglang sets the one to the other"
+
+
 def test_docker_arguments_are_not_for_who_is_inside(warmed: Job) -> None:
     assert "--format docker is for who starts a container" in warmed.run("env", "--format", "docker", status=2)[1]
 
@@ -471,3 +492,13 @@ def test_a_cold_container_fails_a_push_before_its_tests(job: Job) -> None:
     run.job("pre-test.yml", "inside")
     assert "::error title=dense cold::no-marker" in run.log and "TESTED" not in run.log
     assert [step.status for step in run.steps] == [0, 10, None, None, None]
+
+
+def test_who_may_not_vouch_is_told_before_anything_runs(job: Job) -> None:
+    """Containers of test jobs have the markers read-only."""
+    job.warm()
+    job.nvcc("V13.0.88", "V13.1.2")
+    (job.root / "markers").rename(job.root / "kept")
+    (job.root / "markers").symlink_to("/proc/sys")  # which nobody can write to
+    err = job.run("warm", "--image", IMAGE, status=12)[1]
+    assert f"markers in {job.root} cannot be written here" in err
