@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from builder.errors import BuilderError, ColdError
+from builder.errors import BuilderError, ColdError, DeferredError
 from builder.frames import readable
 from builder.report import TASK_COLUMNS, Report, counted, task_table
 
@@ -24,7 +24,6 @@ _LONGEST_CELL, _MOST_ROWS = 600, 500
 #: What Markdown, its tables, autolinks, mentions or HTML could take for more than text.
 _MARKUP = re.compile(r"[^\w ,/=%–×·…-]|_")
 
-_DEFERRED = 17
 _SIGNS = {
     "warm": "✅",
     "warmed": "✅",
@@ -70,7 +69,7 @@ def state(report: Report, status: int, error: BuilderError | None) -> str:
     """The whole run in one word: warm, cold, failed or deferred. Cold is only what a check found; a run that left
     something cold has failed.
     """
-    if status == _DEFERRED:
+    if status == DeferredError.exit_code:
         return "deferred"
     if isinstance(error, ColdError) or (not status and report.count("cold")):
         return "cold"

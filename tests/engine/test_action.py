@@ -175,7 +175,7 @@ exec {python} "$@"
 
 @pytest.mark.parametrize(("status", "good"), [(0, True), (17, True), (11, False)])
 def test_the_nightly_workflow_asks_for_a_refresh(tmp_path: Path, status: int, good: bool) -> None:
-    """What a refresh does has tests of its own: this is what the workflow says to it, and makes of its answer."""
+    """What the workflow says to the program, and makes of its answers."""
     asked = tmp_path / "asked"
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python3"
@@ -190,3 +190,13 @@ def test_the_nightly_workflow_asks_for_a_refresh(tmp_path: Path, status: int, go
     ], run.log
     assert statuses(run) == [0, 0 if good else status, None, 0]
     assert ("::warning title=warm-cache::put off" in run.log) == (status == 17)
+
+
+def test_the_nightly_workflow_refreshes(cli: Cli) -> None:
+    """There is no registry here, which is a warning: the image that is there is warmed."""
+    cli.manifest(shapes("dense", m_values=[64]))
+    run = runner(cli, "schedule", WARM_CACHE_HOST="h200-host", WARM_CACHE_MANIFEST=str(cli.path))
+    assert run.job("nightly-refresh.yml", "refresh") is not None
+    assert statuses(run) == [0, 0, None, 0], run.log
+    assert "warm-cache refresh: warm" in run.summary and "| dense | ✅ warmed |" in run.summary
+    cli.left_nothing()
