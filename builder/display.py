@@ -131,7 +131,7 @@ class _Screen:
         )
         with live:
             console.show_cursor(True)  # whatever ends this process, the cursor is there
-            over = False
+            over, drawn = False, None
             while not over:
                 with self._changed:
                     over = self._changed.wait_for(lambda: self._closed, FRAME)
@@ -143,20 +143,26 @@ class _Screen:
                     self._changed.notify_all()
                 if texts:
                     console.print(Text.from_ansi("\n".join(texts)), soft_wrap=True)
-                live.refresh()
+                rows = self._rows()
+                if texts or rows != drawn:
+                    drawn = rows
+                    live.refresh()
+
+    def _rows(self) -> tuple[list[tuple[str, ...]], str]:
+        running, summary = self._picture()
+        return [(one.label, one.where, clock(one.seconds), "   ".join(one.parts())) for one in running], summary
 
     def _table(self) -> Table:
         from rich.table import Table
         from rich.text import Text
 
-        running, summary = self._picture()
-        rows = [(Text(one.label, style="bold"), one.where, "   ".join(one.parts())) for one in running]
+        rows, summary = self._rows()
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
+        for _ in range(3):
+            table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis")
-        for label, where, text in rows:
-            table.add_row(label, Text(where), Text(f"{text}"))
+        for label, *others in rows:
+            table.add_row(Text(label, style="bold"), *map(Text, others))
         grid = Table.grid()
         grid.add_row(table)
         grid.add_row(Text(summary, style="dim", no_wrap=True, overflow="ellipsis"))

@@ -136,7 +136,7 @@ class _Shift:
         self._count, self._started, self._ended = len(items), 0, 0
         self._running: list[_Worker] = []
         self._errors: list[BaseException] = []
-        self._schedule, self._planned = Schedule((), 0.0), time.monotonic()
+        self._schedule, self._planned, self._is_sure = Schedule((), 0.0), time.monotonic(), True
         self._ear, self._bell = os.pipe()
         self._display = Display(session.console, self.summary)
 
@@ -167,6 +167,7 @@ class _Shift:
         self._waiting = [item for item in self._waiting if not self._is_too_late(item, left)]
         loads = {item.task.label: (item, self._load(item)) for item in self._waiting}
         busy = [worker.busy for worker in self._running]
+        self._is_sure = all(load.sure for load in [*(load for _, load in loads.values()), *(one.load for one in busy)])
         self._schedule, self._planned = arrange([load for _, load in loads.values()], self._place, busy, left), _now()
         for start in list(self._schedule.now()):
             item = loads[start.load.name][0]
@@ -256,7 +257,7 @@ class _Shift:
         """For people, any time."""
         left = max(0.0, self._schedule.seconds - (_now() - self._planned))
         text = f"{self._ended} of {self._count} tasks done"
-        return f"{text}, about {span(left)} left" if left >= 1 else text
+        return f"{text}, {'about' if self._is_sure else 'at most'} {span(left)} left" if left >= 1 else text
 
 
 def _message(error: BaseException) -> str:

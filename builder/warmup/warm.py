@@ -376,9 +376,12 @@ class Warming:
         }
 
     def _count(self, found: Mapping[str, Inventory], *, only: list[str]) -> None:
-        """What the families in ``only`` hold, and what the run added to any family: its work is all of that."""
+        """What the families in ``only`` hold, and what the run added to any family: its work is all of that. Beside
+        others it is not, and only those families count.
+        """
+        counted = only if self._beside.active else list(found)
         self.verdict.entries = {name: len(found[name].valid) for name in only if found[name].valid}
-        added = {name: inventory.added(self._before[name], inside) for name, inside in found.items()}
+        added = {name: inventory.added(self._before[name], found[name]) for name in counted}
         self.verdict.added = {name: len(new) for name, new in added.items() if new or name in self.verdict.entries}
         self.verdict.added_bytes = {
             name: sum(found[name].entries[entry].bytes for entry in new) for name, new in added.items() if new
