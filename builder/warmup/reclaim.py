@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from builder.warmup import files, holdings, layout, removal, toolchain, use
+from builder.warmup import files, holdings, layout, removal, toolchain, use, views
 from builder.warmup.events import FAILED, WARMED
 from builder.warmup.families import directory
 from builder.warmup.guard import Guard
@@ -76,6 +76,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
         _total(output, found, 0)
         return WARMED
     layout.prepare(root)
+    views.forget(root, guard)
     freed = sum(_delete(path) for path in _leftovers(root))
     found = plan(root, policy, job_max=job.job_max, now=now)
     for step in found.steps:

@@ -154,7 +154,11 @@ def _used(what: Path, job_max: float, now: float) -> str | None:
 
 
 def _touched(what: Path) -> float | None:
-    """The latest time at which it or anything in it was modified or moved; None where that cannot be told."""
+    """The latest time at which it or anything in it was modified or moved; None where that cannot be told.
+
+    Of a file in a directory only its own time of modification counts: whatever moves it changes the directory, and a
+    generation that gives it another name, or takes one away, is no use of it.
+    """
     try:
         status = os.lstat(what)
         newest = max(status.st_mtime, status.st_ctime)
@@ -165,7 +169,7 @@ def _touched(what: Path) -> float | None:
                 if item is None:
                     return None
                 status = item.stat(follow_symlinks=False)
-                newest = max(newest, status.st_mtime, status.st_ctime)
+                newest = max(newest, status.st_mtime, status.st_ctime if stat.S_ISDIR(status.st_mode) else 0.0)
     except OSError:
         return None
     return newest

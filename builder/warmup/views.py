@@ -178,15 +178,30 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
         else:
             generations.remove(home(root) / name, home(root))
             output.event("removed", family="", key="", path=f"views/{name}")
-    left = records(root)
-    needed = {record.generation for record in left.values() if record is not None}
-    if None in left.values():
-        return  # nobody can tell what that view has below it
-    for generation in generations.known(root)[:-1]:
+    for generation in _needless(root, spare=1):
         guard.check()
-        if generation not in needed:
-            generations.remove(generations.tree(root, generation), generations.home(root))
-            output.event("removed", family="", key="", path=f"generations/{generation}")
+        generations.remove(generations.tree(root, generation), generations.home(root))
+        output.event("removed", family="", key="", path=f"generations/{generation}")
+
+
+def forget(root: Path, guard: Guard) -> None:
+    """Removes every generation that no view has, the newest included: as long as one has another name of a file,
+    nothing that is removed from the root frees a byte. The next view makes its own.
+    """
+    guard.acquire(layout.generations_lock(root), exclusive=True)
+    for generation in _needless(root, spare=0):
+        guard.check()
+        generations.remove(generations.tree(root, generation), generations.home(root))
+
+
+def _needless(root: Path, *, spare: int) -> list[str]:
+    """Generations that no view has, without so many of the newest."""
+    left = records(root)
+    if None in left.values():
+        return []  # nobody can tell what that view has below it
+    needed = {record.generation for record in left.values() if record is not None}
+    known = generations.known(root)
+    return [generation for generation in known[: len(known) - spare] if generation not in needed]
 
 
 def inspect(job: Job, output: Output, guard: Guard) -> int:

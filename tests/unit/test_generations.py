@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,3 +171,47 @@ def test_nothing_that_a_view_has_below_it_may_be_removed(root: Path) -> None:
     assert refusal("triton", KEY, aside) is None
     (view / "view.json").write_text("garbage")
     assert views.records(root) == {"pr-1": None}
+
+
+class Free:
+    """A guard that nobody stops."""
+
+    def acquire(self, path: Path, *, exclusive: bool) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT)
+
+    def check(self) -> None:
+        return
+
+
+def test_whoever_wants_room_forgets_every_generation_that_no_view_has(root: Path) -> None:
+    used = published(root)
+    deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
+    published(root)
+    (views.home(root) / "pr-1").mkdir(parents=True)
+    record = views.home(root) / "pr-1" / "view.json"
+    record.write_text(f'{{"schema": 1, "view": "pr-1", "generation": "{used.name}", "created": 1.5, "engine": "E"}}')
+    guard: Any = Free()
+    views.forget(root, guard)
+    assert generations.known(root) == [used.name]
+    record.write_text("garbage")
+    views.forget(root, guard)
+    assert generations.known(root) == [used.name], "nobody can tell what that view has below it"
+    generations.remove(record.parent, views.home(root))
+    views.forget(root, guard)
+    assert generations.known(root) == []
+    assert inventory.scan(FAMILY["deep_gemm"], root / "deep_gemm" / KEY).valid
+
+
+def test_a_generation_is_no_use_of_what_it_names(root: Path) -> None:
+    """Neither when it is made nor when it goes: what has been idle for long may go right after."""
+    entry = root / "triton" / KEY
+    published(root)
+    for file in entry.rglob("*.cubin"):
+        os.link(file, root / "other-name")
+        (root / "other-name").unlink()
+    status = next(entry.rglob("*.cubin")).lstat()
+    assert status.st_ctime > status.st_mtime
+    idle = max(path.lstat().st_mtime for path in (entry, *entry.rglob("*")))
+    directories = max(path.lstat().st_ctime for path in (entry, *entry.rglob("*")) if path.is_dir())
+    with removal.may_remove(root, "triton", KEY, job_max=HOUR, now=max(idle, directories) + HOUR + 0.001) as refusal:
+        assert refusal is None
