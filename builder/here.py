@@ -20,7 +20,7 @@ from builder.errors import ColdError, UsageError
 from builder.manifest import Manifest
 from builder.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.report import TaskResult
-from builder.verbs import blame_cold, common_env, explained, gate, lines
+from builder.verbs import blame_cold, common_env, explained, families_told, gate, lines
 from builder.warmup import families, files, here, layout, toolchain
 from builder.warmup.coverage import brief
 from builder.warmup.here import Image, Standing
@@ -127,9 +127,7 @@ def look(call: Call) -> Surroundings:
     records: dict[ProbeEnv, Record] = {}
     for wanted in sorted({probe_env(task) for task in manifest.tasks} if manifest else {()}):
         own = {name: value for name, value in wanted if name != PRETEND_VARIABLE}  # the GPUs here are what counts here
-        records[wanted] = toolchain.probe(
-            environ={**environ, **own}, mount=str(root), image=known, inherited=environ
-        )
+        records[wanted] = toolchain.probe(environ={**environ, **own}, mount=str(root), image=known, inherited=environ)
     first = next(iter(records.values()))
     if image is None:
         image = here.recognised(root, first)
@@ -143,7 +141,6 @@ def look(call: Call) -> Surroundings:
     report.image_ref, report.image_id, report.cache = "this environment", image.id, str(root)
     report.toolchain = toolchain.digest(here.keys(first))
     standings = here.compare(root, first)
-    report.extra["families"] = [_document(standing) for standing in standings]
     report.extra["image_known"] = image.how
     return Surroundings(
         root=root,
@@ -225,30 +222,10 @@ def _unknown(image: Image) -> str:
 def _tell(call: Call, seen: Surroundings, *, everything: bool = False) -> None:
     """The families that the cache does not have for this environment, or all of them."""
     shown = [standing for standing in seen.families if everything or standing.state != "found"]
-    if shown and not seen.missing:
-        rows = [[each.family, each.state, each.key or "–", _differences(each)] for each in shown]
-        call.console.table(("family", "state", "key", "against the nearest one"), rows, styles={})
+    families_told(call.console, call.report, seen.families, shown=[] if seen.missing else shown)
     image = f"{seen.image.id[:19]}… ({seen.image.how})" if seen.image.id else f"unknown: {seen.image.how}"
     if everything or any(standing.state == "unknown" for standing in shown):
         call.console.say(f"image {image}")
     cold = any(task.state == "cold" for task in call.report.tasks)
     for problem in seen.record["observed"]["problems"] if cold or everything else ():
         call.console.say(f"  ▸ {files.printable(problem)}")
-
-
-def _differences(standing: Standing) -> str:
-    texts = []
-    for factor, was, now in standing.rows:
-        before, after = brief(was, now)
-        texts.append(f"{factor} was {before} is {after}")
-    return "; ".join(texts)
-
-
-def _document(standing: Standing) -> dict[str, Any]:
-    return {
-        "family": standing.family,
-        "state": standing.state,
-        "key": standing.key,
-        "nearest": standing.nearest,
-        "factors": [dict(zip(("factor", "was", "is"), row, strict=True)) for row in standing.rows],
-    }

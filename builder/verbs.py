@@ -16,9 +16,10 @@ from builder.errors import ColdError, UsageError
 from builder.plan import Plan
 from builder.report import Console, Report, TaskResult, counted, size
 from builder.session import Session
-from builder.warmup import families, files, markers, places, toolchain
+from builder.warmup import families, files, here, markers, places, toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
-from builder.warmup.here import IMAGE_VARIABLE
+from builder.warmup.coverage import brief
+from builder.warmup.here import IMAGE_VARIABLE, Standing
 from builder.warmup.task import PRETEND_VARIABLE, Task
 
 
@@ -68,8 +69,47 @@ def gate(console: Console, report: Report, on_cold: str | None, remedy: str) -> 
 
 
 def explain(session: Session, _said: Namespace) -> None:
-    """Per task: state and reason, and what differs from the nearest marker."""
-    explained(session.console, session.report, judged(session, session.manifest.tasks))
+    """Per task what differs from the nearest marker, and per family what the cache has for this image."""
+    plan = judged(session, session.manifest.tasks)
+    explained(session.console, session.report, plan)
+    root = session.cache.direct() if plan is not None else None
+    if plan is not None and root is not None:
+        families_told(session.console, session.report, here.compare(root, plan.items[0].record))
+    elif plan is not None:
+        session.console.say(f"families are compared where {session.cache.name} can be read directly, and not here")
+
+
+def families_told(
+    console: Console, report: Report, standings: Sequence[Standing], *, shown: Sequence[Standing] | None = None
+) -> None:
+    """Reports, and says of all or of those to be shown, whether a family's directory is there, and how the nearest one
+    differs.
+    """
+    report.extra["families"] = [
+        {
+            "family": each.family,
+            "state": each.state,
+            "key": each.key,
+            "nearest": each.nearest,
+            "factors": [dict(zip(("factor", "was", "is"), row, strict=True)) for row in each.rows],
+        }
+        for each in standings
+    ]
+    rows = [
+        [each.family, each.state, each.key or "–", _against(each)] for each in (standings if shown is None else shown)
+    ]
+    if rows:
+        console.table(("family", "state", "key", "against the nearest one"), rows, styles={})
+
+
+def _against(standing: Standing) -> str:
+    """What differs from the nearest directory, and whether it could ever be that one."""
+    texts = []
+    for factor, was, now in standing.rows:
+        before, after = brief(was, now)
+        texts.append(f"{factor} was {before} is {after}")
+    bound = standing.state == "differs" and not families.FAMILY[standing.family].shared
+    return "; ".join(texts) + (" (belongs to one image: never shared)" if bound else "")
 
 
 def explained(console: Console, report: Report, plan: Plan | None) -> None:

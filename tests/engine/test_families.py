@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ LOADER = ["--tp", "8", "--model-loader-extra-config", '{"num_threads": 64}']
 def run(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[tuple[Cli, Ended]]:
     """A server that fills every family; a model whose dummies do, and one whose dummies do not."""
     cli = Cli(tmp_path_factory.mktemp("families"), docker_host, tiny_image)
-    falls = {"load": "dummy-then-weights", "layers": 4, "argv": LOADER}
+    falls: dict[str, Any] = {"load": "dummy-then-weights", "layers": 4, "argv": LOADER}
     cli.manifest(
         server(cli.model("org/all"), "serve", play="all-families"),
         server(cli.model("org/dummy"), **falls),

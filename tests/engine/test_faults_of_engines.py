@@ -485,5 +485,6 @@ def remove_images(cli: Cli) -> None:
         for image in engine._api.images():
             history = engine._api.history(image["Id"])
             if any(str(cli.place) in layer["CreatedBy"] for layer in history):
-                for tag in image["RepoTags"] or [image["Id"]]:
-                    engine._api.remove_image(tag, force=True)
+                for tag in image["RepoTags"] or ():
+                    if tag != "<none>:<none>":  # what a build on the same engine left behind has no name to remove
+                        engine._api.remove_image(tag, force=True)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from builder.engine import Engine
+from builder.warmup.families import FAMILIES
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 
@@ -105,6 +106,12 @@ def test_what_pip_installed_here_serves_what_uv_installed_there(kit: str, tmp_pa
 
     status, checked = run("check", manifests["uv"])
     assert (status, checked["tasks"][0]["state"]) == (0, "warm"), checked["tasks"][0]["reason"]
+    _, explained = run("explain", manifests["uv"])
+    told = {row["family"]: row for row in explained["families"]}
+    bound = {name for name, row in told.items() if row["state"] == "differs"}
+    assert bound == {family.name for family in FAMILIES if family.claimable and not family.shared}
+    assert all("image" in {factor["factor"] for factor in told[name]["factors"]} for name in bound)
+    assert {row["state"] for name, row in told.items() if name not in bound} == {"found"}
     status, again = run("warm", manifests["uv"], "--force")
     assert (status, again["tasks"][0]["state"], again["tasks"][0]["entries_added"]) == (0, "warmed", 0)
     assert sorted((tmp_path / "cache").glob("deep_gemm/*/cache/*")) == entries
