@@ -15,7 +15,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from builder import forecast, idle, images, policy, prune, run, runlock, tale
+from builder import forecast, idle, images, policy, prune, run, runlock, tale, upkeep
 from builder.call import Call
 from builder.errors import BusyError, EngineLostError, Problem, UsageError
 from builder.locks import holder, open_lock, try_lock
@@ -80,6 +80,8 @@ def _refresh(session: Session, said: Namespace, settings: Settings, limits: Limi
         run.warm(session, said)
         story.warmed = True
     tidy(session, limits, story)
+    if story.warmed or story.freed:
+        upkeep.sweep(session, said)  # leftovers, and generations that no view has any more
 
 
 def _wait(session: Session, settings: Settings, story: Tale, plan: Plan | None = None) -> bool:

@@ -70,7 +70,7 @@ def held_by(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
             labels = {"family": place[0], "key": place[1], "toolchain": toolchain}
             yield "entries", entries, labels
             yield "entries_size_bytes", item.bytes, labels
-    yield "size_bytes", survey.bytes, {}
+    yield "size_bytes", survey.bytes + survey.beside, {}
     yield "filesystem_free_bytes", shutil.disk_usage(root).free, {}
 
 

@@ -21,6 +21,9 @@ from builder.warmup.families import FAMILY, directory
 #: Layouts whose entries stand alone, so that one of them may go without the others.
 ALONE = ("deep_gemm", "triton")
 
+#: Directories of the root whose content comes and goes with views.
+VIEWS = ("generations", "views")
+
 _KEY = re.compile(r"[0-9a-f]{16}")
 _MEMO_LIMIT = 4 << 20
 
@@ -71,7 +74,7 @@ class Object:
 class Holdings:
     """strangers: markers that this program cannot read, with the reason; newer: one of them is of another schema, so
     that nobody knows what it needs. dirs, entries: by family and key; entries only of families whose entries stand
-    alone. bytes: of the whole root.
+    alone. bytes: of the root, without what only generations and views hold (beside).
     """
 
     marks: tuple[Mark, ...]
@@ -81,6 +84,7 @@ class Holdings:
     dirs: Mapping[Dir, Object]
     entries: Mapping[Dir, Mapping[str, Object]]
     bytes: int
+    beside: int = 0
 
 
 def survey(root: Path) -> Holdings:
@@ -90,10 +94,12 @@ def survey(root: Path) -> Holdings:
     measure = _Measure(accessed)
     dirs: dict[Dir, Object] = {}
     entries: dict[Dir, dict[str, Object]] = {}
-    total = 0
-    for item in files.listing(str(root)) or ():
+    total, beside = 0, 0
+    # What generations hold by other names of the same files comes last.
+    for item in sorted(files.listing(str(root)) or (), key=lambda item: item.name in VIEWS):
         if item.name not in FAMILY or not files.is_dir(item):
-            total += measure.of(item.path).bytes
+            size = measure.of(item.path).bytes
+            total, beside = (total, beside + size) if item.name in VIEWS else (total + size, beside)
             continue
         for inner in files.listing(item.path) or ():
             if not (_KEY.fullmatch(inner.name) and files.is_dir(inner)):
@@ -112,6 +118,7 @@ def survey(root: Path) -> Holdings:
         dirs=dirs,
         entries=entries,
         bytes=total,
+        beside=beside,
     )
 
 

@@ -251,6 +251,8 @@ def _left(choice: _Choice, after: int) -> Iterator[str]:
         places = [f"{family}/{key}" for (family, key), reason in sorted(choice.pinned.items()) if reason == why]
         more = f" and {len(places) - 1} more stay" if len(places) > 1 else " stays"
         yield f"{places[0]}{more}, with what vouches for it: {why}"
+    if choice.held.beside:
+        yield f"{_size(choice.held.beside)} more are held by generations and views alone; sweep removes what nobody has"
     limit = choice.policy.max_size
     if limit is not None and after > limit:
         yield f"{_size(after)} stay, more than the {_size(limit)} wanted: it is needed, in use, or was used just now"

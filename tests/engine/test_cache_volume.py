@@ -115,7 +115,6 @@ def test_a_volume_is_warmed_and_named(warmed: tuple[Volume, Ended]) -> None:
         ("warm", "2 of 2 tasks warm for toolchain"),
         ("check", "2 of 2 tasks warm for toolchain"),
         ("explain", "model-tp8: warm, since "),
-        ("status", "this image"),
         ("env", "--mount type=volume,src=warm-cache-test-"),
     ],
 )

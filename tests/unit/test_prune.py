@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import layout, markers, reclaim, toolchain, use
+from builder.warmup import generations, layout, markers, reclaim, toolchain, use
 from builder.warmup.markerfiles import folder_name
 from builder.warmup.prune import Plan
 from builder.warmup.task import PrunePolicy
@@ -253,3 +253,17 @@ def test_a_kill_at_any_moment_leaves_markers_that_hold_and_the_next_prune_finish
     assert unvouched(made.root) == []
     assert list((made.root / "aside").glob("pruned/*")) == []
     assert sorted(path.name for path in (made.root / "deep_gemm").iterdir() if path.is_dir()) == [made.key(3)]
+
+
+def test_what_only_a_generation_holds_is_no_reason_to_drop_more(program: Program, made: Generations) -> None:
+    for number, days in ((1, 30), (2, 20), (3, 10)):
+        made.warmed(number, ["a"], days=days, size=100_000)
+    before = planned(made, policy(made, 3)).before
+    generations.publish(made.root, check=lambda: None)
+    again = planned(made, policy(made, 3, keep=3))
+    assert again.before == before  # other names of the same files
+    pruned(program, policy(made, 3, keep=2))
+    left = planned(made, policy(made, 3, keep=2, max_size=before - 300_000))
+    assert left.steps == ()
+    assert "are held by generations and views alone" in left.left[0]
+    assert made.markers() == ["a@2", "a@3"]
