@@ -88,7 +88,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: 
         server("org/nothing", play="no-kernels"),
         server("org/dies", play="dies-in-second-pass"),
         shapes("fine"),
-        server("org/slow", play="refuses-sigterm", timeout="6s"),
+        server("org/slow", play="refuses-sigterm", timeout="12s"),
         server("org/stuck", play="crash-hang"),
         server("org/partial", play="reducing-always"),
         server("org/grows", play="grows-in-second-pass"),
@@ -122,7 +122,7 @@ CRASH = 'crash: "Scheduler hit an exception" (RuntimeError: a test double plays 
         ("stuck", "failed", CRASH, "Received sigquit from a child process"),
         ("nothing", "failed", "deep_gemm is required and it holds no valid entry", "SIGQUIT received"),
         ("silent", "failed", "silence: no output for 6 s", "Load weight begin"),
-        ("slow", "failed", "timeout: not finished after 6 s", "SIGTERM is refused"),
+        ("slow", "failed", "timeout: not finished after 12 s", "SIGTERM is refused"),
         ("partial", "partial", "sglang reduced max_m for lack of memory", "shapes done in"),
         ("grows", "failed", "the second pass added", "shapes done in"),
         ("dies", "failed", "second pass: 0 of 3 shapes done", "0 of 3 shapes done"),
@@ -133,7 +133,7 @@ def test_a_task_that_ends_badly(bad: dict[str, Group], label: str, state: str, r
     task = ended.task(f"{label}-tp8")
     assert (task["state"], task["verified"]) == (state, False)
     assert reason in task["reason"]
-    assert task["seconds"] < 20
+    assert task["seconds"] < 40
     assert last in cli.last_lines(f"{label}-tp8")
     assert not list(cli.root.glob(f"markers/{label}-*"))
 
