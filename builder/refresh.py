@@ -17,7 +17,7 @@ from pathlib import Path
 
 from builder import forecast, idle, images, policy, prune, run, runlock, tale, upkeep
 from builder.call import Call
-from builder.errors import BusyError, EngineLostError, Problem, UsageError
+from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError, Problem, UsageError
 from builder.locks import holder, open_lock, try_lock
 from builder.plan import Plan
 from builder.policy import Limits, given
@@ -26,6 +26,7 @@ from builder.session import Session
 from builder.tale import Settings, Tale
 from builder.values import a_string, seconds
 from builder.warmup import reclaim
+from builder.warmup.prune import Plan as Pruning
 from builder.webhook import checked
 
 
@@ -146,13 +147,19 @@ def has_moved(session: Session, story: Tale) -> bool:
 
 
 def make_room(session: Session, limits: Limits, plan: Plan, story: Tale) -> None:
-    """Where what the cold tasks will add does not fit, older toolchains go before it, and not after."""
+    """Where what the cold tasks will add does not fit, older toolchains go before it, and not after. Raises
+    PreflightError, and lets nothing go, where that would not do either.
+    """
     root = session.cache.direct()
     target = forecast.room(root, plan.cold, limits.max_size) if root is not None else None
-    if target is None:
+    if root is None or target is None:
         return
+    expected = forecast.learn(root, plan.cold)
+    closer = replace(limits, max_size=target)
+    if _planned(session, closer, root, plan).after > target:
+        raise PreflightError(CANNOT_RUN, list(forecast.problems_of(root, limits.max_size, expected)))
     session.console.say(f"making room: what this warm-up will add fits if the cache has no more than {size(target)}")
-    _prune(session, replace(limits, max_size=target), story)
+    _prune(session, closer, story)
 
 
 def tidy(session: Session, limits: Limits, story: Tale) -> None:
@@ -164,10 +171,14 @@ def tidy(session: Session, limits: Limits, story: Tale) -> None:
         if story.warmed:
             _prune(session, limits, story)
         return
-    wanted = policy.policy(session, limits, session.plan(session.manifest.tasks), dry_run=True)
-    found = reclaim.plan(root, wanted, job_max=session.manifest.cache.job_max, now=time.time())
+    found = _planned(session, limits, root, session.plan(session.manifest.tasks))
     if any(not step.stays for step in found.steps):
         _prune(session, limits, story)
+
+
+def _planned(session: Session, limits: Limits, root: Path, plan: Plan) -> Pruning:
+    wanted = policy.policy(session, limits, plan, dry_run=True)
+    return reclaim.plan(root, wanted, job_max=session.manifest.cache.job_max, now=time.time())
 
 
 def _prune(session: Session, limits: Limits, story: Tale) -> None:

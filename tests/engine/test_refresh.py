@@ -173,7 +173,7 @@ def test_nothing_changed_is_no_pull_no_container_and_under_a_second(nights: Nigh
     assert "has not moved" in again.err
     assert [path for path in door.asked("POST") if "create" in path or "start" in path] == []
     assert [path for path in door.asked("GET") if path.startswith("/distribution/")] != []
-    assert again.document["seconds"] < 5  # 0.4 on an idle machine; what it does not do is asserted above
+    assert again.document["seconds"] < 2  # 0.14 where nothing else runs; what it does not do is asserted above
 
 
 def test_a_new_image_is_warmed_beside_the_old_one_which_stays_until_prune(nights: Nights) -> None:
@@ -203,6 +203,24 @@ def test_a_new_image_is_warmed_beside_the_old_one_which_stays_until_prune(nights
     samples = parsed(nights.metrics)
     assert samples["warm_cache_refresh_pruned_bytes"][0][1] > 0
     assert cli.run("check").status == 0
+
+
+def test_what_will_not_fit_is_said_before_it_begins(nights: Nights) -> None:
+    nights.publish(1)
+    nights.manifest()
+    assert nights.refresh().status == 0
+    nights.publish(2)
+    nights.manifest(cache={"max_size": "1k"})
+    refused = nights.refresh()
+    assert refused.status == 12, refused.said
+    (problem,) = refused.document["error"]["problems"]
+    assert problem["place"] == "disk"
+    assert "that [cache] max_size allows, and what this warm-up will add took" in problem["text"]
+    assert [task["state"] for task in refused.document["tasks"]] == ["cold"]
+    assert nights.cli.entries() != []  # nothing goes where that would not do either
+    assert len(nights.cli.markers()) == 1
+    nights.manifest()
+    assert nights.refresh().status == 0
 
 
 def test_a_registry_that_is_gone_is_a_warning_where_the_image_is_here(nights: Nights) -> None:
