@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -175,14 +176,12 @@ def test_images_of_dropped_toolchains_go_unless_somebody_uses_or_tagged_them(cli
         assert {image.serving for image in images.listed(engine)} & set(ids) == {ids[3]}
         assert cli.run("check").status == 0
     finally:
-        for tag in (f"{name}:nightly", f"{name}-mine:1", *ids):
-            forget(engine, tag)
+        forget(engine, [f"{name}:nightly", f"{name}-mine:1", *ids])
 
 
-
-
-def forget(engine: Engine, name: str) -> None:
-    try:
-        engine.ask("tidying", "DELETE", "/images/{0}", name, params={"force": 1})
-    except EngineRefusedError:
-        return
+def forget(engine: Engine, names: list[str]) -> None:
+    """Removes these images, and the warm-up images that were built on them first."""
+    built = [image.id for image in images.listed(engine) if image.serving in names]
+    for name in [*built, *reversed(names)]:
+        with contextlib.suppress(EngineRefusedError):
+            engine.ask("tidying", "DELETE", "/images/{0}", name, params={"force": 1})

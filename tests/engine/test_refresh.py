@@ -21,6 +21,7 @@ from builder.locks import open_lock, try_lock
 from tests.engine.cli import Cli, Ended, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.door import Door
 from tests.engine.test_engine import context
+from tests.engine.test_prune import forget
 
 pytestmark = pytest.mark.engine
 
@@ -110,9 +111,7 @@ def registry(tmp_path: Path, engine: Engine) -> Iterator[Registry]:
     made = Registry(tmp_path, engine, _program(tmp_path))
     yield made
     made.close()
-    for name in reversed(made.names):
-        with contextlib.suppress(EngineRefusedError):
-            engine.ask("tidying", "DELETE", "/images/{0}", name, params={"force": 1})
+    forget(engine, made.names)
 
 
 class Nights:
