@@ -1,0 +1,174 @@
+"""README.md's commands, run as they stand there: only places and the image are this machine's.
+
+A block of shell in README.md has a test here, or this fails. What a block is run on is a machine with eight pretended
+H200, an empty cache, and a store that has every model of the profile.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from builder.manifest import load
+from tests.engine.cli import ROOT
+from tests.engine.gpumachine import GpuCli, gpu_image
+from tests.stub_nvml.stub import Driver, a_driver, a_library  # noqa: F401 - fixtures
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+IMAGE = "lmsysorg/sglang:v0.5.23"
+#: Blocks of README.md, by a word of their own.
+BLOCKS = {
+    name: block
+    for block in re.findall(
+        r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    for name in ("make", "doctor", "hold", "--here", "view", "refresh", "import-tests", "explain")
+    if re.search(rf"(^|[\s(]){name}\s", block)
+}
+
+
+def test_every_block_has_its_test() -> None:
+    count = len(re.findall(r"^```sh$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(BLOCKS) == len(set(BLOCKS.values())) == count
+
+
+@dataclass
+class Machine:
+    """cli: somebody who has what README.md asks for; place: where `/data` of the text is."""
+
+    cli: GpuCli
+    place: Path
+
+    def run(self, line: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """One command line in bash. Nothing ever shows a traceback."""
+        text = line.replace("/data/", f"{self.place}/data/").replace(IMAGE, self.cli.image)
+        environ = {
+            **self.cli.environ,
+            "PATH": f"{self.place / 'bin'}:{os.environ['PATH']}",
+            "WARM_CACHE_IMAGE": self.cli.image,
+        }
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=cwd or self.place, env=environ, capture_output=True, text=True, timeout=500
+        )
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return done
+
+    def well(self, line: str, status: int = 0) -> str:
+        """Runs it to this status, and returns what it said."""
+        done = self.run(line)
+        assert done.returncode == status, f"{line}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+
+def lines(name: str) -> list[str]:
+    """The commands of a block, without their comments."""
+    return [line for line in (re.sub(r"\s+# .*", "", line) for line in BLOCKS[name].splitlines()) if line.strip()]
+
+
+@pytest.fixture(scope="module", name="image")
+def an_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
+    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, 8) as tag:
+        yield tag
+
+
+@pytest.fixture(scope="module")
+def machine(
+    tmp_path_factory: pytest.TempPathFactory, docker_host: str, image: str, nvml_library: Path
+) -> Iterator[Machine]:
+    place = tmp_path_factory.mktemp("readme")
+    for name in ("bin", "user", "data/sglang-jit", "data/huggingface", "data/metrics"):
+        (place / name).mkdir(parents=True)
+    program = place / "bin" / "warm-cache"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m builder "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    driver = Driver(nvml_library.parent, place / "nvml", gpus=8)
+    cli = GpuCli.on(place / "user", docker_host, image, driver)
+    cli.store = place / "data" / "huggingface"
+    for model in sorted({task.model for task in load(profile="h200").tasks}):
+        cli.model(model)
+    yield Machine(cli, place)
+    cli.close()
+
+
+@pytest.fixture(scope="module")
+def warmed(machine: Machine) -> Machine:
+    """The machine after what README.md says first."""
+    install, doctor, warm, check = lines("doctor")
+    assert install == "pip install ."
+    assert "this machine can run 9 tasks" in machine.well(doctor)
+    assert "9 warmed" in machine.well(warm)
+    assert "9 of 9 tasks warm" in machine.well(check)
+    return machine
+
+
+def test_make_knows_these_targets() -> None:
+    for line in lines("make"):
+        done = subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
+def test_it_installs(tmp_path: Path) -> None:
+    """`pip install .`, with what the tests have instead of an index."""
+    pytest.importorskip("pip", reason="this environment was made without pip")
+    words = ["install", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(tmp_path), "."]
+    done = subprocess.run([sys.executable, "-m", "pip", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "builder" / "_docker" / "Dockerfile").is_file()
+
+
+def test_a_test_job(warmed: Machine) -> None:
+    flags, job, hold = lines("hold")
+    said = warmed.well(f"{flags}\n{job}")
+    assert "the tests" in said and "something is cold" not in said
+    assert "nothing is removed" in warmed.well(hold)
+
+
+def test_inside_a_container(warmed: Machine, tmp_path: Path) -> None:
+    """In a container that was started with what `env` prints, with sh and what the image has, and a copied folder."""
+    shutil.copytree(ROOT / "builder", tmp_path / "copied" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
+    check, variables, before, after = lines("--here")
+    script = "\n".join(["set -e", check, variables, 'test -n "$SGLANG_DG_CACHE_DIR"', before, after])
+    (tmp_path / "copied" / "job.sh").write_text(script)
+    env = lines("hold")[0].partition("||")[0]
+    run = f"docker run --rm --init --gpus all $flags -v {tmp_path}/copied:/copied -w /tmp {IMAGE}"
+    job = f"{env}\n{run} sh /copied/job.sh"
+    said = warmed.well(job)
+    assert "9 of 9 tasks warm" in said
+
+
+def test_a_view(warmed: Machine) -> None:
+    job, audit, promote, drop = lines("view")
+    assert "the tests" in warmed.well(job)
+    warmed.well(audit)
+    warmed.well(promote)
+    warmed.well(drop)
+    assert "pr-4711" not in warmed.well(audit.replace("audit pr-4711", "list").replace("--fail-on-jit", ""))
+
+
+def test_looking_at_it(warmed: Machine) -> None:
+    for line in lines("explain"):
+        warmed.well(line)
+
+
+def test_the_nightly_run(warmed: Machine) -> None:
+    refresh, prune = lines("refresh")
+    said = warmed.run(refresh)
+    assert said.returncode == 0, said.stderr
+    assert "warm_cache_" in (warmed.place / "data" / "metrics" / "warm_cache.prom").read_text()
+    assert warmed.well(prune)
+
+
+def test_comparing_with_the_tests(machine: Machine) -> None:
+    (line,) = lines("import-tests")
+    done = machine.run(line, cwd=ROOT / "tests" / "unit" / "fixtures" / "sglang")
+    assert done.returncode in (0, 10), done.stderr
