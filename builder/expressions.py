@@ -8,13 +8,29 @@ but given: FACTS.
 from __future__ import annotations
 
 import ast
+import copy
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from builder.testfiles import Class, MissingError, Module, NotUnderstoodError
+from builder.scopes import (
+    ChainedNames,
+    Dotted,
+    Environment,
+    Frame,
+    Function,
+    LeftError,
+    Method,
+    Missing,
+    Super,
+    Target,
+    Unknown,
+    env_of,
+)
+from builder.testfiles import Class, MissingError, NotUnderstoodError
 
 #: What conditions of tests ask for, on the machine that a manifest is for: CUDA, Hopper, in CI.
 FACTS: Mapping[str, Any] = {
@@ -38,13 +54,13 @@ LAUNCHES: Mapping[str, Sequence[str]] = {
 _PLAIN: Mapping[str, Callable[..., Any]] = {
     "str": str, "int": int, "float": float, "bool": bool, "len": len, "list": list, "tuple": tuple, "dict": dict,
     "sorted": sorted, "range": range, "zip": lambda *lists: list(zip(*lists, strict=False)), "enumerate": enumerate,
-    "json.dumps": json.dumps, "copy.copy": lambda value: value, "copy.deepcopy": lambda value: value,
+    "json.dumps": json.dumps, "copy.copy": copy.copy, "copy.deepcopy": copy.deepcopy,
 }  # fmt: skip
 _METHODS: Mapping[type, frozenset[str]] = {
     kind: frozenset(names.split())
     for kind, names in (
         (str, "lower upper strip lstrip rstrip split replace startswith endswith join"),
-        (list, "append extend insert copy index count remove pop clear"),
+        (list, "append extend insert copy index count remove pop clear sort reverse"),
         (dict, "copy update get items keys values pop setdefault"),
         (tuple, "index count"),
     )
@@ -56,101 +72,10 @@ _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.NotIn: lambda a, b: a not in b, ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b,
     ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
 }  # fmt: skip
-_LONG = 1000  # rounds of a loop
+#: Functions of Python that are followed where they are called.
+_OURS = ("super", "getattr", "setattr", "print")
+_SIGNS: Mapping[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Invert: operator.inv}
 _LARGE = 100_000  # items of a list, characters of a string: no launch is that long
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """A value that cannot be told, and where that began."""
-
-    place: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Missing(Unknown):
-    """An attribute that is in none of the files."""
-
-
-@dataclass(frozen=True)
-class Function:
-    node: ast.FunctionDef
-    module: Module
-    owner: Class | None = None
-    bound: Target | None = None
-
-
-@dataclass(eq=False)
-class Target:
-    """A test class in use, and what its methods set on it."""
-
-    cls: Class
-    set: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Super:
-    target: Target
-    after: Class
-
-
-@dataclass(frozen=True)
-class Dotted:
-    """A name of a module that is in none of the files, as it is written."""
-
-    name: str
-    place: str
-
-
-@dataclass
-class Frame:
-    """Where a statement stands. env: what was set around a launch, shared by all that one test does."""
-
-    module: Module
-    names: dict[str, Any]
-    env: dict[str, str | None]
-    owner: Class | None = None
-    depth: int = 0
-
-
-@dataclass(frozen=True)
-class Method:
-    """Of a string, list, table or environment."""
-
-    holder: Any
-    name: str
-
-
-@dataclass(eq=False)
-class Environment:
-    """os.environ, or a copy: env is what was set in it. None: what it is set to cannot be told, or it was removed."""
-
-    env: dict[str, str | None]
-
-    def call(self, name: str, arguments: list[Any], place: str) -> Any:
-        if name == "copy":
-            return Environment(dict(self.env))
-        if name in ("update", "setdefault") and arguments:
-            more = arguments[0] if name == "update" else dict([arguments[:2]])
-            self.env.update(env_of(more, place))
-            return None
-        if name == "pop" and arguments:
-            self.env[str(arguments[0])] = None
-            return None
-        raise NotUnderstoodError(place, f"os.environ.{name}()")
-
-
-class ChainedNames(dict[str, Any]):
-    """The names of a class body or a comprehension, over those around it. New ones go into `own`."""
-
-    def __init__(self, own: dict[str, Any], around: Mapping[str, Any]) -> None:
-        super().__init__(around)
-        self._own = own
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        self._own[name] = value
 
 
 class Values(ABC):
@@ -165,12 +90,20 @@ class Values(ABC):
         """Takes note of a launch."""
 
     @abstractmethod
+    def hand_over(self, function: Function, frame: Frame, node: ast.Call) -> None:
+        """Takes note that a function of the files may be called, who knows how."""
+
+    @abstractmethod
     def refuse(self, place: str, why: str) -> None:
         """Takes note of a launch that is not understood."""
 
     @abstractmethod
     def bind(self, target: ast.expr, value: Any, frame: Frame) -> None:
         """Gives a value to what stands left of an equals sign."""
+
+    @abstractmethod
+    def step(self, place: str) -> None:
+        """Counts what is done. Raises NotUnderstoodError where that is more than anybody's patience."""
 
     # --- values ------------------------------------------------------------------------------------------------------
 
@@ -185,7 +118,7 @@ class Values(ABC):
                     return self.known(frame.names[name], name)
                 if name in frame.module.names:
                     return self.known(frame.module.names[name], name)
-                if name in _PLAIN or name in FACTS or name in LAUNCHES or name in ("super", "getattr", "print"):
+                if any(name in known for known in (_PLAIN, FACTS, LAUNCHES, _OURS)):
                     return Dotted(name, place)
                 raise NotUnderstoodError(place, f"the name {name}")
             case ast.List(elts=parts) | ast.Tuple(elts=parts):
@@ -206,7 +139,11 @@ class Values(ABC):
                 return result
             case ast.UnaryOp(op=op, operand=operand):
                 inner = self.told(operand, frame)
-                return not inner if isinstance(op, ast.Not) else -inner if isinstance(op, ast.USub) else inner
+                if isinstance(op, ast.Not):
+                    return not inner
+                if not isinstance(inner, (int, float)):
+                    raise NotUnderstoodError(place, "a sign before what is no number")
+                return _SIGNS[type(op)](inner)
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 return self.operate(op, self.told(left, frame), self.told(right, frame), place)
             case ast.IfExp(test=test, body=body, orelse=orelse):
@@ -259,7 +196,10 @@ class Values(ABC):
         base: Environment | None = None
         for key, value in zip(keys, values, strict=True):
             if key is not None:
-                made[self.told(key, frame)] = self.or_unknown(value, frame)
+                try:
+                    made[self.told(key, frame)] = self.or_unknown(value, frame)
+                except TypeError:
+                    raise NotUnderstoodError(frame.module.place(key), "a key that can be none") from None
                 continue
             more = self.told(value, frame)
             if isinstance(more, Environment):
@@ -283,22 +223,29 @@ class Values(ABC):
     def _subscript(self, node: ast.Subscript, frame: Frame) -> Any:
         holder, key, place = self.told(node.value, frame), self.told(node.slice, frame), frame.module.place(node)
         if isinstance(holder, Environment):
-            if isinstance(holder.env.get(str(key)), str):
-                return holder.env[str(key)]
+            if isinstance(found := holder.env.get(str(key)), str):
+                return found
             raise NotUnderstoodError(place, f"the environment variable {key}")
         try:
             return self.known(holder[key], ast.unparse(node))
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ValueError):
             raise NotUnderstoodError(place, ast.unparse(node)) from None
 
     def _comprehended(self, element: ast.expr, generator: ast.comprehension, frame: Frame) -> list[Any]:
         inner = Frame(frame.module, ChainedNames({}, frame.names), frame.env, frame.owner, frame.depth)
         made = []
-        for _, value in zip(range(_LONG), self.told(generator.iter, frame), strict=False):
+        for value in self.each(self.told(generator.iter, frame), frame.module.place(generator.iter)):
+            self.step(frame.module.place(element))
             self.bind(generator.target, value, inner)
             if all(self.told(condition, inner) for condition in generator.ifs):
                 made.append(self.told(element, inner))
         return made
+
+    def each(self, values: Any, place: str) -> Iterator[Any]:
+        """What a loop goes over. Raises NotUnderstoodError where that cannot be told."""
+        if not hasattr(values, "__iter__"):
+            raise NotUnderstoodError(place, "a loop over what cannot be told")
+        return iter(values)
 
     def operate(self, op: ast.AST, left: Any, right: Any, place: str) -> Any:
         operate = _OPERATORS.get(type(op))
@@ -346,7 +293,7 @@ class Values(ABC):
             for each in order:
                 if name in each.body:
                     found = each.body[name]
-                    return Function(found.node, found.module, each, target) if isinstance(found, Function) else found
+                    return replace(found, owner=each, bound=target) if isinstance(found, Function) else found
             return Missing(place or cls.place, f"{cls.name} has no {name} in the files")
         for kind, methods in _METHODS.items():
             if isinstance(holder, kind) and name in methods:
@@ -362,7 +309,13 @@ class Values(ABC):
             return Super(target, frame.owner)
         if (last := ast.unparse(node.func).rpartition(".")[2]) in LAUNCHES:
             return self.launch(last, node, frame)
-        called = self.value(node.func, frame)
+        if last == "skipTest" and isinstance(node.func, ast.Attribute):
+            raise LeftError
+        try:
+            called = self.value(node.func, frame)
+        except NotUnderstoodError:
+            self._hand_over(node, frame)
+            raise
         name = called.name if isinstance(called, Dotted) else ""
         last = name.rpartition(".")[2]
         if last in LAUNCHES:
@@ -372,12 +325,17 @@ class Values(ABC):
         arguments = list(self.parts(node.args, frame))
         named = self.keywords(node, frame)
         if isinstance(called, Function):
+            self._hand_over(node, frame, known=True)
             return self.call(called, arguments, named, frame, node)
         if isinstance(called, Method):
             return self._method(called, arguments, named, place)
         if name == "getattr" and len(arguments) >= 2 and isinstance(arguments[0], (Target, Class)):
             found = self.attribute(arguments[0], str(arguments[1]), place)
             return arguments[2] if isinstance(found, Unknown) and len(arguments) > 2 else self.known(found, name)
+        if name == "setattr" and len(arguments) == 3 and isinstance(arguments[0], (Target, Class)):
+            owner: Target | Class = arguments[0]
+            (owner.set if isinstance(owner, Target) else owner.body)[str(arguments[1])] = arguments[2]
+            return None
         if name == "dict" and not arguments:
             return named
         if name in _PLAIN and all(map(_is_plain, (*arguments, *named.values()))):
@@ -385,6 +343,7 @@ class Values(ABC):
                 return _PLAIN[name](*arguments, **named)
             except Exception:  # noqa: BLE001 - whatever a foreign program's arguments make of it
                 raise NotUnderstoodError(place, f"a call of {name}") from None
+        self._hand_over(node, frame)
         if last == "Engine":
             self.refuse(place, "an Engine is given keywords, not the flags of a server")
         if name != "print":
@@ -400,6 +359,23 @@ class Values(ABC):
             else:
                 named |= self.sure(dict, self.told(each.value, frame), place=frame.module.place(each.value))
         return named
+
+    def launches_by(self, node: ast.expr, frame: Frame) -> bool:
+        """Whether a call of this is a launch, whatever the name that a file has for it."""
+        if ast.unparse(node).rpartition(".")[2] in LAUNCHES:
+            return True
+        found = frame.names.get(node.id, frame.module.names.get(node.id)) if isinstance(node, ast.Name) else None
+        return isinstance(found, Dotted) and found.name.rpartition(".")[2] in LAUNCHES
+
+    def _hand_over(self, node: ast.Call, frame: Frame, *, known: bool = False) -> None:
+        """What launches may be called by whoever it is given to."""
+        for part in (*node.args, *(keyword.value for keyword in node.keywords)):
+            if not isinstance(part, (ast.Name, ast.Attribute)):
+                continue
+            if self.launches_by(part, frame):
+                self.refuse(frame.module.place(node), f"{ast.unparse(node.func)}() is given {ast.unparse(part)}")
+            elif not known and isinstance(function := self.or_unknown(part, frame), Function):
+                self.hand_over(function, frame, node)
 
     def _taint(self, node: ast.Call, frame: Frame, unknown: Unknown) -> None:
         """A function that is in none of the files may change the lists and tables it is given."""
@@ -426,25 +402,6 @@ class Values(ABC):
             raise
         except Exception:  # noqa: BLE001 - whatever a foreign program's arguments make of it
             raise NotUnderstoodError(place, f"a call of {method.name}()") from None
-
-
-def env_of(value: Any, place: str) -> dict[str, str | None]:
-    if value is None:
-        return {}
-    if isinstance(value, Environment):
-        return dict(value.env)
-    if isinstance(value, dict):
-        for name, text in value.items():
-            if isinstance(text, (Unknown, Dotted)):
-                why = text.why if isinstance(text, Unknown) else f"the value of {name}"
-                raise NotUnderstoodError(text.place, why)
-        return {str(name): text_of(text) for name, text in value.items()}
-    raise NotUnderstoodError(place, "an environment that cannot be told")
-
-
-def text_of(value: Any) -> str:
-    """As an environment variable has it; sglang reads 1 and True alike."""
-    return {True: "1", False: "0"}[value] if isinstance(value, bool) else str(value)
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builder.expressions import (
-    FACTS,
-    LAUNCHES,
+from builder import oddities
+from builder.expressions import FACTS, LAUNCHES, Values, loaded
+from builder.scopes import (
     ChainedNames,
     Dotted,
+    Env,
     Environment,
     Frame,
     Function,
+    LeftError,
     Missing,
     Target,
     Unknown,
-    Values,
     env_of,
-    loaded,
     text_of,
 )
 from builder.testfiles import Class, Files, Module, NotUnderstoodError
@@ -36,8 +36,14 @@ _ALWAYS = ("--enable-multimodal", "--trust-remote-code")
 _READ = {"model", "model_path", "tp_size", "other_args", "extra_args", "env"}
 #: Bases that launch nothing and set no model.
 _HARMLESS = ("object", "unittest.TestCase", "TestCase", "ABC", "abc.ABC")
+#: Methods that change nothing.
+_READS = (
+    *("copy", "count", "get", "index", "items", "keys", "values"),
+    *("endswith", "join", "lower", "replace", "split", "startswith", "strip", "upper"),
+)
+#: Statements that have no others in them.
+_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Assert)
 _DEEP = 40  # calls within calls
-_LONG = 1000  # rounds of a loop
 _PATIENCE = 50_000  # statements of one test
 
 
@@ -59,10 +65,6 @@ class _ReturnedError(Exception):
         self.value = value
 
 
-class _LeftError(Exception):
-    """break, continue, or raise."""
-
-
 class Reader(Values):
     """launches: in the order in which they were found. problems: (place, why) of what could matter and is not read."""
 
@@ -70,6 +72,8 @@ class Reader(Values):
         self._files = files
         self._test, self._at = "", ""
         self._steps = 0
+        self._followed: set[int] = set()
+        self._spoiling: list[ast.FunctionDef] = []
         self._module: Module | None = None
         self._unknown_bases: list[str] = []
         self.launches: list[Launch] = []
@@ -82,7 +86,7 @@ class Reader(Values):
         if not module.read:
             module.read, self._steps = True, 0
             module.names["__name__"] = module.path.stem
-            with contextlib.suppress(_LeftError, _ReturnedError):
+            with contextlib.suppress(LeftError, _ReturnedError):
                 self._block(module.tree.body, Frame(module, module.names, {}))
         return module
 
@@ -90,23 +94,38 @@ class Reader(Values):
         """Follows what unittest would run of this class."""
         self._test, self._at, self._module = cls.name, cls.place, cls.module
         self._unknown_bases, self._steps = cls.all_unknown(), 0
+        self._followed.clear()
         found = len(self.launches) + len(self.problems)
-        target, env = Target(cls), dict[str, "str | None"]()
-        for name in ("setUpClass", "setUp", *methods):
-            function = self.attribute(target, name)
-            if isinstance(function, Function) and not self.skipped(function.node, function.module):
-                try:
-                    self.call(function, [], {}, Frame(cls.module, {}, env), cls.node)
-                except NotUnderstoodError:
-                    continue
-                except _LeftError:  # SkipTest
-                    if name == "setUpClass":
-                        return
+        if strange := oddities.of_class(cls):
+            return self.refuse(cls.place, f"what {strange} makes of the class")
+        target, env = Target(cls), Env()
+        if not self._follow(target, "setUpClass", env):
+            return None
+        for name in sorted(methods):
+            test = Target(cls, target.set.copy())  # an object of its own
+            for each in ("__init__", "setUp", name, "tearDown"):
+                if not self._follow(test, each, env):
+                    break
+        self._follow(target, "tearDownClass", env)
         if found == len(self.launches) + len(self.problems) and self._unknown_bases:
             model = self.attribute(target, "model")
             if model and not isinstance(model, Missing):
                 bases = ", ".join(self._unknown_bases)
                 self.problems.append((cls.place, f"{cls.name}: its base {bases} is in none of the files"))
+        return None
+
+    def _follow(self, target: Target, name: str, env: Env) -> bool:
+        """One method, where there is one. Whether its test goes on after it."""
+        cls = target.cls
+        function = self.attribute(target, name)
+        if isinstance(function, Function) and not self.skipped(function.node, function.module):
+            try:
+                self.call(function, [], {}, Frame(cls.module, {}, env), cls.node)
+            except NotUnderstoodError:
+                pass  # whatever was a launch in it is among the problems
+            except LeftError:  # SkipTest
+                return False
+        return True
 
     def skipped(self, node: ast.ClassDef | ast.FunctionDef, module: Module) -> bool:
         """Whether a decorator of unittest says that it is not run here."""
@@ -133,10 +152,14 @@ class Reader(Values):
             try:
                 self._statement(statement, frame)
             except NotUnderstoodError as error:
-                self._spoil([statement], frame, error)
+                self._spoil([statement], frame, error, executed=isinstance(statement, _SIMPLE))
 
-    def _spoil(self, body: Sequence[ast.stmt], frame: Frame, error: NotUnderstoodError) -> None:
-        """Whatever these statements would have bound or changed cannot be told now; nor can a launch among them."""
+    def _spoil(
+        self, body: Sequence[ast.stmt], frame: Frame, error: NotUnderstoodError, *, executed: bool = False
+    ) -> None:
+        """Whatever these statements would have bound or changed cannot be told now; nor can a launch among them.
+        executed: in part, so that functions that they call may have been followed.
+        """
         unknown = Unknown(error.place, error.why)
         for node in (node for statement in body for node in ast.walk(statement)):
             if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) and isinstance(
@@ -144,11 +167,37 @@ class Reader(Values):
             ):
                 self.bind(node, unknown, frame)
             elif isinstance(node, ast.Call):
-                name = ast.unparse(node.func)
-                if isinstance(node.func, ast.Attribute) and node.func.attr in ("append", "extend", "insert", "update"):
-                    self.bind(node.func.value, unknown, frame)
-                if name.rpartition(".")[2] in LAUNCHES and len(body) == 1 and not isinstance(body[0], ast.FunctionDef):
+                if isinstance(node.func, ast.Attribute) and node.func.attr not in _READS:
+                    self._poison(node.func.value, unknown, frame)
+                plain = not any(isinstance(each, ast.Call) for each in ast.walk(node.func))  # called once is enough
+                called = self.or_unknown(node.func, frame) if plain else None
+                if isinstance(body[0], ast.FunctionDef):
+                    continue
+                if self.launches_by(node.func, frame):
                     self._problem(frame.module.place(node), error)
+                elif isinstance(called, Function) and not (executed and id(called.node) in self._followed):
+                    self._refusal(called, frame, error.place, error.why)
+
+    def _poison(self, holder: ast.expr, unknown: Unknown, frame: Frame) -> None:
+        """A list or table that may have been changed: nobody who has it can tell it any more."""
+        try:
+            held = self.value(holder, frame)
+        except (NotUnderstoodError, LeftError):
+            return
+        if isinstance(held, list):
+            held.append(unknown)
+        elif isinstance(held, dict):
+            held[unknown] = unknown
+        elif isinstance(held, Environment):
+            held.env["os.environ"] = unknown
+        else:
+            return
+        self.bind(holder, unknown, frame)
+
+    def step(self, place: str) -> None:
+        self._steps += 1
+        if self._steps > _PATIENCE:
+            raise NotUnderstoodError(place, "more statements than are followed")
 
     def refuse(self, place: str, why: str) -> None:
         self._problem(place, NotUnderstoodError(place, why))
@@ -161,9 +210,7 @@ class Reader(Values):
             self.problems.append((place, why))
 
     def _statement(self, node: ast.stmt, frame: Frame) -> None:
-        self._steps += 1
-        if self._steps > _PATIENCE:
-            raise NotUnderstoodError(frame.module.place(node), "more statements than are followed")
+        self.step(frame.module.place(node))
         match node:
             case ast.Assign(targets=targets, value=value):
                 made = self.value(value, frame)
@@ -190,13 +237,13 @@ class Reader(Values):
             case ast.With():
                 self._with(node, frame)
             case ast.Try():
-                self._block([*node.body, *node.orelse, *node.finalbody], frame)
+                self._try(node, frame)
             case ast.Return(value=value):
                 raise _ReturnedError(None if value is None else self.or_unknown(value, frame))
             case ast.Raise() | ast.Break() | ast.Continue():
-                raise _LeftError
+                raise LeftError
             case ast.FunctionDef():
-                frame.names[node.name] = Function(node, frame.module)
+                self._function(node, frame)
             case ast.ClassDef():
                 frame.names[node.name] = self._class(node, frame)
             case ast.Import(names=aliases):
@@ -205,8 +252,18 @@ class Reader(Values):
                     frame.names[name] = Dotted(alias.name if alias.asname else name, frame.module.place(node))
             case ast.ImportFrom():
                 self._import(node, frame)
-            case ast.Assert() | ast.Pass() | ast.Global() | ast.Nonlocal():
+            case ast.Assert(test=test):
+                self.value(test, frame)
+            case ast.Pass():
                 pass
+            case ast.Global(names=names):
+                unknown = Unknown(frame.module.place(node), "a function changes it for all")
+                frame.names.update(dict.fromkeys(names, unknown))
+                frame.module.names.update(dict.fromkeys(names, unknown))
+            case ast.Delete(targets=[ast.Subscript(value=holder) as target]) if isinstance(
+                self.or_unknown(holder, frame), Environment
+            ):
+                self.bind(target, None, frame)
             case _:
                 raise NotUnderstoodError(frame.module.place(node), f"a statement of the kind {type(node).__name__}")
 
@@ -214,6 +271,7 @@ class Reader(Values):
         try:
             chosen = bool(self.value(node.test, frame))
         except NotUnderstoodError as error:
+            self._spoil([ast.copy_location(ast.Expr(node.test), node)], frame, error)
             both = [*node.body, *node.orelse]
             for statement in both:
                 self._spoil([statement], frame, NotUnderstoodError(error.place, f"a condition: {error.why}"))
@@ -223,24 +281,59 @@ class Reader(Values):
         self._block(node.body if chosen else node.orelse, frame)
 
     def _for(self, node: ast.For, frame: Frame) -> None:
-        values = self.value(node.iter, frame)
-        if isinstance(values, Unknown) or not hasattr(values, "__iter__"):
-            raise NotUnderstoodError(frame.module.place(node), "a loop over what cannot be told")
-        for _, value in zip(range(_LONG), values, strict=False):
+        for value in self.each(self.value(node.iter, frame), frame.module.place(node)):
+            self.step(frame.module.place(node))
             self.bind(node.target, value, frame)
             try:
                 self._block(node.body, frame)
-            except _LeftError:
+            except LeftError:
                 raise NotUnderstoodError(frame.module.place(node), "a loop that is left early") from None
+        self._block(node.orelse, frame)
+
+    def _try(self, node: ast.Try, frame: Frame) -> None:
+        """As if nothing went wrong in it; what handlers would have done otherwise cannot be told."""
+        place = frame.module.place(node)
+        error = NotUnderstoodError(place, "whether an exception is caught there")
+        try:
+            self._block([*node.body, *node.orelse], frame)
+        except LeftError:
+            if node.handlers:
+                raise error from None
+            raise
+        except _ReturnedError:
+            if any(isinstance(each, ast.Return) for handler in node.handlers for each in ast.walk(handler)):
+                raise _ReturnedError(Unknown(place, error.why)) from None
+            raise
+        finally:
+            for handler in node.handlers:
+                goes_on = not isinstance(handler.body[-1], ast.Raise)
+                for statement in handler.body:
+                    if goes_on or self._launches(statement, frame):
+                        self._spoil([statement], frame, error)
+            self._block(node.finalbody, frame)
+
+    def _launches(self, statement: ast.stmt, frame: Frame) -> bool:
+        calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
+        return any(self.launches_by(each, frame) for each in calls)
+
+    def _function(self, node: ast.FunctionDef, frame: Frame) -> None:
+        spec = node.args
+        defaults = dict(zip(reversed([*spec.posonlyargs, *spec.args]), reversed(spec.defaults), strict=False))
+        defaults |= {each: made for each, made in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if made}
+        made = {each.arg: self.or_unknown(default, frame) for each, default in defaults.items()}
+        around = frame.names if frame.depth else {}
+        frame.names[node.name] = Function(node, frame.module, made, around)
 
     def _with(self, node: ast.With, frame: Frame) -> None:
-        before = dict(frame.env)
+        before, sets = dict(frame.env), False
         for item in node.items:
             call = item.context_expr
             text = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
             if isinstance(call, ast.Call) and text.startswith("envs.") and text.endswith(".override"):
+                sets = True
                 frame.env[text.split(".")[1]] = text_of(self.told(call.args[0], frame))
             elif text.endswith("patch.dict") and isinstance(call, ast.Call) and _is_environ(call.args):
+                sets = True
                 frame.env.update(env_of(self.told(call.args[1], frame), frame.module.place(call)))
             elif isinstance(call, ast.Call):
                 self.or_unknown(call, frame)  # a function that launches, and waits for the end of the block
@@ -249,24 +342,34 @@ class Reader(Values):
         try:
             self._block(node.body, frame)
         finally:
-            frame.env.clear()
-            frame.env.update(before)
+            if sets:
+                frame.env.clear()
+                frame.env.update(before)
 
     def bind(self, target: ast.expr, value: Any, frame: Frame) -> None:
         match target:
             case ast.Name(id=name):
                 frame.names[name] = value
-            case ast.Attribute(value=ast.Name(id=name), attr=attribute):
-                owner = frame.names.get(name)
+            case ast.Attribute(value=ast.Name(id="os"), attr="environ"):
+                frame.env["os.environ"] = value if isinstance(value, Unknown) else None
+            case ast.Attribute(value=holder, attr=attribute):
+                owner = self.or_unknown(holder, frame)
+                if isinstance(owner, Unknown):  # type(self), say: whoever it is, its attribute cannot be told
+                    value = owner
+                    near = (frame.names.get(each.id) for each in ast.walk(holder) if isinstance(each, ast.Name))
+                    owner = next((each for each in near if isinstance(each, Target)), None)
                 if isinstance(owner, Target):
                     owner.set[attribute] = value
+                elif isinstance(owner, Class):
+                    owner.body[attribute] = value
             case ast.Subscript(value=holder, slice=key):
-                try:
-                    held, at = self.value(holder, frame), self.value(key, frame)
-                except NotUnderstoodError:
-                    return
-                if isinstance(held, Environment):
-                    held.env[str(at)] = None if isinstance(value, Unknown) else text_of(value)
+                held, at = self.or_unknown(holder, frame), self.or_unknown(key, frame)
+                if isinstance(at, Unknown):
+                    self._poison(holder, at, frame)
+                elif isinstance(held, Environment) and isinstance(target.ctx, ast.Del):
+                    held.env[str(at)] = None
+                elif isinstance(held, Environment):
+                    held.env[str(at)] = value if isinstance(value, Unknown) else text_of(value)
                 elif isinstance(held, (list, dict)):
                     try:
                         held[at] = value
@@ -308,33 +411,46 @@ class Reader(Values):
         if frame.depth > _DEEP:
             raise NotUnderstoodError(place, f"{function.node.name}() calls itself too often")
         if any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(function.node)):
-            raise self._refusal(function, place, f"{function.node.name}() is a generator")
+            raise self._refusal(function, frame, place, f"{function.node.name}() is a generator")
+        if strange := oddities.of_function(function.node):
+            raise self._refusal(function, frame, place, f"what {strange} makes of {function.node.name}()")
         static = any(ast.unparse(each) == "staticmethod" for each in function.node.decorator_list)
         if function.owner is not None and not static:
             arguments = [function.bound or function.owner, *arguments]
         parameters = [each.arg for each in (*spec.posonlyargs, *spec.args)]
         only = [each.arg for each in spec.kwonlyargs]
-        defaults = dict(zip(reversed(parameters), reversed(spec.defaults), strict=False))
-        defaults |= {each: default for each, default in zip(only, spec.kw_defaults, strict=True) if default is not None}
         if spec.vararg or spec.kwarg or len(arguments) > len(parameters) or named.keys() - {*parameters, *only}:
-            raise self._refusal(function, place, f"the arguments of {function.node.name}()")
-        names = {**dict(zip(parameters, arguments, strict=False)), **named}
-        inner = Frame(function.module, names, frame.env, function.owner, frame.depth + 1)
-        for parameter, default in defaults.items():
-            if parameter not in names:
-                names[parameter] = self.or_unknown(default, Frame(function.module, function.module.names, frame.env))
+            raise self._refusal(function, frame, place, f"the arguments of {function.node.name}()")
+        for each in (each for each in ast.walk(function.node) if isinstance(each, ast.Nonlocal)):
+            unknown = Unknown(function.module.place(each), "a function inside another changes it")
+            function.around.update(dict.fromkeys(each.names, unknown))
+        names = {**function.defaults, **dict(zip(parameters, arguments, strict=False)), **named}
+        inner = Frame(function.module, ChainedNames(names, function.around), frame.env, function.owner, frame.depth + 1)
+        for name, value in names.items():
+            inner.names[name] = value
+        self._followed.add(id(function.node))
         try:
             self._block(function.node.body, inner)
         except _ReturnedError as returned:
             return self.known(returned.value, f"{function.node.name}()")
         return None
 
-    def _refusal(self, function: Function, place: str, why: str) -> NotUnderstoodError:
-        """Of a call that is not followed; a launch that it would have made is not passed over in silence."""
+    def hand_over(self, function: Function, frame: Frame, node: ast.Call) -> None:
+        place = frame.module.place(node)
+        self._refusal(function, frame, place, f"{ast.unparse(node.func)}() may call {function.node.name}()")
+
+    def _refusal(self, function: Function, frame: Frame, place: str, why: str) -> NotUnderstoodError:
+        """Of a call that is not followed; a launch that it would have made, or what it sets, is not passed over in
+        silence.
+        """
         error = NotUnderstoodError(place, why)
-        for node in ast.walk(function.node):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in LAUNCHES:
-                self._problem(function.module.place(node), error)
+        first = [each.arg for each in function.node.args.args[:1]] if function.owner is not None else []
+        names = {**function.around, **dict.fromkeys(first, function.bound or function.owner)}
+        if function.node not in self._spoiling:
+            self._spoiling.append(function.node)
+            for statement in function.node.body:
+                self._spoil([statement], Frame(function.module, names, frame.env, function.owner), error)
+            self._spoiling.pop()
         return error
 
     def launch(self, name: str, node: ast.Call, frame: Frame) -> Any:
@@ -350,14 +466,18 @@ class Reader(Values):
             words = [self._word(word, place) for word in self.sure((list, tuple), argv, place=place)]
             if name == "ModelLaunchSettings":
                 size = values.get("tp_size", 1)
+                if not isinstance(size, int):
+                    raise NotUnderstoodError(place, f"a tp_size that is no number: {size!r:.60}")
                 words += ["--tp", str(size)] if size > 1 and "--tp" not in words else []
                 words += [each for each in _ALWAYS if each not in words]
             env = {**frame.env, **env_of(values.get("env"), place)}
+            for each, text in env.items():
+                self.known(text, each)
             within = self._at if self._at and frame.module is not self._module else place  # not where a fixture is
             launch = Launch(
                 self._word(model, place),
                 tuple(words),
-                tuple(sorted((key, value) for key, value in env.items() if value is not None)),
+                tuple(sorted((key, value) for key, value in env.items() if isinstance(value, str))),
                 self._test,
                 within,
             )

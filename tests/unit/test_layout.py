@@ -28,7 +28,7 @@ ORDER = """
     cache preflight plan plain report github launch estimates packing activity voices display
     command session forecast call holder runlock hold machine sidebyside run
     errand overlay upkeep verbs audit view doctor here inside
-    testfiles expressions reading imports images policy prune idle metrics webhook tale refresh
+    testfiles scopes expressions oddities reading imports images policy prune idle metrics webhook tale refresh
     words arguments completion cli __main__
 """.split()
 
