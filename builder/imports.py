@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.call import Call
-from builder.errors import ColdError
+from builder.errors import ColdError, UsageError
 from builder.manifest import Manifest
 from builder.reading import Launch, Reader
 from builder.report import counted
@@ -78,9 +78,12 @@ class Found:
 
 def import_tests(call: Call) -> None:
     """Prints a manifest, or the comparison with the one that is named. Raises ColdError where no task covers a launch,
-    or something is not understood.
+    or something is not understood; UsageError where nothing is launched at all: a suite that was misspelt, say.
     """
     found = read(call.said.paths, call.said.suite)
+    if not found.launches and not found.problems:
+        passed = f"; {found.passed_over} of them not for this suite or machine" if found.passed_over else ""
+        raise UsageError(f"no test in {counted(found.files, 'file')} launches a server{passed}")
     manifest = call.manifest() if call.names_a_manifest else None
     extra: dict[str, Any] = {
         "launches": [_told(launch) for launch in found.launches],
@@ -134,9 +137,9 @@ def _read_test(reader: Reader, cls: Class) -> None:
         if methods or cls.all_unknown():
             reader.test(cls, methods)
     except NotUnderstoodError as error:
-        reader.problems.append((error.place, error.why))
+        reader.problems.setdefault((error.place, error.why))
     except RecursionError:
-        reader.problems.append((cls.place, f"{cls.name}: it is nested too deep"))
+        reader.problems.setdefault((cls.place, f"{cls.name}: it is nested too deep"))
 
 
 def _registered(module: Module, suite: str | None) -> bool:
@@ -253,7 +256,7 @@ def as_manifest(launches: Sequence[Launch], paths: Sequence[str]) -> str:
         if _gpus(launch) != max(map(_gpus, launches)):
             lines.append(f"gpus = {_gpus(launch)}")
         if launch.env:
-            lines.append("env = { " + ", ".join(f"{name} = {_toml(value)}" for name, value in launch.env) + " }")
+            lines.append("env = { " + ", ".join(f"{_key(name)} = {_toml(value)}" for name, value in launch.env) + " }")
         lines += ["argv = [", *(f"    {line}," for line in _argv_lines(launch.argv)), "]"]
     return "\n".join(lines)
 
@@ -306,4 +309,10 @@ def _gpus(launch: Launch) -> int:
 
 def _toml(text: str) -> str:
     """A TOML string; literal where that is easier to read."""
-    return f"'{text}'" if '"' in text and "'" not in text and text.isprintable() else json.dumps(text)
+    if '"' in text and "'" not in text and text.isprintable():
+        return f"'{text}'"
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)

@@ -76,8 +76,8 @@ class Reader(Values):
         self._spoiling: list[ast.FunctionDef] = []
         self._module: Module | None = None
         self._unknown_bases: list[str] = []
-        self.launches: list[Launch] = []
-        self.problems: list[tuple[str, str]] = []
+        self.launches: dict[Launch, None] = {}
+        self.problems: dict[tuple[str, str], None] = {}
 
     # --- modules and tests -------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Reader(Values):
             model = self.attribute(target, "model")
             if model and not isinstance(model, Missing):
                 bases = ", ".join(self._unknown_bases)
-                self.problems.append((cls.place, f"{cls.name}: its base {bases} is in none of the files"))
+                self.problems.setdefault((cls.place, f"{cls.name}: its base {bases} is in none of the files"))
         return None
 
     def _follow(self, target: Target, name: str, env: Env) -> bool:
@@ -206,8 +206,7 @@ class Reader(Values):
         why = f"{self._test + ': ' if self._test else ''}a launch: {error.why}"
         if error.place != place:
             why += f" ({error.place})"
-        if (place, why) not in self.problems:
-            self.problems.append((place, why))
+        self.problems.setdefault((place, why))
 
     def _statement(self, node: ast.stmt, frame: Frame) -> None:
         self.step(frame.module.place(node))
@@ -481,8 +480,7 @@ class Reader(Values):
                 self._test,
                 within,
             )
-            if launch not in self.launches:
-                self.launches.append(launch)
+            self.launches.setdefault(launch)
         except NotUnderstoodError as error:
             self._problem(place, error)
         return Unknown(place, "a process")
@@ -492,6 +490,8 @@ class Reader(Values):
             raise NotUnderstoodError(value.place, value.why)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise NotUnderstoodError(place, f"an argument that is no string: {value!r:.60}")
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in str(value)):
+            raise NotUnderstoodError(place, f"an argument that no program can be given: {value!a:.60}")
         return str(value)
 
 

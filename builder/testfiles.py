@@ -7,7 +7,9 @@ in a checkout of sglang, below its ``python`` folder, so that fixtures need not 
 from __future__ import annotations
 
 import ast
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ _UNREADABLE = (
     RecursionError,
     MemoryError,
 )  # the last two for what is nested too deep
+#: Bytes; no source that people wrote is longer.
+_LARGEST = 16 << 20
 #: Folders that hold no tests, however many files are below them.
 _SKIPPED = {"__pycache__", ".git", "node_modules"}
 
@@ -104,8 +108,7 @@ class Files:
                 try:
                     self._load(file, str(file), given=True)
                 except _UNREADABLE as error:
-                    why = error.strerror if isinstance(error, OSError) else f"it is not Python: {error}"
-                    problems.append(Problem(str(file), f"{why}."))
+                    problems.append(Problem(str(file), f"{_why(error)}."))
         if problems:
             raise UsageError("not all of these can be read", problems)
 
@@ -130,11 +133,22 @@ class Files:
         return None
 
     def _load(self, file: Path, name: str, *, given: bool) -> Module:
-        path = file.resolve()
+        path = Path(os.path.realpath(file))  # of a link that leads to itself, itself
         if path not in self._modules:
+            seen = path.stat()
+            if not stat.S_ISREG(seen.st_mode):
+                raise OSError(errno.EINVAL, "it is no file")
+            if seen.st_size > _LARGEST:
+                raise OSError(errno.EFBIG, f"it is larger than {_LARGEST >> 20} MiB")
             tree = ast.parse(path.read_bytes(), filename=name)
             self._modules[path] = Module(path, name, tree, given)
         return self._modules[path]
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"it is not Python: {str(error) or 'it is nested too deep'}"
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,20 @@ def test_the_manifest_that_it_prints_covers_what_it_was_made_of(
         "no test needs: sglang-ci-dsv3-test-tp8",
         "no test needs: sglang-ci-dsv3-test-tp8-dp8",
     ]
+
+
+def test_what_it_prints_can_be_read_whatever_the_words_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--a", 'it\'s "so"\n\t\x7f\u2028\U0001f600', "@b", "", "--c=@d", "-1"]
+    (tmp_path / "test_it.py").write_text(
+        f"{HEAD}popen_launch_server('m/x', 'u', 1, other_args={words!r}, env={{'A': '\\\\n\\x7f'}})\n"
+        "popen_launch_server('m/x', 'u', 1, other_args=['\\udcff'])\n"
+    )
+    status, out, err = run(capsys, tmp_path)
+    assert status == 10
+    assert "an argument that no program can be given: '\\udcff'" in err
+    (tmp_path / "m.toml").write_text(out)
+    [task] = load(tmp_path / "m.toml", overrides=Overrides(image="i", cache="/c")).tasks
+    assert (list(task.argv), task.env["A"]) == (words, "\\n\x7f")
 
 
 def test_the_comparison_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +271,31 @@ def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read_are_all_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def (\n")
     (tmp_path / "nul.py").write_bytes(b"a = '\0'\n")
+    (tmp_path / "deep.py").write_text(f"a = {'-' * 100_000}1\n")
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    with (tmp_path / "large.py").open("w") as file:
+        file.truncate(1 << 30)
     (tmp_path / "empty").mkdir()
-    status, _, err = run(capsys, tmp_path / "broken.py", tmp_path / "nul.py", tmp_path / "empty", tmp_path / "gone.py")
+    wanted = {
+        **dict.fromkeys(("broken.py", "nul.py", "deep.py"), "it is not Python: "),
+        "gone.py": "No such file",
+        "loop.py": "symbolic links",
+        "pipe.py": "it is no file",
+        "large.py": "16 MiB",
+    }
+    status, _, err = run(capsys, *(tmp_path / name for name in wanted), tmp_path / "empty")
     assert status == 2
-    for name, why in (("broken.py", "it is not Python"), ("nul.py", "it is not Python"), ("gone.py", "No such file")):
+    for name, why in wanted.items():
         assert any(name in line and why in line for line in err.splitlines()), err
     assert "no Python file is below it." in err
+
+
+def test_a_suite_that_no_file_is_of_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, TESTS, "--suite", "8-gpu-h20O", "--manifest", FIXTURES / "ancestor.toml")
+    assert (status, out) == (2, "")
+    assert "launches a server" in err
+    assert "not for this suite" in err
 
 
 def test_help_says_what_the_exit_status_means(capsys: pytest.CaptureFixture[str]) -> None:
