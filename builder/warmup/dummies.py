@@ -20,6 +20,8 @@ from builder.warmup import flags
 from builder.warmup.task import Task
 
 LAYERS = "num_hidden_layers"
+#: A number of layers is not believed beyond this.
+MOST_LAYERS = 10_000
 #: Where a model of several parts keeps its language model.
 PARTS = ("text_config", "llm_config", "language_config")
 #: Lists and tables that say nothing about layers, however long they are.
@@ -60,6 +62,8 @@ def few_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     total = config[LAYERS]
     if not isinstance(total, int) or total <= layers:
         return {}
+    if total > MOST_LAYERS:
+        raise TooFewLayersError(f"config.json names more than {MOST_LAYERS} layers, which no model has")
     lists = _per_layer(config, total)
     sparse = _is_sparse(config)
     kinds: dict[tuple[Any, ...], int] = {}
@@ -113,7 +117,8 @@ def _is_sparse(config: Mapping[str, Any]) -> Callable[[int], bool]:
     if isinstance(first, int):
         every = frequency if isinstance(frequency, int) and frequency > 0 else 1
         return lambda layer: layer >= first and layer % every == 0
-    step, only = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or ()
+    step, only = config.get("decoder_sparse_step"), config.get("mlp_only_layers")
+    only = only if isinstance(only, list) else ()
     if isinstance(step, int) and step > 0:
         return lambda layer: layer not in only and (layer + 1) % step == 0
     return lambda layer: True  # all alike, or told apart by a list

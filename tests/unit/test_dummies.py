@@ -201,3 +201,12 @@ def test_both_reasons_are_given_where_weights_do_not_do_either(
     done = program.run(dummy(program, play))
     assert (done.status, done.verdict["marker"]) == (20, None)
     assert said in done.verdict["reason"] and "Scheduler hit an exception" in done.verdict["reason"]
+
+
+def test_what_a_config_should_not_hold() -> None:
+    with pytest.raises(TooFewLayersError, match="more than 10000 layers"):
+        few_layers({"num_hidden_layers": 10**30}, 4)
+    assert (
+        few_layers({"num_hidden_layers": 9, "decoder_sparse_step": 1, "mlp_only_layers": 7}, 4)["num_hidden_layers"]
+        == 4
+    )
