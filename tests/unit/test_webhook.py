@@ -1,0 +1,58 @@
+"""The webhook takes no longer than it may, however the other side drags it out."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from builder import webhook
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    """The URL of a server whose answer comes byte by byte, and never ends."""
+    server = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def drip() -> None:
+        client, _ = server.accept()
+        with client:
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not over.wait(0.02):
+                client.sendall(b".")
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}/SECRET"
+    over.set()
+    thread.join(5)
+    server.close()
+
+
+def test_an_answer_that_never_ends_is_given_up(dripping: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook, "ALTOGETHER", 0.5)
+    began = time.monotonic()
+    assert webhook.post(dripping, {}) == "127.0.0.1 did not answer in time"
+    assert time.monotonic() - began < 5
+
+
+def test_a_name_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def hang(*_: object, **__: object) -> list[object]:
+        over.wait(30)
+        raise socket.gaierror(-3, "never")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(webhook, "ALTOGETHER_HURRIED", 0.2)
+    began = time.monotonic()
+    try:
+        assert webhook.post("https://hooks.example/SECRET", {}, hurried=True) == "hooks.example did not answer in time"
+        assert time.monotonic() - began < 5
+    finally:
+        over.set()
