@@ -140,7 +140,7 @@ def look(call: Call) -> Surroundings:
     report = call.report
     report.image_ref, report.image_id, report.cache = "this environment", image.id, str(root)
     report.toolchain = toolchain.digest(here.keys(first))
-    standings = here.compare(root, first)
+    standings = here.compare(list(here.described(root)), first)
     report.extra["image_known"] = image.how
     return Surroundings(
         root=root,

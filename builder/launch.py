@@ -34,7 +34,7 @@ MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 #: Modes whose containers get GPUs, models, secrets and a network.
 COMPILES = ("run", "probe")
 #: Modes that only look, some of them at what an untrusted job left: they cannot write to the root.
-LOOKS = ("view-list", "view-audit")
+LOOKS = ("view-list", "view-audit", "status", "families", "survey")
 
 
 @dataclass(frozen=True)

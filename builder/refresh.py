@@ -41,7 +41,7 @@ def refresh(call: Call) -> None:
         try:
             _refresh(session, call.said, settings, limits, story)
         finally:
-            story.look(session)
+            story.look(session, by_container=settings.metrics is not None)
 
 
 def _settings(call: Call) -> Settings:

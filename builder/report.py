@@ -192,6 +192,14 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def age(seconds: float) -> str:
+    """For people, in one unit."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 task``, ``2 tasks``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

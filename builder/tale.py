@@ -6,7 +6,6 @@ It is told on every way out, once, and nothing about the telling changes the out
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import socket
 import time
@@ -15,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder import metrics, webhook
+from builder import errand, metrics, webhook
 from builder.call import Call
 from builder.errors import BuilderError, DefectError, Interrupted
 from builder.manifest import Manifest
 from builder.report import counted
 from builder.session import Session
 from builder.warmup import holdings
+from builder.warmup.files import printable
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,24 @@ class Tale:
     freed: int = 0
     held: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)
 
-    def look(self, session: Session) -> None:
-        """At what the cache holds now, as far as that can be seen from here; not when somebody wants an end."""
+    def look(self, session: Session, *, by_container: bool) -> None:
+        """At what the cache holds now; not when somebody wants an end. by_container: one counts what cannot be
+        seen from here.
+        """
         if session.cancel.is_set or "image" not in vars(session):
             return
         with contextlib.suppress(BuilderError, OSError):
             root = session.cache.direct()
             if root is not None:
-                self.held = list(held_by(root))
+                self.held = list(holdings.samples(root))
+            elif by_container:
+                errand.run(session, "survey", self._hear)
 
-
-def held_by(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
-    """Samples of a cache root. A family directory counts for every toolchain that uses it."""
-    survey = holdings.survey(root)
-    users: dict[tuple[str, str], set[str]] = {}
-    for memo in survey.memos:
-        for place in memo.keys.items():
-            users.setdefault(place, set()).add(memo.toolchain)
-    for place, item in sorted(survey.dirs.items()):
-        entries = holdings.count(root, place)
-        for toolchain in sorted(users.get(place, {"none"})):
-            labels = {"family": place[0], "key": place[1], "toolchain": toolchain}
-            yield "entries", entries, labels
-            yield "entries_size_bytes", item.bytes, labels
-    yield "size_bytes", survey.bytes + survey.beside, {}
-    yield "filesystem_free_bytes", shutil.disk_usage(root).free, {}
+    def _hear(self, event: errand.Event) -> None:
+        name, number, labels = event.get("metric"), event.get("value"), event.get("labels")
+        if event.get("event") == "sample" and name in metrics.HOLDINGS and isinstance(labels, dict):
+            told = {str(label): printable(str(text)) for label, text in labels.items()}
+            self.held.append((str(name), float(number or 0), told))
 
 
 @contextlib.contextmanager

@@ -1,25 +1,23 @@
-"""The verbs that only read the cache: check, explain, status and env."""
+"""The verbs that ask whether the cache is warm, and for what: check, explain and env."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from builder import github
 from builder.errors import ColdError, UsageError
 from builder.plan import Plan
-from builder.report import Console, Report, TaskResult, counted, size
+from builder.report import Console, Report, TaskResult, counted
 from builder.session import Session
-from builder.warmup import families, files, here, markers, places, toolchain
+from builder.warmup import families, files, here, toolchain
 from builder.warmup.coverage import STORE_MOUNT as STORE
 from builder.warmup.coverage import brief
-from builder.warmup.here import IMAGE_VARIABLE, Standing
+from builder.warmup.here import IMAGE_VARIABLE, Described, Standing
 from builder.warmup.task import PRETEND_VARIABLE, Task
 
 
@@ -72,11 +70,28 @@ def explain(session: Session, _said: Namespace) -> None:
     """Per task what differs from the nearest marker, and per family what the cache has for this image."""
     plan = judged(session, session.manifest.tasks)
     explained(session.console, session.report, plan)
-    root = session.cache.direct() if plan is not None else None
-    if plan is not None and root is not None:
-        families_told(session.console, session.report, here.compare(root, plan.items[0].record))
-    elif plan is not None:
-        session.console.say(f"families are compared where {session.cache.name} can be read directly, and not here")
+    if plan is not None:
+        families_told(session.console, session.report, here.compare(_described(session), plan.items[0].record))
+
+
+def _described(session: Session) -> list[Described]:
+    """The family directories of the root; where it cannot be read from here, a container looks."""
+    root = session.cache.direct()
+    if root is not None:
+        return list(here.described(root))
+    from builder import errand  # a check has no use for it
+
+    found: list[Described] = []
+
+    def hear(event: Mapping[str, Any]) -> None:
+        factors = event.get("factors")
+        if event.get("event") == "described":
+            family, key = (files.printable(str(event.get(name))) for name in ("family", "key"))
+            known = factors if isinstance(factors, dict) else None
+            found.append(Described(family, key, float(event.get("written") or 0.0), known))
+
+    errand.run(session, "families", hear)
+    return found
 
 
 def families_told(
@@ -135,82 +150,6 @@ def explained(console: Console, report: Report, plan: Plan | None) -> None:
             }
         )
     report.extra["explain"] = explained
-
-
-def status(session: Session, _said: Namespace) -> None:
-    """What lies in the cache root: families by key with entries and bytes, and every marker, with its age."""
-    tasks = session.manifest.tasks
-    current: dict[str, str] = {}
-    found: list[dict[str, Any]] = []
-    marks: list[dict[str, Any]] = []
-    if session.cache.exists():
-        records = session.records(tasks)
-        current = toolchain.family_keys(next(iter(records.values())))
-        found = [{**held, "use": _use(held, current)} for held in holdings(session)]
-        with session.cache.view(entries=False) as root:
-            marks = [_marker(path, root) for path in sorted(root.glob("markers/*/*.json"))]
-        session.report.toolchain = toolchain.digest(current)
-    session.report.cache = session.cache.name
-    session.report.extra.update(families=found, markers=marks)
-    session.console.say(f"cache {session.cache.name}, toolchain {session.report.toolchain or 'unknown'}")
-    session.console.table(
-        ("family", "key", "entries", "invalid", "size", "used by"),
-        [
-            [row["family"], row["key"], str(row["entries"]), str(row["invalid"]), size(row["bytes"]), row["use"]]
-            for row in found
-            if row["entries"] or row["invalid"]
-        ],
-    )
-    session.console.table(
-        ("task", "written", "image", "proof", "claims"),
-        [
-            [row["task"], row["written"], row["image"], row["reservation"] or row["proof"], ", ".join(row["claims"])]
-            for row in marks
-        ],
-    )
-
-
-def holdings(session: Session) -> list[dict[str, Any]]:
-    """What every family directory holds: family, key, entries, invalid, bytes. Counted by a container where the root
-    cannot be read from here: a copy would be as large as the cache.
-    """
-    direct = session.cache.direct()
-    found: list[dict[str, Any]] = []
-    if direct is not None:
-        found += places.holdings(direct)
-    else:
-        from builder import errand  # a check has no use for it
-
-        names = ("family", "key", "entries", "invalid", "bytes")
-
-        def hear(event: Mapping[str, Any]) -> None:
-            if event.get("event") == "holding" and all(name in event for name in names):
-                found.append({name: event[name] for name in names})
-
-        errand.run(session, "status", hear)
-    return sorted(found, key=lambda held: (held["family"], held["key"]))
-
-
-def _use(held: Mapping[str, Any], current: Mapping[str, str]) -> str:
-    return "this image" if current.get(held["family"]) == held["key"] else "another toolchain"
-
-
-def _marker(path: Path, root: Path) -> dict[str, Any]:
-    marker = markers.read(path)
-    observed: Any = marker.get("observed") if marker is not None else None
-    observed = observed if isinstance(observed, dict) else {}
-    written = "unknown"
-    with contextlib.suppress(OSError):
-        written = datetime.fromtimestamp(path.lstat().st_mtime, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
-    return {
-        "task": files.printable(path.parent.name),
-        "path": files.printable(str(path.relative_to(root))),
-        "written": written,
-        "image": files.printable(observed["image"]) if isinstance(observed.get("image"), str) else "",
-        "proof": files.printable(marker["proof"]) if marker is not None else "unreadable",
-        "reservation": markers.reservation(marker or {}) or None,
-        "claims": sorted(markers.claimed_keys(path)),
-    }
 
 
 # --- env

@@ -30,7 +30,7 @@ from builder.errors import (
     UsageError,
 )
 from builder.launch import Asked
-from builder.report import Console, size
+from builder.report import Console, age, size
 from builder.session import Session
 from builder.spec import Mount
 from builder.values import near
@@ -298,7 +298,7 @@ def _list(session: Session) -> None:
         [
             [
                 row["name"],
-                _age(now - row["created"]) if row["created"] else "–",
+                age(now - row["created"]) if row["created"] else "–",
                 size(row["bytes"]),
                 str(row["files"]),
                 row["generation"] or "–",
@@ -313,7 +313,7 @@ def _list(session: Session) -> None:
         [
             [
                 row["id"],
-                f"{_age(now - row['asked'])} ago",
+                f"{age(now - row['asked'])} ago",
                 size(row["bytes"]),
                 str(row["files"]),
                 ", ".join(row["views"]),
@@ -344,11 +344,3 @@ def _generation(event: Event) -> dict[str, Any]:
         "files": int(event.get("files") or 0),
         "views": [printable(str(name)) for name in event.get("views") or ()],
     }
-
-
-def _age(seconds: float) -> str:
-    """For people, in one unit."""
-    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"

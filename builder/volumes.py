@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -57,6 +57,18 @@ class Volumes:
         params = {"all": 1, "filters": json.dumps({"volume": [volume]})}
         listing = self._read("cannot list containers", lambda: self._get("/containers/json", params=params).json())
         return [found_in(entry) for entry in listing]
+
+    def mounting(self, sources: Collection[str]) -> list[tuple[str, Found]]:
+        """Running containers that have one of these (paths on the engine's host, names of volumes) mounted, each with
+        the one that it has.
+        """
+        listing = self._read("cannot list containers", lambda: self._get("/containers/json").json())
+        found = []
+        for entry in listing:
+            mounts = [mount for mount in entry.get("Mounts") or () if isinstance(mount, dict)]
+            named = {str(mount.get(name)) for mount in mounts for name in ("Source", "Name")}
+            found += [(source, found_in(entry)) for source in sources if source in named]
+        return found
 
 
 def found_in(entry: Mapping[str, Any]) -> Found:

@@ -140,9 +140,9 @@ VERBS = {
         here="builder.here:explain",
     ),
     "status": Verb(
-        "what lies in the cache: families, entries, bytes, markers",
+        "what is in the cache, how old it is, who uses it, and what it cost",
         "warm-cache status --profile h200 --json",
-        "builder.verbs:status",
+        "builder.contents:status",
     ),
     "verify": Verb(
         "look at every entry in the cache; exit 0 or 10",

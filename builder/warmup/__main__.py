@@ -30,6 +30,8 @@ UPKEEP = {
     "verify": upkeep.verify,
     "prune": reclaim.prune,
     "status": upkeep.status,
+    "families": upkeep.families,
+    "survey": upkeep.survey,
     **views.MODES,
 }
 

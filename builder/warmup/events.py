@@ -22,6 +22,9 @@ Events and their fields:
 - freed: before, after (bytes of the root, now and as planned), freed (bytes that were deleted), left [text], images,
   kept_images [ids] (mode ``prune``, once)
 - holding: family, key, entries, invalid, bytes (mode ``status``, one per family directory)
+- used: path, time (mode ``status``, one per marker: when it was last of use, in seconds since the epoch)
+- described: family, key, written, factors (mode ``families``, one per family directory)
+- sample: metric, value, labels {name: value} (mode ``survey``)
 - omitted: family, key, why (mode ``view-create``: a family directory that the generation does not have)
 - view: view, generation, created, engine (mode ``view-create``); and bytes, files, idle (mode ``view-list``)
 - generation: id, asked, bytes, files, views [name] (mode ``view-list``)
@@ -43,7 +46,8 @@ WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
 
 NAMES = frozenset(
     {"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "removed", "kept", "checked", "bad"}
-    | {"pruned", "planned", "freed", "holding", "omitted", "view", "generation", "finding", "audited", "verdict", "end"}
+    | {"pruned", "planned", "freed", "holding", "used", "described", "sample", "omitted", "view", "generation"}
+    | {"finding", "audited", "verdict", "end"}
 )
 
 

@@ -9,7 +9,7 @@ are the families that belong to one image. Reads only; never raises for what it 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ IMAGE_VARIABLE = "WARM_CACHE_IMAGE_ID"
 IMAGE = "image"
 
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
-_KEY = re.compile(r"([0-9a-f]{16})\.json")
+_KEY = re.compile(r"[0-9a-f]{16}")
 _LIMIT = 1 << 20
 
 Row = tuple[str, str, str]
@@ -91,9 +91,44 @@ class Standing:
     rows: list[Row] = field(default_factory=list)
 
 
-def compare(root: Path, record: Record) -> list[Standing]:
-    """Every family that a task may vouch for, in the table's order."""
-    return [_standing(root, family, record) for family in FAMILIES if family.claimable]
+@dataclass(frozen=True)
+class Described:
+    """One family directory that is there. written: when what it is for was said, in seconds since the epoch; factors:
+    what its key stands for, None where nothing says so.
+    """
+
+    family: str
+    key: str
+    written: float = 0.0
+    factors: Mapping[str, Any] | None = None
+
+
+def compare(known: Sequence[Described], record: Record) -> list[Standing]:
+    """Every family that a task may vouch for, in the table's order, with the directories that are there."""
+    return [
+        _standing([each for each in known if each.family == family.name], family, record)
+        for family in FAMILIES
+        if family.claimable
+    ]
+
+
+def described(root: Path) -> Iterator[Described]:
+    """Every directory of every family that a task may vouch for, and what it is for."""
+    for family in FAMILIES:
+        for item in files.listing(str(root / family.name)) or () if family.claimable else ():
+            # Whatever is a directory for who uses it, a link to one too.
+            if _KEY.fullmatch(item.name) and Path(item.path).is_dir():
+                yield _describe(Path(f"{item.path}.json"), family.name, item.name)
+
+
+def _describe(path: Path, family: str, key: str) -> Described:
+    try:
+        document = files.read_json(str(path), _LIMIT)
+        written = path.lstat().st_mtime
+    except (files.UnreadableError, OSError):
+        return Described(family, key)
+    factors = document.get("factors") if isinstance(document, dict) else None
+    return Described(family, key, written, factors if isinstance(factors, dict) else None)
 
 
 def keys(record: Record) -> dict[str, str]:
@@ -109,19 +144,21 @@ def _unknown(record: Record, family: Family) -> bool:
     return IMAGE in family.factors and record["factors"].get(IMAGE) is None
 
 
-def _standing(root: Path, family: Family, record: Record) -> Standing:
+def _standing(known: Sequence[Described], family: Family, record: Record) -> Standing:
     now: dict[str, Any] = dict(toolchain.family_factors(record, family.name))
     unknown = _unknown(record, family)
     key = None if unknown else toolchain.family_key(record, family.name)
-    if key is not None and (root / family.name / key).is_dir():
+    if any(each.key == key for each in known):
         return Standing(family.name, "found", key)
     if unknown:
         del now[IMAGE]
     nearest = None
-    for name, written, was in _described(root, family.name):
-        rows = differences({factor: was.get(factor) for factor in now}, now)
-        if nearest is None or (len(rows), -written) < (len(nearest[1]), -nearest[2]):
-            nearest = (name, rows, written)
+    for each in known:
+        if each.factors is None:
+            continue
+        rows = differences({factor: each.factors.get(factor) for factor in now}, now)
+        if nearest is None or (len(rows), -each.written) < (len(nearest[1]), -nearest[2]):
+            nearest = (each.key, rows, each.written)
     if nearest is None:
         return Standing(family.name, "absent", key)
     other, rows, _ = nearest
@@ -130,21 +167,3 @@ def _standing(root: Path, family: Family, record: Record) -> Standing:
     if not rows:  # equal factors under another key: the table itself changed
         rows = [("table", "another version", str(TABLE_VERSION))]
     return Standing(family.name, "differs", key, other, rows)
-
-
-def _described(root: Path, family: str) -> list[tuple[str, float, Mapping[str, Any]]]:
-    """(key, when it was written, factors) of every directory of this family that says what it is for."""
-    found: list[tuple[str, float, Mapping[str, Any]]] = []
-    for item in files.listing(str(root / family)) or ():
-        named = _KEY.fullmatch(item.name)
-        if named is None or not (root / family / named[1]).is_dir():
-            continue
-        try:
-            document = files.read_json(item.path, _LIMIT)
-            written = item.stat(follow_symlinks=False).st_mtime
-        except (files.UnreadableError, OSError):
-            continue
-        factors = document.get("factors") if isinstance(document, dict) else None
-        if isinstance(factors, dict):
-            found.append((named[1], written, factors))
-    return found

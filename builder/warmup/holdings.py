@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -223,3 +224,22 @@ def count(root: Path, place: Dir) -> int:
     """How many entries a family's directory has, valid or not."""
     family, base = FAMILY[place[0]], directory(str(root), *place)
     return sum(1 for _ in NAMES[family.layout](family, base))
+
+
+def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """What a cache root holds, as metrics: name, value, labels. A family directory counts for every toolchain that uses
+    it.
+    """
+    found = survey(root)
+    users: dict[Dir, set[str]] = {}
+    for memo in found.memos:
+        for place in memo.keys.items():
+            users.setdefault(place, set()).add(memo.toolchain)
+    for place, item in sorted(found.dirs.items()):
+        entries = count(root, place)
+        for name in sorted(users.get(place, {"none"})):
+            labels = {"family": place[0], "key": place[1], "toolchain": name}
+            yield "entries", entries, labels
+            yield "entries_size_bytes", item.bytes, labels
+    yield "size_bytes", found.bytes + found.beside, {}
+    yield "filesystem_free_bytes", shutil.disk_usage(root).free, {}

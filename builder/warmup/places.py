@@ -51,7 +51,7 @@ def bad_entries(place: Place, *, now: float) -> tuple[int, dict[str, str]]:
     return len(found.entries), bad
 
 
-def holdings(root: Path) -> Iterator[dict[str, Any]]:
+def contents(root: Path) -> Iterator[dict[str, Any]]:
     """How much each directory of each family holds: family, key, entries, invalid, bytes (of the entries' files)."""
     for family in FAMILIES:
         for item in files.listing(str(root / family.name)) or ():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from builder.warmup import inventory, layout, removal, views
+from builder.warmup import here, holdings, inventory, layout, removal, views
 from builder.warmup.events import WARMED
 from builder.warmup.guard import Guard
 from builder.warmup.output import Output
-from builder.warmup.places import Place, bad_entries, holdings, places
+from builder.warmup.places import Place, bad_entries, contents, places
 from builder.warmup.task import Job
 
 
@@ -48,10 +48,28 @@ def verify(job: Job, output: Output, guard: Guard) -> int:
 
 
 def status(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``status``: what every family directory holds."""
-    for held in holdings(Path(job.mount)):
+    """Mode ``status``: what every family directory holds, and when every marker was last of use."""
+    for held in contents(Path(job.mount)):
         guard.check()
         output.event("holding", **held)
+    for mark in holdings.marks(Path(job.mount))[0]:
+        output.event("used", path=mark.path, time=mark.used)
+    return WARMED
+
+
+def families(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``families``: which family directories there are, and what each is for."""
+    for each in here.described(Path(job.mount)):
+        guard.check()
+        output.event("described", **vars(each))
+    return WARMED
+
+
+def survey(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``survey``: what the root holds, as metrics."""
+    for name, value, labels in holdings.samples(Path(job.mount)):
+        guard.check()
+        output.event("sample", metric=name, value=value, labels=labels)
     return WARMED
 
 

@@ -413,6 +413,7 @@ class Warming:
             "host": self._job.observed.get("host") or socket.gethostname(),
             "added_bytes": dict(self.verdict.added_bytes),
             "seconds": round(time.monotonic() - self._begun, 3),
+            "gpus": self._task.gpus,
             "time": int(time.time()),
         }
 

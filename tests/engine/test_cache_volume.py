@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +116,6 @@ def test_a_volume_is_warmed_and_named(warmed: tuple[Volume, Ended]) -> None:
     [
         ("warm", "2 of 2 tasks warm for toolchain"),
         ("check", "2 of 2 tasks warm for toolchain"),
-        ("explain", "model-tp8: warm, since "),
         ("env", "--mount type=volume,src=warm-cache-test-"),
     ],
 )
@@ -130,6 +131,27 @@ def test_a_warm_volume_is_read_by_containers_that_never_start(
     creations = [path for path in user.door.asked("POST") if "/containers/create" in path]
     assert len(creations) == len(user.door.asked("DELETE"))
     assert all("name=warm-cache-read-" in path for path in creations)
+
+
+def test_what_a_volume_holds_is_told_by_containers_that_cannot_write(warmed: tuple[Volume, Ended]) -> None:
+    """Per family, per toolchain, and who uses it: as for a directory."""
+    user, _ = warmed
+    explained = user.run("explain", "--json").document
+    assert {row["state"] for row in explained["families"]} == {"found"}
+    holding = user.start("hold", "--", sys.executable, "-c", "import time; print('AT IT', flush=True); time.sleep(60)")
+    try:
+        holding.says("AT IT")
+        (held,) = user.start("status", "--json").end().document["users"]
+    finally:
+        holding.send(signal.SIGTERM)
+        holding.end()
+    assert held["how"] == "holds the cache" and held["who"].startswith("container warm-cache-")
+    path = user.place / "metrics.prom"
+    assert user.run("refresh", "--metrics", str(path)).status == 0
+    metrics = path.read_text()
+    entries = r'^warm_cache_entries\{.*family="deep_gemm".*toolchain="[0-9a-f]{16}"\} [1-9]'
+    assert re.search(entries, metrics, re.MULTILINE)
+    assert re.search(r"^warm_cache_filesystem_free_bytes\{.*\} [1-9]", metrics, re.MULTILINE)
 
 
 def test_damage_in_a_volume_is_named(warmed: tuple[Volume, Ended]) -> None:
@@ -217,10 +239,14 @@ def test_a_directory_that_the_builder_cannot_see_is_read_through_the_engine(far:
     warmed = far.warm()
     assert (warmed.task("model-tp8")["state"], warmed.task("model-tp8")["verified"]) == ("warmed", True)
     assert far.run("warm").out.endswith("Nothing to do.\n")
-    status = far.run("status", "--json").document
+    status, explained = far.run("status", "--json").document, far.run("explain", "--json").document
+    assert {row["state"] for row in explained["families"]} == {"found"}
     far.host, door = docker_host, far.host
     assert far.run("check").status == 0, "seen from nearby, the same markers hold"
-    assert far.run("status", "--json").document["families"] == status["families"]
+    near = far.run("status", "--json").document
+    assert near["families"] == status["families"]
+    assert [row["last_used"] for row in near["markers"]] == [row["last_used"] for row in status["markers"]]
+    assert far.run("explain", "--json").document["families"] == explained["families"]
     far.host = door
 
     (marker,) = far.root.glob("markers/model-tp8-*/*.json")

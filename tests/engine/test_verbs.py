@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
+import re
 import shlex
 import shutil
+import signal
 import socket
+import struct
+import sys
 import tarfile
+import termios
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +193,7 @@ def test_foreign_files_change_nothing(warmed: Cli) -> None:
     for options in ((), ("--json",)):
         status = warmed.run("status", *options)
         assert status.status == 0, status.said
-        assert "shapes-" in status.out
+        assert "shapes " in status.out or '"label": "shapes"' in status.out
     assert warmed.run("env").status == 0
     assert warmed.run("doctor").status == 0
     forced = warmed.warm("--force", "--only", "shapes")
@@ -347,6 +357,65 @@ def test_status_counts_what_is_there(warmed: Cli) -> None:
     assert rows["deep_gemm"]["bytes"] > 1000
     assert {mark["task"].rpartition("-")[0] for mark in document["markers"]} == set(LABELS)
     assert {mark["proof"] for mark in document["markers"]} == {"verified"}
+
+
+def test_status_tells_age_price_and_users(warmed: Cli) -> None:
+    """On a terminal of 80 columns too. A job's command line is a stranger's text, and what it hides stays hidden."""
+    path = marker(warmed, "shapes")
+    document = json.loads(path.read_text())
+    document["observed"].update(seconds=90.0, gpus=8)
+    path.write_text(json.dumps(document))
+    os.utime(path, (time.time() - 3 * 86400,) * 2)
+    other = json.loads(marker(warmed, "command").read_text())
+    other["observed"].update(seconds="\x1b[31m", gpus=True)
+    other["keys"]["triton"] = "0" * 16
+    marker(warmed, "command").write_text(json.dumps(other))
+    code = "import time; print('AT IT', flush=True); time.sleep(60)"
+    job = [sys.executable, "-c", code, "\x1b[31m\n::error::", "--webhook=https://x/SECRET"]
+    holding = warmed.start("hold", "--", *job)
+    try:
+        holding.says("AT IT")
+        status = warmed.run("status", "--json").document
+        plain = warmed.run("status").out
+        terminal = on_a_terminal(warmed, "status")
+    finally:
+        holding.send(signal.SIGTERM)
+        holding.end()
+    rows = {row["label"]: row for row in status["markers"]}
+    assert (rows["shapes"]["seconds"], rows["shapes"]["gpu_minutes"]) == (90.0, 12.0)
+    assert 3 * 86400 <= rows["shapes"]["age_seconds"] < 3 * 86400 + 600
+    assert (rows["command"]["seconds"], rows["command"]["gpu_minutes"]) == (None, None)
+    assert (rows["shapes"]["use"], rows["command"]["use"]) == ("this image", "another toolchain")
+    (user,) = status["users"]
+    assert user["who"].startswith(f"pid {holding.process.pid} (") and user["how"] == "holds the cache"
+    assert re.search(r"^shapes +3 d +\S+ \S+ ago +1:30 +12\.0 +verified +this image$", plain, re.MULTILINE)
+    for text in (plain, terminal):
+        assert "holds the cache" in text and "SECRET" not in text
+        assert "\x1b[31m" not in text and "::error" not in text
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal).splitlines()
+    assert max(len(line) for line in lines if not line.startswith("cache ")) <= 80
+    assert "nobody uses it now" in warmed.run("status").out
+
+
+def on_a_terminal(cli: Cli, *words: str) -> str:
+    """What a verb shows on a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(ours, 4096):
+                shown.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    ended = cli.start(*words, stdout=theirs, environ={"TERM": "xterm"}).end()
+    os.close(theirs)
+    reader.join(10)
+    os.close(ours)
+    assert ended.status == 0
+    return b"".join(shown).decode()
 
 
 def test_env_in_every_format(warmed: Cli) -> None:

@@ -27,7 +27,7 @@ ORDER = """
     cancel sinks logs lease container locks gpulock hooks
     cache preflight plan plain report github launch estimates packing activity voices display
     command session forecast call holder runlock hold machine sidebyside run
-    errand overlay upkeep verbs audit view doctor here inside
+    errand overlay contents upkeep verbs audit view doctor here inside
     testfiles scopes expressions oddities reading imports images policy prune idle metrics webhook tale refresh
     words arguments completion cli __main__
 """.split()
