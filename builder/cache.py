@@ -20,7 +20,8 @@ from typing import IO, cast
 
 from builder.cancel import REMOVE, Cancel
 from builder.engine import ContainerSpec, Engine, Mount
-from builder.errors import EngineLostError, EngineRefusedError, PreflightError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
+from builder.lease import Lease
 from builder.manifest import Manifest
 from builder.warmup import families, files, markers
 from builder.warmup.coverage import STORE_MOUNT as STORE
@@ -29,17 +30,20 @@ from builder.warmup.coverage import is_commit
 #: What decides whether a task is warm, without the entries themselves.
 INDEX = ("layout.json", "images", "markers")
 
+#: Seconds after which a container that is read through, and never started, is nobody's any more.
+READ_LIFETIME = 3600.0
+
 
 class CacheRoot:
     """Reads one cache root. Nothing is opened before it is asked for."""
 
     def __init__(
-        self, manifest: Manifest, engine: Engine, *, image: str, labels: Callable[[], dict[str, str]], cancel: Cancel
+        self, manifest: Manifest, engine: Engine, *, image: str, lease: Callable[[], Lease], cancel: Cancel
     ) -> None:
         self._manifest = manifest
         self._engine = engine
         self._image = image
-        self._labels = labels
+        self._lease = lease
         self._cancel = cancel
 
     @property
@@ -171,25 +175,26 @@ class CacheRoot:
         if not store and not self.exists():
             yield None
             return
+        lease = self._lease()
         spec = ContainerSpec(
             image=self._image,
             name=f"warm-cache-read-{os.getpid()}-{os.urandom(4).hex()}",
             entrypoint=["/bin/true"],
             command=[],
-            labels=self._labels(),
+            labels=lease.labels("read", READ_LIFETIME),
             mounts=(mount,),
             network="none",
         )
         container: str | None = None
         try:
             # A signal must not come between the creation and the knowledge of it.
-            with self._cancel.shield():
+            with self._cancel.shield(), _proof_of_death(lease, unless=EngineRefusedError):
                 container = self._cancel.answer(lambda: self._create(spec), f"to create {spec.name}")
             self._cancel.check()
             yield container
         finally:
             if container is not None:
-                with self._cancel.shield():
+                with self._cancel.shield(), _proof_of_death(lease):
                     remove = functools.partial(self._engine.remove, container)
                     self._cancel.answer(remove, f"to remove {spec.name}", by=REMOVE)
 
@@ -268,6 +273,18 @@ def _inside(target: Path, name: str) -> Path | None:
     """Where a member of this name lies below target; None for one that would lie elsewhere."""
     place = PurePosixPath(name)
     return None if place.is_absolute() or ".." in place.parts else target / place
+
+
+@contextlib.contextmanager
+def _proof_of_death(lease: Lease, *, unless: type[BuilderError] | tuple[()] = ()) -> Iterator[None]:
+    """A container whose creation or removal was not confirmed may be there, or still come: then the lease's file stays,
+    by which the next sweep knows that nobody wants it. unless: an answer after which there is none.
+    """
+    try:
+        yield
+    except BuilderError as error:
+        lease.keep = lease.keep or not isinstance(error, unless)
+        raise
 
 
 class _Reader:

@@ -16,7 +16,8 @@ from builder.cache import CacheRoot
 from builder.cancel import Cancel
 from builder.complaints import NotFoundError
 from builder.engine import ContainerSpec, Engine
-from builder.errors import EngineLostError, EngineRefusedError, Interrupted, PreflightError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted, PreflightError
+from builder.lease import Lease
 from builder.manifest import load
 from builder.warmup import markers
 from builder.warmup.families import FAMILIES
@@ -24,6 +25,15 @@ from builder.warmup.task import Task
 
 KEY = "0123456789abcdef"
 LABELS = {"io.sglang.warm-cache.lease": "mine"}
+
+
+class Held:
+    """A lease without a file."""
+
+    keep = False
+
+    def labels(self, _task: str, _lifetime: float) -> dict[str, str]:
+        return LABELS
 
 
 class Elsewhere:
@@ -35,7 +45,8 @@ class Elsewhere:
         self.here: dict[str, ContainerSpec] = {}
         self.created = 0
         self.asked: list[str] = []
-        self.refusal: EngineRefusedError | None = None
+        self.refusal: EngineLostError | None = None
+        self.clings: EngineLostError | None = None
         self.on_create: Callable[[], object] = lambda: None
 
     def has_volume(self, name: str) -> bool:
@@ -50,6 +61,8 @@ class Elsewhere:
         return str(self.created)
 
     def remove(self, container: str) -> None:
+        if self.clings:
+            raise self.clings
         del self.here[container]
 
     def archive(self, container: str, path: str) -> Iterator[bytes]:
@@ -74,15 +87,18 @@ Make = Callable[..., CacheRoot]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    def make(engine: Elsewhere, *, where: str = "", cancel: Cancel | None = None) -> CacheRoot:
+    def make(
+        engine: Elsewhere, *, where: str = "", cancel: Cancel | None = None, lease: Held | None = None
+    ) -> CacheRoot:
         path = tmp_path / "manifest.toml"
         where = where or f'root = "{tmp_path}/root"'
         path.write_text(
             f'schema = 1\n[image]\nref = "tiny:1"\n[cache]\n{where}\n[models]\nstore = "{tmp_path}/store"\n'
             '[gpus]\ncount = 0\n[[task]]\nmodel = "a"\nrecipe = "command"\nargv = ["true"]\nsuccess = "x"\n'
         )
+        held = cast(Lease, lease or Held())
         return CacheRoot(
-            load(path), cast(Engine, engine), image="sha256:1", labels=lambda: LABELS, cancel=cancel or Cancel()
+            load(path), cast(Engine, engine), image="sha256:1", lease=lambda: held, cancel=cancel or Cancel()
         )
 
     return make
@@ -299,6 +315,20 @@ def test_a_signal_during_the_creation_leaves_no_container(make: Make, root: Path
     with pytest.raises(Interrupted), make(engine, cancel=cancel).view():
         pytest.fail("it went on")
     assert (engine.created, engine.here) == (1, {})
+
+
+@pytest.mark.parametrize("where", ["refusal", "clings"])
+@pytest.mark.parametrize(
+    ("error", "may_be_there"), [(EngineLostError("no answer"), True), (EngineRefusedError("no space"), False)]
+)
+def test_what_may_still_be_there_keeps_the_proof_that_nobody_wants_it(
+    make: Make, root: Path, where: str, error: BuilderError, may_be_there: bool
+) -> None:
+    engine, lease = Elsewhere(root), Held()
+    setattr(engine, where, error)
+    with pytest.raises(EngineLostError), make(engine, lease=lease).view():
+        pass
+    assert lease.keep == (may_be_there or where == "clings")
 
 
 # --- the model store -------------------------------------------------------------------------------------------------
