@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from builder.waiting import Deadline
 
 T = TypeVar("T")
 
@@ -20,6 +23,8 @@ PROC = Path("/proc/driver/nvidia")
 
 #: Seconds for one look at all GPUs. A driver that hangs (a GPU fell off the bus) must not take the builder with it.
 PATIENCE = 20.0
+#: Seconds for it even when somebody wants to go: one that works takes milliseconds.
+_LEAST = 0.3
 #: Seconds for letting go of the driver, which only answers.
 _SHUT = 1.0
 #: Bytes in use on a GPU that nobody holds: contexts of services, and what the driver keeps for itself.
@@ -130,13 +135,16 @@ class Nvml:
         self._patience = patience
         self._is_open = False
 
-    def look(self) -> Look:
-        """Every GPU of this machine, now. A driver that does not answer in time is not asked again."""
+    def look(self, *, hurried: Callable[[], bool] = lambda: False) -> Look:
+        """Every GPU of this machine, now. A driver that does not answer in time is not asked again. hurried: whether
+        somebody wants to go, who does not wait for one that hangs.
+        """
         if self._absent is None:
-            found = _within(self._patience, self._ask)
+            began = time.monotonic()
+            found = _within(self._patience, self._ask, hurried)
             if found is not None:
                 return found
-            self._absent = f"NVML gave no answer for {self._patience:.0f} s"
+            self._absent = f"NVML gave no answer for {time.monotonic() - began:.0f} s"
         return Look(absent=self._absent)
 
     def close(self) -> None:
@@ -244,10 +252,12 @@ def _in_initial_namespace() -> bool:
         return False
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T | None:
+def _within(seconds: float, call: Callable[[], T], hurried: Callable[[], bool] = lambda: False) -> T | None:
     """What the call returns, or None when it takes longer; it then goes on in its thread for as long as it likes."""
     box: list[T] = []
     thread = threading.Thread(target=lambda: box.append(call()), name="nvml", daemon=True)
     thread.start()
-    thread.join(seconds)
+    limit, least = Deadline(seconds), Deadline(_LEAST)
+    while thread.is_alive() and not limit.over and not (least.over and hurried()):
+        thread.join(limit.within(0.05).left())
     return box[0] if box else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +188,7 @@ class Machine:
         if len(session.ran) == ran or not before.gpus:
             return
         if session.cancel.is_set:
-            session.report.warnings += [f"after {label}, {self._text(held)}" for held in self._held(before)]
+            session.report.warnings += [f"after {label}, {text}" for text in self._texts(self._held(before))]
             return
         timeout, began = session.manifest.gpus.release_timeout, time.monotonic()
         freed: dict[str, float] = {}
@@ -206,7 +206,7 @@ class Machine:
         is_free = poll(all_free, Deadline(timeout), every=_EVERY)
         self._report(freed)
         if not is_free:
-            held = "; ".join(self._text(held) for held in self._held(before)) or "they were freed at the last moment"
+            held = "; ".join(self._texts(self._held(before))) or "they were freed at the last moment"
             raise GpusHeldError(
                 f"the GPUs are not free again {timeout:.0f} s after {label}: {held}. The next server would run out of "
                 "memory, so nothing more is started; end what holds them, and run again"
@@ -249,13 +249,18 @@ class Machine:
         """One that is ending has no start time any more, and is ours rather than not."""
         return process.started is not None and process.container not in self._session.ran
 
-    def _text(self, held: Held) -> str:
+    def _texts(self, found: Sequence[Held]) -> list[str]:
+        """For people, one sentence each. The engine is asked once for the names of containers, if it has to be."""
+        names = self._session.container_names() if any(held.processes for held in found) else {}
+        return [self._text(held, names) for held in found]
+
+    @staticmethod
+    def _text(held: Held, names: Mapping[str, str]) -> str:
         if held.why:
             return f"GPU {held.gpu.index} does not answer ({held.why})"
         memory = f"{held.extra / 1e9:.1f} GB more in use than before"
         if not held.processes:
             return f"GPU {held.gpu.index} has {memory}, by no process that can be seen from here"
-        names = self._session.container_names()
         who = ", ".join(process.describe(names) for process in held.processes)
         return f"GPU {held.gpu.index} is held by {who}, with {memory}"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder import gpulock, gpus, hooks, launch, preflight
 from builder.cache import CacheRoot
-from builder.cancel import Cancel
+from builder.cancel import ANSWER, Cancel
 from builder.container import Deadlines, Outcome
 from builder.engine import Engine, Image
 from builder.errors import (
@@ -49,8 +49,6 @@ NO_PYTHON = (126, 127)
 
 #: A probe reads metadata and asks two libraries: well under a second. The rest is a slow disk's share.
 PROBE_TIMEOUT = 120.0
-#: Seconds after which a container that is read through, and never started, is nobody's any more.
-READ_LIFETIME = 3600.0
 
 
 @dataclass(eq=False)
@@ -74,7 +72,8 @@ class Session:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        with self.cancel.shield():  # a second signal must not come between the steps
+            self._stack.close()
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class Session:
             self.manifest,
             self.engine,
             image=self.serving.id,
-            labels=lambda: self.lease.labels("read", READ_LIFETIME),
+            lease=lambda: self.lease,
             cancel=self.cancel,
         )
 
@@ -127,12 +126,13 @@ class Session:
     def look(self) -> Look:
         """The GPUs that this manifest's containers get, now."""
         wanted = self.manifest.gpus
-        return self.nvml.look().chosen(wanted.devices, wanted.count)
+        return self.nvml.look(hurried=lambda: self.cancel.is_due(ANSWER)).chosen(wanted.devices, wanted.count)
 
     def container_names(self) -> Mapping[str, str]:
         """Id → name, of every container of this engine, and of those of this run."""
         with contextlib.suppress(EngineLostError):
-            return {found.id: found.name for found in self.engine.containers([])} | self.ran
+            found = self.cancel.answer(lambda: self.engine.containers([]), "for its containers")
+            return {one.id: one.name for one in found} | self.ran
         return self.ran
 
     def patience(self) -> Patience:
