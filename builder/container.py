@@ -328,7 +328,7 @@ class _Life:
             self._cancel.answer(ask, f"to remove {self._name}", by=REMOVE)
         except EngineTimeoutError as error:
             self._lease.keep = True
-            raise EngineLostError(f"{error.message}. The next run, or a sweep, removes it") from None
+            raise EngineLostError(f"{error.message.rstrip('.')}. The next run, or a sweep, removes it") from None
         except BaseException:
             self._lease.keep = True
             raise

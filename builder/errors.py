@@ -26,6 +26,9 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: Exit statuses in the order in which they count where several apply, after a signal.
+FIRST_OF_SEVERAL = (1, 16, 13, 14, 11)
+
 #: The head of every list of preflight problems.
 CANNOT_RUN = "this machine can't run it"
 

@@ -127,10 +127,15 @@ def run(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Aske
         if problem is None:
             raise
         raise PreflightError(CANNOT_RUN, [problem]) from error
-    shared.report.warnings += outcome.problems
+    shared.report.warnings += [_whose(problem, spec, task, asked) for problem in outcome.problems]
     if outcome.container:
         shared.ran[outcome.container] = spec.name
     return outcome
+
+
+def _whose(problem: str, spec: ContainerSpec, task: Task, asked: Asked) -> str:
+    """A container's problem for people, who have several of them before their eyes."""
+    return f"{task.label}: {problem}" if asked.beside and spec.name not in problem else problem
 
 
 def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Job:

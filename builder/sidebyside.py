@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from builder.activity import PARTS, Activity, span
 from builder.cancel import Cancel
 from builder.display import Display
-from builder.errors import BuilderError, Interrupted
+from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrupted
 from builder.estimates import TIME_OUT, Estimate
 from builder.packing import Busy, Load, Place, Schedule, arrange, lower_bound
 from builder.plan import Item
@@ -233,9 +233,9 @@ class _Shift:
                 self._errors.append(worker.error)
 
     def _raise(self) -> None:
-        """A signal, else the first error; what else went wrong is a warning, once."""
+        """A signal, else the error that counts most; what else went wrong is a warning, once."""
         errors = [error for error in self._errors if not isinstance(error, Interrupted)]
-        first = None if self._session.cancel.is_set or not errors else errors[0]
+        first = None if self._session.cancel.is_set else min(errors, key=_rank, default=None)
         for text in dict.fromkeys(map(_message, errors)):
             if first is None or text != _message(first):
                 self._session.report.warnings.append(text)
@@ -258,6 +258,12 @@ class _Shift:
         left = max(0.0, self._schedule.seconds - (_now() - self._planned))
         text = f"{self._ended} of {self._count} tasks done"
         return f"{text}, {'about' if self._is_sure else 'at most'} {span(left)} left" if left >= 1 else text
+
+
+def _rank(error: BaseException) -> int:
+    """Of several errors the one with the lowest counts."""
+    status = error.exit_code if isinstance(error, BuilderError) else DefectError.exit_code
+    return FIRST_OF_SEVERAL.index(status) if status in FIRST_OF_SEVERAL else len(FIRST_OF_SEVERAL)
 
 
 def _message(error: BaseException) -> str:

@@ -58,7 +58,10 @@ class Attempt(Generic[T]):
         self._answers: list[T] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(call,), name="attempt", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread is left on this machine: better waited for than not done
+            self._run(call)
 
     def _run(self, call: Callable[[], T]) -> None:
         try:

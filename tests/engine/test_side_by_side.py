@@ -19,7 +19,9 @@ import pytest
 from builder import display
 from builder.engine import Engine
 from tests.engine.cli import READY, SHAPE, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.faults import changed, time_passes
 from tests.engine.gpumachine import GpuCli, gpu_image
+from tests.engine.workshop import Proxy
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.engine
@@ -110,6 +112,52 @@ def test_gpus_that_stay_held_end_the_run_when_the_neighbours_are_done(machine: G
     assert ended.status == 13, ended.said
     assert "after bad" in ended.document["error"]["message"] and "GPU 7" not in ended.document["error"]["message"]
     assert [task["state"] for task in ended.document["tasks"]] == ["warmed", "warmed", "cold"]
+
+
+@pytest.mark.fault(
+    "signal to the builder while the NVIDIA driver hangs",
+    how="an NVML that never answers again, two tasks side by side; SIGTERM",
+    holds="143, within 5 s: that the GPUs are free again cannot be known, and is said",
+)
+def test_a_signal_while_the_driver_hangs(machine: GpuCli) -> None:
+    machine.gpus(gated("one", gpus=4), gated("two", gpus=4))
+    running = machine.start("warm", "--json")
+    for label in ("one", "two"):
+        running.says(f"│ {label}: at the gate")
+    machine.driver.hang = "nvmlDeviceGetCount"
+    machine.driver.write()
+    sent = time.monotonic()
+    running.send(signal.SIGTERM)
+    ended = running.end(SECONDS)
+    assert time.monotonic() - sent < SECONDS
+    machine.left_nothing()
+    assert ended.status == 143, ended.said
+    assert "after one, GPU 0 does not answer (NVML gave no answer" in "\n".join(ended.document["warnings"])
+
+
+def test_of_several_errors_the_lost_engine_counts(machine: GpuCli, proxy: Proxy) -> None:
+    machine.gpus(gated("held", gpus=4), gated("lost", gpus=4), release_timeout="1s")
+    machine.host = proxy.url
+    hurried = "container.GIVE_UP = logs.GIVE_UP = engine.QUICK = 3.0"
+    slow = "cli.Engine = lambda url, _: engine.Engine(url, 3.0)"
+    running = machine.start("warm", "--json", program=changed(hurried, slow))
+    for label in ("held", "lost"):
+        running.says(f"│ {label}: at the gate")
+    machine.driver.used[0] = machine.driver.used[7] = 70 * GB
+    machine.driver.write()
+    (machine.root / "go-held").touch()
+    running.says("held: warmed")
+    time_passes(1.5)
+    proxy.hang = True
+    ended = running.end()
+    assert ended.status == 16, ended.said
+    assert "the engine was lost while lost ran" in ended.document["error"]["message"]
+    assert any("not free again 1 s after held" in warning for warning in ended.document["warnings"])
+    proxy.hang = False
+    with machine.engine() as engine:
+        (container,) = machine.containers(engine)
+        wait_for(lambda: engine.state(container).over, SECONDS, "the end by the lease")
+    assert machine.run("sweep").status == 0
 
 
 # --- without GPUs ----------------------------------------------------------------------------------------------------

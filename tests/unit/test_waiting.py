@@ -11,7 +11,7 @@ import pytest
 
 from builder.cancel import LEAST, Cancel
 from builder.complaints import EngineTimeoutError
-from builder.waiting import Deadline, poll, retry_reads
+from builder.waiting import Attempt, Deadline, poll, retry_reads
 
 
 class Clock:
@@ -125,3 +125,13 @@ class TestAnEngineThatHangs:
             part.answer(never.wait, "it", by=0.1)
         assert time.monotonic() - began >= LEAST
         never.set()
+
+
+def test_what_is_owed_is_done_where_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    attempt = Attempt(lambda: "done")
+    assert not attempt.running
+    assert attempt.result() == "done"
