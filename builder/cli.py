@@ -20,7 +20,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from builder import arguments, github, preflight
 from builder.arguments import CommandLineError
@@ -46,8 +46,14 @@ from builder.waiting import Deadline
 from builder.warmup.files import printable
 from builder.words import VERBS
 
+#: What Python says where there may be no more of them.
+NO_THREAD = "can't start new thread"
 #: Of a run's log directory below the default place: when it began, and which run it was.
 LOG_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+#: Seconds at the end of a run in which a signal finds nothing to end any more.
+TELLING = 2.0
+#: Seconds after a signal for which a stream that nobody reads is waited for.
+READING = 1.0
 #: So many of these stay.
 LOGS_KEPT = 50
 #: What a machine can be short of, wherever that shows: no defect in here.
@@ -87,6 +93,7 @@ class _Invocation:
         self.report = Report(said.verb)
         self.status = 0
         self.cancel = Cancel()
+        self.signals = _Signals(self.cancel)
         self.run_id = os.urandom(6).hex()
         self.logs: Path | None = None  # in the default place
         for stream in (sys.stdout, sys.stderr):
@@ -102,6 +109,7 @@ class _Invocation:
             github=environ.get("GITHUB_ACTIONS") == "true",
             width=shutil.get_terminal_size((80, 24)).columns,
             verbose=said.verbose,
+            hurried=lambda: self.cancel.is_due(READING),
         )
 
     def run(self) -> int:
@@ -131,7 +139,7 @@ class _Invocation:
             status = _function(verb.act)(self._call())
         else:
             manifest = self._manifest()
-            with _signals(self.cancel), self._open(manifest) as session:
+            with self.signals.heard(), self._open(manifest) as session:
                 status = _function(verb.act)(session, self.said)
         self.status = status or 0
 
@@ -175,7 +183,7 @@ class _Invocation:
             manifest=self._manifest,
             cache=self._cache,
             connect=self._open,
-            signals=lambda: _signals(self.cancel),
+            signals=self.signals.heard,
         )
 
     def _manifest(self) -> Manifest:
@@ -257,6 +265,14 @@ class _Invocation:
             self._prune_logs()
         except KeyboardInterrupt:
             return Interrupted(signal.SIGINT).exit_code
+        except Interrupted as stopped:
+            return stopped.exit_code
+        finally:
+            self.signals.restore()
+        if self.console.stuck:
+            # All is done, and said as far as anybody listens. What still waits for that stream would wait for ever, and
+            # the interpreter for it.
+            os._exit(status)
         return status
 
     def _conclude(self, error: BuilderError | None) -> int:
@@ -330,8 +346,11 @@ class _Invocation:
             lines.append("last line:" if len(error.notes) == 1 else "last lines:")
             lines += [f"  │ {note}" for note in error.notes]
         # Errors belong on stderr; with --json, for env and for hold the console is there already.
-        stream = Console(_or_nowhere(sys.stderr), terminal=False, github=self.console.github)
+        stream = Console(
+            _or_nowhere(sys.stderr), terminal=False, github=self.console.github, hurried=lambda: self.console.hurried
+        )
         stream.say("\n".join(lines))
+        self.console.stuck = self.console.stuck or stream.stuck
         self.console.annotate("warm-cache", error.message)
 
 
@@ -342,26 +361,43 @@ def _function(name: str) -> Callable[..., int | None]:
     return found
 
 
-@contextlib.contextmanager
-def _signals(cancel: Cancel) -> Iterator[None]:
+class _Signals:
     """SIGINT, SIGTERM and SIGHUP end the run in order; Ctrl-Z is refused, because a stopped reader blocks its
-    container.
+    container. What a run came to is told all the same, however often somebody asks for its end: until `restore`, but
+    not for long.
     """
 
-    def handle(signum: int, _frame: object) -> None:
-        cancel.set(signum)
-        if not cancel.shielded:
-            raise Interrupted(signum)
+    def __init__(self, cancel: Cancel) -> None:
+        self._cancel = cancel
+        self._previous: dict[int, Any] = {}
+        self._telling: Deadline | None = None
 
-    handlers = {signal.SIGINT: handle, signal.SIGTERM: handle, signal.SIGHUP: handle, signal.SIGTSTP: signal.SIG_IGN}
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
-        del handlers[signal.SIGHUP]
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        if not self._previous:
+            ending = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+                ending.remove(signal.SIGHUP)
+            handlers: dict[int, Any] = {**dict.fromkeys(ending, self._handle), signal.SIGTSTP: signal.SIG_IGN}
+            self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._telling = None
+        try:
+            yield
+        finally:
+            self._telling = Deadline(TELLING)
+
+    def restore(self) -> None:
+        previous, self._previous = self._previous, {}
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        if self._telling is None:
+            self._cancel.set(signum)
+            if not self._cancel.shielded:
+                raise Interrupted(signum)
+        elif self._telling.over:
+            raise Interrupted(signum)
 
 
 def _absolute(path: str, place: str) -> Path:
@@ -382,6 +418,8 @@ def _unexpected(raised: Exception) -> BuilderError:
     if isinstance(raised, OSError) and raised.errno in SHORTAGES:
         place = f"{raised.filename}: " if raised.filename else ""
         return PreflightError(f"this machine can't run it: {place}{raised.strerror}")
+    if isinstance(raised, RuntimeError) and str(raised) == NO_THREAD:
+        return PreflightError("this machine can't run it: it has no room for one more thread (ulimit -u, pids.max)")
     return DefectError(
         f"a defect in warm-cache: {type(raised).__name__}: {raised}. Run again with -v for the traceback."
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from builder.activity import Activity, clock
 from builder.report import Console
+from builder.waiting import Deadline
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,7 +58,11 @@ class Display:
         if self._screen is not None:
             self._screen.close()
         if self._thread is not None:
-            self._thread.join(_LAST)
+            last = Deadline(_LAST)
+            while self._thread.is_alive() and not last.over and not self._console.hurried:
+                self._thread.join(last.within(FRAME).left())
+            if self._thread.is_alive() and self._screen is not None:
+                self._console.give_up()
         self._console.above(None)
 
     def add(self, activity: Activity) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import select
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -256,14 +258,22 @@ LOG_MARKS = {"out": "│", "err": "┃", "note": "▸", "hook": "»"}
 class Console:
     """Everything people see. Colours and width only on a terminal; collapsed groups only in GitHub Actions.
 
-    A closed stream (``| head``) ends the display and nothing else: the run and its logs go on. Every method may be
-    called from any thread.
+    A closed stream (``| head``) ends the display and nothing else: the run and its logs go on. One that nobody reads
+    (``| less``) is waited for, but not by who wants to go: hurried. Every method may be called from any thread.
     """
 
     def __init__(
-        self, stream: TextIO, *, terminal: bool, github: bool = False, width: int = 80, verbose: bool = False
+        self,
+        stream: TextIO,
+        *,
+        terminal: bool,
+        github: bool = False,
+        width: int = 80,
+        verbose: bool = False,
+        hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stream = stream
+        self._hurried = hurried
         self.github = github
         self._terminal = terminal
         self._width = max(40, width)
@@ -271,6 +281,7 @@ class Console:
         self._above: Callable[[str], None] | None = None
         self.verbose = verbose
         self.closed = False
+        self.stuck = False
 
     def say(self, text: str = "") -> None:
         """One or more lines. Whatever they hold, none is a command for GitHub's runner."""
@@ -296,10 +307,34 @@ class Console:
             try:
                 # What the stream's encoding does not have is escaped: it is no reason to fall silent.
                 encoding = getattr(self._stream, "encoding", None) or "utf-8"
-                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-                self._stream.flush()
+                self._put(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", encoding)
             except (OSError, ValueError):
                 self.closed = True
+
+    def _put(self, text: str, encoding: str) -> None:
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):  # a stream of Python's own, or a closed one
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        poller, data = select.poll(), memoryview(text.encode(encoding))
+        poller.register(descriptor, select.POLLOUT)
+        while data:
+            while not poller.poll(100):
+                if self._hurried():
+                    self.give_up()
+                    return
+            data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+
+    def give_up(self) -> None:
+        """Nobody reads it, and there is no time to wait for somebody."""
+        self.closed = self.stuck = True
+
+    @property
+    def hurried(self) -> bool:
+        """Whether somebody wants to go, and has waited for readers long enough."""
+        return self._hurried()
 
     def log(self, stream: str, line: str) -> None:
         """One line of a container. The mark before it keeps it apart from ours."""

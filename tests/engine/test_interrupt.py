@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from builder.complaints import NotFoundError
+from builder.waiting import Deadline, poll
 from tests.engine.cli import Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
-from tests.engine.faults import Aftermath
+from tests.engine.faults import Aftermath, numbers
 
 pytestmark = pytest.mark.engine
 
@@ -63,6 +67,52 @@ def test_a_second_signal_does_not_wait_for_the_grace(stubborn: Cli) -> None:
     stubborn.left_nothing()
     assert ended.status == 130
     assert "SIGTERM is refused" in stubborn.last_lines("m-tp8")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda value: value.name)
+def test_whoever_hammers_gets_the_document_too(stubborn: Cli, signum: signal.Signals) -> None:
+    builder = stubborn.start("warm", "--json")
+    builder.says("SIGTERM is refused")
+    limit = Deadline(SECONDS)
+
+    def hit() -> bool:
+        if builder.process.poll() is None:
+            builder.send(signum)
+        return builder.process.poll() is not None
+
+    assert poll(hit, limit, every=0.005)
+    stubborn.left_nothing()
+    # The last moments of a process are nobody's: a signal that comes then ends it in its own way.
+    assert builder.end().status in (128 + signum, -signum)
+    assert json.loads(builder.out)["exit"] == 128 + signum
+
+
+@pytest.mark.fault(
+    "signal to the builder while nobody reads what it says (`| less`)",
+    how="a full pipe that is not read, two tasks side by side that print without end; SIGTERM",
+    holds="143, within 5 s; the logs are whole",
+)
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_signal_while_nobody_reads(cli: Cli, aftermath: Aftermath, stream: str) -> None:
+    code = "n = 0\nwhile True:\n    print('line', n)\n    n += 1\n"
+    cli.manifest(command("one", code), command("two", code), run={"parallel": 2})
+    reader, writer = os.pipe()
+    builder = cli.start("warm", stdout=writer) if stream == "stdout" else cli.start("warm", "--json", stderr=writer)
+    os.close(writer)
+    # More than a pipe takes.
+    logs = [cli.logs / f"{label}.log" for label in ("one", "two")]
+    wait_for(lambda: any(log.exists() and log.stat().st_size > 500_000 for log in logs), 30, "a long log")
+    aftermath.begins()
+    builder.send(signal.SIGTERM)
+    ended = builder.end(SECONDS)
+    cli.left_nothing()
+    aftermath.clean()
+    os.close(reader)
+    assert ended.status == 143
+    assert stream == "stdout" or ended.document
+    for log in filter(Path.exists, logs):  # the other one may have waited for its turn to speak
+        found = numbers(log.read_text())
+        assert found == list(range(len(found)))
 
 
 @pytest.mark.parametrize("moment", ["created ", "1 task: ", "▸ shapes", "Required memory", "▸ second pass"])

@@ -514,7 +514,8 @@ def test_signals_are_handled_only_meanwhile() -> None:
     known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
     before = [signal.getsignal(number) for number in known]
     cancel = Cancel()
-    with cli._signals(cancel):
+    signals = cli._Signals(cancel)
+    with signals.heard():
         assert signal.getsignal(signal.SIGTSTP) is signal.SIG_IGN
         with pytest.raises(Interrupted, match="SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -522,14 +523,19 @@ def test_signals_are_handled_only_meanwhile() -> None:
         with cancel.shield():
             os.kill(os.getpid(), signal.SIGINT)
         assert cancel.times == 2
+    os.kill(os.getpid(), signal.SIGTERM)  # what it came to is told first
+    assert cancel.times == 2
+    signals.restore()
     assert [signal.getsignal(number) for number in known] == before
 
 
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli._signals(Cancel()):
+        signals = cli._Signals(Cancel())
+        with signals.heard():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signals.restore()
     finally:
         signal.signal(signal.SIGHUP, before)
 

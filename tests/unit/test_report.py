@@ -24,7 +24,7 @@ from builder.report import (
 )
 
 
-def console(**options: bool) -> tuple[Console, io.StringIO]:
+def console(**options: Any) -> tuple[Console, io.StringIO]:
     stream = io.StringIO()
     return Console(stream, terminal=options.pop("terminal", False), **options), stream
 
