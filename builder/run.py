@@ -13,12 +13,12 @@ from typing import Any
 from builder import forecast, machine, runlock, sidebyside
 from builder.activity import Activity
 from builder.container import Deadlines, Outcome
-from builder.errors import BudgetError, EngineLostError, TasksError
+from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
 from builder.estimates import Estimate
 from builder.frames import readable
 from builder.launch import Asked, describe
 from builder.plan import Item, Plan
-from builder.report import TaskResult, counted, duration, result_of, size
+from builder.report import TaskResult, counted, duration, result_of, sentence, size
 from builder.session import Session
 from builder.sidebyside import Seat
 from builder.voices import Voice, speaking
@@ -103,6 +103,9 @@ def warm_task(session: Session, item: Item, seat: Seat, voice: Voice) -> TaskRes
     if outcome.ended == "lost":
         settle(session, voice, result)
         raise EngineLostError(f"the engine was lost while {item.task.label} ran", notes=outcome.problems)
+    if outcome.verdict and outcome.verdict.get("unusable") is True:
+        settle(session, voice, result)
+        raise PreflightError(CANNOT_RUN, [Problem("cache", sentence(result.reason))])
     return result
 
 

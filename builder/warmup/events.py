@@ -32,7 +32,8 @@ Events and their fields:
 - audited: used, asked [shape], counts {kind: n}, seconds, truncated (mode ``view-audit``: all of it together)
 - verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n} of the families it claims,
   added {family: n} and added_bytes {family: bytes} of any family, loaded (the weights, or null), proof,
-  second_pass_added, shapes [str], marker (path below the root, or null), seconds
+  second_pass_added, shapes [str], marker (path below the root, or null), unusable (the root is, for every task alike),
+  seconds
 - end: stdout, stderr: bytes this program wrote to each, this line not included. Always the last line.
 """
 

@@ -7,6 +7,7 @@ the directory; and the marker is published when nothing can fail any more.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -61,6 +62,7 @@ class Verdict:
     second_pass_added: int | None = None
     shapes: list[str] = field(default_factory=list)
     marker: str | None = None
+    unusable: bool = False
     seconds: float = 0.0
 
 
@@ -105,8 +107,10 @@ class Warming:
             verdict.state, verdict.reason = "partial", str(partial)
         except (Failed, layout.LayoutError, pretend.Impossible) as failed:
             verdict.state, verdict.reason = "failed", str(failed)
+            verdict.unusable = isinstance(failed, layout.LayoutError)
         except OSError as error:
             verdict.state, verdict.reason = "failed", f"{error.filename or self._root}: {error.strerror or error}"
+            verdict.unusable = error.errno == errno.EROFS
         except Stopped as stopped:
             self.say("stopped", str(stopped))
             return 128 + stopped.signum

@@ -125,7 +125,7 @@ def test_a_read_only_cache(cli: Cli, engine: Engine, aftermath: Aftermath) -> No
 @pytest.mark.fault(
     "cache directory is read-only for the engine",
     how="a read-only bind mount of the directory onto itself, in the engine's mount namespace",
-    holds="11: the reason says what cannot be written, and why; what is warm stays so",
+    holds="12 after the first task: what cannot be written, and why; what is warm stays so",
 )
 def test_a_read_only_cache_directory(
     tmp_path: Path, own_engine: OwnEngine, tiny_image: str, aftermath: Aftermath
@@ -134,9 +134,10 @@ def test_a_read_only_cache_directory(
     cli.manifest(shapes())
     assert cli.run("warm").status == 0
     own_engine.makes_read_only(cli.root)
-    cli.manifest(shapes(), shapes("other", m_values=[64]))
+    cli.manifest(shapes(), shapes("other", m_values=[64]), shapes("never", m_values=[32]))
     aftermath.begins()
-    aftermath.over(cli, cli.start("warm", "--json"), 11, "Read-only file system", warm=["shapes"])
+    ended = aftermath.over(cli, cli.start("warm", "--json"), 12, "Read-only file system", warm=["shapes"])
+    assert [task["state"] for task in ended.document["tasks"]] == ["warm", "failed", "cold"]
     cli.close()
 
 
