@@ -19,7 +19,7 @@ import pytest
 from builder import display
 from builder.engine import Engine
 from tests.engine.cli import READY, SHAPE, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
-from tests.engine.faults import changed, time_passes
+from tests.engine.faults import Aftermath, changed, time_passes
 from tests.engine.gpumachine import GpuCli, gpu_image
 from tests.engine.workshop import Proxy
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
@@ -119,18 +119,21 @@ def test_gpus_that_stay_held_end_the_run_when_the_neighbours_are_done(machine: G
     how="an NVML that never answers again, two tasks side by side; SIGTERM",
     holds="143, within 5 s: that the GPUs are free again cannot be known, and is said",
 )
-def test_a_signal_while_the_driver_hangs(machine: GpuCli) -> None:
+def test_a_signal_while_the_driver_hangs(machine: GpuCli, request: pytest.FixtureRequest) -> None:
+    aftermath = Aftermath.of(request)
     machine.gpus(gated("one", gpus=4), gated("two", gpus=4))
     running = machine.start("warm", "--json")
     for label in ("one", "two"):
         running.says(f"│ {label}: at the gate")
     machine.driver.hang = "nvmlDeviceGetCount"
     machine.driver.write()
+    aftermath.begins()
     sent = time.monotonic()
     running.send(signal.SIGTERM)
     ended = running.end(SECONDS)
     assert time.monotonic() - sent < SECONDS
     machine.left_nothing()
+    aftermath.clean()
     assert ended.status == 143, ended.said
     assert "after one, GPU 0 does not answer (NVML gave no answer" in "\n".join(ended.document["warnings"])
 
