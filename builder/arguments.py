@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from builder import __version__
 from builder.errors import UsageError
 from builder.values import near
-from builder.words import OPTIONS, STATUSES, VERBS, Verb
+from builder.words import OPTIONS, STATUSES, VERBS, Verb, statuses
 
 ENVIRONMENT = "WARM_CACHE_"
 SWITCHES = {
@@ -116,7 +116,7 @@ def parser(name: str) -> argparse.ArgumentParser:
             [
                 *map(_filled, filter(None, verb.details.split("\n\n"))),
                 f"example: {verb.example}",
-                "exit status: " + ("CMD's" if verb.needs == "command" else "see warm-cache --help"),
+                _filled(statuses(name, verb)),
             ]
         ),
     )

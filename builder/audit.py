@@ -45,7 +45,7 @@ def here(call: Call) -> None:
     if said.before:
         document = json.dumps(snapshot.take(places)).encode("ascii")
         try:
-            files.write_atomically(Path(said.before), document)
+            files.replace_file(Path(said.before), document)
         except (OSError, ValueError) as error:
             raise UsageError(f"--before: cannot write {said.before!r}: {files.why(error)}") from None
         call.report.extra["snapshot"] = said.before

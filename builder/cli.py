@@ -40,7 +40,7 @@ from builder.errors import (
 )
 from builder.launch import Options
 from builder.manifest import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select
-from builder.report import TASK_COLUMNS, Console, Report, counted, sentence, task_table
+from builder.report import TASK_COLUMNS, Console, Report, counted, harmless, sentence, task_table
 from builder.session import Session
 from builder.waiting import Deadline
 from builder.warmup.files import printable
@@ -291,7 +291,9 @@ class _Invocation:
         if self.said.json and report.text is not None:
             report.extra[str(report.verb)] = report.text
         elif report.text is not None:
-            self._print(report.text, "what was asked for")
+            # What `env` prints is for programs; these are for people, and job names and files in them are anybody's.
+            guarded = self.console.github and report.verb in ("view", "audit")
+            self._print(harmless(report.text) if guarded else report.text, "what was asked for")
         if self.said.json:
             self._print(report.document(status, error), "the JSON document")
         _silence_broken_stdout()
@@ -303,6 +305,8 @@ class _Invocation:
             print(text, flush=True)
         except BrokenPipeError:
             pass
+        except UnicodeEncodeError:  # what stdout's encoding does not have is no reason to say nothing
+            print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding), flush=True)
         except OSError as failed:
             self.report.warnings.append(f"{what} could not be written: {failed.strerror}")
             self.console.say(f"warning: {self.report.warnings[-1]}")

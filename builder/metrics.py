@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.warmup.files import UnreadableError, read_bytes, write_atomically
+from builder.warmup.files import UnreadableError, read_bytes, replace_file
 
 PREFIX = "warm_cache_"
 #: name → help, in the order of the file. All are gauges: they say how it is.
@@ -91,6 +91,4 @@ def before(path: Path) -> str:
 
 def write(path: Path, samples: Samples) -> None:
     """Raises OSError: also where the directory is missing, which a slip in a path must not make."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(2, "there is no such directory", str(path.parent))
-    write_atomically(path, samples.text().encode())
+    replace_file(path, samples.text().encode())

@@ -285,7 +285,7 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """One or more lines. Whatever they hold, none is a command for GitHub's runner."""
-        self._write(_harmless(text) if self.github else text)
+        self._write(harmless(text) if self.github else text)
 
     @property
     def terminal(self) -> TextIO | None:
@@ -355,7 +355,7 @@ class Console:
 
     def collapsed(self, title: str, lines: Sequence[str]) -> None:
         """A group in one piece, whatever else is said at the time."""
-        inside = "".join(f"{_harmless(line)}\n" for line in lines)
+        inside = "".join(f"{harmless(line)}\n" for line in lines)
         self._write(f"::group::{_command_data(title)}\n{inside}::endgroup::")
 
     def annotate(self, title: str, text: str, level: str = "error") -> None:
@@ -397,7 +397,7 @@ _OLD_COMMAND = "##["
 _COMMAND = re.compile(r"(^|\r)(\s*)::", re.MULTILINE)
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """As it was to people, and nothing to GitHub's runner."""
     return _COMMAND.sub(r"\1\2: :", text.replace(_OLD_COMMAND, "## ["))
 

@@ -38,7 +38,8 @@ class Verb:
     beside the SHARED ones; text: its result is text on stdout, and what else it says goes to
     stderr; creates: it may make a cache root that is not there; here: the
     function (of a Call) that does it with --here, for the environment that it runs in, with the standard library
-    alone; details: paragraphs below the options in its help.
+    alone; details: paragraphs below the options in its help: what it reads, writes and means; exits: its statuses,
+    beside those that every verb has (COMMON).
     """
 
     help: str
@@ -51,6 +52,7 @@ class Verb:
     creates: bool = False
     here: str = ""
     details: str = ""
+    exits: tuple[int, ...] = ()
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -124,6 +126,10 @@ VERBS = {
         ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
         creates=True,
         here="builder.inside:warm",
+        details="""Reads the manifest, the engine, the model store and the GPUs. Everything below the cache root is
+written by containers; each task's whole log goes to --log-dir. With --here there is no container: the program runs in
+this environment, which has to be the one of the tests.""",
+        exits=(0, 11, 13, 14, 15),
     ),
     "check": Verb(
         "say warm or cold per task; exit 0 or 10",
@@ -131,6 +137,9 @@ VERBS = {
         "builder.verbs:check",
         ("only", "strict", "on-cold"),
         here="builder.here:check",
+        details="""Reads markers and the entries that they list. Writes nothing, and starts nothing where the image is
+known. In GitHub Actions every cold task is annotated.""",
+        exits=(0, 10),
     ),
     "explain": Verb(
         "per task: why it is warm or cold, factor by factor",
@@ -138,23 +147,37 @@ VERBS = {
         "builder.verbs:explain",
         ("only", "strict"),
         here="builder.here:explain",
+        details="""Reads what check reads, and what each directory of the cache is for. Writes nothing; where the
+cache cannot be read from here, a container looks.""",
+        exits=(0,),
     ),
     "status": Verb(
         "what is in the cache, how old it is, who uses it, and what it cost",
         "warm-cache status --profile h200 --json",
         "builder.contents:status",
+        details="""Reads every family, marker and lock, and asks the engine which containers have the cache mounted.
+Writes nothing. What a task took is the last run of its container, and GPU-minutes are that times its GPUs. What has
+the cache mounted need not use it: only a hold, a view or a builder keeps things from being removed.""",
+        exits=(0,),
     ),
     "verify": Verb(
         "look at every entry in the cache; exit 0 or 10",
         "warm-cache verify --repair --profile h200",
         "builder.upkeep:verify",
         ("repair", "lock-timeout"),
+        details="""Reads the whole cache, in a container. With --repair it moves bad entries below aside/, where sweep
+removes them once no job can have them open.""",
+        exits=(0, 10, 15),
     ),
     "sweep": Verb(
         "end containers of builders that were killed, and move aside what they left in the cache",
         "warm-cache sweep --profile h200 --cache /data/sglang-jit",
         "builder.upkeep:sweep",
         ("lock-timeout",),
+        details="""Ends only containers whose builder is known to be dead. Below the cache root it moves leftovers
+aside, and removes what has lain there for [cache] job_max, views whose job is over, and generations that no view
+has.""",
+        exits=(0, 15),
     ),
     "refresh": Verb(
         "nightly: pull the image if it has moved, warm what is cold, remove what is superseded, tell the outcome",
@@ -167,9 +190,10 @@ VERBS = {
         ),
         needs="nothing",
         creates=True,
-        details="""The registry is asked whether the image has moved, and nothing is pulled to find out. What is new is
-warmed beside what is in use, which stays until the policy of prune lets it go. Where nothing has changed nothing
+        details="""The registry is asked whether the image has moved, and nothing is pulled to find out. What is new
+is warmed beside what is in use, which stays until the policy of prune lets it go. Where nothing has changed nothing
 is started. A second refresh of the same cache ends at once with 15, unless --lock-timeout lets it wait.""",
+        exits=(0, 11, 13, 14, 15, 17),
     ),
     "prune": Verb(
         "remove what no toolchain that is kept needs, and never what the manifest's image needs or a job uses",
@@ -182,12 +206,15 @@ Directories that nothing kept refers to go with them, and so do warm-up images a
 container uses. The manifest's [cache] keep, older_than and max_size say the same.
 
 Nothing goes that was touched within [cache] job_max, that a warm-up works in, or while a test job holds the cache.""",
+        exits=(0, 15),
     ),
     "hold": Verb(
         "run a command, its exit status included, and tell the cleaner meanwhile that the cache is in use",
         "warm-cache hold --cache /jit -- pytest test/srt",
         "builder.hold:hold",
         needs="command",
+        details="""Takes a shared lock in the cache root, and writes nothing. A cold or missing cache is said and
+never fails the command. Signals go to the command.""",
     ),
     "env": Verb(
         "mounts and variables of a test job that must hit the cache",
@@ -196,6 +223,10 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         ("format",),
         text=True,
         here="builder.here:env",
+        details="""Reads what check reads, and writes to stdout alone. What there is of a cold cache is printed too,
+with 10. docker: for docker run; shell, github: for a process that sees the cache at its mount path; json: for
+programs.""",
+        exits=(0, 10),
     ),
     "import-tests": Verb(
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",
@@ -210,6 +241,7 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         "Without a manifest: prints one. With --manifest or --profile: which launches no task covers, and in which "
         "flags the nearest task differs; which tasks no test needs. Exit 0 when every launch is covered and "
         "everything was understood, 10 otherwise.",
+        exits=(0, 10),
     ),
     "completion": Verb(
         "print a script by which a shell completes verbs, options and profiles",
@@ -218,6 +250,8 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         arguments=(Argument("shell", "SHELL", "bash, zsh, fish or tcsh", choices=("bash", "zsh", "fish", "tcsh")),),
         needs="nothing",
         text=True,
+        details="""Reads and writes nothing but stdout.""",
+        exits=(0,),
     ),
     "view": Verb(
         "writable views of the warm cache for test jobs, and what jobs did to theirs",
@@ -237,6 +271,7 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         details="create prints the arguments of docker run that give a job a view: it reads the warm cache, and what "
         "it writes stays in the view. audit says what the job compiled in spite of the cache, promote which lines of a "
         "manifest would cover that. drop removes the view; list shows all.",
+        exits=(0, 10, 15),
     ),
     "audit": Verb(
         "what a job compiled in spite of the cache, where there is no engine",
@@ -247,14 +282,51 @@ Nothing goes that was touched within [cache] job_max, that a warm-up works in, o
         text=True,
         here="builder.audit:here",
         details="Without --cache DIR it looks at the directories that the families' variables name here.",
+        exits=(0, 10),
     ),
     "doctor": Verb(
         "what keeps this machine from running the manifest, all at once",
         "warm-cache doctor --profile h200",
         "builder.doctor:doctor",
         ("allow-busy",),
+        details="""Reads the machine, the engine, the driver and the cache root; changes nothing. Each row that is not
+fine comes with its remedy, and 12 means that a warm-up cannot run.""",
+        exits=(0,),
     ),
 }
+
+#: What each status means; of some verbs in words of their own.
+MEANS: dict[int, str] = {
+    0: "done, or warm",
+    1: "defect",
+    2: "usage or manifest",
+    10: "something is cold",
+    11: "some tasks failed, were partial, timed out or were skipped",
+    12: "this machine can't run it",
+    13: "GPUs were not released",
+    14: "the budget ended with tasks still cold",
+    15: "cache or GPUs are busy",
+    16: "the engine was lost",
+    17: "deferred: the machine was never idle",
+}
+MEANS_OF: dict[str, dict[int, str]] = {
+    "explain": {0: "done, warm or cold"},
+    "verify": {10: "an entry is bad"},
+    "import-tests": {10: "a launch is not covered"},
+    "audit": {10: "something was compiled (--fail-on-jit)"},
+    "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
+}
+COMMON = (1, 2, 12, 16)
+
+
+def statuses(name: str, verb: Verb) -> str:
+    """The exit statuses of a verb, in one sentence."""
+    if verb.needs == "command":
+        return "exit status: the command's; 2 usage"
+    of = {**MEANS, **MEANS_OF.get(name, {})}
+    told = [f"{code} {of[code]}" for code in sorted({*verb.exits, *COMMON})]
+    return "exit status: " + "; ".join([*told, "129, 130 or 143 a signal"])
+
 
 STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad
 entries (verify), launches not covered (import-tests) · 11 some tasks failed,

@@ -160,3 +160,15 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         os.fsync(parent)
     finally:
         os.close(parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`write_atomically` for a path that somebody named, who may have named anything: a link leads to its file, a
+    directory that is missing is not made, and what is no regular file (``/dev/null``, a pipe) stays. Raises OSError.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
+    if os.path.lexists(path) and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file, and would be replaced by one", str(path))
+    write_atomically(path, data)

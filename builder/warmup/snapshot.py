@@ -6,6 +6,7 @@ was written anew is told by its time, and what is no entry is only counted where
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ def read(path: Path) -> dict[str, Any]:
         raise SnapshotError(f"{path} is no snapshot of this version: audit --here --before FILE makes one")
     try:
         dict(_places(document))
-        float(document["taken"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if not math.isfinite(document["taken"]):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SnapshotError(f"{path} is no snapshot: {type(error).__name__}") from None
     return document
 
@@ -94,14 +96,14 @@ def _compared(place: Place, old: Inventory, new: Inventory, began: float, found:
     for kind, names in (("compiled", compiled), ("rewritten", again)):
         for name in names:
             size, first, last = span(place.family, place.path / name, earliest=began, latest=time.time())
-            yield Finding(place.family.name, place.key, kind, short(name), "", size, first, last)
+            yield Finding(place.family.name, short(place.key), kind, short(name), "", size, first, last)
     for name, problem in new.invalid.items():
         if name in old.valid:
-            yield Finding(place.family.name, place.key, "damaged", short(name), problem)
+            yield Finding(place.family.name, short(place.key), "damaged", short(name), problem)
         elif name not in old.entries:
-            yield Finding(place.family.name, place.key, "foreign", short(name), problem)
+            yield Finding(place.family.name, short(place.key), "foreign", short(name), problem)
     for name in old.valid - new.entries.keys():
-        yield Finding(place.family.name, place.key, "deleted", short(name))
+        yield Finding(place.family.name, short(place.key), "deleted", short(name))
     stamped = {name for name in old.valid & new.valid if new.entries[name].used_ns}
     found.used += len((inventory.used(old, new) & stamped) - again)
 

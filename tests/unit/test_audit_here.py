@@ -117,6 +117,9 @@ _PLACES = '{"schema": 1, "taken": 1, "places": [%s]}'
         _PLACES % '{"family": "none", "key": "", "path": "", "locks": {}, "entries": []}',
         _PLACES % '{"family": "triton", "key": "", "path": "", "locks": [], "entries": []}',
         _PLACES % '{"family": "triton", "key": "", "path": "", "locks": {}, "entries": [[1]]}',
+        _PLACES % '{"family": "triton", "key": "", "path": "", "locks": {}, "entries": [["a", 1e999, 1, 1, null]]}',
+        _PLACES % '{"family": "triton", "key": "", "path": "", "locks": {"a": Infinity}, "entries": []}',
+        *(f'{{"schema": 1, "taken": {taken}, "places": []}}' for taken in ("NaN", "1e999", "null")),
     ],
 )
 def test_what_is_no_snapshot_is_said_to_be_none(
@@ -125,6 +128,34 @@ def test_what_is_no_snapshot_is_said_to_be_none(
     (tmp_path / "x.json").write_text(text)
     assert cli.main(["audit", "--here", "--after", str(tmp_path / "x.json")], environ=environ) == 2
     assert "--after: " in capsys.readouterr().err
+
+
+def test_what_a_snapshot_names_is_text_for_people_and_never_a_command(
+    tmp_path: Path, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job may have written to it: neither a terminal nor GitHub's runner takes orders from there."""
+    place: dict[str, Any] = {"family": "triton", "key": "\x1b[31m\n::error::k ##[error]", "path": "/no\0where"}
+    place |= {"locks": {}, "entries": [["##[error]\n::error::e\ud800", 1, 1, 1, None]]}
+    (tmp_path / "x.json").write_text(json.dumps({"schema": 1, "taken": 1, "places": [place]}))
+    words = ["audit", "--here", "--after", str(tmp_path / "x.json")]
+    assert cli.main(words, environ={**environ, "GITHUB_ACTIONS": "true"}) == 0
+    said = capsys.readouterr()
+    assert "deleted: triton/" in said.out
+    assert "\x1b" not in said.out and "##[" not in said.out
+    assert not [line for line in said.out.splitlines() if line.lstrip().startswith("::")]
+
+
+def test_a_snapshot_is_written_where_a_file_can_be_and_nothing_else_is_replaced(
+    tmp_path: Path, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file.json")
+    for name in ("pipe", "typo/b.json", "."):
+        assert cli.main(["audit", "--here", "--before", str(tmp_path / name)], environ=environ) == 2
+        assert "--before: cannot write" in capsys.readouterr().err
+    assert cli.main(["audit", "--here", "--before", str(tmp_path / "link")], environ=environ) == 0
+    assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "typo").exists()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file.json").is_file()
 
 
 def test_it_needs_the_standard_library_alone(before: Path, environ: dict[str, str]) -> None:

@@ -181,6 +181,10 @@ def test_every_verb_explains_itself(
     assert "example: " in shown
     assert ("exit status: 0 warm" in shown) == (not verb)
     assert "exit status:" in shown
+    if verb:
+        known = words.VERBS[verb[0]]
+        assert known.details, "what it reads, and what it writes"
+        assert all(f"{code} " in shown.partition("exit status: ")[2].replace("\n", " ") for code in known.exits)
 
 
 @pytest.mark.parametrize("verb", words.VERBS)

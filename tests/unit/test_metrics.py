@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,5 +55,9 @@ def test_nothing_is_made_where_a_path_was_mistyped(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no such directory"):
         metrics.write(tmp_path / "typo" / "m.prom", metrics.Samples({}))
     assert list(tmp_path.iterdir()) == []
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        metrics.write(tmp_path / "pipe", metrics.Samples({}))
+    assert (tmp_path / "pipe").is_fifo(), "root would lose its /dev/null"
     (tmp_path / "m.prom").mkdir()
     assert metrics.before(tmp_path / "m.prom") == ""
