@@ -48,6 +48,10 @@ def taken(session: Session, items: Sequence[Item]) -> Iterator[Machine]:
         if work and session.manifest.gpus.count:
             warn = session.report.warnings.append
             stack.enter_context(gpulock.locked(machine.names(work[0]), session.patience(), warn))
+        if work:
+            # Who had these locks until now may have been killed, and its containers still be there.
+            session.sweep()
+        if work and session.manifest.gpus.count:
             machine.refuse_busy()
         yield machine
 
@@ -154,9 +158,16 @@ class Machine:
     def refuse_busy(self) -> None:
         """Raises PreflightError with everybody who holds one of them; a warning where that is allowed."""
         session = self._session
-        look = self._look()
-        remedy = "[gpus] acquire did not free it: stop it, or" if session.manifest.gpus.acquire else None
-        problems = list(preflight.busy(look, session.container_names, *([remedy] if remedy else [])))
+        remedy = ["[gpus] acquire did not free it: stop it, or"] if session.manifest.gpus.acquire else []
+        # What was swept has ended, and its GPUs are free in a moment.
+        limit = Deadline(session.manifest.gpus.release_timeout if session.swept else 0.0)
+        while True:
+            look = self._look()
+            problems = list(preflight.busy(look, session.container_names, *remedy))
+            if not problems or limit.over or session.options.allow_busy:
+                break
+            session.cancel.wait(_EVERY)
+            session.cancel.check()
         session.report.gpus = [
             {
                 "index": gpu.index,

@@ -67,6 +67,8 @@ class Session:
     _lease: Lease | None = None
     #: Containers that ran for this invocation, id → name; they are gone.
     ran: dict[str, str] = field(default_factory=dict)
+    #: Whether a container of a dead builder was removed.
+    swept: bool = False
 
     def __enter__(self) -> Session:
         return self
@@ -173,6 +175,7 @@ class Session:
         found = sweep(self.engine, self.options.state_dir, settle=self._settle)
         for swept in found:
             self.console.say(str(swept))
+            self.swept = self.swept or swept.removed
         return found
 
     def sweep_debts(self) -> None:

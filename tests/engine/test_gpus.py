@@ -278,6 +278,23 @@ def test_another_builder_waits_its_turn(cli: GpuCli, killed: bool) -> None:
     assert ended.status == 0, ended.said
 
 
+def test_who_waited_for_a_builder_that_is_killed_ends_what_that_one_left(cli: GpuCli, sleeper: psutil.Popen) -> None:
+    cli.gpus(command("one", GATE + READY), command("two", READY))
+    first = cli.start("warm", "--json")
+    first.says("▸ command")
+    second = cli.start("warm", "--json")
+    second.says("waiting for pid")
+    cli.driver.hold((1, sleeper.pid, 70 * GB))
+    first.process.kill()
+    first.process.wait()
+    second.says("its builder is gone")
+    cli.driver.hold()
+    cli.go()
+    ended = second.end()
+    cli.left_nothing()
+    assert ended.status == 0, ended.said
+
+
 # --- the operator's commands -----------------------------------------------------------------------------------------
 
 
