@@ -102,7 +102,7 @@ class _Invocation:
         verb = VERBS.get(said.verb)
         owned = verb is not None and (verb.text or verb.needs == "command")  # stdout is somebody else's
         stream = _or_nowhere(sys.stderr if said.json or owned else sys.stdout)
-        terminal = stream.isatty() and environ.get("TERM") != "dumb" and "NO_COLOR" not in environ
+        terminal = stream.isatty() and environ.get("TERM") not in ("dumb", "") and "NO_COLOR" not in environ
         self.console = Console(
             stream,
             terminal=terminal,

@@ -96,6 +96,7 @@ class _Screen:
         self._texts: deque[str] = deque()
         self._dropped = 0
         self._stuck = False
+        self._width = 80
         self._changed = threading.Condition()
         self._closed = False
 
@@ -149,6 +150,7 @@ class _Screen:
                 if texts:
                     console.print(Text.from_ansi("\n".join(texts)), soft_wrap=True)
                 rows = self._rows()
+                self._width = console.width
                 if texts or rows != drawn:
                     drawn = rows
                     live.refresh()
@@ -162,8 +164,10 @@ class _Screen:
         from rich.text import Text
 
         rows, summary = self._rows()
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-        for _ in range(3):
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3 if self._width > 60 else 1, 0, 0))
+        # What a task is doing is worth more than the whole of its name.
+        table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(8, self._width // 3))
+        for _ in range(2):
             table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis")
         for label, *others in rows:

@@ -289,8 +289,8 @@ class Console:
 
     @property
     def terminal(self) -> TextIO | None:
-        """The stream, where it is a terminal that can be drawn on."""
-        return self._stream if self._terminal and not self.closed else None
+        """The stream, where it is a terminal that can be drawn on, and no log of GitHub's that somebody reads later."""
+        return self._stream if self._terminal and not self.github and not self.closed else None
 
     def above(self, take: Callable[[str], None] | None) -> None:
         """From now on text goes to whoever draws on the terminal, and shows it above that; None: nobody does now."""

@@ -212,9 +212,9 @@ class _Shift:
             reason = f"budget: needs about {span(load.seconds)}, {there}"
         else:
             return False
-        if not item.warm:
-            self._session.report.settle(result_of(item, "cold", reason))
-            self._session.console.say(f"{item.task.label}: cold ({reason})")
+        state = "warm" if item.warm else "cold"  # forced, and what it had is there still
+        self._session.report.settle(replace(before(item), state=state, reason=reason))
+        self._session.console.say(f"{item.task.label}: {state} ({reason})")
         return True
 
     def _wait(self) -> None:

@@ -85,6 +85,8 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
     found = [_vouching(item, task) for item in folder(root, folder_name(task.label, now))]
     good = [(item, item.marker) for item in found if item.marker is not None]
     same = [(item, marker) for item, marker in good if marker["coverage"] == now]
+    # What a real GPU proved goes before what was made without one since.
+    same.sort(key=lambda pair: pair[1]["proof"] == PRETENDED)
     cold = [
         _against_disk(root, item, marker, record, strict)
         for item, marker in same

@@ -254,6 +254,14 @@ def test_what_cannot_end_within_the_budget_is_not_started(cli: Cli) -> None:
     assert short["state"] == "warmed"
     assert "1 of 2 tasks still cold" in ended.document["error"]["message"]
     assert ended.document["expected"]["never_timed"] == []
+    # Forced, what is warm stays so, and it is said that nothing was done for it.
+    [made] = [marker for marker in cli.markers() if "0123456789ab" not in marker.parent.name]
+    known = json.loads(made.read_text())
+    known["observed"]["seconds"] = 540.0
+    made.write_text(json.dumps(known))
+    ended = cli.run("warm", "--json", "--force", "--budget", "4m")
+    assert [task["state"] for task in ended.document["tasks"]] == ["cold", "warm"]
+    assert {task["reason"] for task in ended.document["tasks"]} == {long["reason"]}
 
 
 # --- what people see -------------------------------------------------------------------------------------------------

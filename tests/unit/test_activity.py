@@ -13,6 +13,7 @@ from builder.activity import Activity, span
 from builder.display import Display
 from builder.report import Console
 from builder.voices import KEPT, speaking
+from builder.waiting import Deadline, poll
 
 
 class Watched(Activity):
@@ -159,3 +160,20 @@ def test_text_is_shown_above_the_lines_and_all_of_it() -> None:
     shown = stream.getvalue()
     assert all(f"line {number} [bold]" in shown for number in range(100))
     assert shown.endswith("after\n")
+
+
+def test_a_narrow_terminal_shows_what_a_task_does_and_not_only_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = io.StringIO()
+    task = Activity("a-model-with-a-name-that-goes-on-and-on-and-on-tp8", "gpus 0-3")
+    task.hear({"event": "phase", "phase": "weights"})
+    with Display(Console(stream, terminal=True), lambda: "0 of 1 tasks done") as live:
+        live.add(task)
+        poll(lambda: "tasks done" in stream.getvalue(), Deadline(10), 0.01)
+    assert "gpus 0-3" in stream.getvalue()
+    assert "0:00 weights" in stream.getvalue()
+
+
+def test_no_live_lines_in_a_log_of_github() -> None:
+    assert Console(io.StringIO(), terminal=True).terminal is not None
+    assert Console(io.StringIO(), terminal=True, github=True).terminal is None

@@ -355,6 +355,15 @@ def test_of_several_markers_the_one_that_holds_counts(warm: Path) -> None:
     assert judge(warm).state == "warm"
 
 
+def test_what_a_gpu_proved_goes_before_what_was_made_without_one_since(warm: Path) -> None:
+    proven = path_of(warm)
+    path = warm / markers.publish(warm, build(proof=markers.PRETENDED))
+    os.utime(path, (time.time() + 100, time.time() + 100))
+    assert judge(warm).path == judge(warm, strict=True).path == proven
+    (warm / proven).unlink()
+    assert judge(warm).path == str(path.relative_to(warm))
+
+
 # Garbage
 
 
