@@ -29,7 +29,12 @@ else:
 
         HAS_TOML = True
     except ImportError:
-        HAS_TOML = False
+        try:  # every pip of such a Python brings one along, and a test job has a pip
+            from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+
+            HAS_TOML = True
+        except ImportError:
+            HAS_TOML = False
 
 NO_TOML = "this Python is older than 3.11 and has no tomli, so it cannot read TOML."
 TO_JSON = (

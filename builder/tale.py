@@ -6,6 +6,7 @@ It is told on every way out, once, and nothing about the telling changes the out
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -110,7 +111,9 @@ def _status(call: Call, error: BaseException | None) -> int:
 
 def _write(call: Call, manifest: Manifest, path: Path, story: Tale, status: int, seconds: float) -> None:
     report, now = call.report, time.time()
-    samples = metrics.Samples({"manifest": manifest.path, "cache": report.cache})
+    # One manifest is one series, from wherever it was named.
+    named = os.path.abspath(call.said.manifest) if call.said.manifest else manifest.path
+    samples = metrics.Samples({"manifest": named, "cache": report.cache})
     before = metrics.before(path)
     samples.keep(before, (metrics.SUCCESS, *metrics.HOLDINGS))
     samples.add("refresh_last_run_timestamp_seconds", now)

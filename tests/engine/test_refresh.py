@@ -252,8 +252,9 @@ def test_metrics_say_how_it_is_and_a_failure_keeps_the_last_success(nights: Nigh
     assert value(found, "warm_cache_refresh_tasks", state="failed") == 1
     assert value(found, "warm_cache_refresh_last_success_timestamp_seconds") == success
     assert value(found, "warm_cache_refresh_last_run_timestamp_seconds") > success
-    # An engine that is not there is an outcome too.
-    gone = nights.refresh(environ={"DOCKER_HOST": f"unix://{nights.cli.place}/nothing.sock"})
+    # An engine that is not there is an outcome too; and a manifest is the same from wherever it is named.
+    there = {"DOCKER_HOST": f"unix://{nights.cli.place}/nothing.sock"}
+    gone = nights.refresh("--manifest", nights.cli.path.name, environ=there)
     assert gone.status == 12
     lost = parsed(nights.metrics)
     assert value(lost, "warm_cache_refresh_exit_code") == 12

@@ -317,6 +317,16 @@ def test_hold_works_there_too(warmed: Job) -> None:
     assert (process.returncode, out, err) == (7, "held\n", "")
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="a later Python reads TOML by itself")
+def test_a_python_without_tomli_reads_toml_by_its_pip() -> None:
+    """A copied folder is enough for a packaged manifest there too."""
+    pytest.importorskip("pip._vendor.tomli")
+    code = "import sys; sys.modules['tomli'] = None\n"
+    code += "from builder.manifest import load; print(len(load(profile='h200').tasks))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and int(done.stdout) > 1, done.stderr
+
+
 def test_toml_without_a_reader_is_one_sentence(job: Job) -> None:
     """Python 3.10 has none."""
     job.path = job.place / "manifest.toml"
