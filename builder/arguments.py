@@ -67,7 +67,11 @@ class _Parser(argparse.ArgumentParser):
         elif what.startswith("ignored explicit argument"):
             text = f"{option} takes no value"
         elif text.startswith("the following arguments are required: "):
-            text = f"which {text.partition(': ')[2]}?"
+            missing = text.partition(": ")[2]
+            known = (
+                [each.choices for each in VERBS[self.verb].arguments if each.metavar == missing] if self.verb else []
+            )
+            text = f"which {missing}?" + (f" One of {', '.join(known[0])}" if known and known[0] else "")
         raise CommandLineError(text, self.verb)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -153,6 +157,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
         raise CommandLineError(_surplus(name, rest), name)
     _take(said, environ)
     _check(said)
+    said.misspelt = misspelt(environ)
     return said
 
 
@@ -237,6 +242,22 @@ def _take(said: Namespace, environ: Mapping[str, str]) -> None:
             value = [part.strip() for part in value.split(",")]
         setattr(said, name, value)
         said.sources[option] = variable
+
+
+def misspelt(environ: Mapping[str, str]) -> list[str]:
+    """Variables that are no option's and look like one's, a sentence each. Others with the prefix may be anybody's."""
+    known = {option.replace("-", "_").upper() for option in OPTIONS}
+    strange = {name.removeprefix(ENVIRONMENT) for name in environ if name.startswith(ENVIRONMENT)} - known
+    if not strange:
+        return []
+    import difflib  # only where something may be wrong
+
+    close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in sorted(strange)}
+    return [
+        f"{ENVIRONMENT}{name} is no option's variable, and is not read; did you mean {ENVIRONMENT}{near[0]}?"
+        for name, near in close.items()
+        if near
+    ]
 
 
 def _check(said: Namespace) -> None:

@@ -56,6 +56,8 @@ TELLING = 2.0
 READING = 1.0
 #: So many of these stay.
 LOGS_KEPT = 50
+#: What this program needs beside the standard library, import name → name to install.
+PACKAGES = {name: name for name in ("docker", "psutil", "requests", "rich", "tenacity")} | {"pynvml": "nvidia-ml-py"}
 #: What a machine can be short of, wherever that shows: no defect in here.
 SHORTAGES = (
     errno.ENOSPC,
@@ -90,7 +92,7 @@ class _Invocation:
         self.said = said
         self.environ = environ
         self.started = time.monotonic()
-        self.report = Report(said.verb)
+        self.report = Report(said.verb, warnings=list(getattr(said, "misspelt", ())))
         self.status = 0
         self.cancel = Cancel()
         self.signals = _Signals(self.cancel)
@@ -355,7 +357,8 @@ class _Invocation:
         )
         stream.say("\n".join(lines))
         self.console.stuck = self.console.stuck or stream.stuck
-        self.console.annotate("warm-cache", error.message)
+        reasons = [f"{problem.place}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
+        self.console.annotate("warm-cache", "\n".join([error.message, *reasons]))
 
 
 def _function(name: str) -> Callable[..., int | None]:
@@ -419,6 +422,12 @@ def _or_nowhere(stream: TextIO | None) -> TextIO:
 
 def _unexpected(raised: Exception) -> BuilderError:
     """What nobody has put into words before: a machine that is short of something, or else a defect."""
+    package = (getattr(raised, "name", None) or "").partition(".")[0]
+    if isinstance(raised, ModuleNotFoundError) and package in PACKAGES:
+        return PreflightError(
+            f"the package {PACKAGES[package]} is not installed for {sys.executable}: pip install {PACKAGES[package]}. "
+            "Inside a runner's container, where there is no engine, check, explain, env, warm and audit take --here."
+        )
     if isinstance(raised, OSError) and raised.errno in SHORTAGES:
         place = f"{raised.filename}: " if raised.filename else ""
         return PreflightError(f"this machine can't run it: {place}{raised.strerror}")

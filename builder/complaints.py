@@ -44,7 +44,10 @@ def loss(doing: str, error: BaseException, *, hint: str = "") -> EngineLostError
         errno.ECONNREFUSED: "Start it (systemctl start docker), or set DOCKER_HOST to one that runs",
         errno.EACCES: "Run as root or as a member of the group docker, or set DOCKER_HOST to an engine of yours",
     }
-    return EngineLostError(f"{doing}: {what}" + (f". {advice[number]}" if number in advice else ""))
+    said = advice.get(number or 0, "")
+    if "bind address format" in what:  # docker-py's words for an address that is none
+        said = "An engine's address is unix:///PATH, tcp://HOST:PORT or ssh://HOST"
+    return EngineLostError(f"{doing}: {what.rstrip('.')}" + (f". {said}" if said else ""))
 
 
 def is_transient(error: BaseException) -> bool:

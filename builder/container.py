@@ -266,7 +266,9 @@ class _Life:
         if self._gone or (self.state is not None and self.state.over):
             return
         if self.lost:
-            raise EngineLostError(f"the engine does not answer; {self._name} ends by its lease when this builder has")
+            raise EngineLostError(
+                f"the engine does not answer; {self._name} ends by its lease once this builder has ended"
+            )
         self.state = self._look()
         if self.state.status == "created":
             return
@@ -301,7 +303,7 @@ class _Life:
         if attempt.running:
             self.lost = True
             raise EngineLostError(
-                f"the engine did not stop {self._name} in time; it ends by its lease when this builder has"
+                f"the engine did not stop {self._name} in time; it ends by its lease once this builder has ended"
             )
         with contextlib.suppress(NotFoundError):
             attempt.result()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from builder.errors import BuilderError, ColdError, DeferredError
+from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
 from builder.frames import readable
 from builder.report import TASK_COLUMNS, Report, counted, task_table
 
@@ -88,6 +88,11 @@ def summary(report: Report, status: int, error: BuilderError | None) -> str:
     lines += [" · ".join(text(fact) for fact in facts if fact), ""]
     if error is not None:
         lines += [f"**{text(error.message)}** (exit {status})", ""]
+        if isinstance(error, ProblemsError):
+            lines += [
+                f"- {text(problem.place)}: {text(f'{problem.text} {problem.remedy}')}" for problem in error.problems
+            ]
+            lines.append("")
     lines += [f"⚠️ {text(warning)}\n" for warning in report.warnings]
     if report.tasks:
         lines += [_row(TASK_COLUMNS), _row(["---"] * len(TASK_COLUMNS))]

@@ -139,7 +139,7 @@ class _Run:
             with self.console.group(f"[{number}/{len(items)}] {item.task.label}"):
                 self._settle(self._task(item, logs))
             self.call.cancel.check()
-        for now in (plan.items if (plan := self.seen.plan(self.seen.tasks)) else ()):
+        for now in plan.items if (plan := self.seen.plan(self.seen.tasks)) else ():
             result = next(each for each in self.call.report.tasks if each.label == now.task.label)
             if result.state in ("warm", "warmed") and not now.warm:
                 result.state, result.verified = "failed", False

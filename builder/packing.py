@@ -124,9 +124,7 @@ def arrange(loads: Sequence[Load], place: Place, running: Sequence[Busy] = (), l
     return play(order, place, running, limit)
 
 
-def play(
-    order: Sequence[Load], place: Place, running: Sequence[Busy] = (), limit: float = math.inf
-) -> Schedule:
+def play(order: Sequence[Load], place: Place, running: Sequence[Busy] = (), limit: float = math.inf) -> Schedule:
     """What comes of this order. A task whose time is sure and would not end within the limit does not start."""
     waiting, busy = list(order), [(max(_OVERDUE, one.left), one) for one in running]
     starts: list[Start] = []

@@ -50,8 +50,8 @@ class TaskResult:
     def note(self) -> str:
         """The last column of the table."""
         parts = [self.reason]
-        if self.state == "warm" and not self.reason:
-            parts = [f"since {self.since}" if self.since else ""]
+        if self.state == "warm":
+            parts.insert(0, f"since {self.since}" if self.since else "")
         if self.state == "warm":
             parts.append(self.reservation)
         if self.state in ("warm", "warmed") and self.loaded not in ("", "weights"):

@@ -102,7 +102,7 @@ def warm_task(session: Session, item: Item, seat: Seat, voice: Voice) -> TaskRes
     result.tail = outcome.tail
     if outcome.ended == "lost":
         settle(session, voice, result)
-        raise EngineLostError(f"the engine was lost while {item.task.label} ran", notes=outcome.problems)
+        raise EngineLostError(f"the engine was lost while {item.task.label} ran")
     if outcome.verdict and outcome.verdict.get("unusable") is True:
         settle(session, voice, result)
         raise PreflightError(CANNOT_RUN, [Problem("cache", sentence(result.reason))])
@@ -132,6 +132,8 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
         state, reason = ENDED_EARLY[outcome.ended]
         if state == "cold" and item.warm:  # forced, and what it had is there still
             state = "warm"
+        elif state == "cold":
+            numbers["entries"] = {}  # what lies there is not known to be this task's
         return result_of(item, state, reason.format(task=item.task), **numbers)
     if outcome.verdict is None:
         return result_of(item, "failed", f"the container {describe(outcome)} and gave no verdict", **numbers)
@@ -184,7 +186,8 @@ def announce(session: Session, plan: Plan, expected: Mapping[str, Estimate]) -> 
     keys = toolchain.family_keys(plan.items[0].record)
     session.console.say(f"toolchain {plan.digest} of {len(keys)} families, logs in {session.options.log_dir}")
     cold = todo(session, plan)
-    sums = [f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(cold)} warm, {len(cold)} to do"]
+    warm = len(plan.items) - len(plan.cold)
+    sums = [f"{counted(len(plan.items), 'task')}: {warm} warm, {len(cold)} to do"]
     if cold:
         sums.append(sidebyside.forecast(session, cold, expected))
     if root := session.cache.direct():

@@ -22,7 +22,7 @@ from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrup
 from builder.estimates import TIME_OUT, Estimate
 from builder.packing import Busy, Load, Place, Schedule, arrange, lower_bound
 from builder.plan import Item
-from builder.report import before, result_of
+from builder.report import before, counted, result_of
 from builder.session import Session
 
 #: Seconds that a signal may wait for its handler.
@@ -256,7 +256,7 @@ class _Shift:
     def summary(self) -> str:
         """For people, any time."""
         left = max(0.0, self._schedule.seconds - (_now() - self._planned))
-        text = f"{self._ended} of {self._count} tasks done"
+        text = f"{self._ended} of {counted(self._count, 'task')} done"
         return f"{text}, {'about' if self._is_sure else 'at most'} {span(left)} left" if left >= 1 else text
 
 

@@ -166,6 +166,8 @@ def _read_task(table: Table, base: Task, gpus: int, groups: Mapping[str, tuple[s
 
 
 def _check_recipe(table: Table, task: Task) -> None:
+    if table.has("recipe") and table.data["recipe"] not in RECIPES:
+        return  # which keys make sense is not known then
     for key, recipes in _ONLY_FOR.items():
         if table.has(key) and task.recipe not in recipes:
             table.blame(

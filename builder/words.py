@@ -75,7 +75,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else goes to stderr"},
     "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
     "force": {"action": "store_true", "help": "run warm tasks too"},
-    "allow-busy": {"action": "store_true", "help": "start even where somebody else holds a GPU"},
+    "allow-busy": {"action": "store_true", "help": "take no offence where somebody else holds a GPU"},
     "pull": {"action": "store_true", "help": "pull the image first"},
     "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
     "budget": {"metavar": "55m", "help": "how long the whole run may take"},
@@ -87,7 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "replace": {"action": "store_true", "help": "drop a view of this name first"},
     "fail-on-jit": {"action": "store_true", "help": "exit 10 when anything was compiled in spite of the cache"},
     "before": {"metavar": "FILE", "help": "ahead of a job: write down what the cache holds"},
-    "after": {"metavar": "FILE", "help": "behind the job: compare with what was written down"},
+    "after": {"metavar": "FILE", "help": "after the job: compare with what was written down"},
     "here": {"action": "store_true", "help": "for the environment that this runs in: no engine, nothing to install"},
     "suite": {"metavar": "NAME", "help": "only tests whose suite or runner has this in its name (* matches)"},
     "keep": {"metavar": "N", "help": "how many toolchains of each task stay (default 2)"},
@@ -328,9 +328,9 @@ def statuses(name: str, verb: Verb) -> str:
     return "exit status: " + "; ".join([*told, "129, 130 or 143 a signal"])
 
 
-STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check), bad
-entries (verify), launches not covered (import-tests) · 11 some tasks failed,
-partial, timed out or skipped · 12 this machine can't run it · 13 GPUs not
-released · 14 budget exhausted · 15 cache or GPUs busy · 16 engine lost ·
-17 deferred (refresh) · 129/130/143 signal · hold: CMD's.
+STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check, env),
+bad entries (verify), launches not covered (import-tests), something compiled
+(audits) · 11 some tasks failed, partial, timed out or skipped · 12 this machine
+can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or GPUs
+busy · 16 engine lost · 17 deferred (refresh) · 129/130/143 signal · hold: CMD's
 Where several apply: signal, 1, 16, 13, 14, 11."""

@@ -133,11 +133,7 @@ def _describe(path: Path, family: str, key: str) -> Described:
 
 def keys(record: Record) -> dict[str, str]:
     """The key of every family whose key is known: without the image's, those of one image are left out."""
-    return {
-        name: key
-        for name, key in toolchain.family_keys(record).items()
-        if not _unknown(record, FAMILY[name])
-    }
+    return {name: key for name, key in toolchain.family_keys(record).items() if not _unknown(record, FAMILY[name])}
 
 
 def _unknown(record: Record, family: Family) -> bool:

@@ -422,9 +422,7 @@ class Warming:
         }
 
 
-def write_memo(
-    root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False
-) -> None:
+def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False) -> None:
     """Remembers the record for the image, where it has an id. Raises OSError."""
     image_id = job.image.get("id")
     if isinstance(image_id, str) and image_id:

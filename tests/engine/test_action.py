@@ -198,10 +198,10 @@ def test_tasks_may_be_named_one_a_line_or_with_commas(tmp_path: Path) -> None:
     python.write_text(ASKED.format(asked=asked, status=0, python=sys.executable))
     python.chmod(0o755)
     run = Runner(tmp_path, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, "push", {})
-    only = "DeepSeek-V3.2, $(touch pwned),\n\n  *'s \"tp8\"\n-x\n"
+    only = 'DeepSeek-V3.2, $(touch pwned),\n\n  *\'s "tp8"\n-x\n'
     run.action(mode="check", profile="h200", python=str(python), only=only)
     first = asked.read_text().splitlines()[0]
-    names = "--only DeepSeek-V3.2 --only $(touch pwned) --only *'s \"tp8\" --only -x"
+    names = '--only DeepSeek-V3.2 --only $(touch pwned) --only *\'s "tp8" --only -x'
     assert first == f"check --profile h200 {names} --on-cold fail", run.log
     assert not list(tmp_path.rglob("pwned"))
 

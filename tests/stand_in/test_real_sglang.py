@@ -210,10 +210,13 @@ from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
 c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.GEMM_NT_F8F8BF16, 4096, 7168, 1, [64, 128])
 """
 #: The same, and where sglang then looks for its caches, whatever it has made of the variables.
-LOOKS = JOB + """
+LOOKS = (
+    JOB
+    + """
 import json, os
 print("LOOKS", json.dumps({name: value for name, value in os.environ.items() if value.startswith("/jit/")}))
 """
+)
 JIT = f"python3 -c {shlex.quote(JOB)} && TRITON_DEFAULT_FP_FUSION=1 python3 /opt/standin/tri.py"
 
 
