@@ -20,17 +20,16 @@ from builder.errors import ColdError, UsageError
 from builder.manifest import Manifest
 from builder.reading import Launch, Reader
 from builder.report import counted
-from builder.tasks import PARALLELISM
 from builder.testfiles import Class, Files, Module, NotUnderstoodError
 from builder.warmup.files import printable
+from builder.warmup.flags import SPELLING
 from builder.warmup.task import Task
 
 #: Recipes that start a server with a task's argv, so that the two can be compared.
 _SERVERS = ("compile-deep-gemm", "serve")
 #: Flags that say where a server listens and who may ask, and nothing about kernels.
 _ELSEWHERE = ("--model", "--model-path", "--host", "--port", "--api-key", "--device")
-#: The first of several spellings; what a manifest needs to be read.
-_SPELLING = {name: names[0] for names in PARALLELISM.values() for name in names} | {"--attn-dp-size": "--attn-dp-size"}
+#: What sglang reads as true, and as false.
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
 _HEAD = """\
 # What the tests in {what} launch, as
@@ -208,7 +207,7 @@ def flags_of(argv: Iterable[str]) -> dict[str, str]:
     for word in argv:
         if word.startswith("--"):
             option, equals, value = word.partition("=")
-            name = _SPELLING.get(option, option)
+            name = SPELLING.get(option, option)
             found[name] = [value] if equals else []
         elif name:
             found[name].append(word)

@@ -63,10 +63,10 @@ _ONLY_FOR = {
     "layers": _SERVERS,
 }
 PARALLELISM = {
-    "tp": ("--tp", "--tp-size", "--tensor-parallel-size"),
-    "pp": ("--pp", "--pp-size", "--pipeline-parallel-size"),
-    "dp": ("--dp", "--dp-size", "--data-parallel-size", "--attn-dp-size"),
-    "ep": ("--ep", "--ep-size", "--expert-parallel-size"),
+    "tp": flags.TENSOR_PARALLEL,
+    "pp": flags.PIPELINE_PARALLEL,
+    "dp": (*flags.DATA_PARALLEL, *flags.ATTENTION_DP),
+    "ep": flags.EXPERT_PARALLEL,
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.warmup import files
+from builder.warmup import files, flags
 from builder.warmup.task import PRETEND_VARIABLE, Task
 from builder.warmup.toolchain import Record
 
@@ -98,9 +98,10 @@ def coverage_digest(factors: Mapping[str, Any]) -> str:
 def normalise_argv(argv: Iterable[str]) -> list[str]:
     """One spelling for argvs that mean the same to an option parser.
 
-    ``--a=b`` becomes ``--a b``; options are sorted by name, with their values behind them; repeated options keep their
-    order, because the last one wins; what stands before the first option stays in front, ``--`` and what follows it at
-    the end. A value that would look like an option (``--a=--b``) keeps its equals sign.
+    ``--a=b`` becomes ``--a b``, and ``--tp-size`` becomes ``--tp``; options are sorted by name, with their values
+    behind them; repeated options keep their order, because the last one wins; what stands before the first option stays
+    in front, ``--`` and what follows it at the end. A value that would look like an option (``--a=--b``) keeps its
+    equals sign.
     """
     words = list(argv)
     rest = words[words.index("--") :] if "--" in words else []
@@ -110,7 +111,10 @@ def normalise_argv(argv: Iterable[str]) -> list[str]:
     for word in words:
         if _is_option(word):
             name, equals, value = word.partition("=")
-            groups.append([name, value] if word.startswith("--") and equals and not _is_option(value) else [word])
+            name = flags.SPELLING.get(name, name)
+            groups.append(
+                [name, value] if word.startswith("--") and equals and not _is_option(value) else [name + equals + value]
+            )
         elif groups:
             groups[-1].append(word)
         else:

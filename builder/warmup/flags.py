@@ -8,6 +8,9 @@ from typing import Any
 
 PORT = ("--port",)
 API_KEY = ("--api-key",)
+TENSOR_PARALLEL = ("--tp", "--tp-size", "--tensor-parallel-size")
+PIPELINE_PARALLEL = ("--pp", "--pp-size", "--pipeline-parallel-size")
+EXPERT_PARALLEL = ("--ep", "--ep-size", "--expert-parallel-size")
 DATA_PARALLEL = ("--dp", "--dp-size", "--data-parallel-size")
 DP_ATTENTION = "--enable-dp-attention"
 #: sglang 0.5.23's word for both of them.
@@ -18,6 +21,10 @@ DRAFT_LOAD_FORMAT = ("--speculative-draft-load-format",)
 DRAFT_MODEL = ("--speculative-draft-model-path", "--speculative-draft-model")
 LOADER_CONFIG = ("--model-loader-extra-config",)
 OVERRIDES = ("--json-model-override-args",)
+#: The first of several spellings of an option.
+SPELLING = {
+    name: names[0] for names in (TENSOR_PARALLEL, PIPELINE_PARALLEL, EXPERT_PARALLEL, DATA_PARALLEL) for name in names
+}
 
 
 def value(argv: Sequence[str], names: Sequence[str]) -> str | None:

@@ -27,8 +27,6 @@ ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
 FUSED_ARCHITECTURE, FUSED_EXPERTS = "DeepseekV3ForCausalLM", 256
 BLOCK = [128, 128]
 
-TENSOR_PARALLEL = ("--tp", "--tp-size", "--tensor-parallel-size")
-EXPERT_PARALLEL = ("--ep", "--ep-size", "--expert-parallel-size")
 DENSE_TENSOR_PARALLEL = ("--moe-dense-tp-size",)
 REDUNDANT_EXPERTS = ("--ep-num-redundant-experts",)
 ALL_TO_ALL = ("--moe-a2a-backend",)
@@ -123,7 +121,7 @@ class _Server:
         self._architecture = self._known_architecture()
         self._refuse_other_weights()
         self._hidden = self._size("hidden_size")
-        self._tensor = flags.number(argv, TENSOR_PARALLEL, 1)
+        self._tensor = flags.number(argv, flags.TENSOR_PARALLEL, 1)
         attention_ranks = flags.number(argv, flags.DATA_PARALLEL, 1) if flags.DP_ATTENTION in self._names else 1
         self._attention = self._split(self._tensor, attention_ranks, "tp", "dp")
 
@@ -162,7 +160,7 @@ class _Server:
         runner = flags.value(self._argv, MOE_RUNNER) or "auto"
         routed, shared = self._size("n_routed_experts"), self._count("n_shared_experts")
         width = self._size("moe_intermediate_size")
-        parallel = self._tensor if exchange == "deepep" else flags.number(self._argv, EXPERT_PARALLEL, 1)
+        parallel = self._tensor if exchange == "deepep" else flags.number(self._argv, flags.EXPERT_PARALLEL, 1)
         fused = self._fuses_shared(routed, shared, exchange, parallel)
         if shared and not fused:
             yield from self._feed_forward(width * shared, 1 if exchange == "deepep" else self._tensor)

@@ -214,8 +214,9 @@ def test_coverage_factors_outside_of_the_task(warm: Path, monkeypatch: pytest.Mo
     assert judge(warm).reason == "coverage: recipe version was 1 is 2"
 
 
-def test_the_order_of_options_and_equals_signs_mean_nothing(warm: Path) -> None:
-    assert judge(warm, dataclasses.replace(TASK, argv=("--trust-remote-code", "--tp=8"))).state == "warm"
+@pytest.mark.parametrize("words", [("--tp=8",), ("--tp-size", "8"), ("--tensor-parallel-size=8",)])
+def test_the_order_of_options_and_how_they_are_spelt_mean_nothing(warm: Path, words: tuple[str, ...]) -> None:
+    assert judge(warm, dataclasses.replace(TASK, argv=("--trust-remote-code", *words))).state == "warm"
 
 
 def test_a_commands_argv_is_taken_as_it_is() -> None:
