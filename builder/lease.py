@@ -146,16 +146,22 @@ def private_directory(state_dir: Path) -> Path:
 
 
 def sweep(
-    engine: Containers, state_dir: Path, *, grace: float = 5.0, settle: Callable[[Path], bool] = lambda directory: False
+    engine: Containers,
+    state_dir: Path,
+    *,
+    grace: float = 5.0,
+    settle: Callable[[Path], bool] = lambda directory: False,
+    drain: Callable[[Found], str] = lambda container: "",
 ) -> list[Swept]:
     """See `Lease.sweep`; for one who holds no lease. grace: seconds between SIGTERM and SIGKILL.
 
     settle: called with the directory of a dead owner that has a DEBT, once its containers are gone; whether it is paid.
+    drain: called with a container that has ended, before it is removed; what became of its log, in words.
     """
     found = engine.containers([LABEL_LEASE])
     swept, referred = [], set()
     for container in found:
-        result = _sweep_one(engine, container, grace)
+        result = _sweep_one(engine, container, grace, drain)
         if result is not None:
             swept.append(result)
         if result is None or not result.removed:
@@ -170,7 +176,7 @@ def debts(state_dir: Path) -> bool:
     return any((state_dir / f"warm-cache-{os.getuid()}").glob(f"{_HELD}*/{DEBT}"))
 
 
-def _sweep_one(engine: Containers, container: Found, grace: float) -> Swept | None:
+def _sweep_one(engine: Containers, container: Found, grace: float, drain: Callable[[Found], str]) -> Swept | None:
     """None for a container whose owner lives."""
     task = container.labels.get(LABEL_TASK, "?")
     dead = _owner_is_dead(container.labels)
@@ -187,6 +193,8 @@ def _sweep_one(engine: Containers, container: Found, grace: float) -> Swept | No
     try:
         if container.status not in ("created", "exited", "dead"):
             engine.stop(container.id, grace)
+        if container.status != "created" and (kept := drain(container)):
+            why += f"; {kept}"
         engine.remove(container.id, force=True)
     except NotFoundError:
         why += "; somebody else was faster"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import gpulock, gpus, hooks, launch, preflight
+from builder import gpulock, gpus, hooks, launch, preflight, remains
 from builder.cache import CacheRoot
 from builder.cancel import ANSWER, Cancel
 from builder.container import Deadlines, Outcome
@@ -172,7 +172,8 @@ class Session:
 
     def sweep(self) -> list[Swept]:
         """Removes what builders that were killed left on this engine, and does for this machine what they owed it."""
-        found = sweep(self.engine, self.options.state_dir, settle=self._settle)
+        keep = functools.partial(remains.drain, self.engine, directory=self.options.log_dir)
+        found = sweep(self.engine, self.options.state_dir, settle=self._settle, drain=keep)
         for swept in found:
             self.console.say(str(swept))
             self.swept = self.swept or swept.removed

@@ -81,6 +81,10 @@ class LogFile:
         self.problem = ""
         self._file: BinaryIO | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None
+
     def open(self) -> None:
         """Begins a new file."""
         if self.path is not None:

@@ -164,6 +164,9 @@ def test_a_killed_builder_takes_its_container_along_and_the_next_one_cleans_up(
     with stubborn.engine() as engine, pytest.raises(NotFoundError):
         engine.state(container)
     assert ("removed warm-cache-" in ended.err) == ("its builder is gone" in ended.err)
+    for log in stubborn.logs.glob("swept-*.log"):
+        assert f"the end of its log is in {log}" in ended.err
+        assert "SIGTERM is refused" in log.read_text()
 
 
 def test_a_builder_killed_while_it_waits_leaves_nothing(cli: Cli) -> None:

@@ -24,7 +24,7 @@ ORDER = """
     values document sections tasks manifest
     spec waiting frames tunnel progress attachment complaints greeting resume podman volumes engine image
     gpus
-    cancel sinks logs lease container locks gpulock hooks
+    cancel sinks logs remains lease container locks gpulock hooks
     cache preflight plan plain report github launch estimates packing activity voices display
     command session forecast call holder runlock hold machine sidebyside run
     errand overlay contents upkeep verbs audit view doctor here inside
