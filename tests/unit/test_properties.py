@@ -108,13 +108,17 @@ name = "H200"
 [run]
 budget = "55m"
 grace = 8
+parallel = 3
+[args]
+tp = ["--tp", "4"]
+both = ["@tp", "--dp", "4"]
 [defaults]
 timeout = "1h30m"
 env = { SGLANG_A = "1", B = 2 }
 [[task]]
 model = "deepseek-ai/DeepSeek-V3"
 argv = [
-    "--tp", "4", # all of them
+    "@both", # all of them
     "--json", '{"a": [1]}',
 ]
 layers = 4
@@ -132,6 +136,9 @@ X = ""
 model = "a/b"
 recipe = "shapes"
 shapes = ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"]
+shapes_from = ["markers"]
+workers = 2
+gpus = 1
 m_values = [1, 64]
 '''
 
@@ -147,10 +154,14 @@ toml_values = st.one_of(
         "'\\'", "'" + "(" * 3000 + "'", "'a{99999999999}'", "'\\N{DIGIT ONE}'", "'\\u0041'", "'(?u)a'", "'(?P<é>a)'",
         "'[é-z]'", '"(?\\u001B)"', '"\\u001B\\\\q"', '"GEMM_A N=' + "1" * 5000 + ', K=1, num_groups=1"',
         '["GEMM_A N=٣, K=1, num_groups=1"]', '["a", 1]', '[["--tp"]]', '"--tp"', '"0-999,0"', '"volume:x"', "[1, 1]",
-        '["HF_TOKEN", "hf_aaaaaaaaaaaaaaaaaaaaaaaa"]', "\"\"\"a\\\n  b\"\"\"", "'''\n'''", '"""""a"""""',
+        '["HF_TOKEN", "hf_aaaaaaaaaaaaaaaaaaaaaaaa"]',
+        '["@tp"]', '["@both", "@"]', '["@@x"]', '"H200"', "\"\"\"a\\\n  b\"\"\"", "'''\n'''", '"""""a"""""',
     ]),
     texts.map(lambda text: json.dumps(text, ensure_ascii=False)),
 )  # fmt: skip
+
+
+NAMES = ["tsk", "model", "tp", "pretend", "gpus", '"\\u001b[31m"', '"a\\nb"', "'\u202e'", "env.A", "a.b.c", '"."']
 
 
 @st.composite
@@ -173,9 +184,7 @@ def toml_mutations(draw: st.DrawFn) -> bytes:
         if how in ("double", "move"):
             lines.insert(draw(st.integers(0, len(lines))), line)
         if how == "insert":
-            name = draw(
-                st.sampled_from(["tsk", "model", '"\\u001b[31m"', '"a\\nb"', "'\u202e'", "env.A", "a.b.c", '"."'])
-            )
+            name = draw(st.sampled_from(NAMES))
             lines.insert(at, draw(st.sampled_from([f"{name} = {draw(toml_values)}", f"[{name}]", f"[[{name}]]"])))
         text = "\n".join(lines)
     raw = text.encode("utf-8", "surrogatepass")
