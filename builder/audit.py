@@ -104,8 +104,8 @@ def text_of(found: Audit, who: str) -> str:
             more = f" ({finding.shape})" if finding.shape else ""
             why = f": {finding.detail}" if finding.detail else ""
             lines.append(f"  {_SAID[kind]}: {place}{more}{why}")
-        if len(of_kind) > MOST_LISTED:
-            lines.append(f"  {_SAID[kind]}: {len(of_kind) - MOST_LISTED} more; --json lists them")
+        if (more_of_kind := found.count(kind) - len(of_kind[:MOST_LISTED])) > 0:
+            lines.append(f"  {_SAID[kind]}: {more_of_kind} more; --json lists {_listed(found, kind)}")
     shapes = sorted({finding.shape for finding in found.findings if finding.shape})
     if shapes:
         lines.append("  shapes: " + "; ".join(shapes))
@@ -127,6 +127,11 @@ def document_of(found: Audit) -> dict[str, Any]:
 
 def _row(finding: findings.Finding) -> Mapping[str, Any]:
     return {**vars(finding), "began": round(finding.began, 3), "ended": round(finding.ended, 3)}
+
+
+def _listed(found: Audit, kind: str) -> str:
+    told = sum(finding.kind == kind for finding in found.findings)
+    return "them" if told == found.count(kind) else f"{told} of them"
 
 
 def _entries(number: int) -> str:

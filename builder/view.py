@@ -37,7 +37,7 @@ from builder.values import near
 from builder.verbs import printed
 from builder.warmup import views
 from builder.warmup.files import printable
-from builder.warmup.findings import Audit, Finding, proposal
+from builder.warmup.findings import KINDS, Audit, Finding, proposal
 from builder.warmup.task import Shape
 
 #: What the mount options of an overlay cannot hold, and the length that the kernel takes.
@@ -216,8 +216,10 @@ def _audited(session: Session, job: str) -> Audit:
                 Shape(str(row[0]), int(row[1]), int(row[2]), int(row[3])) for row in event.get("asked") or ()
             ]
             found.truncated = printable(str(event.get("truncated") or ""))
-            told = sum((event.get("counts") or {}).values())
-            if told > len(found.findings):
+            counts = event.get("counts") or {}
+            found.counts = {kind: int(counts.get(kind) or 0) for kind in KINDS}
+            found.took = float(event.get("seconds") or 0.0)
+            if (told := found.count(*KINDS)) > len(found.findings):
                 session.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
 
     mount = Mount(source=volume, target=views.MERGED, kind="volume", read_only=True)

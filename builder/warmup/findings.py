@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,15 +52,20 @@ class Finding:
 @dataclass
 class Audit:
     """findings: all of them. used: entries that the job hit, by their stamps. asked: shapes whose lock it took.
-    truncated: why there may be more than is listed, or "".
+    truncated: why there may be more than is listed, or "". counts, took: how many of each kind, and seconds, where
+    `findings` are only the foremost.
     """
 
     findings: list[Finding] = field(default_factory=list)
     used: int = 0
     asked: list[Shape] = field(default_factory=list)
     truncated: str = ""
+    counts: Mapping[str, int] | None = None
+    took: float | None = None
 
     def count(self, *kinds: str) -> int:
+        if self.counts is not None:
+            return sum(self.counts.get(kind, 0) for kind in kinds)
         return sum(finding.kind in kinds for finding in self.findings)
 
     @property
@@ -74,6 +79,8 @@ class Audit:
         where entries are single files), what overlaps counted once. Start-up of compilers and what came to nothing are
         not in it.
         """
+        if self.took is not None:
+            return self.took
         spans: dict[tuple[str, str, str], tuple[float, float]] = {}
         for finding in self.findings:
             if finding.kind in JIT and finding.began:
@@ -87,6 +94,18 @@ class Audit:
             total += max(0.0, last - max(first, until))
             until = max(until, last)
         return total
+
+
+def foremost(found: Sequence[Finding], most: int) -> list[Finding]:
+    """So many of them, of every kind and family in turn: a job that leaves thousands of one kind hides no other."""
+    ranks: dict[tuple[str, str], int] = {}
+    ranked = []
+    for finding in found:
+        group = finding.kind, finding.family
+        ranks[group] = rank = ranks.get(group, 0) + 1
+        ranked.append((rank, KINDS.index(finding.kind), finding))
+    told = [finding for _, _, finding in sorted(ranked, key=lambda one: one[:2])[:most]]
+    return sorted(told, key=lambda finding: KINDS.index(finding.kind))
 
 
 def short(name: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from builder.warmup import audit, files, generations, layout
 from builder.warmup.events import FAILED, WARMED
-from builder.warmup.findings import KINDS, Audit
+from builder.warmup.findings import KINDS, Audit, foremost
 from builder.warmup.guard import Guard
 from builder.warmup.output import Output
 from builder.warmup.task import Job
@@ -224,7 +224,7 @@ def inspect(job: Job, output: Output, guard: Guard) -> int:
 
 def tell(found: Audit, output: Output) -> None:
     """The findings as events; more than anybody reads are only counted."""
-    for finding in sorted(found.findings, key=lambda finding: KINDS.index(finding.kind))[:MOST_TOLD]:
+    for finding in foremost(found.findings, MOST_TOLD):
         output.event("finding", **dataclasses.asdict(finding))
     output.event(
         "audited",

@@ -253,6 +253,28 @@ def test_a_job_that_poisons_all_it_can_reach_changes_nothing_that_others_trust(w
     assert warm.volumes() == []
 
 
+def test_a_job_hides_nothing_behind_thousands_of_entries(warm: Views) -> None:
+    gemm = [f"cache/{path.name}" for path in warm.entries()]
+    flood = (
+        "import os, pathlib, shutil\n"
+        "gemm = pathlib.Path(os.environ['SGLANG_DG_CACHE_DIR'], 'cache')\n"
+        "first, second = sorted(gemm.iterdir())[:2]\n"
+        "shutil.rmtree(first); (second / 'kernel.cubin').write_bytes(b'poison')\n"
+        "triton = pathlib.Path(os.environ['TRITON_CACHE_DIR'])\n"
+        "for number in range(2500):\n"
+        "    entry = triton / f'K{number:051d}'; entry.mkdir(); (entry / 'k.json').write_text('{}')\n"
+    )
+    warm.job(warm.create("flood"), flood)
+    audit = warm.audit("flood")
+    found = told(audit)
+    assert found["deleted", "deep_gemm"] == {gemm[0]} and found["damaged", "deep_gemm"] == {gemm[1]}
+    assert (audit["jit"], audit["counts"]["compiled"], audit["counts"]["damaged"]) == (2500, 2500, 1)
+    shown = warm.run("view", "audit", "flood")
+    assert shown.out.startswith("the job flood compiled 2500 entries in spite of the cache")
+    assert "compiled in spite of the cache: 2460 more; --json lists 1998 of them" in shown.out
+    assert warm.run("view", "drop", "flood").status == 0
+
+
 def test_what_a_job_compiled_is_named_with_its_shape_and_what_is_proposed_covers_it(warm: Views) -> None:
     printed = warm.create("pr-1")
     warm.job(printed, NEW_SHAPE + "from triton.cache import compile_kernel\ncompile_kernel('new', 'y')\n")
