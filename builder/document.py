@@ -221,7 +221,7 @@ class Table:
         try:
             return convert(self.data[key])
         except ValueError as error:
-            self.blame(key, f"{key}: {error}.")
+            self.blame(key, f"{printable(key)}: {error}.")
             return default
 
     def require(self, key: str, convert: Callable[[Any], T], default: D) -> T | D:

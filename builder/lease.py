@@ -251,7 +251,7 @@ def _remove_stale(home: Path, referred: Iterable[str], settle: Callable[[Path], 
                 shutil.rmtree(directory, ignore_errors=True)
         elif directory.name.startswith(_HELD):
             try:
-                descriptor = os.open(directory / _FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                descriptor = os.open(directory / _FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:
                 continue
             with contextlib.closing(os.fdopen(descriptor, "rb")):

@@ -194,6 +194,8 @@ def test_only_leases_are_tidied_up(tmp_path: Path, engine: FakeEngine) -> None:
     home = private_directory(tmp_path)
     (home / "mine.txt").write_text("keep")
     (home / "held-strange").mkdir()
+    (home / "held-pipe").mkdir()
+    os.mkfifo(home / "held-pipe" / "lease")  # nobody waits for who writes into it
     (home / "new-young").mkdir()
     (home / "new-old").mkdir()
     os.utime(home / "new-old", (0, 0))

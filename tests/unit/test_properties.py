@@ -249,6 +249,7 @@ def test_a_manifest_cut_at_any_byte_is_refused_or_whole(place: Path) -> None:
 @example(MANIFEST.replace('"32g"', '"' + "9" * 400 + 'g"').encode())
 @example(MANIFEST.replace("B = 2", "B = [0x" + "f" * 5000 + "]").encode())
 @example(MANIFEST.replace('"1h30m"', "1e300").encode())
+@example(MANIFEST.replace("[args]", '[args]\n"\\u001b[31m" = 0').encode())
 @example(MANIFEST.replace("KERNELS\\s+READY", "a{99999999999}").encode())
 @example(MANIFEST.replace("KERNELS\\s+READY", "[[a]").encode())
 @example(MANIFEST.replace("KERNELS\\s+READY", "\\u0041").encode())
