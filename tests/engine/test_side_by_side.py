@@ -286,7 +286,7 @@ def test_a_heartbeat_in_a_pipe(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd:
     cli.manifest(command("one", "import time; time.sleep(1.5)\n" + READY))
     assert cli.here("warm") == 0
     out = capfd.readouterr().out
-    assert re.search(r"(?m)^  ▸ 0:0\d: 0 of 1 tasks done", out)
+    assert re.search(r"(?m)^  ▸ 0:0\d: 0 of 1 task done", out)
     assert re.search(r"(?m)^  ▸ one: command, .*0:0\d so far$", out)
     assert "\x1b" not in out
 

@@ -56,11 +56,16 @@ def test_a_command_that_takes_too_long_goes_with_its_children(said: Said, tmp_pa
     failure = run(said, f"trap '' TERM; (trap '' TERM; sleep 600 & echo $! > {tmp_path}/pid; wait) ; true", timeout=0.5)
     assert failure is not None and "did not end within" in failure.text
     assert time.monotonic() - began < 10
-    assert not Path("/proc", (tmp_path / "pid").read_text().strip(), "cmdline").exists() or is_zombie(tmp_path)
+    # SIGKILL has been sent; a process with other things to do gets round to dying in its own time.
+    assert poll(lambda: is_over((tmp_path / "pid").read_text().strip()), Deadline(10), 0.01)
 
 
-def is_zombie(tmp_path: Path) -> bool:
-    return " Z " in Path("/proc", (tmp_path / "pid").read_text().strip(), "stat").read_text()
+def is_over(pid: str) -> bool:
+    """Whether a process is gone, or dead and only not buried."""
+    try:
+        return " Z " in Path("/proc", pid, "stat").read_text()
+    except OSError:
+        return True
 
 
 def test_what_it_leaves_in_the_background_holds_nobody_up(said: Said) -> None:
