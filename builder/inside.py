@@ -23,6 +23,7 @@ from typing import Any
 
 from builder import __version__
 from builder.call import Call
+from builder.early import ENDED_EARLY, counts
 from builder.errors import BudgetError, PreflightError, TasksError, UsageError
 from builder.here import Surroundings, judged, look
 from builder.locks import Patience, open_lock
@@ -45,13 +46,6 @@ _START = (
     "runpy.run_module('builder.warmup', run_name='__main__')"
 )
 _CHUNK = 1 << 16
-
-ENDED_EARLY = {
-    "timeout": ("failed", "timeout: not finished after {task.timeout:.0f} s"),
-    "silence": ("failed", "silence: no output for {task.silence:.0f} s"),
-    "budget": ("cold", "budget: the run's budget ended while it was compiling"),
-    "cancelled": ("cold", "interrupted"),
-}
 
 
 def warm(call: Call) -> None:
@@ -207,8 +201,8 @@ class _Run:
         """Only a marker of this run that holds on disk makes a task warmed, whatever the program said."""
         verdict = program.verdict or {}
         numbers: dict[str, Any] = {
-            "entries": _counts(verdict.get("entries")),
-            "added": _counts(verdict.get("added")),
+            "entries": counts(verdict.get("entries")),
+            "added": counts(verdict.get("added")),
             "proof": verdict.get("proof"),
         }
         if ended in ENDED_EARLY:
@@ -261,11 +255,6 @@ class _Run:
         ]
         if kinds:
             raise TasksError(f"{', '.join(kinds)} of {counted(len(report.tasks), 'task')}")
-
-
-def _counts(value: object) -> dict[str, int]:
-    found = value if isinstance(value, dict) else {}
-    return {str(name): number for name, number in found.items() if isinstance(number, int)}
 
 
 class Program:

@@ -13,6 +13,7 @@ from typing import Any
 from builder import forecast, machine, runlock, sidebyside
 from builder.activity import Activity
 from builder.container import Deadlines, Outcome
+from builder.early import ENDED_EARLY, counts
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
 from builder.estimates import Estimate
 from builder.frames import readable
@@ -109,15 +110,6 @@ def warm_task(session: Session, item: Item, seat: Seat, voice: Voice) -> TaskRes
     return result
 
 
-ENDED_EARLY = {
-    "timeout": ("failed", "timeout: not finished after {task.timeout:.0f} s"),
-    "silence": ("failed", "silence: no output for {task.silence:.0f} s"),
-    "budget": ("cold", "budget: the run's budget ended while it was compiling"),
-    "cancelled": ("cold", "interrupted"),
-    "lost": ("failed", "the engine was lost"),
-}
-
-
 def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
     """What became of the task. Only a marker that holds on disk makes it warmed, whatever the container said."""
     verdict = outcome.verdict or {}
@@ -151,13 +143,6 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
     if not session.wrote(now.judgement.marker):
         return result_of(item, "failed", "its verdict is warmed, but the marker is an older one", **numbers)
     return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
-
-
-def counts(value: object) -> dict[str, int]:
-    """A family → number table out of an event, whatever the event holds."""
-    if not isinstance(value, dict):
-        return {}
-    return {str(name): number for name, number in value.items() if isinstance(number, int)}
 
 
 def settle(session: Session, voice: Voice, result: TaskResult) -> None:

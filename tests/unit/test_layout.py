@@ -25,7 +25,7 @@ ORDER = """
     spec waiting frames tunnel progress attachment complaints greeting resume podman volumes engine image
     gpus
     cancel sinks logs remains lease container locks gpulock hooks
-    cache preflight plan plain report github launch estimates packing activity voices display
+    cache preflight plan plain early report github launch estimates packing activity voices display
     command session forecast call holder runlock hold machine sidebyside run
     errand overlay contents upkeep verbs audit view doctor here inside
     testfiles scopes expressions oddities reading imports images policy prune idle metrics webhook tale refresh
