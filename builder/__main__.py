@@ -19,7 +19,7 @@ def main() -> int:
         if heard:
             # Nothing is owed to anybody yet, and an exception in the middle of an import may be lost or shown.
             signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
-        from builder.cli import main as run
+        from builder.cli.main import main as run
 
         if heard:
             signal.signal(signal.SIGINT, signal.default_int_handler)

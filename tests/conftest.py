@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from builder.errors import BuilderError
 
 TINY = "WARM_CACHE_TEST_IMAGE"

@@ -16,10 +16,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from builder.complaints import NotFoundError
+from builder.engine.api import ContainerSpec, Found, Image, State
+from builder.engine.errors import NotFoundError
+from builder.engine.log_resume import stored_form
 from builder.errors import EngineLostError, EngineRefusedError
-from builder.resume import stored_form
-from builder.spec import ContainerSpec, Found, Image, State
 from tests import scripts
 
 PIECE = 16 << 10

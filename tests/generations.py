@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from builder.warmup import layout, markers, toolchain, use
-from builder.warmup.families import FAMILIES, directory
-from builder.warmup.task import Task
-from builder.warmup.toolchain import Record
+from builder.cache import layout, markers, toolchain, usage
+from builder.cache.families import FAMILIES, directory
+from builder.cache.toolchain import Record
+from builder.task import Task
 
 DAY = 86400.0
 #: A 32-bit ELF header and a table of one section, which is the table itself: the smallest file that is whole.
@@ -82,7 +82,7 @@ class Generations:
             )
             path = markers.publish(self.root, marker)
             self.age(self.root / path, days)
-            self.age(use.stamp_path(self.root, path), days)
+            self.age(usage.stamp_path(self.root, path), days)
         for family, key in keys.items():
             self.age(Path(directory(str(self.root), family, key)), days)
         self.age(toolchain.memo_path(self.root, image(number)), days)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.warmup import events
-from builder.warmup.task import JOB_VARIABLE, Job, Task
+from builder import events
+from builder.task import JOB_VARIABLE, Job, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "docker" / "stand-in" / "tiny"
@@ -55,7 +55,7 @@ class Running:
         self._begun = time.monotonic()
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "builder.warmup"],
+                [sys.executable, "-m", "builder.agent"],
                 cwd=program.place,
                 env={**program.environ, JOB_VARIABLE: job.to_json(), **environ},
                 stdin=stdin,

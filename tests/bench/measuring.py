@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Where the JSON documents go.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from tests.bench.measuring import CLI, Way, environment, in_turn, milliseconds, quietly, ratio, show, write_down
 
 pytestmark = [pytest.mark.bench, pytest.mark.engine, pytest.mark.timeout(900)]

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from builder import cli, image, logs
-from builder.engine import Engine
+from builder.cli import main
+from builder.engine import images, log_pump
+from builder.engine.client import Engine
 from tests.bench.measuring import CLI, environment, in_turn, milliseconds, quietly, show, write_down
 
 pytestmark = [pytest.mark.bench, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -30,9 +31,9 @@ TASKS = 4
 INSIDE = """
 import json, os, time
 begun = time.perf_counter()
-import builder.warmup.__main__
+import builder.agent.__main__
 loaded = time.perf_counter()
-from builder.warmup import toolchain
+from builder.cache import toolchain
 toolchain.probe(environ=dict(os.environ), mount="/jit", image={"id": "sha256:0", "labels": {}})
 print(json.dumps([loaded - begun, time.perf_counter() - loaded]))
 """
@@ -100,8 +101,8 @@ def inside(engine: Engine, ref: str) -> list[tuple[str, float]]:
     """Milliseconds of the in-container program's beginning, in containers of their own."""
     serving = engine.image(ref)
     assert serving is not None
-    made = image.warmup_image(engine, serving, (), lambda line: None)
-    command = [CLI, "run", "--rm", "--init", "--network", "none", "-w", image.PROGRAM_ROOT, "--entrypoint", "python3"]
+    made = images.warmup_image(engine, serving, (), lambda line: None)
+    command = [CLI, "run", "--rm", "--init", "--network", "none", "-w", images.PROGRAM_ROOT, "--entrypoint", "python3"]
     rounds = [json.loads(quietly([*command, made.id, "-c", INSIDE])) for _ in range(ROUNDS)]
     load, probe = (statistics.median(column) * 1e3 for column in zip(*rounds, strict=True))
     return [("  of which: loading its modules", load), ("  of which: the toolchain", probe)]
@@ -115,7 +116,7 @@ def breakdown(engine: Engine, argv: list[str]) -> list[tuple[str, float]]:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
             moments.watch(patch)
             moments.add("begin")
-            assert cli.main(argv) == 0
+            assert main.main(argv) == 0
             moments.add("finish")
         for name, start, end in STEPS:
             rounds[name].append((moments.at[end] - moments.at[start]) * 1e3)
@@ -149,13 +150,13 @@ class Moments:
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("create", "start", "remove"):
             patch.setattr(Engine, name, self._around(name, getattr(Engine, name)))
-        take: Callable[..., None] = logs.Pump._take_event
+        take: Callable[..., None] = log_pump.Pump._take_event
 
         def heard(pump: Any, event: dict[str, Any], size: int) -> None:
             self.add(f"event {event['event']}")
             take(pump, event, size)
 
-        patch.setattr(logs.Pump, "_take_event", heard)
+        patch.setattr(log_pump.Pump, "_take_event", heard)
 
     def _around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from tests.bench.measuring import Series, Way, environment, in_turn, milliseconds, quietly, ratio, show, write_down
 from tests.bench.test_check import MODELS, grow, manifest
 from tests.generations import Generations

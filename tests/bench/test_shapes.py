@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from tests.bench.measuring import ROOT, Series, quietly, ratio, show, write_down
 
 pytestmark = [pytest.mark.bench, pytest.mark.stand_in, pytest.mark.timeout(1800)]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
-from builder.packing import Load, Place, lower_bound
-from builder.warmup import layout
+from builder.cache import layout
+from builder.engine.client import Engine
+from builder.run.schedule import Load, Place, lower_bound
 from tests.bench.measuring import Series, show, write_down
 from tests.engine.cli import READY, command
 from tests.engine.gpumachine import GpuCli, gpu_image

@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 
-from builder import gpulock
-from builder.engine import Engine
-from builder.waiting import Deadline, poll
+from builder.engine.client import Engine
+from builder.host import gpu_locks
+from builder.host.deadlines import Deadline, poll
 from tests.bench.measuring import show, write_down
 from tests.engine.cli import LABEL, READY, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
 
@@ -144,7 +144,7 @@ def test_soak(cli: Cli, engine: Engine) -> None:
         "containers": len(cli.containers(engine)),
         "processes": len(processes(cli, meddler.seen)),
         "locks of the cache root": len(held(cli.root / "locks")),
-        "locks on GPUs": len(held_by(pids, gpulock.DIRECTORIES)),
+        "locks on GPUs": len(held_by(pids, gpu_locks.DIRECTORIES)),
         "leases": len(list((cli.place / "run").glob("*/*"))),
         "temporary files": len(list((cli.place / "tmp").iterdir())) + len(list(cli.root.rglob("*.tmp*"))),
         "volumes": len(volumes(engine) - before),

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from builder.complaints import NotFoundError
+from builder.engine.api import Containers, ContainerSpec, Mount, State
+from builder.engine.errors import NotFoundError
 from builder.errors import EngineRefusedError
-from builder.spec import Containers, ContainerSpec, Mount, State
-from builder.waiting import Deadline, poll
+from builder.host.deadlines import Deadline, poll
 from tests.fakes import FakeEngine
 from tests.scripts import HANG, LABEL, READ, Step, command, err, leave, on_term, out
 

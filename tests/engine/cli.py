@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from builder.cli import main
-from builder.engine import Engine
-from builder.waiting import Deadline, poll
-from builder.warmup.task import Shape
+from builder.cli.main import main
+from builder.engine.client import Engine
+from builder.host.deadlines import Deadline, poll
+from builder.task import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 LABEL = "io.sglang.warm-cache."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from tests.engine import faults
 from tests.engine.cli import READY, Cli, command
 from tests.engine.workshop import Proxy, Workshop

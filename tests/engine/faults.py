@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
-from builder.waiting import Deadline, poll
+from builder.engine.client import Engine
+from builder.host.deadlines import Deadline, poll
 from tests.engine.cli import ROOT, Cli, Ended, Running
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from builder.engine import ContainerSpec, Engine, Mount
+from builder.engine.client import ContainerSpec, Engine, Mount
 from tests.engine.cli import (
     GATE,
     LABEL,

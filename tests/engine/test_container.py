@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from builder import container as life
-from builder import logs
-from builder.engine import Engine, Mount
+from builder.engine import container as life
+from builder.engine import log_pump
+from builder.engine.client import Engine, Mount
+from builder.engine.lease import LABEL_LEASE, sweep
 from builder.errors import EngineLostError, EngineRefusedError
-from builder.lease import LABEL_LEASE, sweep
-from builder.waiting import Deadline, poll
+from builder.host.deadlines import Deadline, poll
 from tests.engine.workshop import PRELUDE, Disturbed, Proxy, Workshop, check, raising, when_ready
 from tests.scripts import HANG, leave, on_term, out, pause
 
@@ -238,11 +238,11 @@ def test_out_of_memory(workshop: Workshop) -> None:
 BUILDER = """
 import json, signal, sys
 from pathlib import Path
-from builder.cancel import Cancel
-from builder.container import Deadlines, Sinks, run_container
-from builder.engine import ContainerSpec, Engine
-from builder.lease import Lease
-from builder.warmup.task import Job
+from builder.host.cancel import Cancel
+from builder.engine.container import Deadlines, Sinks, run_container
+from builder.engine.client import ContainerSpec, Engine
+from builder.engine.lease import Lease
+from builder.task import Job
 given = json.loads(sys.argv[1])
 def said(stream, line):
     print(line, flush=True)
@@ -326,7 +326,7 @@ def test_an_engine_that_goes_away_is_said_to_be_lost(
     workshop: Workshop, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(life, "GIVE_UP", 1.0)
-    monkeypatch.setattr(logs, "GIVE_UP", 1.0)
+    monkeypatch.setattr(log_pump, "GIVE_UP", 1.0)
     when_ready(workshop, proxy.close)
     with contextlib.closing(Engine(proxy.url).connect()) as engine:
         outcome = workshop.run(READY, HANG, engine=engine)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.complaints import EngineTimeoutError, NotFoundError
-from builder.engine import ContainerSpec, Engine, Mount
+from builder.engine.client import ContainerSpec, Engine, Mount
+from builder.engine.errors import EngineTimeoutError, NotFoundError
 from builder.errors import EngineLostError, EngineRefusedError
 from tests.engine.workshop import Proxy, Workshop, check
 from tests.scripts import LABEL, leave, out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from builder.warmup.families import FAMILIES
+from builder.cache.families import FAMILIES
 from tests.engine.cli import Cli, Ended, server
 
 pytestmark = pytest.mark.engine

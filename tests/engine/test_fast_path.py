@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from tests.engine.cli import LABEL, Cli, Ended, a_cli, command, shapes  # noqa: F401 - a fixture
 from tests.engine.door import Door
 

@@ -276,7 +276,7 @@ NOBODY = 65534
 @pytest.fixture
 def nobody(docker_host: str, tiny_image: str) -> Iterator[Cli]:
     """A user who is not root, with a socket to the engine."""
-    program = as_nobody(sys.executable, "-c", "import builder.cli, docker")
+    program = as_nobody(sys.executable, "-c", "import builder.cli.main, docker")
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     if os.getuid() or subprocess.run(program, cwd="/", env=environ, capture_output=True).returncode:
         pytest.skip("needs root, and a checkout and an interpreter that everybody may read")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from builder.warmup import layout
+from builder.cache import layout
 from tests.engine.cli import GATE, READY, Ended, command, wait_for
 from tests.engine.gpumachine import GpuCli, gpu_image
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.complaints import NotFoundError
-from builder.waiting import Deadline, poll
+from builder.engine.errors import NotFoundError
+from builder.host.deadlines import Deadline, poll
 from tests.engine.cli import Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.faults import Aftermath, numbers
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.lease import LABEL_LEASE, Lease, sweep
-from builder.waiting import Deadline, poll
+from builder.engine.lease import LABEL_LEASE, Lease, sweep
+from builder.host.deadlines import Deadline, poll
 from tests.engine.workshop import Workshop
 from tests.scripts import HANG, leave, on_term
 from tests.unit.test_lease import dead_owners_labels

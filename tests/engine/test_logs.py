@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from tests.engine.workshop import Proxy, Workshop, check, when_ready
 from tests.scripts import HANG, err, leave, out, pause
 

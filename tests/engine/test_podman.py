@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine import Engine
-from builder.spec import Mount
+from builder.engine.api import Mount
+from builder.engine.client import Engine
 from tests.engine.cli import ROOT, Cli, command, shapes, wait_for
 from tests.engine.workshop import Proxy, Workshop, check
 from tests.scripts import HANG, leave, out

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import images
-from builder.engine import Engine
+from builder.engine.client import Engine
 from builder.errors import EngineRefusedError
-from builder.locks import open_lock, try_lock
+from builder.host.locks import open_lock, try_lock
+from builder.run import image_cleanup
 from tests.engine.cli import Cli, a_cli, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.test_engine import context
 from tests.generations import Generations, unvouched
@@ -173,7 +173,7 @@ def test_images_of_dropped_toolchains_go_unless_somebody_uses_or_tagged_them(cli
         done = cli.run("prune", "--json")
         assert done.status == 0, done.said
         assert [engine.image(one) is not None for one in ids] == [False, True, False, True]
-        assert {image.serving for image in images.listed(engine)} & set(ids) == {ids[3]}
+        assert {image.serving for image in image_cleanup.listed(engine)} & set(ids) == {ids[3]}
         assert cli.run("check").status == 0
     finally:
         forget(engine, [f"{name}:nightly", f"{name}-mine:1", *ids])
@@ -181,7 +181,7 @@ def test_images_of_dropped_toolchains_go_unless_somebody_uses_or_tagged_them(cli
 
 def forget(engine: Engine, names: list[str]) -> None:
     """Removes these images, and the warm-up images that were built on them first."""
-    built = [image.id for image in images.listed(engine) if image.serving in names]
+    built = [image.id for image in image_cleanup.listed(engine) if image.serving in names]
     for name in [*built, *reversed(names)]:
         with contextlib.suppress(EngineRefusedError):
             engine.ask("tidying", "DELETE", "/images/{0}", name, params={"force": 1})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.manifest import load
+from builder.manifest.load import load
 from tests.engine.cli import ROOT
 from tests.engine.gpumachine import GpuCli, gpu_image
 from tests.stub_nvml.stub import Driver, a_driver, a_library  # noqa: F401 - fixtures

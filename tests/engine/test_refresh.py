@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from builder.errors import EngineRefusedError
-from builder.locks import open_lock, try_lock
+from builder.host.locks import open_lock, try_lock
 from tests.engine.cli import Cli, Ended, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.door import Door
 from tests.engine.test_engine import context

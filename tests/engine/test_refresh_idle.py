@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
-from builder import gpulock
-from builder.engine import Engine
-from builder.locks import try_lock
+from builder.engine.client import Engine
+from builder.host import gpu_locks
+from builder.host.locks import try_lock
 from tests.engine.cli import Cli, Ended, shapes
 from tests.engine.gpumachine import GpuCli, gpu_image
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
@@ -73,7 +73,7 @@ def test_a_process_on_a_gpu_and_another_builders_lock(
         driver.hold((1, sleeper.pid, 71 * GB))
         deferred(cli, f"GPU 1 is held by pid {sleeper.pid} (sleep)")
         driver.hold()
-        lock = gpulock.lock_file(gpulock.usable()[0], driver.uuids[0])
+        lock = gpu_locks.lock_file(gpu_locks.usable()[0], driver.uuids[0])
         assert try_lock(lock)
         deferred(cli, "another builder has GPU 0")
         when_free(cli, "another builder has GPU 0", lambda: os.close(lock))

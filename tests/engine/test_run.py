@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
-from builder import cli as cli_module
-from builder.engine import Engine
-from builder.spec import ContainerSpec
-from builder.waiting import Deadline
-from builder.warmup.task import JOB_VARIABLE
+from builder.cli import main as cli_module
+from builder.engine.api import ContainerSpec
+from builder.engine.client import Engine
+from builder.host.deadlines import Deadline
+from builder.task import JOB_VARIABLE
 from tests.engine.cli import GATE, READY, Cli, Ended, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.engine

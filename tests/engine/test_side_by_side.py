@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from builder import display
-from builder.engine import Engine
+from builder.engine.client import Engine
+from builder.report import live
 from tests.engine.cli import READY, SHAPE, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.faults import Aftermath, changed, time_passes
 from tests.engine.gpumachine import GpuCli, gpu_image
@@ -282,7 +282,7 @@ def test_in_github_actions_several_at_once_are_groups_that_do_not_interleave(cli
 
 
 def test_a_heartbeat_in_a_pipe(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(display, "EVERY", 0.3)
+    monkeypatch.setattr(live, "EVERY", 0.3)
     cli.manifest(command("one", "import time; time.sleep(1.5)\n" + READY))
     assert cli.here("warm") == 0
     out = capfd.readouterr().out

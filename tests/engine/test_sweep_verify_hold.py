@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from builder.engine import Engine
-from builder.warmup import layout
-from builder.warmup.families import FAMILIES
+from builder.cache import layout
+from builder.cache.families import FAMILIES
+from builder.engine.client import Engine
 from tests.engine.cli import GATE, READY, Cli, Running, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.engine

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from builder.complaints import NotFoundError
-from builder.engine import ContainerSpec, Engine, Mount
-from builder.manifest import load
-from builder.warmup import layout
+from builder.cache import layout
+from builder.engine.client import ContainerSpec, Engine, Mount
+from builder.engine.errors import NotFoundError
+from builder.manifest.load import load
 from tests.engine.cli import (
     GATE,
     LABEL,
@@ -355,13 +355,13 @@ def test_a_create_that_is_killed_misleads_nobody(user: Views, step: str) -> None
             wait_for(lambda: not _running(user), 10, "its end")
     else:
         hook = {"volume": "create_volume", "prove": "prove"}[step]
-        where = {"volume": "builder.volumes:Volumes", "prove": "builder.cache:CacheRoot"}[step]
+        where = {"volume": "builder.engine.volumes:Volumes", "prove": "builder.run.cache_root:CacheRoot"}[step]
         module, _, name = where.partition(":")
         code = (
             "import os, signal, sys\n"
             f"from {module} import {name} as owner\n"
             f"setattr(owner, {hook!r}, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))\n"
-            "from builder.cli import main\n"
+            "from builder.cli.main import main\n"
             "sys.exit(main())\n"
         )
         killed = user.start("view", "create", "job", program=(sys.executable, "-c", code))

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from builder.cancel import Cancel
-from builder.container import Deadlines, Outcome, Sinks, run_container
-from builder.engine import ContainerSpec, Engine
-from builder.lease import Lease
-from builder.waiting import Deadline, poll
-from builder.warmup.task import Job
+from builder.engine.client import ContainerSpec, Engine
+from builder.engine.container import Deadlines, Outcome, Sinks, run_container
+from builder.engine.lease import Lease
+from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline, poll
+from builder.task import Job
 from tests.scripts import LABEL, Step, command
 
 #: What a program in a container needs to speak the protocol.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup.task import JOB_VARIABLE, PRETEND_VARIABLE, Job, Shape, Task
+from builder.task import JOB_VARIABLE, PRETEND_VARIABLE, Job, Shape, Task
 from tests.program import NONCE, ROOT, Result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
@@ -48,9 +48,9 @@ def run(root: Path, task: Task) -> Result:
         gpus = [] if PRETEND_VARIABLE in task.env else ["--gpus", "device=0"]
         mounts = ["-v", f"{ROOT}:/opt/warm-cache:ro", "-v", f"{root}:{root}"]
         command = ["docker", "run", "--rm", "--init", "--network", "none", "--entrypoint", "python3", *gpus, *mounts]
-        command += ["-e", JOB_VARIABLE, "-w", "/opt/warm-cache", IMAGE, "-m", "builder.warmup"]
+        command += ["-e", JOB_VARIABLE, "-w", "/opt/warm-cache", IMAGE, "-m", "builder.agent"]
     else:
-        command = [PYTHON, "-m", "builder.warmup"]
+        command = [PYTHON, "-m", "builder.agent"]
     env = {**os.environ, JOB_VARIABLE: job}
     done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=1500)
     found = Result(done.returncode, done.stdout, done.stderr, 0.0)

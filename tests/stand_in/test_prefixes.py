@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from builder.engine import Engine
-from builder.warmup.families import FAMILIES
+from builder.cache.families import FAMILIES
+from builder.engine.client import Engine
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from builder.manifest import Overrides, load, profiles
-from builder.warmup.dummies import task_of
-from builder.warmup.setting import model_argv
-from builder.warmup.task import Task
+from builder.agent.dummy_weights import task_of
+from builder.agent.pass_context import model_argv
+from builder.manifest.load import Overrides, load, profiles
+from builder.task import Task
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(300)]
 

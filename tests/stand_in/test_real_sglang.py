@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from builder.warmup.families import FAMILIES
+from builder.cache.families import FAMILIES
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 

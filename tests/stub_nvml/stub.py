@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.gpulock import DIRECTORIES
+from builder.host.gpu_locks import DIRECTORIES
 
 HERE = Path(__file__).parent
 GB = 10**9

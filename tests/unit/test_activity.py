@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from builder import display
-from builder.activity import Activity, span
-from builder.display import Display
-from builder.report import Console
-from builder.voices import KEPT, speaking
-from builder.waiting import Deadline, poll
+from builder.host.deadlines import Deadline, poll
+from builder.report import live as display
+from builder.report.live import Display
+from builder.report.progress import Activity, span
+from builder.report.results import Console
+from builder.report.task_output import KEPT, speaking
 
 
 class Watched(Activity):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup import audit, generations
-from builder.warmup.audit import Layers
-from builder.warmup.findings import Audit, Finding, proposal
-from builder.warmup.task import Shape
+from builder.cache import generations, overlay_audit
+from builder.cache.findings import Audit, Finding, proposal
+from builder.cache.overlay_audit import Layers
+from builder.task import Shape
 from tests.unit.test_inventory import deep_gemm_entry, elf, triton_entry
 
 KEY = "0123456789abcdef"
@@ -38,11 +38,11 @@ class View:
             (self.lower / name).write_text("{}")
         shutil.copytree(self.lower, self.merged, symlinks=True)
 
-    def audit(self, *, budget: int = audit.BUDGET) -> Audit:
+    def audit(self, *, budget: int = overlay_audit.BUDGET) -> Audit:
         self.upper.mkdir()
         self._settle("")
         layers = Layers(self.lower, self.upper, self.merged, "/jit", self.created)
-        return audit.audit(layers, now=time.time(), check=lambda: None, budget=budget)
+        return overlay_audit.audit(layers, now=time.time(), check=lambda: None, budget=budget)
 
     def _settle(self, name: str) -> bool:
         """Puts what differs below this directory into the upper layer; whether anything does."""
@@ -231,7 +231,7 @@ def test_a_hostile_layer_never_raises_escapes_or_passes_for_kernels(
     harm(view.merged / GEMM, outside)
     layers = Layers(view.lower, view.merged, view.merged, "/jit", view.created)
     began = time.monotonic()
-    found = audit.audit(layers, now=time.time(), check=lambda: None)
+    found = overlay_audit.audit(layers, now=time.time(), check=lambda: None)
     assert time.monotonic() - began < 10
     assert found.jit == 0
     assert found.asked == []

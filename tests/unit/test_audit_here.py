@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from builder import cli
-from builder.warmup import layout
+from builder.cache import layout
+from builder.cli import main
 from tests.unit.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
 
 KEY = "0123456789abcdef"
@@ -42,7 +42,7 @@ def environ(root: Path) -> dict[str, str]:
 @pytest.fixture
 def before(tmp_path: Path, environ: dict[str, str]) -> Path:
     path = tmp_path / "before.json"
-    assert cli.main(["audit", "--here", "--before", str(path)], environ=environ) == 0
+    assert main.main(["audit", "--here", "--before", str(path)], environ=environ) == 0
     return path
 
 
@@ -63,11 +63,11 @@ def test_what_changed_between_is_named(
     root: Path, environ: dict[str, str], before: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     after = ["audit", "--here", "--after", str(before)]
-    assert cli.main([*after, "--fail-on-jit"], environ=environ) == 0
+    assert main.main([*after, "--fail-on-jit"], environ=environ) == 0
     assert "the job compiled nothing" in capsys.readouterr().out
     job(root)
     for words in (after, [*after, "--cache", str(root)]):
-        assert cli.main([*words, "--json", "--fail-on-jit"], environ=environ) == 10
+        assert main.main([*words, "--json", "--fail-on-jit"], environ=environ) == 10
         document: dict[str, Any] = json.loads(capsys.readouterr().out)
         assert document["error"]["message"] == "the job compiled 2 entries in spite of the cache"
         audit = document["audit"]
@@ -79,7 +79,7 @@ def test_what_changed_between_is_named(
         assert (audit["jit"], audit["used"]) == (2, 1)
         assert audit["asked"] == ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"]
         assert audit["findings"][0]["shape"] == audit["asked"][0]
-    assert cli.main(after, environ=environ) == 0
+    assert main.main(after, environ=environ) == 0
     assert f"compiled in spite of the cache: deep_gemm/{KEY}/cache/new.1 (GEMM_NT_F8" in capsys.readouterr().out
 
 
@@ -95,15 +95,15 @@ def test_what_changed_between_is_named(
     ],
 )
 def test_wrong_words(words: list[str], said: str, environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["audit", *words], environ=environ) == 2
+    assert main.main(["audit", *words], environ=environ) == 2
     assert said in capsys.readouterr().err
 
 
 def test_an_environment_without_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = ["audit", "--here", "--before", str(tmp_path / "b.json")]
-    assert cli.main(before, environ={}) == 2
+    assert main.main(before, environ={}) == 2
     assert "which cache?" in capsys.readouterr().err
-    assert cli.main([*before, "--cache", str(tmp_path / "none")], environ={}) == 12
+    assert main.main([*before, "--cache", str(tmp_path / "none")], environ={}) == 12
 
 
 _PLACES = '{"schema": 1, "taken": 1, "places": [%s]}'
@@ -126,7 +126,7 @@ def test_what_is_no_snapshot_is_said_to_be_none(
     text: str, tmp_path: Path, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.json").write_text(text)
-    assert cli.main(["audit", "--here", "--after", str(tmp_path / "x.json")], environ=environ) == 2
+    assert main.main(["audit", "--here", "--after", str(tmp_path / "x.json")], environ=environ) == 2
     assert "--after: " in capsys.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_what_a_snapshot_names_is_text_for_people_and_never_a_command(
     place |= {"locks": {}, "entries": [["##[error]\n::error::e\ud800", 1, 1, 1, None]]}
     (tmp_path / "x.json").write_text(json.dumps({"schema": 1, "taken": 1, "places": [place]}))
     words = ["audit", "--here", "--after", str(tmp_path / "x.json")]
-    assert cli.main(words, environ={**environ, "GITHUB_ACTIONS": "true"}) == 0
+    assert main.main(words, environ={**environ, "GITHUB_ACTIONS": "true"}) == 0
     said = capsys.readouterr()
     assert "deleted: triton/" in said.out
     assert "\x1b" not in said.out and "##[" not in said.out
@@ -151,9 +151,9 @@ def test_a_snapshot_is_written_where_a_file_can_be_and_nothing_else_is_replaced(
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("file.json")
     for name in ("pipe", "typo/b.json", "."):
-        assert cli.main(["audit", "--here", "--before", str(tmp_path / name)], environ=environ) == 2
+        assert main.main(["audit", "--here", "--before", str(tmp_path / name)], environ=environ) == 2
         assert "--before: cannot write" in capsys.readouterr().err
-    assert cli.main(["audit", "--here", "--before", str(tmp_path / "link")], environ=environ) == 0
+    assert main.main(["audit", "--here", "--before", str(tmp_path / "link")], environ=environ) == 0
     assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "typo").exists()
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file.json").is_file()
 
@@ -163,7 +163,7 @@ def test_it_needs_the_standard_library_alone(before: Path, environ: dict[str, st
     code = (
         "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from builder.cli import main\n"
+        "from builder.cli.main import main\n"
         f"sys.exit(main(['audit', '--here', '--after', {str(before)!r}]))\n"
     )
     done = subprocess.run(

@@ -12,16 +12,16 @@ from typing import cast
 
 import pytest
 
-from builder.cache import CacheRoot
-from builder.cancel import Cancel
-from builder.complaints import NotFoundError
-from builder.engine import ContainerSpec, Engine
+from builder.cache import markers
+from builder.cache.families import FAMILIES
+from builder.engine.client import ContainerSpec, Engine
+from builder.engine.errors import NotFoundError
+from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted, PreflightError
-from builder.lease import Lease
-from builder.manifest import load
-from builder.warmup import markers
-from builder.warmup.families import FAMILIES
-from builder.warmup.task import Task
+from builder.host.cancel import Cancel
+from builder.manifest.load import load
+from builder.run.cache_root import CacheRoot
+from builder.task import Task
 
 KEY = "0123456789abcdef"
 LABELS = {"io.sglang.warm-cache.lease": "mine"}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup import events
-from builder.warmup.child import describe_status
-from builder.warmup.output import MASK, Redactor
+from builder import events
+from builder.agent.output import MASK, Redactor
+from builder.agent.process import describe_status
 from tests.program import NONCE, Program
 
 Until = Callable[..., None]

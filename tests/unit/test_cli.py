@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from builder import __main__, arguments, cli, run, verbs, words
-from builder.cancel import Cancel
+from builder import __main__
+from builder.cli import main as cli
+from builder.cli import options as words
+from builder.cli import parser
+from builder.cli.commands import check
 from builder.errors import (
     BuilderError,
     BusyError,
@@ -27,9 +30,11 @@ from builder.errors import (
     Problem,
     TasksError,
 )
-from builder.report import TaskResult
-from builder.session import Session
-from builder.warmup.task import Task
+from builder.host.cancel import Cancel
+from builder.report.results import TaskResult
+from builder.run import warm
+from builder.run.session import Session
+from builder.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = """
@@ -97,7 +102,7 @@ class Bench:
             self.tasks = [task.model for task in session.manifest.tasks]
             act(session, session.manifest.tasks)
 
-        self.monkeypatch.setattr(verbs, "check", recorded)
+        self.monkeypatch.setattr(check, "check", recorded)
 
     def fail(self, error: BaseException) -> None:
         def act(_session: Session, _tasks: tuple[Task, ...]) -> None:
@@ -192,7 +197,7 @@ def test_every_example_is_a_command_line(verb: str) -> None:
     typed = words.VERBS[verb].example.replace("$(", "").replace(")", "").partition("warm-cache ")[2].split()
     if verb == "env":
         typed = typed[: typed.index("lmsysorg/sglang:v0.5.23")]
-    said = arguments.parse(typed, {})
+    said = parser.parse(typed, {})
     assert said.verb == verb
     assert said.profile or said.cache or words.VERBS[verb].needs == "nothing"
 
@@ -469,7 +474,7 @@ def warm_tasks(**more: Any) -> Act:
 
 def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(act: Act) -> str:
-        monkeypatch.setattr(run, "warm", lambda session, _said: act(session, session.manifest.tasks))
+        monkeypatch.setattr(warm, "warm", lambda session, _said: act(session, session.manifest.tasks))
         bench.run("warm")
         return bench.capsys.readouterr().out
 
@@ -578,7 +583,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["builder.cli", "argparse", "builder.session"])
+@pytest.mark.parametrize("module", ["builder.cli.main", "argparse", "builder.run.session"])
 def test_ctrl_c_during_imports_is_quiet(module: str) -> None:
     code = INTERRUPTED_IMPORT.format(module=module)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)

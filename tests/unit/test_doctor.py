@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from builder import doctor
-from builder.doctor import OK, UNKNOWN, WARN, Facts
-from builder.gpus import HostGpus
-from builder.manifest import Manifest, load
+from builder.host.gpus import HostGpus
+from builder.manifest.load import Manifest, load
+from builder.run import diagnostics
+from builder.run.diagnostics import OK, UNKNOWN, WARN, Facts
 
 NOW = 1_800_000_000.0
 GIB = 1 << 30
@@ -46,10 +46,10 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def found(write: Write, tmp_path: Path) -> Callable[..., doctor.Finding]:
+def found(write: Write, tmp_path: Path) -> Callable[..., diagnostics.Finding]:
     """What one check finds on a machine that differs from a good one in what the test says."""
 
-    def found(check: str, manifest: Manifest | None = None, **facts: Any) -> doctor.Finding:
+    def found(check: str, manifest: Manifest | None = None, **facts: Any) -> diagnostics.Finding:
         usual = {
             "manifest": manifest or write(),
             "info": info(),
@@ -58,7 +58,7 @@ def found(write: Write, tmp_path: Path) -> Callable[..., doctor.Finding]:
             "now": NOW,
             "dev": tmp_path,
         }
-        finding = doctor.examine(Facts(**{**usual, **facts}))[check]
+        finding = diagnostics.examine(Facts(**{**usual, **facts}))[check]
         assert bool(finding.remedy) == (finding.state == WARN), "a remedy for what is wrong, and for nothing else"
         return finding
 
@@ -79,18 +79,18 @@ def hub(store: Path, model: str, *, link: Path | None = None) -> None:
     (snapshot / "model.safetensors").write_text("")
 
 
-def test_a_restart_of_the_engine(found: Callable[..., doctor.Finding]) -> None:
+def test_a_restart_of_the_engine(found: Callable[..., diagnostics.Finding]) -> None:
     assert "ends a running warm-up" in found("engine").text
     assert "leaves a running warm-up alone" in found("engine", info=info(LiveRestoreEnabled=True)).text
 
 
-def test_the_driver(found: Callable[..., doctor.Finding]) -> None:
+def test_the_driver(found: Callable[..., diagnostics.Finding]) -> None:
     assert found("driver").text == "driver 580.65.06, 8 × NVIDIA H200"
     assert found("driver", host=None).state == UNKNOWN
     assert found("driver", local=False, host=None).state == UNKNOWN
 
 
-def test_the_toolkit(found: Callable[..., doctor.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_toolkit(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert found("toolkit").text == "found nvidia"
     missing = found("toolkit", info=info(Runtimes={"runc": {}}))
@@ -100,7 +100,7 @@ def test_the_toolkit(found: Callable[..., doctor.Finding], monkeypatch: pytest.M
 
 
 def test_the_toolkit_in_path(
-    found: Callable[..., doctor.Finding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hook = tmp_path / "nvidia-container-runtime-hook"
     hook.write_text("#!/bin/sh\n")
@@ -111,7 +111,7 @@ def test_the_toolkit_in_path(
 
 
 def test_daemon_reload_takes_gpus_that_dev_char_does_not_know(
-    found: Callable[..., doctor.Finding], write: Write, tmp_path: Path
+    found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path
 ) -> None:
     trap = found("daemon-reload")
     assert trap.state == WARN and "create-dev-char-symlinks" in trap.remedy
@@ -123,18 +123,18 @@ def test_daemon_reload_takes_gpus_that_dev_char_does_not_know(
     assert found("daemon-reload").state == OK
 
 
-def test_shared_memory_is_memory(found: Callable[..., doctor.Finding], write: Write) -> None:
+def test_shared_memory_is_memory(found: Callable[..., diagnostics.Finding], write: Write) -> None:
     assert found("shared memory").state == OK
     assert found("shared memory", info=info(MemTotal=16 * GIB)).state == WARN
 
 
-def test_the_caches_file_system(found: Callable[..., doctor.Finding], write: Write, tmp_path: Path) -> None:
+def test_the_caches_file_system(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
     mounts = tmp_path / "proc" / "self" / "mounts"
     mounts.parent.mkdir(parents=True)
     cache = tmp_path / "a cache"
     cache.mkdir()
 
-    def on(kind: str) -> doctor.Finding:
+    def on(kind: str) -> diagnostics.Finding:
         octal = str(cache).replace(" ", "\\040")
         mounts.write_text(f"/dev/vda / ext4 rw 0 0\nserver:/x {octal} {kind} rw 0 0\nnonsense\n")
         return found("cache disk", write(cache=cache / "root"), proc=tmp_path / "proc")
@@ -147,7 +147,7 @@ def test_the_caches_file_system(found: Callable[..., doctor.Finding], write: Wri
 
 
 def test_the_engines_disk(
-    found: Callable[..., doctor.Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: Callable[..., diagnostics.Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = info(DockerRootDir=str(tmp_path))
     usage = SimpleNamespace(free=100 * GIB)
@@ -158,7 +158,7 @@ def test_the_engines_disk(
     assert found("engine disk", info=info(DockerRootDir="/no/such")).state == UNKNOWN
 
 
-def test_descriptors(found: Callable[..., doctor.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (64, 4096))
     assert found("descriptors").state == WARN
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (resource.RLIM_INFINITY,) * 2)
@@ -166,22 +166,22 @@ def test_descriptors(found: Callable[..., doctor.Finding], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("apart", "state"), [(0, OK), (-4, OK), (7, WARN), (-3600, WARN)])
-def test_clocks(found: Callable[..., doctor.Finding], apart: float, state: str) -> None:
+def test_clocks(found: Callable[..., diagnostics.Finding], apart: float, state: str) -> None:
     assert found("clock", now=NOW + apart).state == state
 
 
 @pytest.mark.parametrize("said", [None, "", "yesterday", "2026-13-45T99:00:00Z", 7])
-def test_an_engine_that_does_not_say_the_time(found: Callable[..., doctor.Finding], said: object) -> None:
+def test_an_engine_that_does_not_say_the_time(found: Callable[..., diagnostics.Finding], said: object) -> None:
     assert found("clock", info=info(SystemTime=said)).state == UNKNOWN
 
 
-def test_an_offset_is_part_of_the_time(found: Callable[..., doctor.Finding]) -> None:
+def test_an_offset_is_part_of_the_time(found: Callable[..., diagnostics.Finding]) -> None:
     east = datetime.fromtimestamp(NOW + 7200, tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.5+02:00")
     assert found("clock", info=info(SystemTime=east)).state == OK
 
 
 def test_models_that_a_container_would_not_see(
-    found: Callable[..., doctor.Finding], write: Write, tmp_path: Path
+    found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     store.mkdir()
@@ -194,7 +194,7 @@ def test_models_that_a_container_would_not_see(
     assert found("models", write(store=store)).text.endswith(": org/two"), "that link leads out of the mount"
 
 
-def test_models_that_are_all_there(found: Callable[..., doctor.Finding], write: Write, tmp_path: Path) -> None:
+def test_models_that_are_all_there(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
     hub(tmp_path / "store", "org/one")
     hub(tmp_path / "store", "org/two")
     assert found("models", write(store=tmp_path / "store")).state == OK
@@ -203,7 +203,7 @@ def test_models_that_are_all_there(found: Callable[..., doctor.Finding], write: 
 
 
 def test_a_cache_that_cannot_be_read(
-    found: Callable[..., doctor.Finding], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
     assert found("permissions").state == OK
@@ -216,5 +216,5 @@ def test_no_answer_of_an_engine_is_too_odd(write: Write) -> None:
     names = ("CgroupDriver", "Runtimes", "DiscoveredDevices", "MemTotal", "SystemTime", "DockerRootDir")
     for value in odd:
         told = info(**dict.fromkeys(names, value))
-        findings = doctor.examine(Facts(write(), told, True, None, time.time()))
-        assert set(findings) == set(doctor.CHECKS)
+        findings = diagnostics.examine(Facts(write(), told, True, None, time.time()))
+        assert set(findings) == set(diagnostics.CHECKS)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from builder import sglang_args
+from builder.agent import dummy_weights
+from builder.agent.dummy_weights import TooFewLayersError, few_layers
 from builder.errors import UsageError
-from builder.manifest import load
-from builder.warmup import dummies, flags
-from builder.warmup.dummies import TooFewLayersError, few_layers
-from builder.warmup.task import Task
+from builder.manifest.load import load
+from builder.task import Task
 from tests.program import Program
 
 DEEPSEEK: dict[str, Any] = {
@@ -103,9 +104,9 @@ def test_what_sglang_refuses_is_left_out_and_what_the_task_overrides_wins() -> N
             "--speculative-draft-load-format", "auto", "--json-model-override-args",
             '{"num_hidden_layers": 9, "b": {"c": 1}}')  # fmt: skip
     task = Task("l", "m", "serve", argv, load="dummy-then-weights", layers=4)
-    words = dummies.task_of(task, {**DEEPSEEK, "b": 1}).argv
+    words = dummy_weights.task_of(task, {**DEEPSEEK, "b": 1}).argv
     assert words[:4] == ("--tp", "8", "--load-format", "dummy")
-    told = json.loads(flags.value(words, flags.OVERRIDES) or "")
+    told = json.loads(sglang_args.value(words, sglang_args.OVERRIDES) or "")
     assert told == {"num_hidden_layers": 9, "first_k_dense_replace": 3, "moe_layer_freq": 1, "b": {"c": 1}}
     assert len(words) == 6
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from builder.complaints import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
-from builder.engine import Engine
+from builder.engine.api import ContainerSpec, Mount
+from builder.engine.client import Engine
+from builder.engine.errors import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
 from builder.errors import EngineLostError, EngineRefusedError
-from builder.spec import ContainerSpec, Mount
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,8 @@ def test_the_version_spoken_is_one_that_both_know(tmp_path: Path, newest: str, o
 
 def test_help_needs_no_docker_py() -> None:
     heavy = ("docker", "requests", "tenacity")
-    code = f"import sys, builder.engine, builder.container; sys.exit(any(name in sys.modules for name in {heavy}))"
+    modules = "builder.engine.client, builder.engine.container"
+    code = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from builder.estimates import TIME_OUT, Estimate, learn
-from builder.plan import make_plan
-from builder.warmup import markers
-from builder.warmup.families import FAMILIES
-from builder.warmup.task import Task
-from builder.warmup.toolchain import Record
+from builder.cache import markers
+from builder.cache.families import FAMILIES
+from builder.cache.toolchain import Record
+from builder.run.estimates import TIME_OUT, Estimate, learn
+from builder.run.plan import make_plan
+from builder.task import Task
 
 TASK = Task(label="model", model="org/model", recipe="command", argv=("serve",), families=(), timeout=900.0)
 

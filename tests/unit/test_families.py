@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from builder.warmup.families import FAMILIES, FAMILY, HOST_ABI, PACKAGES, Family, directory, environment
+from builder.cache.families import FAMILIES, FAMILY, HOST_ABI, PACKAGES, Family, directory, environment
 
 NAMES = [
     "deep_gemm",

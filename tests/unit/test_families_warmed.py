@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup.families import FAMILIES, FAMILY
+from builder.cache.families import FAMILIES, FAMILY
 from tests.program import Program
 
 PROBE = "gpu_p2p_access_cache_for_0,1,2,3,4,5,6,7.json"

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from builder import forecast
-from builder.plan import Item
-from builder.warmup import holdings
-from builder.warmup.markers import Judgement
+from builder.cache import survey
+from builder.cache.markers import Judgement
+from builder.run import forecast
+from builder.run.plan import Item
 from tests.generations import Generations, record, task
 
 NEED = 2 * 3 * 1000
@@ -55,8 +55,8 @@ def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
     made: Generations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(3.1e9)))
-    held = holdings.survey(made.root).bytes
-    monkeypatch.setattr(holdings, "survey", lambda _: SimpleNamespace(bytes=held + (100 << 30)))
+    held = survey.survey(made.root).bytes
+    monkeypatch.setattr(survey, "survey", lambda _: SimpleNamespace(bytes=held + (100 << 30)))
     (found,) = forecast.problems_of(made.root, None, forecast.Forecast(int(9.8e9), 1, 1))
     assert found.place == "disk"
     assert found.text == f"{made.root} has 3.1 GB free, and what this warm-up will add took 9.8 GB last time."
@@ -65,14 +65,14 @@ def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
 
 
 def test_a_budget_that_is_too_small_as_well(made: Generations) -> None:
-    held = holdings.survey(made.root).bytes
+    held = survey.survey(made.root).bytes
     (found,) = forecast.problems_of(made.root, held + 10, forecast.Forecast(11, 1, 1))
     assert "that [cache] max_size allows" in found.text
     assert list(forecast.problems_of(made.root, held + 11, forecast.Forecast(11, 1, 1))) == []
 
 
 def test_room_is_made_for_what_comes(made: Generations) -> None:
-    held = holdings.survey(made.root).bytes
+    held = survey.survey(made.root).bytes
     cold = [item("a", 2), item("b", 2)]
     assert forecast.room(made.root, cold, None) is None
     assert forecast.room(made.root, cold, held + 5000) is None

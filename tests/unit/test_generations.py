@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import generations, inventory, layout, removal, views
-from builder.warmup.families import FAMILY
-from builder.warmup.generations import Omitted
+from builder.cache import generations, inventory, layout, removal, view_records
+from builder.cache.families import FAMILY
+from builder.cache.generations import Omitted
 from tests.unit.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
 
 KEY = "0123456789abcdef"
@@ -156,7 +156,7 @@ def test_nothing_that_a_view_has_below_it_may_be_removed(root: Path) -> None:
             return found
 
     assert refusal("triton", KEY) is None
-    view = views.home(root) / "pr-1"
+    view = view_records.home(root) / "pr-1"
     (view / "upper").mkdir(parents=True)
     (view / "view.json").write_text(
         f'{{"schema": 1, "view": "pr-1", "generation": "{place.name}", "created": 1.5, "engine": "E"}}'
@@ -170,7 +170,7 @@ def test_nothing_that_a_view_has_below_it_may_be_removed(root: Path) -> None:
     aside.mkdir(parents=True)
     assert refusal("triton", KEY, aside) is None
     (view / "view.json").write_text("garbage")
-    assert views.records(root) == {"pr-1": None}
+    assert view_records.records(root) == {"pr-1": None}
 
 
 class Free:
@@ -187,17 +187,17 @@ def test_whoever_wants_room_forgets_every_generation_that_no_view_has(root: Path
     used = published(root)
     deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
     published(root)
-    (views.home(root) / "pr-1").mkdir(parents=True)
-    record = views.home(root) / "pr-1" / "view.json"
+    (view_records.home(root) / "pr-1").mkdir(parents=True)
+    record = view_records.home(root) / "pr-1" / "view.json"
     record.write_text(f'{{"schema": 1, "view": "pr-1", "generation": "{used.name}", "created": 1.5, "engine": "E"}}')
     guard: Any = Free()
-    views.forget(root, guard)
+    view_records.forget(root, guard)
     assert generations.known(root) == [used.name]
     record.write_text("garbage")
-    views.forget(root, guard)
+    view_records.forget(root, guard)
     assert generations.known(root) == [used.name], "nobody can tell what that view has below it"
-    generations.remove(record.parent, views.home(root))
-    views.forget(root, guard)
+    generations.remove(record.parent, view_records.home(root))
+    view_records.forget(root, guard)
     assert generations.known(root) == []
     assert inventory.scan(FAMILY["deep_gemm"], root / "deep_gemm" / KEY).valid
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from builder import github
 from builder.errors import BuilderError, ColdError, PreflightError, TasksError
-from builder.report import Report, TaskResult
+from builder.report import github
+from builder.report.results import Report, TaskResult
 from tests.actions import entries
 
 HOSTILE = (

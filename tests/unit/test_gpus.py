@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from builder import preflight
-from builder.gpus import Gpu, Look, Process, container_of, host_gpus
+from builder.host.gpus import Gpu, Look, Process, container_of, host_gpus
+from builder.run import preflight
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_garbage_is_no_reason_to_crash(tmp_path: Path) -> None:
 
 LOOK = """
 import dataclasses, json, sys
-from builder.gpus import Nvml
+from builder.host.gpus import Nvml
 nvml = Nvml(**json.loads(sys.argv[1]))
 looks = [dataclasses.asdict(nvml.look()) for _ in range(2)]
 nvml.close()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from builder import hooks, lease
-from builder.hooks import Hooks
-from builder.waiting import Deadline, poll
+from builder.engine import lease
+from builder.host import hooks
+from builder.host.deadlines import Deadline, poll
+from builder.host.hooks import Hooks
 from tests.fakes import FakeEngine
 
 

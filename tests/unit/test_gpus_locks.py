@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import gpulock
-from builder.cancel import Cancel
 from builder.errors import BusyError, Interrupted
-from builder.locks import Patience
+from builder.host import gpu_locks
+from builder.host.cancel import Cancel
+from builder.host.locks import Patience
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -33,8 +33,8 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     tmp.mkdir()
     tmp.chmod(0o1777)
     directories = [tmp_path / "run", tmp / "locks"]
-    monkeypatch.setattr(gpulock, "DIRECTORIES", tuple(directories))
-    monkeypatch.setattr(gpulock.usable, "__defaults__", (tuple(directories),))
+    monkeypatch.setattr(gpu_locks, "DIRECTORIES", tuple(directories))
+    monkeypatch.setattr(gpu_locks.usable, "__defaults__", (tuple(directories),))
     return directories
 
 
@@ -49,14 +49,14 @@ class Waiting:
 
     def locked(self, *names: str) -> contextlib.AbstractContextManager[None]:
         patience = Patience(self._seconds, say=self.said.append, cancel=self.cancel)
-        return gpulock.locked({name: f"GPU {name}" for name in names}, patience, self.warned.append)
+        return gpu_locks.locked({name: f"GPU {name}" for name in names}, patience, self.warned.append)
 
 
 @contextlib.contextmanager
 def somebody_else(directory: Path, name: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds this lock."""
     code = (
-        "import fcntl, sys; from pathlib import Path; from builder.gpulock import lock_file\n"
+        "import fcntl, sys; from pathlib import Path; from builder.host.gpu_locks import lock_file\n"
         "d = lock_file(Path(sys.argv[1]), sys.argv[2]); fcntl.flock(d, fcntl.LOCK_EX)\n"
         "print('held', flush=True); sys.stdin.read()"
     )
@@ -70,7 +70,7 @@ def somebody_else(directory: Path, name: str) -> Iterator[subprocess.Popen[str]]
 
 
 def is_free(directory: Path, name: str) -> bool:
-    descriptor = gpulock.lock_file(directory, name)
+    descriptor = gpu_locks.lock_file(directory, name)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -106,10 +106,10 @@ def test_two_users_exclude_each_other(maker: int) -> None:
     with tempfile.TemporaryDirectory() as everybodys:
         Path(everybodys).chmod(0o1777)
         directory = Path(everybodys, "locks")
-        assert as_user(maker, lambda: gpulock.usable([directory]) == [directory] and is_free(directory, "gpu"))
+        assert as_user(maker, lambda: gpu_locks.usable([directory]) == [directory] and is_free(directory, "gpu"))
         assert (directory / "gpu.lock").stat().st_uid == maker
         assert as_user(NOBODY, lambda: is_free(directory, "gpu"))
-        descriptor = gpulock.lock_file(directory, "gpu")
+        descriptor = gpu_locks.lock_file(directory, "gpu")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         assert as_user(NOBODY, lambda: not is_free(directory, "gpu"))
         os.close(descriptor)
@@ -132,7 +132,7 @@ def as_user(uid: int, act: Callable[[], bool]) -> bool:
 
 
 def test_who_is_waited_for_is_said_and_named_in_the_end(shared: list[Path]) -> None:
-    gpulock.usable()
+    gpu_locks.usable()
     with somebody_else(shared[1], "a") as other:
         waiting = Waiting(0.3)
         with pytest.raises(BusyError) as error, waiting.locked("a", "b"):
@@ -145,7 +145,7 @@ def test_who_is_waited_for_is_said_and_named_in_the_end(shared: list[Path]) -> N
 
 
 def test_the_lock_dies_with_its_holder(shared: list[Path]) -> None:
-    gpulock.usable()
+    gpu_locks.usable()
     with somebody_else(shared[0], "a") as other:
         threading.Timer(0.2, other.kill).start()
         waiting = Waiting(20)
@@ -171,7 +171,7 @@ def test_two_builders_with_overlapping_gpus_never_wait_for_each_other(shared: li
 
 
 def test_a_signal_ends_the_wait(shared: list[Path]) -> None:
-    gpulock.usable()
+    gpu_locks.usable()
     with somebody_else(shared[0], "a"):
         waiting = Waiting(60)
         threading.Timer(0.2, waiting.cancel.set, [signal.SIGTERM]).start()
@@ -185,19 +185,19 @@ def test_what_is_not_a_directory_of_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(elsewhere)
     (tmp_path / "file").write_text("")
     places = [tmp_path / "link", tmp_path / "file", tmp_path / "no" / "such", tmp_path / "good"]
-    assert gpulock.usable(places) == [tmp_path / "good"]
+    assert gpu_locks.usable(places) == [tmp_path / "good"]
     assert list(elsewhere.iterdir()) == []
 
 
 def test_no_place_for_locks_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpulock.usable, "__defaults__", ((tmp_path / "no" / "such",),))
+    monkeypatch.setattr(gpu_locks.usable, "__defaults__", ((tmp_path / "no" / "such",),))
     waiting = Waiting()
     with waiting.locked("a"):
         assert "may not be kept off its GPUs: no access to" in waiting.warned[0]
 
 
 def test_a_file_that_cannot_be_opened_is_said(shared: list[Path]) -> None:
-    (gpulock.usable()[0] / "a.lock").symlink_to("/etc/passwd")
+    (gpu_locks.usable()[0] / "a.lock").symlink_to("/etc/passwd")
     waiting = Waiting()
     with waiting.locked("a"):
         assert "a.lock" in waiting.warned[0]
@@ -210,11 +210,11 @@ def test_a_name_stays_in_its_directory(shared: list[Path]) -> None:
 
 
 def test_at_once_or_not_at_all(shared: list[Path]) -> None:
-    with gpulock.at_once("service") as free:
+    with gpu_locks.at_once("service") as free:
         assert free
-        with gpulock.at_once("service") as again:
+        with gpu_locks.at_once("service") as again:
             assert not again
-    with gpulock.at_once("service") as free:
+    with gpu_locks.at_once("service") as free:
         assert free
 
 
@@ -223,8 +223,8 @@ def test_directories_that_are_made_at_the_same_time_are_one(tmp_path: Path) -> N
     held: list[int] = []
 
     def make() -> None:
-        if gpulock.usable([place]):
-            held.append(gpulock.lock_file(place, "a"))
+        if gpu_locks.usable([place]):
+            held.append(gpu_locks.lock_file(place, "a"))
 
     threads = [threading.Thread(target=make) for _ in range(16)]
     for thread in threads:

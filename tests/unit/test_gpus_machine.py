@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from builder.cancel import Cancel
 from builder.errors import GpusHeldError
-from builder.gpus import Gpu, Look, Process
-from builder.machine import TOLERANCE, Machine
-from builder.manifest import GpusSpec
+from builder.host.cancel import Cancel
+from builder.host.gpus import Gpu, Look, Process
+from builder.manifest.load import GpusSpec
+from builder.run.gpu_reservation import TOLERANCE, Machine
 
 OURS, THEIRS = "0" * 64, "f" * 64
 GB = 10**9

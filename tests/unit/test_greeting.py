@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from builder.engine import Engine
+from builder.engine.client import Engine
 from builder.errors import EngineLostError
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup import guard, layout
+from builder.agent import guard
+from builder.cache import layout
 from tests.program import NONCE, Program, Running
 from tests.unit.test_child import alive
 

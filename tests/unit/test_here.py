@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import guard
+from builder.agent import guard
 from tests.actions import Runner
 from tests.program import ROOT, TINY, assemble
 
@@ -322,7 +322,7 @@ def test_a_python_without_tomli_reads_toml_by_its_pip() -> None:
     """A copied folder is enough for a packaged manifest there too."""
     pytest.importorskip("pip._vendor.tomli")
     code = "import sys; sys.modules['tomli'] = None\n"
-    code += "from builder.manifest import load; print(len(load(profile='h200').tasks))"
+    code += "from builder.manifest.load import load; print(len(load(profile='h200').tasks))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and int(done.stdout) > 1, done.stderr
 
@@ -332,7 +332,7 @@ def test_toml_without_a_reader_is_one_sentence(job: Job) -> None:
     job.path = job.place / "manifest.toml"
     job.path.write_text("schema = 1\n")
     blocked = START.replace("import os, sys", "import os, sys\nsys.modules['tomllib'] = sys.modules['tomli'] = None")
-    code = blocked.replace("from builder", "import builder.document as d; d.HAS_TOML = False\nfrom builder", 1)
+    code = blocked.replace("from builder", "import builder.manifest.document as d; d.HAS_TOML = False\nfrom builder", 1)
     if sys.version_info >= (3, 11):
         code = code.replace("sys.modules['tomllib'] = ", "")
     done = subprocess.run(

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from builder.cli import main
-from builder.warmup import layout
+from builder.cache import layout
+from builder.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_ENGINE = "unix:///nowhere/engine.sock"

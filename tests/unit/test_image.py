@@ -9,8 +9,8 @@ from typing import cast
 
 import pytest
 
-from builder import image
-from builder.engine import Engine, Image
+from builder.engine import images
+from builder.engine.client import Engine, Image
 
 SERVING = Image(id="sha256:" + "5" * 64, ref="lmsysorg/sglang:v0.5.23")
 
@@ -32,7 +32,7 @@ class Builds:
         return Image(id=f"sha256:{tag}", ref=tag, labels=labels)
 
     def warm(self, serving: Image = SERVING, setup: tuple[str, ...] = ()) -> str:
-        return image.warmup_image(cast(Engine, self), serving, setup, lambda line: None).ref
+        return images.warmup_image(cast(Engine, self), serving, setup, lambda line: None).ref
 
     def files(self, tag: str) -> dict[str, str]:
         with tarfile.open(fileobj=io.BytesIO(self.built[tag][0])) as tar:
@@ -60,9 +60,9 @@ def test_every_input_makes_another_image(engine: Builds, monkeypatch: pytest.Mon
     engine.warm()
     engine.warm(Image(id="sha256:" + "6" * 64, ref="lmsysorg/sglang:v0.5.23"))
     engine.warm(setup=("pip install -e .",))
-    monkeypatch.setattr(image, "_program", lambda: [("builder/__init__.py", b"")])
+    monkeypatch.setattr(images, "_program", lambda: [("builder/__init__.py", b"")])
     engine.warm()
-    monkeypatch.setattr(image, "dockerfile", lambda: "ARG SERVING_IMAGE\nFROM ${SERVING_IMAGE}\nLABEL a=b\n")
+    monkeypatch.setattr(images, "dockerfile", lambda: "ARG SERVING_IMAGE\nFROM ${SERVING_IMAGE}\nLABEL a=b\n")
     engine.warm()
     assert len(engine.built) == 5
 
@@ -75,7 +75,7 @@ def test_a_tag_that_somebody_else_gave_is_not_believed(engine: Builds) -> None:
     tag = engine.warm()
     engine.built[tag] = b"", {}
     engine.warm()
-    assert engine.built[tag][1] == {image.LABEL_SERVING: SERVING.id}
+    assert engine.built[tag][1] == {images.LABEL_SERVING: SERVING.id}
 
 
 def test_the_context_is_the_program_on_the_pinned_image_and_the_setup_below_it(engine: Builds) -> None:
@@ -97,7 +97,7 @@ def test_the_context_has_the_same_bytes_each_time() -> None:
 
 
 def test_setup_makes_another_identity() -> None:
-    assert image.identity(SERVING, ()) == SERVING.id
-    one, other = image.identity(SERVING, ("a", "b")), image.identity(SERVING, ("a b",))
+    assert images.identity(SERVING, ()) == SERVING.id
+    one, other = images.identity(SERVING, ("a", "b")), images.identity(SERVING, ("a b",))
     assert one.startswith("sha256:")
     assert len({SERVING.id, one, other}) == 3

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from builder import imports
-from builder.cli import main
-from builder.manifest import Overrides, load
-from builder.reading import Launch
-from builder.testfiles import Files
-from builder.warmup.task import Task
+from builder.cli.main import main
+from builder.manifest import from_tests
+from builder.manifest.load import Overrides, load
+from builder.manifest.reading import Launch
+from builder.manifest.testfiles import Files
+from builder.task import Task
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TESTS = FIXTURES / "sglang" / "test"
@@ -148,7 +148,7 @@ def test_the_comparison_for_people(capsys: pytest.CaptureFixture[str], monkeypat
 )
 def test_spellings_of_the_same(ours: list[str], theirs: list[str]) -> None:
     launch = Launch("org/m", tuple(theirs), (("SWITCH", "True"),), "T", "t.py:1")
-    assert imports.differences(launch, Task("l", "org/m", "serve", tuple(ours), {"SWITCH": "1"})) == ()
+    assert from_tests.differences(launch, Task("l", "org/m", "serve", tuple(ours), {"SWITCH": "1"})) == ()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_spellings_of_the_same(ours: list[str], theirs: list[str]) -> None:
 )
 def test_what_is_not_the_same(ours: list[str], theirs: list[str], said: str) -> None:
     launch = Launch("org/m", tuple(theirs), (), "T", "t.py:1")
-    found = imports.differences(launch, Task("l", "org/m", "serve", tuple(ours)))
+    found = from_tests.differences(launch, Task("l", "org/m", "serve", tuple(ours)))
     assert found and found[0].startswith(said)
 
 
@@ -174,11 +174,11 @@ HEAD = "import os\nfrom sglang.test.test_utils import popen_launch_server\n"
 CALL = "popen_launch_server('org/m', 'u', timeout=1, other_args={})"
 
 
-def read(tmp_path: Path, body: str, head: str = HEAD) -> imports.Found:
+def read(tmp_path: Path, body: str, head: str = HEAD) -> from_tests.Found:
     path = tmp_path / "test_x.py"
     lines = "\n".join(f"        {line}" for line in body.splitlines())
     path.write_text(f"{head}class TestX:\n    model = 'org/m'\n    def test_it(self):\n{lines}\n")
-    return imports.read([str(path)], None)
+    return from_tests.read([str(path)], None)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_the_environment_of_a_launch(tmp_path: Path) -> None:
 def test_a_base_that_is_in_none_of_the_files(tmp_path: Path) -> None:
     path = tmp_path / "test_x.py"
     path.write_text("from somewhere import Base\nclass TestX(Base):\n    model = 'org/m'\n")
-    found = imports.read([str(path)], None)
+    found = from_tests.read([str(path)], None)
     assert found.problems == ((f"{path}:2", "TestX: its base Base is in none of the files"),)
 
 

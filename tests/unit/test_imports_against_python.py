@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from builder import imports
+from builder.manifest import from_tests
 
 BODIES = r"""
 os.environ.setdefault("SG_X", "2"); os.environ.setdefault("SG_X", "3")
@@ -146,5 +146,5 @@ def test_nobody_waits_for_loops_in_loops(tmp_path: Path) -> None:
 def _read(tmp_path: Path, source: str) -> tuple[set[Told], bool]:
     path = tmp_path / "test_it.py"
     path.write_text(source)
-    found = imports.read([str(path)], None)
+    found = from_tests.read([str(path)], None)
     return {(each.model, each.argv, each.env) for each in found.launches}, not found.problems

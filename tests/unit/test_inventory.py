@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.warmup import inventory
-from builder.warmup.families import FAMILIES, FAMILY, Family
+from builder.cache import inventory
+from builder.cache.families import FAMILIES, FAMILY, Family
 
 DEEP_GEMM, TRITON, INDUCTOR = FAMILY["deep_gemm"], FAMILY["triton"], FAMILY["inductor"]
 HASH = "26919c501dcd7178482780b19909a352"

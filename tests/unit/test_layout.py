@@ -13,24 +13,10 @@ from pathlib import Path
 import pytest
 
 from builder import errors
+from builder.engine.images import AGENT_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDER = ROOT / "builder"
-WARMUP = BUILDER / "warmup"
-
-#: Host modules; each imports only what stands above it (and the in-container program).
-ORDER = """
-    errors
-    values document sections tasks manifest
-    spec waiting frames tunnel progress attachment complaints greeting resume podman volumes engine image
-    gpus
-    cancel sinks logs remains lease container locks gpulock hooks
-    cache preflight plan plain early report github launch estimates packing activity voices display
-    command session forecast call holder runlock hold machine sidebyside run
-    errand overlay contents upkeep verbs audit view doctor here inside
-    testfiles scopes expressions oddities reading imports images policy prune idle metrics webhook tale refresh
-    words arguments completion cli __main__
-""".split()
 
 MOST_LINES = 500
 #: Modules that may be longer, with their reason.
@@ -64,47 +50,41 @@ def python_in_root(code: str, **environ: str) -> str:
     return done.stdout.strip()
 
 
-HOST_MODULES = sorted(BUILDER.glob("*.py"))
-PROGRAM_MODULES = sorted(WARMUP.glob("*.py"))
+MODULES = sorted(path for path in BUILDER.rglob("*.py") if path.parent != BUILDER / "docs")
+#: Modules that go into the warm-up image, and into a copied folder for ``--here`` with the rest.
+ALONE = [path for path in MODULES if path.parent in (BUILDER, BUILDER / "cache", BUILDER / "agent")]
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def named(paths: list[Path]) -> list[object]:
     return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
 
 
-@pytest.mark.parametrize("path", named([path for path in HOST_MODULES if path.stem != "__init__"]))
-def test_host_modules_import_only_what_stands_above_them(path: Path) -> None:
-    assert path.stem in ORDER, f"{path.name} has no place in ORDER yet: put it below everything that it imports"
-    above = {"warmup", "__version__", *ORDER[: ORDER.index(path.stem)]}
-    inner = {name.split(".")[1] for name in imports(path) if name.startswith("builder.")}
-    assert inner <= above, f"{path.name} imports {sorted(inner - above)}, which stand below it"
-
-
-def test_the_order_names_only_what_exists() -> None:
-    assert {path.stem for path in HOST_MODULES} == {*ORDER, "__init__"}
-    assert len(set(ORDER)) == len(ORDER)
-
-
-@pytest.mark.parametrize("path", named(PROGRAM_MODULES))
+@pytest.mark.parametrize("path", named([path for path in ALONE if path != BUILDER / "__main__.py"]))
 def test_the_in_container_program_needs_only_the_standard_library(path: Path) -> None:
     for name in imports(path):
         top = name.split(".")[0]
-        assert name.startswith("builder.warmup") or top in sys.stdlib_module_names, f"{path.name} imports {name}"
+        assert top == "builder" or top in sys.stdlib_module_names, f"{path.name} imports {name}"
         assert top != "tomllib", "the serving image may have Python 3.10"
 
 
 def test_the_in_container_program_runs_alone(tmp_path: Path) -> None:
     """With nothing but itself beside it, as in the warm-up image: no site-packages, no host side."""
-    alone = tmp_path / "builder"
-    shutil.copytree(WARMUP, alone / "warmup", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(BUILDER / "__init__.py", alone)
-    modules = [f"builder.warmup.{path.stem}" for path in PROGRAM_MODULES if path.stem not in ("__init__", "__main__")]
+    for pattern in AGENT_FILES:
+        for path in BUILDER.glob(pattern):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    modules = [dotted(path) for path in ALONE if path.stem not in ("__init__", "__main__")]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", named(HOST_MODULES + PROGRAM_MODULES))
+@pytest.mark.parametrize("path", named(MODULES))
 def test_modules_are_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     name = path.relative_to(BUILDER).as_posix()
@@ -112,22 +92,22 @@ def test_modules_are_short(path: Path) -> None:
 
 
 def test_docker_py_is_used_at_one_border() -> None:
-    users = {path.name for path in HOST_MODULES for name in imports(path) if name.split(".")[0] == "docker"}
-    assert users == {"engine.py"}
+    users = {dotted(path) for path in MODULES for name in imports(path) if name.split(".")[0] == "docker"}
+    assert users == {"builder.engine.client"}
 
 
 def test_only_the_command_line_prints() -> None:
     printing = set()
-    for path in HOST_MODULES:
+    for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                printing.add(path.name)
-    assert printing <= {"cli.py"}
+                printing.add(dotted(path))
+    assert printing <= {"builder.cli.main", "builder.agent.__main__"}
 
 
 def test_importing_the_command_line_is_cheap() -> None:
     heavy = ("docker", "requests", "rich", "psutil", "tenacity", "pynvml")
-    loaded = python_in_root(f"import sys, builder.cli; print([m for m in {heavy} if m in sys.modules])")
+    loaded = python_in_root(f"import sys, builder.cli.main; print([m for m in {heavy} if m in sys.modules])")
     assert loaded == "[]"
 
 

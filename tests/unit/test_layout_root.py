@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup import layout
+from builder.cache import layout
 
 
 def test_a_new_root_gets_everything_and_keeps_its_identity(tmp_path: Path) -> None:

@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from builder.engine.api import ContainerSpec
+from builder.engine.lease import (
+    LABEL_DEADLINE,
+    LABEL_LEASE,
+    LABEL_RUN,
+    LABEL_TASK,
+    TARGET,
+    Lease,
+    private_directory,
+    sweep,
+)
 from builder.errors import EngineLostError, PreflightError
-from builder.lease import LABEL_DEADLINE, LABEL_LEASE, LABEL_RUN, LABEL_TASK, TARGET, Lease, private_directory, sweep
-from builder.spec import ContainerSpec
-from builder.waiting import Deadline, poll
+from builder.host.deadlines import Deadline, poll
 from tests.fakes import FakeEngine
 from tests.scripts import HANG, command
 
@@ -37,7 +46,7 @@ def container(engine: FakeEngine, labels: dict[str, str], *, start: bool = False
 def dead_owners_labels(state: Path, *, lifetime: float = 3600) -> dict[str, str]:
     """The labels that a builder left which was killed while it held its lease."""
     code = (
-        "import json, os, sys; from pathlib import Path; from builder.lease import Lease\n"
+        "import json, os, sys; from pathlib import Path; from builder.engine.lease import Lease\n"
         "lease = Lease(Path(sys.argv[1]), run_id='dead').__enter__()\n"
         "print(json.dumps(lease.labels('task', float(sys.argv[2]))), flush=True)\n"
         "os.kill(os.getpid(), 9)"
@@ -219,7 +228,7 @@ def test_a_directory_that_cannot_be_made_is_said_with_its_remedy(tmp_path: Path)
 
 def test_many_builders_starting_and_sweeping_at_once_never_sweep_each_other(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from builder.lease import Lease, sweep\n"
+        "import sys; from pathlib import Path; from builder.engine.lease import Lease, sweep\n"
         "sys.path.insert(0, sys.argv[2]); from tests.fakes import FakeEngine\n"
         "for _ in range(60):\n"
         "    with Lease(Path(sys.argv[1]), run_id='r') as lease:\n"

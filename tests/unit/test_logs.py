@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.frames import BrokenFramesError, Demux, readable
-from builder.logs import Pump
-from builder.resume import Received, Resume, stored_form
-from builder.sinks import MAX_LINE, Display, Lines, LogFile, Sinks, Tail, show
-from builder.spec import ContainerSpec
-from builder.waiting import Deadline, poll
-from builder.warmup import events
+from builder import events
+from builder.engine.api import ContainerSpec
+from builder.engine.log_pump import Pump
+from builder.engine.log_resume import Received, Resume, stored_form
+from builder.engine.log_sinks import MAX_LINE, Display, Lines, LogFile, Sinks, Tail, show
+from builder.engine.streams import BrokenFramesError, Demux, readable
+from builder.host.deadlines import Deadline, poll
 from tests.fakes import FakeContainer, FakeEngine
 from tests.scripts import HANG, Step, command, err, leave, out, pause
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import tasks, values
-from builder.document import Document, find_lines
+from builder.agent.recipes import RECIPES
 from builder.errors import Problem, UsageError
-from builder.manifest import Manifest, Overrides, load, profiles, select
-from builder.warmup.recipes import RECIPES
-from builder.warmup.task import Shape, Task
+from builder.manifest import tasks, values
+from builder.manifest.document import Document, find_lines
+from builder.manifest.load import Manifest, Overrides, load, profiles, select
+from builder.task import Shape, Task
 
 Write = Callable[[str], Path]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from builder.errors import UsageError
-from builder.manifest import load
+from builder.manifest.load import load
 
 HEAD = """\
 schema = 1

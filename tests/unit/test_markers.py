@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.warmup import coverage, files, inventory, markers, toolchain
-from builder.warmup.families import FAMILIES, FAMILY, directory
-from builder.warmup.task import Shape, Task
-from builder.warmup.toolchain import Record
+from builder import files
+from builder.cache import coverage, inventory, markers, toolchain
+from builder.cache.families import FAMILIES, FAMILY, directory
+from builder.cache.toolchain import Record
+from builder.task import Shape, Task
 
 NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nBuilt on Wed_Aug_20\nCuda compilation tools, release 13.0, V13.0.88"
 TASK = Task(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from builder import metrics
+from builder.report import metrics
 
 NASTY = 'a "quoted" \\ path\nof two lines \udcff'
 

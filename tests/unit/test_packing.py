@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from builder.packing import Busy, Load, Place, Schedule, arrange, lower_bound, play
+from builder.run.schedule import Busy, Load, Place, Schedule, arrange, lower_bound, play
 
 EIGHT = Place(tuple(range(8)))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from builder.plan import Item, make_plan, probe_env
-from builder.warmup import markers
-from builder.warmup.families import FAMILIES
-from builder.warmup.task import Task
-from builder.warmup.toolchain import Record
+from builder.cache import markers
+from builder.cache.families import FAMILIES
+from builder.cache.toolchain import Record
+from builder.run.plan import Item, make_plan, probe_env
+from builder.task import Task
 
 COMMAND = Task(label="command", model="org/command", recipe="command", argv=("true",), families=())
 SERVER = Task(label="model-tp8", model="org/model", recipe="compile-deep-gemm", argv=("--tp", "8"))

@@ -10,11 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from builder import gpus, preflight
-from builder.engine import Engine, Image
+from builder.engine.client import Engine, Image
 from builder.errors import EngineRefusedError, Problem
-from builder.gpus import HostGpus
-from builder.manifest import Manifest, load
+from builder.host import gpus
+from builder.host.gpus import HostGpus
+from builder.manifest.load import Manifest, load
+from builder.run import preflight
 
 H200 = HostGpus(("NVIDIA H200",) * 8, "580.65.06")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from builder import manifest
+from builder.cache import markers, toolchain
+from builder.cli.commands.check import common_env
 from builder.errors import UsageError
-from builder.verbs import common_env
-from builder.warmup import markers, toolchain
-from builder.warmup.task import PRETEND_VARIABLE, Shape, Task
+from builder.manifest import load
+from builder.task import PRETEND_VARIABLE, Shape, Task
 from tests.program import Program
 
 TEXT = """
@@ -36,10 +36,10 @@ RECORD: dict[str, Any] = {
 }
 
 
-def read(place: Path, gpus: str, recipe: str = "shapes") -> manifest.Manifest:
+def read(place: Path, gpus: str, recipe: str = "shapes") -> load.Manifest:
     path = place / "m.toml"
     path.write_text(TEXT.format(gpus=gpus, recipe=recipe))
-    return manifest.load(path)
+    return load.load(path)
 
 
 def test_the_same_task_on_a_pretended_gpu_and_on_eight_real_ones_has_one_marker(tmp_path: Path) -> None:

@@ -30,23 +30,25 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from builder import sinks, values
-from builder.complaints import NotFoundError
-from builder.document import find_lines
+from builder import events
+from builder.cache import coverage, inventory, markers, toolchain
+from builder.cache.families import FAMILIES, FAMILY, Family, directory
+from builder.cache.toolchain import Record
+from builder.engine import log_sinks
+from builder.engine.api import Attachment, ContainerSpec, State
+from builder.engine.errors import NotFoundError
+from builder.engine.log_pump import Pump
+from builder.engine.log_resume import stored_form
+from builder.engine.log_sinks import Lines, Sinks
+from builder.engine.streams import BrokenFramesError, Demux
 from builder.errors import EngineLostError, UsageError
-from builder.frames import BrokenFramesError, Demux
-from builder.logs import Pump
-from builder.manifest import Manifest, Overrides, load, select
-from builder.report import Console
-from builder.resume import stored_form
-from builder.sinks import Lines, Sinks
-from builder.spec import Attachment, ContainerSpec, State
-from builder.tasks import LOADS, RECIPES, SHAPES_FROM, VERIFY, digest, labels
-from builder.waiting import Deadline
-from builder.warmup import coverage, events, inventory, markers, toolchain
-from builder.warmup.families import FAMILIES, FAMILY, Family, directory
-from builder.warmup.task import Job, Shape, Task
-from builder.warmup.toolchain import Record
+from builder.host.deadlines import Deadline
+from builder.manifest import values
+from builder.manifest.document import find_lines
+from builder.manifest.load import Manifest, Overrides, load, select
+from builder.manifest.tasks import LOADS, RECIPES, SHAPES_FROM, VERIFY, digest, labels
+from builder.report.results import Console
+from builder.task import Job, Shape, Task
 from tests.fakes import FakeContainer
 from tests.strategies import (
     EXAMPLES,
@@ -785,7 +787,7 @@ def lines_of(data: bytes, limit: int) -> list[bytes]:
     return [line[at : at + limit] for line in lines for at in range(0, len(line) or 1, limit)]
 
 
-def expected(data: bytes, stream: int, limit: int = sinks.MAX_LINE) -> tuple[list[bytes], list[Any]]:
+def expected(data: bytes, stream: int, limit: int = log_sinks.MAX_LINE) -> tuple[list[bytes], list[Any]]:
     """What a stream is in the end: lines of log, and events."""
     log, heard = [], []
     lines = lines_of(data, limit)
@@ -856,7 +858,7 @@ def drain(
         assert line[:5] in (b"out| ", b"err| ")
         found[1 if line.startswith(b"out") else 2].append(line[5:])
     assert all(harmless(re.sub("[\t\u2028\u2029]", " ", line)) for line in pump.tail)  # which steer nothing
-    assert len(pump.tail) <= sinks.TAIL_LINES
+    assert len(pump.tail) <= log_sinks.TAIL_LINES
     return pump, found
 
 
@@ -956,7 +958,7 @@ def test_no_event_stops_the_pump(place: Path, told: list[tuple[str, dict[str, An
 @FUZZ
 @given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc", b"d" * 9])).map(b"".join), sizes)
 def test_lines_are_the_same_however_they_arrive_and_little_is_held(data: bytes, cuts: list[int]) -> None:
-    with mock.patch.object(sinks, "MAX_LINE", 8):
+    with mock.patch.object(log_sinks, "MAX_LINE", 8):
         lines, region = Lines(), b""
         for chunk in chunked(data, [min(size, 8) for size in cuts]):
             region += lines.feed(chunk)

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import generations, layout, markers, reclaim, toolchain, use
-from builder.warmup.markerfiles import folder_name
-from builder.warmup.prune import Plan
-from builder.warmup.task import PrunePolicy
+from builder.agent import prune
+from builder.cache import generations, layout, markers, toolchain, usage
+from builder.cache.marker_files import folder_name
+from builder.cache.retention import Plan
+from builder.task import PrunePolicy
 from tests.generations import DAY, Generations, image, record, task, unvouched
 from tests.program import Program, Result
 
@@ -38,7 +39,7 @@ def policy(made: Generations, current: int, tasks: tuple[str, ...] = ("a", "b"),
 
 
 def planned(made: Generations, wanted: PrunePolicy, *, job_max: float = 0.0) -> Plan:
-    return reclaim.plan(made.root, wanted, job_max=job_max, now=time.time())
+    return prune.plan(made.root, wanted, job_max=job_max, now=time.time())
 
 
 def pruned(program: Program, wanted: PrunePolicy, *, job_max: float = 0.0) -> Result:
@@ -96,22 +97,22 @@ def test_what_nobody_uses_goes_after_its_time(program: Program, made: Generation
     for number in (1, 2, 3):
         made.warmed(number, ["a"], days=20)
     (used,) = [path for path in made.root.glob("markers/*/*.json") if image(2) in path.read_text()]
-    use.stamp(made.root, str(used.relative_to(made.root)))
+    usage.stamp(made.root, str(used.relative_to(made.root)))
     pruned(program, policy(made, 4, older_than=14 * DAY, keep=9))
     assert made.markers() == ["a@2"]
 
 
 def test_a_reader_leaves_its_time_where_there_are_access_times(made: Generations) -> None:
-    if not use.has_access_times(made.root):
+    if not usage.has_access_times(made.root):
         pytest.skip("this file system is mounted without access times")
     known = made.warmed(1, ["a"], days=20)
     (path,) = made.root.glob("markers/*/*.json")
     marker, written = str(path.relative_to(made.root)), path.stat().st_mtime
-    assert time.time() - use.last(made.root, marker, written) > 19 * DAY
+    assert time.time() - usage.last(made.root, marker, written) > 19 * DAY
     assert markers.read(path)  # anybody's look at it
-    assert time.time() - use.last(made.root, marker, written) > 19 * DAY
+    assert time.time() - usage.last(made.root, marker, written) > 19 * DAY
     assert markers.judge(made.root, task("a"), record=known, config_digest=None).state == "warm"
-    assert time.time() - use.last(made.root, marker, written) < DAY
+    assert time.time() - usage.last(made.root, marker, written) < DAY
 
 
 def test_entries_that_nobody_lists_go_by_age_and_never_a_young_one(program: Program, made: Generations) -> None:

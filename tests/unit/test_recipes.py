@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import flags, recipes, sweep
-from builder.warmup.serving import _tokens
-from builder.warmup.task import Shape
-from builder.warmup.watch import Watch
+from builder import sglang_args
+from builder.agent import recipes, shape_worker
+from builder.agent.log_watch import Watch
+from builder.agent.server import _tokens
+from builder.task import Shape
 
 STAMP = b"[2026-11-24 07:35:16 TP0] "
 
@@ -163,9 +164,9 @@ def test_a_megabyte_of_flood_hides_nothing_that_counts() -> None:
 
 
 def test_an_option_is_found_in_both_spellings_and_the_last_one_counts() -> None:
-    assert flags.value(["--port", "1", "--port=2"], flags.PORT) == "2"
-    assert flags.value(["--port"], flags.PORT) is None
-    assert flags.number(["--port", "x"], flags.PORT, 7) == 7
+    assert sglang_args.value(["--port", "1", "--port=2"], sglang_args.PORT) == "2"
+    assert sglang_args.value(["--port"], sglang_args.PORT) is None
+    assert sglang_args.number(["--port", "x"], sglang_args.PORT, 7) == 7
 
 
 def test_dummy_weights_drop_the_loader_configuration_and_keep_other_overrides() -> None:
@@ -177,12 +178,12 @@ def test_dummy_weights_drop_the_loader_configuration_and_keep_other_overrides() 
         '--json-model-override-args={"b": 2}',
         "--load-format=auto",
     ]
-    words = flags.with_dummy_weights(argv, {"num_hidden_layers": 4})
-    assert flags.value(words, flags.LOADER_CONFIG) is None
-    assert flags.value(words, flags.LOAD_FORMAT) == "dummy"
-    assert json.loads(flags.value(words, flags.OVERRIDES) or "") == {"b": 2, "num_hidden_layers": 4}
+    words = sglang_args.with_dummy_weights(argv, {"num_hidden_layers": 4})
+    assert sglang_args.value(words, sglang_args.LOADER_CONFIG) is None
+    assert sglang_args.value(words, sglang_args.LOAD_FORMAT) == "dummy"
+    assert json.loads(sglang_args.value(words, sglang_args.OVERRIDES) or "") == {"b": 2, "num_hidden_layers": 4}
     assert words[:2] == ["--tp", "8"]
-    assert flags.value(flags.with_dummy_weights(argv, {}), flags.OVERRIDES) == '{"b": 2}'
+    assert sglang_args.value(sglang_args.with_dummy_weights(argv, {}), sglang_args.OVERRIDES) == '{"b": 2}'
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_dummy_weights_drop_the_loader_configuration_and_keep_other_overrides() 
     ],
 )
 def test_dp_attention_divides_the_chunked_prefill_size(argv: list[str], size: int) -> None:
-    assert flags.chunked_prefill_size(argv, 8192) == size
+    assert sglang_args.chunked_prefill_size(argv, 8192) == size
 
 
 # serving.py
@@ -233,7 +234,7 @@ def test_sglang_makes_the_list_of_ms_in_its_new_signature() -> None:
         module._BUILTIN_M_LIST = [module.get_schedule().chunked_prefill_size]
 
     module = compile_utils(update)
-    assert sweep.builtin_m_list(module, 4096) == [4096]
+    assert shape_worker.builtin_m_list(module, 4096) == [4096]
 
 
 def test_sglang_makes_the_list_of_ms_in_its_old_signature() -> None:
@@ -242,7 +243,7 @@ def test_sglang_makes_the_list_of_ms_in_its_old_signature() -> None:
         module._BUILTIN_M_LIST = [server_args.chunked_prefill_size]
 
     module = compile_utils(update)
-    assert sweep.builtin_m_list(module, 2048) == [2048]
+    assert shape_worker.builtin_m_list(module, 2048) == [2048]
 
 
 def test_a_sweep_needs_no_lock_where_sglang_has_none() -> None:
@@ -250,7 +251,7 @@ def test_a_sweep_needs_no_lock_where_sglang_has_none() -> None:
     module = types.SimpleNamespace(
         DeepGemmKernelType={"GEMM_NT_F8F8BF16": 5}, _compile_deep_gemm_one_type_all=lambda **what: swept.append(what)
     )
-    assert sweep.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1, 64]) == ""
+    assert shape_worker.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1, 64]) == ""
     assert swept == [{"kernel_type": 5, "n": 1, "k": 2, "num_groups": 3, "m_list": [1, 64]}]
 
 
@@ -259,5 +260,5 @@ def test_a_shape_that_fails_says_why_in_one_line() -> None:
         raise RuntimeError("nvcc is gone\nand more")
 
     module = types.SimpleNamespace(DeepGemmKernelType={"GEMM_NT_F8F8BF16": 5}, _compile_deep_gemm_one_type_all=fail)
-    assert sweep.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1]) == "RuntimeError: nvcc is gone"
-    assert sweep.sweep_one(module, ["GEMM_NT_F4", 1, 2, 3], [1]) == "this sglang knows no such kernel type"
+    assert shape_worker.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1]) == "RuntimeError: nvcc is gone"
+    assert shape_worker.sweep_one(module, ["GEMM_NT_F4", 1, 2, 3], [1]) == "this sglang knows no such kernel type"

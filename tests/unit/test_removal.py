@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup import inventory, layout, removal
-from builder.warmup.families import FAMILY
+from builder.cache import inventory, layout, removal
+from builder.cache.families import FAMILY
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0

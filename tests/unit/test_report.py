@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from builder.errors import PreflightError, Problem
-from builder.report import (
+from builder.report.results import (
     TASK_COLUMNS,
     Console,
     Report,

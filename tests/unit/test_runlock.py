@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import pytest
 
-from builder import holder, locks, runlock
-from builder.cancel import Cancel
 from builder.errors import BusyError, Interrupted
-from builder.locks import Patience
-from builder.session import Session
+from builder.host import locks
+from builder.host.cancel import Cancel
+from builder.host.locks import Patience
+from builder.run import cache_locks, holder
+from builder.run.session import Session
 
 
 class Here:
@@ -35,24 +36,24 @@ class Here:
         return Patience(self._seconds, say=self.said.append, cancel=self.cancel)
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        return runlock.held(cast(Session, self))
+        return cache_locks.held(cast(Session, self))
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "locks").mkdir()
-    (tmp_path / runlock.PATH).touch()
+    (tmp_path / cache_locks.PATH).touch()
     return tmp_path
 
 
 def is_free(root: Path) -> bool:
-    with (root / runlock.PATH).open("rb") as file:
+    with (root / cache_locks.PATH).open("rb") as file:
         return locks.try_lock(file.fileno())
 
 
 @contextlib.contextmanager
 def taken(root: Path) -> Iterator[int]:
-    with (root / runlock.PATH).open("rb") as file:
+    with (root / cache_locks.PATH).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -106,7 +107,7 @@ def test_a_container_holds_it_where_the_file_cannot_be_opened(
 
     monkeypatch.setattr(holder, "held", by_container)
     if where != "elsewhere":
-        (root / runlock.PATH).unlink()
+        (root / cache_locks.PATH).unlink()
     if where == "a directory":
         (root / "locks").rmdir()
         (root / "locks").touch()
@@ -118,7 +119,7 @@ def test_a_container_holds_it_where_the_file_cannot_be_opened(
 
 def test_the_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> None:
     listing = tmp_path / "locks.txt"
-    with (root / runlock.PATH).open("rb") as file:
+    with (root / cache_locks.PATH).open("rb") as file:
         status = os.fstat(file.fileno())
         place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         listing.write_text(

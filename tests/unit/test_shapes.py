@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import shapes
-from builder.warmup.shapes import CONTIGUOUS, DENSE, MASKED, NotUnderstood
-from builder.warmup.task import Shape
+from builder.agent import model_shapes
+from builder.agent.model_shapes import CONTIGUOUS, DENSE, MASKED, NotUnderstood
+from builder.task import Shape
 from tests.program import Program
 
 #: config.json of deepseek-ai/DeepSeek-V3-0324, as far as it counts.
@@ -122,7 +122,7 @@ def grouped(n: int, k: int, groups: int, *kernels: str) -> set[Shape]:
 def test_a_config_tells_what_runs_on_deepgemm(
     config: dict[str, Any], argv: tuple[str, ...], wanted: set[Shape]
 ) -> None:
-    found = shapes.of_config(config, argv)
+    found = model_shapes.of_config(config, argv)
     assert set(found) == wanted
     assert len(found) == len(wanted)
     assert found[0].n * found[0].k == max(shape.n * shape.k for shape in found)
@@ -151,13 +151,13 @@ def test_what_is_not_understood_is_refused_by_name(
     config: dict[str, Any], argv: tuple[str, ...], environ: dict[str, str], why: str
 ) -> None:
     with pytest.raises(NotUnderstood) as refused:
-        shapes.of_config(config, argv, environ)
+        model_shapes.of_config(config, argv, environ)
     assert why in str(refused.value)
 
 
 def test_overrides_of_the_command_line_count() -> None:
     argv = (*TP8, "--json-model-override-args", '{"first_k_dense_replace": 0}')
-    assert set(shapes.of_config(V3, argv)) == V3_TP8 - dense((4608, 7168), (7168, 2304))
+    assert set(model_shapes.of_config(V3, argv)) == V3_TP8 - dense((4608, 7168), (7168, 2304))
 
 
 def test_markers_of_the_same_model_name_shapes_and_what_is_no_marker_does_not(program: Program, tmp_path: Path) -> None:
@@ -168,9 +168,11 @@ def test_markers_of_the_same_model_name_shapes_and_what_is_no_marker_does_not(pr
     marker = json.loads(path.read_text())
     (path.parent / "strange.json").write_text(json.dumps({**marker, "shapes": ["no shape", 7, None]}))
     (program.root / "markers" / "a-file").write_text("x")
-    assert shapes.of_markers(program.root, str(program.model)) == tuple(sorted(map(Shape.parse, marker["shapes"])))
-    assert shapes.of_markers(program.root, "other") == (other,)
-    assert shapes.of_markers(program.root, "third") == ()
+    assert model_shapes.of_markers(program.root, str(program.model)) == tuple(
+        sorted(map(Shape.parse, marker["shapes"]))
+    )
+    assert model_shapes.of_markers(program.root, "other") == (other,)
+    assert model_shapes.of_markers(program.root, "third") == ()
 
 
 def test_shapes_of_markers_and_config_are_warmed_without_a_server(program: Program) -> None:
@@ -181,7 +183,7 @@ def test_shapes_of_markers_and_config_are_warmed_without_a_server(program: Progr
     )
     done = program.run(task)
     assert done.status == 0, done.verdict
-    of_markers = shapes.of_markers(program.root, str(program.model))
+    of_markers = model_shapes.of_markers(program.root, str(program.model))
     assert set(map(Shape.parse, done.verdict["shapes"])) == V3_TP8 | {Shape(DENSE, 64, 64), *of_markers}
     assert f"{len(done.verdict['shapes'])} shapes, ".encode() in done.stderr
 

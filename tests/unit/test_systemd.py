@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builder import errors
-from builder.words import VERBS
+from builder.cli.options import VERBS
 
 UNITS = Path(__file__).resolve().parents[2] / "docker" / "systemd"
 SERVICE = (UNITS / "warm-cache-refresh.service").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.warmup import inventory
-from builder.warmup.families import FAMILY
+from builder.cache import inventory
+from builder.cache.families import FAMILY
 from tests.program import TINY, Program
 
 Until = Callable[..., None]

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import compilers, devices, packages, toolchain
-from builder.warmup.families import FAMILIES, FAMILY
-from builder.warmup.toolchain import Record
+from builder.agent import compilers, gpu_probe, packages
+from builder.cache import toolchain
+from builder.cache.families import FAMILIES, FAMILY
+from builder.cache.toolchain import Record
 
 IMAGE = "sha256:" + "a" * 64
 SOON = time.monotonic() + 3600
@@ -280,9 +281,9 @@ class FakeCuda:
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, library: FakeCuda | None) -> dict[str, Any]:
-    monkeypatch.setattr(devices, "_library", lambda name: library if name == "libcuda.so.1" else None)
-    monkeypatch.setattr(devices, "_DRIVER_FILES", ())
-    return devices.facts()
+    monkeypatch.setattr(gpu_probe, "_library", lambda name: library if name == "libcuda.so.1" else None)
+    monkeypatch.setattr(gpu_probe, "_DRIVER_FILES", ())
+    return gpu_probe.facts()
 
 
 def test_gpu_facts_from_libcuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +334,9 @@ def test_the_driver_from_the_kernel_module(monkeypatch: pytest.MonkeyPatch, tmp_
     published.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version: gcc 12.2.0\n"
     )
-    monkeypatch.setattr(devices, "_library", lambda name: None)
-    monkeypatch.setattr(devices, "_DRIVER_FILES", (str(tmp_path / "gone"), str(published)))
-    assert devices.facts()["driver"] == "570.133.20"
+    monkeypatch.setattr(gpu_probe, "_library", lambda name: None)
+    monkeypatch.setattr(gpu_probe, "_DRIVER_FILES", (str(tmp_path / "gone"), str(published)))
+    assert gpu_probe.facts()["driver"] == "570.133.20"
 
 
 # Probe
@@ -377,7 +378,7 @@ def test_devices_are_asked_in_a_process_of_their_own(monkeypatch: pytest.MonkeyP
 
 def test_the_program_needs_the_standard_library_alone() -> None:
     code = (
-        "import sys; import builder.warmup.markers; "
+        "import sys; import builder.cache.markers; "
         "print([m for m in sys.modules if m.split('.')[0] not in {*sys.stdlib_module_names, 'builder', '__main__'}])"
     )
     root = str(Path(__file__).parents[2])

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import layout
-from builder.warmup.places import bad_entries, places
+from builder.cache import layout
+from builder.cache.family_directories import bad_entries, places
 from tests.program import Program
 
 KEYS = ("0123456789abcdef", "fedcba9876543210")

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from builder.cancel import LEAST, Cancel
-from builder.complaints import EngineTimeoutError
-from builder.waiting import Attempt, Deadline, poll, retry_reads
+from builder.engine.errors import EngineTimeoutError
+from builder.host.cancel import LEAST, Cancel
+from builder.host.deadlines import Attempt, Deadline, poll, retry_reads
 
 
 class Clock:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from builder.warmup import markers, toolchain
-from builder.warmup.coverage import config_digest
-from builder.warmup.task import JOB_VARIABLE, Job, Shape, Task
+from builder.cache import markers, toolchain
+from builder.cache.coverage import config_digest
+from builder.task import JOB_VARIABLE, Job, Shape, Task
 from tests.program import ROOT, Program
 
 SHAPE = Shape("GEMM_NT_F8F8BF16", 4096, 7168)
@@ -37,7 +37,7 @@ def memo(program: Program) -> dict[str, Any]:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "mode": "run"}'])
 def test_no_job_is_a_sentence_and_not_a_traceback(program: Program, text: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "builder.warmup"],
+        [sys.executable, "-m", "builder.agent"],
         env={**program.environ, JOB_VARIABLE: text},
         capture_output=True,
         timeout=30,

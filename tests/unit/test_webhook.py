@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from builder import webhook
+from builder.report import webhook
 
 
 @pytest.fixture

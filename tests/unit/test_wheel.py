@@ -51,9 +51,9 @@ def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import builder, builder.image, builder.manifest as m\n"
+        "import builder, builder.engine.images, builder.manifest.load as m\n"
         f"assert builder.__file__.startswith({str(tmp_path)!r}), builder.__file__\n"
-        "print(*m.profiles(), len(m.load(profile='h200').tasks), 'FROM' in builder.image.dockerfile())\n"
+        "print(*m.profiles(), len(m.load(profile='h200').tasks), 'FROM' in builder.engine.images.dockerfile())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["h100-4", "h200", "stand-in", "9", "True"], done.stderr

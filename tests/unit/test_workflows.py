@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from builder.words import OPTIONS, VERBS
+from builder.cli.options import OPTIONS, VERBS
 from tests.actions import ACTION, WORKFLOWS, Context, Expression, entries, load
 
 FILES = [ACTION, *sorted(WORKFLOWS.glob("*.yml"))]

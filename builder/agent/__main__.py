@@ -1,0 +1,140 @@
+"""``python3 -m builder.agent``: reads its job from the environment and does it. Modes: probe, run, those of LOCKS, and
+those of UPKEEP.
+
+Exit status: 0 done (``run``: warmed) · 20 failed · 21 partial · 22 skipped · 2 no job · 70 the lease ended · 71 the
+lifetime is over · 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from builder.agent import maintenance, prune, simulated_gpu
+from builder.agent.guard import Guard, Stopped, end
+from builder.agent.output import Output
+from builder.agent.warm import Warming, write_memo
+from builder.cache import layout, toolchain, view_records
+from builder.events import FAILED
+from builder.task import JOB_VARIABLE, Job
+
+NO_JOB = 2
+
+#: Modes that hold one lock, and of which file.
+LOCKS = {"lock": layout.run_lock, "views": layout.views_lock, "hold": layout.hold_lock}
+#: Modes for a whole cache root.
+UPKEEP = {
+    "sweep": maintenance.sweep,
+    "verify": maintenance.verify,
+    "prune": prune.prune,
+    "status": maintenance.status,
+    "families": maintenance.families,
+    "survey": maintenance.survey,
+    **view_records.MODES,
+}
+
+
+def main() -> int:
+    """Never raises for what the job or the machine is like: that is said, and becomes the exit status."""
+    try:
+        # Gone before any child starts: the nonce in it is what makes a line an event.
+        # It is UTF-8 whatever the image's locale is.
+        job = Job.from_json(os.fsencode(os.environ.pop(JOB_VARIABLE, "")).decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        print(f"warm-cache: {error}", file=sys.stderr, flush=True)  # noqa: T201 - without a job there is no output yet
+        return NO_JOB
+    secrets = [os.environ[name] for name in job.secrets if name in os.environ]
+    output = Output(job.nonce, secrets, limit=job.log_limit)
+    task = job.task
+    guard = Guard(job, lambda: _say_lifetime(job, output, warming))
+    warming = Warming(job, task, output, guard) if task is not None and job.mode == "run" else None
+    try:
+        guard.start()
+        if warming is not None:
+            status = warming.run()
+        elif job.mode == "probe":
+            status = _probe(job, output)
+        elif job.mode in LOCKS:
+            status = _lock(job, output, guard)
+        elif job.mode in UPKEEP:
+            status = _upkeep(job, output, guard)
+        else:
+            output.say(f"no such mode, or no task for it: {job.mode!r}")
+            status = NO_JOB
+    except Stopped as stopped:
+        status = 128 + stopped.signum
+    except Exception as error:  # noqa: BLE001 - a defect becomes a verdict, with its traceback in the log
+        import traceback
+
+        for line in traceback.format_exc().splitlines():
+            output.say(line)
+        output.event(
+            "verdict", state="failed", reason=f"defect in the in-container program: {type(error).__name__}: {error}"
+        )
+        status = FAILED
+    output.end()
+    return status
+
+
+def _probe(job: Job, output: Output) -> int:
+    root = Path(job.mount)
+    env = {} if job.task is None else dict(job.task.env)
+    with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
+        try:
+            environ = simulated_gpu.environment({**os.environ, **env}, place)
+        except simulated_gpu.Impossible as why:
+            output.say(str(why))
+            return FAILED
+        record = toolchain.probe(environ=environ, mount=job.mount, image=job.image)
+    output.event("toolchain", record=record)
+    try:
+        layout.prepare(root)
+        write_memo(root, job, record, env)
+    except (layout.LayoutError, OSError) as error:
+        # The record is known all the same; a root that cannot be written is the next step's trouble, and named there.
+        output.say(str(error))
+        return FAILED
+    return 0
+
+
+def _lock(job: Job, output: Output, guard: Guard) -> int:
+    """Holds a lock of the root; the hold is shared, and only of a root that is there: a job makes none."""
+    root, exclusive = Path(job.mount), job.mode != "hold"
+    try:
+        if exclusive:
+            layout.prepare(root)
+        path = LOCKS[job.mode](root)
+        output.event("phase", phase=f"waiting for the {path.stem} lock")
+        guard.acquire(path, exclusive=exclusive)
+    except (layout.LayoutError, OSError) as error:
+        output.say(str(error))
+        return FAILED
+    output.event("locked", path=str(path.relative_to(job.mount)))
+    hold = threading.Event()
+    while True:
+        hold.wait(0.1)
+        guard.check()
+
+
+def _upkeep(job: Job, output: Output, guard: Guard) -> int:
+    try:
+        return UPKEEP[job.mode](job, output, guard)
+    except (layout.LayoutError, OSError) as error:
+        output.say(str(error))
+        return FAILED
+
+
+def _say_lifetime(job: Job, output: Output, warming: Warming | None) -> None:
+    reason = f"the container's lifetime of {job.lifetime:.0f} s is over"
+    output.say(reason)
+    if warming is not None:
+        output.event("verdict", **{**vars(warming.verdict), "state": "failed", "reason": reason})
+    output.end()
+
+
+if __name__ == "__main__":
+    # No interpreter teardown: threads that wait for a lease never return, and everything is published by now.
+    end(main())

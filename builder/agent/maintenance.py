@@ -1,0 +1,88 @@
+"""What is done to a whole cache root between warm-ups, in a container, as everything that writes below it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from builder.agent.guard import Guard
+from builder.agent.output import Output
+from builder.cache import environment, inventory, layout, removal, view_records
+from builder.cache import survey as holdings
+from builder.cache.family_directories import Place, bad_entries, contents, places
+from builder.events import WARMED
+from builder.task import Job
+
+
+def sweep(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``sweep``: unsafe leftovers and invalid entries move aside, and what lay there long enough is removed."""
+    root = Path(job.mount)
+    layout.prepare(root)
+    for place in places(root):
+        guard.check()
+        _move_aside(root, place, output)
+        removal.clear_host_specific(root, place.family.name, place.key)
+    for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=time.time()):
+        guard.check()
+        if stays is None:
+            output.event("removed", family=family, key=key, path=path)
+        else:
+            output.event("kept", family=family, key=key, path=path, why=stays)
+    view_records.sweep(root, job, output, guard)
+    return WARMED
+
+
+def verify(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``verify``: every entry is looked at. With ``repair`` bad ones, and leftovers, move aside first."""
+    root = Path(job.mount)
+    if job.repair:
+        layout.prepare(root)
+    for place in places(root):
+        guard.check()
+        if job.repair:
+            _move_aside(root, place, output)
+        entries, bad = bad_entries(place, now=time.time())
+        for name, problem in sorted(bad.items()):
+            output.event("bad", family=place.family.name, key=place.key, entry=name, problem=problem)
+        output.event("checked", family=place.family.name, key=place.key, entries=entries)
+    return WARMED
+
+
+def status(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``status``: what every family directory holds, and when every marker was last of use."""
+    for held in contents(Path(job.mount)):
+        guard.check()
+        output.event("holding", **held)
+    for mark in holdings.marks(Path(job.mount))[0]:
+        output.event("used", path=mark.path, time=mark.used)
+    return WARMED
+
+
+def families(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``families``: which family directories there are, and what each is for."""
+    for each in environment.described(Path(job.mount)):
+        guard.check()
+        output.event("described", **vars(each))
+    return WARMED
+
+
+def survey(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``survey``: what the root holds, as metrics."""
+    for name, value, labels in holdings.samples(Path(job.mount)):
+        guard.check()
+        output.event("sample", metric=name, value=value, labels=labels)
+    return WARMED
+
+
+def _move_aside(root: Path, place: Place, output: Output) -> None:
+    name = place.family.name
+    moved = inventory.sweep(
+        place.family,
+        place.path,
+        layout.aside(root, name, place.key),
+        now=time.time(),
+        older_than=inventory.IN_PROGRESS,
+        mount=place.mount,
+    )
+    for path, why in moved:
+        output.event("swept", family=name, key=place.key, path=path, why=why)

@@ -1,0 +1,162 @@
+"""What an installed Python package is, without importing it.
+
+A package's identity is its version and a digest of its payload: the rows of its RECORD that the wheel brought, which
+pip and uv write alike. Left out are ``.dist-info`` (INSTALLER, REQUESTED, direct_url.json), ``__pycache__`` (only pip
+lists it) and everything outside of site-packages (scripts, whose text names the interpreter).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from builder.cache.families import DEEP_GEMM_PACKAGES
+
+if TYPE_CHECKING:
+    import importlib.metadata
+
+#: The first sgl-deep-gemm whose cache has ``meta.json`` and ``.committed`` and whose keys are free of paths.
+_DEEP_JIT = (0, 2, 0)
+
+#: Marks that an editable install leaves where direct_url.json is gone (setuptools, hatchling, scikit-build-core).
+_EDITABLE = re.compile(r"^_*editable_|_editable\.(py|pth)$")
+
+
+@dataclass(frozen=True)
+class Package:
+    """One installed distribution. payload: (path, hash) of what its wheel brought; None where there is no RECORD."""
+
+    name: str
+    version: str
+    payload: tuple[tuple[str, str], ...] | None
+    editable: bool
+    place: str
+
+    def identity(self, build: str | None) -> str:
+        """One line that differs where the package differs. build: what an editable install was built as."""
+        if self.editable or self.payload is None:
+            how = "editable" if self.editable else "without RECORD"
+            return f"{self.version} {how}, {build or 'build unknown'}"
+        rows = "\n".join(f"{path} {digest}" for path, digest in sorted(self.payload))
+        return f"{self.version} {hashlib.sha256(rows.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+
+    def holds(self, prefix: str) -> bool:
+        """Whether a payload path begins so."""
+        return any(path.startswith(prefix) for path, _ in self.payload or ())
+
+
+def payload_of(record: str) -> tuple[tuple[str, str], ...]:
+    """The (path, hash) rows of a RECORD that do not depend on who installed it."""
+    rows = []
+    for row in csv.reader(record.splitlines()):
+        if len(row) < 2 or not row[0] or row[0].startswith(("../", "/")):
+            continue
+        parts = row[0].split("/")
+        if parts[0].endswith((".dist-info", ".data")) or "__pycache__" in parts or parts[-1].endswith(".pyc"):
+            continue
+        rows.append((row[0], row[1]))
+    return tuple(rows)
+
+
+def find(name: str, path: Sequence[str] | None = None) -> Package | None:
+    """The installed distribution of this name, or None. path: where to look instead of ``sys.path``."""
+    found = _distribution(name, path)
+    try:
+        # Asking for a field that is not there warns in Python 3.12 and raises later.
+        version = found.metadata["Version"] if found and "Version" in found.metadata else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if found is None or not version:
+        return None
+    record = _text(found, "RECORD")
+    try:
+        payload = payload_of(record) if record else None
+    except csv.Error:
+        payload = None
+    return Package(
+        name=name,
+        version=version,
+        payload=payload or None,
+        editable=_direct_url_says_editable(_text(found, "direct_url.json")) or _looks_editable(payload),
+        place=str(found.locate_file("")),
+    )
+
+
+def identity(names: Iterable[str], build: str | None, path: Sequence[str] | None = None) -> str | None:
+    """What these distributions are together, or None where none of them is installed."""
+    found = [package for name in names if (package := find(name, path))]
+    if len(found) < 2:
+        return found[0].identity(build) if found else None
+    return "; ".join(f"{package.name} {package.identity(build)}" for package in found)
+
+
+def deep_gemm(build: str | None, path: Sequence[str] | None = None) -> dict[str, str | None]:
+    """The factors ``deep_gemm``, ``deep_gemm_format`` and ``deep_gemm_path`` of the DeepGEMM that would be imported."""
+    for name in DEEP_GEMM_PACKAGES:
+        package = find(name, path)
+        if package is None or (name == "sgl-kernel" and not package.holds("deep_gemm/")):
+            continue
+        if name == "sgl-deep-gemm":
+            new = _release(package.version) >= _DEEP_JIT
+        else:
+            new = package.holds("deep_gemm/include/deep_jit/")
+        return {
+            "deep_gemm": package.identity(build) if name == "sgl-deep-gemm" else f"{name} {package.identity(build)}",
+            "deep_gemm_format": "deep_jit" if new else "jit",
+            "deep_gemm_path": None if new else f"{package.place.rstrip('/')}/deep_gemm",
+        }
+    return {"deep_gemm": None, "deep_gemm_format": None, "deep_gemm_path": None}
+
+
+def commit(name: str, path: Sequence[str] | None = None) -> str | None:
+    """The commit that a distribution says it was installed from (direct_url.json of a VCS install), or None."""
+    found = _distribution(name, path)
+    info = _json(_text(found, "direct_url.json") if found else None).get("vcs_info")
+    value = info.get("commit_id") if isinstance(info, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 0.2.3.post2 is (0, 2, 3)."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number[:9]) for number in numbers.group().split(".")) if numbers else ()
+
+
+def _distribution(name: str, path: Sequence[str] | None) -> importlib.metadata.Distribution | None:
+    # Imported here: it takes longer than all else on the way of a host that only reads memos.
+    from importlib.metadata import DistributionFinder, MetadataPathFinder
+
+    context = DistributionFinder.Context(name=name, **({} if path is None else {"path": list(path)}))
+    try:
+        return next(iter(MetadataPathFinder.find_distributions(context)), None)
+    except OSError:
+        return None
+
+
+def _text(found: importlib.metadata.Distribution, file: str) -> str | None:
+    try:
+        return found.read_text(file)
+    except (OSError, ValueError):
+        return None
+
+
+def _json(text: str | None) -> dict[str, object]:
+    try:
+        data = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _direct_url_says_editable(text: str | None) -> bool:
+    info = _json(text).get("dir_info")
+    return isinstance(info, dict) and info.get("editable") is True
+
+
+def _looks_editable(payload: tuple[tuple[str, str], ...] | None) -> bool:
+    return bool(payload) and any("/" not in path and _EDITABLE.search(path) for path, _ in payload or ())

@@ -1,0 +1,288 @@
+"""One child process: its own session, its output copied and read while it runs, its end seen to.
+
+A thread of its own moves the output, so that whoever drives the child may wait for an answer over HTTP meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from builder.agent import guard as guards
+from builder.agent.log_watch import Watch
+from builder.agent.output import STDERR, STDOUT, Output, Redactor
+from builder.agent.progress import Ticker
+
+CHUNK = 1 << 20
+HOLD_SECONDS = 0.2  # the longest that the beginning of a line waits for the rest of it
+HOLD_BYTES = 64 << 10
+LINGER_SECONDS = 2.0  # after a crash line: the rest of its traceback
+LINGER_SILENCE = 0.3
+ABANDON_SECONDS = 5.0  # an ended child's streams, held open by something that cannot be killed
+
+_F_SETPIPE_SZ = 1031  # linux/fcntl.h; named in the fcntl module only since Python 3.10
+
+
+class Failed(Exception):
+    """The child cannot succeed any more. The message is the reason."""
+
+
+class _Stream:
+    """One of the child's two streams, cut into whole lines for the reader and copied for people."""
+
+    def __init__(self, number: int, output: Output, watch: Watch) -> None:
+        self._number, self._output, self._watch = number, output, watch
+        self._redactor = Redactor(output.secrets)
+        self._seen = b""  # of the line in progress: read and copied
+        self._held = b""  # of the line in progress: read, not copied yet
+        self._since = 0.0
+
+    def feed(self, data: bytes) -> None:
+        self._take(self._redactor.feed(data))
+
+    def tick(self, now: float) -> None:
+        """Lets go of the beginning of a line that has waited long enough."""
+        if self._held and now - self._since >= HOLD_SECONDS:
+            self._release()
+
+    def finish(self) -> None:
+        self._take(self._redactor.flush())
+        if self._held:
+            self._release()
+        if self._seen:
+            self._watch.lines(self._seen + b"\n")
+
+    def _take(self, data: bytes) -> None:
+        text = self._held + data
+        cut = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
+        if cut:
+            self._watch.lines(self._seen + text[:cut] if self._seen else text[:cut])
+            self._output.copy(self._number, text[:cut])
+            self._seen = b""
+        if cut or not self._held:
+            self._since = time.monotonic()
+        self._held = text[cut:]
+        if len(self._held) > HOLD_BYTES:
+            self._release()
+
+    def _release(self) -> None:
+        self._seen += self._held
+        self._watch.partial(self._seen)
+        self._output.copy(self._number, self._held)
+        self._seen, self._held = self._seen[-HOLD_BYTES:], b""
+
+
+class Child:
+    """Runs argv. Use as a context manager: leaving it ends the child and everything that descends from it.
+
+    grace: seconds between SIGTERM and SIGKILL. gentle: SIGTERM goes to the child alone, for a server that stops its own
+    workers and takes their death for a crash; otherwise to its whole group.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        output: Output,
+        watch: Watch,
+        guard: guards.Guard,
+        grace: float,
+        gentle: bool = False,
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._argv, self._env, self._cwd = list(argv), dict(env), cwd
+        self._output, self._guard, self._on_tick = output, guard, on_tick
+        self._grace, self._gentle = grace, gentle
+        self.watch = watch
+        self.status: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pump: threading.Thread | None = None
+        self._changed = threading.Event()
+        self._last_output = time.monotonic()
+        self._closing: float | None = None
+
+    def __enter__(self) -> Child:
+        try:
+            self._process = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=self._cwd,
+                env=self._env,
+                start_new_session=True,
+            )
+        except OSError as error:
+            place = error.filename or self._argv[0]
+            hint = " (there may be no more processes: the PID limit)" if error.errno == errno.EAGAIN else ""
+            raise Failed(f"cannot start {self._argv[0]}: {place}: {error.strerror}{hint}") from None
+        except ValueError as error:
+            raise Failed(f"cannot start {self._argv[0]!r}: {error}") from None
+        pump = threading.Thread(target=self._drain, args=(self._process,), daemon=True)
+        try:
+            pump.start()
+        except RuntimeError as error:  # what the interpreter makes of EAGAIN
+            self.stop()
+            raise Failed(f"cannot read what {self._argv[0]} says: {error} (the PID limit)") from None
+        self._pump = pump
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def ended(self) -> bool:
+        """The process itself has ended (what it left may not have)."""
+        if self.status is None and self._process is not None:
+            self.status = self._process.poll()
+        return self.status is not None
+
+    def wait(self, until: Callable[[], bool], seconds: float | None = None) -> bool:
+        """True as soon as ``until`` holds; False when the child ended, or the seconds are over, without it.
+
+        Raises Failed for a crash line (whatever the child does afterwards) and for a log without end, Stopped for a
+        signal.
+        """
+        limit = None if seconds is None else time.monotonic() + seconds
+        while True:
+            self._guard.check()
+            if self._output.full:
+                raise Failed("the log limit is reached: no more was copied and the task was ended")
+            ended = self.ended
+            if ended:
+                self._drained()
+            if self.watch.crash:
+                self._linger()
+                raise Failed(str(self.watch.crash))
+            if until():
+                return True
+            if ended or (limit is not None and time.monotonic() > limit):
+                return False
+            self._on_tick()
+            self._changed.wait(0.1)
+            self._changed.clear()
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL to all that the child left, setsid or not. Returns when they are gone."""
+        process = self._process
+        if process is None:
+            return
+        if not self.ended:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                (os.kill if self._gentle else os.killpg)(process.pid, signal.SIGTERM)
+        limit = time.monotonic() + self._grace
+        while not self.ended and time.monotonic() < self._guard.patience(limit):
+            self._changed.wait(0.02)
+            self._changed.clear()
+        guards.kill_descendants(spare=(process.pid,))
+        if self.status is None:
+            self.status = process.wait()
+        self._drained()
+        self._process = None
+
+    def describe_end(self, more: str = "") -> str:
+        """How the child ended, in words, with the last thing it said."""
+        last = f"; last line: {self.watch.last_line}" if self.watch.last_line else ""
+        return f"{describe_status(self.status)}{more}{last}"
+
+    def _linger(self) -> None:
+        limit = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < limit and time.monotonic() - self._last_output < LINGER_SILENCE and not self.ended:
+            self._guard.check()
+            self._changed.wait(0.05)
+            self._changed.clear()
+
+    def _drained(self) -> None:
+        """Waits until all that the child wrote is copied; what it left may hold the streams open: that ends first."""
+        if self._pump is None:
+            return
+        self._pump.join(0.05)
+        if self._pump.is_alive():
+            guards.kill_descendants(spare=() if self._process is None else (self._process.pid,))
+        self._closing = time.monotonic()
+        self._pump.join()
+        self._pump = None
+
+    def _idle_since(self, moment: float) -> float:
+        return time.monotonic() - max(moment, self._last_output)
+
+    def _drain(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        streams = {process.stdout: STDOUT, process.stderr: STDERR}
+        readers = {number: _Stream(number, self._output, self.watch) for number in streams.values()}
+        ticker = Ticker(self._output, self.watch)
+        swept = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            for pipe, number in streams.items():
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(pipe, _F_SETPIPE_SZ, CHUNK)
+                os.set_blocking(pipe.fileno(), False)
+                selector.register(pipe, selectors.EVENT_READ, number)
+            open_pipes = {number: pipe for pipe, number in streams.items()}
+            while open_pipes:
+                ready = selector.select(0.05)
+                if not ready and self._closing and self._idle_since(self._closing) > ABANDON_SECONDS:
+                    break
+                # stderr is read first and looked at last: a success line that was written before the complaints of a
+                # teardown is in the other pipe by the time these are read.
+                found = {}
+                for key in sorted((key for key, _ in ready), key=lambda key: -int(key.data)):
+                    found[key.data] = _read(key.fd)
+                if STDERR in found and STDOUT not in found and STDOUT in open_pipes:
+                    found[STDOUT] = _read(process.stdout.fileno())
+                for number in sorted(found):
+                    data = found[number]
+                    if data:
+                        self._last_output = time.monotonic()
+                        readers[number].feed(data)
+                    elif data is not None:
+                        readers[number].finish()
+                        selector.unregister(open_pipes.pop(number))
+                    if not data or self.watch.crash or self.watch.succeeded:
+                        self._changed.set()
+                now = time.monotonic()
+                for number in readers:
+                    readers[number].tick(now)
+                ticker.tick(now)
+                if now - swept > 5:
+                    guards.reap(spare=(process.pid,))
+                    swept = now
+            for number in open_pipes:
+                readers[number].finish()
+        ticker.finish()
+        for pipe in streams:
+            pipe.close()
+        self._changed.set()
+
+
+def _read(descriptor: int) -> bytes | None:
+    """What is there; empty at the end of the stream, None when nothing is there now."""
+    try:
+        return os.read(descriptor, CHUNK)
+    except BlockingIOError:
+        return None
+
+
+def describe_status(status: int | None) -> str:
+    """An exit status in words."""
+    if status is None:
+        return "still running"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (the kernel does that when memory runs out)" if -status == signal.SIGKILL else ""
+    return f"killed by {name}{hint}"

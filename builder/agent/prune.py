@@ -1,0 +1,214 @@
+"""The removal of what may go from a cache root (`prune` decides): mode ``prune``.
+
+Markers go first, then memos, then what they vouched for. A directory is moved out of the way by one rename, under the
+locks of the removal rule, and only then is anything in it deleted: whenever this is killed, whatever a marker lists is
+there, whole. What it leaves in ``aside/pruned`` was decided about, and the next prune deletes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from builder import files
+from builder.agent.guard import Guard
+from builder.agent.output import Output
+from builder.cache import layout, removal, survey, toolchain, usage, view_records
+from builder.cache.families import directory
+from builder.cache.retention import Plan, Step, decide
+from builder.cache.survey import Dir
+from builder.events import FAILED, WARMED
+from builder.task import Job, PrunePolicy
+
+#: Below the root: what is being deleted.
+PRUNED = "aside/pruned"
+
+
+def plan(root: Path, policy: PrunePolicy, *, job_max: float, now: float) -> Plan:
+    """What goes, with what cannot go now. Reads only; a lock is taken for the moment of asking for it."""
+    held = survey.survey(root)
+    pinned: dict[Dir, str] = {}
+    while True:
+        found = decide(held, policy, job_max=job_max, now=now, pinned=pinned)
+        refused = {
+            place: refusal
+            for step in found.steps
+            if step.family and (place := (step.family, step.key)) not in pinned
+            if (refusal := _refusal(root, step, job_max, now))
+        }
+        if not refused:
+            break
+        pinned.update(refused)
+    if found.steps and removal.is_held(root):
+        # While somebody uses the cache no part of it goes, markers included.
+        steps = tuple(replace(step, stays=removal.HELD) for step in found.steps)
+        return replace(found, steps=steps, after=held.bytes, images=frozenset())
+    return found
+
+
+def _refusal(root: Path, step: Step, job_max: float, now: float) -> str | None:
+    """Of a whole directory; of entries, whose own times have been looked at, only what the locks say."""
+    with removal.may_remove(
+        root,
+        step.family,
+        step.key,
+        job_max=job_max if step.kind == "family" else 0.0,
+        now=now,
+        create=False,
+    ) as refusal:
+        return refusal
+
+
+def prune(job: Job, output: Output, guard: Guard) -> int:
+    """Mode ``prune``: every step as it is done, and what it came to."""
+    policy, root, now = job.prune, Path(job.mount), time.time()
+    if policy is None:
+        output.say("there is no policy in this job")
+        return FAILED
+    if policy.dry_run:
+        found = plan(root, policy, job_max=job.job_max, now=now)
+        for step in found.steps:
+            _tell(output, "planned", step)
+        _total(output, found, 0)
+        return WARMED
+    layout.prepare(root)
+    view_records.forget(root, guard)
+    freed = sum(_delete(path) for path in _leftovers(root))
+    found = plan(root, policy, job_max=job.job_max, now=now)
+    for step in found.steps:
+        guard.check()
+        done, size = (step, 0) if step.stays else _do(root, step, job, now)
+        freed += size
+        _tell(output, "pruned", replace(done, bytes=step.bytes if done.stays else size))
+    for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=now):
+        guard.check()
+        if stays is None:
+            output.event("removed", family=family, key=key, path=path)
+    for mark in survey.marks(root)[0]:
+        if mark.folder in policy.folders:
+            usage.stamp(root, mark.path)
+    _total(output, found, freed)
+    return WARMED
+
+
+def _tell(output: Output, event: str, step: Step) -> None:
+    output.event(
+        event,
+        kind=step.kind,
+        path=files.printable(step.name),
+        family=step.family,
+        key=step.key,
+        bytes=step.bytes,
+        why=step.why,
+        stays=step.stays,
+    )
+
+
+def _total(output: Output, found: Plan, freed: int) -> None:
+    output.event(
+        "freed",
+        before=found.before,
+        after=found.after,
+        freed=freed,
+        left=list(found.left),
+        images=sorted(found.images),
+        kept_images=sorted(found.kept_images),
+    )
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+def _do(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
+    """The step as it came out, and the bytes that it freed."""
+    try:
+        if step.kind == "marker":
+            _drop_marker(root, step.name)
+            return step, 0
+        if step.kind == "memo":
+            _drop_memo(root, step)
+            return step, 0
+        if step.kind == "family":
+            return _drop_family(root, step, job, now)
+        return _drop_entries(root, step, job, now)
+    except OSError as error:
+        return replace(step, stays=f"cannot be removed: {files.why(error)}"), 0
+
+
+def _drop_marker(root: Path, name: str) -> None:
+    path = root / name
+    path.unlink(missing_ok=True)
+    _sync(path.parent)
+    usage.forget(root, name)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+
+
+def _drop_memo(root: Path, step: Step) -> None:
+    """Of the file's records those of this toolchain; with the last of them the file."""
+    toolchain.drop_memos(root / step.name, step.key)
+
+
+def _drop_family(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
+    path = Path(directory(str(root), step.family, step.key))
+    with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now) as refusal:
+        if refusal:
+            return replace(step, stays=refusal), 0
+        apart = _move(root, path, f"{step.family}-{step.key}")
+        (path.parent / f"{step.key}.json").unlink(missing_ok=True)
+    return step, _delete(apart)
+
+
+def _drop_entries(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
+    base = Path(directory(str(root), step.family, step.key))
+    freed, stays = 0, ""
+    for name in step.names:
+        with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now, what=base / name) as refusal:
+            if refusal:
+                stays = stays or refusal
+                continue
+            apart = _move(root, base / name, f"{step.family}-{step.key}")
+        freed += _delete(apart)
+    return (replace(step, stays=stays) if stays and not freed else step), freed
+
+
+def _move(root: Path, path: Path, name: str) -> Path:
+    """Out of everybody's way, by one rename."""
+    apart = root / PRUNED / f"{name}-{os.urandom(16).hex()}"
+    apart.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(apart)
+    _sync(path.parent)
+    return apart
+
+
+def _leftovers(root: Path) -> Iterator[Path]:
+    for item in files.listing(str(root / PRUNED)) or ():
+        yield Path(item.path)
+
+
+def _delete(path: Path) -> int:
+    """Deletes it; the bytes that came free: those of files which had no other name."""
+    freed = 0
+    with contextlib.suppress(OSError):
+        found = [path]
+        if stat.S_ISDIR(path.lstat().st_mode):
+            found += [path / name for name, _ in files.walk(str(path), ())]
+        for item in found:
+            with contextlib.suppress(OSError):
+                status = item.lstat()
+                if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
+                    freed += status.st_blocks * 512
+    return freed if removal.remove(path) is None else 0
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""A GPU that is not there, for tasks that compile kernels and run none. EXPERIMENTAL: not proven on hardware.
+
+What DeepGEMM puts into a kernel's key and source is known without a GPU: compute capability, number of SMs, compiler.
+So the serving image's own sglang sweeps shapes on a stub driver: a libcuda.so.1, and a library preloaded over the CUDA
+runtime, both compiled from ``stub_driver/`` by the image's own compiler against its own headers. No kernel is executed.
+Whatever is made so carries the mark: in the record's ``observed``, in the marker, and in a proof of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.task import PRETEND_VARIABLE
+
+_SOURCES = Path(__file__).resolve().parent / "stub_driver"
+_SECONDS = 120.0
+
+
+class Impossible(Exception):
+    """No GPU can be pretended here. The message is the reason."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """As CUDA describes it. Sizes in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    memory: int
+    shared: int
+    l2: int
+
+
+#: Facts of real ones (NVIDIA's data sheet and deviceQuery).
+GPUS: Mapping[str, Gpu] = {
+    "H200": Gpu(name="NVIDIA H200", capability=(9, 0), sms=132, memory=141 << 30, shared=232448, l2=62914560),
+}
+
+
+def environment(environ: Mapping[str, str], place: str) -> dict[str, str]:
+    """The environment in which CUDA finds the pretended GPU, if one is asked for: compiled below `place` first.
+
+    Raises Impossible where this image cannot compile it.
+    """
+    wanted = environ.get(PRETEND_VARIABLE)
+    if not wanted:
+        return dict(environ)
+    if wanted not in GPUS:
+        raise Impossible(f"no GPU to pretend is called {wanted!r}; known: {', '.join(GPUS)}")
+    folder = Path(place) / "stub_driver"
+    folder.mkdir(exist_ok=True)
+    _compile(GPUS[wanted], environ, folder)
+    return {
+        **environ,
+        "LD_PRELOAD": " ".join(filter(None, (str(folder / "libpretended.so"), environ.get("LD_PRELOAD")))),
+        "LD_LIBRARY_PATH": ":".join(filter(None, (str(folder), environ.get("LD_LIBRARY_PATH")))),
+    }
+
+
+def _compile(gpu: Gpu, environ: Mapping[str, str], folder: Path) -> None:
+    include = _include(environ)
+    numbers = {
+        "GPU_NAME": f'"{gpu.name}"',
+        "GPU_MAJOR": gpu.capability[0],
+        "GPU_MINOR": gpu.capability[1],
+        "GPU_SMS": gpu.sms,
+        "GPU_MEMORY": f"{gpu.memory}ull",
+        "GPU_SHARED": gpu.shared,
+        "GPU_L2": gpu.l2,
+    }
+    common = ["-shared", "-fPIC", "-w", "-fno-builtin", f"-I{include}"]
+    common += [f"-D{name}={value}" for name, value in numbers.items()]
+    rest = folder / "rest.c"
+    driver, runtime = _SOURCES / "driver.c", _SOURCES / "runtime.c"
+    rest.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in _others(include, driver, environ)))
+    _cc(environ, *common, str(driver), str(rest), "-o", str(folder / "libcuda.so.1"), "-Wl,-soname,libcuda.so.1")
+    _cc(environ, *common, str(runtime), "-o", str(folder / "libpretended.so"), "-ldl")
+
+
+def _others(include: Path, driver: Path, environ: Mapping[str, str]) -> list[str]:
+    """Every function that cuda.h declares, old names included, but those that the driver's source defines."""
+    names: set[str] = set()
+    for mode in ([], ["-D__CUDA_API_VERSION_INTERNAL"]):
+        text = _cc(environ, "-E", "-P", *mode, f"-I{include}", str(include / "cuda.h"))
+        names |= set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", text))
+    defined = set(re.findall(r"^CUresult (cu\w+)\(", driver.read_text(encoding="ascii"), re.MULTILINE))
+    return sorted(names - defined)
+
+
+def _include(environ: Mapping[str, str]) -> Path:
+    """Where cuda.h is: beside the compiler that DeepGEMM uses."""
+    import shutil  # as below
+
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).resolve().parents[1])]
+    for home in (*homes, "/usr/local/cuda"):
+        if home and (Path(home) / "include" / "cuda.h").is_file():
+            return Path(home) / "include"
+    raise Impossible("the stub driver cannot be compiled: this image has no cuda.h")
+
+
+def _cc(environ: Mapping[str, str], *arguments: str) -> str:
+    import shutil  # the host reads the table above, and never comes here
+    import subprocess
+
+    compiler = shutil.which("cc", path=environ.get("PATH")) or shutil.which("gcc", path=environ.get("PATH"))
+    if compiler is None:
+        raise Impossible("the stub driver cannot be compiled: this image has no C compiler")
+    env = {name: value for name, value in environ.items() if name != "LD_PRELOAD"}
+    try:
+        done = subprocess.run(
+            [compiler, *arguments],
+            check=False,
+            env=env,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Impossible(f"the stub driver cannot be compiled: {error}") from None
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        raise Impossible(f"the stub driver cannot be compiled against {arguments[-1]}: {said.strip()[:300]}")
+    return done.stdout

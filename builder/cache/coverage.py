@@ -1,0 +1,239 @@
+"""What a task asks for: the factors that name its marker, and the words for how two askings differ.
+
+A change of coverage asks for the task again. It never moves a family's directory, so it costs only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder import files, sglang_args
+from builder.cache.toolchain import Record
+from builder.task import PRETEND_VARIABLE, Task
+
+#: Raise a recipe's number when what it makes compile changes: its tasks are then asked for again.
+RECIPE_VERSIONS: Mapping[str, int] = {"compile-deep-gemm": 1, "serve": 1, "shapes": 1, "command": 1}
+
+#: Recipes whose kernels depend on the model's config.json.
+NEEDS_CONFIG = frozenset({"compile-deep-gemm", "serve"})
+
+#: What of a task changes what its recipe makes compile. Time-outs and the kind of proof do not.
+_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "compile-deep-gemm": ("load", "layers", "m_values"),
+    "serve": ("load", "layers", "requests"),
+    "shapes": ("shapes", "shapes_from", "m_values"),
+    "command": ("success",),
+}
+
+#: Where containers have the model store (HF_HOME).
+STORE_MOUNT = "/models"
+
+_CONFIG_LIMIT = 16 << 20
+_NUMBER = re.compile(r"-\.?\d")
+
+
+def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
+    """The coverage factors in the order in which a difference is named; JSON types only, so it survives a file."""
+    sglang = record["sglang"]
+    # Where a model's argv goes to sglang's own parser the order of options means nothing; a command's may.
+    argv = list(task.argv) if task.recipe == "command" else normalise_argv(task.argv)
+    factors: dict[str, Any] = {
+        "sglang": sglang["version"],
+        "sglang commit": sglang["commit"],
+        "model": task.model,
+        "revision": task.revision,
+        "config.json": config_digest or _in_image(task, record),
+        "argv": argv,
+        "env": _environment(task, record),
+        "recipe": task.recipe,
+        "recipe version": RECIPE_VERSIONS.get(task.recipe, 0),
+        # What is compiled for a shape does not depend on how many GPUs there are to do it.
+        "gpus": None if task.recipe == "shapes" else task.gpus,
+        "families": None if task.families is None else sorted(set(task.families)),
+    }
+    for name in _SETTINGS.get(task.recipe, ()):
+        value = getattr(task, name)
+        if name == "shapes":
+            value = [str(shape) for shape in sorted(set(value))]
+        elif name in ("m_values", "shapes_from"):
+            value = sorted(set(value))
+        elif name == "requests":
+            value = [list(pair) for pair in value]
+        factors[name] = value
+    return factors
+
+
+def needs_config(task: Task) -> bool:
+    """Whether the task's kernels depend on the model's config.json."""
+    return task.recipe in NEEDS_CONFIG or "config" in task.shapes_from
+
+
+def _environment(task: Task, record: Record) -> dict[str, str]:
+    """The task's variables over the switches that every process of its environment has. For which GPU kernels are
+    compiled, and how, is the toolchain's to tell.
+    """
+    variables = {**record.get("switches", {}), **task.env}
+    return {name: value for name, value in sorted(variables.items()) if name != PRETEND_VARIABLE}
+
+
+def _in_image(task: Task, record: Record) -> str | None:
+    """What stands for the config.json of a model that lies in the image."""
+    in_image = needs_config(task) and is_directory(task.model)
+    return f"in the image {record['factors'].get('image')}" if in_image else None
+
+
+def coverage_digest(factors: Mapping[str, Any]) -> str:
+    """12 hex digits: equal exactly where every factor is."""
+    text = json.dumps(factors, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
+
+
+def normalise_argv(argv: Iterable[str]) -> list[str]:
+    """One spelling for argvs that mean the same to an option parser.
+
+    ``--a=b`` becomes ``--a b``, and ``--tp-size`` becomes ``--tp``; options are sorted by name, with their values
+    behind them; repeated options keep their order, because the last one wins; what stands before the first option stays
+    in front, ``--`` and what follows it at the end. A value that would look like an option (``--a=--b``) keeps its
+    equals sign.
+    """
+    words = list(argv)
+    rest = words[words.index("--") :] if "--" in words else []
+    words = words[: len(words) - len(rest)]
+    front: list[str] = []
+    groups: list[list[str]] = []
+    for word in words:
+        if _is_option(word):
+            name, equals, value = word.partition("=")
+            name = sglang_args.SPELLING.get(name, name)
+            groups.append(
+                [name, value] if word.startswith("--") and equals and not _is_option(value) else [name + equals + value]
+            )
+        elif groups:
+            groups[-1].append(word)
+        else:
+            front.append(word)
+    groups.sort(key=lambda group: group[0].partition("=")[0])
+    return [*front, *itertools.chain.from_iterable(groups), *rest]
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-" and not _NUMBER.match(word)
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(factor, was, is) for every factor that differs, in words; variables of the environment one by one."""
+    before, after = _flat(was), _flat(now)
+    return [
+        (files.printable(name) or "(no name)", describe(before.get(name)), describe(after.get(name)))
+        for name in dict.fromkeys([*after, *before])
+        if before.get(name) != after.get(name)
+    ]
+
+
+def describe(value: Any) -> str:
+    """A factor's value in words, on as many lines as it has."""
+    if value is None:
+        return "absent"
+    if isinstance(value, str):
+        return "\n".join(map(files.printable, value.split("\n"))) or "empty"
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return files.printable(shlex.join(value)) or "none"
+    try:
+        return files.printable(json.dumps(value))
+    except RecursionError:
+        return "nested beyond reason"
+
+
+def brief(was: str, now: str, limit: int = 100) -> tuple[str, str]:
+    """Both values as far as they differ: of several lines the different ones, of long values the different part."""
+    lines = was.split("\n"), now.split("\n")
+    if max(map(len, lines)) > 1:
+        was = " / ".join(line for line in lines[0] if line not in lines[1]) or was.replace("\n", " / ")
+        now = " / ".join(line for line in lines[1] if line not in lines[0]) or now.replace("\n", " / ")
+    if max(len(was), len(now)) <= limit:
+        return was, now
+    same = next((at for at, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    start = max(0, same - limit // 4)
+    return _window(was, start, limit), _window(now, start, limit)
+
+
+def _window(text: str, start: int, limit: int) -> str:
+    end = start + limit
+    return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+
+
+def _flat(factors: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in factors.items():
+        if name == "env" and isinstance(value, dict):
+            flat.update({f"env {variable}": text for variable, text in sorted(value.items())})
+        else:
+            flat[name] = value
+    return flat
+
+
+def config_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
+    """(sha256 of the model's config.json, None), or (None, what is wrong). Never raises.
+
+    model: ``org/name``, found below `store` (HF_HOME) where the Hugging Face hub keeps it:
+    ``hub/models--org--name/{refs/<revision>,snapshots/<commit>/config.json}``; or a directory as containers see it,
+    below the store's mount. A directory elsewhere belongs to the image, which the builder cannot look into and which
+    `coverage` names instead: (None, None).
+    """
+    try:
+        if not is_directory(model):
+            return _hub_digest(store, model, revision)
+        if not Path(model).is_relative_to(STORE_MOUNT):
+            return None, None
+        return _digest_of(store / Path(model).relative_to(STORE_MOUNT) / "config.json", _within(store))
+    except (OSError, ValueError, RuntimeError) as error:
+        return None, f"{files.printable(model)}: {files.why(error)}"
+
+
+def is_directory(model: str) -> bool:
+    """Whether a task names its model by a path, not by its name on the hub."""
+    return model.startswith(("/", "."))
+
+
+def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
+    wanted = revision or "main"
+    folder = store / "hub" / f"models--{model.replace('/', '--')}"
+    if ".." in (*model.split("/"), *wanted.split("/")) or not model or "\0" in model + wanted:
+        return None, f"{files.printable(model)}: not a model and revision of the hub"
+    if not folder.is_dir():
+        return None, f"{model} is not in the store: there is no {folder}"
+    try:
+        commit = files.read_bytes(str(folder / "refs" / wanted), 4096).decode("ascii", "replace").strip()
+    except files.UnreadableError:
+        commit = wanted
+    if not is_commit(commit) or not (folder / "snapshots" / commit).is_dir():
+        return None, f"{model} has no revision {wanted} in the store: {folder / 'refs' / wanted} names no snapshot"
+    return _digest_of(folder / "snapshots" / commit / "config.json", _within(store))
+
+
+def is_commit(name: str) -> bool:
+    """Whether a reference of the store names a snapshot, and no place elsewhere."""
+    return re.fullmatch(r"[0-9A-Za-z._-]+", name) is not None and name not in (".", "..")
+
+
+def _within(store: Path) -> Callable[[Path], bool]:
+    inside = store.resolve()
+    return lambda path: path.is_relative_to(inside)
+
+
+def _digest_of(config: Path, inside: Callable[[Path], bool]) -> tuple[str | None, str | None]:
+    # Snapshots are links into blobs/; what a link leaves the store for is not there in a container.
+    target = config.resolve()
+    if not inside(target):
+        return None, f"{config} is a link that leaves the store, to {target}"
+    try:
+        return hashlib.sha256(files.read_bytes(str(target), _CONFIG_LIMIT)).hexdigest(), None
+    except files.UnreadableError as error:
+        return None, f"{config} {error}"

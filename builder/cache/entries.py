@@ -1,0 +1,232 @@
+"""How an entry of each layout looks on disk, and what can be wrong with one.
+
+Names keep their undecodable bytes as Python's surrogate escapes; problems are always printable. What cannot be read is
+an entry with a problem, never an exception.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections.abc import Callable, Iterator, Mapping
+
+from builder.cache import elf
+from builder.cache.families import Family
+from builder.files import (
+    UNREADABLE,
+    UnreadableError,
+    is_dir,
+    listing,
+    matches,
+    open_regular,
+    printable,
+    read_json,
+    walk,
+    why,
+)
+
+MISSING = "missing"
+
+#: The one problem of a Triton entry that a compile in progress has as well: the group file is written last.
+NO_GROUP = "no __grp__ file"
+
+_JSON_LIMIT = 4 << 20
+_ELF_SUFFIXES = (".so", ".o", ".cubin")
+_TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdgcn", ".hsaco")
+
+
+# Names of entries, by layout
+
+
+def _deep_gemm_names(family: Family, base: str) -> Iterator[str]:
+    for item in listing(f"{base}/cache") or ():
+        # <name>.<hash>: a directory without a dot (lost+found) is nobody's entry.
+        if "." in item.name[1:] and not matches(item.name, family.transient) and is_dir(item):
+            yield f"cache/{item.name}"
+
+
+def _triton_names(family: Family, base: str) -> Iterator[str]:
+    for item in listing(base) or ():
+        # Triton makes the directory before its first file: with nothing finished in it, it is no entry yet.
+        if not matches(item.name, family.transient) and is_dir(item) and _finished(family, item.path) != []:
+            yield item.name
+
+
+def _file_names(family: Family, base: str) -> Iterator[str]:
+    for name, item in walk(base, family.transient):
+        host_specific = "/" not in name and matches(name, family.host_specific)
+        if item is None or (item.is_file(follow_symlinks=False) and not host_specific):
+            yield name
+
+
+#: Lists the names of a layout's entries: (family, its directory) -> names from that directory.
+NAMES: Mapping[str, Callable[[Family, str], Iterator[str]]] = {
+    "deep_gemm": _deep_gemm_names,
+    "triton": _triton_names,
+    "files": _file_names,
+}
+
+
+# Problems, by layout
+
+
+def problem_of(family: Family, base: str, name: str, mount: str | None) -> str | None:
+    """What is wrong with an entry, naming the file; None when it is valid; MISSING when there is none of that name."""
+    path = f"{base}/{name}"
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING
+    except (OSError, ValueError) as error:
+        return f"{UNREADABLE}: {why(error)}"
+    if family.layout == "files":
+        if stat.S_ISDIR(mode):
+            return MISSING if listing(path) is not None else f"{UNREADABLE}: a directory that cannot be listed"
+        return _file_problem(path, name)
+    if not stat.S_ISDIR(mode):
+        return "is not a directory"
+    if family.layout == "deep_gemm":
+        problems = _deep_gemm_problems(path, name)
+    else:
+        problems = _triton_problems(family, base, name, mount)
+    if problems == [MISSING]:
+        return MISSING
+    return printable("; ".join(problems[:3])) or None
+
+
+def _deep_gemm_problems(path: str, name: str) -> list[str]:
+    """sgl-deep-gemm <= 0.1.7 writes ``kernel.<name>.<hash>/{kernel.cu,kernel.cubin}``; 0.2 writes ``<name>.<hash>/``
+    with ``meta.json`` and ``.committed`` as well, and takes a directory without the latter for a miss, forever."""
+    directory = name.rpartition("/")[2]
+    old = directory.startswith("kernel.") and directory.count(".") >= 2
+    problems = []
+    if not old and not _is_regular(f"{path}/.committed"):
+        problems.append("no .committed")
+    if problem := elf.problem_of(f"{path}/kernel.cubin", "kernel.cubin"):
+        problems.append(problem)
+    if problem := _not_empty(f"{path}/kernel.cu", "kernel.cu"):
+        problems.append(problem)
+    if not old:
+        try:
+            if not isinstance(read_json(f"{path}/meta.json", _JSON_LIMIT), dict):
+                problems.append("meta.json is not an object")
+        except UnreadableError as error:
+            problems.append(f"meta.json {error}")
+    return problems
+
+
+def _triton_problems(family: Family, base: str, name: str, mount: str | None) -> list[str]:
+    """A kernel is found through ``__grp__<file>``, which lists its files by absolute path. Directories without a group
+    hold a compiled launcher or driver helper (``.so``), or autotune results."""
+    items = _finished(family, f"{base}/{name}")
+    if items is None:
+        return [f"{UNREADABLE}: a directory that cannot be listed"]
+    if not items:
+        return [MISSING]
+    names = sorted(item.name for item in items)
+    groups = [file for file in names if file.startswith("__grp__")]
+    if groups:
+        loose = [file for file in names if file.endswith(".so")]
+    elif any(file.endswith(_TRITON_PARTS) for file in names):
+        return [NO_GROUP]
+    else:
+        loose = names
+    problems = [problem for file in loose if (problem := _file_problem(f"{base}/{name}/{file}", file))]
+    for group in groups:
+        problems += _group_problems(family, base, name, group, mount)
+    return problems
+
+
+def _group_problems(family: Family, base: str, name: str, group: str, mount: str | None) -> list[str]:
+    try:
+        document = read_json(f"{base}/{name}/{group}", _JSON_LIMIT)
+    except UnreadableError as error:
+        return [f"{group} {error}"]
+    children = document.get("child_paths") if isinstance(document, dict) else None
+    if not isinstance(children, dict) or not children:
+        return [f"{group} has no child_paths"]
+    below = f"/{family.name}/{posixpath.basename(posixpath.normpath(base))}/{name}/"
+    problems = []
+    for child, recorded in children.items():
+        if not isinstance(recorded, str) or "/" in child or "\0" in child:
+            problems.append(f"{group} has no path for {child[:100]}")
+            continue
+        place = posixpath.normpath(recorded)
+        if mount is not None:
+            here = place == posixpath.normpath(mount) + below + child
+        else:
+            here = place == posixpath.normpath(f"{base}/{name}/{child}") or place.endswith(below + child)
+        if not here:
+            # Every other child says the same.
+            return [*problems, f"{group} points to {recorded[:300]}, not here: it was made under another mount path"]
+        if problem := _file_problem(f"{base}/{name}/{child}", child):
+            problems.append(problem)
+    return problems
+
+
+def _file_problem(path: str, name: str) -> str | None:
+    """For a file of any kind: regular, not empty, and sound ELF when its name or its first bytes say ELF."""
+    label = printable(name.rpartition("/")[2])
+    if name.endswith(_ELF_SUFFIXES):
+        return elf.problem_of(path, label)
+    try:
+        fd, size = open_regular(path)
+    except UnreadableError as error:
+        return f"{label} {error}"
+    try:
+        magic = os.pread(fd, 4, 0)
+    except OSError as error:
+        return f"{label} {UNREADABLE}: {why(error)}"
+    finally:
+        os.close(fd)
+    if not size:
+        return f"{label} is empty"
+    return elf.problem_of(path, label) if magic == elf.MAGIC else None
+
+
+# Details
+
+
+def _finished(family: Family, path: str) -> list[os.DirEntry[str]] | None:
+    items = listing(path)
+    return None if items is None else [item for item in items if not matches(item.name, family.transient)]
+
+
+def size_and_times(family: Family, base: str, name: str) -> tuple[int, int, int]:
+    """Bytes of an entry's files; the mtime in ns of its ``.committed``, which a hit touches (0: it has none); and the
+    newest mtime in ns of its other files, which only compiling changes (0: a use does as well, or it cannot be told).
+    """
+    path, size, used, written = f"{base}/{name}", 0, 0, 0
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode):
+            told = not matches(name.rpartition("/")[2], family.rewritten)
+            return status.st_size, 0, status.st_mtime_ns if told else 0
+        for item in listing(path) or ():
+            found = item.stat(follow_symlinks=False)
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+            if item.name == ".committed":
+                used = found.st_mtime_ns
+            elif not matches(item.name, family.transient):
+                written = max(written, found.st_mtime_ns)
+    except (OSError, ValueError):
+        return size, used, 0
+    return size, used, written
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _not_empty(path: str, label: str) -> str | None:
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        return f"{label} is missing" if isinstance(error, FileNotFoundError) else f"{label} {UNREADABLE}: {why(error)}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{label} is not a regular file"
+    return None if status.st_size else f"{label} is empty"

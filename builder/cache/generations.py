@@ -1,0 +1,335 @@
+"""Generations: what a cache root held at one moment, complete and never changed again, for views to lie upon.
+
+``<root>/generations/<id>/`` has the layout of the root: every valid entry of every family, family records, memos and
+markers. It is built beside its place and published by one rename. The id is a digest of names, sizes and times of what
+is in it, so that a root in which nothing is new has one generation, however often it is asked for.
+
+A file that its maker publishes by rename (`Family.renamed`) gets another name here and costs nothing; a file that may
+be written in place would change under a view, so it is copied (once: the next generation takes it from this one). A
+family of that kind is not read while somebody compiles into it: then the newest generation's word is taken again, or
+the family is left out, and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.cache import inventory, layout
+from builder.cache.families import FAMILIES, Family
+from builder.files import is_dir, listing, matches, walk
+
+ID = re.compile(r"[0-9a-f]{16}")
+KEY = re.compile(r"[0-9a-f]{16}")
+STAMP = ".committed"
+
+_TRIES = 5
+_BATCH = 4096
+#: A link that cannot be made, where a copy can.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+
+class _ChangedError(Exception):
+    """Something was moved or written while it was read."""
+
+
+@dataclass(frozen=True)
+class Omitted:
+    """A family directory that is not in the generation, and why."""
+
+    family: str
+    key: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file of a generation. link: another name is enough; told: its time tells something about its content."""
+
+    name: str
+    source: str
+    size: int
+    time_ns: int
+    link: bool
+    told: bool
+
+    @property
+    def stamp(self) -> bool:
+        """Whether it is one of DeepGEMM's stamps, which a hit touches: empty, and a time that changes."""
+        return self.name.endswith(f"/{STAMP}")
+
+    def is_like(self, status: os.stat_result) -> bool:
+        """Whether a file of this status is the one that was listed, as far as that tells."""
+        return status.st_size == self.size and (self.stamp or status.st_mtime_ns == self.time_ns)
+
+
+def home(root: Path) -> Path:
+    return root / "generations"
+
+
+def tree(root: Path, generation: str) -> Path:
+    return home(root) / generation
+
+
+def known(root: Path) -> list[str]:
+    """Ids of all generations, the newest last."""
+    found = [item for item in listing(str(home(root))) or () if ID.fullmatch(item.name) and is_dir(item)]
+    return [
+        item.name for item in sorted(found, key=lambda item: (item.stat(follow_symlinks=False).st_mtime_ns, item.name))
+    ]
+
+
+def publish(root: Path, *, check: Callable[[], None]) -> tuple[str, list[Omitted]]:
+    """The id of a generation that equals the root now, made where there is none yet. For the one who holds
+    `layout.generations_lock`; check is called now and then, and may raise. Raises OSError.
+    """
+    home(root).mkdir(exist_ok=True)
+    newest = next(reversed(known(root)), None)
+    for attempt in range(_TRIES):
+        omitted: list[Omitted] = []
+        with contextlib.ExitStack() as locks:
+            files = list(_wanted(root, newest, locks, omitted, check))
+            generation = _digest(files)
+            place = tree(root, generation)
+            if not place.is_dir():
+                try:
+                    _build(root, place, files, newest, check)
+                except _ChangedError:
+                    if attempt == _TRIES - 1:
+                        raise OSError(errno.EBUSY, "it is being written to all the time", str(root)) from None
+                    continue
+        os.utime(place)  # the newest is the one that was asked for last
+        return generation, omitted
+    raise AssertionError("unreachable")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What a killed process was making here, or removing. For the one who holds `layout.generations_lock`."""
+    for item in listing(str(folder)) or ():
+        if item.name.startswith(".") and item.name.endswith(".tmp"):
+            remove(Path(item.path), folder)
+
+
+def remove(path: Path, folder: Path) -> None:
+    """Deletes a tree that may be of any depth and size: never by a path longer than a few parts, never through a link.
+    folder: on the same file system. Raises OSError.
+    """
+    flat = folder / f".{os.urandom(8).hex()}.tmp"
+    flat.mkdir(mode=0o700)
+    queue, number = [flat / "0"], 0
+    path.rename(queue[0])
+    while queue:
+        directory = queue.pop()
+        if not stat.S_ISDIR(directory.lstat().st_mode):
+            directory.unlink()
+            continue
+        directory.chmod(0o700)
+        while batch := _some(directory):
+            for item in batch:
+                if is_dir(item):
+                    number += 1
+                    queue.append(flat / str(number))
+                    Path(item.path).rename(queue[-1])
+                else:
+                    Path(item.path).unlink()
+        directory.rmdir()
+    flat.rmdir()
+
+
+def _some(directory: Path) -> list[os.DirEntry[str]]:
+    """A part of what is in it, none when there is nothing."""
+    with os.scandir(directory) as items:
+        return list(itertools.islice(items, _BATCH))
+
+
+# What belongs into a generation
+
+
+def _wanted(
+    root: Path, newest: str | None, locks: contextlib.ExitStack, omitted: list[Omitted], check: Callable[[], None]
+) -> Iterator[_File]:
+    yield from _plain(root, "layout.json")
+    for folder in ("images", "markers"):
+        yield from (file for name in _below(root, folder) if name.endswith(".json") for file in _plain(root, name))
+    for family in FAMILIES:
+        for item in listing(str(root / family.name)) or ():
+            check()
+            if KEY.fullmatch(item.name) and is_dir(item):
+                yield from _family(root, family, item.name, newest, locks, omitted)
+            elif KEY.fullmatch(item.name.removesuffix(".json")):
+                yield from _plain(root, f"{family.name}/{item.name}")
+
+
+def _family(
+    root: Path,
+    family: Family,
+    key: str,
+    newest: str | None,
+    locks: contextlib.ExitStack,
+    omitted: list[Omitted],
+) -> Iterator[_File]:
+    base = root
+    if not _locked(layout.family_lock(root, family.name, key), family.renamed, locks):
+        # Somebody compiles here, or removes. What the newest generation has of it was whole.
+        before = tree(root, newest) if newest else None
+        if before is None or not (before / family.name / key).is_dir():
+            omitted.append(Omitted(family.name, key, "somebody works in it, and no earlier generation has it"))
+            return
+        base = before
+    place = base / family.name / key
+    for entry in sorted(inventory.scan(family, place).valid):
+        for name in _below(base, f"{family.name}/{key}/{entry}"):
+            file = name.rpartition("/")[2]
+            if matches(file, family.transient):
+                continue
+            status = _status(base / name)
+            if status is not None:
+                stamp = file == STAMP
+                yield _File(
+                    name=name,
+                    source=str(base / name),
+                    size=status.st_size,
+                    time_ns=status.st_mtime_ns,
+                    link=(family.renamed or base != root) and not stamp,
+                    told=not stamp and not matches(file, family.rewritten),
+                )
+
+
+def _below(base: Path, name: str) -> list[str]:
+    """The file of this name, or the names of all files below the directory of this name."""
+    status = _status(base / name)
+    if status is not None:
+        return [name]
+    return [f"{name}/{below}" for below, item in walk(f"{base}/{name}", ()) if item is not None and not is_dir(item)]
+
+
+def _plain(root: Path, name: str) -> Iterator[_File]:
+    """A file of ours: always published by rename."""
+    status = _status(root / name)
+    if status is not None:
+        yield _File(name, str(root / name), status.st_size, status.st_mtime_ns, link=True, told=True)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of a regular file; None for anything else."""
+    try:
+        status = path.lstat()
+    except (OSError, ValueError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _locked(path: Path, shared: bool, locks: contextlib.ExitStack) -> bool:
+    """Tries the family's lock: shared keeps removers away, exclusive those as well who compile."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    locks.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _digest(files: list[_File]) -> str:
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        told = f"{file.size} {file.time_ns}" if file.told else "-"
+        total.update(f"{file.name}\0{told}\n".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()[:16]
+
+
+# Building one
+
+
+def _build(root: Path, place: Path, files: list[_File], newest: str | None, check: Callable[[], None]) -> None:
+    before = tree(root, newest) if newest else None
+    new = place.with_name(f".{place.name}.{os.urandom(8).hex()}.tmp")
+    new.mkdir()
+    try:
+        made = {""}
+        for number, file in enumerate(files):
+            if number % 64 == 0:
+                check()
+            _directories(root, new, file.name.rpartition("/")[0], made)
+            _put(file, new / file.name, before)
+        layout.prepare(new)
+        shutil.copystat(root, new)
+        new.rename(place)
+    except BaseException:
+        remove(new, place.parent)
+        raise
+    _sync(place.parent)
+
+
+def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
+    """The directories that lead to a file, with the modes and owners that they have in the root."""
+    if name in made:
+        return
+    _directories(root, new, name.rpartition("/")[0], made)
+    (new / name).mkdir()
+    with contextlib.suppress(OSError):
+        _like(new / name, (root / name).stat())
+    made.add(name)
+
+
+def _put(file: _File, target: Path, before: Path | None) -> None:
+    earlier = _status(before / file.name) if before is not None and (file.told or file.stamp) else None
+    same = earlier is not None and file.is_like(earlier)
+    sources = [file.source] if file.link else []
+    sources += [f"{before}/{file.name}"] if same else []
+    for source in sources:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _ChangedError from None
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+        else:
+            if not file.is_like(target.lstat()):
+                raise _ChangedError
+            return
+    _copy(file, target)
+
+
+def _copy(file: _File, target: Path) -> None:
+    try:
+        source = os.open(file.source, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _ChangedError from None
+        raise
+    with os.fdopen(source, "rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        if file.size:
+            os.fsync(writer.fileno())
+        status = os.fstat(source)
+    if file.told and not file.is_like(status):
+        raise _ChangedError
+    _like(target, status)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _like(path: Path, status: os.stat_result) -> None:
+    with contextlib.suppress(OSError):
+        os.chown(path, status.st_uid, status.st_gid)
+    path.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

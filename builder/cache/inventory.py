@@ -1,0 +1,274 @@
+"""Entries on disk: list them, judge them, tell what is new, move aside what a killed process left.
+
+An entry is valid when it is self-consistent: its files are all there, its JSON parses and its ELF files are as long as
+their own tables say. It is never compared with a recorded size or digest, because recompiles are not byte-identical.
+
+A cache root is written by programs that know nothing of this one, and may hold anything. Nothing found there raises:
+symlinks are not followed, FIFOs never waited for, and what cannot be read is an entry with a problem. Names keep their
+undecodable bytes as Python's surrogate escapes; problems are always printable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from builder.cache import elf
+from builder.cache.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_times
+from builder.cache.families import Family
+from builder.files import UNREADABLE, is_dir, listing, matches, printable, walk, why
+
+__all__ = [
+    "IN_PROGRESS",
+    "MISSING",
+    "Entry",
+    "Inventory",
+    "added",
+    "check",
+    "elf_problem",
+    "may_be_in_progress",
+    "recompiled",
+    "remove_host_specific",
+    "scan",
+    "sweep",
+    "used",
+    "weigh",
+]
+
+
+#: Seconds for which somebody may not write to a thing and still be at work on it.
+IN_PROGRESS = 600.0
+
+
+#: One component of a path that leads nowhere else.
+_PART = r"(?!\.{1,2}(?:/|\Z))[^/\0]+"
+#: Names that an entry can have, by layout.
+_NAME = {
+    "deep_gemm": re.compile(f"cache/{_PART}"),
+    "triton": re.compile(_PART),
+    "files": re.compile(f"{_PART}(?:/{_PART})*"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compile result. name: posix, from the family's directory. bytes: of all its files. used_ns: mtime of the
+    stamp that a hit touches, 0 where the family has none. written_ns: newest mtime of its other files, 0 where that
+    says nothing. problem: why it is not valid, naming the file."""
+
+    name: str
+    bytes: int
+    used_ns: int
+    written_ns: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a family's directory held at one moment."""
+
+    entries: Mapping[str, Entry]
+
+    @functools.cached_property
+    def valid(self) -> frozenset[str]:
+        """Names of the entries without a problem."""
+        return frozenset(name for name, entry in self.entries.items() if entry.problem is None)
+
+    @functools.cached_property
+    def invalid(self) -> dict[str, str]:
+        """The problem of each entry that has one."""
+        return {name: entry.problem for name, entry in self.entries.items() if entry.problem is not None}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all entries, valid or not."""
+        return sum(entry.bytes for entry in self.entries.values())
+
+
+def scan(family: Family, directory: Path, *, mount: str | None = None) -> Inventory:
+    """Every entry in the family's directory; none where there is no such directory.
+
+    mount: the cache root as its users see it. Where it is not given, an absolute path within an entry counts as right
+    when it ends in this family, key and entry.
+    """
+    base = str(directory)
+    entries = {}
+    for name in NAMES[family.layout](family, base):
+        size, used_ns, written_ns = size_and_times(family, base, name)
+        problem = problem_of(family, base, name, mount)
+        if problem != MISSING:  # gone between listing and looking
+            entries[name] = Entry(name, size, used_ns, written_ns, problem)
+    return Inventory(entries)
+
+
+def check(family: Family, directory: Path, name: str, *, mount: str | None = None) -> str | None:
+    """The problem of one named entry, or None when it is valid. ``missing`` when there is no such entry.
+
+    Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
+    """
+    if not _NAME[family.layout].fullmatch(name):
+        return "not a name of an entry"
+    return problem_of(family, str(directory), name, mount)
+
+
+def weigh(family: Family, directory: Path, name: str) -> int:
+    """Bytes of one entry's files; 0 where there is none."""
+    return size_and_times(family, str(directory), name)[0]
+
+
+def added(before: Inventory, after: Inventory) -> set[str]:
+    """Entries that are valid now and were not before."""
+    return set(after.valid - before.valid)
+
+
+def used(before: Inventory, after: Inventory) -> set[str]:
+    """Valid entries that are new, or whose stamp a hit has touched; without stamps nothing tells: every valid entry."""
+    return {
+        name
+        for name in after.valid
+        if name not in before.valid
+        or after.entries[name].used_ns == 0
+        or after.entries[name].used_ns != before.entries[name].used_ns
+    }
+
+
+def recompiled(before: Inventory, after: Inventory) -> set[str]:
+    """Entries that are valid at both times and were written in between: builders that work in place, and caches that
+    never hit, make no new name."""
+    return {
+        name
+        for name in before.valid & after.valid
+        if before.entries[name].written_ns
+        and after.entries[name].written_ns not in (0, before.entries[name].written_ns)
+    }
+
+
+def sweep(
+    family: Family, directory: Path, aside: Path, *, now: float, older_than: float, mount: str | None = None
+) -> list[tuple[str, str]]:
+    """Renames leftovers and invalid entries into `aside`, so that they are compiled anew. Deletes nothing.
+
+    What may be a build in progress (leftovers, files written in place) moves only when nobody has written to it, at any
+    depth, for `older_than` seconds before `now` (seconds since the epoch, as file times are). An entry that its program
+    publishes by one rename was never seen half-made: invalid, it is damaged, and moves at once; its age would tell
+    nothing anyway, because hits touch it. Each move is one rename within a file system: readers see the whole or
+    nothing. Returns (path from the family's directory, why); what could not be moved says so in its why. mount: as in
+    `scan`.
+    """
+    if not family.claimable:
+        return []
+    base = str(directory)
+    doomed = {name: (reason, True) for name, reason in _leftovers(family, base)}
+    for name, problem in scan(family, directory, mount=mount).invalid.items():
+        if UNREADABLE in problem:
+            continue  # somebody else's file may be good
+        whole = _whole(family, name)
+        reason = problem if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
+        doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
+    moved = []
+    for name, (reason, by_age) in sorted(doomed.items()):
+        newest = _newest(f"{base}/{name}") if by_age else now - older_than
+        if newest is None or newest > now - older_than:
+            continue
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            # A fresh name each time: renaming onto something would delete it.
+            tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+            (directory / name).rename(aside / f"{family.name}-{directory.name}-{tag}-{os.urandom(16).hex()}")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            moved.append((name, f"{reason} (not moved: {why(error)})"))
+        else:
+            moved.append((name, reason))
+    return moved
+
+
+def may_be_in_progress(family: Family, directory: Path, name: str, problem: str, *, now: float) -> bool:
+    """Whether this invalid entry may be one that is just being made, so that `sweep` leaves it for now."""
+    if UNREADABLE in problem or _whole(family, name) != name or not _may_be_in_progress(family, problem):
+        return False
+    newest = _newest(f"{directory}/{name}")
+    return newest is None or newest > now - IN_PROGRESS
+
+
+def remove_host_specific(family: Family, directory: Path) -> list[str]:
+    """Deletes the files that are true on this host alone; their names. Other users of the root must never read them."""
+    removed = []
+    for item in listing(str(directory)) or ():
+        if matches(item.name, family.host_specific) and not item.is_dir(follow_symlinks=False):
+            with contextlib.suppress(OSError):
+                (directory / item.name).unlink()
+                removed.append(item.name)
+    return sorted(removed)
+
+
+def elf_problem(path: Path) -> str | None:
+    """What is wrong with an ELF file, by its name; None when header, tables, sections and segments lie within it."""
+    return elf.problem_of(str(path), path.name)
+
+
+# What a killed process leaves
+
+
+def _leftovers(family: Family, base: str) -> Iterator[tuple[str, str]]:
+    anywhere = []
+    for pattern, reason in family.leftovers:
+        if "/" in pattern:
+            yield from ((name, reason) for name in _glob(base, "", pattern.split("/")))
+        else:
+            anywhere.append((pattern, reason))
+    if anywhere:
+        for name, item in walk(base, ()):
+            for pattern, reason in anywhere if item else ():
+                if fnmatchcase(name.rpartition("/")[2], pattern):
+                    yield name, reason
+
+
+def _glob(base: str, above: str, patterns: list[str]) -> Iterator[str]:
+    for item in listing(f"{base}/{above}") or ():
+        if fnmatchcase(item.name, patterns[0]):
+            name = f"{above}/{item.name}" if above else item.name
+            if len(patterns) == 1:
+                yield name
+            elif is_dir(item):
+                yield from _glob(base, name, patterns[1:])
+
+
+def _whole(family: Family, name: str) -> str:
+    """The directory that has to move as a whole with this entry, or the entry itself."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts, 1):
+        if matches(part, family.whole):
+            return "/".join(parts[:depth])
+    return name
+
+
+def _may_be_in_progress(family: Family, problem: str) -> bool:
+    """Whether an invalid entry can be one that is just being made."""
+    return {"deep_gemm": False, "triton": problem == NO_GROUP, "files": True}[family.layout]
+
+
+def _newest(path: str) -> float | None:
+    """The latest mtime of a file or of anything in a directory; None where that cannot be told."""
+    try:
+        status = os.lstat(path)
+        newest = status.st_mtime
+        if stat.S_ISDIR(status.st_mode):
+            if listing(path) is None:
+                return None
+            for _, item in walk(path, ()):
+                if item is None:
+                    return None
+                newest = max(newest, item.stat(follow_symlinks=False).st_mtime)
+    except OSError:
+        return None
+    return newest

@@ -1,0 +1,145 @@
+"""What lies at the top of a cache root, apart from the families, and who holds which lock.
+
+``layout.json`` names the schema of the layout and gives the root an identity; ``locks/`` holds files that are locked
+with flock and never unlinked: a file that is removed while somebody waits for it would let two holders in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder import files
+from builder.cache.families import FAMILY
+
+SCHEMA = 1
+FOLDERS = ("images", "markers", "locks")
+
+
+class LayoutError(Exception):
+    """The cache root cannot be used. The message says what was seen and what to do."""
+
+
+def prepare(root: Path) -> str:
+    """Makes the layout where it is missing and returns the root's identity. Safe to run by several at once.
+
+    Raises LayoutError for a root that a newer version wrote, that cannot be written, or that is somebody else's
+    directory: a slip in a path must not lay a cache out in it.
+    """
+    if stranger := foreign(root):
+        raise LayoutError(f"{root} is no cache root, and not empty ({stranger} is in it). Use an empty directory.")
+    try:
+        for name in FOLDERS:
+            (root / name).mkdir(parents=True, exist_ok=True)
+        path = root / "layout.json"
+        known = _read(path)
+        if known is None:
+            write = _write if path.exists() else _create
+            write(path, {"schema": SCHEMA, "id": _new_id()})
+            known = _read(path)
+        for lock in (run_lock(root), hold_lock(root), views_lock(root)):
+            lock.touch()
+    except OSError as error:
+        place = error.filename or root
+        raise LayoutError(
+            f"the cache root cannot be written: {place}: {error.strerror}. Check its owner, mount and free space."
+        ) from None
+    if known is None:
+        raise LayoutError(f"{root / 'layout.json'} cannot be read back after it was written. Check the file system.")
+    if known["schema"] != SCHEMA:
+        raise LayoutError(
+            f"{root / 'layout.json'} has schema {known['schema']}, this program knows {SCHEMA}. "
+            "Use a newer builder or another cache root."
+        )
+    return str(known["id"])
+
+
+def foreign(root: Path) -> str | None:
+    """Something in this directory that shows that it is no cache root, by name; None in a root, or where one can be."""
+    own = {"lost+found", "aside", "used", "generations", "views", *FOLDERS, *FAMILY}
+    names = [item.name for item in files.listing(str(root)) or ()]
+    if "layout.json" in names:
+        return None
+    return next(
+        (files.printable(name) for name in sorted(names) if name not in own and "layout.json." not in name),
+        None,
+    )
+
+
+def run_lock(root: Path) -> Path:
+    """One warm-up run per cache root at a time: the run (or a container on its behalf) holds this exclusively."""
+    return root / "locks" / "run.lock"
+
+
+def hold_lock(root: Path) -> Path:
+    """Held shared by who uses the cache and says so (`warm-cache hold`), exclusively by who removes from it."""
+    return root / "locks" / "hold.lock"
+
+
+def compiling_lock(root: Path) -> Path:
+    """Held shared by every task of a run that has several at once, exclusively by one that has to be undisturbed."""
+    return root / "locks" / "compiling.lock"
+
+
+def views_lock(root: Path) -> Path:
+    """One at a time makes, drops or sweeps views: the builder (or a container on its behalf) holds this exclusively."""
+    return root / "locks" / "views.lock"
+
+
+def generations_lock(root: Path) -> Path:
+    """Held exclusively by the one container that makes or removes generations, or what lies below ``views``."""
+    return root / "locks" / "generations.lock"
+
+
+def family_lock(root: Path, family: str, key: str) -> Path:
+    """Held shared by everybody who compiles into this family's directory, exclusively by who removes from it."""
+    return root / "locks" / f"{family}-{key}.lock"
+
+
+def aside(root: Path, family: str, key: str) -> Path:
+    """Where leftovers of a family go: on the same file system, so that moving them is one rename."""
+    return root / "aside" / f"{family}-{key}"
+
+
+def describe_family(root: Path, family: str, key: str, factors: Mapping[str, str | None]) -> None:
+    """Makes the family's directory, and beside it ``<key>.json``, which spells the factors out. Raises OSError."""
+    (root / family / key).mkdir(parents=True, exist_ok=True)
+    path = root / family / f"{key}.json"
+    if not path.exists():
+        _write(path, {"schema": SCHEMA, "family": family, "key": key, "factors": dict(factors)})
+
+
+def _new_id() -> str:
+    import uuid  # once in a root's life
+
+    return str(uuid.uuid4())
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii") + b"\n")
+
+
+def _create(path: Path, document: Mapping[str, Any]) -> None:
+    """Publishes a file that must not exist yet: of two writers the first wins, and both then read the same."""
+    sibling = path.with_name(f".{path.name}.{os.urandom(16).hex()}.tmp")
+    try:
+        _write(sibling, document)
+        with contextlib.suppress(FileExistsError):
+            os.link(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The layout file, or None where it is missing or garbage (a machine that lost power leaves an empty file)."""
+    try:
+        found = files.read_json(str(path), 1 << 16)
+    except files.UnreadableError:
+        return None
+    if isinstance(found, dict) and isinstance(found.get("schema"), int) and isinstance(found.get("id"), str):
+        return found
+    return None

@@ -1,0 +1,320 @@
+"""What a job did to its view: the upper layer, read against the generation below it and the two as the job sees them.
+
+The upper layer belongs to a job that nobody trusts. It is walked once, without following a link and within a budget;
+what it holds is opened only when it is a regular file, and nothing in it is an exception. A layer with more in it than
+the budget is not judged, and said to be so.
+
+A deletion is a device in the upper layer, and a directory that was deleted and made again hides what is below by an
+attribute that only a privileged reader sees. So nothing here interprets the overlay's own marks: whatever lies in the
+generation in a directory that the upper layer has as well, and is not in the merged view, was deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builder.cache.entries import MISSING, problem_of
+from builder.cache.families import FAMILY, Family
+from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
+from builder.files import UnreadableError, matches, open_regular
+from builder.task import Shape
+
+#: Things in an upper layer that are looked at.
+BUDGET = 200_000
+#: Files that a use of the cache writes to at the top of a root.
+_OURS = re.compile(r"locks/[^/]+\.lock")
+_KEY = re.compile(r"[0-9a-f]{16}")
+_CHUNK = 1 << 20
+#: A name of so many characters counts twice.
+_LONG = 256
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The directories of a view. lower: the generation; upper: what the job wrote; merged: what the job sees, where it
+    is mounted for us. mount: where the job has it. created: of the view, seconds since the epoch.
+    """
+
+    lower: Path
+    upper: Path
+    merged: Path
+    mount: str
+    created: float
+
+
+@dataclass
+class _Touched:
+    """What the upper layer has of one family directory: files (name from there → status), and names that are gone."""
+
+    files: dict[str, os.stat_result] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+
+
+class _TooMuchError(Exception):
+    pass
+
+
+def audit(layers: Layers, *, now: float, check: Callable[[], None], budget: int = BUDGET) -> Audit:
+    """Everything that the job changed. now: seconds since the epoch. check is called now and then, and may raise."""
+    found = Audit()
+    places: dict[tuple[str, str], _Touched] = {}
+    try:
+        for name, status in _walk(layers.upper, budget, check):
+            _sort(layers, name, status, places, found)
+    except _TooMuchError:
+        found.findings.clear()
+        found.truncated = f"more than {budget} files were written: none was judged"
+        return found
+    locks: list[tuple[float, Shape]] = []
+    for (name, key), touched in sorted(places.items()):
+        place = _Place(layers, FAMILY[name], key, now)
+        found.findings += place.judge(touched, found, check)
+        for file, status in touched.files.items():
+            shape = shape_of_lock(file) if name == "deep_gemm" else None
+            if shape is not None and stat.S_ISREG(status.st_mode):
+                locks.append((status.st_mtime, shape))
+    found.asked = sorted({shape for _, shape in locks})
+    found.findings = sorted(with_shapes(found.findings, locks))
+    return found
+
+
+def _walk(base: Path, budget: int, check: Callable[[], None]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Everything below: (name, status, or None for a directory that cannot be read). Raises _TooMuchError."""
+    stack, seen = [""], 0
+    while stack:
+        above = stack.pop()
+        try:
+            items = os.scandir(f"{base}/{above}" if above else base)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            yield above, None
+            continue
+        with items:
+            while True:
+                try:
+                    item = next(items)
+                    status = item.stat(follow_symlinks=False)
+                except StopIteration:
+                    break
+                except FileNotFoundError:
+                    continue
+                except OSError:
+                    yield above, None
+                    break
+                name = f"{above}/{item.name}" if above else item.name
+                seen += 1 + len(name) // _LONG
+                if seen > budget:
+                    raise _TooMuchError
+                check()
+                if stat.S_ISDIR(status.st_mode):
+                    stack.append(name)
+                yield name, status
+
+
+def _sort(
+    layers: Layers,
+    name: str,
+    status: os.stat_result | None,
+    places: dict[tuple[str, str], _Touched],
+    found: Audit,
+) -> None:
+    """Puts one thing of the upper layer where it belongs: to a family's directory, or among the findings."""
+    family, _, rest = name.partition("/")
+    key, _, below = rest.partition("/")
+    at_home = family in FAMILY and _KEY.fullmatch(key) is not None
+    touched = places.setdefault((family, key), _Touched()) if at_home else None
+    if status is None:
+        found.findings.append(Finding("", "", "foreign", short(name), "a directory that cannot be read"))
+        return
+    if stat.S_ISDIR(status.st_mode):
+        for gone in _missing(layers, name):
+            _lost(layers, gone, places, found)
+        return
+    if _is_whiteout(status):
+        return  # its directory is in the upper layer as well, and tells
+    if touched is not None and below:
+        touched.files[below] = status
+    elif not _OURS.fullmatch(name) and not _equal(layers.lower / name, layers.upper / name, status):
+        own = os.path.lexists(layers.lower / name)
+        detail = "that differs from the cache's own; no other job sees it" if own else "of no family"
+        found.findings.append(Finding("", "", "foreign", short(name), f"{_kind_of(status)} {detail}"))
+
+
+def _missing(layers: Layers, name: str) -> list[str]:
+    """What the generation has in this directory, and the job sees no more, or sees something else in its place."""
+    try:
+        lower = sorted(item.name for item in (layers.lower / name).iterdir())
+    except OSError:
+        return []
+    gone = []
+    for item in lower:
+        try:
+            now = (layers.merged / name / item).lstat().st_mode
+        except OSError:
+            now = 0
+        if stat.S_IFMT(now) != stat.S_IFMT((layers.lower / name / item).lstat().st_mode):
+            gone.append(f"{name}/{item}")
+    return gone
+
+
+def _lost(layers: Layers, name: str, places: dict[tuple[str, str], _Touched], found: Audit) -> None:
+    """Something of the generation that is gone: of a family's directory, a whole one, or something of ours."""
+    parts = name.split("/")
+    if parts[0] not in FAMILY:
+        found.findings.append(Finding("", "", "deleted", short(name)))
+        return
+    family = layers.lower / parts[0]
+    keys = [parts[1]] if len(parts) > 1 else [item.name for item in family.iterdir()]
+    for key in keys:
+        if _KEY.fullmatch(key):
+            touched = places.setdefault((parts[0], key), _Touched())
+            touched.gone.update(_files_below(family / key, "/".join(parts[2:])))
+        else:
+            found.findings.append(Finding("", "", "deleted", short(f"{parts[0]}/{key}")))
+
+
+def _files_below(place: Path, name: str) -> Iterator[str]:
+    """Names of all files at or below this, in a generation, which is ours and of no great depth."""
+    start = place / name if name else place
+    if not start.is_dir():
+        yield name
+        return
+    for folder, _, files in os.walk(start):
+        yield from (str(Path(folder, file).relative_to(place)) for file in files)
+
+
+class _Place:
+    """One family directory of a view."""
+
+    def __init__(self, layers: Layers, family: Family, key: str, now: float) -> None:
+        self._family, self._key = family, key
+        self._lower = layers.lower / family.name / key
+        self._upper = layers.upper / family.name / key
+        self._merged = layers.merged / family.name / key
+        self._mount, self._created, self._now = layers.mount, layers.created, now
+
+    def judge(self, touched: _Touched, found: Audit, check: Callable[[], None]) -> Iterator[Finding]:
+        """Every entry that was touched, and what is none."""
+        entries: dict[str, set[str]] = {}
+        for name in {*touched.files, *touched.gone}:
+            if self._is_transient(name):
+                continue
+            entry = self._entry(name)
+            if entry is None:
+                yield self._finding("foreign", name, f"{_kind_of(touched.files.get(name))} that is part of no entry")
+            else:
+                entries.setdefault(entry, set()).add(name)
+        for entry, names in sorted(entries.items()):
+            check()
+            finding, used = self._entry_finding(entry, names, touched)
+            found.used += used
+            if finding is not None:
+                yield finding
+
+    def _entry_finding(self, entry: str, names: set[str], touched: _Touched) -> tuple[Finding | None, bool]:
+        family = self._family
+        before = problem_of(family, str(self._lower), entry, self._mount) is None
+        odd = next((name for name in sorted(names) if self._is_odd(touched.files.get(name))), None)
+        if odd is not None:
+            # Never opened: a device may do anything.
+            after: str | None = f"{short(odd.rpartition('/')[2])} is {_kind_of(touched.files.get(odd))}"
+        else:
+            after = problem_of(family, str(self._merged), entry, self._mount)
+        if after == MISSING:
+            return (self._finding("deleted", entry) if before else None), False
+        if after is not None:
+            return self._finding("damaged" if before else "foreign", entry, after), False
+        if not before:
+            return self._made("compiled", entry), False
+        lost = names & touched.gone - touched.files.keys()
+        if lost:
+            return self._finding("damaged", entry, f"{short(min(lost).rpartition('/')[2])} is gone"), False
+        # Stamps and logs are written by a mere use.
+        changed = [
+            name
+            for name in names
+            if not matches(name.rpartition("/")[2], (".committed", *family.rewritten))
+            and not _equal(self._lower / name, self._upper / name, touched.files.get(name))
+        ]
+        if changed:
+            return self._made("rewritten", entry, f"{short(min(changed).rpartition('/')[2])} holds other bytes"), False
+        return None, True
+
+    def _made(self, kind: str, entry: str, detail: str = "") -> Finding:
+        size, began, ended = span(self._family, self._merged / entry, earliest=self._created, latest=self._now)
+        return self._finding(kind, entry, detail, bytes=size, began=began, ended=ended)
+
+    def _finding(self, kind: str, name: str, detail: str = "", **more: float) -> Finding:
+        return Finding(self._family.name, self._key, kind, short(name), detail, **more)  # type: ignore[arg-type]
+
+    def _entry(self, name: str) -> str | None:
+        """The entry that a file of this name is part of; None for what can be part of none."""
+        parts = name.split("/")
+        match self._family.layout:
+            case "deep_gemm":
+                return "/".join(parts[:2]) if parts[0] == "cache" and len(parts) > 2 and "." in parts[1][1:] else None
+            case "triton":
+                return parts[0] if len(parts) > 1 else None
+            case _:
+                return name
+
+    def _is_transient(self, name: str) -> bool:
+        """Locks, builds in progress, and what is true on one host only."""
+        parts = name.split("/")
+        family = self._family
+        return any(matches(part, family.transient) for part in parts) or (
+            len(parts) == 1 and matches(name, family.host_specific)
+        )
+
+    @staticmethod
+    def _is_odd(status: os.stat_result | None) -> bool:
+        return status is not None and not stat.S_ISREG(status.st_mode)
+
+
+def _is_whiteout(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def _kind_of(status: os.stat_result | None) -> str:
+    if status is None:
+        return "something"
+    names = {
+        stat.S_IFREG: "a file",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return names.get(stat.S_IFMT(status.st_mode), "something")
+
+
+def _equal(lower: Path, upper: Path, status: os.stat_result | None) -> bool:
+    """Whether a file of the upper layer has the bytes that the generation has; its times say nothing."""
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return False
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in (lower, upper):
+            try:
+                descriptor, size = open_regular(str(path))
+            except UnreadableError:
+                return False
+            files.append((stack.enter_context(os.fdopen(descriptor, "rb")), size))
+        (one, its), (other, others) = files
+        if its != others:
+            return False
+        try:
+            while data := one.read(_CHUNK):
+                if data != other.read(_CHUNK):
+                    return False
+        except OSError:
+            return False
+    return True

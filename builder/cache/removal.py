@@ -1,0 +1,206 @@
+"""When something below a cache root may be removed for good, and what lies aside long enough for it.
+
+Renaming an invalid entry or a leftover aside needs none of this: that is one rename, and whoever has the files open
+keeps them. Removing takes away what somebody may be about to open, so it needs proof that there is nobody:
+
+- nobody compiles into the family: its lock file is ours exclusively (every warm-up holds it shared until it exits);
+- no test job says that it uses the cache: the hold is ours exclusively (`warm-cache hold` has it shared, and so has
+  whoever keeps a view of the root, an overlay with the root below, for as long as the view lives);
+- nobody has touched it for as long as a job may last: jobs that say nothing are known by what they do. Touched is
+  both modified and moved, by the file's own times; the latter is what tells how long something lies aside;
+- no view has it below, of those that the root has a record of (their generation holds another name of every file, so
+  that nothing would break, and nothing be freed either), and no overlay that is mounted here, about which the kernel
+  says nothing of what it shows after a change.
+
+The locks are held until the removal is done, so that what was true stays true: a job that starts meanwhile waits the
+moment it takes. Both are tried and never waited for: a cleaner can come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from builder.cache import inventory, layout, view_records
+from builder.cache.families import FAMILY, directory
+from builder.files import is_dir, listing, walk, why
+
+#: What `inventory.sweep` calls the things it moves; anything else that lies there is somebody else's.
+_MOVED = re.compile(r"(?P<family>[a-z_]+)-(?P<key>[0-9a-f]{16})-[0-9a-f]{12}-[0-9a-f]{32}")
+_MOUNTS = Path("/proc/self/mountinfo")
+HELD = "a test job holds the cache"
+
+
+@contextlib.contextmanager
+def may_remove(
+    root: Path,
+    family: str,
+    key: str,
+    *,
+    job_max: float,
+    now: float,
+    what: Path | None = None,
+    mounts: Path = _MOUNTS,
+    create: bool = True,
+) -> Iterator[str | None]:
+    """Why something of this family may not be removed now, or None: it may, until the context ends.
+
+    what: the file or directory in question, by default the family's whole directory. job_max: seconds that a test job
+    may last. now: seconds since the epoch, as file times are; a time after it counts as just now. create: lock files
+    that are missing are made; without, nothing is written, and nobody holds what is not there. Never raises OSError.
+    """
+    what = Path(directory(str(root), family, key)) if what is None else what
+    with contextlib.ExitStack() as locks:
+        yield (
+            _busy(locks, root, family, key, create)
+            or _used(what, job_max, now)
+            or _recorded(root, what)
+            or _viewed(what, mounts)
+        )
+
+
+def is_held(root: Path) -> bool:
+    """Whether somebody says now that the cache is in use. Writes nothing."""
+    with contextlib.ExitStack() as locks:
+        return _refused(locks, layout.hold_lock(root), HELD, create=False) is not None
+
+
+def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str, str, str, str | None]]:
+    """Removes what was moved aside and may go: (family, key, path below the root, why it stays or None: it is gone).
+
+    What has been aside for less than job_max is passed over in silence: that is no refusal, only not its time yet.
+    """
+    for family, key, path in _aside(root):
+        name = str(path.relative_to(root))
+        if _used(path, job_max, now) is not None:
+            continue
+        with may_remove(root, family, key, job_max=job_max, now=now, what=path) as refusal:
+            stays = refusal or remove(path)
+        yield family, key, name, stays
+
+
+def clear_host_specific(root: Path, family: str, key: str) -> list[str]:
+    """Removes what is true on this host alone, however new it is; the names of what went.
+
+    sglang writes such a file, waits for its other ranks, and reads it: whoever is in between must not find it gone.
+    So it stays while somebody else works in the family or holds the cache, and goes with the last one, or the next.
+    """
+    with contextlib.ExitStack() as locks:
+        refusal = _busy(locks, root, family, key)
+        place = Path(directory(str(root), family, key))
+        return [] if refusal else inventory.remove_host_specific(FAMILY[family], place)
+
+
+def _aside(root: Path) -> Iterator[tuple[str, str, Path]]:
+    for folder in listing(str(root / "aside")) or ():
+        for item in listing(folder.path) or () if is_dir(folder) else ():
+            named = _MOVED.fullmatch(item.name)
+            if named and named["family"] in FAMILY and folder.name == f"{named['family']}-{named['key']}":
+                yield named["family"], named["key"], Path(item.path)
+
+
+def remove(path: Path) -> str | None:
+    """Deletes it; what was in the way, or None."""
+    try:
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be removed: {why(error)}"
+    return None
+
+
+def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str, create: bool = True) -> str | None:
+    """Takes both locks exclusively, or says who has one."""
+    return _refused(
+        locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create
+    ) or _refused(locks, layout.hold_lock(root), HELD, create)
+
+
+def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = True) -> str | None:
+    """Takes the lock exclusively, or says who has it (or why nobody can)."""
+    flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        return None if not create else f"{path.name} cannot be locked: its directory is gone"
+    except OSError as error:
+        return f"{path.name} cannot be locked: {why(error)}"
+    locks.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return held
+    except OSError as error:
+        return f"{path.name} cannot be locked: {why(error)}"
+    return None
+
+
+def _used(what: Path, job_max: float, now: float) -> str | None:
+    touched = _touched(what)
+    if touched is None:
+        return "nobody can tell when it was last touched"
+    age = max(0.0, now - touched)
+    return f"it was touched {age:.0f} s ago, and a job may last {job_max:.0f} s" if age < job_max else None
+
+
+def _touched(what: Path) -> float | None:
+    """The latest time at which it or anything in it was modified or moved; None where that cannot be told.
+
+    Of a file in a directory only its own time of modification counts: whatever moves it changes the directory, and a
+    generation that gives it another name, or takes one away, is no use of it.
+    """
+    try:
+        status = os.lstat(what)
+        newest = max(status.st_mtime, status.st_ctime)
+        if stat.S_ISDIR(status.st_mode):
+            if listing(str(what)) is None:
+                return None
+            for _, item in walk(str(what), ()):
+                if item is None:
+                    return None
+                status = item.stat(follow_symlinks=False)
+                newest = max(newest, status.st_mtime, status.st_ctime if stat.S_ISDIR(status.st_mode) else 0.0)
+    except OSError:
+        return None
+    return newest
+
+
+def _recorded(root: Path, what: Path) -> str | None:
+    view = view_records.below(root, what)
+    return None if view is None else f"the view {view} has it below"
+
+
+def _viewed(what: Path, mounts: Path) -> str | None:
+    """Whether an overlay, of those that this process can see, has it (or what it lies in, or a part) below."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    place = os.path.realpath(what)
+    for line in lines:
+        own, _, rest = line.partition(" - ")
+        kind, *more = rest.split(" ")
+        if kind != "overlay" or len(own.split(" ")) < 5:
+            continue
+        for option in more[-1].split(","):
+            name, _, value = option.partition("=")
+            for lower in value.split(":") if name.startswith("lowerdir") else ():
+                below = os.path.realpath(_unescaped(lower))
+                if lower.startswith("/") and os.path.commonpath([place, below]) in (place, below):
+                    return f"the view at {_unescaped(own.split(' ')[4])} has it below"
+    return None
+
+
+def _unescaped(text: str) -> str:
+    """A path as the kernel writes it into mountinfo: octal escapes for blanks and backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

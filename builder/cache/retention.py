@@ -1,0 +1,270 @@
+"""What of a cache root may go by policy: a decision from markers, memos, times and sizes alone.
+
+Markers are the roots, entries the objects. What the image of the manifest needs never goes. Of the rest, markers go by
+age and by count; family directories that nothing kept refers to go with them; and where the root is still too large,
+what was used longest ago goes next, be it entries that no kept marker lists or a whole toolchain. `reclaim` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from builder.cache.survey import Dir, Holdings, Mark, Memo, Object
+from builder.task import PrunePolicy
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that goes, or would. kind: ``marker``, ``memo``, ``family`` (a whole directory) or ``entries``.
+
+    name: below the root, for people. bytes: that it frees. why: it goes. stays: why it does not, all the same.
+    names: of the entries.
+    """
+
+    kind: str
+    name: str
+    why: str
+    bytes: int = 0
+    family: str = ""
+    key: str = ""
+    stays: str = ""
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """before: bytes of the root; after: when all steps are done. left: what keeps it from less, one sentence each.
+
+    images: of the markers and memos that go; kept_images: of those that stay.
+    """
+
+    steps: tuple[Step, ...]
+    before: int
+    after: int
+    left: tuple[str, ...] = ()
+    images: frozenset[str] = frozenset()
+    kept_images: frozenset[str] = frozenset()
+
+
+@dataclass
+class _Choice:
+    """Which markers go, and why; everything else follows from that."""
+
+    held: Holdings
+    policy: PrunePolicy
+    job_max: float
+    now: float
+    pinned: Mapping[Dir, str]
+
+    def __post_init__(self) -> None:
+        self.dropped: dict[str, str] = {}
+        self.needed = {mark.path for mark in self.held.marks if self._serves(mark)}
+        self.current = {memo.toolchain for memo in self.held.memos if memo.image == self.policy.image}
+        # What cannot be removed keeps the markers that vouch for it: they hold for as long as it is there.
+        self.stuck = {
+            mark.path: why for mark in self.held.marks for place in mark.dirs if (why := self.pinned.get(place))
+        }
+
+    def _serves(self, mark: Mark) -> bool:
+        """Whether the current image's tasks, or any that the manifest has, stand on this marker."""
+        if mark.folder not in self.policy.folders and mark.task not in self.policy.tasks:
+            return False
+        return any(all(keys.get(family) == key for family, key in mark.keys.items()) for keys in self.policy.keys)
+
+    def drop(self, mark: Mark, why: str) -> None:
+        if mark.path not in self.needed and mark.path not in self.stuck:
+            self.dropped.setdefault(mark.path, why)
+
+    @property
+    def kept(self) -> list[Mark]:
+        return [mark for mark in self.held.marks if mark.path not in self.dropped]
+
+    def generations(self) -> set[str]:
+        """Toolchains that a marker is kept for, and the current ones. What is kept only because the current image
+        stands on it as well is no reason to keep the rest of its own toolchain.
+        """
+        return self.current | {mark.toolchain for mark in self.kept if mark.path not in self.needed}
+
+    def kept_memos(self) -> list[Memo]:
+        generations = self.generations()
+        return [
+            memo
+            for memo in self.held.memos
+            # A young one was probed for a warm-up that has yet to write its markers.
+            if memo.toolchain in generations or self.now - memo.written < self.job_max
+        ]
+
+    def places(self) -> set[Dir]:
+        """Family directories that something kept refers to."""
+        found = {place for keys in self.policy.keys for place in keys.items()}
+        for memo in self.kept_memos():
+            found |= set(memo.keys.items())
+        for mark in self.kept:
+            found |= mark.dirs
+        return found
+
+    def loose(self, places: set[Dir]) -> Iterator[tuple[Dir, str, Object]]:
+        """Entries in directories that stay, which no kept marker lists and nobody has used for job_max."""
+        listed: dict[Dir, set[str]] = {}
+        for mark in self.kept:
+            for family, names in mark.entries.items():
+                listed.setdefault((family, mark.keys[family]), set()).update(names)
+        for place in () if self.held.newer else (places & self.held.entries.keys()) - self.pinned.keys():
+            mine = listed.get(place, set())
+            for name, entry in self.held.entries[place].items():
+                if name not in mine and self.now - entry.used >= self.job_max:
+                    yield place, name, entry
+
+
+def decide(
+    held: Holdings, policy: PrunePolicy, *, job_max: float, now: float, pinned: Mapping[Dir, str] | None = None
+) -> Plan:
+    """What goes by this policy. pinned: directories that cannot be removed now, and why."""
+    choice = _Choice(held, policy, job_max, now, pinned or {})
+    _by_age(choice)
+    _by_count(choice)
+    goes: dict[Dir, dict[str, Object]] = {}
+    if policy.older_than is not None:
+        for place, name, entry in choice.loose(choice.places()):
+            if now - entry.used >= policy.older_than:
+                goes.setdefault(place, {})[name] = entry
+    after = _by_size(choice, goes)
+    named = {mark.image for mark in held.marks} | {memo.image for memo in held.memos}
+    kept = {mark.image for mark in choice.kept} | {memo.image for memo in choice.kept_memos()} | {policy.image}
+    return Plan(
+        steps=tuple(_steps(choice, goes)),
+        before=held.bytes,
+        after=after,
+        left=tuple(_left(choice, after)),
+        images=frozenset(named - kept - {""}),
+        kept_images=frozenset(kept - {""}),
+    )
+
+
+def _by_age(choice: _Choice) -> None:
+    limit = choice.policy.older_than
+    for mark in choice.held.marks if limit is not None else ():
+        age = choice.now - mark.used
+        if limit is not None and age >= limit:
+            choice.drop(mark, f"not used for {_days(age)}")
+
+
+def _by_count(choice: _Choice) -> None:
+    """Of each task, the newest so many toolchains."""
+    keep = choice.policy.keep
+    tasks: dict[str, list[str]] = {}
+    for mark in sorted(choice.held.marks, key=lambda mark: mark.written, reverse=True):
+        newer = tasks.setdefault(mark.task, [])
+        if mark.toolchain not in newer:
+            newer.append(mark.toolchain)
+        if newer.index(mark.toolchain) >= keep:
+            choice.drop(mark, f"{keep} newer toolchain{'' if keep == 1 else 's'} of the task")
+
+
+def _by_size(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
+    """Until the root is small enough, what was used longest ago; the size that comes of it."""
+    limit = None if choice.held.newer else choice.policy.max_size
+    while True:
+        places = choice.places()
+        for place in [place for place in goes if place not in places]:
+            del goes[place]  # goes as a whole
+        after = choice.held.bytes - _freed(choice, places, goes)
+        if limit is None or after <= limit:
+            return after
+        oldest = _oldest_generation(choice)
+        loose = sorted(
+            (found for found in choice.loose(places) if found[1] not in goes.get(found[0], {})),
+            key=lambda found: found[2].used,
+        )
+        for place, name, entry in loose:
+            if oldest is not None and entry.used > oldest[0]:
+                break
+            goes.setdefault(place, {})[name] = entry
+            after -= entry.bytes
+            if after <= limit:
+                return after
+        if oldest is None:
+            return after
+        for mark in oldest[1]:
+            choice.drop(mark, f"used longest ago of what is over {_size(limit)}")
+
+
+def _oldest_generation(choice: _Choice) -> tuple[float, list[Mark]] | None:
+    """The toolchain that was used longest ago, of those that may go."""
+    found: dict[str, list[Mark]] = {}
+    for mark in choice.kept:
+        if mark.path not in choice.needed and mark.path not in choice.stuck:
+            found.setdefault(mark.toolchain, []).append(mark)
+    dated = [(max(_used(choice, mark) for mark in marks), marks) for marks in found.values()]
+    return min(dated, key=lambda pair: pair[0], default=None)
+
+
+def _used(choice: _Choice, mark: Mark) -> float:
+    """Also by what was done in directories that are this toolchain's alone."""
+    alone = [
+        choice.held.dirs[place].used
+        for place in mark.dirs & choice.held.dirs.keys()
+        if all(other.toolchain == mark.toolchain for other in choice.held.marks if place in other.dirs)
+    ]
+    return max([mark.used, *alone])
+
+
+def _freed(choice: _Choice, places: set[Dir], goes: Mapping[Dir, Mapping[str, Object]]) -> int:
+    whole = sum(item.bytes for place, item in choice.held.dirs.items() if _may_go(choice, place, places))
+    return whole + sum(entry.bytes for entries in goes.values() for entry in entries.values())
+
+
+def _may_go(choice: _Choice, place: Dir, places: set[Dir]) -> bool:
+    return place not in places and place not in choice.pinned and not choice.held.newer
+
+
+def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterator[Step]:
+    """In the order in which they are done: what vouches first."""
+    for mark in choice.held.marks:
+        if mark.path in choice.dropped:
+            yield Step("marker", mark.path, choice.dropped[mark.path])
+    kept = choice.kept_memos()
+    for memo in choice.held.memos:
+        if memo not in kept:
+            yield Step("memo", memo.path, "its toolchain is not kept", key=memo.toolchain)
+    places = choice.places()
+    for place, item in sorted(choice.held.dirs.items()):
+        if place not in places and not choice.held.newer:
+            family, key = place
+            why = "no kept marker or memo refers to it"
+            stays = choice.pinned.get(place, "")
+            yield Step("family", f"{family}/{key}", why, item.bytes, family, key, stays)
+    for (family, key), entries in sorted(goes.items()):
+        size = sum(entry.bytes for entry in entries.values())
+        why = f"{len(entries)} entries that no kept marker lists" if len(entries) > 1 else "no kept marker lists it"
+        name = f"{family}/{key}" if len(entries) > 1 else f"{family}/{key}/{next(iter(entries))}"
+        yield Step("entries", name, why, size, family, key, names=tuple(sorted(entries)))
+
+
+def _left(choice: _Choice, after: int) -> Iterator[str]:
+    for path, problem in sorted(choice.held.strangers.items()):
+        yield f"{path} is left alone: {problem}"
+    if choice.held.newer:
+        yield "a newer builder's marker is here, and what it needs cannot be told: no kernels are removed"
+    for why in sorted(set(choice.pinned.values())):
+        places = [f"{family}/{key}" for (family, key), reason in sorted(choice.pinned.items()) if reason == why]
+        more = f" and {len(places) - 1} more stay" if len(places) > 1 else " stays"
+        yield f"{places[0]}{more}, with what vouches for it: {why}"
+    if choice.held.beside:
+        yield f"{_size(choice.held.beside)} more are held by generations and views alone; sweep removes what nobody has"
+    limit = choice.policy.max_size
+    if limit is not None and after > limit:
+        yield f"{_size(after)} stay, more than the {_size(limit)} wanted: it is needed, in use, or was used just now"
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.0f} h"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

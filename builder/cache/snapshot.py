@@ -1,0 +1,134 @@
+"""The audit without an engine: what family directories held before a job and hold after it, by inventory alone.
+
+For runner containers, whose jobs work on the mounted cache itself. It sees less than the audit of a view: an entry that
+was written anew is told by its time, and what is no entry is only counted where it looks like a broken one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder import files
+from builder.cache import inventory
+from builder.cache.families import FAMILIES, FAMILY, Family
+from builder.cache.family_directories import places
+from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
+from builder.cache.inventory import Entry, Inventory
+
+SCHEMA = 1
+_LIMIT = 256 << 20
+
+
+class SnapshotError(Exception):
+    """The snapshot cannot be used. The message says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A family's directory, wherever a variable or a cache root has it."""
+
+    family: Family
+    key: str
+    path: Path
+
+
+def in_root(root: Path) -> list[Place]:
+    """Every family directory of a cache root, of all keys."""
+    return [Place(place.family, place.key, place.path) for place in places(root)]
+
+
+def in_environment(environ: Mapping[str, str]) -> list[Place]:
+    """The directories that a process with this environment uses, of the families whose variable is set."""
+    found = []
+    for family in FAMILIES:
+        value = environ.get(family.env[0][0], "")
+        if family.claimable and value.startswith("/"):
+            found.append(Place(family, Path(value).name, Path(value)))
+    return found
+
+
+def take(wanted: list[Place]) -> dict[str, Any]:
+    """What these directories hold now: a JSON document for `compare`."""
+    return {"schema": SCHEMA, "taken": time.time(), "places": [_taken(place) for place in wanted]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The document that `take` made. Raises SnapshotError."""
+    try:
+        document = files.read_json(str(path), _LIMIT)
+    except files.UnreadableError as error:
+        raise SnapshotError(f"{path} {error}") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise SnapshotError(f"{path} is no snapshot of this version: audit --here --before FILE makes one")
+    try:
+        dict(_places(document))
+        if not math.isfinite(document["taken"]):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise SnapshotError(f"{path} is no snapshot: {type(error).__name__}") from None
+    return document
+
+
+def compare(before: Mapping[str, Any], wanted: list[Place]) -> Audit:
+    """What has changed since, in the directories of the snapshot and in these."""
+    found, locks = Audit(), []
+    then, began = dict(_places(before)), float(before["taken"])
+    for place in dict.fromkeys([*then, *wanted]):
+        stamps, old = then.get(place, ({}, Inventory({})))
+        now = _taken(place)
+        found.findings += _compared(place, old, _inventory(now["entries"]), began, found)
+        for name, taken in now["locks"].items():
+            shape = shape_of_lock(name)
+            if shape is not None and stamps.get(name) != taken:
+                locks.append((taken / 1e9, shape))
+    found.asked = sorted({shape for _, shape in locks})
+    found.findings = sorted(with_shapes(found.findings, locks))
+    return found
+
+
+def _compared(place: Place, old: Inventory, new: Inventory, began: float, found: Audit) -> Iterator[Finding]:
+    compiled = inventory.added(old, new)
+    again = inventory.recompiled(old, new)
+    for kind, names in (("compiled", compiled), ("rewritten", again)):
+        for name in names:
+            size, first, last = span(place.family, place.path / name, earliest=began, latest=time.time())
+            yield Finding(place.family.name, short(place.key), kind, short(name), "", size, first, last)
+    for name, problem in new.invalid.items():
+        if name in old.valid:
+            yield Finding(place.family.name, short(place.key), "damaged", short(name), problem)
+        elif name not in old.entries:
+            yield Finding(place.family.name, short(place.key), "foreign", short(name), problem)
+    for name in old.valid - new.entries.keys():
+        yield Finding(place.family.name, short(place.key), "deleted", short(name))
+    stamped = {name for name in old.valid & new.valid if new.entries[name].used_ns}
+    found.used += len((inventory.used(old, new) & stamped) - again)
+
+
+def _taken(place: Place) -> dict[str, Any]:
+    entries = inventory.scan(place.family, place.path).entries.values()
+    locks = {}
+    for item in files.listing(str(place.path / "locks")) or () if place.family.name == "deep_gemm" else ():
+        if shape_of_lock(f"locks/{item.name}") is not None:
+            locks[f"locks/{item.name}"] = item.stat(follow_symlinks=False).st_mtime_ns
+    return {
+        "family": place.family.name,
+        "key": place.key,
+        "path": str(place.path),
+        "entries": [[each.name, each.bytes, each.used_ns, each.written_ns, each.problem] for each in entries],
+        "locks": locks,
+    }
+
+
+def _inventory(rows: list[Any]) -> Inventory:
+    return Inventory({row[0]: Entry(str(row[0]), int(row[1]), int(row[2]), int(row[3]), row[4]) for row in rows})
+
+
+def _places(document: Mapping[str, Any]) -> Iterator[tuple[Place, tuple[dict[str, int], Inventory]]]:
+    for row in document["places"]:
+        place = Place(FAMILY[row["family"]], str(row["key"]), Path(row["path"]))
+        yield place, ({str(name): int(taken) for name, taken in row["locks"].items()}, _inventory(row["entries"]))

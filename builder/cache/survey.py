@@ -1,0 +1,246 @@
+"""What a cache root holds, as one who has to decide what may go sees it: markers, memos, family directories, bytes.
+
+Markers and memos are the roots, entries the objects. Reads only, follows no link, and never raises for what it finds.
+Sizes are what the file system has allotted, each file once however many names it has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder import files
+from builder.cache import marker_files, toolchain, usage
+from builder.cache.entries import NAMES
+from builder.cache.families import FAMILY, directory
+
+#: Layouts whose entries stand alone, so that one of them may go without the others.
+ALONE = ("deep_gemm", "triton")
+
+#: Directories of the root whose content comes and goes with views.
+VIEWS = ("generations", "views")
+
+_KEY = re.compile(r"[0-9a-f]{16}")
+_MEMO_LIMIT = 4 << 20
+
+Dir = tuple[str, str]  # family, key
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A marker. path: below the root. toolchain: of the run that wrote it. keys, entries: by claimed family. image: id
+    of the one it ran in. written, used: seconds since the epoch.
+    """
+
+    path: str
+    folder: str
+    task: str
+    toolchain: str
+    keys: Mapping[str, str]
+    entries: Mapping[str, frozenset[str]]
+    image: str
+    written: float
+    used: float
+
+    @property
+    def dirs(self) -> set[Dir]:
+        return set(self.keys.items())
+
+
+@dataclass(frozen=True)
+class Memo:
+    """One record of an image's memo. path: below the root, of the file; keys: of every family."""
+
+    path: str
+    image: str
+    keys: Mapping[str, str]
+    toolchain: str
+    written: float
+
+
+@dataclass(frozen=True)
+class Object:
+    """Something on disk. bytes: allotted; used: when it was last of use, in seconds since the epoch."""
+
+    bytes: int
+    used: float
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """strangers: markers that this program cannot read, with the reason; newer: one of them is of another schema, so
+    that nobody knows what it needs. dirs, entries: by family and key; entries only of families whose entries stand
+    alone. bytes: of the root, without what only generations and views hold (beside).
+    """
+
+    marks: tuple[Mark, ...]
+    memos: tuple[Memo, ...]
+    strangers: Mapping[str, str]
+    newer: bool
+    dirs: Mapping[Dir, Object]
+    entries: Mapping[Dir, Mapping[str, Object]]
+    bytes: int
+    beside: int = 0
+
+
+def survey(root: Path) -> Holdings:
+    """Everything, once."""
+    accessed = usage.has_access_times(root)
+    found, strangers = marks(root)
+    measure = _Measure(accessed)
+    dirs: dict[Dir, Object] = {}
+    entries: dict[Dir, dict[str, Object]] = {}
+    total, beside = 0, 0
+    # What generations hold by other names of the same files comes last.
+    for item in sorted(files.listing(str(root)) or (), key=lambda item: item.name in VIEWS):
+        if item.name not in FAMILY or not files.is_dir(item):
+            size = measure.of(item.path).bytes
+            total, beside = (total, beside + size) if item.name in VIEWS else (total + size, beside)
+            continue
+        for inner in files.listing(item.path) or ():
+            if not (_KEY.fullmatch(inner.name) and files.is_dir(inner)):
+                total += measure.of(inner.path).bytes
+                continue
+            place = (item.name, inner.name)
+            family = FAMILY[item.name]
+            names = list(NAMES[family.layout](family, inner.path)) if family.layout in ALONE else []
+            dirs[place], entries[place] = measure.split(inner.path, names)
+            total += dirs[place].bytes
+    return Holdings(
+        marks=tuple(found),
+        memos=tuple(memos(root)),
+        strangers={path: problem for path, problem, _ in strangers},
+        newer=any(newer for _, _, newer in strangers),
+        dirs=dirs,
+        entries=entries,
+        bytes=total,
+        beside=beside,
+    )
+
+
+def marks(root: Path) -> tuple[list[Mark], list[tuple[str, str, bool]]]:
+    """Every marker; and of what only lies where one should be: path, problem, and whether another schema is all."""
+    readable, strangers = [], []
+    for folder in files.listing(str(root / "markers")) or ():
+        for found in marker_files.folder(root, folder.name) if files.is_dir(folder) else ():
+            if found.marker is None:
+                strangers.append((found.path, found.problem, found.problem.startswith("its schema")))
+            else:
+                readable.append(_mark(root, folder.name, found.path, found.written, found.marker))
+    return readable, strangers
+
+
+def _mark(root: Path, folder: str, path: str, written: float, marker: Mapping[str, Any]) -> Mark:
+    observed = marker.get("observed")
+    image = observed.get("image") if isinstance(observed, dict) else None
+    return Mark(
+        path=path,
+        folder=folder,
+        task=files.printable(str(marker.get("label") or folder))[:200],
+        toolchain=files.printable(str(marker.get("toolchain")))[:40],
+        keys={family: marker["keys"][family] for family in marker["claims"]},
+        entries={family: frozenset(marker["entries"][family]) for family in marker["claims"]},
+        image=image if isinstance(image, str) else "",
+        written=written,
+        used=usage.last(root, path, written),
+    )
+
+
+def memos(root: Path) -> Iterator[Memo]:
+    """Every record of every image's memo that this program understands."""
+    for item in files.listing(str(root / "images")) or ():
+        if not item.name.endswith(".json") or item.name.startswith("."):
+            continue
+        try:
+            document = files.read_json(item.path, _MEMO_LIMIT)
+            written = item.stat(follow_symlinks=False).st_mtime
+        except (files.UnreadableError, OSError):
+            continue
+        found = document.get("memos") if isinstance(document, dict) else None
+        image = document.get("image") if isinstance(document, dict) else None
+        for memo in found if isinstance(found, list) else ():
+            record = memo.get("record") if isinstance(memo, dict) else None
+            if record is not None and toolchain.sound(record) and isinstance(image, str):
+                keys = toolchain.family_keys(record)
+                yield Memo(f"images/{item.name}", image, keys, toolchain.digest(keys), written)
+
+
+@dataclass
+class _Measure:
+    """Adds up what lies somewhere. A file with several names counts where it is met first."""
+
+    accessed: bool
+    _seen: set[tuple[int, int]] = field(default_factory=set)
+
+    def of(self, path: str) -> Object:
+        try:
+            return self._walk(path, os.lstat(path))
+        except OSError:
+            return Object(0, 0.0)
+
+    def split(self, base: str, names: list[str]) -> tuple[Object, dict[str, Object]]:
+        """A family's directory, and each of its entries by itself."""
+        entries = {name: self.of(f"{base}/{name}") for name in names}
+        apart = {f"{base}/{name}" for name in names}
+        rest = self._walk(base, os.lstat(base), apart)
+        size = rest.bytes + sum(entry.bytes for entry in entries.values())
+        return Object(size, max([rest.used, *(entry.used for entry in entries.values())])), entries
+
+    def _walk(self, path: str, status: os.stat_result, apart: Collection[str] = ()) -> Object:
+        size, used = self._count(status), usage.touched(status, accessed=False)
+        todo = [path] if stat.S_ISDIR(status.st_mode) else []
+        if not todo:
+            used = usage.touched(status, accessed=self.accessed)
+        while todo:
+            for item in files.listing(todo.pop()) or ():
+                if item.path in apart:
+                    continue
+                try:
+                    status = item.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                size += self._count(status)
+                # Whoever lists a directory accesses it; that is no use of what is in it.
+                is_dir = stat.S_ISDIR(status.st_mode)
+                used = max(used, usage.touched(status, accessed=self.accessed and not is_dir))
+                if is_dir:
+                    todo.append(item.path)
+        return Object(size, used)
+
+    def _count(self, status: os.stat_result) -> int:
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            if (status.st_dev, status.st_ino) in self._seen:
+                return 0
+            self._seen.add((status.st_dev, status.st_ino))
+        return status.st_blocks * 512
+
+
+def count(root: Path, place: Dir) -> int:
+    """How many entries a family's directory has, valid or not."""
+    family, base = FAMILY[place[0]], directory(str(root), *place)
+    return sum(1 for _ in NAMES[family.layout](family, base))
+
+
+def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """What a cache root holds, as metrics: name, value, labels. A family directory counts for every toolchain that uses
+    it.
+    """
+    found = survey(root)
+    users: dict[Dir, set[str]] = {}
+    for memo in found.memos:
+        for place in memo.keys.items():
+            users.setdefault(place, set()).add(memo.toolchain)
+    for place, item in sorted(found.dirs.items()):
+        entries = count(root, place)
+        for name in sorted(users.get(place, {"none"})):
+            labels = {"family": place[0], "key": place[1], "toolchain": name}
+            yield "entries", entries, labels
+            yield "entries_size_bytes", item.bytes, labels
+    yield "size_bytes", found.bytes + found.beside, {}
+    yield "filesystem_free_bytes", shutil.disk_usage(root).free, {}

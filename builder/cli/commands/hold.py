@@ -1,0 +1,144 @@
+"""The hold: a shared lock by which a test job says that it uses the cache, so that nothing is removed meanwhile.
+
+Where this process can open the root's lock file it holds the lock itself, and needs no engine; elsewhere (a named
+volume, a remote engine) a container does. A cold cache never fails a test job: whatever keeps the hold from being
+taken is said, and the job runs all the same, protected by what it touches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
+from builder.host import foreground
+from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline, poll
+from builder.host.locks import open_lock
+from builder.manifest.load import CacheSpec
+from builder.report.results import Console
+from builder.run import holder
+from builder.run.call import Call
+from builder.run.session import Session
+
+#: Below the cache root; `layout.prepare` makes the file.
+PATH = "locks/hold.lock"
+#: Seconds that a removal may take before people are told what they wait for.
+_SAY_AFTER = 0.5
+
+
+#: Seconds that a test job waits for an engine's answer, when it is only about the hold.
+PATIENCE = 10.0
+
+
+def hold(call: Call) -> int:
+    """Runs the command under the hold. Returns the command's exit status."""
+    said, environ = call.said, call.environ
+    if not said.command:
+        raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
+    manifest = call.manifest() if call.names_a_manifest or not said.cache else None
+    # A job's own choices, before this program makes its own.
+    ignored = [signum for signum in foreground.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
+    holding = held(
+        manifest.cache if manifest else call.cache(),
+        here=manifest is None or (environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
+        connect=(lambda: call.connect(manifest, PATIENCE)) if manifest else None,
+        console=call.console,
+        cancel=call.cancel,
+    )
+    with call.signals(), holding:
+        return foreground.run(said.command, environ, ignored=ignored)
+
+
+@contextlib.contextmanager
+def held(
+    cache: CacheSpec,
+    *,
+    here: bool,
+    connect: Callable[[], AbstractContextManager[Session]] | None,
+    console: Console,
+    cancel: Cancel,
+) -> Iterator[None]:
+    """Holds the cache while the context is, or says why not. Raises nothing but Interrupted.
+
+    here: a directory of this name on this machine is the one that is meant. connect: opens a session, for a container
+    that holds the lock instead; None where nothing is known but the cache.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            _take(stack, cache, here, connect, console, cancel)
+        except BuilderError as error:
+            cancel.check()
+            problems = error.problems if isinstance(error, ProblemsError) else ()
+            why = "; ".join([error.message, *(f"{problem.place}: {problem.text}" for problem in problems)])
+            console.say(f"warning: the cache is not held: {why}. The command runs all the same.")
+        yield
+
+
+def _take(
+    stack: contextlib.ExitStack,
+    cache: CacheSpec,
+    here: bool,
+    connect: Callable[[], AbstractContextManager[Session]] | None,
+    console: Console,
+    cancel: Cancel,
+) -> None:
+    if cache.root is not None and here:
+        try:
+            descriptor = open_lock(cache.root / PATH)
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not _is_root(cache.root):
+                console.say(f"there is no cache at {cache.root} yet, so there is nothing to hold")
+                return
+            if connect is None:
+                raise PreflightError(f"{cache.root / PATH} cannot be opened ({error.strerror})") from None
+        else:
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, str(cache.root), console, cancel)
+            return
+    if connect is None:
+        raise PreflightError("only a manifest or a profile says what could hold it: pass --manifest or --profile")
+    session = stack.enter_context(connect())
+    if cache.volume is not None and not session.engine.has_volume(cache.volume):
+        console.say(f"there is no volume {cache.volume} yet, so there is nothing to hold")
+        return
+    if session.image is None:
+        raise PreflightError(f"{session.manifest.image.ref} is not on this engine, and a container of it would hold it")
+    name = session.cache.name
+    lifetime = max(cache.job_max, session.manifest.run.lifetime)
+    lock = holder.Lock("hold", "the hold", "a cleaner", f"removes from {name}", f"{name} is being cleaned", lifetime)
+    stack.enter_context(holder.held(session, lock))
+
+
+def _is_root(root: Path) -> bool:
+    """Whether a cache root is there, as far as this process may look; one that an older builder made has no lock for
+    the hold.
+    """
+    try:
+        return (root / "layout.json").is_file()
+    except OSError:
+        return True
+
+
+def _lock(descriptor: int, name: str, console: Console, cancel: Cancel) -> None:
+    """A removal takes moments, and is waited for however long it takes."""
+    if poll(lambda: _try(descriptor) or cancel.is_set, Deadline(_SAY_AFTER), every=0.02):
+        return cancel.check()
+    console.say(f"waiting for a cleaner, which removes from {name}")
+    poll(lambda: _try(descriptor) or cancel.is_set, Deadline(None), every=0.05)
+    return cancel.check()
+
+
+def _try(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise PreflightError(f"its file system cannot lock files ({error.strerror})") from None
+    return True

@@ -1,0 +1,354 @@
+"""The pump: drains one container's output, always and completely, and never decides how the container ended.
+
+A reader that stops reading blocks the container, and then the engine's own calls on it. So one thread reads the
+attachment whatever its sinks do: the file may fail, the display may be slow, a callback may raise. An attachment that
+ends proves nothing. While the container lives the thread follows the stored log from there; after the exit `finish`
+proves that the log is complete (the program's last event counts its bytes), or reads from the stored log what is
+missing, exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from builder import events
+from builder.engine.api import STDERR, STDOUT, Attachment, Containers
+from builder.engine.errors import NotFoundError
+from builder.engine.log_resume import Received, Resume
+from builder.engine.log_sinks import Display, Lines, LogFile, Sinks, Tail
+from builder.engine.streams import BrokenFramesError, Demux
+from builder.errors import BuilderError, EngineLostError
+from builder.host.deadlines import Attempt, Deadline, poll
+
+EventCallback = Callable[[Mapping[str, Any]], None]
+
+MARKS = {STDOUT: "out", STDERR: "err"}
+
+_BUFFER = 1 << 20
+#: Up to this many received bytes the whole stored log is read for a proof; beyond, where nothing broke, its tail.
+_SMALL = 4 << 20
+_TAIL_ENTRIES = 500
+#: Seconds between the end of the output and the exit that it belongs to.
+_EXIT_LAG = 1.0
+#: Seconds without an answer after which an engine is not waited for any more.
+GIVE_UP = 60.0
+#: Seconds beyond its deadline that the end of the log may take to notice it.
+_HANGS = 0.3
+
+
+class Pump:
+    """One container's output. `attach` before the start, `start`, and on every path `finish`.
+
+    nonce: what events carry. on_event is called in the pump's thread; what it raises becomes a problem.
+    """
+
+    def __init__(
+        self, engine: Containers, container: str, *, nonce: str, sinks: Sinks, on_event: EventCallback | None = None
+    ) -> None:
+        self._engine = engine
+        self._container = container
+        self._nonce = nonce
+        self._prefix = events.prefix(nonce)
+        self._on_event = on_event
+        self._file = LogFile(sinks.log_path)
+        self._display = Display(sinks.display)
+        self._tail = Tail()
+        self._lines = {STDOUT: Lines(), STDERR: Lines()}
+        self._received = {STDOUT: Received(), STDERR: Received()}
+        self._attachment: Attachment | None = None
+        self._thread: threading.Thread | None = None
+        self._feeding = threading.Lock()
+        self._closed = False
+        self._ended = False
+        self._stopped = threading.Event()
+        self._whole = True
+        self._end: tuple[Mapping[str, Any], int] | None = None
+        self._grown: dict[str, float] = {}
+        self._read_end, self._write_end = os.pipe()
+        self.events: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+        self.complete = False
+        self.last_output = time.monotonic()
+
+    # --- what others may know ----------------------------------------------------------------------------------------
+
+    @property
+    def received(self) -> int:
+        """Bytes so far, both streams."""
+        return self._received[STDOUT].bytes + self._received[STDERR].bytes
+
+    @property
+    def tail(self) -> list[str]:
+        """The last lines, safe to print."""
+        return self._tail.lines()
+
+    def fileno(self) -> int:
+        """Readable once the output seems to have ended: a good moment to look whether the container has."""
+        return self._read_end
+
+    @property
+    def ended(self) -> bool:
+        """Whether the attachment has ended, which is a reason to look at the container."""
+        return self._ended
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Connects to the container's output. Before its start this misses nothing."""
+        self._file.open()
+        self._display.open()
+        self._attachment = self._engine.attach_output(self._container)
+
+    def start(self) -> None:
+        """Begins to drain."""
+        self.last_output = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="log-pump", daemon=True)
+        self._thread.start()
+
+    def finish(self, deadline: Deadline, *, ran: bool = True, lost: bool = False) -> None:
+        """After the exit: drains what is on its way, makes the log complete, and lets go of everything. Never raises.
+
+        ran: whether the container was ever started; if not there is no output to look for. lost: there is no engine any
+        more that could be asked for the rest; one that hangs would take its full time to say nothing.
+        """
+        try:
+            if ran and not lost:
+                self._in_time(deadline)
+                return
+            self._release_thread(Deadline(0.1))
+            if lost:
+                self.problems.append("the log ends where the engine was lost: what came after that was not read")
+        except (BuilderError, BrokenFramesError) as error:
+            self.problems.append(f"the end of the log could not be read: {error}")
+        finally:
+            self._close(deadline)
+
+    def _in_time(self, deadline: Deadline) -> None:
+        """Makes the log complete, unless the engine does not even answer by then."""
+        attempt, limit = Attempt(lambda: self._reconcile(deadline)), Deadline(None)
+        while attempt.running:
+            attempt.join(0.05)
+            if deadline.over:
+                limit = limit.within(_HANGS)
+            if limit.over and attempt.running:
+                self._stopped.set()
+                self.problems.append("the end of the log could not be read: the engine gave no answer in time")
+                return
+        attempt.result()
+
+    def _close(self, deadline: Deadline) -> None:
+        self._release_thread(Deadline(0.2))
+        with self._feeding:
+            if not self._closed:
+                self._closed = True
+                for stream, lines in self._lines.items():
+                    self._out(stream, lines.last())
+                os.close(self._write_end)
+                os.close(self._read_end)
+        self._file.close()
+        self._display.close(min(2.0, max(0.2, deadline.left())))
+        self.problems += [problem for problem in (self._file.problem, self._display.problem) if problem]
+
+    def _release_thread(self, deadline: Deadline) -> None:
+        self._stopped.set()
+        if self._attachment is not None:
+            self._attachment.close()
+        if self._thread is not None:
+            self._thread.join(deadline.left())
+
+    # --- draining, in the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._whole = self._drain()
+            self._wake()
+            self._follow()
+        except Exception as error:  # noqa: BLE001 - a defect here must not look like a quiet container
+            self._whole = False
+            self.problems.append(f"the log pump failed: {type(error).__name__}: {error}")
+        finally:
+            self._wake()
+
+    def _drain(self) -> bool:
+        """Reads the attachment to its end. True when that end lies between frames, False when it broke."""
+        demux, buffer = Demux(), bytearray(_BUFFER)
+        view = memoryview(buffer)
+        try:
+            while True:
+                size = self._attachment.readinto(view) if self._attachment else 0
+                if not size:
+                    return demux.between_frames
+                for stream, data in demux.pieces(view[:size]):
+                    self._feed(stream, data)
+        except (OSError, ValueError, BrokenFramesError):
+            return False
+
+    def _follow(self) -> None:
+        """Where the attachment ended before the container did: the stored log from there, until the container is
+        over.
+        """
+        lost: Deadline | None = None
+        while not self._stopped.is_set():
+            try:
+                if poll(self._is_over, Deadline(_EXIT_LAG), every=0.02):
+                    return
+                lost = None
+                self._whole = False
+                self._take_up(follow=True)
+            except EngineLostError:
+                lost = lost or Deadline(GIVE_UP)
+                if lost.over:
+                    return
+                self._stopped.wait(0.2)
+
+    def _is_over(self) -> bool:
+        if self._stopped.is_set():
+            return True
+        try:
+            return self._engine.state(self._container).status not in ("running", "paused", "restarting")
+        except NotFoundError:
+            return True
+
+    def _wake(self) -> None:
+        self._ended = True
+        with self._feeding:
+            if not self._closed:
+                os.write(self._write_end, b".")
+
+    # --- after the exit ----------------------------------------------------------------------------------------------
+
+    def _reconcile(self, deadline: Deadline) -> None:
+        if self._thread is not None:
+            self._thread.join(deadline.left())
+            if self._thread.is_alive():
+                self._whole = False
+                self._release_thread(Deadline(0.5))
+                if self._thread.is_alive():
+                    self.problems.append(
+                        "the log's reader did not end in time; what it was about to read may be missing"
+                    )
+                    return
+        if self._is_proven() or (self._whole and self.received > _SMALL and self._has_same_tail()):
+            self.complete = True
+            return
+        self._take_up(follow=False, deadline=deadline)
+        if deadline.over:
+            self.problems.append("there was no time to read the rest of the log")
+        else:
+            self.complete = True
+
+    def _is_proven(self) -> bool:
+        """The program has counted its bytes, and they are all here."""
+        if self._end is None:
+            return False
+        event, size = self._end
+        out, err = (self._received[stream].bytes for stream in (STDOUT, STDERR))
+        counted = event.get("stdout"), event.get("stderr")
+        return counted == (out - size, err)
+
+    def _has_same_tail(self) -> bool:
+        """Whether the last entries of the stored log are the last that arrived, in every stream that they belong to."""
+        stored: dict[int, bytes] = {}
+        for stream, entry in self._engine.log_frames(self._container, follow=False, tail=_TAIL_ENTRIES):
+            stored[stream] = stored.get(stream, b"") + entry
+        return bool(stored) and all(
+            stream in self._received and self._received[stream].ends_like(stored[stream]) for stream in stored
+        )
+
+    def _take_up(self, *, follow: bool, deadline: Deadline | None = None) -> None:
+        """Reads the stored log from its beginning and takes what has not been received."""
+        resumes = {stream: Resume(received, whole=self._whole) for stream, received in self._received.items()}
+        for stream, entry in self._engine.log_frames(self._container, follow=follow):
+            if stream in resumes and (new := resumes[stream].new(entry)):
+                self._feed(stream, new)
+            if self._stopped.is_set() if follow else deadline is not None and deadline.over:
+                return
+        if not follow:
+            for stream, resume in resumes.items():
+                self._feed(stream, resume.end())
+
+    # --- bytes into sinks --------------------------------------------------------------------------------------------
+
+    def _feed(self, stream: int, data: bytes) -> None:
+        stream = stream if stream in self._lines else STDERR
+        with self._feeding:
+            if self._closed or not data:
+                return
+            self._received[stream].add(data)
+            lines = self._lines[stream]
+            region = lines.feed(data)
+            if stream == STDOUT and self._prefix in region:
+                region = self._take_events(region)
+            if region or (lines.rest and not lines.rest.startswith(self._prefix[: len(lines.rest)])):
+                self.last_output = time.monotonic()
+            self._out(stream, region)
+
+    def _out(self, stream: int, region: bytes) -> None:
+        if not region:
+            return
+        mark = MARKS[stream]
+        failed_before = self._file.problem
+        self._file.write(mark, region)
+        if self._file.problem and not failed_before:
+            self._display.note(self._file.problem)
+        self._tail.add(region)
+        self._display.add(mark, region)
+
+    def _take_events(self, region: bytes) -> bytes:
+        """The region without the events in it, each of which has been dealt with."""
+        kept, at = [], 0
+        while (begin := self._next_event(region, at)) >= 0:
+            end = region.index(b"\n", begin) + 1
+            event = events.decode(region[begin:end], self._nonce)
+            kept.append(region[at : end if event is None else begin])
+            if event is not None:
+                self._take_event(event, end - begin)
+            at = end
+        return b"".join([*kept, region[at:]])
+
+    def _next_event(self, region: bytes, at: int) -> int:
+        """Where the next line with our prefix begins, at or behind the beginning of a line; -1 when none does."""
+        if region.startswith(self._prefix, at):
+            return at
+        found = region.find(b"\n" + self._prefix, at)
+        return found + 1 if found >= 0 else -1
+
+    def _take_event(self, event: dict[str, Any], size: int) -> None:
+        name = event["event"]
+        if name == "end":
+            self._end = (event, size)
+        if self._has_grown(name, event):
+            self.last_output = time.monotonic()
+        if name in ("progress", "entries") and self.events and self.events[-1]["event"] == name:
+            # A day of progress would fill the memory, and only the last one matters.
+            self.events[-1] = event
+        else:
+            self.events.append(event)
+        if self._on_event is not None:
+            try:
+                self._on_event(event)
+            except Exception as error:  # noqa: BLE001 - whoever listens must not stop the draining
+                self.problems.append(f"handling the event {name!r} failed: {type(error).__name__}: {error}")
+
+    def _has_grown(self, name: str, event: Mapping[str, Any]) -> bool:
+        """Whether the event is a sign of life: more was done, or more entries are there, than ever before in this
+        phase.
+        """
+        if name == "phase":
+            self._grown.clear()
+        counts: Mapping[str, Any] = {}
+        if name == "progress":
+            unit = event.get("unit")
+            counts = {f"progress {unit if isinstance(unit, str) else ''}": event.get("done")}
+        elif name == "entries" and isinstance(event.get("families"), dict):
+            counts = {f"entries {family}": count for family, count in event["families"].items()}
+        grown = False
+        for key, count in counts.items():
+            if isinstance(count, (int, float)) and count > self._grown.get(key, 0):
+                self._grown[key] = count
+                grown = True
+        return grown

@@ -1,0 +1,180 @@
+"""The manifest: which image to warm, where the cache is, and the tasks. TOML in, frozen values out.
+
+Every problem is reported at once, with its line and, where a name is unknown, the one that was probably meant.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.resources
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from builder.errors import Problem, UsageError
+from builder.files import printable
+from builder.manifest.document import Document, Table
+from builder.manifest.sections import (
+    CacheSpec,
+    ContainerSpecs,
+    Given,
+    GpusSpec,
+    ImageSpec,
+    ModelsSpec,
+    Overrides,
+    RefreshSpec,
+    RunSpec,
+    read_cache,
+    read_container,
+    read_gpus,
+    read_image,
+    read_models,
+    read_refresh,
+    read_run,
+)
+from builder.manifest.tasks import read_tasks
+from builder.manifest.values import count, near, positive_seconds
+from builder.task import Task
+
+__all__ = [
+    "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RefreshSpec",
+    "RunSpec",
+    "cache_of", "load", "profiles", "select",
+]  # fmt: skip
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """path: what messages call it."""
+
+    path: str
+    image: ImageSpec
+    cache: CacheSpec
+    models: ModelsSpec
+    container: ContainerSpecs
+    gpus: GpusSpec
+    run: RunSpec
+    refresh: RefreshSpec
+    tasks: tuple[Task, ...]
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    profile: str | None = None,
+    overrides: Overrides = Overrides(),
+    only: Sequence[str] = (),
+) -> Manifest:
+    """The manifest in this file, or the packaged profile of this name; of its tasks those that ``only`` selects.
+
+    Raises UsageError, with every problem, when it cannot be read or is wrong.
+    """
+    name, raw = _read_profile(profile) if profile is not None else _read_file(Path(path or ""))
+    document = Document.parse(name, raw)
+    manifest = _manifest(document, overrides)
+    if document.problems:
+        raise UsageError(f"{name} cannot be used as it is", document.in_order())
+    return select(manifest, only)
+
+
+def cache_of(place: str) -> CacheSpec:
+    """The cache that this option names, where there is no manifest. Raises UsageError."""
+    document = Document.parse("--cache", b"")
+    spec = read_cache(document.root().table("cache"), Given(document, Overrides(cache=place)))
+    if document.problems:
+        raise UsageError(f"--cache {place} cannot be used", document.in_order())
+    return spec
+
+
+def profiles() -> list[str]:
+    """Names of the packaged profiles."""
+    folder = importlib.resources.files("builder") / "profiles"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def select(manifest: Manifest, only: Sequence[str]) -> Manifest:
+    """The manifest with those tasks whose label, model or model's last part equals or matches (``*``) one of these.
+
+    Nothing asked for is everything. Raises UsageError for every pattern that selects nothing.
+    """
+    if not only:
+        return manifest
+    names = {task.label: (task.label, task.model, task.model.rpartition("/")[2]) for task in manifest.tasks}
+    chosen: set[str] = set()
+    problems = []
+    for pattern in only:
+        found = {
+            label
+            for label, forms in names.items()
+            if any(fnmatch.fnmatchcase(form.lower(), pattern.lower()) for form in forms)
+        }
+        if not found:
+            hint = near(pattern, {form for forms in names.values() for form in forms[1:]} | set(names))
+            problems.append(Problem("--only", f"no task of {manifest.path} matches {pattern!r};", hint))
+        chosen |= found
+    if problems:
+        raise UsageError("nothing to do for what --only asks for", problems)
+    return replace(manifest, tasks=tuple(task for task in manifest.tasks if task.label in chosen))
+
+
+def _read_profile(name: str) -> tuple[str, bytes]:
+    known = profiles()
+    if name not in known:
+        hint = near(name, known)
+        raise UsageError(
+            f"there is no profile {name!r}", [Problem("--profile", f"there is no profile {name!r};", hint)]
+        )
+    return f"{name}.toml", (importlib.resources.files("builder") / "profiles" / f"{name}.toml").read_bytes()
+
+
+def _read_file(path: Path) -> tuple[str, bytes]:
+    name = printable(str(path))
+    try:
+        return name, path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        hint = "Name a file with --manifest, or a packaged profile with --profile: " + ", ".join(profiles()) + "."
+        raise UsageError(f"{name} cannot be read", [Problem(name, f"{reason}.", hint)]) from None
+
+
+def _manifest(document: Document, overrides: Overrides) -> Manifest:
+    root = document.root()
+    schema = root.require("schema", count, SCHEMA)
+    if schema != SCHEMA:
+        root.blame("schema", f"schema {schema} is not known to this builder;", f"it reads schema {SCHEMA}.")
+    given = Given(document, overrides)
+    gpus = read_gpus(root.table("gpus"))
+    manifest = Manifest(
+        path=document.name,
+        image=read_image(root.table("image"), given),
+        cache=read_cache(root.table("cache"), given),
+        models=read_models(root.table("models"), given),
+        container=read_container(root.table("container"), given),
+        gpus=gpus,
+        run=read_run(root.table("run"), given),
+        refresh=read_refresh(root.table("refresh")),
+        tasks=read_tasks(
+            root,
+            gpus=gpus.count,
+            pretend=gpus.pretend,
+            timeout=given.read("timeout", positive_seconds),
+            silence=given.read("silence", positive_seconds),
+        ),
+    )
+    root.finish()
+    return _with_lifetime(manifest, root)
+
+
+def _with_lifetime(manifest: Manifest, root: Table) -> Manifest:
+    """The last line of defence must come after every other one: unless given, it is longer than the run can be."""
+    run = manifest.run
+    longest = max((task.timeout for task in manifest.tasks), default=0.0)
+    table = root.table("run")
+    if not table.has("lifetime"):
+        whole = run.budget or sum(task.timeout for task in manifest.tasks)
+        return replace(manifest, run=replace(run, lifetime=max(run.lifetime, whole + 600, longest + 600)))
+    if run.lifetime <= longest:
+        table.blame("lifetime", f"lifetime is not longer than the longest task timeout ({longest:.0f} s).", "Raise it.")
+    return manifest

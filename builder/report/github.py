@@ -1,0 +1,125 @@
+"""What GitHub's runner is told through files: a job summary in Markdown, outputs for later steps, variables.
+
+Texts come from containers, caches and manifests of pull requests, so none of them may become markup, another output or
+another variable. Nothing here decides anything: a file that cannot be written costs a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from builder.engine.streams import readable
+from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
+from builder.report.results import TASK_COLUMNS, Report, counted, task_table
+
+#: Verbs whose tasks make a summary.
+TOLD = ("warm", "check", "refresh")
+_OUTPUTS = "GITHUB_OUTPUT"
+_SUMMARY = "GITHUB_STEP_SUMMARY"
+#: GitHub drops a step's summary above 1 MiB.
+_LONGEST_CELL, _MOST_ROWS = 600, 500
+#: What Markdown, its tables, autolinks, mentions or HTML could take for more than text.
+_MARKUP = re.compile(r"[^\w ,/=%–×·…-]|_")
+
+_SIGNS = {
+    "warm": "✅",
+    "warmed": "✅",
+    "cold": "🟡",
+    "deferred": "🟡",
+    "partial": "🟡",
+    "skipped": "🟡",
+    "failed": "❌",
+}
+
+
+def tell(report: Report, status: int, error: BuilderError | None, environ: Mapping[str, str]) -> list[str]:
+    """Writes the files that the runner named. Returns what went wrong, for people."""
+    if environ.get("GITHUB_ACTIONS") != "true":
+        return []
+    said = outputs(report, status, error)
+    written = {
+        _OUTPUTS: "".join(f"{variable(name, value)}\n" for name, value in said.items()),
+        _SUMMARY: summary(report, status, error) if report.verb in TOLD else "",
+    }
+    problems = []
+    for name, text in written.items():
+        if text and environ.get(name):
+            try:
+                with Path(environ[name]).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(text)
+            except (OSError, ValueError) as failed:
+                why = failed.strerror if isinstance(failed, OSError) else str(failed)
+                problems.append(f"{name} could not be written: {why}")
+    return problems
+
+
+def outputs(report: Report, status: int, error: BuilderError | None) -> dict[str, str]:
+    """What later steps may ask for: ``state``, ``toolchain``, and of env ``docker-args``."""
+    if report.verb == "env":
+        return {"docker-args": report.text} if report.text and report.text.startswith("--mount ") else {}
+    if report.verb not in TOLD:
+        return {}
+    return {"state": state(report, status, error), "toolchain": report.toolchain or ""}
+
+
+def state(report: Report, status: int, error: BuilderError | None) -> str:
+    """The whole run in one word: warm, cold, failed or deferred. Cold is only what a check found; a run that left
+    something cold has failed.
+    """
+    if status == DeferredError.exit_code:
+        return "deferred"
+    if isinstance(error, ColdError) or (not status and report.count("cold")):
+        return "cold"
+    return "failed" if status else "warm"
+
+
+def summary(report: Report, status: int, error: BuilderError | None) -> str:
+    """The tasks as a table, and what the run came to."""
+    word = state(report, status, error)
+    lines = [f"### {_SIGNS[word]} warm-cache {report.verb}: {word}", ""]
+    facts = [
+        f"toolchain {report.toolchain}" if report.toolchain else "",
+        report.image_ref,
+        f"cache {report.cache}" if report.cache else "",
+    ]
+    lines += [" · ".join(text(fact) for fact in facts if fact), ""]
+    if error is not None:
+        lines += [f"**{text(error.message)}** (exit {status})", ""]
+        if isinstance(error, ProblemsError):
+            lines += [
+                f"- {text(problem.place)}: {text(f'{problem.text} {problem.remedy}')}" for problem in error.problems
+            ]
+            lines.append("")
+    lines += [f"⚠️ {text(warning)}\n" for warning in report.warnings]
+    if report.tasks:
+        lines += [_row(TASK_COLUMNS), _row(["---"] * len(TASK_COLUMNS))]
+        for row in task_table(report.tasks[:_MOST_ROWS]):
+            label, word, *rest = (text(cell) for cell in row)
+            lines.append(_row([label, f"{_SIGNS.get(word, '')} {word}".strip(), *rest]))
+        if len(report.tasks) > _MOST_ROWS:
+            lines += ["", f"and {counted(len(report.tasks) - _MOST_ROWS, 'more task')}"]
+    return "\n".join(lines) + "\n\n"
+
+
+def text(raw: str) -> str:
+    """Any text as Markdown that shows it, on one line, and nothing else."""
+    shown = readable(" ".join(raw.split()))
+    if len(shown) > _LONGEST_CELL:
+        shown = shown[:_LONGEST_CELL] + "…"
+    # A character reference is text wherever it stands; a backslash would be one too many in a code span or a table.
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", shown)
+
+
+def variable(name: str, value: str) -> str:
+    """One entry of the runner's files of variables and outputs; a value of several lines ends where it says."""
+    if "\n" not in value and "\r" not in value:
+        return f"{name}={value}"
+    end = f"end-{os.urandom(12).hex()}"
+    return f"{name}<<{end}\n{value}\n{end}"
+
+
+def _row(cells: list[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,94 @@
+"""What a refresh came to, for Prometheus' textfile collector: names, types and escapes of its text format.
+
+The file is replaced by one rename. What this run cannot tell (when one last succeeded, what a volume holds that nobody
+looked into) is taken over from the file before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builder.files import UnreadableError, read_bytes, replace_file
+
+PREFIX = "warm_cache_"
+#: name → help, in the order of the file. All are gauges: they say how it is.
+GAUGES: Mapping[str, str] = {
+    "refresh_last_run_timestamp_seconds": "When the last refresh ended, whatever it came to.",
+    "refresh_last_success_timestamp_seconds": "When a refresh last ended with status 0.",
+    "refresh_duration_seconds": "How long the last refresh took.",
+    "refresh_exit_code": "Exit status of the last refresh: 0 is warm, 17 is deferred.",
+    "refresh_tasks": "Tasks of the manifest by what became of them.",
+    "refresh_pruned_bytes": "What the last refresh removed from the cache.",
+    "image_info": "The serving image of the last refresh; always 1.",
+    "entries": "Compile results by family and toolchain; what toolchains share is counted for each of them.",
+    "entries_size_bytes": "Bytes allotted to a family's directory; what toolchains share is counted for each of them.",
+    "size_bytes": "Bytes allotted to the whole cache, each file once.",
+    "filesystem_free_bytes": "Free space where the cache lies.",
+}
+STATES = ("warm", "warmed", "cold", "failed", "partial", "skipped")
+SUCCESS = "refresh_last_success_timestamp_seconds"
+#: Of what lies in the cache, as opposed to what a run did.
+HOLDINGS = ("entries", "entries_size_bytes", "size_bytes", "filesystem_free_bytes")
+
+_LIMIT = 4 << 20
+
+
+@dataclass
+class Samples:
+    """name → samples, each with its labels. common: labels that all of them have."""
+
+    common: Mapping[str, str]
+    found: dict[str, list[tuple[Mapping[str, str], float]]] = field(default_factory=dict)
+    #: Lines of the file before, by name.
+    kept: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, **labels: str) -> None:
+        self.found.setdefault(name, []).append((labels, value))
+
+    def keep(self, before: str, names: Iterable[str]) -> None:
+        """What the file before said about these under the same common labels, unless this run says something itself."""
+        for name in names:
+            head = f"{PREFIX}{name}{{{self._pairs(self.common)}"
+            self.kept[name] = [line for line in before.splitlines() if line.startswith((f"{head},", f"{head}}}"))]
+
+    def text(self) -> str:
+        lines = []
+        for name, help_text in GAUGES.items():
+            samples = self.found.get(name)
+            body = [self._line(name, labels, value) for labels, value in samples or ()]
+            body = body or self.kept.get(name, [])
+            if body:
+                lines += [f"# HELP {PREFIX}{name} {help_text}", f"# TYPE {PREFIX}{name} gauge", *body]
+        return "\n".join(lines) + "\n"
+
+    def _line(self, name: str, labels: Mapping[str, str], value: float) -> str:
+        return f"{PREFIX}{name}{{{self._pairs({**self.common, **labels})}}} {shown(value)}"
+
+    @staticmethod
+    def _pairs(labels: Mapping[str, str]) -> str:
+        return ",".join(f'{label}="{escaped(text)}"' for label, text in labels.items())
+
+
+def escaped(text: str) -> str:
+    """A label's value as the format wants it; bytes that are no text are replaced."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def shown(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:.3f}"
+
+
+def before(path: Path) -> str:
+    """The file as the last refresh left it; nothing where there is none, or something else."""
+    try:
+        return read_bytes(str(path), _LIMIT).decode("utf-8", "replace")
+    except UnreadableError:
+        return ""
+
+
+def write(path: Path, samples: Samples) -> None:
+    """Raises OSError: also where the directory is missing, which a slip in a path must not make."""
+    replace_file(path, samples.text().encode())

@@ -1,0 +1,143 @@
+"""What a running task is doing, as its container's events tell: which phase, how far, how fast, and how long still."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from builder.engine.streams import readable
+
+#: Seconds of the past that a rate is taken over.
+_WINDOW = 30.0
+#: The in-container program numbers the shapes that sglang asks for: ``DeepGEMM 11: GEMM_NT_F8F8BF16 N=…``.
+_SHAPE = re.compile(r"DeepGEMM (\d+): (.+)")
+#: Units of `progress` that count a part of a task (the Ms of one shape), not the whole of it.
+PARTS = ("Ms", "shards")
+
+
+class Activity:
+    """One task's. Written by the thread that drains its log, read by whoever shows it.
+
+    expected: seconds, None where nothing is known. shapes: how many there are, where the task names them. parts: units
+    of progress that say nothing about the whole.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        where: str = "",
+        *,
+        expected: float | None = None,
+        shapes: int = 0,
+        parts: tuple[str, ...] = PARTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.label, self.where = label, where
+        self._expected, self._shapes, self._parts, self._clock = expected, shapes, parts, clock
+        self._began = clock()
+        self._phase = "starting"
+        self._shape = 0
+        self._done: tuple[float, float, str] | None = None
+        self._kernels = 0
+        self._history: deque[tuple[float, float, str]] = deque(maxlen=256)
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """An event of its container. What is not as the protocol says is ignored."""
+        match event.get("event"):
+            case "phase":
+                self._enter(readable(str(event.get("phase"))))
+            case "progress":
+                done, total, unit = event.get("done"), event.get("total"), event.get("unit")
+                if isinstance(done, (int, float)) and isinstance(total, (int, float)) and total > 0:
+                    self._take(float(done), float(total), readable(str(unit)))
+            case "entries":
+                added = event.get("added")
+                counts = added.values() if isinstance(added, dict) else ()
+                self._kernels = sum(count for count in counts if isinstance(count, int))
+                if self._done is None:
+                    self._history.append((self._clock(), float(self._kernels), "kernels"))
+
+    def _enter(self, phase: str) -> None:
+        found = _SHAPE.fullmatch(phase)
+        self._shape = int(found[1]) if found else 0
+        self._phase = "DeepGEMM" if found else phase
+        self._done = None
+        self._history.clear()
+
+    def _take(self, done: float, total: float, unit: str) -> None:
+        if self._done is None or self._done[1:] != (total, unit) or done < self._done[0]:
+            self._history.clear()
+        self._done = (done, total, unit)
+        self._history.append((self._clock(), done, unit))
+
+    # --- for whoever shows it ----------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Since its beginning."""
+        return self._clock() - self._began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that it is expected to go on for; None where nothing is known, 0 where it is overdue."""
+        done = self._done
+        if done is not None and done[2] not in self._parts and 0 < done[0] <= done[1]:
+            rate = self._rate()
+            if rate:
+                return (done[1] - done[0]) / rate
+        return None if self._expected is None else max(0.0, self._expected - self.seconds)
+
+    def _rate(self) -> float | None:
+        """Units a second, over the last half minute; None as long as nothing can be said."""
+        history = list(self._history)
+        now = self._clock()
+        recent = [one for one in history if one[0] >= now - _WINDOW]
+        if len(recent) < 2:
+            recent = history[-2:]
+        if len(recent) < 2 or now - recent[0][0] < 1.0 or recent[-1][1] <= recent[0][1]:
+            return None
+        return (recent[-1][1] - recent[0][1]) / (now - recent[0][0])
+
+    def parts(self) -> list[str]:
+        """Phase, how far, how fast, how long still: what there is to say of these."""
+        said = [self._phase_text()]
+        if self._done is not None:
+            done, total, unit = self._done
+            said.append(f"{done:.0f}/{total:.0f} {unit}")
+        if self._kernels:
+            said.append(f"{self._kernels} kernel{'' if self._kernels == 1 else 's'}")
+        rate = self._rate()
+        if rate is not None:
+            said.append(f"{rate:.0f}/s" if rate >= 100 else f"{rate:.1f}/s")
+        left = self.left
+        if left is not None:
+            said.append(f"about {span(left)} left" if left > 0 else "longer than expected")
+        return said
+
+    def _phase_text(self) -> str:
+        if not self._shape:
+            return self._phase
+        return f"{self._phase} {self._shape}/{self._shapes} shapes" if self._shapes else f"{self._phase} {self._shape}"
+
+    def line(self) -> str:
+        """All of it, for one line of a log."""
+        return f"{self.label}: {', '.join([*self.parts(), f'{clock(self.seconds)} so far'])}"
+
+
+def span(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2.5 h``: as exact as an estimate is."""
+    if seconds < 90:
+        return f"{max(1, round(seconds / 5) * 5 if seconds >= 10 else round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def clock(seconds: float) -> str:
+    """``3:41`` or ``1:02:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,331 @@
+"""The cache root as the builder sees it: read directly where it can be, through the engine elsewhere.
+
+Through the engine means: one container, created and never started, whose archive endpoint reads the mounted root. So a
+directory, a named volume and a remote engine are one case for everything above this module: a path below which the
+layout lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+from builder import files
+from builder.cache import families, markers
+from builder.cache.coverage import STORE_MOUNT as STORE
+from builder.cache.coverage import is_commit
+from builder.engine.client import ContainerSpec, Engine, Mount
+from builder.engine.lease import Lease
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
+from builder.host.cancel import REMOVE, Cancel
+from builder.manifest.load import Manifest
+
+#: What decides whether a task is warm, without the entries themselves.
+INDEX = ("layout.json", "images", "markers")
+
+#: Seconds after which a container that is read through, and never started, is nobody's any more.
+READ_LIFETIME = 3600.0
+
+
+class CacheRoot:
+    """Reads one cache root. Nothing is opened before it is asked for."""
+
+    def __init__(
+        self, manifest: Manifest, engine: Engine, *, image: str, lease: Callable[[], Lease], cancel: Cancel
+    ) -> None:
+        self._manifest = manifest
+        self._engine = engine
+        self._image = image
+        self._lease = lease
+        self._cancel = cancel
+
+    @property
+    def name(self) -> str:
+        """For people: the directory, or ``volume NAME``."""
+        cache = self._manifest.cache
+        return str(cache.root) if cache.root else f"volume {cache.volume}"
+
+    def mount(self) -> Mount:
+        """How a container gets the root."""
+        cache = self._manifest.cache
+        if cache.root:
+            return Mount(source=str(cache.root), target=cache.mount)
+        return Mount(source=str(cache.volume), target=cache.mount, kind="volume")
+
+    def direct(self) -> Path | None:
+        """The root, where this process can read it itself: a directory beside an engine on this machine, in which
+        nothing that matters is closed to us.
+        """
+        root = self._manifest.cache.root
+        if root is None or not self._engine.local or not root.is_dir():
+            return None
+        known = [str(root / name) for name in (*INDEX, *families.FAMILY)]
+        inside = [item.path for path in known for item in files.listing(path) or ()]
+        return None if any(map(_is_closed, (str(root), *known, *inside))) else root
+
+    def exists(self) -> bool:
+        """False where there is certainly no such root; true also for a directory on another machine, which only a
+        mount can tell.
+        """
+        root = self._manifest.cache.root
+        if root is None:
+            return self._engine.has_volume(str(self._manifest.cache.volume))
+        return root.is_dir() if self._engine.local else True
+
+    def create(self) -> bool:
+        """Makes a missing root directory (the leaf only: a typo in the path must not become a tree). True if it made
+        one.
+        """
+        root = self._manifest.cache.root
+        if root is None or self.exists():
+            return False
+        try:
+            root.mkdir(exist_ok=True)  # another builder may be doing so too
+        except OSError as error:
+            raise PreflightError(f"cannot make the cache root {root}: {error.strerror}. Set [cache] root") from error
+        return True
+
+    @contextlib.contextmanager
+    def view(self, *, entries: bool = True, keys: Collection[tuple[str, str]] | None = None) -> Iterator[Path]:
+        """A path below which layout, memos and markers lie, and the entries that the markers list.
+
+        Direct, it is the root itself. Through the engine it is a private copy that goes with the context: of the whole
+        family directories that markers claim (``entries``), or of those among them that are asked for (family, key).
+        """
+        direct = self.direct()
+        if direct is not None:
+            yield direct
+            return
+        with self._scratch() as copy, self._reader() as container:
+            if container is not None:
+                with self._copying():
+                    self._fetch(container, INDEX, copy)
+                    if entries:
+                        claimed = _claimed(copy)
+                        if keys is not None:
+                            claimed &= {f"{family}/{key}" for family, key in keys}
+                        self._fetch(container, sorted(claimed), copy)
+            yield copy
+
+    @contextlib.contextmanager
+    def store_view(self, models: Iterable[str]) -> Iterator[Path | None]:
+        """The model store (HF_HOME), or a copy of what identifies these models: refs and config.json. None without a
+        store.
+        """
+        store = self._manifest.models.store
+        if store is None:
+            yield None
+        elif self._engine.local and os.access(store, os.R_OK | os.X_OK):
+            yield store
+        else:
+            with self._scratch() as copy, self._reader(store=True) as container:
+                with self._copying():
+                    for model in models if container is not None else ():
+                        self._fetch_model(str(container), model, copy)
+                yield copy
+
+    def prove(self, volume: str) -> None:
+        """Reads through this volume as a job would have it in the root's place. Raises EngineRefusedError where the
+        engine cannot mount it, or nothing of the root is seen in it.
+        """
+        with self._reader(volume=volume) as container:
+            path = f"{self._manifest.cache.mount}/layout.json"
+            if container is not None:
+                with contextlib.closing(self._engine.archive(container, path)) as stream:
+                    for _ in stream:
+                        pass
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A private directory that goes with the context."""
+        with self._copying():
+            scratch = tempfile.TemporaryDirectory(prefix="warm-cache-view-")
+        with scratch as name:
+            yield Path(name)
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """What keeps this machine from holding a copy is the machine's trouble, and said."""
+        try:
+            yield
+        except OSError as error:
+            raise PreflightError(
+                f"cannot copy what is read of {self.name} to a temporary directory: {error.strerror or error}. Free "
+                "space there, or set TMPDIR to another one"
+            ) from error
+
+    @contextlib.contextmanager
+    def _reader(self, *, store: bool = False, volume: str | None = None) -> Iterator[str | None]:
+        """A created container with the root (or the model store, or a volume instead of the root) mounted read-only, or
+        None where the engine has no such directory yet.
+        """
+        mount = self.mount()
+        if store:
+            mount = Mount(source=str(self._manifest.models.store), target=STORE)
+        elif volume is not None:
+            mount = Mount(source=volume, target=mount.target, kind="volume")
+        mount = Mount(source=mount.source, target=mount.target, kind=mount.kind, read_only=True)
+        if not store and not self.exists():
+            yield None
+            return
+        lease = self._lease()
+        spec = ContainerSpec(
+            image=self._image,
+            name=f"warm-cache-read-{os.getpid()}-{os.urandom(4).hex()}",
+            entrypoint=["/bin/true"],
+            command=[],
+            labels=lease.labels("read", READ_LIFETIME),
+            mounts=(mount,),
+            network="none",
+        )
+        container: str | None = None
+        try:
+            # A signal must not come between the creation and the knowledge of it.
+            with self._cancel.shield(), _proof_of_death(lease, unless=EngineRefusedError):
+                container = self._cancel.answer(lambda: self._create(spec), f"to create {spec.name}")
+            self._cancel.check()
+            yield container
+        finally:
+            if container is not None:
+                with self._cancel.shield(), _proof_of_death(lease):
+                    remove = functools.partial(self._engine.remove, container)
+                    self._cancel.answer(remove, f"to remove {spec.name}", by=REMOVE)
+
+    def _create(self, spec: ContainerSpec) -> str | None:
+        """None where the engine's host has no such directory."""
+        try:
+            return self._engine.create(spec)
+        except EngineRefusedError as error:
+            if "bind source" in error.message:
+                return None
+            raise
+
+    def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
+        mount = PurePosixPath(self._manifest.cache.mount)
+        for name in names:
+            self._unpack(container, f"{mount}/{name}", copy / PurePosixPath(name).parent)
+
+    def _fetch_model(self, container: str, model: str, copy: Path) -> None:
+        base = f"hub/models--{model.replace('/', '--')}"
+        self._unpack(container, f"{STORE}/{base}/refs", copy / base)
+        for reference in (copy / base / "refs").glob("*") if (copy / base / "refs").is_dir() else ():
+            commit = reference.read_text(errors="replace").strip()
+            if not is_commit(commit):
+                continue
+            snapshot = f"{base}/snapshots/{commit}"
+            target = self._engine.link_target(container, f"{STORE}/{snapshot}/config.json")
+            if target is None:
+                continue
+            source = os.path.normpath(f"{STORE}/{snapshot}/{target}") if target else f"{STORE}/{snapshot}/config.json"
+            with tempfile.TemporaryDirectory(dir=copy) as blob:
+                self._unpack(container, source, Path(blob))
+                for file in Path(blob).iterdir():
+                    (copy / snapshot).mkdir(parents=True, exist_ok=True)
+                    shutil.move(str(file), copy / snapshot / "config.json")
+
+    def _unpack(self, container: str, source: str, target: Path) -> None:
+        """What lies at source, below target. Regular files and directories only: a link or a device never leaves the
+        cache.
+        """
+        try:
+            stream = self._engine.archive(container, source)
+        except EngineRefusedError as error:
+            if error.status == 404 or "too many links" in error.message:
+                return
+            raise
+        try:
+            # Closed here on every way out: an archive that nobody reads to its end keeps the engine from removing.
+            with contextlib.closing(stream), tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
+                for member in tar:
+                    _extract(tar, member, target)
+        except tarfile.TarError as error:
+            raise EngineLostError(f"the engine's archive of {source} broke off or is none: {error}") from error
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """One member, below target."""
+    path = _inside(target, member.name)
+    if path is None:
+        return
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if member.islnk():
+        # Another name of a file that came before it.
+        original = _inside(target, member.linkname)
+        if original is not None and original.is_file():
+            shutil.copy2(original, path)
+    elif member.isreg() and (content := tar.extractfile(member)) is not None:
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)
+        os.utime(path, (member.mtime, member.mtime))
+
+
+def _inside(target: Path, name: str) -> Path | None:
+    """Where a member of this name lies below target; None for one that would lie elsewhere."""
+    place = PurePosixPath(name)
+    return None if place.is_absolute() or ".." in place.parts else target / place
+
+
+@contextlib.contextmanager
+def _proof_of_death(lease: Lease, *, unless: type[BuilderError] | tuple[()] = ()) -> Iterator[None]:
+    """A container whose creation or removal was not confirmed may be there, or still come: then the lease's file stays,
+    by which the next sweep knows that nobody wants it. unless: an answer after which there is none.
+    """
+    try:
+        yield
+    except BuilderError as error:
+        lease.keep = lease.keep or not isinstance(error, unless)
+        raise
+
+
+class _Reader:
+    """An iterator of chunks as the file that tarfile reads."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def read(self, size: int = -1) -> bytes:
+        parts, have = [self._rest], len(self._rest)
+        while size < 0 or have < size:
+            chunk = next(self._chunks, b"")
+            if not chunk:
+                break
+            parts.append(chunk)
+            have += len(chunk)
+        data = b"".join(parts)
+        if size < 0:
+            size = len(data)
+        self._rest = data[size:]
+        return data[:size]
+
+
+def _is_closed(path: str) -> bool:
+    """Whether something is there that this process may not read. A link that leads nowhere is nothing."""
+    try:
+        folder = stat.S_ISDIR(Path(path).stat().st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return not os.access(path, os.R_OK | (os.X_OK if folder else 0))
+
+
+def _claimed(copy: Path) -> set[str]:
+    """Family directories that any readable marker claims, as ``family/key``."""
+    found = set()
+    for path in copy.glob("markers/*/*.json"):
+        for family, key in markers.claimed_keys(path).items():
+            if family in families.FAMILY and key.isalnum():
+                found.add(f"{family}/{key}")
+    return found

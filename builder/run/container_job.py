@@ -1,0 +1,244 @@
+"""One container of the warm-up image: what it is told, what it is given, and which refusals are this machine's trouble.
+
+Several may run at once, each from a thread of its own. What they share is complete before the first one starts
+(`Shared`), and what they leave there is added in one step each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from builder import __version__
+from builder.cache.coverage import STORE_MOUNT as STORE
+from builder.engine.client import ContainerSpec, Engine, Image, Mount
+from builder.engine.container import Deadlines, Outcome, Sinks, run_container
+from builder.engine.images import PROGRAM_ROOT
+from builder.engine.lease import Lease
+from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
+from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline
+from builder.manifest.load import Manifest
+from builder.report.results import Report
+from builder.run import preflight
+from builder.run.cache_root import CacheRoot
+from builder.task import JOB_VARIABLE, Job, PrunePolicy, Task
+
+#: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
+MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
+
+#: Modes whose containers get GPUs, models, secrets and a network.
+COMPILES = ("run", "probe")
+#: Modes that only look, some of them at what an untrusted job left: they cannot write to the root.
+LOOKS = ("view-list", "view-audit", "status", "families", "survey")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the manifest. Paths are absolute."""
+
+    log_dir: Path
+    state_dir: Path
+    environ: Mapping[str, str]
+    pull: bool = False
+    force: bool = False
+    strict: bool = False
+    allow_busy: bool = False
+    creates: bool = False
+
+
+class Shared(Protocol):
+    """What the containers of one invocation have in common. ran: id → name, of those that are gone."""
+
+    manifest: Manifest
+    engine: Engine
+    cancel: Cancel
+    report: Report
+    options: Options
+    run_id: str
+    ran: dict[str, str]
+
+    @property
+    def lease(self) -> Lease: ...
+
+    @property
+    def cache(self) -> CacheRoot: ...
+
+    @property
+    def serving(self) -> Image: ...
+
+    @property
+    def warmup(self) -> Image: ...
+
+    @property
+    def identity(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What else one container may be asked for. devices: GPUs by index; None: all that the manifest has.
+
+    cancel: who may end it, if not whoever ends the whole invocation. beside: other tasks of this run may compile at the
+    same time. view: what the modes of views are told. mounts: besides the cache root.
+    """
+
+    devices: tuple[int, ...] | None = None
+    cancel: Cancel | None = None
+    display: Callable[[str, str], None] | None = None
+    on_event: Callable[[Mapping[str, Any]], None] | None = None
+    budget: Deadline | None = None
+    repair: bool = False
+    beside: bool = False
+    prune: PrunePolicy | None = None
+    view: Mapping[str, Any] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+
+
+NOTHING_ELSE = Asked()
+
+
+def run(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Outcome:
+    """One container in this mode, to its end. Raises PreflightError where no GPU can be had. Only what compiles or
+    looks at the toolchain gets GPUs, models, secrets and a network.
+    """
+    job = _job(shared, mode, task, deadlines, asked)
+    spec = _spec(shared, job, task, deadlines, asked)
+    log = _log_dir(shared.options) / f"{task.label}.log" if mode == "run" else None
+    try:
+        with shared.cancel.shield() if asked.cancel is None else contextlib.nullcontext():
+            outcome = run_container(
+                shared.engine,
+                spec,
+                job=job,
+                lease=shared.lease,
+                deadlines=deadlines,
+                cancel=asked.cancel or shared.cancel,
+                sinks=Sinks(log_path=log, display=asked.display),
+                on_event=asked.on_event,
+                budget=asked.budget,
+            )
+    except EngineRefusedError as error:
+        known = preflight.no_driver(shared.manifest, error), preflight.no_source(shared.manifest, error)
+        problem = known[0] or known[1] or preflight.no_init(error)
+        if problem is None:
+            raise
+        raise PreflightError(CANNOT_RUN, [problem]) from error
+    shared.report.warnings += [_whose(problem, spec, task, asked) for problem in outcome.problems]
+    if outcome.container:
+        shared.ran[outcome.container] = spec.name
+    return outcome
+
+
+def _whose(problem: str, spec: ContainerSpec, task: Task, asked: Asked) -> str:
+    """A container's problem for people, who have several of them before their eyes."""
+    return f"{task.label}: {problem}" if asked.beside and spec.name not in problem else problem
+
+
+def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Job:
+    manifest, lease = shared.manifest, shared.lease
+    secrets = manifest.container.secrets if mode in COMPILES else ()
+    return Job(
+        mode=mode,
+        nonce=lease.nonce,
+        mount=manifest.cache.mount,
+        image={"id": shared.identity, "digests": list(shared.serving.digests), "labels": shared.serving.labels},
+        task=task,
+        lease=lease.target,
+        lifetime=deadlines.task + deadlines.grace + manifest.run.start,
+        grace=deadlines.grace,
+        log_limit=manifest.container.log_limit,
+        workdir=shared.serving.workdir or "/",
+        secrets=tuple(name for name in secrets if shared.options.environ.get(name)),
+        job_max=manifest.cache.job_max,
+        repair=asked.repair,
+        beside=asked.beside,
+        prune=asked.prune,
+        view=asked.view,
+        observed={
+            "host": socket.gethostname(),
+            "builder": __version__,
+            "image": shared.serving.ref,
+            "run": shared.run_id,
+        },
+    )
+
+
+def _spec(shared: Shared, job: Job, task: Task, deadlines: Deadlines, asked: Asked) -> ContainerSpec:
+    manifest, compiles = shared.manifest, job.mode in COMPILES
+    return ContainerSpec(
+        image=shared.warmup.id,
+        name=f"warm-cache-{shared.run_id}-{job.mode}-{task.label}"[:120],
+        entrypoint=["python3", "-m", "builder.agent"],
+        command=[],
+        env=_environment(shared, job),
+        labels=shared.lease.labels(task.label, job.lifetime),
+        mounts=(*_root(shared, job.mode in LOOKS), *(_store(manifest) if compiles else ()), *asked.mounts),
+        gpus=_devices(manifest, asked.devices) if compiles else 0,
+        shm_size=manifest.container.shm_size,
+        network=manifest.container.network if compiles else "none",
+        workdir=PROGRAM_ROOT,
+        stop_timeout=int(deadlines.grace) + 1,
+    )
+
+
+def _log_dir(options: Options) -> Path:
+    """Where logs go. Raises UsageError where none can be written."""
+    directory = options.log_dir
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
+    return directory
+
+
+def _root(shared: Shared, read_only: bool) -> tuple[Mount, ...]:
+    """The cache root; nothing where a verb that only reads must not make one, and then its place is in the
+    container.
+    """
+    there = shared.options.creates or shared.cache.exists()
+    return (replace(shared.cache.mount(), read_only=read_only),) if there else ()
+
+
+def _environment(shared: Shared, job: Job) -> dict[str, str]:
+    """Secrets are handed on by name and never enter the job, a label or a log."""
+    document, models = job.to_json(), shared.manifest.models
+    if len(document.encode()) > MAX_JOB:
+        label = job.task.label if job.task else job.mode
+        raise UsageError(
+            f"{label}: its argv, env and shapes make a job of {len(document.encode())} bytes, and the kernel's "
+            f"limit for one variable is {MAX_JOB}. Put long values into a file in the image."
+        )
+    # The program is found by its working directory, which an image may have told Python not to trust.
+    env = {JOB_VARIABLE: document, "PYTHONSAFEPATH": ""}
+    if models.store:
+        env["HF_HOME"] = STORE
+        env["HF_HUB_OFFLINE"] = "0" if models.writable else "1"
+    return env | {name: shared.options.environ[name] for name in job.secrets}
+
+
+def _store(manifest: Manifest) -> tuple[Mount, ...]:
+    models = manifest.models
+    return (Mount(source=str(models.store), target=STORE, read_only=not models.writable),) if models.store else ()
+
+
+def _devices(manifest: Manifest, devices: tuple[int, ...] | None) -> int | tuple[str, ...]:
+    """What to ask the engine for: these GPUs where some are named, else a number of them."""
+    chosen = manifest.gpus.devices if devices is None else devices
+    return tuple(str(index) for index in chosen) if chosen is not None else manifest.gpus.count
+
+
+def describe(outcome: Outcome) -> str:
+    """How a container ended, in words that name its status and never return it raw."""
+    if outcome.oom:
+        return "ran out of memory inside the container"
+    if outcome.exit_code is None:
+        return "never reported an exit status"
+    if outcome.exit_code > 128:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(outcome.exit_code - 128).name} (status {outcome.exit_code})"
+    return f"ended with status {outcome.exit_code}"

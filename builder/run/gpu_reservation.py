@@ -1,0 +1,296 @@
+"""This machine for the length of a run: out of service, its GPUs locked and nobody else's, and free again after each
+task.
+
+The order keeps builders apart. `acquire` and `release` run under one lock of the whole machine, so that no builder
+puts back into service what another one still uses. The GPUs' locks come next, before the look at who holds them: what
+another builder holds is waited for, what anybody else holds is a problem.
+
+A probe takes none of this. It asks the driver what there is and makes no context, so it disturbs nobody; and a reader
+never waits, nor takes a machine out of service to learn that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.errors import GpusHeldError, PreflightError, Problem
+from builder.host import gpu_locks, hooks
+from builder.host.deadlines import Deadline, poll
+from builder.host.gpus import Gpu, Look, Process
+from builder.run import preflight
+from builder.run.plan import Item
+from builder.run.session import Session
+
+#: A GPU is free again when no more than this many bytes are in use beyond what was before.
+TOLERANCE = 512 << 20
+
+#: Seconds between two looks at GPUs that are not free yet.
+_EVERY = 0.1
+
+
+@contextlib.contextmanager
+def taken(session: Session, items: Sequence[Item]) -> Iterator[Machine]:
+    """The machine for these items, as long as the context is; nothing is taken where none of them starts a container.
+
+    Raises PreflightError when it cannot be had, and BusyError when another builder keeps it.
+    """
+    work = [item for item in items if not item.config_problem]
+    machine = Machine(session)
+    with contextlib.ExitStack() as stack:
+        if work:
+            stack.enter_context(_out_of_service(session))
+            # Whoever is put back into service may want to reset a GPU, and an open driver keeps it from that.
+            stack.callback(session.nvml.close)
+        if work and session.manifest.gpus.count:
+            warn = session.report.warnings.append
+            stack.enter_context(gpu_locks.locked(machine.names(work[0]), session.patience(), warn))
+        if work:
+            # Who had these locks until now may have been killed, and its containers still be there.
+            session.sweep()
+        if work and session.manifest.gpus.count:
+            machine.refuse_busy()
+        yield machine
+
+
+# --- out of service --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _out_of_service(session: Session) -> Iterator[None]:
+    spec = session.manifest.gpus
+    if not (spec.acquire or spec.release):
+        yield
+        return
+    place = _working_directory(session)
+    acquire, release = (
+        hooks.Hooks(lines, session.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
+    )
+    debt = session.lease.path.parent
+    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, session.patience(), session.report.warnings.append):
+        _owe(debt, release)
+        try:
+            session.console.say("taking this machine out of service:")
+            failure = hooks.run(acquire, session.options.environ, session.say_hook)
+            if failure is not None:
+                error = PreflightError(
+                    "this machine can't be taken out of service", [Problem("acquire", f"{failure.text}.")]
+                )
+                error.notes = failure.tail
+                raise error
+            yield
+        finally:
+            _release(session, debt, release)
+
+
+def _working_directory(session: Session) -> str:
+    """Where the operator's commands run: where the builder does, as long as that is there."""
+    try:
+        return str(Path.cwd())
+    except OSError as error:
+        session.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
+        return "/"
+
+
+def _owe(debt: Path, release: hooks.Hooks) -> None:
+    try:
+        hooks.owe(debt, release)
+    except OSError as error:
+        raise PreflightError(
+            f"cannot write down in {debt} that this machine has to be put back into service: {error.strerror}"
+        ) from error
+
+
+def _release(session: Session, debt: Path, release: hooks.Hooks) -> None:
+    """Also after a signal, and in spite of it. A second one ends the wait; what is owed then stays owed."""
+    cancel = session.cancel
+    with cancel.shield():
+        session.console.say("putting this machine back into service:")
+        times = cancel.times
+        failure = hooks.run(
+            release,
+            session.options.environ,
+            session.say_hook,
+            all_of_them=True,
+            hurried=lambda: cancel.times > max(1, times),
+        )
+        if failure is None:
+            hooks.settled(debt)
+        else:
+            session.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
+
+
+# --- its GPUs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """A GPU that is not free again. extra: bytes in use beyond what was before; why: where NVML does not know it."""
+
+    gpu: Gpu
+    processes: tuple[Process, ...] = ()
+    extra: int = 0
+    why: str = ""
+
+
+class Machine:
+    """What a run knows about the GPUs of its containers."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._said: set[str] = set()
+        self._saying = threading.Lock()
+
+    def names(self, item: Item) -> dict[str, str]:
+        """Of the GPUs' locks: UUID → name for people. Where NVML says nothing the probe did, in a container."""
+        look = self._look()
+        found = [(gpu.index, gpu.uuid) for gpu in look.gpus]
+        if not found:
+            record = item.record.get("gpus") or ()
+            found = [(gpu.get("index", 0), str(gpu["uuid"])) for gpu in record if gpu.get("uuid")]
+        if not found:
+            self._say("they have no UUIDs here, and are not locked against other builders")
+        return {uuid: f"GPU {index} ({uuid})" for index, uuid in found}
+
+    def refuse_busy(self) -> None:
+        """Raises PreflightError with everybody who holds one of them; a warning where that is allowed."""
+        session = self._session
+        remedy = ["[gpus] acquire did not free it: stop it, or"] if session.manifest.gpus.acquire else []
+        # What was swept has ended, and its GPUs are free in a moment.
+        limit = Deadline(session.manifest.gpus.release_timeout if session.swept else 0.0)
+        while True:
+            look = self._look()
+            problems = list(preflight.busy(look, session.container_names, *remedy))
+            if not problems or limit.over or session.options.allow_busy:
+                break
+            session.cancel.wait(_EVERY)
+            session.cancel.check()
+        session.report.gpus = [
+            {
+                "index": gpu.index,
+                "uuid": gpu.uuid,
+                "name": gpu.name,
+                "memory_total_bytes": gpu.total,
+                "memory_used_bytes": gpu.used,
+                "held_by": [process.pid for process in gpu.processes or ()],
+                "free_again_seconds": None,
+            }
+            for gpu in look.gpus
+        ]
+        if problems and not session.options.allow_busy:
+            raise PreflightError("this machine can't run it now", problems)
+        session.report.warnings += [problem.text for problem in problems]
+
+    @contextlib.contextmanager
+    def free_after(self, label: str, devices: tuple[int, ...] | None = None) -> Iterator[None]:
+        """After what happens inside, which is the task of this label, its GPUs are as free as they were before.
+        devices: which these are, None: all of this run's. Other tasks may run on others meanwhile.
+
+        Raises GpusHeldError when they are not within ``[gpus] release_timeout``: whatever came next would run out of
+        memory. Somebody who wants to end the run does not wait for them.
+        """
+        session = self._session
+        has_some = session.manifest.gpus.count if devices is None else devices
+        before, ran = self._look(devices) if has_some else Look(), len(session.ran)
+        yield
+        if len(session.ran) == ran or not before.gpus:
+            return
+        if session.cancel.is_set:
+            session.report.warnings += [f"after {label}, {text}" for text in self._texts(self._held(before))]
+            return
+        timeout, began = session.manifest.gpus.release_timeout, time.monotonic()
+        freed: dict[str, float] = {}
+
+        def all_free() -> bool:
+            still = {held.gpu.uuid for held in self._held(before)}
+            for gpu in before.gpus:
+                if gpu.uuid in still:
+                    freed.pop(gpu.uuid, None)
+                else:
+                    freed.setdefault(gpu.uuid, time.monotonic() - began)
+            session.cancel.check()
+            return not still
+
+        is_free = poll(all_free, Deadline(timeout), every=_EVERY)
+        self._report(freed)
+        if not is_free:
+            held = "; ".join(self._texts(self._held(before))) or "they were freed at the last moment"
+            raise GpusHeldError(
+                f"the GPUs are not free again {timeout:.0f} s after {label}: {held}. The next server would run out of "
+                "memory, so nothing more is started; end what holds them, and run again"
+            )
+        whose = "" if devices is None else f"{label}: "
+        session.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
+
+    def _report(self, freed: dict[str, float]) -> None:
+        """The longest wait of all tasks; None for a GPU that is not free yet."""
+        for entry in self._session.report.gpus:
+            seconds = freed.get(entry["uuid"])
+            before = entry["free_again_seconds"] or 0.0
+            entry["free_again_seconds"] = None if seconds is None else round(max(before, seconds), 3)
+
+    def _held(self, before: Look) -> list[Held]:
+        now = self._session.look()
+        found = []
+        for was in before.gpus:
+            gpu = now.gpu(was.uuid)
+            if gpu is None:
+                found.append(Held(was, why=now.absent or "; ".join(now.notes) or "the driver knows it no more"))
+            elif (held := self._compare(was, gpu)) is not None:
+                found.append(held)
+        return found
+
+    def _compare(self, was: Gpu, gpu: Gpu) -> Held | None:
+        known = {process.identity for process in was.processes or ()}
+        others = [process for process in gpu.processes or () if self._is_somebody_elses(process)]
+        new = [process for process in gpu.processes or () if process.identity not in known]
+        extra = gpu.used - was.used if gpu.used is not None and was.used is not None else 0
+        if self._session.options.allow_busy:
+            # Who shares a GPU cannot tell whose memory it is that grows.
+            new = [process for process in new if process not in others]
+            extra = 0 if known or others else extra
+        if new or extra > TOLERANCE:
+            return Held(gpu, tuple(new), extra)
+        return None
+
+    def _is_somebody_elses(self, process: Process) -> bool:
+        """One that is ending has no start time any more, and is ours rather than not."""
+        return process.started is not None and process.container not in self._session.ran
+
+    def _texts(self, found: Sequence[Held]) -> list[str]:
+        """For people, one sentence each. The engine is asked once for the names of containers, if it has to be."""
+        names = self._session.container_names() if any(held.processes for held in found) else {}
+        return [self._text(held, names) for held in found]
+
+    @staticmethod
+    def _text(held: Held, names: Mapping[str, str]) -> str:
+        if held.why:
+            return f"GPU {held.gpu.index} does not answer ({held.why})"
+        memory = f"{held.extra / 1e9:.1f} GB more in use than before"
+        if not held.processes:
+            return f"GPU {held.gpu.index} has {memory}, by no process that can be seen from here"
+        who = ", ".join(process.describe(names) for process in held.processes)
+        return f"GPU {held.gpu.index} is held by {who}, with {memory}"
+
+    def _look(self, devices: tuple[int, ...] | None = None) -> Look:
+        """A look, and once per run what it cannot say."""
+        look = self._session.look()
+        if devices is not None:
+            look = look.chosen(devices, 0)
+        if look.absent is not None:
+            self._session.report.extra["gpus_reason"] = look.absent
+            self._say(f"{look.absent}; who holds them, and whether they are free again after a task, is not checked")
+        for note in look.notes:
+            self._say(note)
+        return look
+
+    def _say(self, text: str) -> None:
+        with self._saying:
+            known = text in self._said
+            self._said.add(text)
+        if not known:
+            self._session.console.say(f"GPUs: {text}")

@@ -1,0 +1,51 @@
+"""One container on an errand in the cache root: what it did is told by its events, and it ends well or that is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from builder.engine.container import Deadlines
+from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
+from builder.events import FAILED, WARMED
+from builder.files import printable
+from builder.run.container_job import NOTHING_ELSE, Asked, describe
+from builder.run.session import Session
+from builder.task import Task
+
+#: A root of a terabyte on a slow disk; a container that says nothing for so long hangs. Seconds.
+TIMEOUT = 3600.0
+
+Event = Mapping[str, Any]
+
+
+def run(session: Session, mode: str, hear: Callable[[Event], None], asked: Asked = NOTHING_ELSE) -> None:
+    """This mode to its end, and what it told. Raises what kept it from ending well."""
+    limits = Deadlines(
+        task=TIMEOUT, silence=TIMEOUT, start=session.manifest.run.start, grace=session.manifest.run.grace
+    )
+    outcome = session.run(mode, Task(label=mode, model="", recipe="command"), limits, asked)
+    for event in outcome.events:
+        hear(event)
+    session.cancel.check()
+    if outcome.ended == "exited" and outcome.exit_code == WARMED:
+        return
+    if outcome.exit_code == FAILED:
+        problem = Problem("cache", outcome.tail[-1] if outcome.tail else "it cannot be used.")
+        raise PreflightError(CANNOT_RUN, [problem])
+    raise EngineLostError(f"the container that was to {mode} {describe(outcome)}", notes=outcome.tail)
+
+
+def is_there(session: Session) -> bool:
+    """Whether there is a cache root to work on; nothing here makes one where somebody mistyped a name."""
+    session.report.cache = session.cache.name
+    if session.cache.exists():
+        with session.cache.view(entries=False) as root:
+            if (root / "layout.json").is_file():
+                return True
+    return False
+
+
+def row(event: Event, *names: str) -> dict[str, str]:
+    """These fields of an event, fit to be shown; without family and key it is about the root."""
+    return {name: printable(str(event.get(name, ""))) for name in ("family", "key", *names)}

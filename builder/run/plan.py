@@ -1,0 +1,80 @@
+"""Tasks × markers → warm, or cold for a named reason. Reads only; decides nothing that a marker and the disk do not
+say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.cache import markers, toolchain
+from builder.cache.toolchain import Record
+from builder.task import Task
+
+ProbeEnv = tuple[tuple[str, str], ...]
+
+
+def probe_env(task: Task) -> ProbeEnv:
+    """The part of a task's environment that changes what a probe sees (another nvcc, another preload)."""
+    return tuple(sorted((name, value) for name, value in task.env.items() if name in toolchain.PROBE_ENV))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One task and what the cache says about it."""
+
+    task: Task
+    record: Record
+    config_digest: str | None
+    config_problem: str | None
+    judgement: markers.Judgement
+
+    @property
+    def warm(self) -> bool:
+        return self.judgement.state == "warm"
+
+    @property
+    def key(self) -> str:
+        """Names the task's marker directory."""
+        coverage = markers.coverage(self.task, record=self.record, config_digest=self.config_digest)
+        return markers.coverage_digest(coverage)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tasks of one run, in manifest order."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def cold(self) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if not item.warm)
+
+    @property
+    def digest(self) -> str:
+        """The toolchain, for people; the first task's where an unusual environment gives several."""
+        return toolchain.digest(toolchain.family_keys(self.items[0].record)) if self.items else ""
+
+
+def make_plan(
+    tasks: Sequence[Task],
+    records: Mapping[ProbeEnv, Record],
+    *,
+    root: Path,
+    store: Path | None,
+    strict: bool = False,
+) -> Plan:
+    """Judges every task against the cache root (or a copy of its index) at ``root``."""
+    return Plan(tuple(_item(task, records[probe_env(task)], root, store, strict) for task in tasks))
+
+
+def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bool) -> Item:
+    digest, problem = None, None
+    if markers.needs_config(task):
+        if store is None and not task.model.startswith("/"):
+            problem = "no model store: set [models] store"
+        else:
+            digest, problem = markers.config_digest(store or Path("/nonexistent"), task.model, task.revision)
+    judgement = markers.judge(root, task, record=record, config_digest=digest, strict=strict)
+    return Item(task, record, digest, problem, judgement)

@@ -1,0 +1,191 @@
+"""What keeps this machine from running a manifest: every problem at once, each with its remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from builder.cache import layout
+from builder.cache.toolchain import Record
+from builder.engine.client import Engine
+from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.host import gpus
+from builder.host.gpus import Look, Process
+from builder.manifest.load import Manifest
+
+#: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
+#: some GB).
+MIN_FREE_BYTES = 512 << 20
+
+
+def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
+    """Everything that is known without starting a container. The engine is connected; `Engine.connect` says why it is
+    not.
+    """
+    ref = manifest.image.ref
+    image = engine.image(ref)
+    if image is None:
+        text = f"{ref} is not on this engine."
+        yield Problem("image", text, f"Run: docker pull {ref}, or: warm-cache warm --pull.")
+    if engine.local:
+        yield from _host(manifest, image is not None)
+
+
+def without_engine(manifest: Manifest, url: str, error: EngineLostError) -> PreflightError:
+    """No engine answers: that, and what this machine lacks besides if the engine was meant to be on it."""
+    problems = [Problem("engine", f"{error.message}.".replace("..", "."))]
+    if url.startswith("unix://"):
+        problems += _host(manifest, False)
+    return PreflightError(CANNOT_RUN, problems)
+
+
+def _host(manifest: Manifest, image: bool) -> Iterator[Problem]:
+    """What is wrong with the machine that the engine runs on, which is this one. image: whether there is one to ask."""
+    yield from _gpus(manifest, image)
+    yield from _cache(manifest)
+    yield from _store(manifest)
+
+
+def _gpus(manifest: Manifest, image: bool) -> Iterator[Problem]:
+    """What the host's driver says. A container's own view is the last word: `seen_problems`."""
+    wanted = manifest.gpus
+    if not wanted.count:
+        return
+    host = gpus.host_gpus()
+    if host is None or not host.names:
+        if not image:
+            what = "no NVIDIA driver is loaded on this machine" if host is None else "the driver sees no GPU"
+            yield Problem(
+                "GPUs",
+                f"{_wanted(manifest)} wanted, none found: {what}.",
+                "Install the NVIDIA driver and nvidia-container-toolkit, then restart dockerd.",
+            )
+        return
+    yield from _count_and_names(manifest, list(host.names))
+
+
+def seen_problems(manifest: Manifest, record: Record, *, podman: bool = False) -> Iterator[Problem]:
+    """What the probe's container, which had the GPUs, found about them. podman: whether that engine ran it."""
+    if manifest.gpus.count and podman and not record.get("gpus"):
+        text = f"{_wanted(manifest)} wanted, the container got none: this engine is Podman, which ignores the request."
+        yield Problem("GPUs", text, "Set DOCKER_HOST to a Docker Engine with nvidia-container-toolkit.")
+    elif manifest.gpus.count:
+        yield from _count_and_names(manifest, [str(gpu.get("name")) for gpu in record.get("gpus", ())])
+
+
+def _count_and_names(manifest: Manifest, names: list[str]) -> Iterator[Problem]:
+    wanted = manifest.gpus
+    if len(names) < wanted.count:
+        yield Problem(
+            "GPUs",
+            f"{_wanted(manifest)} wanted, {len(names)} found"
+            + (f" ({', '.join(sorted(set(names)))})." if names else "."),
+            "Set [gpus] count, or run on a machine that has them.",
+        )
+    other = sorted({name for name in names if wanted.name and wanted.name not in name})
+    if other:
+        yield Problem(
+            "GPUs",
+            f"every GPU's name must contain {wanted.name!r}, found {', '.join(other)}.",
+            "Set [gpus] name, or use the profile of this machine.",
+        )
+
+
+def busy(
+    look: Look, containers: Callable[[], Mapping[str, str]], remedy: str = "Stop it, set [gpus] acquire, or"
+) -> Iterator[Problem]:
+    """GPUs that somebody has, by process where one can be named. containers: id → name, asked for when needed."""
+    remedy = f"{remedy} pass --allow-busy."
+    held: dict[Process, list[int]] = {}
+    for gpu in look.gpus:
+        for process in gpu.processes or ():
+            held.setdefault(replace(process, memory=None), []).append(gpu.index)
+    for process, indices in held.items():
+        is_held = f"GPU {indices[0]} is" if len(indices) == 1 else f"GPUs {', '.join(map(str, indices))} are"
+        yield Problem("GPUs", f"{is_held} held by {process.describe(containers())}.", remedy)
+    for gpu in look.gpus:
+        if not gpu.processes and gpu.used is not None and gpu.used > gpus.IDLE_BYTES:
+            text = f"GPU {gpu.index} has {gpu.used / 1e9:.1f} GB in use by a process that cannot be seen from here."
+            yield Problem("GPUs", text, remedy)
+
+
+def _wanted(manifest: Manifest) -> str:
+    return f"{manifest.gpus.count} × {manifest.gpus.name or 'GPU'}"
+
+
+def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
+    """The engine's refusal to hand out GPUs, as the problem it is; None when the refusal is about something else.
+
+    The engine says so at start, not at create: ``could not select device driver "" with capabilities: [[gpu]]``.
+    """
+    if "could not select device driver" in error.message:
+        text = f'{_wanted(manifest)} wanted, none found: the engine knows no "gpu" device driver.'
+        return Problem("GPUs", text, "Install nvidia-container-toolkit and restart dockerd.")
+    if "nvidia-container-cli" in error.message or "CDI device injection failed" in error.message:
+        return Problem("GPUs", f"{_wanted(manifest)} wanted, but the container toolkit failed: {error.message}.")
+    return None
+
+
+def no_init(error: EngineRefusedError) -> Problem | None:
+    """Podman's refusal of a container with an init, as the problem it is; None for another one."""
+    if "container-init binary not found" not in error.message:
+        return None
+    text = "this engine is Podman, and the init that every container gets is missing on its host."
+    return Problem("engine", text, "Run there: apt-get install catatonit (or: dnf install catatonit).")
+
+
+def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
+    """The engine's refusal to mount a directory that its host has not, as the problem it is; None for another one."""
+    for place, path in (("cache", manifest.cache.root), ("models", manifest.models.store)):
+        if path is not None and f"bind source path does not exist: {path}" in error.message:
+            return Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
+    return None
+
+
+def _cache(manifest: Manifest) -> Iterator[Problem]:
+    root = manifest.cache.root
+    if root is None:
+        return
+    if not root.exists():
+        if not root.parent.is_dir():
+            yield Problem(
+                "cache",
+                f"{root} does not exist, and neither does {root.parent}.",
+                f"Run: mkdir -p {root}, or set [cache] root.",
+            )
+        elif not os.access(root.parent, os.W_OK):
+            yield Problem(
+                "cache", f"{root} does not exist, and {root.parent} is not writable.", f"Run: sudo mkdir {root}"
+            )
+        return
+    if not root.is_dir():
+        yield Problem("cache", f"{root} is not a directory.", "Set [cache] root to a directory on a local file system.")
+        return
+    if foreign := layout.foreign(root):
+        yield Problem(
+            "cache",
+            f"{root} is no cache root, and not empty ({foreign} is in it).",
+            "Set [cache] root to an empty directory.",
+        )
+    free = shutil.disk_usage(root).free
+    if free < MIN_FREE_BYTES:
+        yield Problem(
+            "disk",
+            f"{root} has {free / 1e9:.1f} GB free, at least {MIN_FREE_BYTES / 1e9:.1f} GB are needed.",
+            "Free space.",
+        )
+
+
+def _store(manifest: Manifest) -> Iterator[Problem]:
+    store = manifest.models.store
+    if store is None:
+        return
+    if not Path(store).is_dir():
+        yield Problem(
+            "models",
+            f"the model store {store} does not exist.",
+            "Set [models] store to the host's HF_HOME, or download the models there.",
+        )

@@ -1,0 +1,193 @@
+"""The verb `prune`: bounded disk. What goes is decided from markers, and goes in a container, under the run lock."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from builder.agent import prune as reclaim
+from builder.cache.retention import Plan
+from builder.files import printable
+from builder.report.results import counted, size
+from builder.run import cache_locks, maintenance, policy, upkeep
+from builder.run import image_cleanup as images
+from builder.run.container_job import Asked
+from builder.run.policy import Limits
+from builder.run.session import Session
+from builder.task import PrunePolicy
+
+Event = Mapping[str, Any]
+
+#: For people: what one step is about.
+_KINDS = {"marker": "marker", "memo": "memo", "family": "kernels", "entries": "kernels", "image": "image"}
+
+
+@dataclass
+class Outcome:
+    """What a prune came to, or would. rows: of the table. Bytes of the cache root: before, after; freed: really."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    before: int = 0
+    after: int = 0
+    freed: int = 0
+    left: list[str] = field(default_factory=list)
+    images: frozenset[str] = frozenset()
+    kept_images: frozenset[str] = frozenset()
+    image_bytes: int = 0
+
+    @property
+    def gone(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if not row["stays"]]
+
+
+def prune(session: Session, said: Namespace) -> None:
+    """Removes what the policy lets go, or says what it would remove; and what that frees."""
+    limits = policy.limits(session, said)
+    dry_run = bool(said.dry_run)
+    if not upkeep.is_there(session):
+        return
+    outcome = Outcome()
+    try:
+        if dry_run:
+            look(session, limits, outcome)
+        else:
+            with cache_locks.held(session):
+                carry_out(session, limits, outcome)
+        prune_images(session, limits, outcome, dry_run=dry_run)
+    finally:
+        tell(session, outcome, dry_run=dry_run)
+
+
+def look(session: Session, limits: Limits, outcome: Outcome) -> None:
+    """What a prune would do now. Writes nothing, and starts no container where the root can be read from here."""
+    tasks = session.manifest.tasks
+    known = session.remembers(tasks)
+    if not known:
+        outcome.left.append(
+            f"{session.manifest.image.ref} was never warmed here; a dry run cannot tell what it needs, prune can"
+        )
+    wanted = policy.policy(session, limits, session.plan(tasks) if known else None, dry_run=True)
+    direct = session.cache.direct()
+    if direct is None:
+        in_container(session, wanted, outcome)
+        return
+    found = reclaim.plan(direct, wanted, job_max=session.manifest.cache.job_max, now=time.time())
+    _take(outcome, found)
+
+
+def carry_out(session: Session, limits: Limits, outcome: Outcome) -> None:
+    """Under the run lock, which the caller holds."""
+    wanted = policy.policy(session, limits, session.plan(session.manifest.tasks), dry_run=False)
+    in_container(session, wanted, outcome)
+
+
+def in_container(session: Session, wanted: PrunePolicy, outcome: Outcome) -> None:
+    """What the container said on its way, also where it did not come to its end."""
+
+    def hear(event: Event) -> None:
+        match event.get("event"):
+            case "pruned" | "planned":
+                outcome.rows.append(
+                    {name: printable(str(event.get(name, ""))) for name in ("kind", "path", "family", "key", "why")}
+                    | {"bytes": int(event.get("bytes") or 0), "stays": printable(str(event.get("stays") or ""))}
+                )
+            case "removed":
+                outcome.rows.append(
+                    {"kind": "aside", "path": printable(str(event.get("path", ""))), "family": "", "key": ""}
+                    | {"why": "lay aside for longer than a job may last", "bytes": 0, "stays": ""}
+                )
+            case "freed":
+                outcome.before, outcome.after = int(event.get("before") or 0), int(event.get("after") or 0)
+                outcome.freed = int(event.get("freed") or 0)
+                outcome.left += [printable(str(text)) for text in event.get("left") or ()]
+                outcome.images = frozenset(map(str, event.get("images") or ()))
+                outcome.kept_images = frozenset(map(str, event.get("kept_images") or ()))
+
+    maintenance.run(session, "prune", hear, Asked(prune=wanted))
+
+
+def _take(outcome: Outcome, found: Plan) -> None:
+    for step in found.steps:
+        row = asdict(step)
+        outcome.rows.append(
+            {name: row[name] for name in ("kind", "family", "key", "why", "bytes", "stays")}
+            | {"path": printable(step.name)}
+        )
+    outcome.before, outcome.after = found.before, found.after
+    outcome.left += found.left
+    outcome.images, outcome.kept_images = found.images, found.kept_images
+
+
+def prune_images(session: Session, limits: Limits, outcome: Outcome, *, dry_run: bool) -> None:
+    """The engine's images of toolchains that nothing kept names any more."""
+    serving = session.serving
+    found = images.superseded(
+        session.engine,
+        dropped=outcome.images,
+        kept=outcome.kept_images | {serving.id},
+        setup=session.manifest.image.setup,
+        ref=session.manifest.image.ref,
+        tagged=limits.images,
+    )
+    for gone in found if dry_run else images.remove(session.engine, found):
+        outcome.rows.append(
+            {"kind": "image", "path": gone.image.name, "family": "", "key": gone.image.id, "why": gone.why}
+            | {"bytes": gone.image.bytes, "stays": gone.stays}
+        )
+        outcome.image_bytes += 0 if gone.stays else gone.image.bytes
+
+
+def tell(session: Session, outcome: Outcome, *, dry_run: bool) -> None:
+    """The table, and what it came to."""
+    say = session.console.say
+    session.report.extra["prune"] = {
+        "dry_run": dry_run,
+        "steps": outcome.rows,
+        "bytes_before": outcome.before,
+        "bytes_after": outcome.after if dry_run else max(0, outcome.before - outcome.freed),
+        "freed": 0 if dry_run else outcome.freed,
+        "image_bytes": outcome.image_bytes,
+        "left": outcome.left,
+    }
+    if outcome.rows:
+        columns = ("what", "which", "size", "why")
+        session.console.table(columns, [_row(row) for row in outcome.rows])
+    for text in outcome.left:
+        say(text)
+    kinds = summary(outcome.gone)
+    name = session.cache.name
+    if dry_run:
+        would = (
+            f"would remove {kinds}, {size(outcome.before - outcome.after)} of" if kinds else "would remove nothing of"
+        )
+        say(f"{name}: {would} {size(outcome.before)}; nothing was changed")
+    else:
+        what = f"removed {kinds}, freed {size(outcome.freed)} of" if kinds else "nothing to remove of"
+        say(f"{name}: {what} {size(outcome.before)}")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """``2 markers, 3 kernel directories``."""
+    names = {
+        "marker": "marker",
+        "memo": "memo",
+        "family": "family directory",
+        "entries": "set of entries",
+        "image": "image",
+        "aside": "thing that lay aside",
+    }
+    plurals = {"family": "family directories", "entries": "sets of entries", "aside": "things that lay aside"}
+    parts = []
+    for kind, noun in names.items():
+        number = sum(row["kind"] == kind for row in rows)
+        if number:
+            parts.append(f"{number} {plurals[kind]}" if number > 1 and kind in plurals else counted(number, noun))
+    return ", ".join(parts)
+
+
+def _row(row: Mapping[str, Any]) -> list[str]:
+    why = f"stays: {row['stays']}" if row["stays"] else row["why"]
+    return [_KINDS.get(row["kind"], row["kind"]), row["path"], size(row["bytes"]) if row["bytes"] else "–", why]

@@ -1,0 +1,349 @@
+"""Views: a test job's own writable overlay above the warm cache, so that nothing it runs changes what others trust.
+
+The builder holds the lock of all views around every step; containers make and remove what lies below the root, and the
+engine mounts it as a volume of the overlay kind when a job starts. The order of steps is such that a kill between two
+of them leaves something that the next one sees through: layers without a volume are a killed builder's, and a volume is
+made when all that it names is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from builder.cache import view_records
+from builder.cache.findings import KINDS, Audit, Finding, proposal
+from builder.cli.commands.check import printed
+from builder.engine.api import Mount
+from builder.errors import (
+    CANNOT_RUN,
+    BusyError,
+    ColdError,
+    EngineLostError,
+    EngineRefusedError,
+    PreflightError,
+    Problem,
+    UsageError,
+)
+from builder.files import printable
+from builder.manifest.values import near
+from builder.report import audit
+from builder.report.results import Console, age, size
+from builder.run import cache_locks, maintenance, overlay
+from builder.run.container_job import Asked
+from builder.run.maintenance import Event
+from builder.run.session import Session
+from builder.task import Shape
+
+#: What the mount options of an overlay cannot hold, and the length that the kernel takes.
+_TORN = ",:\\"
+_MOST_OPTIONS = 4000
+#: Without these every layer says all that was done in it: no renamed directories, no files without their content.
+_PLAIN = "redirect_dir=off,metacopy=off,index=off"
+
+
+def view(session: Session, said: Namespace) -> None:
+    """One action on one view, or the list of all."""
+    action, job = said.action, said.job
+    if action == "list":
+        if job is not None:
+            raise UsageError(f"view list takes no JOB, found {job!r}")
+        return _list(session)
+    if job is None:
+        raise UsageError(f"view {action} wants a JOB: the name of the view")
+    if not view_records.NAME.fullmatch(job):
+        raise UsageError(
+            f"JOB is {job!r}: 2 to 63 letters, digits, dots, dashes and underscores are wanted, the first a letter "
+            "or digit"
+        )
+    if action == "create":
+        return _create(session, job, bool(said.replace))
+    if action == "drop":
+        return _drop(session, job)
+    found = _audited(session, job)
+    session.report.extra["audit"] = audit.document_of(found)
+    who = f"the job {job}"
+    if action == "promote":
+        text = proposal(found, job)
+        session.report.extra["promote"] = text
+        session.report.text = text or None
+        if not text:
+            session.console.say(f"{who} compiled nothing that a manifest could cover")
+    elif not said.json:
+        session.report.text = audit.text_of(found, who)
+    return audit.judge(found, who, bool(said.fail_on_jit))
+
+
+# --- create ----------------------------------------------------------------------------------------------------------
+
+
+def _create(session: Session, job: str, replace: bool) -> None:
+    cache = session.manifest.cache
+    # Whatever can be wrong is found before anything is made.
+    if not maintenance.is_there(session):
+        raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet")
+    volume, place = overlay.volume_name(session, job), _place(session)
+    mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
+    tasks = session.manifest.tasks
+    text, document = (printed(session, tasks, form, mounts) for form in ("docker", "json"))
+    told: dict[str, Any] = {}
+
+    def hear(event: Event) -> None:
+        if event.get("event") == "view":
+            told.update(event)
+        elif event.get("event") == "omitted":
+            omitted = maintenance.row(event, "why")
+            session.report.warnings.append(
+                f"{omitted['family']}/{omitted['key']} is not in the view: {omitted['why']}. What a job needs of it is "
+                "compiled in the view"
+            )
+
+    with cache_locks.views(session):
+        _make_room(session, job, volume, replace)
+        order = {"name": job, "engine": overlay.engine_id(session)}
+        maintenance.run(session, "view-create", hear, Asked(view=order))
+        try:
+            session.engine.create_volume(
+                volume,
+                options=_options(place, str(told["generation"]), job),
+                labels={overlay.LABEL_VIEW: job, overlay.LABEL_ROOT: session.cache.name},
+            )
+            _prove(session, volume)
+        except BaseException:
+            with session.cancel.shield(), contextlib.suppress(EngineLostError, PreflightError):
+                session.engine.remove_volume(volume)
+                maintenance.run(session, "view-drop", lambda event: None, Asked(view=order))
+            raise
+    cold = [task.label for task in session.report.tasks if task.state == "cold"]
+    if cold:
+        session.report.warnings.append(f"cold, so that a job compiles it in its view: {', '.join(cold)}")
+    session.report.text = text
+    generation = printable(str(told["generation"]))
+    session.report.extra.update(job=job, volume=volume, generation=generation, docker=json.loads(document))
+    session.console.say(f"the view {job} of {session.cache.name} lies on generation {generation}, volume {volume}")
+
+
+def _place(session: Session) -> str:
+    """The root's path on the engine's host, which is where the engine mounts from. Raises PreflightError where an
+    overlay cannot name it.
+    """
+    cache = session.manifest.cache
+    if cache.root is not None:
+        place = str(cache.root)
+    else:
+        volume = session.engine.volume(str(cache.volume))
+        if volume is None or volume.driver != "local" or volume.options or not volume.mountpoint:
+            what = "is not of the local driver, or is mounted from elsewhere"
+            raise _refused(f"the volume {cache.volume} {what}, so that no view can lie on it.", "Use a directory.")
+        place = volume.mountpoint
+    torn = next((character for character in _TORN if character in place), None)
+    if torn is not None:
+        raise _refused(
+            f"{place} holds {torn!r}, which the mount options of an overlay cannot.", "Use a root without , : and \\."
+        )
+    return place
+
+
+def _refused(text: str, remedy: str) -> PreflightError:
+    return PreflightError(CANNOT_RUN, [Problem("cache", text, remedy)])
+
+
+def _options(place: str, generation: str, job: str) -> Mapping[str, str]:
+    root = PurePosixPath(place)
+    own = root / "views" / job
+    layers = f"lowerdir={root / 'generations' / generation},upperdir={own / 'upper'},workdir={own / 'work'}"
+    options = f"{layers},{_PLAIN}"
+    if len(options) > _MOST_OPTIONS:
+        raise _refused(f"{place} is too long for the mount options of an overlay.", "Use a shorter path.")
+    return {"type": "overlay", "device": "overlay", "o": options}
+
+
+def _make_room(session: Session, job: str, volume: str, replace: bool) -> None:
+    """No volume of this name: one that nobody has written to is as good as none. Raises UsageError for any other,
+    unless it is to be replaced, and BusyError where a container has it.
+    """
+    if session.engine.volume(volume) is None:
+        return
+    written = 0
+
+    def hear(event: Event) -> None:
+        nonlocal written
+        if event.get("event") == "view":
+            written += int(event.get("files") or 0)
+
+    if not replace:
+        maintenance.run(session, "view-list", hear, Asked(view={"name": job}))
+        if written or session.engine.users(volume):
+            raise UsageError(
+                f"there is a view {job} already, and it was used. Choose another name, pass --replace, or drop it: "
+                f"warm-cache view drop {job}"
+            )
+    _remove(session, job, volume)
+
+
+def _prove(session: Session, volume: str) -> None:
+    """A first look through the mount: what is wrong with it shows here and not when a job starts."""
+    try:
+        session.cache.prove(volume)
+    except EngineRefusedError as error:
+        raise _refused(
+            f"the engine cannot lay an overlay on {session.cache.name}: {error.message}.",
+            "The root has to lie on a local file system that can carry one: ext4, xfs or tmpfs.",
+        ) from error
+
+
+# --- audit, drop, list -----------------------------------------------------------------------------------------------
+
+
+def _audited(session: Session, job: str) -> Audit:
+    volume = overlay.volume_name(session, job)
+    session.report.cache = session.cache.name
+    if session.engine.volume(volume) is None:
+        raise _unknown(session, job)
+    found = Audit()
+
+    def hear(event: Event) -> None:
+        if event.get("event") == "finding":
+            found.findings.append(_finding(event))
+        elif event.get("event") == "audited":
+            found.used = int(event.get("used") or 0)
+            found.asked = [
+                Shape(str(row[0]), int(row[1]), int(row[2]), int(row[3])) for row in event.get("asked") or ()
+            ]
+            found.truncated = printable(str(event.get("truncated") or ""))
+            counts = event.get("counts") or {}
+            found.counts = {kind: int(counts.get(kind) or 0) for kind in KINDS}
+            found.took = float(event.get("seconds") or 0.0)
+            if (told := found.count(*KINDS)) > len(found.findings):
+                session.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
+
+    mount = Mount(source=volume, target=view_records.MERGED, kind="volume", read_only=True)
+    maintenance.run(session, "view-audit", hear, Asked(view={"name": job}, mounts=(mount,)))
+    return found
+
+
+def _finding(event: Event) -> Finding:
+    def text(name: str) -> str:
+        return printable(str(event.get(name) or ""))
+
+    return Finding(
+        family=text("family"),
+        key=text("key"),
+        kind=text("kind"),
+        path=text("path"),
+        detail=text("detail"),
+        bytes=int(event.get("bytes") or 0),
+        began=float(event.get("began") or 0.0),
+        ended=float(event.get("ended") or 0.0),
+        shape=text("shape"),
+    )
+
+
+def _unknown(session: Session, job: str) -> UsageError:
+    known = [volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(session)]
+    hint = near(job, known) if known else "there is none"
+    return UsageError(f"there is no view {job!r} of {session.cache.name}; {hint}")
+
+
+def _drop(session: Session, job: str) -> None:
+    volume = overlay.volume_name(session, job)
+    if not maintenance.is_there(session):
+        raise _unknown(session, job)
+    with cache_locks.views(session):
+        there = session.engine.volume(volume) is not None
+        _remove(session, job, volume)
+        gone: list[Event] = []
+        maintenance.run(session, "view-drop", gone.append, Asked(view={"name": job}))
+    if not there and not any(event.get("event") == "removed" for event in gone):
+        raise _unknown(session, job)
+    session.report.extra["job"] = job
+    session.console.say(f"the view {job} is gone")
+
+
+def _remove(session: Session, job: str, volume: str) -> None:
+    """The volume goes, unless a container has it: the engine has the last word. Raises BusyError."""
+    try:
+        session.engine.remove_volume(volume)
+    except EngineRefusedError as error:
+        names = sorted(user.name for user in session.engine.users(volume))
+        if error.status != 409 and not names:
+            raise
+        raise BusyError(
+            f"the view {job} is in use by {', '.join(names) or 'a container'}: remove that first (docker rm -f)"
+        ) from error
+
+
+def _list(session: Session) -> None:
+    rows: list[dict[str, Any]] = []
+    generations: list[dict[str, Any]] = []
+    if maintenance.is_there(session):
+        volumes = {volume.labels[overlay.LABEL_VIEW]: volume.name for volume in overlay.volumes(session)}
+        for event in overlay.looked(session):
+            if event.get("event") == "generation":
+                generations.append(_generation(event))
+            elif event.get("event") == "view":
+                name = printable(str(event.get("view")))
+                volume = volumes.pop(name, None)
+                users = [user.name for user in session.engine.users(volume)] if volume else []
+                rows.append(_row(event, name, users, "" if volume else "unfinished: it has no volume here"))
+        rows += [_row({}, name, [], "its layers are gone: drop it") for name in volumes]
+    session.report.extra.update(views=rows, generations=generations)
+    console = Console(text := io.StringIO(), terminal=False)
+    now = time.time()
+    console.table(
+        ("view", "age", "written", "files", "generation", "used by", "note"),
+        [
+            [
+                row["name"],
+                age(now - row["created"]) if row["created"] else "–",
+                size(row["bytes"]),
+                str(row["files"]),
+                row["generation"] or "–",
+                ", ".join(row["used_by"]) or "–",
+                row["note"],
+            ]
+            for row in rows
+        ],
+    )
+    console.table(
+        ("generation", "asked for", "size", "files", "views"),
+        [
+            [
+                row["id"],
+                f"{age(now - row['asked'])} ago",
+                size(row["bytes"]),
+                str(row["files"]),
+                ", ".join(row["views"]),
+            ]
+            for row in generations
+        ],
+    )
+    session.report.text = text.getvalue().rstrip("\n")
+
+
+def _row(event: Event, name: str, users: list[str], note: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "created": float(event.get("created") or 0.0),
+        "generation": printable(str(event.get("generation") or "")),
+        "bytes": int(event.get("bytes") or 0),
+        "files": int(event.get("files") or 0),
+        "used_by": users,
+        "note": note,
+    }
+
+
+def _generation(event: Event) -> dict[str, Any]:
+    return {
+        "id": printable(str(event.get("id"))),
+        "asked": float(event.get("asked") or 0.0),
+        "bytes": int(event.get("bytes") or 0),
+        "files": int(event.get("files") or 0),
+        "views": [printable(str(name)) for name in event.get("views") or ()],
+    }
