@@ -55,7 +55,7 @@ test-here: $(VENV)/.ready
 	WARM_CACHE_TEST_IMAGE=$(TINY) WARM_CACHE_STAND_IN=$(STAND_IN) WARM_CACHE_TESTS_COMPLETE=1 $(BIN)/pytest $(ARGS)
 
 .PHONY: unit
-unit: $(VENV)/.ready ## Run the tests that need no engine
+unit: $(VENV)/.ready ## Run the unit tests: no engine, no process, below a minute
 	@$(BIN)/pytest tests/unit $(ARGS)
 
 .PHONY: lint

@@ -12,7 +12,8 @@
     ├── BudgetError            14   the budget ended with tasks still cold
     ├── BusyError              15   cache or GPUs are in use by another builder
     ├── EngineLostError        16   the engine stopped answering
-    │   └── EngineRefusedError 16   the engine answered, and said no
+    │   ├── EngineRefusedError 16   the engine answered, and said no
+    │   └── EngineTimeoutError 16   the engine got the request and did not answer in time
     ├── DeferredError          17   `refresh --when-idle`: the machine never became idle
     └── Interrupted            130 / 143   a signal: 128 + its number
 
@@ -127,6 +128,10 @@ class EngineRefusedError(EngineLostError):
     def __init__(self, message: str, *, status: int = 0, notes: Sequence[str] = ()) -> None:
         super().__init__(message, notes=notes)
         self.status = status
+
+
+class EngineTimeoutError(EngineLostError):
+    """The engine got the request and did not answer in time."""
 
 
 class DeferredError(BuilderError):

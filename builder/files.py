@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -16,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 UNREADABLE = "is unreadable"
-
-#: Controls of terminals, ends of lines, and what turns the direction of writing around.
-_HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class UnreadableError(Exception):
@@ -128,12 +124,6 @@ def is_dir(item: os.DirEntry[str]) -> bool:
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether one path component matches any of these shell patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def printable(text: str) -> str:
-    """The text on one line that every terminal and JSON reader takes: controls and undecodable bytes as escapes."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:

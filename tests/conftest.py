@@ -18,6 +18,7 @@ import pytest
 
 from builder.engine.client import Engine
 from builder.errors import BuilderError
+from tests.program import Program, assemble
 
 TINY = "WARM_CACHE_TEST_IMAGE"
 REAL = "WARM_CACHE_STAND_IN"
@@ -92,3 +93,15 @@ def until() -> Callable[..., None]:
             pause.wait(0.02)
 
     return until
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH with the fake sglang, made once."""
+    return assemble(tmp_path_factory.mktemp("tiny") / "site")
+
+
+@pytest.fixture
+def program(tmp_path: Path, site: Path) -> Program:
+    """The in-container program, on a cache root of its own."""
+    return Program(tmp_path, site)

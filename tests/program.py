@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from builder import events
-from builder.task import JOB_VARIABLE, Job, Task
+from builder.job import JOB_VARIABLE, Job
+from builder.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "docker" / "stand-in" / "tiny"

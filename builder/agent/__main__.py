@@ -19,7 +19,7 @@ from builder.agent.output import Output
 from builder.agent.warm import Warming, write_memo
 from builder.cache import layout, toolchain, view_records
 from builder.events import FAILED
-from builder.task import JOB_VARIABLE, Job
+from builder.job import JOB_VARIABLE, Job
 
 NO_JOB = 2
 

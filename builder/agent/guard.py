@@ -9,7 +9,6 @@ file without our nonce, means that the lock proves nothing here: then our stdin,
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -17,18 +16,18 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from builder.task import Job
+from builder.job import Job
+from builder.processes import _contested, become_subreaper, kill_descendants
 
 LEASE_ENDED = 70
 LIFETIME_OVER = 71
 
 _END = threading.Lock()
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Stopped(Exception):
@@ -147,103 +146,12 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def become_subreaper() -> None:
-    """Orphans of our children become our children, setsid or not, so that they can be found and ended."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def descendants(root: int | None = None) -> set[int]:
-    """Every process below ``root`` (default: this one), zombies included, as /proc shows it now."""
-    parents = _parents()
-    found: set[int] = set()
-    wanted = {os.getpid() if root is None else root}
-    while wanted:
-        wanted = {pid for pid, parent in parents.items() if parent in wanted} - found
-        found |= wanted
-    return found
-
-
-def kill_descendants(*, seconds: float = 5.0, spare: Iterable[int] = ()) -> bool:
-    """SIGKILL to all descendants, again for what they started meanwhile, until none lives. False when some remain.
-
-    ``spare`` are direct children whose status somebody else reaps; they are killed, and never waited for here.
-    """
-    limit = time.monotonic() + seconds
-    spared = set(spare)
-    while True:
-        left = descendants()
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in left - spared:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        alive = {pid for pid in descendants() if _state(pid) not in ("Z", "X", "")}
-        if not alive:
-            return True
-        if time.monotonic() > limit:
-            return False
-        _sleep(0.01)
-
-
-def reap(spare: Iterable[int] = ()) -> None:
-    """Collects orphans that have ended, so that a long run leaves no zombies. Never touches ``spare``."""
-    me = os.getpid()
-    for pid, parent in _parents().items():
-        if parent == me and pid not in spare:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-
-
-def _contested(path: str | None, nonce: str) -> int | None:
-    """A descriptor of the lease file when somebody who shares our kernel holds it, else None."""
-    if path is None:
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        if os.read(descriptor, 4096).strip() == nonce.encode():
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
-    return None
-
-
 def _is_attached(descriptor: int) -> bool:
     try:
         mode = os.fstat(descriptor).st_mode
     except OSError:
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def _parents() -> dict[int, int]:
-    found = {}
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            fields = _stat(int(place.name))
-            if fields:
-                found[int(place.name)] = int(fields[1])
-    return found
-
-
-def _state(pid: int) -> str:
-    fields = _stat(pid)
-    return fields[0] if fields else ""
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name (which may hold spaces and brackets)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
-    except OSError:
-        return []
 
 
 def _spawn(target: Callable[[], object]) -> None:

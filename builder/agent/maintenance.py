@@ -11,7 +11,7 @@ from builder.cache import environment, inventory, layout, removal, view_records
 from builder.cache import survey as holdings
 from builder.cache.family_directories import Place, bad_entries, contents, places
 from builder.events import WARMED
-from builder.task import Job
+from builder.job import Job
 
 
 def sweep(job: Job, output: Output, guard: Guard) -> int:

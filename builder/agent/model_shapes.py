@@ -18,6 +18,7 @@ from typing import Any
 from builder import files, sglang_args
 from builder.cache import marker_files, model_store
 from builder.task import Shape, Task
+from builder.text import printable
 
 DENSE = "GEMM_NT_F8F8BF16"
 MASKED = "GROUPED_GEMM_NT_F8F8BF16_MASKED"
@@ -205,7 +206,7 @@ class _Server:
         name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
         if name not in ARCHITECTURES:
             known = " and ".join(ARCHITECTURES)
-            told = files.printable(name)[:80] if name else f"type {self._config.get('model_type')!r}"[:80]
+            told = printable(name)[:80] if name else f"type {self._config.get('model_type')!r}"[:80]
             raise NotUnderstood(f"config.json is of {told}, and shapes are only known for {known}")
         return str(name)
 

@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from builder import processes
 from builder.agent import guard as guards
 from builder.agent.log_watch import Watch
 from builder.agent.output import STDERR, STDOUT, Output, Redactor
 from builder.agent.progress import Ticker
+from builder.processes import describe_status
 
 CHUNK = 1 << 20
 HOLD_SECONDS = 0.2  # the longest that the beginning of a line waits for the rest of it
@@ -184,7 +186,7 @@ class Child:
         while not self.ended and time.monotonic() < self._guard.patience(limit):
             self._changed.wait(0.02)
             self._changed.clear()
-        guards.kill_descendants(spare=(process.pid,))
+        processes.kill_descendants(spare=(process.pid,))
         if self.status is None:
             self.status = process.wait()
         self._drained()
@@ -208,7 +210,7 @@ class Child:
             return
         self._pump.join(0.05)
         if self._pump.is_alive():
-            guards.kill_descendants(spare=() if self._process is None else (self._process.pid,))
+            processes.kill_descendants(spare=() if self._process is None else (self._process.pid,))
         self._closing = time.monotonic()
         self._pump.join()
         self._pump = None
@@ -256,7 +258,7 @@ class Child:
                     readers[number].tick(now)
                 ticker.tick(now)
                 if now - swept > 5:
-                    guards.reap(spare=(process.pid,))
+                    processes.reap(spare=(process.pid,))
                     swept = now
             for number in open_pipes:
                 readers[number].finish()
@@ -272,17 +274,3 @@ def _read(descriptor: int) -> bytes | None:
         return os.read(descriptor, CHUNK)
     except BlockingIOError:
         return None
-
-
-def describe_status(status: int | None) -> str:
-    """An exit status in words."""
-    if status is None:
-        return "still running"
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    hint = " (the kernel does that when memory runs out)" if -status == signal.SIGKILL else ""
-    return f"killed by {name}{hint}"

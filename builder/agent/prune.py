@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from builder import files
+from builder import files, text
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import layout, removal, survey, toolchain, usage, view_records
@@ -23,7 +23,7 @@ from builder.cache.families import directory
 from builder.cache.retention import Plan, Step, decide
 from builder.cache.survey import Dir
 from builder.events import FAILED, WARMED
-from builder.task import Job, PrunePolicy
+from builder.job import Job, PrunePolicy
 
 #: Below the root: what is being deleted.
 PRUNED = "aside/pruned"
@@ -100,7 +100,7 @@ def _tell(output: Output, event: str, step: Step) -> None:
     output.event(
         event,
         kind=step.kind,
-        path=files.printable(step.name),
+        path=text.printable(step.name),
         family=step.family,
         key=step.key,
         bytes=step.bytes,

@@ -33,7 +33,8 @@ from builder.cache.coverage import needs_config
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
-from builder.task import Job, Task
+from builder.job import Job
+from builder.task import Task
 
 STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED}
 

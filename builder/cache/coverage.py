@@ -17,6 +17,7 @@ from typing import Any
 from builder import files, sglang_args
 from builder.cache.toolchain import Record
 from builder.task import PRETEND_VARIABLE, Task
+from builder.text import printable
 
 #: Raise a recipe's number when what it makes compile changes: its tasks are then asked for again.
 RECIPE_VERSIONS: Mapping[str, int] = {"compile-deep-gemm": 1, "serve": 1, "shapes": 1, "command": 1}
@@ -131,7 +132,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[st
     """(factor, was, is) for every factor that differs, in words; variables of the environment one by one."""
     before, after = _flat(was), _flat(now)
     return [
-        (files.printable(name) or "(no name)", describe(before.get(name)), describe(after.get(name)))
+        (printable(name) or "(no name)", describe(before.get(name)), describe(after.get(name)))
         for name in dict.fromkeys([*after, *before])
         if before.get(name) != after.get(name)
     ]
@@ -142,11 +143,11 @@ def describe(value: Any) -> str:
     if value is None:
         return "absent"
     if isinstance(value, str):
-        return "\n".join(map(files.printable, value.split("\n"))) or "empty"
+        return "\n".join(map(printable, value.split("\n"))) or "empty"
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return files.printable(shlex.join(value)) or "none"
+        return printable(shlex.join(value)) or "none"
     try:
-        return files.printable(json.dumps(value))
+        return printable(json.dumps(value))
     except RecursionError:
         return "nested beyond reason"
 
@@ -194,7 +195,7 @@ def config_digest(store: Path, model: str, revision: str | None) -> tuple[str | 
             return None, None
         return _digest_of(store / Path(model).relative_to(STORE_MOUNT) / "config.json", _within(store))
     except (OSError, ValueError, RuntimeError) as error:
-        return None, f"{files.printable(model)}: {files.why(error)}"
+        return None, f"{printable(model)}: {files.why(error)}"
 
 
 def is_directory(model: str) -> bool:
@@ -206,7 +207,7 @@ def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | No
     wanted = revision or "main"
     folder = store / "hub" / f"models--{model.replace('/', '--')}"
     if ".." in (*model.split("/"), *wanted.split("/")) or not model or "\0" in model + wanted:
-        return None, f"{files.printable(model)}: not a model and revision of the hub"
+        return None, f"{printable(model)}: not a model and revision of the hub"
     if not folder.is_dir():
         return None, f"{model} is not in the store: there is no {folder}"
     try:

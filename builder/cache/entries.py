@@ -13,18 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from builder.cache import elf
 from builder.cache.families import Family
-from builder.files import (
-    UNREADABLE,
-    UnreadableError,
-    is_dir,
-    listing,
-    matches,
-    open_regular,
-    printable,
-    read_json,
-    walk,
-    why,
-)
+from builder.files import UNREADABLE, UnreadableError, is_dir, listing, matches, open_regular, read_json, walk, why
+from builder.text import printable
 
 MISSING = "missing"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from builder import files
+from builder import files, text
 from builder.cache import toolchain
 from builder.cache.coverage import differences
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION, Family
@@ -57,10 +57,10 @@ def recognised(root: Path, record: Record) -> Image:
     if commit is None:
         return Image(None, "nothing here says which build of sglang this is")
     if not alike:
-        return Image(None, f"the cache knows no image of build {files.printable(commit)[:40]} with these packages")
+        return Image(None, f"the cache knows no image of build {text.printable(commit)[:40]} with these packages")
     if len(alike) > 1:
-        return Image(None, f"the cache knows {len(alike)} images of build {files.printable(commit)[:40]}")
-    return Image(alike[0], f"the only one known of build {files.printable(commit)[:40]}", commit)
+        return Image(None, f"the cache knows {len(alike)} images of build {text.printable(commit)[:40]}")
+    return Image(alike[0], f"the only one known of build {text.printable(commit)[:40]}", commit)
 
 
 def of_image(record: Record, image: Image) -> Record:

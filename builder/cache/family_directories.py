@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import files
+from builder import files, text
 from builder.cache import inventory
 from builder.cache.families import FAMILIES, Family
 
@@ -60,7 +60,7 @@ def contents(root: Path) -> Iterator[dict[str, Any]]:
                 found = inventory.scan(family, Path(item.path))
                 yield {
                     "family": family.name,
-                    "key": files.printable(item.name),
+                    "key": text.printable(item.name),
                     "entries": len(found.valid),
                     "invalid": len(found.invalid),
                     "bytes": found.bytes,

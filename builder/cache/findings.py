@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder.cache.families import Family
-from builder.files import listing, matches, printable
+from builder.files import listing, matches
 from builder.task import Shape
+from builder.text import printable
 
 #: What can have become of something: an entry that was not there and is valid now; one that is valid and holds other
 #: bytes than before; one that was valid and no longer is; one that is gone; whatever else was left there.

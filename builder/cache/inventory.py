@@ -24,7 +24,8 @@ from pathlib import Path
 from builder.cache import elf
 from builder.cache.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_times
 from builder.cache.families import Family
-from builder.files import UNREADABLE, is_dir, listing, matches, printable, walk, why
+from builder.files import UNREADABLE, is_dir, listing, matches, walk, why
+from builder.text import printable
 
 __all__ = [
     "IN_PROGRESS",

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder import files
+from builder import files, text
 from builder.cache.families import FAMILY
 
 SCHEMA = 1
@@ -65,7 +65,7 @@ def foreign(root: Path) -> str | None:
     if "layout.json" in names:
         return None
     return next(
-        (files.printable(name) for name in sorted(names) if name not in own and "layout.json." not in name),
+        (text.printable(name) for name in sorted(names) if name not in own and "layout.json." not in name),
         None,
     )
 

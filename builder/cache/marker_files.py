@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import files
+from builder import files, text
 from builder.cache.coverage import coverage_digest
 from builder.cache.families import FAMILY
 
@@ -81,7 +81,7 @@ def folder(root: Path, name: str) -> list[Found]:
                 written = item.stat(follow_symlinks=False).st_mtime
             except OSError:
                 written = 0.0
-            found.append(Found(files.printable(f"markers/{name}/{item.name}"), written, marker, problem))
+            found.append(Found(text.printable(f"markers/{name}/{item.name}"), written, marker, problem))
     return sorted(found, key=lambda item: item.written, reverse=True)
 
 
@@ -120,7 +120,7 @@ def _problem(marker: Any) -> str:
 
 def _shown(value: Any) -> str:
     plain = value is None or isinstance(value, (str, int, float))
-    return files.printable(json.dumps(value)[:60]) if plain else "not a name or number"
+    return text.printable(json.dumps(value)[:60]) if plain else "not a name or number"
 
 
 def _is_key(value: Any) -> bool:

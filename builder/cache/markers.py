@@ -33,6 +33,7 @@ from builder.cache.families import FAMILY, TABLE_VERSION, directory
 from builder.cache.marker_files import SCHEMA, Found, claimed_keys, folder, folder_name, neighbours, read, twins
 from builder.cache.toolchain import Record
 from builder.task import Task
+from builder.text import printable
 
 __all__ = [
     "PRETENDED",
@@ -161,7 +162,7 @@ def reservation(marker: Mapping[str, Any]) -> str:
         return ""
     observed = marker.get("observed")
     gpu = observed.get("pretended") if isinstance(observed, dict) else None
-    which = f"pretended {files.printable(gpu)[:40]}" if isinstance(gpu, str) else "a pretended one"
+    which = f"pretended {printable(gpu)[:40]}" if isinstance(gpu, str) else "a pretended one"
     return f"compiled without a GPU ({which}): experimental, not proven on hardware"
 
 
@@ -210,7 +211,7 @@ def _vouching(item: Found, task: Task) -> Found:
         return item
     for family in dict.fromkeys((*(_required(task) or ()), *marker["claims"])):
         if family not in marker["claims"]:
-            problem = f"it claims nothing for {files.printable(family)}"
+            problem = f"it claims nothing for {printable(family)}"
         elif not marker["entries"][family]:
             problem = f"it claims no entry for {family}"
         else:
@@ -231,7 +232,7 @@ def _against_disk(root: Path, item: Found, marker: dict[str, Any], record: Recor
                 continue
             gone = problem == MISSING
             missing, invalid = missing + gone, invalid + (not gone)
-            first = first or f"{family}/{files.printable(name)[:200]}" + ("" if gone else f": {problem}")
+            first = first or f"{family}/{printable(name)[:200]}" + ("" if gone else f": {problem}")
     if missing or invalid:
         text = f"{missing} missing, {invalid} invalid"
         rows = [("entries", str(total), f"{total - missing - invalid} valid, {text}")]

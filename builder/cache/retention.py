@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from builder.cache.survey import Dir, Holdings, Mark, Memo, Object
-from builder.task import PrunePolicy
+from builder.job import PrunePolicy
 
 
 @dataclass(frozen=True)

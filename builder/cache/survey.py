@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder import files
+from builder import files, text
 from builder.cache import marker_files, toolchain, usage
 from builder.cache.entries import NAMES
 from builder.cache.families import FAMILY, directory
@@ -142,8 +142,8 @@ def _mark(root: Path, folder: str, path: str, written: float, marker: Mapping[st
     return Mark(
         path=path,
         folder=folder,
-        task=files.printable(str(marker.get("label") or folder))[:200],
-        toolchain=files.printable(str(marker.get("toolchain")))[:40],
+        task=text.printable(str(marker.get("label") or folder))[:200],
+        toolchain=text.printable(str(marker.get("toolchain")))[:40],
         keys={family: marker["keys"][family] for family in marker["claims"]},
         entries={family: frozenset(marker["entries"][family]) for family in marker["claims"]},
         image=image if isinstance(image, str) else "",

@@ -22,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder import files
+from builder import files, text
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import generations, layout, overlay_audit
 from builder.cache.findings import KINDS, Audit, foremost
 from builder.events import FAILED, WARMED
-from builder.task import Job
+from builder.job import Job
 
 #: What a view may be called: it becomes part of a volume's name and of mount options.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,62}")
@@ -98,7 +98,7 @@ def create(job: Job, output: Output, guard: Guard) -> int:
     if os.path.lexists(place):
         theirs = _read(place)
         if theirs is not None and theirs.engine != engine:
-            output.say(f"the view {name} belongs to another engine ({files.printable(theirs.engine)}): drop it there")
+            output.say(f"the view {name} belongs to another engine ({text.printable(theirs.engine)}): drop it there")
             return FAILED
         generations.remove(place, home(root))  # without a volume: what a killed builder left
     output.event("phase", phase="looking for what is new")

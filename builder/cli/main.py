@@ -26,27 +26,27 @@ from builder.cli import parser
 from builder.cli.options import VERBS
 from builder.cli.parser import CommandLineError
 from builder.engine.client import Engine
-from builder.engine.errors import EngineTimeoutError
 from builder.errors import (
     BuilderError,
     DefectError,
     EngineLostError,
+    EngineTimeoutError,
     Interrupted,
     PreflightError,
     Problem,
     ProblemsError,
     UsageError,
 )
-from builder.files import printable
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.manifest.load import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select
 from builder.report import github
-from builder.report.results import TASK_COLUMNS, Console, Report, counted, harmless, sentence, task_table
+from builder.report.results import TASK_COLUMNS, Console, Report, harmless, task_table
 from builder.run import preflight
 from builder.run.call import Call
 from builder.run.container_job import Options
 from builder.run.session import Session
+from builder.text import counted, printable, sentence
 
 #: What Python says where there may be no more of them.
 NO_THREAD = "can't start new thread"

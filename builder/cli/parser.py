@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from builder import __version__
 from builder.cli.options import OPTIONS, STATUSES, VERBS, Verb, statuses
 from builder.errors import UsageError
-from builder.manifest.values import near
+from builder.text import near
 
 ENVIRONMENT = "WARM_CACHE_"
 SWITCHES = {

@@ -22,15 +22,16 @@ from typing import Any
 
 from builder.engine.api import Attachment, ContainerSpec, Found, Image, Mount, State
 from builder.engine.attachment import Connection
-from builder.engine.errors import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
+from builder.engine.errors import NotFoundError, is_transient, loss, refusal
 from builder.engine.podman import Drained, is_between_states, is_podman, stored_log
 from builder.engine.pull_progress import PullProgress
-from builder.engine.streams import Demux, readable
+from builder.engine.streams import Demux
 from builder.engine.transport import Greeting, is_this_machine, version
 from builder.engine.tunnel import Tunnel
 from builder.engine.volumes import Volumes, found_in
-from builder.errors import BuilderError, EngineLostError, EngineRefusedError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError
 from builder.host.deadlines import Deadline, poll, retry_reads
+from builder.text import readable
 
 __all__ = ["ContainerSpec", "Engine", "EngineTimeoutError", "Found", "Image", "Mount", "NotFoundError", "State"]
 

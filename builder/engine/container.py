@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from builder.engine.api import Containers, ContainerSpec, State
-from builder.engine.errors import EngineTimeoutError, NotFoundError
+from builder.engine.errors import NotFoundError
 from builder.engine.lease import LABEL_LEASE, Lease
 from builder.engine.log_pump import GIVE_UP, EventCallback, Pump
 from builder.engine.log_sinks import Sinks
-from builder.errors import BuilderError, EngineLostError, EngineRefusedError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError
 from builder.host.cancel import LEAST, REMOVE, STOP, Cancel
 from builder.host.deadlines import Attempt, Deadline, poll
-from builder.task import JOB_VARIABLE, Job
+from builder.job import JOB_VARIABLE, Job
 
 __all__ = ["Cancel", "Deadlines", "Outcome", "Sinks", "run_container"]
 

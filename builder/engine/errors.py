@@ -9,17 +9,13 @@ import errno
 import re
 from collections.abc import Iterator
 
-from builder.errors import EngineLostError, EngineRefusedError
+from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutError
 
 _SOURCE = re.compile(r"bind source path does not exist: (.+?)\s*$")
 
 
 class NotFoundError(EngineRefusedError):
     """The engine knows no such container, image, volume or path."""
-
-
-class EngineTimeoutError(EngineLostError):
-    """The engine took the question and gave no answer in time."""
 
 
 def refusal(doing: str, status: int, explanation: str) -> EngineRefusedError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from builder.engine.streams import readable
+from builder.text import readable
 
 #: A longer line is cut into lines of this size. Bytes.
 MAX_LINE = 1 << 20

@@ -5,7 +5,6 @@ A frame is a stream number, three zero bytes, a length, and so many bytes: a pie
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
 
@@ -13,10 +12,6 @@ _HEADER = struct.Struct(">B3sL")
 _STREAMS = 4
 #: Engines send tens of KiB at most. What claims more is no frame, and would be held until memory ends.
 _LONGEST = 64 << 20
-
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-#: Control characters of terminals, and those that turn the direction of writing around.
-_HARMFUL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class BrokenFramesError(ValueError):
@@ -85,10 +80,3 @@ class Demux:
         if stream >= _STREAMS or zeros != b"\0\0\0" or size > _LONGEST:
             raise BrokenFramesError(f"not a frame of the engine: {bytes(data[at : at + 8])!r}")
         return stream, size
-
-
-def readable(text: str) -> str:
-    """The text without terminal sequences; other control characters, newlines among them, as U+FFFD. Tabs stay."""
-    if "\x1b" in text:
-        text = _ESCAPES.sub("", text)
-    return _HARMFUL.sub("\ufffd", text)

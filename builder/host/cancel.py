@@ -11,8 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from builder.engine.errors import EngineTimeoutError
-from builder.errors import Interrupted
+from builder.errors import EngineTimeoutError, Interrupted
 from builder.host.deadlines import Attempt, Deadline
 
 T = TypeVar("T")

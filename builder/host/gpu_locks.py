@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from builder.host.locks import Patience, try_lock
+from builder.flock import try_lock
+from builder.host.locks import Patience
 
 DIRECTORIES = (Path("/run/lock/warm-cache"), Path("/tmp/warm-cache-locks"))  # noqa: S108 - shared on purpose
 

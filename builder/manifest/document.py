@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from builder.errors import Problem, UsageError
-from builder.files import printable
-from builder.manifest.values import a_table, list_of, near
+from builder.manifest.values import a_table, list_of
+from builder.text import near, printable
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.errors import ColdError, UsageError
-from builder.files import printable
 from builder.manifest.load import Manifest
 from builder.manifest.reading import Launch, Reader
 from builder.manifest.testfiles import Class, Files, Module, NotUnderstoodError
-from builder.report.results import counted
 from builder.run.call import Call
 from builder.sglang_args import SPELLING
 from builder.task import Task
+from builder.text import counted, printable
 
 #: Recipes that start a server with a task's argv, so that the two can be compared.
 _SERVERS = ("compile-deep-gemm", "serve")

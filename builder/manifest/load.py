@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.errors import Problem, UsageError
-from builder.files import printable
 from builder.manifest.document import Document, Table
 from builder.manifest.sections import (
     CacheSpec,
@@ -33,8 +32,9 @@ from builder.manifest.sections import (
     read_run,
 )
 from builder.manifest.tasks import read_tasks
-from builder.manifest.values import count, near, positive_seconds
+from builder.manifest.values import count, positive_seconds
 from builder.task import Task
+from builder.text import near, printable
 
 __all__ = [
     "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RefreshSpec",

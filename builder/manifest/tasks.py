@@ -19,7 +19,6 @@ from typing import Any
 
 from builder import sglang_args
 from builder.cache.families import FAMILIES
-from builder.files import printable
 from builder.manifest.document import Table
 from builder.manifest.values import (
     SECRET_NAME,
@@ -31,12 +30,12 @@ from builder.manifest.values import (
     count,
     describe,
     list_of,
-    near,
     one_of,
     positive,
     positive_seconds,
 )
 from builder.task import PRETEND_VARIABLE, Shape, Task
+from builder.text import near, printable
 
 RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
 LOADS = ("weights", "dummy", "dummy-then-weights")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from builder.text import near
+
 T = TypeVar("T")
 
 #: Names whose values are secrets, and what an access token looks like: neither may reach a marker, a log or a message.
@@ -23,16 +25,6 @@ _DURATION = re.compile(
 )
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b)?", re.ASCII | re.IGNORECASE)
 _KINDS = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a table"}
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` where something known is close to the word, else everything known."""
-    import difflib  # only where something is wrong already
-
-    names = sorted(known)
-    lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    return f"did you mean {lower[close[0]]!r}?" if close else "known: " + ", ".join(names)
 
 
 def seconds(value: object) -> float:

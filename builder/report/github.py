@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from builder.engine.streams import readable
 from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
-from builder.report.results import TASK_COLUMNS, Report, counted, task_table
+from builder.report.results import TASK_COLUMNS, Report, task_table
+from builder.text import counted, readable
 
 #: Verbs whose tasks make a summary.
 TOLD = ("warm", "check", "refresh")

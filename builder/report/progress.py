@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from builder.engine.streams import readable
+from builder.text import clock, readable, span
 
 #: Seconds of the past that a rate is taken over.
 _WINDOW = 30.0
@@ -125,19 +125,3 @@ class Activity:
     def line(self) -> str:
         """All of it, for one line of a log."""
         return f"{self.label}: {', '.join([*self.parts(), f'{clock(self.seconds)} so far'])}"
-
-
-def span(seconds: float) -> str:
-    """``40 s``, ``3 min``, ``2.5 h``: as exact as an estimate is."""
-    if seconds < 90:
-        return f"{max(1, round(seconds / 5) * 5 if seconds >= 10 else round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def clock(seconds: float) -> str:
-    """``3:41`` or ``1:02:03``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

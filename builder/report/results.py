@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 from builder.cache import markers
 from builder.errors import BuilderError, ProblemsError
-from builder.files import printable
 from builder.report import tables
 from builder.run.plan import Item, Plan
+from builder.text import duration, printable, size
 
 JSON_SCHEMA = 1
 
@@ -174,43 +174,6 @@ class Report:
                 ]
         # The same document for everybody but GitHub's runner, which takes this for a command wherever it stands.
         return json.dumps(data, indent=2).replace("##[", "##\\u005b")
-
-
-def duration(seconds: float | None) -> str:
-    """``3:41`` or ``1:02:03``; an en dash for None."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def age(seconds: float) -> str:
-    """For people, in one unit."""
-    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 task``, ``2 tasks``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def sentence(text: str) -> str:
-    """With a stop at its end."""
-    text = text.rstrip()
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def families(counts: Mapping[str, int], sign: str = "", sizes: Mapping[str, int] | None = None) -> str:

@@ -23,11 +23,12 @@ from builder.engine.lease import Lease
 from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
+from builder.job import JOB_VARIABLE, Job, PrunePolicy
 from builder.manifest.load import Manifest
 from builder.report.results import Report
 from builder.run import preflight
 from builder.run.cache_root import CacheRoot
-from builder.task import JOB_VARIABLE, Job, PrunePolicy, Task
+from builder.task import Task
 
 #: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
 MAX_JOB = 131072 - len(JOB_VARIABLE) - 2

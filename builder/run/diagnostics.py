@@ -26,11 +26,11 @@ from builder.errors import CANNOT_RUN, PreflightError
 from builder.host import gpus
 from builder.host.gpus import HostGpus
 from builder.manifest.load import Manifest
-from builder.report.results import counted, size
 from builder.run import preflight
 from builder.run.plan import probe_env
 from builder.run.session import Session
 from builder.task import Task
+from builder.text import counted, size
 
 OK, WARN, UNKNOWN = "ok", "warning", "unknown"
 

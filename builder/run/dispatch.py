@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrupted
 from builder.host.cancel import Cancel
 from builder.report.live import Display
-from builder.report.progress import PARTS, Activity, span
-from builder.report.results import before, counted, result_of
+from builder.report.progress import PARTS, Activity
+from builder.report.results import before, result_of
 from builder.run.estimates import TIME_OUT, Estimate
 from builder.run.plan import Item
 from builder.run.schedule import Busy, Load, Place, Schedule, arrange, lower_bound
 from builder.run.session import Session
+from builder.text import counted, span
 
 #: Seconds that a signal may wait for its handler.
 _LOOK = 0.1

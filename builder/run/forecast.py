@@ -15,9 +15,9 @@ from typing import Any
 
 from builder.cache import marker_files, survey, toolchain
 from builder.errors import CANNOT_RUN, PreflightError, Problem
-from builder.report.results import size
 from builder.run.plan import Item
 from builder.run.session import Session
+from builder.text import size
 
 #: No number in a marker is believed beyond this: anybody may have written it.
 _MOST = 1 << 50

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from builder import files
+from builder import files, text
 from builder.cache import environment, families, layout, toolchain
 from builder.cache.coverage import brief
 from builder.cache.environment import Image, Standing
@@ -229,4 +229,4 @@ def _tell(call: Call, seen: Surroundings, *, everything: bool = False) -> None:
         call.console.say(f"image {image}")
     cold = any(task.state == "cold" for task in call.report.tasks)
     for problem in seen.record["observed"]["problems"] if cold or everything else ():
-        call.console.say(f"  ▸ {files.printable(problem)}")
+        call.console.say(f"  ▸ {text.printable(problem)}")

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from builder.errors import DeferredError
 from builder.host import gpu_locks
 from builder.host.deadlines import Deadline, poll
-from builder.report.results import duration
 from builder.run import preflight
 from builder.run.plan import Item
 from builder.run.session import Session
+from builder.text import duration
 
 #: Seconds between two looks.
 _EVERY = 1.0

@@ -21,23 +21,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder import __version__, events
-from builder.agent import guard
-from builder.agent.process import describe_status
+from builder import __version__, events, processes
 from builder.cache import layout
 from builder.cache.environment import IMAGE_VARIABLE
 from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import BudgetError, PreflightError, TasksError, UsageError
-from builder.files import printable
+from builder.flock import open_lock
 from builder.host.deadlines import Deadline
-from builder.host.locks import Patience, open_lock
+from builder.host.locks import Patience
+from builder.job import JOB_VARIABLE, Job
 from builder.manifest.load import Manifest
-from builder.report.results import Console, TaskResult, counted, duration, result_of
+from builder.processes import describe_status
+from builder.report.results import Console, TaskResult, result_of
 from builder.run.call import Call
 from builder.run.here import Surroundings, judged, look
 from builder.run.outcome import ENDED_EARLY, counts
 from builder.run.plan import Item, Plan
-from builder.task import JOB_VARIABLE, Job
+from builder.text import counted, duration, printable
 
 #: Seconds that the program gets to end by itself once somebody wants to go: a cancelled CI step has 7.5 s in all.
 CANCEL_GRACE = 3.0
@@ -127,7 +127,7 @@ class _Run:
         self.console.say(f"warm-cache  in this environment  cache {self.seen.root}  logs in {logs}")
         for item in items:
             self.console.say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
-        guard.become_subreaper()
+        processes.become_subreaper()
         for number, item in enumerate(items, start=1):
             if self.budget.over:
                 break
@@ -353,7 +353,7 @@ class Program:
         if process.poll() is None:
             process.kill()
         self.status = process.wait()
-        if not guard.kill_descendants():
+        if not processes.kill_descendants():
             self.problems.append("a process of the warm-up could not be ended")
         if process.stdin is not None:
             process.stdin.close()

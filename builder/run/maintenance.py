@@ -8,10 +8,10 @@ from typing import Any
 from builder.engine.container import Deadlines
 from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
 from builder.events import FAILED, WARMED
-from builder.files import printable
 from builder.run.container_job import NOTHING_ELSE, Asked, describe
 from builder.run.session import Session
 from builder.task import Task
+from builder.text import printable
 
 #: A root of a terabyte on a slow disk; a container that says nothing for so long hangs. Seconds.
 TIMEOUT = 3600.0

@@ -17,13 +17,12 @@ from typing import Any
 
 from builder.cache import survey
 from builder.errors import BuilderError, DefectError, Interrupted
-from builder.files import printable
 from builder.manifest.load import Manifest
 from builder.report import metrics, webhook
-from builder.report.results import counted
 from builder.run import maintenance
 from builder.run.call import Call
 from builder.run.session import Session
+from builder.text import counted, printable
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from builder.cache import markers, toolchain
 from builder.cache.marker_files import folder_name
 from builder.errors import Problem, UsageError
+from builder.job import PrunePolicy
 from builder.manifest.values import a_string, positive_seconds, size
 from builder.run.plan import Plan
 from builder.run.session import Session
-from builder.task import PrunePolicy
 
 T = TypeVar("T")
 D = TypeVar("D")

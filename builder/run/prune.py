@@ -10,14 +10,13 @@ from typing import Any
 
 from builder.agent import prune as reclaim
 from builder.cache.retention import Plan
-from builder.files import printable
-from builder.report.results import counted, size
+from builder.job import PrunePolicy
 from builder.run import cache_locks, maintenance, policy, upkeep
 from builder.run import image_cleanup as images
 from builder.run.container_job import Asked
 from builder.run.policy import Limits
 from builder.run.session import Session
-from builder.task import PrunePolicy
+from builder.text import counted, printable, size
 
 Event = Mapping[str, Any]
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from builder.agent import prune as reclaim
 from builder.cache.retention import Plan as Pruning
 from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError, Problem, UsageError
-from builder.host.locks import holder, open_lock, try_lock
+from builder.flock import holder, open_lock, try_lock
 from builder.manifest.values import a_string, seconds
-from builder.report.results import size
 from builder.report.webhook import checked
 from builder.run import cache_locks, forecast, idle, image_cleanup, notify, policy, prune, upkeep, warm
 from builder.run.call import Call
@@ -28,6 +27,7 @@ from builder.run.notify import Settings, Tale
 from builder.run.plan import Plan
 from builder.run.policy import Limits, given
 from builder.run.session import Session
+from builder.text import size
 
 
 def refresh(call: Call) -> None:

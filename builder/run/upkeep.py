@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 from builder.cache.family_directories import bad_entries, places
 from builder.errors import ColdError
-from builder.report.results import counted
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_job import Asked
 from builder.run.maintenance import Event, row
 from builder.run.session import Session
+from builder.text import counted
 
 
 def sweep(session: Session, _said: Namespace) -> None:

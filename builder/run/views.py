@@ -31,15 +31,14 @@ from builder.errors import (
     Problem,
     UsageError,
 )
-from builder.files import printable
-from builder.manifest.values import near
 from builder.report import audit
-from builder.report.results import Console, age, size
+from builder.report.results import Console
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_job import Asked
 from builder.run.maintenance import Event
 from builder.run.session import Session
 from builder.task import Shape
+from builder.text import age, near, printable, size
 
 #: What the mount options of an overlay cannot hold, and the length that the kernel takes.
 _TORN = ",:\\"

@@ -12,11 +12,9 @@ from typing import Any
 
 from builder.cache import toolchain
 from builder.engine.container import Deadlines, Outcome
-from builder.engine.streams import readable
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
-from builder.files import printable
 from builder.report.progress import Activity
-from builder.report.results import TaskResult, counted, duration, result_of, sentence, size
+from builder.report.results import TaskResult, result_of
 from builder.report.task_output import Voice, speaking
 from builder.run import cache_locks, dispatch, forecast, gpu_reservation
 from builder.run.container_job import Asked, describe
@@ -26,6 +24,7 @@ from builder.run.outcome import ENDED_EARLY, counts
 from builder.run.plan import Item, Plan
 from builder.run.session import Session
 from builder.task import Task
+from builder.text import counted, duration, printable, readable, sentence, size
 
 
 def warm(session: Session, _said: Namespace) -> None:

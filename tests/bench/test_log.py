@@ -18,7 +18,7 @@ from builder.engine.client import ContainerSpec, Engine
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.lease import Lease
 from builder.host.cancel import Cancel
-from builder.task import Job
+from builder.job import Job
 from tests.bench.measuring import CLI, Series, environment, in_turn, quietly, ratio, show, write_down
 from tests.program import Program, assemble
 

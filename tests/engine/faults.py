@@ -112,7 +112,10 @@ def time_passes(seconds: float) -> None:
 
 def changed(*statements: str) -> tuple[str, ...]:
     """The real program, after these statements about modules of it."""
-    imports = "import sys, time\nfrom builder import cli, container, engine, lease, logs, session"
+    imports = """import sys, time
+from builder.cli import main as cli
+from builder.engine import client as engine, container, lease, log_pump as logs
+from builder.run import session"""
     return sys.executable, "-c", "\n".join([imports, *statements, "sys.exit(cli.main())"])
 
 

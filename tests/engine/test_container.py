@@ -240,9 +240,10 @@ import json, signal, sys
 from pathlib import Path
 from builder.host.cancel import Cancel
 from builder.engine.container import Deadlines, Sinks, run_container
-from builder.engine.client import ContainerSpec, Engine
+from builder.engine.api import ContainerSpec
+from builder.engine.client import Engine
 from builder.engine.lease import Lease
-from builder.task import Job
+from builder.job import Job
 given = json.loads(sys.argv[1])
 def said(stream, line):
     print(line, flush=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from builder.engine.client import ContainerSpec, Engine, Mount
-from builder.engine.errors import EngineTimeoutError, NotFoundError
-from builder.errors import EngineLostError, EngineRefusedError
+from builder.engine.errors import NotFoundError
+from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutError
 from tests.engine.workshop import Proxy, Workshop, check
 from tests.scripts import LABEL, leave, out
 

@@ -11,7 +11,7 @@ from builder.engine.lease import LABEL_LEASE, Lease, sweep
 from builder.host.deadlines import Deadline, poll
 from tests.engine.workshop import Workshop
 from tests.scripts import HANG, leave, on_term
-from tests.unit.test_lease import dead_owners_labels
+from tests.unit.engine.test_lease import dead_owners_labels
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ import pytest
 
 from builder.engine.client import Engine
 from builder.errors import EngineRefusedError
-from builder.host.locks import open_lock, try_lock
+from builder.flock import open_lock, try_lock
 from builder.run import image_cleanup
 from tests.engine.cli import Cli, a_cli, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.test_engine import context

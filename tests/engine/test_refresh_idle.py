@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from builder.engine.client import Engine
+from builder.flock import try_lock
 from builder.host import gpu_locks
-from builder.host.locks import try_lock
 from tests.engine.cli import Cli, Ended, shapes
 from tests.engine.gpumachine import GpuCli, gpu_image
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures

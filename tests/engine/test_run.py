@@ -14,7 +14,7 @@ from builder.cli import main as cli_module
 from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
 from builder.host.deadlines import Deadline
-from builder.task import JOB_VARIABLE
+from builder.job import JOB_VARIABLE
 from tests.engine.cli import GATE, READY, Cli, Ended, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.engine

@@ -14,7 +14,7 @@ from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.lease import Lease
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
-from builder.task import Job
+from builder.job import Job
 from tests.scripts import LABEL, Step, command
 
 #: What a program in a container needs to speak the protocol.

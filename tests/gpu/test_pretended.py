@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.task import JOB_VARIABLE, PRETEND_VARIABLE, Job, Shape, Task
+from builder.job import JOB_VARIABLE, Job
+from builder.task import PRETEND_VARIABLE, Shape, Task
 from tests.program import NONCE, ROOT, Result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]

@@ -55,12 +55,52 @@ MODULES = sorted(path for path in BUILDER.rglob("*.py") if path.parent != BUILDE
 ALONE = [path for path in MODULES if path.parent in (BUILDER, BUILDER / "cache", BUILDER / "agent")]
 
 
+#: Package → the packages (or single modules) that it may import, beside the ground and itself.
+ARROWS = {
+    "ground": "",
+    "cache": "",
+    "agent": "cache",
+    "host": "",
+    "manifest": "cache.families",
+    "engine": "host",
+    "report": "host cache.findings",
+    "registry": "host cache",
+    "run": "cache host manifest engine report registry",
+    "cli": "cache host manifest engine report registry run",
+}
+
+#: Modules with imports against the arrows, still to be mended.
+NOT_YET = {
+    "builder.cache.toolchain", "builder.cache.view_records", "builder.host.hooks", "builder.manifest.from_tests",
+    "builder.manifest.sections", "builder.report.audit", "builder.report.results", "builder.run.here",
+    "builder.run.prune", "builder.run.refresh", "builder.run.views",
+}  # fmt: skip
+
+
+def package(name: str) -> str:
+    """The package of a module of ours; the modules at the top are the ground."""
+    folder = name.split(".")[1]
+    return folder if (BUILDER / folder).is_dir() else "ground"
+
+
 def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def named(paths: list[Path]) -> list[object]:
     return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
+
+
+@pytest.mark.parametrize("path", named([path for path in MODULES if path != BUILDER / "__main__.py"]))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    mine = package(dotted(path))
+    allowed = {mine, "ground", *ARROWS[mine].split()}
+    strayed = [
+        name
+        for name in imports(path)
+        if name.startswith("builder.") and not {package(name), ".".join(name.split(".")[1:3])} & allowed
+    ]
+    assert bool(strayed) == (dotted(path) in NOT_YET), f"{path} imports {strayed}"
 
 
 @pytest.mark.parametrize("path", named([path for path in ALONE if path != BUILDER / "__main__.py"]))
@@ -155,8 +195,8 @@ def leaves(cls: type[errors.BuilderError] = errors.BuilderError) -> Iterator[typ
 def test_every_way_to_fail_has_an_exit_status_of_its_own() -> None:
     statuses: dict[int, str] = {}
     for cls in leaves():
-        if cls in (errors.ProblemsError, errors.EngineRefusedError):
-            continue  # a base, and one way to lose the engine
+        if cls in (errors.ProblemsError, errors.EngineRefusedError, errors.EngineTimeoutError):
+            continue  # a base, and two ways to lose the engine
         assert cls.exit_code not in statuses, f"{cls.__name__} and {statuses[cls.exit_code]} share {cls.exit_code}"
         statuses[cls.exit_code] = cls.__name__
     assert set(statuses) == {1, 2, 10, 11, 12, 13, 14, 15, 16, 17, 130}

@@ -43,12 +43,13 @@ from builder.engine.log_sinks import Lines, Sinks
 from builder.engine.streams import BrokenFramesError, Demux
 from builder.errors import EngineLostError, UsageError
 from builder.host.deadlines import Deadline
+from builder.job import Job
 from builder.manifest import values
 from builder.manifest.document import find_lines
 from builder.manifest.load import Manifest, Overrides, load, select
 from builder.manifest.tasks import LOADS, RECIPES, SHAPES_FROM, VERIFY, digest, labels
 from builder.report.results import Console
-from builder.task import Job, Shape, Task
+from builder.task import Shape, Task
 from tests.fakes import FakeContainer
 from tests.strategies import (
     EXAMPLES,
@@ -369,7 +370,8 @@ def test_tasks_survive_a_manifest_and_a_job(place: Path, wanted: list[Task]) -> 
         assert text[lines["task", number] - 1] == "[[task]]"
         assert text[lines["task", number, "model"] - 1].startswith("model = ")
     for task in named:
-        assert Task.from_json(json.loads(json.dumps(dataclasses.asdict(task)))) == task
+        job = Job(mode="run", nonce="n", mount="/jit", task=task)
+        assert Job.from_json(job.to_json()).task == task
 
 
 @FUZZ

@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from builder import files
+from builder import text
 from builder.cache import environment, families, toolchain
 from builder.cache.coverage import STORE_MOUNT as STORE
 from builder.cache.coverage import brief
 from builder.cache.environment import IMAGE_VARIABLE, Described, Standing
 from builder.errors import ColdError, UsageError
 from builder.report import github
-from builder.report.results import Console, Report, TaskResult, counted
+from builder.report.results import Console, Report, TaskResult
 from builder.run.plan import Plan
 from builder.run.session import Session
 from builder.task import PRETEND_VARIABLE, Task
+from builder.text import counted
 
 
 def known(session: Session) -> bool:
@@ -87,7 +88,7 @@ def _described(session: Session) -> list[Described]:
     def hear(event: Mapping[str, Any]) -> None:
         factors = event.get("factors")
         if event.get("event") == "described":
-            family, key = (files.printable(str(event.get(name))) for name in ("family", "key"))
+            family, key = (text.printable(str(event.get(name))) for name in ("family", "key"))
             known = factors if isinstance(factors, dict) else None
             found.append(Described(family, key, float(event.get("written") or 0.0), known))
 

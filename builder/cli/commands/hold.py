@@ -16,10 +16,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
+from builder.flock import open_lock
 from builder.host import foreground
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
-from builder.host.locks import open_lock
 from builder.manifest.load import CacheSpec
 from builder.report.results import Console
 from builder.run import holder

@@ -11,14 +11,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from builder import files
+from builder import text
 from builder.cache import family_directories, markers, toolchain, usage
 from builder.cli.commands.hold import PATH as HOLD
 from builder.engine.lease import LABEL
-from builder.host.locks import holders
-from builder.report.results import age, duration, size
+from builder.flock import holders
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.session import Session
+from builder.text import age, duration, size
 
 #: What a container of this program does, by its mode; others warm, look or clean.
 _MODES = {"hold": "holds the cache", "views": "makes or drops a view", "run": "warms", "prune": "removes"}
@@ -145,9 +145,9 @@ def _marker(
     claims = markers.claimed_keys(path)
     label = marker.get("label") if marker is not None else None
     return {
-        "task": files.printable(path.parent.name),
-        "label": files.printable(label)[:60] if isinstance(label, str) else files.printable(path.parent.name),
-        "path": files.printable(place),
+        "task": text.printable(path.parent.name),
+        "label": text.printable(label)[:60] if isinstance(label, str) else text.printable(path.parent.name),
+        "path": text.printable(place),
         "written": _moment(written),
         "age_seconds": None if written is None else round(max(0.0, now - written), 3),
         "last_used": _moment(last),
@@ -155,8 +155,8 @@ def _marker(
         "seconds": seconds,
         "gpus": count,
         "gpu_minutes": None if seconds is None or count is None else round(seconds * count / 60, 3),
-        "image": files.printable(observed["image"]) if isinstance(observed.get("image"), str) else "",
-        "proof": files.printable(marker["proof"]) if marker is not None else "unreadable",
+        "image": text.printable(observed["image"]) if isinstance(observed.get("image"), str) else "",
+        "proof": text.printable(marker["proof"]) if marker is not None else "unreadable",
         "reservation": markers.reservation(marker or {}) or None,
         "claims": sorted(claims),
         "use": _use(marker is not None and set(claims.items()) <= current),
@@ -194,9 +194,9 @@ def _users(session: Session) -> Iterator[dict[str, str]]:
         run = found.labels.get(f"{LABEL}run")
         if run == session.run_id:
             continue
-        who = f"container {files.printable(found.name)}"
+        who = f"container {text.printable(found.name)}"
         if place in views:
-            yield {"who": who, "how": f"in the view {files.printable(views[place])}"}
+            yield {"who": who, "how": f"in the view {text.printable(views[place])}"}
         elif run is not None:
             yield {"who": who, "how": _MODES.get(found.name.partition(f"-{run}-")[2].partition("-")[0], _BUILDER)}
         else:
@@ -204,4 +204,4 @@ def _users(session: Session) -> Iterator[dict[str, str]]:
     taken = {place for place, _ in mounting}
     for volume, job in sorted(views.items()):
         if volume not in taken:
-            yield {"who": f"view {files.printable(job)}", "how": "in no container"}
+            yield {"who": f"view {text.printable(job)}", "how": "in no container"}

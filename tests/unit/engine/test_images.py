@@ -84,7 +84,7 @@ def test_the_context_is_the_program_on_the_pinned_image_and_the_setup_below_it(e
     assert lines[:4] == [f"ARG SERVING_IMAGE={SERVING.id}", "FROM ${SERVING_IMAGE}", "RUN first", "RUN second"]
     assert sum(line.startswith("ARG") for line in lines) == 1
     assert [line.split()[0] for line in lines[-2:]] == ["COPY", "COPY"]
-    assert {"builder/__init__.py", "builder/warmup/__main__.py", "builder/warmup/families.py"} <= files.keys()
+    assert {"builder/__init__.py", "builder/agent/__main__.py", "builder/cache/families.py"} <= files.keys()
     assert all(name == "Dockerfile" or name.startswith("builder/") for name in files)
     assert not [
         name for name in files if name.startswith("builder/") and name.count("/") == 1 and "__init__" not in name

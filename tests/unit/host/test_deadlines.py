@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from builder.engine.errors import EngineTimeoutError
+from builder.errors import EngineTimeoutError
 from builder.host.cancel import LEAST, Cancel
 from builder.host.deadlines import Attempt, Deadline, poll, retry_reads
 

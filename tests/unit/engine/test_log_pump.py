@@ -19,8 +19,9 @@ from builder.engine.api import ContainerSpec
 from builder.engine.log_pump import Pump
 from builder.engine.log_resume import Received, Resume, stored_form
 from builder.engine.log_sinks import MAX_LINE, Display, Lines, LogFile, Sinks, Tail, show
-from builder.engine.streams import BrokenFramesError, Demux, readable
+from builder.engine.streams import BrokenFramesError, Demux
 from builder.host.deadlines import Deadline, poll
+from builder.text import readable
 from tests.fakes import FakeContainer, FakeEngine
 from tests.scripts import HANG, Step, command, err, leave, out, pause
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from builder.agent import guard
+from builder import processes
 from tests.actions import Runner
 from tests.program import ROOT, TINY, assemble
 
@@ -387,7 +387,7 @@ def hanging(job: Job, **task: Any) -> None:
 
 
 def below(pid: int) -> set[int]:
-    return guard.descendants(pid)
+    return processes.descendants(pid)
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def running(job: Job, until: Callable[..., None]) -> subprocess.Popen[str]:
 
 
 def gone(pids: set[int], until: Callable[..., None]) -> None:
-    until(lambda: all(guard._state(pid) in ("", "Z") for pid in pids), seconds=10, what="the end of every process")
+    until(lambda: all(processes._state(pid) in ("", "Z") for pid in pids), seconds=10, what="the end of every process")
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])

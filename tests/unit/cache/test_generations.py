@@ -14,7 +14,7 @@ import pytest
 from builder.cache import generations, inventory, layout, removal, view_records
 from builder.cache.families import FAMILY
 from builder.cache.generations import Omitted
-from tests.unit.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
+from tests.unit.cache.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0

@@ -13,7 +13,7 @@ import pytest
 
 from builder.cache import layout
 from builder.cli import main
-from tests.unit.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
+from tests.unit.cache.test_inventory import NAME, deep_gemm_entry, elf, triton_entry
 
 KEY = "0123456789abcdef"
 ROOT = Path(__file__).resolve().parents[2]

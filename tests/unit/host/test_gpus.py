@@ -18,7 +18,7 @@ from builder.host.gpus import Gpu, Look, Process, container_of, host_gpus
 from builder.run import preflight
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VERSION = (
     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22)\n"
     "GCC version: 12\n"

@@ -18,8 +18,8 @@ import pytest
 
 from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
-from builder.engine.errors import EngineTimeoutError, NotFoundError, is_transient, loss, refusal
-from builder.errors import EngineLostError, EngineRefusedError
+from builder.engine.errors import NotFoundError, is_transient, loss, refusal
+from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutError
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,7 @@ def test_the_program_needs_the_standard_library_alone() -> None:
         "import sys; import builder.cache.markers; "
         "print([m for m in sys.modules if m.split('.')[0] not in {*sys.stdlib_module_names, 'builder', '__main__'}])"
     )
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"],
         capture_output=True,

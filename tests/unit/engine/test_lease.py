@@ -235,6 +235,6 @@ def test_many_builders_starting_and_sweeping_at_once_never_sweep_each_other(tmp_
         "        sweep(FakeEngine(), Path(sys.argv[1]))\n"
         "        assert lease.path.read_text().strip() == lease.nonce\n"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     builders = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(root)]) for _ in range(4)]
     assert [builder.wait(60) for builder in builders] == [0] * 4

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from builder import processes
 from builder.agent import guard
 from builder.cache import layout
+from tests.agent.test_process import alive
 from tests.program import NONCE, Program, Running
-from tests.unit.test_child import alive
 
 Until = Callable[..., None]
 
@@ -140,7 +141,7 @@ def test_the_run_lock_is_held_until_a_signal_and_the_next_one_waits(program: Pro
     assert first.end().status == 143
     until(lambda: second.has("locked") or third.has("locked"), what="the next lock")
     held, waiting = (second, third) if second.has("locked") else (third, second)
-    until(lambda: b"builder.warmup" in Path(f"/proc/{waiting.process.pid}/cmdline").read_bytes())
+    until(lambda: b"builder.agent" in Path(f"/proc/{waiting.process.pid}/cmdline").read_bytes())
     waiting.process.terminate()  # a signal reaches one that waits, too
     held.process.terminate()
     assert {waiting.process.wait(5), held.process.wait(5)} <= {143, -signal.SIGTERM}
@@ -160,8 +161,8 @@ def test_descendants_are_found_by_parentage_alone() -> None:
     with subprocess.Popen(["sh", "-c", "sleep 60 & echo ready; wait"], stdout=subprocess.PIPE) as process:
         assert process.stdout
         process.stdout.readline()
-        found = guard.descendants(process.pid)
+        found = processes.descendants(process.pid)
         assert len(found) == 1
-        assert found < guard.descendants()
+        assert found < processes.descendants()
         for pid in found:
             os.kill(pid, signal.SIGKILL)

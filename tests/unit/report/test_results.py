@@ -10,18 +10,8 @@ from typing import Any
 import pytest
 
 from builder.errors import PreflightError, Problem
-from builder.report.results import (
-    TASK_COLUMNS,
-    Console,
-    Report,
-    TaskResult,
-    counted,
-    duration,
-    families,
-    sentence,
-    size,
-    task_table,
-)
+from builder.report.results import TASK_COLUMNS, Console, Report, TaskResult, families, task_table
+from builder.text import counted, duration, sentence, size
 
 
 def console(**options: Any) -> tuple[Console, io.StringIO]:

@@ -16,7 +16,7 @@ from builder.agent import prune
 from builder.cache import generations, layout, markers, toolchain, usage
 from builder.cache.marker_files import folder_name
 from builder.cache.retention import Plan
-from builder.task import PrunePolicy
+from builder.job import PrunePolicy
 from tests.generations import DAY, Generations, image, record, task, unvouched
 from tests.program import Program, Result
 

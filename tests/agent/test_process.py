@@ -11,7 +11,7 @@ import pytest
 
 from builder import events
 from builder.agent.output import MASK, Redactor
-from builder.agent.process import describe_status
+from builder.processes import describe_status
 from tests.program import NONCE, Program
 
 Until = Callable[..., None]

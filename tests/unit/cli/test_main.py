@@ -36,7 +36,7 @@ from builder.run import warm
 from builder.run.session import Session
 from builder.task import Task
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MANIFEST = """
 schema = 1
 [image]

@@ -16,7 +16,8 @@ import pytest
 
 from builder.cache import markers, toolchain
 from builder.cache.coverage import config_digest
-from builder.task import JOB_VARIABLE, Job, Shape, Task
+from builder.job import JOB_VARIABLE, Job
+from builder.task import Shape, Task
 from tests.program import ROOT, Program
 
 SHAPE = Shape("GEMM_NT_F8F8BF16", 4096, 7168)

@@ -22,7 +22,7 @@ from builder.host import gpu_locks
 from builder.host.cancel import Cancel
 from builder.host.locks import Patience
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NOBODY = 65534
 
 

@@ -77,7 +77,7 @@ def test_what_it_leaves_in_the_background_holds_nobody_up(said: Said) -> None:
 
 KILLED = """
 import sys
-from builder import hooks
+from builder.host import hooks
 hooks.run(hooks.Hooks((sys.argv[1],), "r1", 600), {"PATH": "/usr/bin:/bin"}, lambda line: print(line, flush=True))
 """
 

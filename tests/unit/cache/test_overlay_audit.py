@@ -15,7 +15,7 @@ from builder.cache import generations, overlay_audit
 from builder.cache.findings import Audit, Finding, proposal
 from builder.cache.overlay_audit import Layers
 from builder.task import Shape
-from tests.unit.test_inventory import deep_gemm_entry, elf, triton_entry
+from tests.unit.cache.test_inventory import deep_gemm_entry, elf, triton_entry
 
 KEY = "0123456789abcdef"
 GEMM, TRITON, INDUCTOR = (f"{family}/{KEY}" for family in ("deep_gemm", "triton", "inductor"))

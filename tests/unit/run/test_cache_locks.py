@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import pytest
 
+from builder import flock
 from builder.errors import BusyError, Interrupted
-from builder.host import locks
 from builder.host.cancel import Cancel
 from builder.host.locks import Patience
 from builder.run import cache_locks, holder
@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 
 def is_free(root: Path) -> bool:
     with (root / cache_locks.PATH).open("rb") as file:
-        return locks.try_lock(file.fileno())
+        return flock.try_lock(file.fileno())
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def test_the_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> 
             "garbage\n"
             f"4: FLOCK  ADVISORY  WRITE 999999999 {place} 0 EOF\n"
         )
-        assert locks.holder(file.fileno(), listing) == "pid 999999999"
+        assert flock.holder(file.fileno(), listing) == "pid 999999999"
         listing.write_text("")
-        assert locks.holder(file.fileno(), listing) == "another builder"
-        assert locks.holder(file.fileno(), tmp_path / "missing") == "another builder"
+        assert flock.holder(file.fileno(), listing) == "another builder"
+        assert flock.holder(file.fileno(), tmp_path / "missing") == "another builder"
