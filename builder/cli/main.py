@@ -41,7 +41,9 @@ from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.manifest.load import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select
 from builder.report import github
-from builder.report.results import TASK_COLUMNS, Console, Report, harmless, task_table
+from builder.report.console import Console, harmless
+from builder.report.results import Report
+from builder.report.tables import TASK_COLUMNS, task_table
 from builder.run import preflight
 from builder.run.call import Call
 from builder.run.container_job import Options

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
-from builder.report.results import TASK_COLUMNS, Report, task_table
+from builder.report.results import Report
+from builder.report.tables import TASK_COLUMNS, task_table
 from builder.text import counted, readable
 
 #: Verbs whose tasks make a summary.

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from builder.host.deadlines import Deadline
+from builder.report.console import Console
 from builder.report.progress import Activity
-from builder.report.results import Console
 from builder.text import clock
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from builder.report.results import LOG_MARKS, Console
+from builder.report.console import LOG_MARKS, Console
 
 #: Lines of one task that are kept for its group. The log file has them all.
 KEPT = 2000

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from builder.manifest.load import CacheSpec, Manifest
-from builder.report.results import Console, Report
+from builder.report.console import Console
+from builder.report.results import Report
 
 if TYPE_CHECKING:
     from builder.host.cancel import Cancel

@@ -19,9 +19,8 @@ from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrup
 from builder.host.cancel import Cancel
 from builder.report.live import Display
 from builder.report.progress import PARTS, Activity
-from builder.report.results import before, result_of
 from builder.run.estimates import TIME_OUT, Estimate
-from builder.run.plan import Item
+from builder.run.plan import Item, before, result_of
 from builder.run.schedule import Busy, Load, Place, Schedule, arrange, lower_bound
 from builder.run.session import Session
 from builder.text import counted, span
@@ -214,7 +213,7 @@ class _Shift:
         else:
             return False
         state = "warm" if item.warm else "cold"  # forced, and what it had is there still
-        self._session.report.settle(replace(before(item), state=state, reason=reason))
+        self._session.report.add_result(replace(before(item), state=state, reason=reason))
         self._session.console.say(f"{item.task.label}: {state} ({reason})")
         return True
 
@@ -252,7 +251,7 @@ class _Shift:
             now, done = self._session.plan((task,)).items[0], report.of(other.task.label)
             result = before(now) if now.warm else result_of(now, done.state)
             result.reason = f"the same work as {other.task.label}" + (f": {done.reason}" if done.reason else "")
-            report.settle(result)
+            report.add_result(result)
 
     def summary(self) -> str:
         """For people, any time."""

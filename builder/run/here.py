@@ -162,7 +162,7 @@ def judged(call: Call, seen: Surroundings) -> Plan | None:
         reason = f"no-marker: {seen.missing}"
         call.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in seen.tasks]
     else:
-        call.report.planned(plan)
+        call.report.set_tasks(plan.results())
     return plan
 
 

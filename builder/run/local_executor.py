@@ -32,11 +32,12 @@ from builder.host.locks import Patience
 from builder.job import JOB_VARIABLE, Job
 from builder.manifest.load import Manifest
 from builder.processes import describe_status
-from builder.report.results import Console, TaskResult, result_of
+from builder.report.console import Console
+from builder.report.results import TaskResult
 from builder.run.call import Call
 from builder.run.here import Surroundings, judged, look
 from builder.run.outcome import ENDED_EARLY, counts
-from builder.run.plan import Item, Plan
+from builder.run.plan import Item, Plan, result_of
 from builder.text import counted, duration, printable
 
 #: Seconds that the program gets to end by itself once somebody wants to go: a cancelled CI step has 7.5 s in all.

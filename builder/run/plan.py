@@ -7,10 +7,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from builder.cache import markers, toolchain
 from builder.cache.toolchain import Record
+from builder.report.results import TaskResult
 from builder.task import Task
+from builder.text import printable
 
 ProbeEnv = tuple[tuple[str, str], ...]
 
@@ -51,6 +54,10 @@ class Plan:
     def cold(self) -> tuple[Item, ...]:
         return tuple(item for item in self.items if not item.warm)
 
+    def results(self) -> list[TaskResult]:
+        """Return each task's result as long as nothing is done for it."""
+        return [before(item) for item in self.items]
+
     @property
     def digest(self) -> str:
         """The toolchain, for people; the first task's where an unusual environment gives several."""
@@ -78,3 +85,32 @@ def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bo
             digest, problem = markers.config_digest(store or Path("/nonexistent"), task.model, task.revision)
     judgement = markers.judge(root, task, record=record, config_digest=digest, strict=strict)
     return Item(task, record, digest, problem, judgement)
+
+
+def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResult:
+    return TaskResult(item.task.label, item.task.model, item.key, state, reason, **more)
+
+
+def before(item: Item) -> TaskResult:
+    """Return a task's result before anything is done for it, from its marker."""
+    marker: Mapping[str, Any] = item.judgement.marker or {}
+    if not item.warm:
+        return result_of(item, "cold", item.judgement.reason)
+    entries = marker.get("entries")
+    return result_of(
+        item,
+        "warm",
+        entries={name: len(names) for name, names in entries.items()} if isinstance(entries, dict) else {},
+        proof=marker.get("proof"),
+        verified=marker.get("proof") == "verified",
+        since=str(marker.get("written", ""))[:10],
+        loaded=_loaded(marker),
+        reservation=markers.reservation(marker),
+    )
+
+
+def _loaded(marker: Mapping[str, Any]) -> str:
+    """A marker may hold anything."""
+    observed = marker.get("observed")
+    loaded = observed.get("loaded") if isinstance(observed, dict) else None
+    return printable(loaded)[:60] if isinstance(loaded, str) else ""

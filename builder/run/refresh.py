@@ -73,7 +73,7 @@ def _refresh(session: Session, said: Namespace, settings: Settings, limits: Limi
     if not waited and not session.remembers(session.manifest.tasks):
         waited = _wait(session, settings, story)  # it was never here, so it is cold, and nobody needs a probe to say so
     plan = session.plan(session.manifest.tasks)
-    session.report.planned(plan)
+    session.report.set_tasks(plan.results())
     if plan.cold:
         if not waited:
             _wait(session, settings, story, plan)

@@ -29,7 +29,8 @@ from builder.host.deadlines import Deadline
 from builder.host.gpus import Look, Nvml
 from builder.host.locks import Patience
 from builder.manifest.load import Manifest
-from builder.report.results import Console, Report
+from builder.report.console import Console
+from builder.report.results import Report
 from builder.run import container_job, preflight
 from builder.run.cache_root import CacheRoot
 from builder.run.container_job import NOTHING_ELSE, Asked, Options, describe

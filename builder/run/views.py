@@ -32,7 +32,7 @@ from builder.errors import (
     UsageError,
 )
 from builder.report import audit
-from builder.report.results import Console
+from builder.report.console import Console
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_job import Asked
 from builder.run.maintenance import Event

@@ -14,14 +14,14 @@ from builder.cache import toolchain
 from builder.engine.container import Deadlines, Outcome
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
 from builder.report.progress import Activity
-from builder.report.results import TaskResult, result_of
+from builder.report.results import TaskResult
 from builder.report.task_output import Voice, speaking
 from builder.run import cache_locks, dispatch, forecast, gpu_reservation
 from builder.run.container_job import Asked, describe
 from builder.run.dispatch import Seat
 from builder.run.estimates import Estimate
 from builder.run.outcome import ENDED_EARLY, counts
-from builder.run.plan import Item, Plan
+from builder.run.plan import Item, Plan, result_of
 from builder.run.session import Session
 from builder.task import Task
 from builder.text import counted, duration, printable, readable, sentence, size
@@ -31,7 +31,7 @@ def warm(session: Session, _said: Namespace) -> None:
     """Makes every task warm. Raises what keeps it from that; the session's report is complete either way."""
     tasks = session.manifest.tasks
     plan = session.plan(tasks)
-    session.report.planned(plan)
+    session.report.set_tasks(plan.results())
     if not todo(session, plan):
         session.sweep_debts()
         return
@@ -40,7 +40,7 @@ def warm(session: Session, _said: Namespace) -> None:
     with cache_locks.held(session):
         expected: dict[str, Estimate] = {}
         plan = session.plan(tasks, expected)  # another builder may have finished while this one waited
-        session.report.planned(plan)
+        session.report.set_tasks(plan.results())
         announce(session, plan, expected)
         items = todo(session, plan)
         forecast.refuse(session, items)
@@ -146,7 +146,7 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
 
 def settle(session: Session, voice: Voice, result: TaskResult) -> None:
     """Puts a task's result into the report, and says it."""
-    session.report.settle(result)
+    session.report.add_result(result)
     if result.state in ("warmed", "warm", "cold"):
         why = f" ({result.reason})" if result.reason else ""
         voice.conclude(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")

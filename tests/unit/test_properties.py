@@ -48,7 +48,7 @@ from builder.manifest import values
 from builder.manifest.document import find_lines
 from builder.manifest.load import Manifest, Overrides, load, select
 from builder.manifest.tasks import LOADS, RECIPES, SHAPES_FROM, VERIFY, digest, labels
-from builder.report.results import Console
+from builder.report.console import Console
 from builder.task import Shape, Task
 from tests.fakes import FakeContainer
 from tests.strategies import (

@@ -16,7 +16,8 @@ from builder.cache.coverage import brief
 from builder.cache.environment import IMAGE_VARIABLE, Described, Standing
 from builder.errors import ColdError, UsageError
 from builder.report import github
-from builder.report.results import Console, Report, TaskResult
+from builder.report.console import Console
+from builder.report.results import Report, TaskResult
 from builder.run.plan import Plan
 from builder.run.session import Session
 from builder.task import PRETEND_VARIABLE, Task
@@ -42,7 +43,7 @@ def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
         session.report.cache = session.cache.name
         return None
     plan = session.plan(tasks)
-    session.report.planned(plan)
+    session.report.set_tasks(plan.results())
     return plan
 
 

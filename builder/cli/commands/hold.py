@@ -21,7 +21,7 @@ from builder.host import foreground
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
 from builder.manifest.load import CacheSpec
-from builder.report.results import Console
+from builder.report.console import Console
 from builder.run import holder
 from builder.run.call import Call
 from builder.run.session import Session

@@ -10,9 +10,9 @@ import pytest
 
 from builder.host.deadlines import Deadline, poll
 from builder.report import live as display
+from builder.report.console import Console
 from builder.report.live import Display
 from builder.report.progress import Activity
-from builder.report.results import Console
 from builder.report.task_output import KEPT, speaking
 from builder.text import span
 

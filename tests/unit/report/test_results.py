@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from builder.errors import PreflightError, Problem
-from builder.report.results import TASK_COLUMNS, Console, Report, TaskResult, families, task_table
+from builder.report.console import Console
+from builder.report.results import Report, TaskResult
+from builder.report.tables import TASK_COLUMNS, families, task_table
 from builder.text import counted, duration, sentence, size
 
 

@@ -1,0 +1,40 @@
+"""How tables are drawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from builder.report import tables
+
+COLUMNS = ("task", "state", "note")
+ROWS = [["a-tp8", "failed", "crash: the scheduler hit an exception, and more words follow"], ["日本", "warm", ""]]
+
+
+def test_table_without_width_keeps_one_line_a_row() -> None:
+    lines = tables.table(COLUMNS, ROWS).split("\n")
+    assert len(lines) == 3
+    assert lines[1].endswith("and more words follow")
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [40, 48, 80, 200])
+def test_table_on_a_terminal_fits_its_width_and_keeps_every_word(width: int) -> None:
+    lines = tables.table(COLUMNS, ROWS, width=width).split("\n")
+    assert max(map(tables._width, lines)) <= width
+    assert " ".join(" ".join(lines).split()).count("exception") == 1
+
+
+def test_table_with_a_word_longer_than_its_column_is_cut_and_loses_nothing() -> None:
+    word = "x" * 300
+    lines = tables.table(("task", "note"), [["t", word]], width=40).split("\n")
+    assert max(map(len, lines)) <= 40
+    assert "".join(lines).count("x") == 300
+
+
+def test_table_with_styles_colours_states_and_nothing_else() -> None:
+    drawn = tables.table(COLUMNS, [["warm", "warm", "warm"]], width=80, styles=tables.STATE_STYLE)
+    assert drawn.count("\x1b[32m") == 1
+
+
+def test_table_narrower_than_possible_still_draws() -> None:
+    assert tables.table(COLUMNS, ROWS, width=1)
