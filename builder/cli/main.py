@@ -290,7 +290,7 @@ class _Invocation:
             self._tasks(error)
         if error is not None:
             self._complain(error)
-        told = github.tell(report, status, error, self.environ) if console.github else []
+        told = github.write_files(report, status, error, self.environ) if console.github else []
         for problem in told:
             report.warnings.append(problem)
             console.say(f"warning: {problem}")

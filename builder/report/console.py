@@ -1,4 +1,4 @@
-"""What people see: the one writer to a stream, with groups and annotations for GitHub Actions."""
+"""The only writer to the output stream, with groups and annotations for GitHub Actions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import TextIO
 from builder.report import tables
 from builder.report.tables import STATE_STYLE
 
-#: What stands before a line of a container, of an operator's command, and before this program's remarks between them.
+#: The mark before a line of a container, of an operator's hook, and of this program between those.
 LOG_MARKS = {"out": "│", "err": "┃", "note": "▸", "hook": "»"}
 
 
 class Console:
-    """Everything people see. Colours and width only on a terminal; collapsed groups only in GitHub Actions.
+    """Write lines, tables, groups and annotations. All methods are thread-safe.
 
-    A closed stream (``| head``) ends the display and nothing else: the run and its logs go on. One that nobody reads
-    (``| less``) is waited for, but not by who wants to go: hurried. Every method may be called from any thread.
+    Colours and folding only on a terminal; collapsed groups only in GitHub Actions. A closed stream (``| head``) ends
+    the display; the run and its logs continue. A full pipe without reader (``| less``) blocks until ``hurried()``.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Console:
         self.stuck = False
 
     def say(self, text: str = "") -> None:
-        """One or more lines. Whatever they hold, none is a command for GitHub's runner."""
+        """Write one or more lines; in GitHub Actions escape everything that the runner takes for a command."""
         self._write(harmless(text) if self.github else text)
 
     @property
     def terminal(self) -> TextIO | None:
-        """The stream, where it is a terminal that can be drawn on, and no log of GitHub's that somebody reads later."""
+        """Return the stream if it is a terminal that live lines can be drawn on, else None."""
         return self._stream if self._terminal and not self.github and not self.closed else None
 
     def above(self, take: Callable[[str], None] | None) -> None:
-        """From now on text goes to whoever draws on the terminal, and shows it above that; None: nobody does now."""
+        """Pass all further text to ``take``, which draws it above its live lines; None: write it here again."""
         self._above = take
 
     def _write(self, text: str) -> None:
@@ -67,7 +67,7 @@ class Console:
             if self.closed:
                 return
             try:
-                # What the stream's encoding does not have is escaped: it is no reason to fall silent.
+                # Characters that the stream's encoding lacks are escaped: an error would end all output.
                 encoding = getattr(self._stream, "encoding", None) or "utf-8"
                 self._put(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", encoding)
             except (OSError, ValueError):
@@ -90,21 +90,21 @@ class Console:
             data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
 
     def give_up(self) -> None:
-        """Nobody reads it, and there is no time to wait for somebody."""
+        """Stop writing: the stream has no reader, and there is no time left to wait for one."""
         self.closed = self.stuck = True
 
     @property
     def hurried(self) -> bool:
-        """Whether somebody wants to go, and has waited for readers long enough."""
+        """Return whether the process is to end and has waited long enough for a reader."""
         return self._hurried()
 
     def log(self, stream: str, line: str) -> None:
-        """One line of a container. The mark before it keeps it apart from ours."""
+        """Write one line of a container behind its mark. stream: a key of LOG_MARKS."""
         self.say(f"  {LOG_MARKS[stream]} {line}")
 
     @contextmanager
     def group(self, title: str) -> Iterator[None]:
-        """What is said inside belongs to this title; collapsed in GitHub Actions."""
+        """Put all output of the block under this title; collapsed in GitHub Actions."""
         if self.github:
             self._write(f"::group::{_command_data(title)}")
         else:
@@ -116,14 +116,12 @@ class Console:
                 self._write("::endgroup::")
 
     def collapsed(self, title: str, lines: Sequence[str]) -> None:
-        """A group in one piece, whatever else is said at the time."""
+        """Write a whole group at once, so that no other output can fall into it."""
         inside = "".join(f"{harmless(line)}\n" for line in lines)
         self._write(f"::group::{_command_data(title)}\n{inside}::endgroup::")
 
     def annotate(self, title: str, text: str, level: str = "error") -> None:
-        """An error or a warning that GitHub Actions shows on the run's page; nothing elsewhere, where the table says
-        it.
-        """
+        """Add an annotation to the run's page in GitHub Actions; nothing elsewhere. level: ``error`` or ``warning``."""
         if self.github:
             self._write(f"::{level} title={_command_property(title)}::{_command_data(text)}")
 
@@ -135,7 +133,7 @@ class Console:
         self.say(tables.table(columns, rows, width=width, styles=codes))
 
 
-#: The older form of a command counts anywhere in a line; the newer one at its beginning, and blanks do not.
+#: The older form of a command counts anywhere in a line; the newer one at its start, after optional blanks.
 _OLD_COMMAND = "##["
 
 
@@ -143,12 +141,12 @@ _COMMAND = re.compile(r"(^|\r)(\s*)::", re.MULTILINE)
 
 
 def harmless(text: str) -> str:
-    """As it was to people, and nothing to GitHub's runner."""
+    """Return text that looks the same and that GitHub's runner does not take for a command."""
     return _COMMAND.sub(r"\1\2: :", text.replace(_OLD_COMMAND, "## ["))
 
 
 def _command_data(text: str) -> str:
-    """Escaped as GitHub's runner unescapes it."""
+    """Escape the data of a workflow command."""
     return text.replace(_OLD_COMMAND, "## [").replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 

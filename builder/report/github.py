@@ -1,7 +1,7 @@
-"""What GitHub's runner is told through files: a job summary in Markdown, outputs for later steps, variables.
+"""Files of GitHub Actions: the job summary in Markdown, outputs for later steps, variables.
 
 Texts come from containers, caches and manifests of pull requests, so none of them may become markup, another output or
-another variable. Nothing here decides anything: a file that cannot be written costs a warning.
+another variable. A file that cannot be written is a warning.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from builder.report.results import Report
 from builder.report.tables import TASK_COLUMNS, task_table
 from builder.text import counted, readable
 
-#: Verbs whose tasks make a summary.
-TOLD = ("warm", "check", "refresh")
+#: Verbs with a job summary and outputs.
+REPORTED = ("warm", "check", "refresh")
 _OUTPUTS = "GITHUB_OUTPUT"
 _SUMMARY = "GITHUB_STEP_SUMMARY"
 #: GitHub drops a step's summary above 1 MiB.
 _LONGEST_CELL, _MOST_ROWS = 600, 500
-#: What Markdown, its tables, autolinks, mentions or HTML could take for more than text.
+#: Characters that Markdown, its tables, autolinks, mentions or HTML could interpret.
 _MARKUP = re.compile(r"[^\w ,/=%–×·…-]|_")
 
 _SIGNS = {
@@ -36,14 +36,14 @@ _SIGNS = {
 }
 
 
-def tell(report: Report, status: int, error: BuilderError | None, environ: Mapping[str, str]) -> list[str]:
-    """Writes the files that the runner named. Returns what went wrong, for people."""
+def write_files(report: Report, status: int, error: BuilderError | None, environ: Mapping[str, str]) -> list[str]:
+    """Append to the files that the runner named; return one sentence per file that could not be written."""
     if environ.get("GITHUB_ACTIONS") != "true":
         return []
-    said = outputs(report, status, error)
+    values = outputs(report, status, error)
     written = {
-        _OUTPUTS: "".join(f"{variable(name, value)}\n" for name, value in said.items()),
-        _SUMMARY: summary(report, status, error) if report.verb in TOLD else "",
+        _OUTPUTS: "".join(f"{variable(name, value)}\n" for name, value in values.items()),
+        _SUMMARY: summary(report, status, error) if report.verb in REPORTED else "",
     }
     problems = []
     for name, text in written.items():
@@ -58,18 +58,16 @@ def tell(report: Report, status: int, error: BuilderError | None, environ: Mappi
 
 
 def outputs(report: Report, status: int, error: BuilderError | None) -> dict[str, str]:
-    """What later steps may ask for: ``state``, ``toolchain``, and of env ``docker-args``."""
+    """Return the outputs for later steps: ``state``, ``toolchain``, and for env ``docker-args``."""
     if report.verb == "env":
         return {"docker-args": report.text} if report.text and report.text.startswith("--mount ") else {}
-    if report.verb not in TOLD:
+    if report.verb not in REPORTED:
         return {}
     return {"state": state(report, status, error), "toolchain": report.toolchain or ""}
 
 
 def state(report: Report, status: int, error: BuilderError | None) -> str:
-    """The whole run in one word: warm, cold, failed or deferred. Cold is only what a check found; a run that left
-    something cold has failed.
-    """
+    """Return warm, cold, failed or deferred. Only a check is cold; a run that left a task cold has failed."""
     if status == DeferredError.exit_code:
         return "deferred"
     if isinstance(error, ColdError) or (not status and report.count("cold")):
@@ -78,7 +76,7 @@ def state(report: Report, status: int, error: BuilderError | None) -> str:
 
 
 def summary(report: Report, status: int, error: BuilderError | None) -> str:
-    """The tasks as a table, and what the run came to."""
+    """Return the job summary: state, facts, error, warnings, and the tasks as a table."""
     word = state(report, status, error)
     lines = [f"### {_SIGNS[word]} warm-cache {report.verb}: {word}", ""]
     facts = [
@@ -106,16 +104,16 @@ def summary(report: Report, status: int, error: BuilderError | None) -> str:
 
 
 def text(raw: str) -> str:
-    """Any text as Markdown that shows it, on one line, and nothing else."""
+    """Return Markdown that shows this text on one line, with no character interpreted."""
     shown = readable(" ".join(raw.split()))
     if len(shown) > _LONGEST_CELL:
         shown = shown[:_LONGEST_CELL] + "…"
-    # A character reference is text wherever it stands; a backslash would be one too many in a code span or a table.
+    # A character reference is text everywhere; a backslash would be shown in a code span and in a table.
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", shown)
 
 
 def variable(name: str, value: str) -> str:
-    """One entry of the runner's files of variables and outputs; a value of several lines ends where it says."""
+    """Return one entry of a file of variables or outputs; a value of several lines gets a random delimiter."""
     if "\n" not in value and "\r" not in value:
         return f"{name}={value}"
     end = f"end-{os.urandom(12).hex()}"

@@ -1,8 +1,7 @@
-"""The tasks that run, while they run: a live line for each on a terminal, a heartbeat elsewhere, and never both.
+"""Progress of running tasks: one live line per task on a terminal, a heartbeat line elsewhere.
 
-All drawing happens in one thread, which is also the only one that loads the library for it. Text that others say is
-handed to that thread and shown above the lines; what a terminal does not take in time is dropped and counted, so that
-nobody ever waits for a screen.
+One thread draws, and only that thread imports rich. Text of other threads is queued and drawn above the live lines;
+what the terminal does not take in time is dropped and counted, so that no task waits for a slow screen.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from builder.host.deadlines import Deadline
 from builder.report.console import Console
-from builder.report.progress import Activity
+from builder.report.progress import TaskProgress
 from builder.text import clock
 
 if TYPE_CHECKING:
@@ -23,31 +22,31 @@ if TYPE_CHECKING:
 
 #: Seconds between two heartbeats.
 EVERY = 30.0
-#: Seconds between two pictures.
+#: Seconds between two frames.
 FRAME = 0.1
-#: Texts that wait to be shown; seconds that whoever comes with one more waits for room.
+#: Texts that may wait to be drawn; seconds that a writer waits for room in the full queue.
 _QUEUE, _PATIENCE = 4000, 1.0
-#: Seconds for the last picture.
+#: Seconds for the last frame.
 _LAST = 2.0
 
 
-class Display:
-    """Use as a context manager. summary: one short sentence about the whole run, asked for with every picture."""
+class LiveProgress:
+    """Show running tasks; a context manager. summary: returns one short sentence about the whole run, per frame."""
 
     def __init__(self, console: Console, summary: Callable[[], str], *, every: float | None = None) -> None:
         self._console, self._summary = console, summary
         self._every = EVERY if every is None else every
         self._began = time.monotonic()
-        self._shown: list[Activity] = []
+        self._shown: list[TaskProgress] = []
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._finished = threading.Event()
         self._screen: _Screen | None = None
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> LiveProgress:
         terminal = self._console.terminal
         if terminal is not None:
-            self._screen = _Screen(self._console, terminal, self.picture)
+            self._screen = _Screen(self._console, terminal, self.frame)
             self._console.above(self._screen.take)
         target = self._beat if self._screen is None else self._screen.run
         self._thread = threading.Thread(target=target, name="progress", daemon=True)
@@ -55,7 +54,7 @@ class Display:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._over.set()
+        self._finished.set()
         if self._screen is not None:
             self._screen.close()
         if self._thread is not None:
@@ -66,34 +65,34 @@ class Display:
                 self._console.give_up()
         self._console.above(None)
 
-    def add(self, activity: Activity) -> None:
+    def add(self, task: TaskProgress) -> None:
         with self._lock:
-            self._shown.append(activity)
+            self._shown.append(task)
 
-    def remove(self, activity: Activity) -> None:
+    def remove(self, task: TaskProgress) -> None:
         with self._lock:
-            self._shown.remove(activity)
+            self._shown.remove(task)
 
-    def picture(self) -> tuple[list[Activity], str]:
-        """What runs now, and the sentence below it."""
+    def frame(self) -> tuple[list[TaskProgress], str]:
+        """Return the running tasks and the summary."""
         with self._lock:
             return list(self._shown), self._summary()
 
     # --- without a terminal ------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        while not self._over.wait(self._every):
-            running, summary = self.picture()
+        while not self._finished.wait(self._every):
+            running, summary = self.frame()
             if running:
                 lines = [f"  ▸ {clock(time.monotonic() - self._began)}: {summary}"]
-                self._console.say("\n".join([*lines, *(f"  ▸ {activity.line()}" for activity in running)]))
+                self._console.say("\n".join([*lines, *(f"  ▸ {task.line()}" for task in running)]))
 
 
 class _Screen:
-    """The lower end of a terminal. `run` in a thread of its own, until `close`."""
+    """Draw the live lines at the bottom of a terminal. Call `run` in a thread; it returns after `close`."""
 
-    def __init__(self, console: Console, stream: TextIO, picture: Callable[[], tuple[list[Activity], str]]) -> None:
-        self._console, self._stream, self._picture = console, stream, picture
+    def __init__(self, console: Console, stream: TextIO, frame: Callable[[], tuple[list[TaskProgress], str]]) -> None:
+        self._console, self._stream, self._frame = console, stream, frame
         self._texts: deque[str] = deque()
         self._dropped = 0
         self._stuck = False
@@ -102,7 +101,7 @@ class _Screen:
         self._closed = False
 
     def take(self, text: str) -> None:
-        """To be shown above the lines."""
+        """Queue text to be drawn above the live lines."""
         with self._changed:
             patience = 0.0 if self._stuck else _PATIENCE
             self._stuck = not self._changed.wait_for(lambda: len(self._texts) < _QUEUE or self._closed, patience)
@@ -111,7 +110,7 @@ class _Screen:
             self._texts.append(text)
 
     def close(self) -> None:
-        """The rest is shown, and the lines go."""
+        """Draw the queued text and remove the live lines."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -119,7 +118,7 @@ class _Screen:
     def run(self) -> None:
         try:
             self._draw()
-        except (OSError, ValueError):  # the terminal is gone
+        except (OSError, ValueError):  # the terminal was closed
             self._console.closed = True
 
     def _draw(self) -> None:
@@ -137,11 +136,11 @@ class _Screen:
             redirect_stderr=False,
         )
         with live:
-            console.show_cursor(True)  # whatever ends this process, the cursor is there
-            over, drawn = False, None
-            while not over:
+            console.show_cursor(True)  # a killed process must not leave a terminal without cursor
+            closed, drawn = False, None
+            while not closed:
                 with self._changed:
-                    over = self._changed.wait_for(lambda: self._closed, FRAME)
+                    closed = self._changed.wait_for(lambda: self._closed, FRAME)
                     texts = list(self._texts)
                     self._texts.clear()
                     if self._dropped:
@@ -157,7 +156,7 @@ class _Screen:
                     live.refresh()
 
     def _rows(self) -> tuple[list[tuple[str, ...]], str]:
-        running, summary = self._picture()
+        running, summary = self._frame()
         return [(one.label, one.where, clock(one.seconds), "   ".join(one.parts())) for one in running], summary
 
     def _table(self) -> Table:
@@ -166,7 +165,7 @@ class _Screen:
 
         rows, summary = self._rows()
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3 if self._width > 60 else 1, 0, 0))
-        # What a task is doing is worth more than the whole of its name.
+        # The progress of a task matters more than its whole label.
         table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(8, self._width // 3))
         for _ in range(2):
             table.add_column(no_wrap=True)

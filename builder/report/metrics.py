@@ -1,7 +1,7 @@
-"""What a refresh came to, for Prometheus' textfile collector: names, types and escapes of its text format.
+"""Metrics of a refresh, in the text format of Prometheus' textfile collector.
 
-The file is replaced by one rename. What this run cannot tell (when one last succeeded, what a volume holds that nobody
-looked into) is taken over from the file before.
+The file is replaced by one rename. Values that this run did not measure (time of the last success, contents of a volume
+that was not read) are copied from the file before.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pathlib import Path
 from builder.files import UnreadableError, read_bytes, replace_file
 
 PREFIX = "warm_cache_"
-#: name → help, in the order of the file. All are gauges: they say how it is.
+#: name → help, in the order of the file. All are gauges.
 GAUGES: Mapping[str, str] = {
-    "refresh_last_run_timestamp_seconds": "When the last refresh ended, whatever it came to.",
+    "refresh_last_run_timestamp_seconds": "When the last refresh ended, with any status.",
     "refresh_last_success_timestamp_seconds": "When a refresh last ended with status 0.",
     "refresh_duration_seconds": "How long the last refresh took.",
     "refresh_exit_code": "Exit status of the last refresh: 0 is warm, 17 is deferred.",
-    "refresh_tasks": "Tasks of the manifest by what became of them.",
-    "refresh_pruned_bytes": "What the last refresh removed from the cache.",
+    "refresh_tasks": "Tasks of the manifest by state.",
+    "refresh_pruned_bytes": "Bytes that the last refresh removed from the cache.",
     "image_info": "The serving image of the last refresh; always 1.",
     "entries": "Compile results by family and toolchain; what toolchains share is counted for each of them.",
     "entries_size_bytes": "Bytes allotted to a family's directory; what toolchains share is counted for each of them.",
     "size_bytes": "Bytes allotted to the whole cache, each file once.",
-    "filesystem_free_bytes": "Free space where the cache lies.",
+    "filesystem_free_bytes": "Free space of the file system of the cache.",
 }
 STATES = ("warm", "warmed", "cold", "failed", "partial", "skipped")
 SUCCESS = "refresh_last_success_timestamp_seconds"
-#: Of what lies in the cache, as opposed to what a run did.
+#: Gauges of the contents of the cache, as opposed to what a run did.
 HOLDINGS = ("entries", "entries_size_bytes", "size_bytes", "filesystem_free_bytes")
 
 _LIMIT = 4 << 20
@@ -48,7 +48,7 @@ class Samples:
         self.found.setdefault(name, []).append((labels, value))
 
     def keep(self, before: str, names: Iterable[str]) -> None:
-        """What the file before said about these under the same common labels, unless this run says something itself."""
+        """Keep the samples of the file before with the same common labels, for names that this run does not add."""
         for name in names:
             head = f"{PREFIX}{name}{{{self._pairs(self.common)}"
             self.kept[name] = [line for line in before.splitlines() if line.startswith((f"{head},", f"{head}}}"))]
@@ -72,7 +72,7 @@ class Samples:
 
 
 def escaped(text: str) -> str:
-    """A label's value as the format wants it; bytes that are no text are replaced."""
+    """Escape a label's value; surrogates are replaced."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
@@ -82,7 +82,7 @@ def shown(value: float) -> str:
 
 
 def before(path: Path) -> str:
-    """The file as the last refresh left it; nothing where there is none, or something else."""
+    """Return the text of the file as the last refresh wrote it; "" if it cannot be read."""
     try:
         return read_bytes(str(path), _LIMIT).decode("utf-8", "replace")
     except UnreadableError:
@@ -90,5 +90,5 @@ def before(path: Path) -> str:
 
 
 def write(path: Path, samples: Samples) -> None:
-    """Raises OSError: also where the directory is missing, which a slip in a path must not make."""
+    """Write the file. Raises OSError, also for a missing directory: a misspelt path must not create one."""
     replace_file(path, samples.text().encode())

@@ -1,4 +1,4 @@
-"""What a running task is doing, as its container's events tell: which phase, how far, how fast, and how long still."""
+"""Progress of a running task from its events: phase, done of total, rate, and time left."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any
 
 from builder.text import clock, readable, span
 
-#: Seconds of the past that a rate is taken over.
+#: A rate is measured over the last so many seconds.
 _WINDOW = 30.0
 #: The in-container program numbers the shapes that sglang asks for: ``DeepGEMM 11: GEMM_NT_F8F8BF16 N=…``.
 _SHAPE = re.compile(r"DeepGEMM (\d+): (.+)")
-#: Units of `progress` that count a part of a task (the Ms of one shape), not the whole of it.
+#: Units of `progress` that count a part of a task (the Ms of one shape), not all of it.
 PARTS = ("Ms", "shards")
 
 
-class Activity:
-    """One task's. Written by the thread that drains its log, read by whoever shows it.
+class TaskProgress:
+    """Progress of one task. Written by the thread that drains its log, read by the thread that draws.
 
-    expected: seconds, None where nothing is known. shapes: how many there are, where the task names them. parts: units
-    of progress that say nothing about the whole.
+    where: GPUs, for people.
+    expected: seconds that the task is expected to take, None if unknown.
+    shapes: number of shapes of the task, 0 if unknown.
+    parts: units of progress that count only a part of the task.
     """
 
     def __init__(
@@ -73,16 +75,16 @@ class Activity:
         self._done = (done, total, unit)
         self._history.append((self._clock(), done, unit))
 
-    # --- for whoever shows it ----------------------------------------------------------------------------------------
+    # --- read by the drawing thread ---
 
     @property
     def seconds(self) -> float:
-        """Since its beginning."""
+        """Return the seconds since the task began."""
         return self._clock() - self._began
 
     @property
     def left(self) -> float | None:
-        """Seconds that it is expected to go on for; None where nothing is known, 0 where it is overdue."""
+        """Return the expected seconds left; None if unknown, 0 if overdue."""
         done = self._done
         if done is not None and done[2] not in self._parts and 0 < done[0] <= done[1]:
             rate = self._rate()
@@ -91,7 +93,7 @@ class Activity:
         return None if self._expected is None else max(0.0, self._expected - self.seconds)
 
     def _rate(self) -> float | None:
-        """Units a second, over the last half minute; None as long as nothing can be said."""
+        """Return units per second over the last half minute; None with too few samples."""
         history = list(self._history)
         now = self._clock()
         recent = [one for one in history if one[0] >= now - _WINDOW]
@@ -102,20 +104,20 @@ class Activity:
         return (recent[-1][1] - recent[0][1]) / (now - recent[0][0])
 
     def parts(self) -> list[str]:
-        """Phase, how far, how fast, how long still: what there is to say of these."""
-        said = [self._phase_text()]
+        """Return phase, done of total, kernels, rate and time left, as far as known."""
+        texts = [self._phase_text()]
         if self._done is not None:
             done, total, unit = self._done
-            said.append(f"{done:.0f}/{total:.0f} {unit}")
+            texts.append(f"{done:.0f}/{total:.0f} {unit}")
         if self._kernels:
-            said.append(f"{self._kernels} kernel{'' if self._kernels == 1 else 's'}")
+            texts.append(f"{self._kernels} kernel{'' if self._kernels == 1 else 's'}")
         rate = self._rate()
         if rate is not None:
-            said.append(f"{rate:.0f}/s" if rate >= 100 else f"{rate:.1f}/s")
+            texts.append(f"{rate:.0f}/s" if rate >= 100 else f"{rate:.1f}/s")
         left = self.left
         if left is not None:
-            said.append(f"about {span(left)} left" if left > 0 else "longer than expected")
-        return said
+            texts.append(f"about {span(left)} left" if left > 0 else "longer than expected")
+        return texts
 
     def _phase_text(self) -> str:
         if not self._shape:
@@ -123,5 +125,5 @@ class Activity:
         return f"{self._phase} {self._shape}/{self._shapes} shapes" if self._shapes else f"{self._phase} {self._shape}"
 
     def line(self) -> str:
-        """All of it, for one line of a log."""
+        """Return all parts as one log line."""
         return f"{self.label}: {', '.join([*self.parts(), f'{clock(self.seconds)} so far'])}"

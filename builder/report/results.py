@@ -1,4 +1,4 @@
-"""What a run tells: live lines, the table at the end, and one JSON document for machines."""
+"""Results of a run and of its tasks, and the JSON document of ``--json``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ JSON_SCHEMA = 1
 
 @dataclass
 class TaskResult:
-    """What became of one task. seconds is None for a task that nothing was done for. loaded: the weights it was warmed
-    with, where it has a model (``weights``, ``dummy weights, 4 layers``). reservation: what has to be said wherever it
-    is called warm.
+    """The result of one task.
+
+    state: warm, warmed, cold, failed, partial or skipped.
+    seconds: run time; None if nothing ran.
+    loaded: the weights it was warmed with, if it has a model (``weights``, ``dummy weights, 4 layers``).
+    reservation: a limit of its proof that is shown wherever the task is called warm.
     """
 
     label: str
@@ -38,7 +41,7 @@ class TaskResult:
 
     @property
     def note(self) -> str:
-        """The last column of the table."""
+        """Return the text of the last column of the table."""
         parts = [self.reason]
         if self.state == "warm":
             parts.insert(0, f"since {self.since}" if self.since else "")
@@ -50,13 +53,13 @@ class TaskResult:
 
     @property
     def proven(self) -> str | None:
-        """How it is known that this task is warm; None where it is not."""
+        """Return the kind of proof that this task is warm; None if it is not warm."""
         return self.proof if self.state in ("warm", "warmed") else None
 
 
 @dataclass
 class Report:
-    """One run's result; complete at every moment, so that an interrupted run has its report too."""
+    """The result of a run; complete at every moment, so that an interrupted run has a report too."""
 
     verb: str | None
     image_ref: str = ""
@@ -67,7 +70,7 @@ class Report:
     gpus: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    #: What a verb prints on stdout, where its result is text.
+    #: Text that the verb prints on stdout.
     text: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -84,15 +87,15 @@ class Report:
         self.tasks[[task.label for task in self.tasks].index(result.label)] = result
 
     def of(self, label: str) -> TaskResult:
-        """The result of this task so far."""
+        """Return the current result of this task."""
         return next(task for task in self.tasks if task.label == label)
 
     def count(self, *states: str) -> int:
-        """How many tasks are in one of these states."""
+        """Return how many tasks are in one of these states."""
         return sum(task.state in states for task in self.tasks)
 
     def document(self, exit_code: int, error: BuilderError | None) -> str:
-        """The one document that ``--json`` prints."""
+        """Return the JSON document of ``--json``."""
         data: dict[str, Any] = {
             "schema": JSON_SCHEMA,
             "verb": self.verb,
@@ -132,5 +135,5 @@ class Report:
                     {"place": problem.place, "text": problem.text, "remedy": problem.remedy}
                     for problem in error.problems
                 ]
-        # The same document for everybody but GitHub's runner, which takes this for a command wherever it stands.
+        # GitHub's runner takes ##[ for a command anywhere in a line; escaped, the document means the same.
         return json.dumps(data, indent=2).replace("##[", "##\\u005b")

@@ -1,6 +1,6 @@
-"""Telling somebody elsewhere: one POST of JSON, whose failure is a remark and never the outcome.
+"""Webhook: POST the outcome of a refresh as JSON. A failure is a warning and never changes the outcome.
 
-The URL may hold a secret, as those of chat services do: it is never shown, and where it leads only by its host's name.
+The URL may hold a secret, as those of chat services do: messages name its host only.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any
 
 from builder.errors import UsageError
 
-#: Seconds to connect, and between two bytes of the answer; and both once somebody wants this program to end.
+#: Seconds to connect, and between two bytes of the answer; HURRIED: after a signal.
 TIMEOUT = (5.0, 10.0)
 HURRIED = (1.0, 1.0)
-#: Seconds for all of it, a name server that hangs and an answer that comes byte by byte included.
+#: Seconds for the whole request, with a name server that hangs and an answer that arrives byte by byte.
 ALTOGETHER, ALTOGETHER_HURRIED = 20.0, 2.0
 
 _URL = re.compile(r"https?://[^\s/]+\S*", re.IGNORECASE)
 
 
 def checked(url: str | None, place: str) -> str | None:
-    """The URL, if it can be one. Raises UsageError, which names the place where it was said and not the URL."""
+    """Return the URL. Raises UsageError, which names the option or variable and not the value, if it is none."""
     if url is not None and not _URL.fullmatch(url):
-        raise UsageError(f"{place}: a URL that begins with https:// or http:// is wanted (what was said is not shown)")
+        raise UsageError(f"{place}: expected a URL that begins with https:// or http:// (the value is not shown)")
     return url
 
 
 def post(url: str, document: Mapping[str, Any], *, hurried: bool = False) -> str:
-    """Why it was not taken; "" where it was."""
+    """Send the document; return why it was not accepted, or ""."""
     host = urllib.parse.urlsplit(url).hostname or "its host"
     limit, answer = ALTOGETHER_HURRIED if hurried else ALTOGETHER, [f"{host} did not answer in time"]
-    # Neither the look-up of a name nor the sum of an answer's bytes can be given a time: only who waits can have one.
+    # requests has no limit for a name look-up or for a whole answer, so the limit is on waiting for the thread.
     thread = threading.Thread(
         target=lambda: answer.append(_post(url, host, document, HURRIED if hurried else TIMEOUT)), daemon=True
     )
@@ -49,5 +49,5 @@ def _post(url: str, host: str, document: Mapping[str, Any], timeout: tuple[float
         with requests.post(url, json=document, timeout=timeout, allow_redirects=False, stream=True) as answer:
             return "" if answer.ok and not answer.is_redirect else f"{host} answered {answer.status_code}"
     except (requests.RequestException, ValueError, OSError) as error:
-        # Its text would repeat the URL.
+        # The error's own text would repeat the URL.
         return f"{host}: {type(error).__name__}"

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrupted
 from builder.host.cancel import Cancel
-from builder.report.live import Display
-from builder.report.progress import PARTS, Activity
+from builder.report.live import LiveProgress
+from builder.report.progress import PARTS, TaskProgress
 from builder.run.estimates import TIME_OUT, Estimate
 from builder.run.plan import Item, before, result_of
 from builder.run.schedule import Busy, Load, Place, Schedule, arrange, lower_bound
@@ -40,7 +40,7 @@ class Seat:
     devices: tuple[int, ...] | None
     held: tuple[int, ...] | None
     together: bool
-    activity: Activity
+    activity: TaskProgress
     cancel: Cancel
 
 
@@ -138,7 +138,7 @@ class _Shift:
         self._errors: list[BaseException] = []
         self._schedule, self._planned, self._is_sure = Schedule((), 0.0), time.monotonic(), True
         self._ear, self._bell = os.pipe()
-        self._display = Display(session.console, self.summary)
+        self._display = LiveProgress(session.console, self.summary)
 
     def close(self) -> None:
         os.close(self._ear)
@@ -178,7 +178,7 @@ class _Shift:
     def _seat(self, item: Item, busy: Busy) -> None:
         task, all_of_them = item.task, len(busy.devices) == len(self._place.devices)
         estimate = self._expected[task.label]
-        activity = Activity(
+        activity = TaskProgress(
             task.label,
             _named(busy.devices),
             expected=estimate.seconds if estimate.source != TIME_OUT else None,

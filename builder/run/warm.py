@@ -13,9 +13,9 @@ from typing import Any
 from builder.cache import toolchain
 from builder.engine.container import Deadlines, Outcome
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
-from builder.report.progress import Activity
+from builder.report.progress import TaskProgress
 from builder.report.results import TaskResult
-from builder.report.task_output import Voice, speaking
+from builder.report.task_output import TaskOutput, open_output
 from builder.run import cache_locks, dispatch, forecast, gpu_reservation
 from builder.run.container_job import Asked, describe
 from builder.run.dispatch import Seat
@@ -53,7 +53,7 @@ def warm(session: Session, _said: Namespace) -> None:
 def warm_one(session: Session, gpus: gpu_reservation.Machine, item: Item, seat: Seat) -> None:
     """One task, from its title to the moment when its GPUs are free again. In a thread of its own."""
     label = item.task.label
-    speak = speaking(session.console, seat.title, label, together=seat.together)
+    speak = open_output(session.console, seat.title, label, concurrent=seat.together)
     with speak as voice, gpus.free_after(label, seat.held):
         settle(session, voice, warm_task(session, item, seat, voice))
 
@@ -73,7 +73,7 @@ def todo(session: Session, plan: Plan) -> tuple[Item, ...]:
     return plan.items if session.options.force else plan.cold
 
 
-def warm_task(session: Session, item: Item, seat: Seat, voice: Voice) -> TaskResult:
+def warm_task(session: Session, item: Item, seat: Seat, voice: TaskOutput) -> TaskResult:
     """One task in one container, to a result that the disk confirms."""
     if item.config_problem:
         return result_of(item, "skipped", item.config_problem)
@@ -144,14 +144,14 @@ def judge_outcome(session: Session, item: Item, outcome: Outcome) -> TaskResult:
     return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
 
 
-def settle(session: Session, voice: Voice, result: TaskResult) -> None:
+def settle(session: Session, voice: TaskOutput, result: TaskResult) -> None:
     """Puts a task's result into the report, and says it."""
     session.report.add_result(result)
     if result.state in ("warmed", "warm", "cold"):
         why = f" ({result.reason})" if result.reason else ""
-        voice.conclude(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
+        voice.finish(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
         return
-    voice.conclude(f"{result.label}: {result.state}: {result.reason}")
+    voice.finish(f"{result.label}: {result.state}: {result.reason}")
     if result.tail:
         lines = "line" if len(result.tail) == 1 else f"{len(result.tail)} lines"
         voice.say(f"the last {lines} of its log:")
@@ -181,7 +181,7 @@ def announce(session: Session, plan: Plan, expected: Mapping[str, Estimate]) -> 
         session.console.say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
 
 
-def tell(activity: Activity, voice: Voice, event: Mapping[str, Any]) -> None:
+def tell(activity: TaskProgress, voice: TaskOutput, event: Mapping[str, Any]) -> None:
     """An event of the container, as far as people want to see it between the lines of the log."""
     activity.hear(event)
     match event.get("event"):

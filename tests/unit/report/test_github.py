@@ -45,7 +45,7 @@ def environ(tmp_path: Path) -> Mapping[str, str]:
 def test_the_state_is_one_word(
     environ: Mapping[str, str], states: tuple[str, ...], status: int, error: BuilderError | None, state: str
 ) -> None:
-    assert github.tell(report(*states), status, error, environ) == []
+    assert github.write_files(report(*states), status, error, environ) == []
     said = entries(Path(environ["GITHUB_OUTPUT"]).read_text())
     assert said == {"state": state, "toolchain": "4be1c0a97d21f3e8"}
     assert f"warm-cache check: {state}" in Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
@@ -86,8 +86,8 @@ def test_no_value_becomes_another_variable(value: str) -> None:
 
 
 def test_nothing_is_written_for_anybody_else(environ: Mapping[str, str], tmp_path: Path) -> None:
-    assert github.tell(report("warm"), 0, None, {**environ, "GITHUB_ACTIONS": ""}) == []
-    github.tell(report("warm", verb="explain"), 0, None, environ)
+    assert github.write_files(report("warm"), 0, None, {**environ, "GITHUB_ACTIONS": ""}) == []
+    github.write_files(report("warm", verb="explain"), 0, None, environ)
     assert list(tmp_path.iterdir()) == [] or not any(path.stat().st_size for path in tmp_path.iterdir())
 
 
@@ -100,5 +100,5 @@ def test_docker_arguments_are_an_output() -> None:
 
 
 def test_a_file_that_cannot_be_written_is_a_warning(environ: Mapping[str, str], tmp_path: Path) -> None:
-    (problem,) = github.tell(report("warm"), 0, None, {**environ, "GITHUB_OUTPUT": str(tmp_path)})
+    (problem,) = github.write_files(report("warm"), 0, None, {**environ, "GITHUB_OUTPUT": str(tmp_path)})
     assert problem.startswith("GITHUB_OUTPUT could not be written: ")

@@ -11,13 +11,13 @@ import pytest
 from builder.host.deadlines import Deadline, poll
 from builder.report import live as display
 from builder.report.console import Console
-from builder.report.live import Display
-from builder.report.progress import Activity
-from builder.report.task_output import KEPT, speaking
+from builder.report.live import LiveProgress
+from builder.report.progress import TaskProgress
+from builder.report.task_output import KEPT, open_output
 from builder.text import span
 
 
-class Watched(Activity):
+class Watched(TaskProgress):
     """One whose clock a test turns."""
 
     def __init__(self, **more: Any) -> None:
@@ -96,10 +96,10 @@ def test_a_span_is_as_exact_as_an_estimate(seconds: float, said: str) -> None:
 def test_in_github_a_task_among_others_is_one_piece_with_its_result_below() -> None:
     stream = io.StringIO()
     console = Console(stream, terminal=False, github=True)
-    with speaking(console, "[1/2] a", "a", together=True) as voice:
+    with open_output(console, "[1/2] a", "a", concurrent=True) as voice:
         for number in range(KEPT + 5):
             voice.log("out", f"::error::{number}")
-        voice.conclude("a: failed: why")
+        voice.finish("a: failed: why")
         voice.annotate("a failed", "why")
         console.say("somebody else")
     lines = stream.getvalue().splitlines()
@@ -110,7 +110,7 @@ def test_in_github_a_task_among_others_is_one_piece_with_its_result_below() -> N
 
 def test_elsewhere_every_line_says_whose_it_is() -> None:
     stream = io.StringIO()
-    with speaking(Console(stream, terminal=False), "[1/2] a", "a", together=True) as voice:
+    with open_output(Console(stream, terminal=False), "[1/2] a", "a", concurrent=True) as voice:
         voice.log("err", "x")
         voice.remark("second pass")
     assert stream.getvalue() == "[1/2] a\n  ┃ a: x\n  ▸ a: second pass\n"
@@ -123,7 +123,7 @@ def test_a_heartbeat_only_while_something_runs() -> None:
         beats.release()
         return "0 of 1 tasks done"
 
-    with Display(Console(stream, terminal=False), summary, every=0.01) as shown:
+    with LiveProgress(Console(stream, terminal=False), summary, every=0.01) as shown:
         assert beats.acquire(timeout=5)
         assert stream.getvalue() == ""
         shown.add(Watched())
@@ -144,7 +144,7 @@ def test_a_terminal_that_takes_nothing_holds_nobody(monkeypatch: pytest.MonkeyPa
             return super().write(text)
 
     console = Console(Stopped(), terminal=True)
-    with Display(console, lambda: "", every=0.01):
+    with LiveProgress(console, lambda: "", every=0.01):
         for number in range(4010):
             console.say(str(number))
     stuck.set()
@@ -153,7 +153,7 @@ def test_a_terminal_that_takes_nothing_holds_nobody(monkeypatch: pytest.MonkeyPa
 def test_text_is_shown_above_the_lines_and_all_of_it() -> None:
     stream = io.StringIO()
     console = Console(stream, terminal=True)
-    with Display(console, lambda: "0 of 1 tasks done") as live:
+    with LiveProgress(console, lambda: "0 of 1 tasks done") as live:
         live.add(Watched())
         for number in range(100):
             console.say(f"line {number} [bold]")
@@ -166,9 +166,9 @@ def test_text_is_shown_above_the_lines_and_all_of_it() -> None:
 def test_a_narrow_terminal_shows_what_a_task_does_and_not_only_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     stream = io.StringIO()
-    task = Activity("a-model-with-a-name-that-goes-on-and-on-and-on-tp8", "gpus 0-3")
+    task = TaskProgress("a-model-with-a-name-that-goes-on-and-on-and-on-tp8", "gpus 0-3")
     task.hear({"event": "phase", "phase": "weights"})
-    with Display(Console(stream, terminal=True), lambda: "0 of 1 tasks done") as live:
+    with LiveProgress(Console(stream, terminal=True), lambda: "0 of 1 tasks done") as live:
         live.add(task)
         poll(lambda: "tasks done" in stream.getvalue(), Deadline(10), 0.01)
     assert "gpus 0-3" in stream.getvalue()
