@@ -46,8 +46,8 @@ from builder.report.results import Report
 from builder.report.tables import TASK_COLUMNS, task_table
 from builder.run import preflight
 from builder.run.call import Call
-from builder.run.container_job import Options
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
+from builder.run.context import Context, Options
 from builder.text import counted, printable, sentence
 
 #: What Python says where there may be no more of them.
@@ -145,13 +145,13 @@ class _Invocation:
             status = _function(verb.act)(self._call())
         else:
             manifest = self._manifest()
-            with self.signals.heard(), self._open(manifest) as session:
-                status = _function(verb.act)(session, self.said)
+            with self.signals.heard(), self._open(manifest) as executor:
+                status = _function(verb.act)(executor, self.said)
         self.status = status or 0
 
     @contextlib.contextmanager
-    def _open(self, manifest: Manifest, timeout: float = 60.0) -> Iterator[Session]:
-        """An engine that answers within so many seconds, and the session with it."""
+    def _open(self, manifest: Manifest, timeout: float = 60.0) -> Iterator[ContainerExecutor]:
+        """An engine that answers within so many seconds, and the executor with it."""
         options = Options(
             log_dir=self._log_dir(),
             state_dir=self._state_dir(),
@@ -173,11 +173,17 @@ class _Invocation:
             # All that is loaded by now stays to the end. Not looking through it, at every collection and once more at
             # exit, saves a tenth of a check.
             gc.freeze()
-            budget = Deadline(manifest.run.budget)
-            with Session(
-                manifest, engine, self.console, self.cancel, self.report, options, budget, self.run_id
-            ) as session:
-                yield session
+            context = Context(
+                manifest=manifest,
+                options=options,
+                console=self.console,
+                report=self.report,
+                cancel=self.cancel,
+                budget=Deadline(manifest.run.budget),
+                run_id=self.run_id,
+            )
+            with ContainerExecutor(context, engine) as executor:
+                yield executor
 
     def _call(self) -> Call:
         return Call(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from builder.manifest.load import profiles
 
 #: What a verb needs before it can begin. engine: a manifest and an engine that answers; its function gets
-#: ``(session, said)``. nothing: neither (its function may ask for a manifest); it gets ``(call)``, a builder.call.Call.
+#: ``(executor, said)``. nothing: neither (its function may ask for a manifest); it gets ``(call)``, a `Call`.
 #: command: somebody else's command follows after ``--`` and owns stdout; it gets ``(call)``.
 Needs = Literal["engine", "nothing", "command"]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from builder.flock import open_lock
 from builder.run import holder
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
 
 PATH = "locks/run.lock"
 #: The other lock of this kind: for whoever makes, drops or sweeps views.
@@ -21,36 +21,38 @@ VIEWS = "locks/views.lock"
 
 
 @contextlib.contextmanager
-def held(session: Session) -> Iterator[None]:
+def held(executor: ContainerExecutor) -> Iterator[None]:
     """Holds the run lock. Raises BusyError when another builder still has it after ``[run] lock_timeout``."""
-    name, lifetime = session.cache.name, session.manifest.run.lifetime
+    name, lifetime = executor.cache.name, executor.context.manifest.run.lifetime
     doing, busy = f"works on {name}", f"{name} is in use"
-    with _held(session, PATH, holder.Lock("lock", "the run lock", "another builder", doing, busy, lifetime)):
+    with _held(executor, PATH, holder.Lock("lock", "the run lock", "another builder", doing, busy, lifetime)):
         yield
 
 
 @contextlib.contextmanager
-def views(session: Session) -> Iterator[None]:
+def views(executor: ContainerExecutor) -> Iterator[None]:
     """Holds the lock of all views: a view is made also while a warm-up has the run lock. Raises BusyError."""
-    name, lifetime = session.cache.name, session.manifest.run.lifetime
+    name, lifetime = executor.cache.name, executor.context.manifest.run.lifetime
     doing, busy = f"makes or drops a view of {name}", f"the views of {name} are in use"
-    with _held(session, VIEWS, holder.Lock("views", "the lock of all views", "another builder", doing, busy, lifetime)):
+    with _held(
+        executor, VIEWS, holder.Lock("views", "the lock of all views", "another builder", doing, busy, lifetime)
+    ):
         yield
 
 
 @contextlib.contextmanager
-def _held(session: Session, path: str, lock: holder.Lock) -> Iterator[None]:
-    root = session.cache.direct()
+def _held(executor: ContainerExecutor, path: str, lock: holder.Lock) -> Iterator[None]:
+    root = executor.cache.direct()
     try:
         descriptor = open_lock(root / path) if root else None
     except OSError:
         descriptor = None
     if descriptor is None:
-        with holder.held(session, lock):
+        with holder.held(executor, lock):
             yield
         return
     try:
-        session.patience().take(descriptor, doing=lock.doing, busy=lock.busy)
+        executor.patience().take(descriptor, doing=lock.doing, busy=lock.busy)
         yield
     finally:
         os.close(descriptor)

@@ -14,14 +14,14 @@ from builder.report.results import Report
 
 if TYPE_CHECKING:
     from builder.host.cancel import Cancel
-    from builder.run.session import Session
+    from builder.run.container_executor import ContainerExecutor
 
 
 @dataclass(frozen=True)
 class Call:
     """One verb's invocation. The callables raise UsageError, with the place where a value was said.
 
-    manifest: reads the manifest that was named; cache: reads ``--cache``; connect: the manifest's session on an engine
+    manifest: reads the manifest that was named; cache: reads ``--cache``; connect: the manifest's executor on an engine
     that answers within so many seconds; signals: the program's own handling of signals, for as long as it is entered.
     """
 
@@ -32,7 +32,7 @@ class Call:
     cancel: Cancel
     manifest: Callable[[], Manifest]
     cache: Callable[[], CacheSpec]
-    connect: Callable[[Manifest, float], AbstractContextManager[Session]]
+    connect: Callable[[Manifest, float], AbstractContextManager[ContainerExecutor]]
     signals: Callable[[], AbstractContextManager[None]]
 
     @property

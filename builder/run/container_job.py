@@ -11,24 +11,23 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from builder import __version__
 from builder.cache.coverage import STORE_MOUNT as STORE
-from builder.engine.client import ContainerSpec, Engine, Image, Mount
+from builder.engine.client import ContainerSpec, Mount
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
-from builder.engine.lease import Lease
 from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import JOB_VARIABLE, Job, PrunePolicy
 from builder.manifest.load import Manifest
-from builder.report.results import Report
 from builder.run import preflight
-from builder.run.cache_root import CacheRoot
 from builder.task import Task
+
+if TYPE_CHECKING:
+    from builder.run.container_executor import ContainerExecutor
 
 #: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
 MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
@@ -37,47 +36,6 @@ MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 COMPILES = ("run", "probe")
 #: Modes that only look, some of them at what an untrusted job left: they cannot write to the root.
 LOOKS = ("view-list", "view-audit", "status", "families", "survey")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line adds to the manifest. Paths are absolute."""
-
-    log_dir: Path
-    state_dir: Path
-    environ: Mapping[str, str]
-    pull: bool = False
-    force: bool = False
-    strict: bool = False
-    allow_busy: bool = False
-    creates: bool = False
-
-
-class Shared(Protocol):
-    """What the containers of one invocation have in common. ran: id → name, of those that are gone."""
-
-    manifest: Manifest
-    engine: Engine
-    cancel: Cancel
-    report: Report
-    options: Options
-    run_id: str
-    ran: dict[str, str]
-
-    @property
-    def lease(self) -> Lease: ...
-
-    @property
-    def cache(self) -> CacheRoot: ...
-
-    @property
-    def serving(self) -> Image: ...
-
-    @property
-    def warmup(self) -> Image: ...
-
-    @property
-    def identity(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,35 +61,39 @@ class Asked:
 NOTHING_ELSE = Asked()
 
 
-def run(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Outcome:
+def run(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Outcome:
     """One container in this mode, to its end. Raises PreflightError where no GPU can be had. Only what compiles or
     looks at the toolchain gets GPUs, models, secrets and a network.
     """
-    job = _job(shared, mode, task, deadlines, asked)
-    spec = _spec(shared, job, task, deadlines, asked)
-    log = _log_dir(shared.options) / f"{task.label}.log" if mode == "run" else None
+    context = executor.context
+    job = _job(executor, mode, task, deadlines, asked)
+    spec = _spec(executor, job, task, deadlines, asked)
+    log = context.log_path(task.label) if mode == "run" else None
     try:
-        with shared.cancel.shield() if asked.cancel is None else contextlib.nullcontext():
+        with context.cancel.shield() if asked.cancel is None else contextlib.nullcontext():
             outcome = run_container(
-                shared.engine,
+                executor.engine,
                 spec,
                 job=job,
-                lease=shared.lease,
+                lease=executor.lease,
                 deadlines=deadlines,
-                cancel=asked.cancel or shared.cancel,
+                cancel=asked.cancel or context.cancel,
                 sinks=Sinks(log_path=log, display=asked.display),
                 on_event=asked.on_event,
                 budget=asked.budget,
             )
     except EngineRefusedError as error:
-        known = preflight.no_driver(shared.manifest, error), preflight.no_source(shared.manifest, error)
+        known = (
+            preflight.no_driver(context.manifest, error),
+            preflight.no_source(context.manifest, error),
+        )
         problem = known[0] or known[1] or preflight.no_init(error)
         if problem is None:
             raise
         raise PreflightError(CANNOT_RUN, [problem]) from error
-    shared.report.warnings += [_whose(problem, spec, task, asked) for problem in outcome.problems]
+    context.report.warnings += [_whose(problem, spec, task, asked) for problem in outcome.problems]
     if outcome.container:
-        shared.ran[outcome.container] = spec.name
+        executor.ran[outcome.container] = spec.name
     return outcome
 
 
@@ -140,21 +102,22 @@ def _whose(problem: str, spec: ContainerSpec, task: Task, asked: Asked) -> str:
     return f"{task.label}: {problem}" if asked.beside and spec.name not in problem else problem
 
 
-def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Job:
-    manifest, lease = shared.manifest, shared.lease
+def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Job:
+    context = executor.context
+    manifest, lease = context.manifest, executor.lease
     secrets = manifest.container.secrets if mode in COMPILES else ()
     return Job(
         mode=mode,
         nonce=lease.nonce,
         mount=manifest.cache.mount,
-        image={"id": shared.identity, "digests": list(shared.serving.digests), "labels": shared.serving.labels},
+        image={"id": executor.identity, "digests": list(executor.serving.digests), "labels": executor.serving.labels},
         task=task,
         lease=lease.target,
         lifetime=deadlines.task + deadlines.grace + manifest.run.start,
         grace=deadlines.grace,
         log_limit=manifest.container.log_limit,
-        workdir=shared.serving.workdir or "/",
-        secrets=tuple(name for name in secrets if shared.options.environ.get(name)),
+        workdir=executor.serving.workdir or "/",
+        secrets=tuple(name for name in secrets if context.options.environ.get(name)),
         job_max=manifest.cache.job_max,
         repair=asked.repair,
         beside=asked.beside,
@@ -163,22 +126,23 @@ def _job(shared: Shared, mode: str, task: Task, deadlines: Deadlines, asked: Ask
         observed={
             "host": socket.gethostname(),
             "builder": __version__,
-            "image": shared.serving.ref,
-            "run": shared.run_id,
+            "image": executor.serving.ref,
+            "run": context.run_id,
         },
     )
 
 
-def _spec(shared: Shared, job: Job, task: Task, deadlines: Deadlines, asked: Asked) -> ContainerSpec:
-    manifest, compiles = shared.manifest, job.mode in COMPILES
+def _spec(executor: ContainerExecutor, job: Job, task: Task, deadlines: Deadlines, asked: Asked) -> ContainerSpec:
+    context = executor.context
+    manifest, compiles = context.manifest, job.mode in COMPILES
     return ContainerSpec(
-        image=shared.warmup.id,
-        name=f"warm-cache-{shared.run_id}-{job.mode}-{task.label}"[:120],
+        image=executor.warmup.id,
+        name=f"warm-cache-{context.run_id}-{job.mode}-{task.label}"[:120],
         entrypoint=["python3", "-m", "builder.agent"],
         command=[],
-        env=_environment(shared, job),
-        labels=shared.lease.labels(task.label, job.lifetime),
-        mounts=(*_root(shared, job.mode in LOOKS), *(_store(manifest) if compiles else ()), *asked.mounts),
+        env=_environment(executor, job),
+        labels=executor.lease.labels(task.label, job.lifetime),
+        mounts=(*_root(executor, job.mode in LOOKS), *(_store(manifest) if compiles else ()), *asked.mounts),
         gpus=_devices(manifest, asked.devices) if compiles else 0,
         shm_size=manifest.container.shm_size,
         network=manifest.container.network if compiles else "none",
@@ -187,27 +151,18 @@ def _spec(shared: Shared, job: Job, task: Task, deadlines: Deadlines, asked: Ask
     )
 
 
-def _log_dir(options: Options) -> Path:
-    """Where logs go. Raises UsageError where none can be written."""
-    directory = options.log_dir
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
-    return directory
-
-
-def _root(shared: Shared, read_only: bool) -> tuple[Mount, ...]:
+def _root(executor: ContainerExecutor, read_only: bool) -> tuple[Mount, ...]:
     """The cache root; nothing where a verb that only reads must not make one, and then its place is in the
     container.
     """
-    there = shared.options.creates or shared.cache.exists()
-    return (replace(shared.cache.mount(), read_only=read_only),) if there else ()
+    there = executor.context.options.creates or executor.cache.exists()
+    return (replace(executor.cache.mount(), read_only=read_only),) if there else ()
 
 
-def _environment(shared: Shared, job: Job) -> dict[str, str]:
+def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:
     """Secrets are handed on by name and never enter the job, a label or a log."""
-    document, models = job.to_json(), shared.manifest.models
+    context = executor.context
+    document, models = job.to_json(), context.manifest.models
     if len(document.encode()) > MAX_JOB:
         label = job.task.label if job.task else job.mode
         raise UsageError(
@@ -219,7 +174,7 @@ def _environment(shared: Shared, job: Job) -> dict[str, str]:
     if models.store:
         env["HF_HOME"] = STORE
         env["HF_HUB_OFFLINE"] = "0" if models.writable else "1"
-    return env | {name: shared.options.environ[name] for name in job.secrets}
+    return env | {name: context.options.environ[name] for name in job.secrets}
 
 
 def _store(manifest: Manifest) -> tuple[Mount, ...]:

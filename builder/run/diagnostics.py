@@ -27,8 +27,8 @@ from builder.host import gpus
 from builder.host.gpus import HostGpus
 from builder.manifest.load import Manifest
 from builder.run import preflight
+from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import probe_env
-from builder.run.session import Session
 from builder.task import Task
 from builder.text import counted, size
 
@@ -70,25 +70,26 @@ class Facts:
     proc: Path = Path("/proc")
 
 
-def doctor(session: Session, _said: Namespace) -> None:
+def doctor(executor: ContainerExecutor, _said: Namespace) -> None:
     """Says what was found, and raises PreflightError with every problem that keeps a run from starting. Where there is
     none, a container has the last word about the GPUs.
     """
-    manifest, engine = session.manifest, session.engine
+    context = executor.context
+    manifest, engine = context.manifest, executor.engine
     facts = Facts(manifest, engine.info, engine.local, gpus.host_gpus() if engine.local else None, time.time())
     findings = examine(facts)
-    session.report.extra["checks"] = [{"check": name, **asdict(finding)} for name, finding in findings.items()]
-    session.console.table(
+    context.report.extra["checks"] = [{"check": name, **asdict(finding)} for name, finding in findings.items()]
+    context.console.table(
         ("check", "state", "finding"),
         [[name, finding.state, f"{finding.text}. {finding.remedy}".rstrip()] for name, finding in findings.items()],
         styles={WARN: "yellow"},
     )
-    problems = [*preflight.problems(manifest, engine), *session.busy()]
+    problems = [*preflight.problems(manifest, engine), *executor.busy()]
     if problems:
         raise PreflightError(CANNOT_RUN, problems)
-    session.probe(probe_env(manifest.tasks[0]))
+    executor.probe(probe_env(manifest.tasks[0]))
     warnings = sum(finding.state == WARN for finding in findings.values())
-    session.console.say(
+    context.console.say(
         f"this machine can run {counted(len(manifest.tasks), 'task')} of {manifest.image.ref}"
         + (f"; {counted(warnings, 'warning')} above" if warnings else "")
     )

@@ -19,10 +19,10 @@ from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrup
 from builder.host.cancel import Cancel
 from builder.report.live import LiveProgress
 from builder.report.progress import PARTS, TaskProgress
+from builder.run.container_executor import ContainerExecutor
 from builder.run.estimates import TIME_OUT, Estimate
 from builder.run.plan import Item, before, result_of
 from builder.run.schedule import Busy, Load, Place, Schedule, arrange, lower_bound
-from builder.run.session import Session
 from builder.text import counted, span
 
 #: Seconds that a signal may wait for its handler.
@@ -47,23 +47,25 @@ class Seat:
 Do = Callable[[Item, Seat], None]
 
 
-def place_of(session: Session) -> Place:
+def place_of(executor: ContainerExecutor) -> Place:
     """The room that a manifest gives its tasks."""
-    gpus = session.manifest.gpus
+    context = executor.context
+    gpus = context.manifest.gpus
     devices = tuple(range(gpus.count)) if gpus.devices is None else gpus.devices
-    return Place(devices, session.manifest.run.parallel)
+    return Place(devices, context.manifest.run.parallel)
 
 
 def load_of(item: Item, estimate: Estimate) -> Load:
     return Load(item.task.label, item.task.gpus, estimate.seconds, estimate.sure)
 
 
-def forecast(session: Session, items: Sequence[Item], expected: Mapping[str, Estimate]) -> str:
+def forecast(executor: ContainerExecutor, items: Sequence[Item], expected: Mapping[str, Estimate]) -> str:
     """How long these tasks will take, for people; also left in the report."""
+    context = executor.context
     loads = [load_of(item, expected[item.task.label]) for item in twins(items)[0]]
-    place, budget = place_of(session), session.manifest.run.budget
+    place, budget = place_of(executor), context.manifest.run.budget
     seconds = arrange(loads, place).seconds
-    session.report.extra["expected"] = {
+    context.report.extra["expected"] = {
         "seconds": round(seconds, 1),
         "lower_bound": round(lower_bound(loads, place), 1),
         "never_timed": [load.name for load in loads if not load.sure],
@@ -85,12 +87,12 @@ def twins(items: Sequence[Item]) -> tuple[list[Item], dict[str, Item]]:
     return [item for item in items if item.task.label not in same], same
 
 
-def work(session: Session, items: Sequence[Item], expected: Mapping[str, Estimate], do: Do) -> None:
+def work(executor: ContainerExecutor, items: Sequence[Item], expected: Mapping[str, Estimate], do: Do) -> None:
     """Does every item that the budget has room for. Raises the first error of one of them, after the end of all."""
     if any(not item.config_problem for item in items):
         # Resolved once and for all, by this thread, in which a signal may interrupt it.
-        _ = session.lease, session.warmup
-    with contextlib.closing(_Shift(session, items, expected, do)) as shift:
+        _ = executor.lease, executor.warmup
+    with contextlib.closing(_Shift(executor, items, expected, do)) as shift:
         shift.run()
 
 
@@ -127,18 +129,20 @@ class _Worker:
 class _Shift:
     """A run's tasks: what waits, what runs, and what was planned when last something changed."""
 
-    def __init__(self, session: Session, items: Sequence[Item], expected: Mapping[str, Estimate], do: Do) -> None:
-        self._session, self._do = session, do
+    def __init__(
+        self, executor: ContainerExecutor, items: Sequence[Item], expected: Mapping[str, Estimate], do: Do
+    ) -> None:
+        self._executor, self._do = executor, do
         self._waiting, self._same = twins(items)
         self._expected = expected
-        self._place = place_of(session)
+        self._place = place_of(executor)
         self._together = self._place.width([load_of(item, expected[item.task.label]) for item in self._waiting]) > 1
         self._count, self._started, self._ended = len(items), 0, 0
         self._running: list[_Worker] = []
         self._errors: list[BaseException] = []
         self._schedule, self._planned, self._is_sure = Schedule((), 0.0), time.monotonic(), True
         self._ear, self._bell = os.pipe()
-        self._display = LiveProgress(session.console, self.summary)
+        self._display = LiveProgress(executor.context.console, self.summary)
 
     def close(self) -> None:
         os.close(self._ear)
@@ -146,7 +150,7 @@ class _Shift:
 
     def run(self) -> None:
         """All of it. Those who run look for signals themselves; here one is raised when they are over."""
-        with self._session.cancel.shield(), self._display:
+        with self._executor.context.cancel.shield(), self._display:
             try:
                 self._start()
                 while self._running:
@@ -160,10 +164,10 @@ class _Shift:
 
     def _start(self) -> None:
         """Whatever has room now."""
-        session = self._session
-        if self._errors or session.cancel.is_set:
+        executor = self._executor
+        if self._errors or executor.context.cancel.is_set:
             return
-        left = session.budget.left()
+        left = executor.context.budget.left()
         self._waiting = [item for item in self._waiting if not self._is_too_late(item, left)]
         loads = {item.task.label: (item, self._load(item)) for item in self._waiting}
         busy = [worker.busy for worker in self._running]
@@ -192,7 +196,7 @@ class _Shift:
             None if all_of_them else busy.devices,
             self._together,
             activity,
-            self._session.cancel,
+            self._executor.context.cancel,
         )
         self._display.add(activity)
         self._running.append(_Worker(item, seat, busy, self._do, self._bell))
@@ -202,7 +206,7 @@ class _Shift:
 
     def _is_too_late(self, item: Item, left: float) -> bool:
         """Whether nothing can come of it within the budget; then that is its result."""
-        load, budget = self._load(item), self._session.manifest.run.budget or 0.0
+        load, budget = self._load(item), self._executor.context.manifest.run.budget or 0.0
         if left <= 0:
             reason = "budget: it ended before this task had its turn"
         elif load.sure and load.seconds > left:
@@ -213,8 +217,8 @@ class _Shift:
         else:
             return False
         state = "warm" if item.warm else "cold"  # forced, and what it had is there still
-        self._session.report.add_result(replace(before(item), state=state, reason=reason))
-        self._session.console.say(f"{item.task.label}: {state} ({reason})")
+        self._executor.context.report.add_result(replace(before(item), state=state, reason=reason))
+        self._executor.context.console.say(f"{item.task.label}: {state} ({reason})")
         return True
 
     def _wait(self) -> None:
@@ -235,20 +239,20 @@ class _Shift:
     def _raise(self) -> None:
         """A signal, else the error that counts most; what else went wrong is a warning, once."""
         errors = [error for error in self._errors if not isinstance(error, Interrupted)]
-        first = None if self._session.cancel.is_set else min(errors, key=_rank, default=None)
+        first = None if self._executor.context.cancel.is_set else min(errors, key=_rank, default=None)
         for text in dict.fromkeys(map(_message, errors)):
             if first is None or text != _message(first):
-                self._session.report.warnings.append(text)
-        self._session.cancel.check()
+                self._executor.context.report.warnings.append(text)
+        self._executor.context.cancel.check()
         if first is not None:
             raise first
 
     def _settle_twins(self) -> None:
         """The same work in another task is done, or it is not: once is enough to know."""
-        report = self._session.report
-        for task in [task for task in self._session.manifest.tasks if task.label in self._same]:
+        report = self._executor.context.report
+        for task in [task for task in self._executor.context.manifest.tasks if task.label in self._same]:
             other = self._same[task.label]
-            now, done = self._session.plan((task,)).items[0], report.of(other.task.label)
+            now, done = self._executor.plan((task,)).items[0], report.of(other.task.label)
             result = before(now) if now.warm else result_of(now, done.state)
             result.reason = f"the same work as {other.task.label}" + (f": {done.reason}" if done.reason else "")
             report.add_result(result)

@@ -15,8 +15,8 @@ from typing import Any
 
 from builder.cache import marker_files, survey, toolchain
 from builder.errors import CANNOT_RUN, PreflightError, Problem
+from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import Item
-from builder.run.session import Session
 from builder.text import size
 
 #: No number in a marker is believed beyond this: anybody may have written it.
@@ -76,15 +76,15 @@ def _shared(lists: Sequence[tuple[int, frozenset[str]]]) -> int:
     return round(sum(count for count, _ in lists) * distinct / listed) if listed else 0
 
 
-def refuse(session: Session, items: Sequence[Item]) -> None:
+def refuse(executor: ContainerExecutor, items: Sequence[Item]) -> None:
     """Raises PreflightError where the cold tasks among these will not fit. Where the root cannot be read from here,
     nobody can tell.
     """
-    root = session.cache.direct()
+    root = executor.cache.direct()
     if root is None:
         return
     cold = [item for item in items if not item.warm]
-    problems = list(problems_of(root, session.manifest.cache.max_size, learn(root, cold)))
+    problems = list(problems_of(root, executor.context.manifest.cache.max_size, learn(root, cold)))
     if problems:
         raise PreflightError(CANNOT_RUN, problems)
 

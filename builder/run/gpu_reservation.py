@@ -23,8 +23,8 @@ from builder.host import gpu_locks, hooks
 from builder.host.deadlines import Deadline, poll
 from builder.host.gpus import Gpu, Look, Process
 from builder.run import preflight
+from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import Item
-from builder.run.session import Session
 
 #: A GPU is free again when no more than this many bytes are in use beyond what was before.
 TOLERANCE = 512 << 20
@@ -34,25 +34,26 @@ _EVERY = 0.1
 
 
 @contextlib.contextmanager
-def taken(session: Session, items: Sequence[Item]) -> Iterator[Machine]:
+def taken(executor: ContainerExecutor, items: Sequence[Item]) -> Iterator[Machine]:
     """The machine for these items, as long as the context is; nothing is taken where none of them starts a container.
 
     Raises PreflightError when it cannot be had, and BusyError when another builder keeps it.
     """
+    context = executor.context
     work = [item for item in items if not item.config_problem]
-    machine = Machine(session)
+    machine = Machine(executor)
     with contextlib.ExitStack() as stack:
         if work:
-            stack.enter_context(_out_of_service(session))
+            stack.enter_context(_out_of_service(executor))
             # Whoever is put back into service may want to reset a GPU, and an open driver keeps it from that.
-            stack.callback(session.nvml.close)
-        if work and session.manifest.gpus.count:
-            warn = session.report.warnings.append
-            stack.enter_context(gpu_locks.locked(machine.names(work[0]), session.patience(), warn))
+            stack.callback(executor.nvml.close)
+        if work and context.manifest.gpus.count:
+            warn = context.report.warnings.append
+            stack.enter_context(gpu_locks.locked(machine.names(work[0]), executor.patience(), warn))
         if work:
             # Who had these locks until now may have been killed, and its containers still be there.
-            session.sweep()
-        if work and session.manifest.gpus.count:
+            executor.sweep()
+        if work and context.manifest.gpus.count:
             machine.refuse_busy()
         yield machine
 
@@ -61,21 +62,22 @@ def taken(session: Session, items: Sequence[Item]) -> Iterator[Machine]:
 
 
 @contextlib.contextmanager
-def _out_of_service(session: Session) -> Iterator[None]:
-    spec = session.manifest.gpus
+def _out_of_service(executor: ContainerExecutor) -> Iterator[None]:
+    context = executor.context
+    spec = context.manifest.gpus
     if not (spec.acquire or spec.release):
         yield
         return
-    place = _working_directory(session)
+    place = _working_directory(executor)
     acquire, release = (
-        hooks.Hooks(lines, session.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
+        hooks.Hooks(lines, context.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
     )
-    debt = session.lease.path.parent
-    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, session.patience(), session.report.warnings.append):
+    debt = executor.lease.path.parent
+    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, executor.patience(), context.report.warnings.append):
         _owe(debt, release)
         try:
-            session.console.say("taking this machine out of service:")
-            failure = hooks.run(acquire, session.options.environ, session.say_hook)
+            context.console.say("taking this machine out of service:")
+            failure = hooks.run(acquire, context.options.environ, executor.say_hook)
             if failure is not None:
                 error = PreflightError(
                     "this machine can't be taken out of service", [Problem("acquire", f"{failure.text}.")]
@@ -84,15 +86,15 @@ def _out_of_service(session: Session) -> Iterator[None]:
                 raise error
             yield
         finally:
-            _release(session, debt, release)
+            _release(executor, debt, release)
 
 
-def _working_directory(session: Session) -> str:
+def _working_directory(executor: ContainerExecutor) -> str:
     """Where the operator's commands run: where the builder does, as long as that is there."""
     try:
         return str(Path.cwd())
     except OSError as error:
-        session.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
+        executor.context.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
         return "/"
 
 
@@ -105,23 +107,24 @@ def _owe(debt: Path, release: hooks.Hooks) -> None:
         ) from error
 
 
-def _release(session: Session, debt: Path, release: hooks.Hooks) -> None:
+def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> None:
     """Also after a signal, and in spite of it. A second one ends the wait; what is owed then stays owed."""
-    cancel = session.cancel
+    context = executor.context
+    cancel = context.cancel
     with cancel.shield():
-        session.console.say("putting this machine back into service:")
+        context.console.say("putting this machine back into service:")
         times = cancel.times
         failure = hooks.run(
             release,
-            session.options.environ,
-            session.say_hook,
+            context.options.environ,
+            executor.say_hook,
             all_of_them=True,
             hurried=lambda: cancel.times > max(1, times),
         )
         if failure is None:
             hooks.settled(debt)
         else:
-            session.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
+            context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
 
 
 # --- its GPUs --------------------------------------------------------------------------------------------------------
@@ -140,8 +143,8 @@ class Held:
 class Machine:
     """What a run knows about the GPUs of its containers."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, executor: ContainerExecutor) -> None:
+        self._executor = executor
         self._said: set[str] = set()
         self._saying = threading.Lock()
 
@@ -158,18 +161,18 @@ class Machine:
 
     def refuse_busy(self) -> None:
         """Raises PreflightError with everybody who holds one of them; a warning where that is allowed."""
-        session = self._session
-        remedy = ["[gpus] acquire did not free it: stop it, or"] if session.manifest.gpus.acquire else []
+        executor = self._executor
+        remedy = ["[gpus] acquire did not free it: stop it, or"] if executor.context.manifest.gpus.acquire else []
         # What was swept has ended, and its GPUs are free in a moment.
-        limit = Deadline(session.manifest.gpus.release_timeout if session.swept else 0.0)
+        limit = Deadline(executor.context.manifest.gpus.release_timeout if executor.swept else 0.0)
         while True:
             look = self._look()
-            problems = list(preflight.busy(look, session.container_names, *remedy))
-            if not problems or limit.over or session.options.allow_busy:
+            problems = list(preflight.busy(look, executor.container_names, *remedy))
+            if not problems or limit.over or executor.context.options.allow_busy:
                 break
-            session.cancel.wait(_EVERY)
-            session.cancel.check()
-        session.report.gpus = [
+            executor.context.cancel.wait(_EVERY)
+            executor.context.cancel.check()
+        executor.context.report.gpus = [
             {
                 "index": gpu.index,
                 "uuid": gpu.uuid,
@@ -181,9 +184,9 @@ class Machine:
             }
             for gpu in look.gpus
         ]
-        if problems and not session.options.allow_busy:
+        if problems and not executor.context.options.allow_busy:
             raise PreflightError("this machine can't run it now", problems)
-        session.report.warnings += [problem.text for problem in problems]
+        executor.context.report.warnings += [problem.text for problem in problems]
 
     @contextlib.contextmanager
     def free_after(self, label: str, devices: tuple[int, ...] | None = None) -> Iterator[None]:
@@ -193,16 +196,16 @@ class Machine:
         Raises GpusHeldError when they are not within ``[gpus] release_timeout``: whatever came next would run out of
         memory. Somebody who wants to end the run does not wait for them.
         """
-        session = self._session
-        has_some = session.manifest.gpus.count if devices is None else devices
-        before, ran = self._look(devices) if has_some else Look(), len(session.ran)
+        executor = self._executor
+        has_some = executor.context.manifest.gpus.count if devices is None else devices
+        before, ran = self._look(devices) if has_some else Look(), len(executor.ran)
         yield
-        if len(session.ran) == ran or not before.gpus:
+        if len(executor.ran) == ran or not before.gpus:
             return
-        if session.cancel.is_set:
-            session.report.warnings += [f"after {label}, {text}" for text in self._texts(self._held(before))]
+        if executor.context.cancel.is_set:
+            executor.context.report.warnings += [f"after {label}, {text}" for text in self._texts(self._held(before))]
             return
-        timeout, began = session.manifest.gpus.release_timeout, time.monotonic()
+        timeout, began = executor.context.manifest.gpus.release_timeout, time.monotonic()
         freed: dict[str, float] = {}
 
         def all_free() -> bool:
@@ -212,7 +215,7 @@ class Machine:
                     freed.pop(gpu.uuid, None)
                 else:
                     freed.setdefault(gpu.uuid, time.monotonic() - began)
-            session.cancel.check()
+            executor.context.cancel.check()
             return not still
 
         is_free = poll(all_free, Deadline(timeout), every=_EVERY)
@@ -224,17 +227,17 @@ class Machine:
                 "memory, so nothing more is started; end what holds them, and run again"
             )
         whose = "" if devices is None else f"{label}: "
-        session.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
+        executor.context.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
 
     def _report(self, freed: dict[str, float]) -> None:
         """The longest wait of all tasks; None for a GPU that is not free yet."""
-        for entry in self._session.report.gpus:
+        for entry in self._executor.context.report.gpus:
             seconds = freed.get(entry["uuid"])
             before = entry["free_again_seconds"] or 0.0
             entry["free_again_seconds"] = None if seconds is None else round(max(before, seconds), 3)
 
     def _held(self, before: Look) -> list[Held]:
-        now = self._session.look()
+        now = self._executor.look()
         found = []
         for was in before.gpus:
             gpu = now.gpu(was.uuid)
@@ -249,7 +252,7 @@ class Machine:
         others = [process for process in gpu.processes or () if self._is_somebody_elses(process)]
         new = [process for process in gpu.processes or () if process.identity not in known]
         extra = gpu.used - was.used if gpu.used is not None and was.used is not None else 0
-        if self._session.options.allow_busy:
+        if self._executor.context.options.allow_busy:
             # Who shares a GPU cannot tell whose memory it is that grows.
             new = [process for process in new if process not in others]
             extra = 0 if known or others else extra
@@ -259,11 +262,11 @@ class Machine:
 
     def _is_somebody_elses(self, process: Process) -> bool:
         """One that is ending has no start time any more, and is ours rather than not."""
-        return process.started is not None and process.container not in self._session.ran
+        return process.started is not None and process.container not in self._executor.ran
 
     def _texts(self, found: Sequence[Held]) -> list[str]:
         """For people, one sentence each. The engine is asked once for the names of containers, if it has to be."""
-        names = self._session.container_names() if any(held.processes for held in found) else {}
+        names = self._executor.container_names() if any(held.processes for held in found) else {}
         return [self._text(held, names) for held in found]
 
     @staticmethod
@@ -278,11 +281,11 @@ class Machine:
 
     def _look(self, devices: tuple[int, ...] | None = None) -> Look:
         """A look, and once per run what it cannot say."""
-        look = self._session.look()
+        look = self._executor.look()
         if devices is not None:
             look = look.chosen(devices, 0)
         if look.absent is not None:
-            self._session.report.extra["gpus_reason"] = look.absent
+            self._executor.context.report.extra["gpus_reason"] = look.absent
             self._say(f"{look.absent}; who holds them, and whether they are free again after a task, is not checked")
         for note in look.notes:
             self._say(note)
@@ -293,4 +296,4 @@ class Machine:
             known = text in self._said
             self._said.add(text)
         if not known:
-            self._session.console.say(f"GPUs: {text}")
+            self._executor.context.console.say(f"GPUs: {text}")

@@ -17,8 +17,8 @@ from builder.errors import BuilderError, DefectError, EngineLostError, Preflight
 from builder.events import FAILED
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
+from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import Asked, describe
-from builder.run.session import Session
 from builder.task import Task
 
 #: Seconds without the lock after which people are told what they wait for.
@@ -41,28 +41,28 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(session: Session, lock: Lock) -> Iterator[None]:
+def held(executor: ContainerExecutor, lock: Lock) -> Iterator[None]:
     """The lock is held by a container that waits for it and is stopped when the context ends. Raises BusyError when it
     cannot be had within ``[run] lock_timeout``; a lock that was lost on the way is a warning in the report.
     """
     # Everything the thread shares is resolved before it starts.
-    _ = session.warmup, session.lease
-    holder = _Holder(session, lock)
+    _ = executor.warmup, executor.lease
+    holder = _Holder(executor, lock)
     try:
         holder.wait()
         yield
     finally:
         # A signal hurries the container's end, and must not leave it behind.
-        with session.cancel.shield():
+        with executor.context.cancel.shield():
             holder.end()
 
 
 class _Holder:
     """The container, and the thread that drives it."""
 
-    def __init__(self, session: Session, lock: Lock) -> None:
-        self._session, self._lock = session, lock
-        self._cancel = Cancel(part_of=session.cancel)
+    def __init__(self, executor: ContainerExecutor, lock: Lock) -> None:
+        self._executor, self._lock = executor, lock
+        self._cancel = Cancel(part_of=executor.context.cancel)
         self._waiting, self._locked = threading.Event(), threading.Event()
         self._failure: BuilderError | None = None
         self._thread = threading.Thread(target=self._run, name=lock.name, daemon=True)
@@ -76,42 +76,42 @@ class _Holder:
 
     def wait(self) -> None:
         """Until the lock is held. Raises BusyError when it cannot be had in time."""
-        run, lock = self._session.manifest.run, self._lock
+        run, lock = self._executor.context.manifest.run, self._lock
         starting, limit, told = Deadline(run.start), Deadline(None), False
         while not self._locked.is_set():
-            self._session.cancel.check()
+            self._executor.context.cancel.check()
             if self._failure is not None:
                 raise self._failure
             if self._waiting.is_set() and not told:
                 limit, told = Deadline(run.lock_timeout), True
                 if not poll(self._is_settled, limit.within(_SAY_AFTER), every=0.02):
-                    self._session.console.say(f"waiting for {lock.whom}, which {lock.doing}")
+                    self._executor.context.console.say(f"waiting for {lock.whom}, which {lock.doing}")
             if limit.over or (starting.over and not told):
-                raise self._session.patience().exhausted(f"{lock.busy} by {lock.whom}")
+                raise self._executor.patience().exhausted(f"{lock.busy} by {lock.whom}")
             poll(self._is_settled, limit.within(0.2), every=0.02)
 
     def end(self) -> None:
         """Lets the lock go: the container is gone when this returns."""
-        failure, hurried = self._failure, self._session.cancel.times
+        failure, hurried = self._failure, self._executor.context.cancel.times
         self._cancel.set(signal.SIGTERM)
         while self._thread.is_alive():
             self._thread.join(0.05)
-            if self._session.cancel.times > hurried:
-                hurried = self._session.cancel.times
+            if self._executor.context.cancel.times > hurried:
+                hurried = self._executor.context.cancel.times
                 self._cancel.set(signal.SIGTERM)
         if failure is not None and self._locked.is_set():
-            self._session.report.warnings.append(f"{self._lock.name} was lost on the way: {failure.message}")
+            self._executor.context.report.warnings.append(f"{self._lock.name} was lost on the way: {failure.message}")
 
     def _is_settled(self) -> bool:
-        return self._locked.is_set() or self._failure is not None or self._session.cancel.is_set
+        return self._locked.is_set() or self._failure is not None or self._executor.context.cancel.is_set
 
     def _run(self) -> None:
         lock = self._lock
-        start = self._session.manifest.run.start
+        start = self._executor.context.manifest.run.start
         limits = Deadlines(task=lock.lifetime, silence=lock.lifetime, start=start, grace=2.0)
         task = Task(label=lock.mode, model="", recipe="command")
         try:
-            outcome = self._session.run(lock.mode, task, limits, Asked(cancel=self._cancel, on_event=self._on_event))
+            outcome = self._executor.run(lock.mode, task, limits, Asked(cancel=self._cancel, on_event=self._on_event))
         except BuilderError as error:
             self._failure = error
             return

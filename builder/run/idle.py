@@ -12,32 +12,33 @@ from builder.errors import DeferredError
 from builder.host import gpu_locks
 from builder.host.deadlines import Deadline, poll
 from builder.run import preflight
+from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import Item
-from builder.run.session import Session
 from builder.text import duration
 
 #: Seconds between two looks.
 _EVERY = 1.0
 
 
-def wait(session: Session, seconds: float, items: Sequence[Item] = ()) -> float:
+def wait(executor: ContainerExecutor, seconds: float, items: Sequence[Item] = ()) -> float:
     """Until the GPUs of this manifest are idle; the seconds that it took. Raises DeferredError when they are not."""
-    if not session.manifest.gpus.count:
+    context = executor.context
+    if not context.manifest.gpus.count:
         return 0.0
     limit, said = Deadline(seconds), ""
     reason: list[str] = []
 
     def settled() -> bool:
         nonlocal said
-        session.cancel.check()
-        reason[:] = [next(busy(session, items), "")]
+        context.cancel.check()
+        reason[:] = [next(busy(executor, items), "")]
         if reason[0] and reason[0] != said:
             said = reason[0]
-            session.console.say(f"waiting until this machine is idle, at most {duration(limit.left())}: {said}")
-        return not reason[0] or session.cancel.is_set
+            context.console.say(f"waiting until this machine is idle, at most {duration(limit.left())}: {said}")
+        return not reason[0] or context.cancel.is_set
 
     idle = poll(settled, limit, every=_EVERY)
-    session.cancel.check()
+    context.cancel.check()
     if not idle:
         raise DeferredError(
             f"deferred: this machine was not idle within {duration(seconds)} ({reason[0]}). Nothing was pulled or "
@@ -46,14 +47,14 @@ def wait(session: Session, seconds: float, items: Sequence[Item] = ()) -> float:
     return seconds - limit.left()
 
 
-def busy(session: Session, items: Sequence[Item] = ()) -> Iterator[str]:
+def busy(executor: ContainerExecutor, items: Sequence[Item] = ()) -> Iterator[str]:
     """Who has GPUs that this manifest wants, one sentence each."""
-    look = session.look()
+    look = executor.look()
     if look.absent is None:
-        for problem in preflight.busy(look, session.container_names):
+        for problem in preflight.busy(look, executor.container_names):
             yield problem.text.rstrip(".")
     else:
-        for name in gpu_containers(session):
+        for name in gpu_containers(executor):
             yield f"container {name} has GPUs, and who computes on them cannot be asked ({look.absent})"
     names = {gpu.uuid: f"GPU {gpu.index}" for gpu in look.gpus}
     for item in items:
@@ -64,9 +65,9 @@ def busy(session: Session, items: Sequence[Item] = ()) -> Iterator[str]:
                 yield f"another builder has {what}"
 
 
-def gpu_containers(session: Session) -> Iterator[str]:
+def gpu_containers(executor: ContainerExecutor) -> Iterator[str]:
     """Names of the running containers of this engine that were given GPUs."""
-    ask = session.engine.ask
+    ask = executor.engine.ask
     for entry in ask("cannot list containers", "GET", "/containers/json") or ():
         doing = f"cannot look at {entry['Id'][:12]}"
         host = (ask(doing, "GET", "/containers/{0}/json", entry["Id"]) or {}).get("HostConfig") or {}

@@ -8,8 +8,8 @@ from typing import Any
 from builder.engine.container import Deadlines
 from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
 from builder.events import FAILED, WARMED
+from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import NOTHING_ELSE, Asked, describe
-from builder.run.session import Session
 from builder.task import Task
 from builder.text import printable
 
@@ -19,15 +19,19 @@ TIMEOUT = 3600.0
 Event = Mapping[str, Any]
 
 
-def run(session: Session, mode: str, hear: Callable[[Event], None], asked: Asked = NOTHING_ELSE) -> None:
+def run(executor: ContainerExecutor, mode: str, hear: Callable[[Event], None], asked: Asked = NOTHING_ELSE) -> None:
     """This mode to its end, and what it told. Raises what kept it from ending well."""
+    context = executor.context
     limits = Deadlines(
-        task=TIMEOUT, silence=TIMEOUT, start=session.manifest.run.start, grace=session.manifest.run.grace
+        task=TIMEOUT,
+        silence=TIMEOUT,
+        start=context.manifest.run.start,
+        grace=context.manifest.run.grace,
     )
-    outcome = session.run(mode, Task(label=mode, model="", recipe="command"), limits, asked)
+    outcome = executor.run(mode, Task(label=mode, model="", recipe="command"), limits, asked)
     for event in outcome.events:
         hear(event)
-    session.cancel.check()
+    context.cancel.check()
     if outcome.ended == "exited" and outcome.exit_code == WARMED:
         return
     if outcome.exit_code == FAILED:
@@ -36,11 +40,11 @@ def run(session: Session, mode: str, hear: Callable[[Event], None], asked: Asked
     raise EngineLostError(f"the container that was to {mode} {describe(outcome)}", notes=outcome.tail)
 
 
-def is_there(session: Session) -> bool:
+def is_there(executor: ContainerExecutor) -> bool:
     """Whether there is a cache root to work on; nothing here makes one where somebody mistyped a name."""
-    session.report.cache = session.cache.name
-    if session.cache.exists():
-        with session.cache.view(entries=False) as root:
+    executor.context.report.cache = executor.cache.name
+    if executor.cache.exists():
+        with executor.cache.view(entries=False) as root:
             if (root / "layout.json").is_file():
                 return True
     return False

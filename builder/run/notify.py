@@ -21,7 +21,7 @@ from builder.manifest.load import Manifest
 from builder.report import metrics, webhook
 from builder.run import maintenance
 from builder.run.call import Call
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
 from builder.text import counted, printable
 
 
@@ -48,18 +48,18 @@ class Tale:
     freed: int = 0
     held: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)
 
-    def look(self, session: Session, *, by_container: bool) -> None:
+    def look(self, executor: ContainerExecutor, *, by_container: bool) -> None:
         """At what the cache holds now; not when somebody wants an end. by_container: one counts what cannot be
         seen from here.
         """
-        if session.cancel.is_set or "image" not in vars(session):
+        if executor.context.cancel.is_set or "image" not in vars(executor):
             return
         with contextlib.suppress(BuilderError, OSError):
-            root = session.cache.direct()
+            root = executor.cache.direct()
             if root is not None:
                 self.held = list(survey.samples(root))
             elif by_container:
-                maintenance.run(session, "survey", self._hear)
+                maintenance.run(executor, "survey", self._hear)
 
     def _hear(self, event: maintenance.Event) -> None:
         name, number, labels = event.get("metric"), event.get("value"), event.get("labels")

@@ -11,52 +11,52 @@ from builder.engine.api import Volume
 from builder.engine.lease import LABEL
 from builder.errors import EngineRefusedError
 from builder.run import cache_locks, maintenance
+from builder.run.container_executor import ContainerExecutor
 from builder.run.maintenance import Event
-from builder.run.session import Session
 
 #: Labels of a view's volume: its name, and the cache root that it is a view of.
 LABEL_VIEW, LABEL_ROOT = LABEL + "view", LABEL + "view-of"
 
 
-def volume_name(session: Session, job: str) -> str:
+def volume_name(executor: ContainerExecutor, job: str) -> str:
     """One engine may have views of several roots."""
-    return f"warm-cache-view-{hashlib.sha256(session.cache.name.encode()).hexdigest()[:8]}-{job}"
+    return f"warm-cache-view-{hashlib.sha256(executor.cache.name.encode()).hexdigest()[:8]}-{job}"
 
 
-def engine_id(session: Session) -> str:
-    return str(session.engine.info.get("ID") or "")
+def engine_id(executor: ContainerExecutor) -> str:
+    return str(executor.engine.info.get("ID") or "")
 
 
-def volumes(session: Session) -> list[Volume]:
+def volumes(executor: ContainerExecutor) -> list[Volume]:
     """Of this root's views on this engine."""
-    found = session.engine.volumes(f"{LABEL_ROOT}={session.cache.name}")
+    found = executor.engine.volumes(f"{LABEL_ROOT}={executor.cache.name}")
     return sorted((volume for volume in found if LABEL_VIEW in volume.labels), key=lambda volume: volume.name)
 
 
-def looked(session: Session) -> list[Event]:
+def looked(executor: ContainerExecutor) -> list[Event]:
     found: list[Event] = []
-    maintenance.run(session, "view-list", found.append)
+    maintenance.run(executor, "view-list", found.append)
     return found
 
 
 @contextlib.contextmanager
-def swept(session: Session) -> Iterator[Mapping[str, Any]]:
+def swept(executor: ContainerExecutor) -> Iterator[Mapping[str, Any]]:
     """Removes the volumes of views that no container has, and that nobody wrote to for longer than a job may last. What
     the sweep's container is told: which views still have a volume, so that the others' layers may go.
     """
-    with cache_locks.views(session):
-        mine = {volume.labels[LABEL_VIEW]: volume.name for volume in volumes(session)}
+    with cache_locks.views(executor):
+        mine = {volume.labels[LABEL_VIEW]: volume.name for volume in volumes(executor)}
         idle = {}
-        for event in looked(session) if mine else ():
+        for event in looked(executor) if mine else ():
             if event.get("event") == "view":
                 idle[str(event.get("view"))] = float(event.get("idle") or 0.0)
         keep = []
         for job, volume in mine.items():
-            if session.engine.users(volume) or idle.get(job, float("inf")) < session.manifest.cache.job_max:
+            if executor.engine.users(volume) or idle.get(job, float("inf")) < executor.context.manifest.cache.job_max:
                 keep.append(job)
                 continue
             try:
-                session.engine.remove_volume(volume)
+                executor.engine.remove_volume(volume)
             except EngineRefusedError:
                 keep.append(job)  # a job was faster
-        yield {"keep": keep, "engine": engine_id(session)}
+        yield {"keep": keep, "engine": engine_id(executor)}

@@ -12,8 +12,8 @@ from builder.cache.marker_files import folder_name
 from builder.errors import Problem, UsageError
 from builder.job import PrunePolicy
 from builder.manifest.values import a_string, positive_seconds, size
+from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import Plan
-from builder.run.session import Session
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -29,9 +29,9 @@ class Limits:
     images: bool
 
 
-def limits(session: Session, said: Namespace) -> Limits:
+def limits(executor: ContainerExecutor, said: Namespace) -> Limits:
     """Raises UsageError, with every problem, for a value that cannot be used."""
-    cache = session.manifest.cache
+    cache = executor.context.manifest.cache
     problems: list[Problem] = []
     found = Limits(
         keep=given(said, "keep", _count, cache.keep, problems),
@@ -63,7 +63,7 @@ def _count(value: Any) -> int:
     return int(text)
 
 
-def policy(session: Session, limits: Limits, plan: Plan | None, *, dry_run: bool) -> PrunePolicy:
+def policy(executor: ContainerExecutor, limits: Limits, plan: Plan | None, *, dry_run: bool) -> PrunePolicy:
     """With what the manifest's image needs, which never goes. plan: of all its tasks; None where nobody can tell what
     the image needs, because it never was in this cache.
     """
@@ -73,7 +73,7 @@ def policy(session: Session, limits: Limits, plan: Plan | None, *, dry_run: bool
         keep=limits.keep,
         older_than=limits.older_than,
         max_size=limits.max_size,
-        image=session.identity,
+        image=executor.identity,
         keys=tuple(keys.values()),
         folders=tuple(
             folder_name(

@@ -13,9 +13,9 @@ from builder.cache.retention import Plan
 from builder.job import PrunePolicy
 from builder.run import cache_locks, maintenance, policy, upkeep
 from builder.run import image_cleanup as images
+from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import Asked
 from builder.run.policy import Limits
-from builder.run.session import Session
 from builder.text import counted, printable, size
 
 Event = Mapping[str, Any]
@@ -42,48 +42,49 @@ class Outcome:
         return [row for row in self.rows if not row["stays"]]
 
 
-def prune(session: Session, said: Namespace) -> None:
+def prune(executor: ContainerExecutor, said: Namespace) -> None:
     """Removes what the policy lets go, or says what it would remove; and what that frees."""
-    limits = policy.limits(session, said)
+    limits = policy.limits(executor, said)
     dry_run = bool(said.dry_run)
-    if not upkeep.is_there(session):
+    if not upkeep.is_there(executor):
         return
     outcome = Outcome()
     try:
         if dry_run:
-            look(session, limits, outcome)
+            look(executor, limits, outcome)
         else:
-            with cache_locks.held(session):
-                carry_out(session, limits, outcome)
-        prune_images(session, limits, outcome, dry_run=dry_run)
+            with cache_locks.held(executor):
+                carry_out(executor, limits, outcome)
+        prune_images(executor, limits, outcome, dry_run=dry_run)
     finally:
-        tell(session, outcome, dry_run=dry_run)
+        tell(executor, outcome, dry_run=dry_run)
 
 
-def look(session: Session, limits: Limits, outcome: Outcome) -> None:
+def look(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
     """What a prune would do now. Writes nothing, and starts no container where the root can be read from here."""
-    tasks = session.manifest.tasks
-    known = session.remembers(tasks)
+    context = executor.context
+    tasks = context.manifest.tasks
+    known = executor.remembers(tasks)
     if not known:
         outcome.left.append(
-            f"{session.manifest.image.ref} was never warmed here; a dry run cannot tell what it needs, prune can"
+            f"{context.manifest.image.ref} was never warmed here; a dry run cannot tell what it needs, prune can"
         )
-    wanted = policy.policy(session, limits, session.plan(tasks) if known else None, dry_run=True)
-    direct = session.cache.direct()
+    wanted = policy.policy(executor, limits, executor.plan(tasks) if known else None, dry_run=True)
+    direct = executor.cache.direct()
     if direct is None:
-        in_container(session, wanted, outcome)
+        in_container(executor, wanted, outcome)
         return
-    found = reclaim.plan(direct, wanted, job_max=session.manifest.cache.job_max, now=time.time())
+    found = reclaim.plan(direct, wanted, job_max=context.manifest.cache.job_max, now=time.time())
     _take(outcome, found)
 
 
-def carry_out(session: Session, limits: Limits, outcome: Outcome) -> None:
+def carry_out(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
     """Under the run lock, which the caller holds."""
-    wanted = policy.policy(session, limits, session.plan(session.manifest.tasks), dry_run=False)
-    in_container(session, wanted, outcome)
+    wanted = policy.policy(executor, limits, executor.plan(executor.context.manifest.tasks), dry_run=False)
+    in_container(executor, wanted, outcome)
 
 
-def in_container(session: Session, wanted: PrunePolicy, outcome: Outcome) -> None:
+def in_container(executor: ContainerExecutor, wanted: PrunePolicy, outcome: Outcome) -> None:
     """What the container said on its way, also where it did not come to its end."""
 
     def hear(event: Event) -> None:
@@ -105,7 +106,7 @@ def in_container(session: Session, wanted: PrunePolicy, outcome: Outcome) -> Non
                 outcome.images = frozenset(map(str, event.get("images") or ()))
                 outcome.kept_images = frozenset(map(str, event.get("kept_images") or ()))
 
-    maintenance.run(session, "prune", hear, Asked(prune=wanted))
+    maintenance.run(executor, "prune", hear, Asked(prune=wanted))
 
 
 def _take(outcome: Outcome, found: Plan) -> None:
@@ -120,18 +121,19 @@ def _take(outcome: Outcome, found: Plan) -> None:
     outcome.images, outcome.kept_images = found.images, found.kept_images
 
 
-def prune_images(session: Session, limits: Limits, outcome: Outcome, *, dry_run: bool) -> None:
+def prune_images(executor: ContainerExecutor, limits: Limits, outcome: Outcome, *, dry_run: bool) -> None:
     """The engine's images of toolchains that nothing kept names any more."""
-    serving = session.serving
+    context = executor.context
+    serving = executor.serving
     found = images.superseded(
-        session.engine,
+        executor.engine,
         dropped=outcome.images,
         kept=outcome.kept_images | {serving.id},
-        setup=session.manifest.image.setup,
-        ref=session.manifest.image.ref,
+        setup=context.manifest.image.setup,
+        ref=context.manifest.image.ref,
         tagged=limits.images,
     )
-    for gone in found if dry_run else images.remove(session.engine, found):
+    for gone in found if dry_run else images.remove(executor.engine, found):
         outcome.rows.append(
             {"kind": "image", "path": gone.image.name, "family": "", "key": gone.image.id, "why": gone.why}
             | {"bytes": gone.image.bytes, "stays": gone.stays}
@@ -139,10 +141,11 @@ def prune_images(session: Session, limits: Limits, outcome: Outcome, *, dry_run:
         outcome.image_bytes += 0 if gone.stays else gone.image.bytes
 
 
-def tell(session: Session, outcome: Outcome, *, dry_run: bool) -> None:
+def tell(executor: ContainerExecutor, outcome: Outcome, *, dry_run: bool) -> None:
     """The table, and what it came to."""
-    say = session.console.say
-    session.report.extra["prune"] = {
+    context = executor.context
+    say = context.console.say
+    context.report.extra["prune"] = {
         "dry_run": dry_run,
         "steps": outcome.rows,
         "bytes_before": outcome.before,
@@ -153,11 +156,11 @@ def tell(session: Session, outcome: Outcome, *, dry_run: bool) -> None:
     }
     if outcome.rows:
         columns = ("what", "which", "size", "why")
-        session.console.table(columns, [_row(row) for row in outcome.rows])
+        context.console.table(columns, [_row(row) for row in outcome.rows])
     for text in outcome.left:
         say(text)
     kinds = summary(outcome.gone)
-    name = session.cache.name
+    name = executor.cache.name
     if dry_run:
         would = (
             f"would remove {kinds}, {size(outcome.before - outcome.after)} of" if kinds else "would remove nothing of"

@@ -23,10 +23,10 @@ from builder.manifest.values import a_string, seconds
 from builder.report.webhook import checked
 from builder.run import cache_locks, forecast, idle, image_cleanup, notify, policy, prune, upkeep, warm
 from builder.run.call import Call
+from builder.run.container_executor import ContainerExecutor
 from builder.run.notify import Settings, Tale
 from builder.run.plan import Plan
 from builder.run.policy import Limits, given
-from builder.run.session import Session
 from builder.text import size
 
 
@@ -36,12 +36,12 @@ def refresh(call: Call) -> None:
     """
     manifest = call.manifest()
     settings = _settings(call)
-    with call.signals(), notify.told(call, manifest, settings) as story, call.connect(manifest, 60.0) as session:
-        limits = policy.limits(session, call.said)
+    with call.signals(), notify.told(call, manifest, settings) as story, call.connect(manifest, 60.0) as executor:
+        limits = policy.limits(executor, call.said)
         try:
-            _refresh(session, call.said, settings, limits, story)
+            _refresh(executor, call.said, settings, limits, story)
         finally:
-            story.look(session, by_container=settings.metrics is not None)
+            story.look(executor, by_container=settings.metrics is not None)
 
 
 def _settings(call: Call) -> Settings:
@@ -61,44 +61,47 @@ def _path(value: object) -> Path:
     return Path(os.path.abspath(a_string(value)))
 
 
-def _refresh(session: Session, said: Namespace, settings: Settings, limits: Limits, story: Tale) -> None:
-    refuse_overlap(session, said)
-    session.sweep()
+def _refresh(executor: ContainerExecutor, said: Namespace, settings: Settings, limits: Limits, story: Tale) -> None:
+    context = executor.context
+    refuse_overlap(executor, said)
+    executor.sweep()
     waited = False
-    if has_moved(session, story):
-        waited = _wait(session, settings, story)
-        session.console.say(f"pulling {session.manifest.image.ref}")
-        session.engine.pull(session.manifest.image.ref, session.console.say)
+    if has_moved(executor, story):
+        waited = _wait(executor, settings, story)
+        context.console.say(f"pulling {context.manifest.image.ref}")
+        executor.engine.pull(context.manifest.image.ref, context.console.say)
         story.pulled = True
-    if not waited and not session.remembers(session.manifest.tasks):
-        waited = _wait(session, settings, story)  # it was never here, so it is cold, and nobody needs a probe to say so
-    plan = session.plan(session.manifest.tasks)
-    session.report.set_tasks(plan.results())
+    if not waited and not executor.remembers(context.manifest.tasks):
+        waited = _wait(
+            executor, settings, story
+        )  # it was never here, so it is cold, and nobody needs a probe to say so
+    plan = executor.plan(context.manifest.tasks)
+    context.report.set_tasks(plan.results())
     if plan.cold:
         if not waited:
-            _wait(session, settings, story, plan)
-        make_room(session, limits, plan, story)
-        warm.warm(session, said)
+            _wait(executor, settings, story, plan)
+        make_room(executor, limits, plan, story)
+        warm.warm(executor, said)
         story.warmed = True
-    tidy(session, limits, story)
+    tidy(executor, limits, story)
     if story.warmed or story.freed:
-        upkeep.sweep(session, said)  # leftovers, and generations that no view has any more
+        upkeep.sweep(executor, said)  # leftovers, and generations that no view has any more
 
 
-def _wait(session: Session, settings: Settings, story: Tale, plan: Plan | None = None) -> bool:
+def _wait(executor: ContainerExecutor, settings: Settings, story: Tale, plan: Plan | None = None) -> bool:
     if settings.when_idle is None:
         return False
-    story.waited = idle.wait(session, settings.when_idle, plan.items[:1] if plan else ())
+    story.waited = idle.wait(executor, settings.when_idle, plan.items[:1] if plan else ())
     return True
 
 
-def refuse_overlap(session: Session, said: Namespace) -> None:
+def refuse_overlap(executor: ContainerExecutor, said: Namespace) -> None:
     """Two refreshes at once are one too many: the second says so at once, unless it was told to wait.
 
     Only where the lock's file can be seen from here; elsewhere the run lock itself is waited for, as `warm` does.
     """
-    root = session.manifest.cache.root
-    if said.lock_timeout is not None or root is None or not session.engine.local:
+    root = executor.context.manifest.cache.root
+    if said.lock_timeout is not None or root is None or not executor.engine.local:
         return
     with contextlib.suppress(OSError):
         descriptor = open_lock(root / cache_locks.PATH)
@@ -115,12 +118,13 @@ def refuse_overlap(session: Session, said: Namespace) -> None:
 # --- the image -------------------------------------------------------------------------------------------------------
 
 
-def has_moved(session: Session, story: Tale) -> bool:
+def has_moved(executor: ContainerExecutor, story: Tale) -> bool:
     """Whether the registry has another image under this name than the engine has. Nothing is pulled to find out.
 
     A registry that does not answer is no reason not to warm what is here; that is a warning.
     """
-    engine, ref = session.engine, session.manifest.image.ref
+    context = executor.context
+    engine, ref = executor.engine, context.manifest.image.ref
     here = engine.image(ref)
     story.before = here.id if here else None
     if here is not None and ("@sha256:" in ref or ref == here.id):
@@ -130,63 +134,65 @@ def has_moved(session: Session, story: Tale) -> bool:
     except EngineLostError as error:
         if here is None:
             return True  # the pull says why, in the engine's words
-        session.report.warnings.append(f"{error.message}; the image that is here is used")
+        context.report.warnings.append(f"{error.message}; the image that is here is used")
         return False
     if here is not None and image_cleanup.has_digest(here, story.digest):
-        session.console.say(f"{ref} has not moved ({story.digest[:19]}…)")
+        context.console.say(f"{ref} has not moved ({story.digest[:19]}…)")
         return False
     if here is None:
-        session.console.say(f"{ref} is not on this engine; the registry has {story.digest[:19]}…")
+        context.console.say(f"{ref} is not on this engine; the registry has {story.digest[:19]}…")
     else:
         was = here.digests[0].rpartition("@")[2] if here.digests else here.id
-        session.console.say(f"{ref} has moved: it was {was[:19]}… and is {story.digest[:19]}…")
+        context.console.say(f"{ref} has moved: it was {was[:19]}… and is {story.digest[:19]}…")
     return True
 
 
 # --- room ------------------------------------------------------------------------------------------------------------
 
 
-def make_room(session: Session, limits: Limits, plan: Plan, story: Tale) -> None:
+def make_room(executor: ContainerExecutor, limits: Limits, plan: Plan, story: Tale) -> None:
     """Where what the cold tasks will add does not fit, older toolchains go before it, and not after. Raises
     PreflightError, and lets nothing go, where that would not do either.
     """
-    root = session.cache.direct()
+    root = executor.cache.direct()
     target = forecast.room(root, plan.cold, limits.max_size) if root is not None else None
     if root is None or target is None:
         return
     expected = forecast.learn(root, plan.cold)
     closer = replace(limits, max_size=target)
-    if _planned(session, closer, root, plan).after > target:
+    if _planned(executor, closer, root, plan).after > target:
         raise PreflightError(CANNOT_RUN, list(forecast.problems_of(root, limits.max_size, expected)))
-    session.console.say(f"making room: what this warm-up will add fits if the cache has no more than {size(target)}")
-    _prune(session, closer, story)
+    executor.context.console.say(
+        f"making room: what this warm-up will add fits if the cache has no more than {size(target)}"
+    )
+    _prune(executor, closer, story)
 
 
-def tidy(session: Session, limits: Limits, story: Tale) -> None:
+def tidy(executor: ContainerExecutor, limits: Limits, story: Tale) -> None:
     """What the policy lets go, where anything does. Of a root that cannot be read from here only a container can tell,
     and it is asked after something was warmed.
     """
-    root = session.cache.direct()
+    root = executor.cache.direct()
     if root is None:
         if story.warmed:
-            _prune(session, limits, story)
+            _prune(executor, limits, story)
         return
-    found = _planned(session, limits, root, session.plan(session.manifest.tasks))
+    found = _planned(executor, limits, root, executor.plan(executor.context.manifest.tasks))
     if any(not step.stays for step in found.steps):
-        _prune(session, limits, story)
+        _prune(executor, limits, story)
 
 
-def _planned(session: Session, limits: Limits, root: Path, plan: Plan) -> Pruning:
-    wanted = policy.policy(session, limits, plan, dry_run=True)
-    return reclaim.plan(root, wanted, job_max=session.manifest.cache.job_max, now=time.time())
+def _planned(executor: ContainerExecutor, limits: Limits, root: Path, plan: Plan) -> Pruning:
+    wanted = policy.policy(executor, limits, plan, dry_run=True)
+    return reclaim.plan(root, wanted, job_max=executor.context.manifest.cache.job_max, now=time.time())
 
 
-def _prune(session: Session, limits: Limits, story: Tale) -> None:
+def _prune(executor: ContainerExecutor, limits: Limits, story: Tale) -> None:
     outcome = prune.Outcome()
     try:
-        with cache_locks.held(session):
-            prune.carry_out(session, limits, outcome)
-        prune.prune_images(session, limits, outcome, dry_run=False)
+        with cache_locks.held(executor):
+            prune.carry_out(executor, limits, outcome)
+        prune.prune_images(executor, limits, outcome, dry_run=False)
     finally:
         story.freed += outcome.freed
-        prune.tell(session, outcome, dry_run=False)
+        prune.tell(executor, outcome, dry_run=False)

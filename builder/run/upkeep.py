@@ -13,45 +13,47 @@ from collections.abc import Mapping
 from builder.cache.family_directories import bad_entries, places
 from builder.errors import ColdError
 from builder.run import cache_locks, maintenance, overlay
+from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import Asked
 from builder.run.maintenance import Event, row
-from builder.run.session import Session
 from builder.text import counted
 
 
-def sweep(session: Session, _said: Namespace) -> None:
+def sweep(executor: ContainerExecutor, _said: Namespace) -> None:
     """Ends containers of dead owners, moves unsafe leftovers aside, and removes what has lain there long enough."""
-    containers = [dataclasses.asdict(container) for container in session.sweep()]
+    context = executor.context
+    containers = [dataclasses.asdict(container) for container in executor.sweep()]
     swept: list[dict[str, str]] = []
     removed: list[dict[str, str]] = []
     kept: list[dict[str, str]] = []
-    session.report.extra.update(containers=containers, swept=swept, removed=removed, kept=kept)
+    context.report.extra.update(containers=containers, swept=swept, removed=removed, kept=kept)
 
     def hear(event: Event) -> None:
         match event.get("event"):
             case "swept":
                 swept.append(row(event, "path", "why"))
-                session.console.say(f"moved aside {_place(swept[-1], 'path')}: {swept[-1]['why']}")
+                context.console.say(f"moved aside {_place(swept[-1], 'path')}: {swept[-1]['why']}")
             case "removed":
                 removed.append(row(event, "path"))
                 why = (
                     "it lay aside for longer than a job may last" if removed[-1]["family"] else "nobody has it any more"
                 )
-                session.console.say(f"removed {removed[-1]['path']}: {why}")
+                context.console.say(f"removed {removed[-1]['path']}: {why}")
             case "kept":
                 kept.append(row(event, "path", "why"))
-                session.console.say(f"left {kept[-1]['path']}: {kept[-1]['why']}")
+                context.console.say(f"left {kept[-1]['path']}: {kept[-1]['why']}")
 
-    if not is_there(session):
+    if not is_there(executor):
         return
-    with cache_locks.held(session), overlay.swept(session) as known:
-        maintenance.run(session, "sweep", hear, Asked(view=known))
+    with cache_locks.held(executor), overlay.swept(executor) as known:
+        maintenance.run(executor, "sweep", hear, Asked(view=known))
     more = f", {len(kept)} left" if kept else ""
-    session.console.say(f"{session.cache.name}: {len(swept)} moved aside, {len(removed)} removed{more}")
+    context.console.say(f"{executor.cache.name}: {len(swept)} moved aside, {len(removed)} removed{more}")
 
 
-def verify(session: Session, said: Namespace) -> None:
+def verify(executor: ContainerExecutor, said: Namespace) -> None:
     """Every entry of every family directory. Raises ColdError when any is bad; with repair, when any is still bad."""
+    context = executor.context
     entries = 0
     directories = 0
     bad: list[dict[str, str]] = []
@@ -62,33 +64,33 @@ def verify(session: Session, said: Namespace) -> None:
         match event.get("event"):
             case "swept":
                 moved.append(row(event, "path", "why"))
-                session.console.say(f"moved aside {_place(moved[-1], 'path')}: {moved[-1]['why']}")
+                context.console.say(f"moved aside {_place(moved[-1], 'path')}: {moved[-1]['why']}")
             case "bad":
                 bad.append(row(event, "entry", "problem"))
             case "checked":
                 directories += 1
                 entries += int(event.get("entries") or 0)
 
-    there, repair = is_there(session), bool(said.repair)
+    there, repair = is_there(executor), bool(said.repair)
     if there and repair:
-        with cache_locks.held(session):
-            maintenance.run(session, "verify", hear, Asked(repair=True))
-    elif there and session.cache.direct() is None:
-        maintenance.run(session, "verify", hear)  # a copy of everything would be as large as everything
+        with cache_locks.held(executor):
+            maintenance.run(executor, "verify", hear, Asked(repair=True))
+    elif there and executor.cache.direct() is None:
+        maintenance.run(executor, "verify", hear)  # a copy of everything would be as large as everything
     elif there:
-        with session.cache.view() as root:
+        with executor.cache.view() as root:
             for place in places(root):
                 found, problems = bad_entries(place, now=time.time())
                 shared = {"family": place.family.name, "key": place.key}
                 for name, problem in sorted(problems.items()):
                     hear({"event": "bad", **shared, "entry": name, "problem": problem})
                 hear({"event": "checked", **shared, "entries": found})
-    session.report.extra.update(entries=entries, bad=bad, repaired=moved)
+    context.report.extra.update(entries=entries, bad=bad, repaired=moved)
     if not there:
         return
     if bad:
         columns = ("family", "key", "entry", "problem")
-        session.console.table(columns, [[row[name] for name in columns] for row in bad])
+        context.console.table(columns, [[row[name] for name in columns] for row in bad])
     of = f"{counted(entries, 'entry')} in {counted(directories, 'family directory')}"
     of = of.replace("entrys", "entries").replace("directorys", "directories")
     if bad:
@@ -96,14 +98,14 @@ def verify(session: Session, said: Namespace) -> None:
             "see above why they stay" if repair else "run warm-cache verify --repair, so that they are compiled again"
         )
         raise ColdError(f"{len(bad)} bad of {of}; {remedy}")
-    session.console.say(f"{session.cache.name}: {of}, all valid" + (f"; {len(moved)} moved aside" if moved else ""))
+    context.console.say(f"{executor.cache.name}: {of}, all valid" + (f"; {len(moved)} moved aside" if moved else ""))
 
 
-def is_there(session: Session) -> bool:
+def is_there(executor: ContainerExecutor) -> bool:
     """Whether there is a cache root to work on; where there is none, that is said."""
-    there = maintenance.is_there(session)
+    there = maintenance.is_there(executor)
     if not there:
-        session.console.say(f"there is no cache at {session.cache.name}, so there is nothing to do in it")
+        executor.context.console.say(f"there is no cache at {executor.cache.name}, so there is nothing to do in it")
     return there
 
 

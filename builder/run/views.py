@@ -34,9 +34,9 @@ from builder.errors import (
 from builder.report import audit
 from builder.report.console import Console
 from builder.run import cache_locks, maintenance, overlay
+from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import Asked
 from builder.run.maintenance import Event
-from builder.run.session import Session
 from builder.task import Shape
 from builder.text import age, near, printable, size
 
@@ -47,13 +47,14 @@ _MOST_OPTIONS = 4000
 _PLAIN = "redirect_dir=off,metacopy=off,index=off"
 
 
-def view(session: Session, said: Namespace) -> None:
+def view(executor: ContainerExecutor, said: Namespace) -> None:
     """One action on one view, or the list of all."""
+    context = executor.context
     action, job = said.action, said.job
     if action == "list":
         if job is not None:
             raise UsageError(f"view list takes no JOB, found {job!r}")
-        return _list(session)
+        return _list(executor)
     if job is None:
         raise UsageError(f"view {action} wants a JOB: the name of the view")
     if not view_records.NAME.fullmatch(job):
@@ -62,35 +63,36 @@ def view(session: Session, said: Namespace) -> None:
             "or digit"
         )
     if action == "create":
-        return _create(session, job, bool(said.replace))
+        return _create(executor, job, bool(said.replace))
     if action == "drop":
-        return _drop(session, job)
-    found = _audited(session, job)
-    session.report.extra["audit"] = audit.document_of(found)
+        return _drop(executor, job)
+    found = _audited(executor, job)
+    context.report.extra["audit"] = audit.document_of(found)
     who = f"the job {job}"
     if action == "promote":
         text = proposal(found, job)
-        session.report.extra["promote"] = text
-        session.report.text = text or None
+        context.report.extra["promote"] = text
+        context.report.text = text or None
         if not text:
-            session.console.say(f"{who} compiled nothing that a manifest could cover")
+            context.console.say(f"{who} compiled nothing that a manifest could cover")
     elif not said.json:
-        session.report.text = audit.text_of(found, who)
+        context.report.text = audit.text_of(found, who)
     return audit.judge(found, who, bool(said.fail_on_jit))
 
 
 # --- create ----------------------------------------------------------------------------------------------------------
 
 
-def _create(session: Session, job: str, replace: bool) -> None:
-    cache = session.manifest.cache
+def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
+    context = executor.context
+    cache = context.manifest.cache
     # Whatever can be wrong is found before anything is made.
-    if not maintenance.is_there(session):
-        raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet")
-    volume, place = overlay.volume_name(session, job), _place(session)
+    if not maintenance.is_there(executor):
+        raise ColdError(f"{executor.cache.name} does not exist: nothing is warm there yet")
+    volume, place = overlay.volume_name(executor, job), _place(executor)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
-    tasks = session.manifest.tasks
-    text, document = (printed(session, tasks, form, mounts) for form in ("docker", "json"))
+    tasks = context.manifest.tasks
+    text, document = (printed(executor, tasks, form, mounts) for form in ("docker", "json"))
     told: dict[str, Any] = {}
 
     def hear(event: Event) -> None:
@@ -98,45 +100,45 @@ def _create(session: Session, job: str, replace: bool) -> None:
             told.update(event)
         elif event.get("event") == "omitted":
             omitted = maintenance.row(event, "why")
-            session.report.warnings.append(
+            context.report.warnings.append(
                 f"{omitted['family']}/{omitted['key']} is not in the view: {omitted['why']}. What a job needs of it is "
                 "compiled in the view"
             )
 
-    with cache_locks.views(session):
-        _make_room(session, job, volume, replace)
-        order = {"name": job, "engine": overlay.engine_id(session)}
-        maintenance.run(session, "view-create", hear, Asked(view=order))
+    with cache_locks.views(executor):
+        _make_room(executor, job, volume, replace)
+        order = {"name": job, "engine": overlay.engine_id(executor)}
+        maintenance.run(executor, "view-create", hear, Asked(view=order))
         try:
-            session.engine.create_volume(
+            executor.engine.create_volume(
                 volume,
                 options=_options(place, str(told["generation"]), job),
-                labels={overlay.LABEL_VIEW: job, overlay.LABEL_ROOT: session.cache.name},
+                labels={overlay.LABEL_VIEW: job, overlay.LABEL_ROOT: executor.cache.name},
             )
-            _prove(session, volume)
+            _prove(executor, volume)
         except BaseException:
-            with session.cancel.shield(), contextlib.suppress(EngineLostError, PreflightError):
-                session.engine.remove_volume(volume)
-                maintenance.run(session, "view-drop", lambda event: None, Asked(view=order))
+            with context.cancel.shield(), contextlib.suppress(EngineLostError, PreflightError):
+                executor.engine.remove_volume(volume)
+                maintenance.run(executor, "view-drop", lambda event: None, Asked(view=order))
             raise
-    cold = [task.label for task in session.report.tasks if task.state == "cold"]
+    cold = [task.label for task in context.report.tasks if task.state == "cold"]
     if cold:
-        session.report.warnings.append(f"cold, so that a job compiles it in its view: {', '.join(cold)}")
-    session.report.text = text
+        context.report.warnings.append(f"cold, so that a job compiles it in its view: {', '.join(cold)}")
+    context.report.text = text
     generation = printable(str(told["generation"]))
-    session.report.extra.update(job=job, volume=volume, generation=generation, docker=json.loads(document))
-    session.console.say(f"the view {job} of {session.cache.name} lies on generation {generation}, volume {volume}")
+    context.report.extra.update(job=job, volume=volume, generation=generation, docker=json.loads(document))
+    context.console.say(f"the view {job} of {executor.cache.name} lies on generation {generation}, volume {volume}")
 
 
-def _place(session: Session) -> str:
+def _place(executor: ContainerExecutor) -> str:
     """The root's path on the engine's host, which is where the engine mounts from. Raises PreflightError where an
     overlay cannot name it.
     """
-    cache = session.manifest.cache
+    cache = executor.context.manifest.cache
     if cache.root is not None:
         place = str(cache.root)
     else:
-        volume = session.engine.volume(str(cache.volume))
+        volume = executor.engine.volume(str(cache.volume))
         if volume is None or volume.driver != "local" or volume.options or not volume.mountpoint:
             what = "is not of the local driver, or is mounted from elsewhere"
             raise _refused(f"the volume {cache.volume} {what}, so that no view can lie on it.", "Use a directory.")
@@ -163,11 +165,11 @@ def _options(place: str, generation: str, job: str) -> Mapping[str, str]:
     return {"type": "overlay", "device": "overlay", "o": options}
 
 
-def _make_room(session: Session, job: str, volume: str, replace: bool) -> None:
+def _make_room(executor: ContainerExecutor, job: str, volume: str, replace: bool) -> None:
     """No volume of this name: one that nobody has written to is as good as none. Raises UsageError for any other,
     unless it is to be replaced, and BusyError where a container has it.
     """
-    if session.engine.volume(volume) is None:
+    if executor.engine.volume(volume) is None:
         return
     written = 0
 
@@ -177,22 +179,22 @@ def _make_room(session: Session, job: str, volume: str, replace: bool) -> None:
             written += int(event.get("files") or 0)
 
     if not replace:
-        maintenance.run(session, "view-list", hear, Asked(view={"name": job}))
-        if written or session.engine.users(volume):
+        maintenance.run(executor, "view-list", hear, Asked(view={"name": job}))
+        if written or executor.engine.users(volume):
             raise UsageError(
                 f"there is a view {job} already, and it was used. Choose another name, pass --replace, or drop it: "
                 f"warm-cache view drop {job}"
             )
-    _remove(session, job, volume)
+    _remove(executor, job, volume)
 
 
-def _prove(session: Session, volume: str) -> None:
+def _prove(executor: ContainerExecutor, volume: str) -> None:
     """A first look through the mount: what is wrong with it shows here and not when a job starts."""
     try:
-        session.cache.prove(volume)
+        executor.cache.prove(volume)
     except EngineRefusedError as error:
         raise _refused(
-            f"the engine cannot lay an overlay on {session.cache.name}: {error.message}.",
+            f"the engine cannot lay an overlay on {executor.cache.name}: {error.message}.",
             "The root has to lie on a local file system that can carry one: ext4, xfs or tmpfs.",
         ) from error
 
@@ -200,11 +202,12 @@ def _prove(session: Session, volume: str) -> None:
 # --- audit, drop, list -----------------------------------------------------------------------------------------------
 
 
-def _audited(session: Session, job: str) -> Audit:
-    volume = overlay.volume_name(session, job)
-    session.report.cache = session.cache.name
-    if session.engine.volume(volume) is None:
-        raise _unknown(session, job)
+def _audited(executor: ContainerExecutor, job: str) -> Audit:
+    context = executor.context
+    volume = overlay.volume_name(executor, job)
+    context.report.cache = executor.cache.name
+    if executor.engine.volume(volume) is None:
+        raise _unknown(executor, job)
     found = Audit()
 
     def hear(event: Event) -> None:
@@ -220,10 +223,10 @@ def _audited(session: Session, job: str) -> Audit:
             found.counts = {kind: int(counts.get(kind) or 0) for kind in KINDS}
             found.took = float(event.get("seconds") or 0.0)
             if (told := found.count(*KINDS)) > len(found.findings):
-                session.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
+                context.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
 
     mount = Mount(source=volume, target=view_records.MERGED, kind="volume", read_only=True)
-    maintenance.run(session, "view-audit", hear, Asked(view={"name": job}, mounts=(mount,)))
+    maintenance.run(executor, "view-audit", hear, Asked(view={"name": job}, mounts=(mount,)))
     return found
 
 
@@ -244,33 +247,34 @@ def _finding(event: Event) -> Finding:
     )
 
 
-def _unknown(session: Session, job: str) -> UsageError:
-    known = [volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(session)]
+def _unknown(executor: ContainerExecutor, job: str) -> UsageError:
+    known = [volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(executor)]
     hint = near(job, known) if known else "there is none"
-    return UsageError(f"there is no view {job!r} of {session.cache.name}; {hint}")
+    return UsageError(f"there is no view {job!r} of {executor.cache.name}; {hint}")
 
 
-def _drop(session: Session, job: str) -> None:
-    volume = overlay.volume_name(session, job)
-    if not maintenance.is_there(session):
-        raise _unknown(session, job)
-    with cache_locks.views(session):
-        there = session.engine.volume(volume) is not None
-        _remove(session, job, volume)
+def _drop(executor: ContainerExecutor, job: str) -> None:
+    context = executor.context
+    volume = overlay.volume_name(executor, job)
+    if not maintenance.is_there(executor):
+        raise _unknown(executor, job)
+    with cache_locks.views(executor):
+        there = executor.engine.volume(volume) is not None
+        _remove(executor, job, volume)
         gone: list[Event] = []
-        maintenance.run(session, "view-drop", gone.append, Asked(view={"name": job}))
+        maintenance.run(executor, "view-drop", gone.append, Asked(view={"name": job}))
     if not there and not any(event.get("event") == "removed" for event in gone):
-        raise _unknown(session, job)
-    session.report.extra["job"] = job
-    session.console.say(f"the view {job} is gone")
+        raise _unknown(executor, job)
+    context.report.extra["job"] = job
+    context.console.say(f"the view {job} is gone")
 
 
-def _remove(session: Session, job: str, volume: str) -> None:
+def _remove(executor: ContainerExecutor, job: str, volume: str) -> None:
     """The volume goes, unless a container has it: the engine has the last word. Raises BusyError."""
     try:
-        session.engine.remove_volume(volume)
+        executor.engine.remove_volume(volume)
     except EngineRefusedError as error:
-        names = sorted(user.name for user in session.engine.users(volume))
+        names = sorted(user.name for user in executor.engine.users(volume))
         if error.status != 409 and not names:
             raise
         raise BusyError(
@@ -278,21 +282,22 @@ def _remove(session: Session, job: str, volume: str) -> None:
         ) from error
 
 
-def _list(session: Session) -> None:
+def _list(executor: ContainerExecutor) -> None:
+    context = executor.context
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, Any]] = []
-    if maintenance.is_there(session):
-        volumes = {volume.labels[overlay.LABEL_VIEW]: volume.name for volume in overlay.volumes(session)}
-        for event in overlay.looked(session):
+    if maintenance.is_there(executor):
+        volumes = {volume.labels[overlay.LABEL_VIEW]: volume.name for volume in overlay.volumes(executor)}
+        for event in overlay.looked(executor):
             if event.get("event") == "generation":
                 generations.append(_generation(event))
             elif event.get("event") == "view":
                 name = printable(str(event.get("view")))
                 volume = volumes.pop(name, None)
-                users = [user.name for user in session.engine.users(volume)] if volume else []
+                users = [user.name for user in executor.engine.users(volume)] if volume else []
                 rows.append(_row(event, name, users, "" if volume else "unfinished: it has no volume here"))
         rows += [_row({}, name, [], "its layers are gone: drop it") for name in volumes]
-    session.report.extra.update(views=rows, generations=generations)
+    context.report.extra.update(views=rows, generations=generations)
     console = Console(text := io.StringIO(), terminal=False)
     now = time.time()
     console.table(
@@ -323,7 +328,7 @@ def _list(session: Session) -> None:
             for row in generations
         ],
     )
-    session.report.text = text.getvalue().rstrip("\n")
+    context.report.text = text.getvalue().rstrip("\n")
 
 
 def _row(event: Event, name: str, users: list[str], note: str) -> dict[str, Any]:

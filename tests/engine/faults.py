@@ -115,7 +115,7 @@ def changed(*statements: str) -> tuple[str, ...]:
     imports = """import sys, time
 from builder.cli import main as cli
 from builder.engine import client as engine, container, lease, log_pump as logs
-from builder.run import session"""
+from builder.run import container_executor"""
     return sys.executable, "-c", "\n".join([imports, *statements, "sys.exit(cli.main())"])
 
 

@@ -18,39 +18,46 @@ from builder.errors import ColdError, UsageError
 from builder.report import github
 from builder.report.console import Console
 from builder.report.results import Report, TaskResult
+from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import Plan
-from builder.run.session import Session
 from builder.task import PRETEND_VARIABLE, Task
 from builder.text import counted
 
 
-def known(session: Session) -> bool:
+def known(executor: ContainerExecutor) -> bool:
     """Whether there is a cache root to read. Raises PreflightError for something else in its place."""
-    root = session.manifest.cache.root
-    if root is not None and session.engine.local and root.exists() and not root.is_dir():
-        session.ready()
-    return session.cache.exists()
+    root = executor.context.manifest.cache.root
+    if root is not None and executor.engine.local and root.exists() and not root.is_dir():
+        executor.ready()
+    return executor.cache.exists()
 
 
-def judged(session: Session, tasks: tuple[Task, ...]) -> Plan | None:
+def judged(executor: ContainerExecutor, tasks: tuple[Task, ...]) -> Plan | None:
     """The plan, reported; None (and every task cold) where there is no cache root to judge by, so that reading makes
     none.
     """
-    session.report.image_ref = session.manifest.image.ref
-    if not known(session):
-        reason = f"no-marker: {session.cache.name} does not exist"
-        session.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in tasks]
-        session.report.cache = session.cache.name
+    context = executor.context
+    context.report.image_ref = context.manifest.image.ref
+    if not known(executor):
+        reason = f"no-marker: {executor.cache.name} does not exist"
+        context.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in tasks]
+        context.report.cache = executor.cache.name
         return None
-    plan = session.plan(tasks)
-    session.report.set_tasks(plan.results())
+    plan = executor.plan(tasks)
+    context.report.set_tasks(plan.results())
     return plan
 
 
-def check(session: Session, said: Namespace) -> None:
+def check(executor: ContainerExecutor, said: Namespace) -> None:
     """Warm or cold per task. Raises ColdError when anything is cold."""
-    judged(session, session.manifest.tasks)
-    gate(session.console, session.report, said.on_cold, "warm-cache warm, with the same options, warms them")
+    context = executor.context
+    judged(executor, context.manifest.tasks)
+    gate(
+        context.console,
+        context.report,
+        said.on_cold,
+        "warm-cache warm, with the same options, warms them",
+    )
 
 
 def gate(console: Console, report: Report, on_cold: str | None, remedy: str) -> None:
@@ -69,17 +76,22 @@ def gate(console: Console, report: Report, on_cold: str | None, remedy: str) -> 
     report.warnings.append(error.message)
 
 
-def explain(session: Session, _said: Namespace) -> None:
+def explain(executor: ContainerExecutor, _said: Namespace) -> None:
     """Per task what differs from the nearest marker, and per family what the cache has for this image."""
-    plan = judged(session, session.manifest.tasks)
-    explained(session.console, session.report, plan)
+    context = executor.context
+    plan = judged(executor, context.manifest.tasks)
+    explained(context.console, context.report, plan)
     if plan is not None:
-        families_told(session.console, session.report, environment.compare(_described(session), plan.items[0].record))
+        families_told(
+            context.console,
+            context.report,
+            environment.compare(_described(executor), plan.items[0].record),
+        )
 
 
-def _described(session: Session) -> list[Described]:
+def _described(executor: ContainerExecutor) -> list[Described]:
     """The family directories of the root; where it cannot be read from here, a container looks."""
-    root = session.cache.direct()
+    root = executor.cache.direct()
     if root is not None:
         return list(environment.described(root))
     from builder.run import maintenance  # a check has no use for it
@@ -93,7 +105,7 @@ def _described(session: Session) -> list[Described]:
             known = factors if isinstance(factors, dict) else None
             found.append(Described(family, key, float(event.get("written") or 0.0), known))
 
-    maintenance.run(session, "families", hear)
+    maintenance.run(executor, "families", hear)
     return found
 
 
@@ -159,10 +171,11 @@ def explained(console: Console, report: Report, plan: Plan | None) -> None:
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def env(session: Session, said: Namespace) -> None:
+def env(executor: ContainerExecutor, said: Namespace) -> None:
     """Prints the mounts and variables, and raises ColdError where they lead to a cache in which something is cold."""
-    session.report.text = printed(session, session.manifest.tasks, said.format or "docker")
-    blame_cold(session.report)
+    context = executor.context
+    context.report.text = printed(executor, context.manifest.tasks, said.format or "docker")
+    blame_cold(context.report)
 
 
 def blame_cold(report: Report) -> None:
@@ -172,7 +185,7 @@ def blame_cold(report: Report) -> None:
         raise ColdError(f"{len(cold)} of {counted(len(report.tasks), 'task')} cold: {', '.join(cold)}")
 
 
-def printed(session: Session, tasks: tuple[Task, ...], form: str, root: Sequence[str] = ()) -> str:
+def printed(executor: ContainerExecutor, tasks: tuple[Task, ...], form: str, root: Sequence[str] = ()) -> str:
     """The mounts and variables of a test job that must hit the cache, as docker arguments, shell, GitHub lines or JSON.
 
     With what all the tasks have in common in their own environment: kernels were compiled under it. Raises ColdError
@@ -180,23 +193,24 @@ def printed(session: Session, tasks: tuple[Task, ...], form: str, root: Sequence
     root does not lie at its mount path here, and for docker arguments that a shell would tear apart. root: mounts
     that the job gets instead of the cache root's.
     """
-    plan = judged(session, tasks)
+    context = executor.context
+    plan = judged(executor, tasks)
     if plan is None:
-        raise ColdError(f"{session.cache.name} does not exist: nothing is warm there yet")
+        raise ColdError(f"{executor.cache.name} does not exist: nothing is warm there yet")
     keys = toolchain.family_keys(plan.items[0].record)
-    cache = session.manifest.cache
+    cache = context.manifest.cache
     variables = {**common_env(tasks), **families.environment(cache.mount, keys)}
-    if session.manifest.models.store:
+    if context.manifest.models.store:
         variables["HF_HOME"] = STORE
     if form in ("shell", "github") and not Path(cache.mount, "layout.json").is_file():
         raise UsageError(
             f"--format {form} is for a process that sees the cache at {cache.mount}, and there is none here. "
-            f"Use --format docker, or mount {session.cache.name} at {cache.mount}."
+            f"Use --format docker, or mount {executor.cache.name} at {cache.mount}."
         )
     if form in ("shell", "github"):
         return lines(variables, form)
-    variables[IMAGE_VARIABLE] = session.identity
-    mounts = [*(root or _root(session)), *_store(session)]
+    variables[IMAGE_VARIABLE] = executor.identity
+    mounts = [*(root or _root(executor)), *_store(executor)]
     if form == "docker":
         words = [*mounts, *(f"{name}={value}" for name, value in sorted(variables.items()))]
         torn = [
@@ -208,7 +222,7 @@ def printed(session: Session, tasks: tuple[Task, ...], form: str, root: Sequence
                 "Use --format json, or a cache root without such characters."
             )
         return " ".join([f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]])
-    return json.dumps({"toolchain": session.report.toolchain, "mounts": mounts, "env": variables}, indent=2)
+    return json.dumps({"toolchain": context.report.toolchain, "mounts": mounts, "env": variables}, indent=2)
 
 
 def lines(variables: Mapping[str, str], form: str) -> str:
@@ -228,9 +242,9 @@ def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:
     }
 
 
-def _root(session: Session) -> list[str]:
+def _root(executor: ContainerExecutor) -> list[str]:
     """Markers and memos are read-only for a job: what it runs may add kernels, never vouch for any."""
-    cache = session.manifest.cache
+    cache = executor.context.manifest.cache
     if cache.root is None:
         return [f"type=volume,src={cache.volume},dst={cache.mount}"]
     return [f"type=bind,src={cache.root},dst={cache.mount}"] + [
@@ -238,6 +252,6 @@ def _root(session: Session) -> list[str]:
     ]
 
 
-def _store(session: Session) -> list[str]:
-    store = session.manifest.models.store
+def _store(executor: ContainerExecutor) -> list[str]:
+    store = executor.context.manifest.models.store
     return [f"type=bind,src={store},dst={STORE},readonly"] if store else []

@@ -24,7 +24,7 @@ from builder.manifest.load import CacheSpec
 from builder.report.console import Console
 from builder.run import holder
 from builder.run.call import Call
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
 
 #: Below the cache root; `layout.prepare` makes the file.
 PATH = "locks/hold.lock"
@@ -60,13 +60,13 @@ def held(
     cache: CacheSpec,
     *,
     here: bool,
-    connect: Callable[[], AbstractContextManager[Session]] | None,
+    connect: Callable[[], AbstractContextManager[ContainerExecutor]] | None,
     console: Console,
     cancel: Cancel,
 ) -> Iterator[None]:
     """Holds the cache while the context is, or says why not. Raises nothing but Interrupted.
 
-    here: a directory of this name on this machine is the one that is meant. connect: opens a session, for a container
+    here: a directory of this name on this machine is the one that is meant. connect: opens a executor, for a container
     that holds the lock instead; None where nothing is known but the cache.
     """
     with contextlib.ExitStack() as stack:
@@ -84,7 +84,7 @@ def _take(
     stack: contextlib.ExitStack,
     cache: CacheSpec,
     here: bool,
-    connect: Callable[[], AbstractContextManager[Session]] | None,
+    connect: Callable[[], AbstractContextManager[ContainerExecutor]] | None,
     console: Console,
     cancel: Cancel,
 ) -> None:
@@ -103,16 +103,18 @@ def _take(
             return
     if connect is None:
         raise PreflightError("only a manifest or a profile says what could hold it: pass --manifest or --profile")
-    session = stack.enter_context(connect())
-    if cache.volume is not None and not session.engine.has_volume(cache.volume):
+    executor = stack.enter_context(connect())
+    if cache.volume is not None and not executor.engine.has_volume(cache.volume):
         console.say(f"there is no volume {cache.volume} yet, so there is nothing to hold")
         return
-    if session.image is None:
-        raise PreflightError(f"{session.manifest.image.ref} is not on this engine, and a container of it would hold it")
-    name = session.cache.name
-    lifetime = max(cache.job_max, session.manifest.run.lifetime)
+    if executor.image is None:
+        raise PreflightError(
+            f"{executor.context.manifest.image.ref} is not on this engine, and a container of it would hold it"
+        )
+    name = executor.cache.name
+    lifetime = max(cache.job_max, executor.context.manifest.run.lifetime)
     lock = holder.Lock("hold", "the hold", "a cleaner", f"removes from {name}", f"{name} is being cleaned", lifetime)
-    stack.enter_context(holder.held(session, lock))
+    stack.enter_context(holder.held(executor, lock))
 
 
 def _is_root(root: Path) -> bool:

@@ -17,7 +17,7 @@ from builder.cli.commands.hold import PATH as HOLD
 from builder.engine.lease import LABEL
 from builder.flock import holders
 from builder.run import cache_locks, maintenance, overlay
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
 from builder.text import age, duration, size
 
 #: What a container of this program does, by its mode; others warm, look or clean.
@@ -27,15 +27,16 @@ _BUILDER, _HOLDER = "works on the cache", "holds the cache"
 _MOST = 1e7
 
 
-def status(session: Session, _said: Namespace) -> None:
+def status(executor: ContainerExecutor, _said: Namespace) -> None:
     """Families by key with entries and bytes, every marker with age, last use and price, and who uses the root now."""
+    context = executor.context
     found = _Found()
-    if session.cache.exists():
-        found = _look(session)
-    report, console = session.report, session.console
-    report.cache = session.cache.name
+    if executor.cache.exists():
+        found = _look(executor)
+    report, console = context.report, context.console
+    report.cache = executor.cache.name
     report.extra.update(families=found.families, markers=found.marks, users=found.users, cost=found.cost)
-    console.say(f"cache {session.cache.name}, toolchain {report.toolchain or 'unknown'}")
+    console.say(f"cache {executor.cache.name}, toolchain {report.toolchain or 'unknown'}")
     console.table(
         ("family", "key", "entries", "invalid", "size", "used by"),
         [
@@ -86,18 +87,19 @@ class _Found:
         return {name: round(sum(row[name] or 0.0 for row in self.marks), 3) for name in ("seconds", "gpu_minutes")}
 
 
-def _look(session: Session) -> _Found:
-    records = session.records(session.manifest.tasks).values()
+def _look(executor: ContainerExecutor) -> _Found:
+    context = executor.context
+    records = executor.records(context.manifest.tasks).values()
     # Tasks may have environments, and so toolchains, of their own.
     current = {place for record in records for place in toolchain.family_keys(record).items()}
-    session.report.toolchain = toolchain.digest(toolchain.family_keys(next(iter(records))))
-    held, used = _held(session)
+    context.report.toolchain = toolchain.digest(toolchain.family_keys(next(iter(records))))
+    held, used = _held(executor)
     found = _Found([{**each, "use": _use((each["family"], each["key"]) in current)} for each in held])
     now = time.time()
-    with session.cache.view(entries=False) as root:
+    with executor.cache.view(entries=False) as root:
         for path in sorted(root.glob("markers/*/*.json")):
             found.marks.append(_marker(path, root, used, current, now))
-    found.users = list(_users(session))
+    found.users = list(_users(executor))
     return found
 
 
@@ -105,12 +107,12 @@ def _use(current: bool) -> str:
     return "this image" if current else "another toolchain"
 
 
-def _held(session: Session) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+def _held(executor: ContainerExecutor) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
     """What every family directory holds: family, key, entries, invalid, bytes; and when markers were last of use, by
     path, where that was counted by a container, because the root cannot be read from here: a copy would be as large as
     the cache.
     """
-    direct = session.cache.direct()
+    direct = executor.cache.direct()
     found: list[dict[str, Any]] = []
     used: dict[str, float] | None = None
     if direct is not None:
@@ -125,7 +127,7 @@ def _held(session: Session) -> tuple[list[dict[str, Any]], dict[str, float] | No
             elif event.get("event") == "used":
                 told[str(event.get("path"))] = float(event.get("time") or 0.0)
 
-        maintenance.run(session, "status", hear)
+        maintenance.run(executor, "status", hear)
     return sorted(found, key=lambda held: (held["family"], held["key"])), used
 
 
@@ -178,21 +180,21 @@ def _number(value: Any) -> float | None:
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def _users(session: Session) -> Iterator[dict[str, str]]:
+def _users(executor: ContainerExecutor) -> Iterator[dict[str, str]]:
     """Who has a lock of the root, as far as this process can see, and which running containers have it mounted, or a
     view of it. A mount alone keeps nothing from being removed, and a container may have it all its life.
     """
-    direct = session.cache.direct()
+    direct = executor.cache.direct()
     if direct is not None:
         for path, how in ((cache_locks.PATH, _BUILDER), (cache_locks.VIEWS, _MODES["views"]), (HOLD, _HOLDER)):
             for who in holders(direct / path):
                 yield {"who": who, "how": how}
-    source = session.cache.mount().source
-    views = {volume.name: volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(session)}
-    mounting = session.engine.mounting([source, *views])
+    source = executor.cache.mount().source
+    views = {volume.name: volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(executor)}
+    mounting = executor.engine.mounting([source, *views])
     for place, found in mounting:
         run = found.labels.get(f"{LABEL}run")
-        if run == session.run_id:
+        if run == executor.context.run_id:
             continue
         who = f"container {text.printable(found.name)}"
         if place in views:

@@ -33,7 +33,7 @@ from builder.errors import (
 from builder.host.cancel import Cancel
 from builder.report.results import TaskResult
 from builder.run import warm
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
 from builder.task import Task
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +67,7 @@ def shell(words: str, place: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", command], cwd=place, env=environ, capture_output=True, text=True, timeout=30)
 
 
-Act = Callable[[Session, tuple[Task, ...]], None]
+Act = Callable[[ContainerExecutor, tuple[Task, ...]], None]
 
 
 class NoEngine:
@@ -91,21 +91,21 @@ class Bench:
         self.path.write_text(MANIFEST)
         self.capsys = capsys
         self.monkeypatch = monkeypatch
-        self.sessions: list[Session] = []
+        self.executors: list[ContainerExecutor] = []
         self.tasks: list[str] = []
         monkeypatch.setattr(cli, "Engine", NoEngine)
-        self.act(lambda session, tasks: None)
+        self.act(lambda executor, tasks: None)
 
     def act(self, act: Act) -> None:
-        def recorded(session: Session, _said: Namespace) -> None:
-            self.sessions.append(session)
-            self.tasks = [task.model for task in session.manifest.tasks]
-            act(session, session.manifest.tasks)
+        def recorded(executor: ContainerExecutor, _said: Namespace) -> None:
+            self.executors.append(executor)
+            self.tasks = [task.model for task in executor.context.manifest.tasks]
+            act(executor, executor.context.manifest.tasks)
 
         self.monkeypatch.setattr(check, "check", recorded)
 
     def fail(self, error: BaseException) -> None:
-        def act(_session: Session, _tasks: tuple[Task, ...]) -> None:
+        def act(_executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
             raise error
 
         self.act(act)
@@ -292,7 +292,7 @@ def test_only_what_is_asked_for(bench: Bench) -> None:
 def test_a_flag_wins_over_the_environment_and_that_over_the_manifest(bench: Bench) -> None:
     def cache(*flags: str, environment: str = "") -> str:
         assert bench.run("check", *flags, WARM_CACHE_CACHE=environment) == 0
-        return str(bench.sessions[-1].manifest.cache.root)
+        return str(bench.executors[-1].context.manifest.cache.root)
 
     assert cache() == "/data/cache"
     assert cache(environment="/from/environment") == "/from/environment"
@@ -301,11 +301,11 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_manifest(bench: Benc
 
 def test_one_way_to_name_a_manifest_wins_over_the_other_in_the_environment(bench: Bench) -> None:
     assert bench.run("check", WARM_CACHE_PROFILE="h200") == 0
-    assert bench.sessions[-1].manifest.path == str(bench.path)
+    assert bench.executors[-1].context.manifest.path == str(bench.path)
     assert bench.run("check", manifest=False, WARM_CACHE_MANIFEST=str(bench.path)) == 0
     flags = ("--profile", "stand-in", "--cache", "/c")
     assert bench.run("check", *flags, manifest=False, WARM_CACHE_MANIFEST=str(bench.path)) == 0
-    assert bench.sessions[-1].manifest.path == "stand-in.toml"
+    assert bench.executors[-1].context.manifest.path == "stand-in.toml"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_one_way_to_name_a_manifest_wins_over_the_other_in_the_environment(bench
 )
 def test_switches_in_the_environment(bench: Bench, value: str, strict: bool) -> None:
     assert bench.run("check", WARM_CACHE_STRICT=value) == 0
-    assert bench.sessions[-1].options.strict is strict
+    assert bench.executors[-1].context.options.strict is strict
 
 
 @pytest.mark.parametrize(
@@ -369,11 +369,11 @@ def test_a_choice_in_the_environment_is_checked(bench: Bench) -> None:
 def test_where_logs_and_leases_go(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert bench.run("check", XDG_RUNTIME_DIR="run", XDG_STATE_HOME=str(tmp_path / "state")) == 0
-    options = bench.sessions[-1].options
+    options = bench.executors[-1].context.options
     assert options.state_dir == tmp_path / "run", "a mount's source is absolute"
     assert options.log_dir.parent == tmp_path / "state" / "warm-cache" / "logs"
     assert cli.LOG_NAME.fullmatch(options.log_dir.name)
-    assert options.log_dir.name.endswith(bench.sessions[-1].run_id[:6])
+    assert options.log_dir.name.endswith(bench.executors[-1].context.run_id[:6])
 
 
 def test_logs_of_the_newest_runs_stay(bench: Bench, tmp_path: Path) -> None:
@@ -389,9 +389,9 @@ def test_logs_of_the_newest_runs_stay(bench: Bench, tmp_path: Path) -> None:
 
     assert bench.run("check", XDG_STATE_HOME=str(tmp_path)) == 0
     assert len(list(logs.iterdir())) == len(old) + len(foreign) + 1, "a run without logs removes none"
-    bench.act(lambda session, _tasks: session.options.log_dir.mkdir(parents=True))
+    bench.act(lambda executor, _tasks: executor.context.options.log_dir.mkdir(parents=True))
     assert bench.run("check", XDG_STATE_HOME=str(tmp_path)) == 0
-    own = bench.sessions[-1].options.log_dir.name
+    own = bench.executors[-1].context.options.log_dir.name
     left = {path.name for path in logs.iterdir() if not path.is_symlink()}
     assert left == {*old[4:], own, *foreign}
     assert kept.is_dir()
@@ -442,8 +442,8 @@ def test_a_defect_is_a_sentence_and_its_traceback_is_for_those_who_ask(bench: Be
 
 
 def test_warnings_are_said_whatever_happens(bench: Bench) -> None:
-    def act(session: Session, _tasks: tuple[Task, ...]) -> None:
-        session.report.warnings.append("removing the container failed")
+    def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
+        executor.context.report.warnings.append("removing the container failed")
         raise ColdError("cold")
 
     bench.act(act)
@@ -466,20 +466,20 @@ def test_in_github_actions_no_error_is_a_command(bench: Bench) -> None:
 
 
 def warm_tasks(**more: Any) -> Act:
-    def act(session: Session, tasks: tuple[Task, ...]) -> None:
-        session.report.tasks = [TaskResult(task.label, task.model, "", "warm", **more) for task in tasks]
+    def act(executor: ContainerExecutor, tasks: tuple[Task, ...]) -> None:
+        executor.context.report.tasks = [TaskResult(task.label, task.model, "", "warm", **more) for task in tasks]
 
     return act
 
 
 def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(act: Act) -> str:
-        monkeypatch.setattr(warm, "warm", lambda session, _said: act(session, session.manifest.tasks))
+        monkeypatch.setattr(warm, "warm", lambda executor, _said: act(executor, executor.context.manifest.tasks))
         bench.run("warm")
         return bench.capsys.readouterr().out
 
-    def interrupted(session: Session, tasks: tuple[Task, ...]) -> None:
-        warm_tasks()(session, tasks)
+    def interrupted(executor: ContainerExecutor, tasks: tuple[Task, ...]) -> None:
+        warm_tasks()(executor, tasks)
         raise Interrupted(signal.SIGTERM)
 
     assert said(warm_tasks()) == "warm-cache: 2 of 2 tasks warm for toolchain None (tiny:1). Nothing to do.\n"
@@ -490,8 +490,8 @@ def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: 
 
 
 def test_the_log_of_a_failed_task_is_named_below_the_table(bench: Bench) -> None:
-    def act(session: Session, _tasks: tuple[Task, ...]) -> None:
-        session.report.tasks = [
+    def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
+        executor.context.report.tasks = [
             TaskResult("one", "org/one", "", "failed", "crash", log="/logs/one.log"),
             TaskResult("two", "org/two", "", "warmed", log="/logs/two.log"),
         ]
@@ -505,8 +505,8 @@ def test_the_log_of_a_failed_task_is_named_below_the_table(bench: Bench) -> None
 
 
 def test_a_signal_comes_before_every_other_reason(bench: Bench) -> None:
-    def act(session: Session, _tasks: tuple[Task, ...]) -> None:
-        session.cancel.set(signal.SIGTERM)
+    def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
+        executor.context.cancel.set(signal.SIGTERM)
         raise EngineLostError("the engine was lost")
 
     bench.act(act)
@@ -583,7 +583,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("module", ["builder.cli.main", "argparse", "builder.run.session"])
+@pytest.mark.parametrize("module", ["builder.cli.main", "argparse", "builder.run.container_executor"])
 def test_ctrl_c_during_imports_is_quiet(module: str) -> None:
     code = INTERRUPTED_IMPORT.format(module=module)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)

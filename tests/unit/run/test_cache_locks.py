@@ -19,24 +19,23 @@ from builder.errors import BusyError, Interrupted
 from builder.host.cancel import Cancel
 from builder.host.locks import Patience
 from builder.run import cache_locks, holder
-from builder.run.session import Session
+from builder.run.container_executor import ContainerExecutor
 
 
 class Here:
-    """A session in a cache root of its own."""
+    """A executor in a cache root of its own."""
 
     def __init__(self, root: Path | None, seconds: float = 0.2) -> None:
         self.said: list[str] = []
-        self.cancel = Cancel()
+        self.context = SimpleNamespace(cancel=Cancel(), manifest=SimpleNamespace(run=SimpleNamespace(lifetime=60.0)))
         self.cache = SimpleNamespace(direct=lambda: root, name=str(root))
-        self.manifest = SimpleNamespace(run=SimpleNamespace(lifetime=60.0))
         self._seconds = seconds
 
     def patience(self) -> Patience:
-        return Patience(self._seconds, say=self.said.append, cancel=self.cancel)
+        return Patience(self._seconds, say=self.said.append, cancel=self.context.cancel)
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        return cache_locks.held(cast(Session, self))
+        return cache_locks.held(cast(ContainerExecutor, self))
 
 
 @pytest.fixture
@@ -59,38 +58,38 @@ def taken(root: Path) -> Iterator[int]:
 
 
 def test_held_as_long_as_the_context_is(root: Path) -> None:
-    session = Here(root)
-    with session.held():
+    executor = Here(root)
+    with executor.held():
         assert not is_free(root)
     assert is_free(root)
-    with pytest.raises(ZeroDivisionError), session.held():
+    with pytest.raises(ZeroDivisionError), executor.held():
         raise ZeroDivisionError
     assert is_free(root)
-    assert session.said == []
+    assert executor.said == []
 
 
 def test_who_waits_says_for_whom_and_gives_up_in_time(root: Path) -> None:
-    session = Here(root)
-    with taken(root), pytest.raises(BusyError) as error, session.held():
+    executor = Here(root)
+    with taken(root), pytest.raises(BusyError) as error, executor.held():
         pytest.fail("it was locked twice")
-    assert session.said == [session.said[0]]
-    assert session.said[0].startswith(f"waiting for pid {os.getpid()} (")
+    assert executor.said == [executor.said[0]]
+    assert executor.said[0].startswith(f"waiting for pid {os.getpid()} (")
     assert f"{root} is in use by pid {os.getpid()} (" in error.value.message
     assert "raise --lock-timeout" in error.value.message
 
 
 def test_who_waits_goes_on_when_it_is_free(root: Path) -> None:
-    session = Here(root, 20.0)
+    executor = Here(root, 20.0)
     with taken(root) as descriptor:
         threading.Timer(0.1, fcntl.flock, (descriptor, fcntl.LOCK_UN)).start()
-        with session.held():
-            assert len(session.said) == 1
+        with executor.held():
+            assert len(executor.said) == 1
 
 
 def test_who_waits_can_be_interrupted(root: Path) -> None:
-    session = Here(root, 20.0)
-    threading.Timer(0.1, session.cancel.set, (signal.SIGINT,)).start()
-    with taken(root), pytest.raises(Interrupted), session.held():
+    executor = Here(root, 20.0)
+    threading.Timer(0.1, executor.context.cancel.set, (signal.SIGINT,)).start()
+    with taken(root), pytest.raises(Interrupted), executor.held():
         pytest.fail("it was locked twice")
 
 
@@ -101,7 +100,7 @@ def test_a_container_holds_it_where_the_file_cannot_be_opened(
     asked: list[holder.Lock] = []
 
     @contextlib.contextmanager
-    def by_container(_session: Any, lock: holder.Lock) -> Iterator[None]:
+    def by_container(_executor: Any, lock: holder.Lock) -> Iterator[None]:
         asked.append(lock)
         yield
 

@@ -23,18 +23,20 @@ SERVER = Process(77, 70 * GB, "sglang::scheduler_TP0", 5.0, OURS)
 STRANGER = Process(88, 9 * GB, "python3", 6.0, THEIRS)
 
 
-class FakeSession:
-    """As much of a session as a look at GPUs needs. Every look is the next of these, and the last one again."""
+class FakeExecutor:
+    """The GPUs and the context of an executor. `look` returns these in turn, and the last one from then on."""
 
     def __init__(self, looks: Sequence[Look], *, allow_busy: bool = False, timeout: float = 0.0) -> None:
         self._looks = list(looks)
         self.said: list[str] = []
         self.ran: dict[str, str] = {}
-        self.cancel = Cancel()
-        self.manifest = SimpleNamespace(gpus=GpusSpec(release_timeout=timeout))
-        self.options = SimpleNamespace(allow_busy=allow_busy)
-        self.console = SimpleNamespace(say=self.said.append)
-        self.report = SimpleNamespace(gpus=[{"uuid": "GPU-0", "free_again_seconds": None}], warnings=[], extra={})
+        self.context = SimpleNamespace(
+            cancel=Cancel(),
+            manifest=SimpleNamespace(gpus=GpusSpec(release_timeout=timeout)),
+            options=SimpleNamespace(allow_busy=allow_busy),
+            console=SimpleNamespace(say=self.said.append),
+            report=SimpleNamespace(gpus=[{"uuid": "GPU-0", "free_again_seconds": None}], warnings=[], extra={}),
+        )
 
     def look(self) -> Look:
         return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
@@ -43,14 +45,14 @@ class FakeSession:
         return {**self.ran, THEIRS: "ci-h200-2"}
 
 
-def task(*after: Gpu | Look, before: Gpu = IDLE, ran: bool = True, **more: Any) -> FakeSession:
+def task(*after: Gpu | Look, before: Gpu = IDLE, ran: bool = True, **more: Any) -> FakeExecutor:
     """One task, with these looks after it."""
     looks = [Look((before,)), *(look if isinstance(look, Look) else Look((look,)) for look in after)]
-    session = FakeSession(looks, **more)
-    with Machine(session).free_after("model-tp8"):  # type: ignore[arg-type]
+    executor = FakeExecutor(looks, **more)
+    with Machine(executor).free_after("model-tp8"):  # type: ignore[arg-type]
         if ran:
-            session.ran[OURS] = "warm-cache-1-run-model-tp8"
-    return session
+            executor.ran[OURS] = "warm-cache-1-run-model-tp8"
+    return executor
 
 
 def holding(*processes: Process, used: int | None = None) -> Gpu:
@@ -62,9 +64,9 @@ def test_free_at_once() -> None:
 
 
 def test_free_after_a_while() -> None:
-    session = task(holding(SERVER), holding(SERVER), IDLE, timeout=20)
-    assert session.said[-1].startswith("GPUs free again after 0.")
-    assert session.report.gpus[0]["free_again_seconds"] > 0
+    executor = task(holding(SERVER), holding(SERVER), IDLE, timeout=20)
+    assert executor.said[-1].startswith("GPUs free again after 0.")
+    assert executor.context.report.gpus[0]["free_again_seconds"] > 0
 
 
 def test_a_server_that_stays_is_named_with_the_container_that_is_gone() -> None:
@@ -130,26 +132,26 @@ def test_nothing_ran_and_nothing_is_waited_for() -> None:
 
 def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
     absent = Look(absent="there is no NVML here (libnvidia-ml.so.1)")
-    session = FakeSession([absent])
-    machine = Machine(session)  # type: ignore[arg-type]
+    executor = FakeExecutor([absent])
+    machine = Machine(executor)  # type: ignore[arg-type]
     for container in (OURS, THEIRS):
         with machine.free_after("x"):
-            session.ran[container] = "x"
-    assert len(session.said) == 1 and "is not checked" in session.said[0]
-    assert session.report.extra["gpus_reason"] == absent.absent
+            executor.ran[container] = "x"
+    assert len(executor.said) == 1 and "is not checked" in executor.said[0]
+    assert executor.context.report.extra["gpus_reason"] == absent.absent
 
 
 def test_a_task_beside_others_answers_for_its_own_gpus_alone() -> None:
     """Its neighbour has just begun, on the other GPU."""
     mine, other = replace(IDLE, index=4, uuid="GPU-4"), IDLE
     looks = [Look((other, mine)), Look((holding(STRANGER), holding_on(mine, SERVER))), Look((holding(STRANGER), mine))]
-    session = FakeSession(looks, timeout=20)
-    with Machine(session).free_after("half", (4,)):  # type: ignore[arg-type]
-        session.ran[OURS] = "warm-cache-1-run-half"
-    assert session.said[-1].startswith("half: GPUs free again after 0.")
-    with Machine(session).free_after("none", ()):  # type: ignore[arg-type]
-        session.ran[THEIRS] = "x"
-    assert len(session.said) == 1, "a task without GPUs has none to give back"
+    executor = FakeExecutor(looks, timeout=20)
+    with Machine(executor).free_after("half", (4,)):  # type: ignore[arg-type]
+        executor.ran[OURS] = "warm-cache-1-run-half"
+    assert executor.said[-1].startswith("half: GPUs free again after 0.")
+    with Machine(executor).free_after("none", ()):  # type: ignore[arg-type]
+        executor.ran[THEIRS] = "x"
+    assert len(executor.said) == 1, "a task without GPUs has none to give back"
 
 
 def holding_on(gpu: Gpu, *processes: Process) -> Gpu:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +23,13 @@ from builder.engine.images import identity, warmup_image
 from builder.engine.lease import Lease, Swept, debts, sweep
 from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpu_locks, gpus, hooks
-from builder.host.cancel import ANSWER, Cancel
-from builder.host.deadlines import Deadline
+from builder.host.cancel import ANSWER
 from builder.host.gpus import Look, Nvml
 from builder.host.locks import Patience
-from builder.manifest.load import Manifest
-from builder.report.console import Console
-from builder.report.results import Report
 from builder.run import container_job, preflight
 from builder.run.cache_root import CacheRoot
-from builder.run.container_job import NOTHING_ELSE, Asked, Options, describe
+from builder.run.container_job import NOTHING_ELSE, Asked, describe
+from builder.run.context import Context
 from builder.run.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.task import Task
 
@@ -48,17 +44,11 @@ PROBE_TIMEOUT = 120.0
 
 
 @dataclass(eq=False)
-class Session:
-    """One invocation. Use as a context manager: what was taken on the way is given back on every way out."""
+class ContainerExecutor:
+    """Runs tasks in containers of one engine. Use as a context manager: every exit gives back what was taken."""
 
-    manifest: Manifest
+    context: Context
     engine: Engine
-    console: Console
-    cancel: Cancel
-    report: Report
-    options: Options
-    budget: Deadline
-    run_id: str = field(default_factory=lambda: os.urandom(6).hex())
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _lease: Lease | None = None
     #: Containers that ran for this invocation, id → name; they are gone.
@@ -66,11 +56,11 @@ class Session:
     #: Whether a container of a dead builder was removed.
     swept: bool = False
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> ContainerExecutor:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self.cancel.shield():  # a second signal must not come between the steps
+        with self.context.cancel.shield():  # a second signal must not come between the steps
             self._stack.close()
 
     # --- what is there -----------------------------------------------------------------------------------------------
@@ -78,14 +68,14 @@ class Session:
     @functools.cached_property
     def image(self) -> Image | None:
         """The serving image, pulled first where that was asked for; None when the engine does not have it."""
-        ref = self.manifest.image.ref
-        if self.options.pull:
-            self.console.say(f"pulling {ref}")
-            image: Image | None = self.engine.pull(ref, self.console.say)
+        ref = self.context.manifest.image.ref
+        if self.context.options.pull:
+            self.context.console.say(f"pulling {ref}")
+            image: Image | None = self.engine.pull(ref, self.context.console.say)
         else:
             image = self.engine.image(ref)
-        self.report.image_ref = ref
-        self.report.image_id = image.id if image else None
+        self.context.report.image_ref = ref
+        self.context.report.image_id = image.id if image else None
         return image
 
     @property
@@ -93,24 +83,24 @@ class Session:
         """The serving image; its absence is a preflight problem, reported with all the others."""
         if self.image is None:
             self.ready()
-            raise PreflightError(f"{self.manifest.image.ref} is not on this engine")
+            raise PreflightError(f"{self.context.manifest.image.ref} is not on this engine")
         return self.image
 
     @functools.cached_property
     def cache(self) -> CacheRoot:
         return CacheRoot(
-            self.manifest,
+            self.context.manifest,
             self.engine,
             image=self.serving.id,
             lease=lambda: self.lease,
-            cancel=self.cancel,
+            cancel=self.context.cancel,
         )
 
     @property
     def lease(self) -> Lease:
         """The hold on every container of this run; taken with the first one."""
         if self._lease is None:
-            self._lease = self._stack.enter_context(Lease(self.options.state_dir, run_id=self.run_id))
+            self._lease = self._stack.enter_context(Lease(self.context.options.state_dir, run_id=self.context.run_id))
         return self._lease
 
     @functools.cached_property
@@ -123,19 +113,21 @@ class Session:
 
     def look(self) -> Look:
         """The GPUs that this manifest's containers get, now."""
-        wanted = self.manifest.gpus
-        return self.nvml.look(hurried=lambda: self.cancel.is_due(ANSWER)).chosen(wanted.devices, wanted.count)
+        wanted = self.context.manifest.gpus
+        return self.nvml.look(hurried=lambda: self.context.cancel.is_due(ANSWER)).chosen(wanted.devices, wanted.count)
 
     def container_names(self) -> Mapping[str, str]:
         """Id → name, of every container of this engine, and of those of this run."""
         with contextlib.suppress(EngineLostError):
-            found = self.cancel.answer(lambda: self.engine.containers([]), "for its containers")
+            found = self.context.cancel.answer(lambda: self.engine.containers([]), "for its containers")
             return {one.id: one.name for one in found} | self.ran
         return self.ran
 
     def patience(self) -> Patience:
         """How long this run waits for other builders, from now on."""
-        return Patience(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.cancel)
+        return Patience(
+            self.context.manifest.run.lock_timeout, say=self.context.console.say, cancel=self.context.cancel
+        )
 
     @functools.cached_property
     def warmup(self) -> Image:
@@ -143,41 +135,41 @@ class Session:
         it, cannot be built on.
         """
         try:
-            return warmup_image(self.engine, self.serving, self.manifest.image.setup, self._build_line)
+            return warmup_image(self.engine, self.serving, self.context.manifest.image.setup, self._build_line)
         except EngineRefusedError as error:
             problem = Problem("image", f"{error.message}.", "See [image] setup, and ONBUILD of the serving image.")
             raise PreflightError(CANNOT_RUN, [problem], notes=error.notes) from error
 
     def _build_line(self, line: str) -> None:
-        if self.console.verbose:
-            self.console.say(line)
+        if self.context.console.verbose:
+            self.context.console.say(line)
 
     @functools.cache  # noqa: B019 - a session lives as long as the process
     def ready(self) -> None:
         """Preflight. Raises PreflightError with every problem of this machine."""
-        problems = list(preflight.problems(self.manifest, self.engine))
+        problems = list(preflight.problems(self.context.manifest, self.engine))
         if problems:
             raise PreflightError(CANNOT_RUN, [*problems, *self.busy()])
 
     def busy(self) -> list[Problem]:
         """Who holds GPUs that this manifest wants, as far as that can be seen and does not change by itself."""
-        wanted = self.manifest.gpus
-        if not wanted.count or wanted.acquire or self.options.allow_busy:
+        wanted = self.context.manifest.gpus
+        if not wanted.count or wanted.acquire or self.context.options.allow_busy:
             return []
         return list(preflight.busy(self.look(), self.container_names))
 
     def sweep(self) -> list[Swept]:
         """Removes what builders that were killed left on this engine, and does for this machine what they owed it."""
-        keep = functools.partial(remains.drain, self.engine, directory=self.options.log_dir)
-        found = sweep(self.engine, self.options.state_dir, settle=self._settle, drain=keep)
+        keep = functools.partial(remains.drain, self.engine, directory=self.context.options.log_dir)
+        found = sweep(self.engine, self.context.options.state_dir, settle=self._settle, drain=keep)
         for swept in found:
-            self.console.say(str(swept))
+            self.context.console.say(str(swept))
             self.swept = self.swept or swept.removed
         return found
 
     def sweep_debts(self) -> None:
         """Sweeps if a builder owes this machine something; else it asks nobody, and costs a look into one directory."""
-        if debts(self.options.state_dir):
+        if debts(self.context.options.state_dir):
             self.sweep()
 
     def _settle(self, directory: Path) -> bool:
@@ -185,15 +177,15 @@ class Session:
         with gpu_locks.at_once(gpu_locks.SERVICE) as free:
             if not free:
                 return False
-            self.console.say("putting this machine back into service, for a builder that was killed:")
-            failure = hooks.settle(directory, self.options.environ, self.say_hook)
+            self.context.console.say("putting this machine back into service, for a builder that was killed:")
+            failure = hooks.settle(directory, self.context.options.environ, self.say_hook)
         if failure is not None:
-            self.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
+            self.context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
         return failure is None
 
     def say_hook(self, line: str) -> None:
         """One line of an operator's command."""
-        self.console.log("hook", line)
+        self.context.console.log("hook", line)
 
     def plan(self, tasks: Sequence[Task], expected: dict[str, Estimate] | None = None) -> Plan:
         """Judges these tasks against the cache as it is now. expected: is filled with how long each of them will take,
@@ -204,13 +196,13 @@ class Session:
         # Whatever else lies in the cache is no matter of this image, and need not be copied.
         keys = {place for record in records.values() for place in toolchain.family_keys(record).items()}
         with self.cache.view(keys=keys) as root, self.cache.store_view(models) as store:
-            plan = make_plan(tasks, records, root=root, store=store, strict=self.options.strict)
+            plan = make_plan(tasks, records, root=root, store=store, strict=self.context.options.strict)
             if expected is not None:
                 from builder.run import estimates
 
                 expected.update(estimates.learn(root, plan.items))
-        self.report.toolchain = plan.digest
-        self.report.cache = self.cache.name
+        self.context.report.toolchain = plan.digest
+        self.context.report.cache = self.cache.name
         return plan
 
     def records(self, tasks: Sequence[Task]) -> Mapping[ProbeEnv, Record]:
@@ -223,7 +215,7 @@ class Session:
         for env in sorted({probe_env(task) for task in tasks} - self._records.keys()):
             record = self._remembered(env, host)
             # Podman would not even say that it has no GPUs to give: the probe's container has to.
-            doubted = self.options.creates and bool(self.manifest.gpus.count) and self.engine.podman
+            doubted = self.context.options.creates and bool(self.context.manifest.gpus.count) and self.engine.podman
             self._records[env] = self.probe(env) if record is None or doubted else record
         return self._records
 
@@ -237,7 +229,7 @@ class Session:
             return toolchain.read_memo(
                 root,
                 self.identity,
-                mount=self.manifest.cache.mount,
+                mount=self.context.manifest.cache.mount,
                 gpus=host.model if host else None,
                 driver=host.driver if host else None,
                 env=dict(env),
@@ -246,34 +238,38 @@ class Session:
     def wrote(self, marker: Mapping[str, Any] | None) -> bool:
         """Whether a marker is this run's own."""
         observed = (marker or {}).get("observed")
-        return isinstance(observed, dict) and observed.get("run") == self.run_id
+        return isinstance(observed, dict) and observed.get("run") == self.context.run_id
 
     @property
     def identity(self) -> str:
-        return identity(self.serving, self.manifest.image.setup)
+        return identity(self.serving, self.context.manifest.image.setup)
 
     def probe(self, env: ProbeEnv) -> Record:
         """Asks a container what its kernels would depend on. It also lays out the cache root and writes the memo."""
         self.ready()
-        if self.options.creates and self.cache.create():
-            self.console.say(f"created {self.cache.name}")
+        if self.context.options.creates and self.cache.create():
+            self.context.console.say(f"created {self.cache.name}")
         task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=PROBE_TIMEOUT)
         outcome = self.run(
             "probe",
             task,
-            Deadlines(task=PROBE_TIMEOUT, silence=PROBE_TIMEOUT, start=self.manifest.run.start, grace=2.0),
+            Deadlines(task=PROBE_TIMEOUT, silence=PROBE_TIMEOUT, start=self.context.manifest.run.start, grace=2.0),
         )
-        self.cancel.check()
+        self.context.cancel.check()
         told: list[Any] = [event.get("record") for event in outcome.events if event.get("event") == "toolchain"]
         found = [known for known in told if toolchain.sound(known)]
         if not found:
             why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
             if outcome.exit_code in NO_PYTHON or any("catatonit" in line for line in outcome.tail):
-                problem = Problem("image", f"{self.manifest.image.ref} cannot run python3, which it needs: {why}.")
+                problem = Problem(
+                    "image", f"{self.context.manifest.image.ref} cannot run python3, which it needs: {why}."
+                )
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
-            raise BuilderError(f"the probe of {self.manifest.image.ref} told nothing: {why}", notes=outcome.tail)
+            raise BuilderError(
+                f"the probe of {self.context.manifest.image.ref} told nothing: {why}", notes=outcome.tail
+            )
         record: Record = found[-1]
-        problems = list(preflight.seen_problems(self.manifest, record, podman=self.engine.podman))
+        problems = list(preflight.seen_problems(self.context.manifest, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)
         return record
