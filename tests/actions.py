@@ -218,7 +218,7 @@ class Runner:
         inputs = {name: values.filled(str(value)) for name, value in step.get("with", {}).items()}
         if step["uses"].startswith("./"):
             return self._action(ROOT / step["uses"] / "action.yml", inputs)
-        assert re.fullmatch(r"actions/checkout@v\d+", step["uses"]), step["uses"]
+        assert re.fullmatch(r"actions/checkout@[0-9a-f]{40}", step["uses"]), step["uses"]
         return True, {}
 
     def _shell(self, title: str, step: dict[str, Any], values: Expression) -> tuple[bool, dict[str, str]]:

@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 
 from builder.cli.options import OPTIONS, VERBS
-from tests.actions import ACTION, WORKFLOWS, Context, Expression, entries, load
+from tests.actions import ACTION, ROOT, WORKFLOWS, Context, Expression, entries, load
 
 FILES = [ACTION, *sorted(WORKFLOWS.glob("*.yml"))]
+FORMS = sorted(path for path in (ROOT / ".github").rglob("*.yml") if path not in FILES)
+#: By the file's name, or its folder's.
+SCHEMAS = {
+    "action.yml": "github-actions",
+    "workflows": "github-workflows",
+    "dependabot.yml": "dependabot",
+    "config.yml": "github-issue-config",
+    "ISSUE_TEMPLATE": "github-issue-forms",
+}
 BIN = Path(sys.executable).parent
 
 
@@ -30,10 +39,10 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
         yield from job["steps"]
 
 
-@pytest.mark.parametrize("path", named(FILES))
+@pytest.mark.parametrize("path", named([*FILES, *FORMS]))
 def test_it_is_what_github_reads(path: Path) -> None:
     """By the schemas that GitHub's editors use, out of the linter's own wheel."""
-    schema = "vendor.github-actions" if path == ACTION else "vendor.github-workflows"
+    schema = f"vendor.{SCHEMAS.get(path.name) or SCHEMAS[path.parent.name]}"
     done = subprocess.run(
         [BIN / "check-jsonschema", "--builtin-schema", schema, path], capture_output=True, text=True, timeout=60
     )
@@ -59,9 +68,28 @@ def test_its_scripts_are_good_shell(path: Path) -> None:
 def test_foreign_actions_and_expressions_are_known(path: Path) -> None:
     for step in steps(path):
         if "uses" in step:
-            assert step["uses"].startswith("./") or re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
+            assert step["uses"].startswith("./") or re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"])
             if step["uses"].startswith("./"):
                 assert set(step["with"]) <= set(load(ACTION)["inputs"])
+
+
+@pytest.mark.parametrize(
+    "path", named([*FILES, ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")), ROOT / "docker" / "README.md"])
+)
+def test_actions_pinned_by_commit(path: Path) -> None:
+    """Local actions need no pin; examples for other repositories have the words COMMIT and VERSION in these places."""
+    for found in re.finditer(r"\buses: +(\S+)(.*)", path.read_text(encoding="utf-8")):
+        if not found[1].startswith("./"):
+            assert re.fullmatch(r"[\w./-]+@([0-9a-f]{40}|COMMIT)", found[1]), f"not pinned: {found[0]}"
+            assert re.fullmatch(r" # (v\d+\.\d+\.\d+|VERSION)", found[2]), f"no version: {found[0]}"
+
+
+def test_one_commit_per_action() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    pins: dict[str, set[str]] = {}
+    for action, pin in re.findall(r"\buses: +(actions/[a-z-]+)@(.+)", text):
+        pins.setdefault(action, set()).add(pin)
+    assert {action: len(found) for action, found in pins.items()} == dict.fromkeys(pins, 1)
 
 
 def test_what_the_action_passes_on_is_what_the_program_knows() -> None:
