@@ -32,7 +32,7 @@ def test_it_holds_the_package_the_profiles_and_the_dockerfile(wheel: Path) -> No
         for path in (ROOT / "builder").rglob(pattern)
         if "_docker" not in path.parts
     }
-    assert sources <= names
+    assert sources | {"builder/py.typed"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"builder"}
 
 
@@ -43,6 +43,7 @@ def test_the_console_script_and_the_python_versions(wheel: Path) -> None:
         scripts = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
     assert "warm-cache = builder.__main__:main" in scripts
     assert "Requires-Python: >=3.10" in metadata
+    assert "Classifier: Typing :: Typed" in metadata
 
 
 def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
