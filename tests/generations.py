@@ -7,10 +7,10 @@ import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from builder.cache import layout, markers, toolchain, usage
+from builder.cache import layout, marker_files, markers, toolchain, usage
 from builder.cache.families import FAMILIES, directory
+from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
 from builder.task import Task
 
@@ -78,7 +78,7 @@ class Generations:
                 proof="verified",
                 second_pass_added=0,
                 shapes=[],
-                observed={"image": image(number), "bytes": {"deep_gemm": (entries + 1) * (size + 1000)}},
+                observed=Observed(image=image(number), bytes={"deep_gemm": (entries + 1) * (size + 1000)}),
             )
             path = markers.publish(self.root, marker)
             self.age(self.root / path, days)
@@ -121,8 +121,9 @@ class Generations:
         """``task@image`` of every marker that is there."""
         found = []
         for path in self.root.glob("markers/*/*.json"):
-            marker: Any = markers.read(path)
-            found.append(f"{marker['label']}@{int(marker['observed']['image'][7:], 16)}")
+            marker = marker_files.read(path)
+            assert marker is not None
+            found.append(f"{marker.label}@{int((marker.observed.image or '')[7:], 16)}")
         return sorted(found)
 
 
@@ -130,8 +131,9 @@ def unvouched(root: Path) -> list[str]:
     """What a marker lists and the disk has not: must be nothing at any moment."""
     lost = []
     for path in root.glob("markers/*/*.json"):
-        marker: Any = markers.read(path)
-        for family in marker["claims"]:
-            place = Path(directory(str(root), family, marker["keys"][family]))
-            lost += [f"{family}/{name}" for name in marker["entries"][family] if not (place / name).exists()]
+        marker = marker_files.read(path)
+        assert marker is not None
+        for family, claim in marker.claims.items():
+            place = Path(directory(str(root), family, claim.key))
+            lost += [f"{family}/{name}" for name in claim.entries if not (place / name).exists()]
     return lost

@@ -10,12 +10,13 @@ Not in any list, because sglang does not warm them by shape: the attention kerne
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder import files, sglang_args
+from builder import sglang_args
 from builder.cache import marker_files, model_store
 from builder.task import Shape, Task
 from builder.text import printable
@@ -89,20 +90,16 @@ def wanted(root: Path, task: Task, environ: Mapping[str, str]) -> tuple[Shape, .
 def of_markers(root: Path, model: str) -> tuple[Shape, ...]:
     """Every shape that a marker below `root` names for this model, whatever the toolchain and the flags were."""
     found: set[Shape] = set()
-    for item in files.listing(str(root / "markers")) or ():
-        for seen in marker_files.folder(root, item.name) if files.is_dir(item) else ():
-            marker = seen.marker or {}
-            if marker.get("coverage", {}).get("model") == model:
-                found.update(_parsed(marker.get("shapes")))
+    for seen in marker_files.every(root):
+        if seen.marker is not None and seen.marker.coverage.get("model") == model:
+            found.update(_parsed(seen.marker.shapes))
     return tuple(sorted(found))
 
 
-def _parsed(texts: Any) -> Iterable[Shape]:
-    for text in texts if isinstance(texts, list) else ():
-        try:
+def _parsed(texts: Iterable[str]) -> Iterable[Shape]:
+    for text in texts:
+        with contextlib.suppress(ValueError):
             yield Shape.parse(text)
-        except (ValueError, AttributeError):
-            continue
 
 
 def of_config(

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from builder.agent import dummy_weights, recipes, simulated_gpu
 from builder.agent import model_shapes as shapes
@@ -32,6 +31,7 @@ from builder.cache import families, inventory, layout, markers, model_store, rem
 from builder.cache.coverage import needs_config
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
+from builder.cache.marker_files import Observed
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
 from builder.task import Task
@@ -163,12 +163,7 @@ class Warming:
             proof=self.verdict.proof,
             second_pass_added=self.verdict.second_pass_added,
             shapes=self._shapes(),
-            observed={
-                **self._observed(),
-                "bytes": self._weigh(done),
-                "compiled-on": "no GPU" if pretended else "GPU",
-                "pretended": pretended,
-            },
+            observed=self._observed(done, pretended),
         )
         self.verdict.reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
         self._guard.check()
@@ -402,17 +397,24 @@ class Warming:
             for name in done.claims
         }
 
-    def _observed(self) -> dict[str, Any]:
-        return {
-            **self._job.observed,
-            "loaded": self.verdict.loaded,
-            "image": self._job.image.get("id"),
-            "host": self._job.observed.get("host") or socket.gethostname(),
-            "added_bytes": dict(self.verdict.added_bytes),
-            "seconds": round(time.monotonic() - self._begun, 3),
-            "gpus": self._task.gpus,
-            "time": int(time.time()),
-        }
+    def _observed(self, done: Proven, pretended: str | None) -> Observed:
+        sent = dict(self._job.observed)
+        return Observed(
+            run=sent.get("run"),
+            image=self._job.image.get("id"),
+            loaded=self.verdict.loaded,
+            seconds=round(time.monotonic() - self._begun, 3),
+            gpus=self._task.gpus,
+            bytes=self._weigh(done),
+            added_bytes=dict(self.verdict.added_bytes),
+            pretended=pretended,
+            others={
+                **sent,
+                "host": sent.get("host") or socket.gethostname(),
+                "time": int(time.time()),
+                "compiled-on": "no GPU" if pretended else "GPU",
+            },
+        )
 
 
 def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False) -> None:

@@ -16,6 +16,7 @@ quack-kernels 0.6.5, nvidia-cutlass-dsl 4.8.0.
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -220,6 +221,15 @@ FAMILY: dict[str, Family] = {family.name: family for family in FAMILIES}
 def directory(root: str, family: str, key: str) -> str:
     """Where the family with this key lives below the cache root: ``<root>/<family>/<key>``."""
     return posixpath.join(root, family, key)
+
+
+#: A family key as a regular expression.
+KEY = "[0-9a-f]{16}"
+
+
+def is_key(name: str) -> bool:
+    """Return whether a directory of this name, below a family's name, is a family directory."""
+    return re.fullmatch(KEY, name) is not None
 
 
 def environment(mount: str, keys: Mapping[str, str]) -> dict[str, str]:

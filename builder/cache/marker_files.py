@@ -1,121 +1,255 @@
-"""Markers as files: where they lie, and whether one is a marker at all.
+"""Markers as files: their format, where they are, and whether a file holds a marker at all.
 
-Anybody may have written to the cache root. Whatever lies where a marker should be is a marker of this schema, or a
-reason why not.
+``markers/<label>-<coverage digest>/<digest of the claimed keys>.json``. Every user of a machine may write to the cache
+root, so each file found there is read as a marker of this schema, or as a reason why it is none.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from builder import files, text
 from builder.cache.coverage import coverage_digest
-from builder.cache.families import FAMILY
+from builder.cache.families import FAMILY, is_key
 
 SCHEMA = 1
 
 _LIMIT = 64 << 20
+#: Numbers of a marker above these are not believed: seconds and GPUs, bytes.
+_MOST = 10_000_000
+_MOST_BYTES = 1 << 50
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a marker states about one family. factors: what the key stands for; entries: names that must be valid."""
+
+    key: str
+    factors: Mapping[str, Any]
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Circumstances of the run that wrote a marker. None or empty: the file holds no usable value.
+
+    run: id of the run. image: id of the image. loaded: weights or dummies. seconds: the container's working time.
+    gpus: their number. bytes: size of the listed entries by family. added_bytes: growth by family, claimed or not.
+    pretended: name of the simulated GPU. others: fields that are recorded and never evaluated.
+    """
+
+    run: str | None = None
+    image: str | None = None
+    loaded: str | None = None
+    seconds: float | None = None
+    gpus: int | None = None
+    bytes: Mapping[str, int] | None = None
+    added_bytes: Mapping[str, int] = field(default_factory=dict)
+    pretended: str | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """One marker. claims: by family. coverage: see `coverage`. toolchain: digest of all family keys of its run.
+
+    table: TABLE_VERSION of its keys. shapes: DeepGEMM problems that the run compiled. written: ISO 8601, UTC.
+    """
+
+    label: str
+    claims: Mapping[str, Claim]
+    coverage: Mapping[str, Any]
+    proof: str
+    toolchain: str | None = None
+    table: int | None = None
+    second_pass_added: int | None = None
+    shapes: tuple[str, ...] = ()
+    written: str = ""
+    observed: Observed = field(default_factory=Observed)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Family key by claimed family."""
+        return {family: claim.key for family, claim in self.claims.items()}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file where a marker should be: the marker, or why it is none. path: below the root. written: its mtime."""
+    """A file where a marker should be: the marker, or why it is none.
+
+    path: below the root, printable. folder: name of its directory. written: its mtime. newer: the only problem is that
+    it has another schema.
+    """
 
     path: str
+    folder: str
     written: float
-    marker: dict[str, Any] | None
+    marker: Marker | None
     problem: str = ""
+    newer: bool = False
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The marker in this file, or None where it holds none that this program understands."""
-    return _load(path)[0]
+class _NotAMarkerError(Exception):
+    """The document is no marker. The message is the reason."""
+
+    def __init__(self, problem: str, *, newer: bool = False) -> None:
+        super().__init__(problem)
+        self.newer = newer
 
 
-def claimed_keys(path: Path) -> dict[str, str]:
-    """Family key by claimed family of the marker in this file; empty where it holds none."""
-    marker = read(path)
-    return {} if marker is None else {family: marker["keys"][family] for family in marker["claims"]}
+# Finding markers
 
 
-def _label(label: str) -> str:
-    """The label as a file name may hold it."""
-    return re.sub(r"[^A-Za-z0-9._+=@-]+", "-", label).lstrip(".-")[:120] or "task"
+def read(path: Path) -> Marker | None:
+    """Return the marker in this file; None where it holds none that this program understands."""
+    return _found(path, "", 0.0).marker
 
 
 def folder_name(label: str, factors: Mapping[str, Any]) -> str:
-    """Where the markers of a task with this label and coverage lie, below ``markers/``."""
+    """Return the name, below ``markers/``, of the directory for a task with this label and coverage."""
     return f"{_label(label)}-{coverage_digest(factors)}"
 
 
+def folder(root: Path, name: str) -> list[Found]:
+    """Return every marker file of one directory, most recent first."""
+    base = root / "markers" / name
+    items = files.listing(str(base))
+    if items is None:
+        return [Found(f"markers/{name}", name, 0.0, None, "the directory cannot be read")]
+    found = []
+    for item in items:
+        if item.name.endswith(".json") and not item.name.startswith("."):
+            try:
+                written = item.stat(follow_symlinks=False).st_mtime
+            except OSError:
+                written = 0.0
+            found.append(_found(base / item.name, name, written))
+    return sorted(found, key=lambda item: item.written, reverse=True)
+
+
+def every(root: Path) -> Iterator[Found]:
+    """Yield every marker file below `root`, directory by directory."""
+    for item in files.listing(str(root / "markers")) or ():
+        if files.is_dir(item):
+            yield from folder(root, item.name)
+
+
 def neighbours(root: Path, label: str) -> list[Found]:
-    """Every marker of this label, whatever it covers."""
+    """Return every marker of this label, of any coverage."""
     pattern = re.compile(re.escape(_label(label)) + "-[0-9a-f]{12}")
     folders = [item.name for item in files.listing(str(root / "markers")) or () if pattern.fullmatch(item.name)]
     return [found for name in folders for found in folder(root, name)]
 
 
-def twins(root: Path, name: str) -> list[Found]:
-    """Markers of other labels that cover the same as those in the folder of this name."""
+def duplicates(root: Path, name: str) -> list[Found]:
+    """Return the markers of other labels with the coverage of those in the directory of this name."""
     suffix = name[name.rindex("-") :]
     names = [item.name for item in files.listing(str(root / "markers")) or ()]
     return [found for other in names if other.endswith(suffix) and other != name for found in folder(root, other)]
 
 
-def folder(root: Path, name: str) -> list[Found]:
-    """What lies where a task's markers belong, most recent first."""
-    base = root / "markers" / name
-    items = files.listing(str(base))
-    if items is None:
-        return [Found(f"markers/{name}", 0.0, None, "the directory cannot be read")]
-    found = []
-    for item in items:
-        if item.name.endswith(".json") and not item.name.startswith("."):
-            marker, problem = _load(base / item.name)
-            try:
-                written = item.stat(follow_symlinks=False).st_mtime
-            except OSError:
-                written = 0.0
-            found.append(Found(text.printable(f"markers/{name}/{item.name}"), written, marker, problem))
-    return sorted(found, key=lambda item: item.written, reverse=True)
+def _label(label: str) -> str:
+    """Return the label as a file name may hold it."""
+    return re.sub(r"[^A-Za-z0-9._+=@-]+", "-", label).lstrip(".-")[:120] or "task"
 
 
-def _load(path: Path) -> tuple[dict[str, Any] | None, str]:
+def _found(path: Path, folder: str, written: float) -> Found:
+    shown = text.printable(f"markers/{folder}/{path.name}")
     try:
-        marker = files.read_json(str(path), _LIMIT)
+        return Found(shown, folder, written, _parsed(files.read_json(str(path), _LIMIT)))
     except files.UnreadableError as error:
-        return None, f"it {error}"
-    problem = _problem(marker)
-    return (None, problem) if problem else (marker, "")
+        return Found(shown, folder, written, None, f"it {error}")
+    except _NotAMarkerError as error:
+        return Found(shown, folder, written, None, str(error), error.newer)
 
 
-def _problem(marker: Any) -> str:
-    """Why a document is not a marker of this schema; "" where it is."""
-    if not isinstance(marker, dict):
-        return "it is not an object"
-    if marker.get("schema") != SCHEMA:
-        return f"its schema is {_shown(marker.get('schema'))}, this program knows {SCHEMA}"
-    claims: Any = marker.get("claims")
-    if not _texts(claims):
-        return "its claims are not a list of names"
+# The format
+
+
+def encoded(marker: Marker) -> bytes:
+    """Return the content of the marker's file: JSON in ASCII."""
+    known = {name: getattr(marker.observed, name) for name in _OBSERVED}
+    document = {
+        "schema": SCHEMA,
+        "label": marker.label,
+        "table": marker.table,
+        "claims": list(marker.claims),
+        "keys": marker.keys,
+        "factors": {family: claim.factors for family, claim in marker.claims.items()},
+        "toolchain": marker.toolchain,
+        "coverage": marker.coverage,
+        "entries": {family: claim.entries for family, claim in marker.claims.items()},
+        "proof": marker.proof,
+        "second_pass_added": marker.second_pass_added,
+        "shapes": marker.shapes,
+        "written": marker.written,
+        "observed": {**marker.observed.others, **known},
+    }
+    return json.dumps(document, indent=1).encode("ascii") + b"\n"
+
+
+def _parsed(document: Any) -> Marker:
+    """Return the marker that this document is. Raises _NotAMarkerError."""
+    if not isinstance(document, dict):
+        raise _NotAMarkerError("it is not an object")
+    schema = document.get("schema")
+    if schema != SCHEMA:
+        raise _NotAMarkerError(f"its schema is {_shown(schema)}, this program knows {SCHEMA}", newer=True)
+    claims: Any = document.get("claims")
+    if not _is_texts(claims):
+        raise _NotAMarkerError("its claims are not a list of names")
     for family in claims:
         if family not in FAMILY or not FAMILY[family].claimable:
-            return f"it claims {_shown(family)}, which is no family that can be claimed"
-    keys, listed, factors = marker.get("keys"), marker.get("entries"), marker.get("factors")
-    if not isinstance(keys, dict) or not all(_is_key(keys.get(family)) for family in claims):
-        return "it has no key for a family that it claims"
-    if not isinstance(listed, dict) or not all(_texts(listed.get(family)) for family in claims):
-        return "it has no entries for a family that it claims"
-    if not isinstance(factors, dict) or not all(isinstance(factors.get(family), dict) for family in claims):
-        return "it has no factors for a family that it claims"
-    if not isinstance(marker.get("coverage"), dict) or not isinstance(marker.get("proof"), str):
-        return "it has no coverage or no proof"
-    return ""
+            raise _NotAMarkerError(f"it claims {_shown(family)}, which is no family that can be claimed")
+    keys = _each(document.get("keys"), claims, _is_key, "key")
+    entries = _each(document.get("entries"), claims, _is_texts, "entries")
+    factors = _each(document.get("factors"), claims, _is_object, "factors")
+    coverage, proof, shapes = document.get("coverage"), document.get("proof"), document.get("shapes")
+    if not isinstance(coverage, dict) or not isinstance(proof, str):
+        raise _NotAMarkerError("it has no coverage or no proof")
+    return Marker(
+        label=_text(document.get("label")) or "",
+        claims={name: Claim(keys[name], factors[name], tuple(entries[name])) for name in claims},
+        coverage=coverage,
+        proof=proof,
+        toolchain=_text(document.get("toolchain")),
+        table=_whole(document.get("table")),
+        second_pass_added=_whole(document.get("second_pass_added")),
+        shapes=tuple(shape for shape in shapes if isinstance(shape, str)) if isinstance(shapes, list) else (),
+        written=_text(document.get("written")) or "",
+        observed=_observed(document.get("observed")),
+    )
+
+
+def _observed(document: Any) -> Observed:
+    if not isinstance(document, dict):
+        return Observed()
+    return Observed(
+        run=_text(document.get("run")),
+        image=_text(document.get("image")),
+        loaded=_text(document.get("loaded")),
+        seconds=_number(document.get("seconds")),
+        gpus=_whole(document.get("gpus")),
+        bytes=_sizes(document.get("bytes")),
+        added_bytes=_sizes(document.get("added_bytes")) or {},
+        pretended=_text(document.get("pretended")),
+        others={name: value for name, value in document.items() if name not in _OBSERVED},
+    )
+
+
+_OBSERVED = tuple(each.name for each in fields(Observed) if each.name != "others")
+
+
+def _each(values: Any, claims: list[str], test: Callable[[Any], bool], name: str) -> dict[str, Any]:
+    """Return `values` as an object that has a sound value for every claimed family. Raises _NotAMarkerError."""
+    if isinstance(values, dict) and all(test(values.get(family)) for family in claims):
+        return values
+    raise _NotAMarkerError(f"it has no {name} for a family that it claims")
 
 
 def _shown(value: Any) -> str:
@@ -124,8 +258,32 @@ def _shown(value: Any) -> str:
 
 
 def _is_key(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value) is not None
+    return isinstance(value, str) and is_key(value)
 
 
-def _texts(value: Any) -> bool:
+def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: Any) -> float | None:
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST
+    return float(value) if sound else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST else None
+
+
+def _sizes(value: Any) -> dict[str, int] | None:
+    """Return the sizes among the values of an object, without what is none."""
+    if not isinstance(value, dict):
+        return None
+    return {name: size for name, size in value.items() if type(size) is int and 0 <= size < _MOST_BYTES}

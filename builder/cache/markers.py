@@ -1,58 +1,27 @@
 """Markers: the record that a task is warm for the keys of the families it claims.
 
-``markers/<label>-<coverage digest>/<digest of the claimed keys>.json``. A marker is a claim about the disk, checked
-against the disk each time it is read: it holds only while the entries that it lists are there and valid. Anything may
-lie where a marker should be (half a file, another schema, a directory, a FIFO); that is a reason to be cold, never an
-error.
+A marker is a claim about the disk, checked against the disk each time it is read: it holds only while the entries that
+it lists are there and valid. Any file may lie where a marker should be (half a file, another schema, a directory, a
+FIFO); that is a reason to be cold, never an error.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from builder import files
-from builder.cache import inventory, toolchain, usage
-from builder.cache.coverage import (
-    RECIPE_VERSIONS,
-    brief,
-    config_digest,
-    coverage,
-    coverage_digest,
-    describe,
-    differences,
-    needs_config,
-    normalise_argv,
-)
+from builder.cache import inventory, marker_files, toolchain, usage
+from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import MISSING
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
-from builder.cache.marker_files import SCHEMA, Found, claimed_keys, folder, folder_name, neighbours, read, twins
+from builder.cache.marker_files import Claim, Found, Marker, Observed, folder_name
 from builder.cache.toolchain import Record
 from builder.task import Task
 from builder.text import printable
-
-__all__ = [
-    "PRETENDED",
-    "RECIPE_VERSIONS",
-    "SCHEMA",
-    "VERIFIED",
-    "Judgement",
-    "build",
-    "claimed_keys",
-    "config_digest",
-    "coverage",
-    "coverage_digest",
-    "judge",
-    "needs_config",
-    "normalise_argv",
-    "publish",
-    "read",
-    "reservation",
-]
 
 #: The proof of a second pass in a new process that added nothing. Others: steady, inventory, nothing-claimed.
 VERIFIED = "verified"
@@ -60,44 +29,54 @@ VERIFIED = "verified"
 PRETENDED = "pretended"
 
 Row = tuple[str, str, str]
+#: Why a task is cold; "" for a warm one. Details: of ``compile`` and ``coverage`` ``<factor> was A is B``, of
+#: ``entries`` ``N missing, M invalid (first: …)``, of ``marker-unreadable`` path and problem. ``unknown``: the image.
+Kind = Literal["", "no-marker", "compile", "coverage", "entries", "marker-unreadable", "unverified", "unknown"]
 
 
 @dataclass(frozen=True)
 class Judgement:
     """Whether a task is warm.
 
-    reason: "" when warm, else one of ``no-marker``, ``compile: <family> <factor> was A is B``,
-    ``coverage: <factor> was A is B``, ``entries: N missing, M invalid (first: …)``, ``marker-unreadable: …``,
-    ``unverified``. marker, path (below the root): the marker that was judged, or the nearest one. differences:
-    (factor, was, is) against it, in full.
+    marker, path (below the root): the marker that was judged, or the nearest one. differences: (factor, was, is)
+    against it, in full.
     """
 
     state: Literal["warm", "cold"]
-    reason: str
-    marker: dict[str, Any] | None = None
+    kind: Kind = ""
+    detail: str = ""
+    marker: Marker | None = None
     path: str | None = None
     differences: list[Row] = field(default_factory=list)
 
+    @property
+    def reason(self) -> str:
+        """Why the task is cold: kind and detail in one line; "" when it is warm."""
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
 
 def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, strict: bool = False) -> Judgement:
-    """Compares the task with the markers below `root` and their entries with the disk. Reads only, never raises for
-    what it finds. strict: only a marker with the proof ``verified`` counts."""
+    """Compare the task with the markers below `root` and their entries with the disk.
+
+    Reads only, never raises for what it finds. strict: only a marker with the proof ``verified`` counts.
+    """
     now = coverage(task, record=record, config_digest=config_digest)
     keys = toolchain.family_keys(record)
-    found = [_vouching(item, task) for item in folder(root, folder_name(task.label, now))]
+    name = folder_name(task.label, now)
+    found = [_sufficient(item, task) for item in marker_files.folder(root, name)]
     good = [(item, item.marker) for item in found if item.marker is not None]
-    same = [(item, marker) for item, marker in good if marker["coverage"] == now]
+    same = [(item, marker) for item, marker in good if marker.coverage == now]
     # What a real GPU proved goes before what was made without one since.
-    same.sort(key=lambda pair: pair[1]["proof"] == PRETENDED)
+    same.sort(key=lambda pair: pair[1].proof == PRETENDED)
     cold = [_against_disk(root, item, marker, record, strict) for item, marker in same if _has_keys(marker, keys)]
     for judgement in cold:
         if judgement.state == "warm":
             usage.note(root, str(judgement.path))
             return judgement
-    for item in twins(root, folder_name(task.label, now)):
+    for item in marker_files.duplicates(root, name):
         # The same work under another label: a label is only what people call it.
-        marker = _vouching(item, task).marker
-        if marker is not None and marker["coverage"] == now and _has_keys(marker, keys):
+        marker = _sufficient(item, task).marker
+        if marker is not None and marker.coverage == now and _has_keys(marker, keys):
             judgement = _against_disk(root, item, marker, record, strict)
             if judgement.state == "warm":
                 return judgement
@@ -105,15 +84,14 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
         return cold[0]
     for item in found:
         if item.marker is None and (not good or Path(item.path).stem == _expected(task, keys)):
-            return Judgement("cold", f"marker-unreadable: {item.path}: {item.problem}", path=item.path)
+            return Judgement("cold", "marker-unreadable", f"{item.path}: {item.problem}", path=item.path)
     if same:
         return _against_toolchain(*same[0], record, keys)
-    nearest = [(item, item.marker) for item in neighbours(root, task.label) if item.marker is not None]
+    nearest = [(item, item.marker) for item in marker_files.neighbours(root, task.label) if item.marker is not None]
     for item, marker in sorted(nearest, key=lambda pair: pair[0].written, reverse=True):
-        if rows := differences(marker["coverage"], now):
-            return Judgement(
-                "cold", _reason("coverage: ", rows), marker, item.path, _toolchain_row(marker, keys) + rows
-            )
+        if rows := differences(marker.coverage, now):
+            every = _toolchain_row(marker, keys) + rows
+            return Judgement("cold", "coverage", difference(rows[0]), marker, item.path, every)
     return Judgement("cold", "no-marker")
 
 
@@ -127,46 +105,44 @@ def build(
     proof: str,
     second_pass_added: int | None,
     shapes: Iterable[str],
-    observed: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The marker of a warmed task. entries: by family, what the proof rests on; kept for the claimed families.
+    observed: Observed,
+) -> Marker:
+    """Return the marker of a warmed task.
 
-    ``verified`` needs entries in every claimed family; without, the proof is written down as the lesser one it is.
+    entries: by family, what the proof rests on; kept for the claimed families. ``verified`` needs entries in every
+    claimed family; without, the marker has a lesser proof.
     """
     keys = toolchain.family_keys(record)
-    claimed = sorted(set(claims))
-    listed = {family: sorted(set(entries.get(family, ()))) for family in claimed}
-    if proof == VERIFIED and not (claimed and all(listed.values())):
-        proof = "inventory" if claimed else "nothing-claimed"
-    return {
-        "schema": SCHEMA,
-        "label": task.label,
-        "table": TABLE_VERSION,
-        "claims": claimed,
-        "keys": {family: keys[family] for family in claimed},
-        "factors": {family: toolchain.family_factors(record, family) for family in claimed},
-        "toolchain": toolchain.digest(keys),
-        "coverage": coverage(task, record=record, config_digest=config_digest),
-        "entries": listed,
-        "proof": proof,
-        "second_pass_added": second_pass_added,
-        "shapes": list(shapes),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "observed": dict(observed),
+    claimed = {
+        name: Claim(keys[name], toolchain.family_factors(record, name), tuple(sorted(set(entries.get(name, ())))))
+        for name in sorted(set(claims))
     }
+    if proof == VERIFIED and not (claimed and all(claim.entries for claim in claimed.values())):
+        proof = "inventory" if claimed else "nothing-claimed"
+    return Marker(
+        label=task.label,
+        claims=claimed,
+        coverage=coverage(task, record=record, config_digest=config_digest),
+        proof=proof,
+        toolchain=toolchain.digest(keys),
+        table=TABLE_VERSION,
+        second_pass_added=second_pass_added,
+        shapes=tuple(shapes),
+        written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        observed=observed,
+    )
 
 
-def reservation(marker: Mapping[str, Any]) -> str:
-    """What has to be said wherever the marker is believed; "" for one that a real GPU made."""
-    if marker.get("proof") != PRETENDED:
+def reservation(marker: Marker) -> str:
+    """Return the warning to show wherever this marker counts; "" for one that a real GPU made."""
+    if marker.proof != PRETENDED:
         return ""
-    observed = marker.get("observed")
-    gpu = observed.get("pretended") if isinstance(observed, dict) else None
-    which = f"pretended {printable(gpu)[:40]}" if isinstance(gpu, str) else "a pretended one"
+    gpu = marker.observed.pretended
+    which = "a pretended one" if gpu is None else f"pretended {printable(gpu)[:40]}"
     return f"compiled without a GPU ({which}): experimental, not proven on hardware"
 
 
-def publish(root: Path, marker: Mapping[str, Any]) -> str:
+def publish(root: Path, marker: Marker) -> str:
     """Writes the marker last, after all that it claims; its path below `root`. Raises OSError and leaves nothing.
 
     Readers take no lock, and a machine may stop at any point. Step by step, and what a reader finds after each:
@@ -179,11 +155,10 @@ def publish(root: Path, marker: Mapping[str, Any]) -> str:
     4. The directory is fsynced: only now does a crash of the machine keep the new name. Before, it may keep the old
        file, which is only older. Without step 2 it could keep the new name on an empty file.
     """
-    # One made without a GPU lies beside what a real one proved, and never in its place.
-    kind = ".pretended" if marker["proof"] == PRETENDED else ""
-    name = f"{toolchain.digest(marker['keys'])}{kind}.json"
-    path = f"markers/{folder_name(str(marker['label']), marker['coverage'])}/{name}"
-    files.write_atomically(root / path, json.dumps(marker, indent=1).encode("ascii") + b"\n")
+    # A marker made without a GPU never replaces one that a real GPU proved.
+    kind = ".pretended" if marker.proof == PRETENDED else ""
+    path = f"markers/{folder_name(marker.label, marker.coverage)}/{toolchain.digest(marker.keys)}{kind}.json"
+    files.write_atomically(root / path, marker_files.encoded(marker))
     usage.stamp(root, path)
     return path
 
@@ -191,28 +166,30 @@ def publish(root: Path, marker: Mapping[str, Any]) -> str:
 # Judging
 
 
-def _has_keys(marker: Mapping[str, Any], keys: Mapping[str, str]) -> bool:
-    """Whether the families that it claims are those of now."""
-    return all(keys[family] == marker["keys"][family] for family in marker["claims"])
+def _has_keys(marker: Marker, keys: Mapping[str, str]) -> bool:
+    """Return whether the families that it claims have their present keys."""
+    return all(keys[family] == claim.key for family, claim in marker.claims.items())
 
 
 def _required(task: Task) -> tuple[str, ...] | None:
-    """The families that a marker of this task claims at least; None where only its run can tell."""
+    """Return the families that a marker of this task claims at least; None where only its run shows them."""
     if task.families is not None:
         return task.families
     return ("deep_gemm",) if task.recipe in ("compile-deep-gemm", "shapes") else None
 
 
-def _vouching(item: Found, task: Task) -> Found:
-    """The marker, unless it vouches for less than the task requires or for a family without an entry: no run writes
-    such a one, and what it lists could be all there while nothing is compiled."""
+def _sufficient(item: Found, task: Task) -> Found:
+    """Return the marker, unless it claims less than the task requires, or a family without an entry.
+
+    No run writes such a marker, and all that it lists could be there while nothing is compiled.
+    """
     marker = item.marker
     if marker is None:
         return item
-    for family in dict.fromkeys((*(_required(task) or ()), *marker["claims"])):
-        if family not in marker["claims"]:
+    for family in dict.fromkeys((*(_required(task) or ()), *marker.claims)):
+        if family not in marker.claims:
             problem = f"it claims nothing for {printable(family)}"
-        elif not marker["entries"][family]:
+        elif not marker.claims[family].entries:
             problem = f"it claims no entry for {family}"
         else:
             continue
@@ -220,12 +197,12 @@ def _vouching(item: Found, task: Task) -> Found:
     return item
 
 
-def _against_disk(root: Path, item: Found, marker: dict[str, Any], record: Record, strict: bool) -> Judgement:
+def _against_disk(root: Path, item: Found, marker: Marker, record: Record, strict: bool) -> Judgement:
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
-    for family in marker["claims"]:
-        place = Path(directory(str(root), family, marker["keys"][family]))
-        for name in marker["entries"][family]:
+    for family, claim in marker.claims.items():
+        place = Path(directory(str(root), family, claim.key))
+        for name in claim.entries:
             total += 1
             problem = inventory.check(FAMILY[family], place, name, mount=mount)
             if problem is None:
@@ -236,35 +213,36 @@ def _against_disk(root: Path, item: Found, marker: dict[str, Any], record: Recor
     if missing or invalid:
         text = f"{missing} missing, {invalid} invalid"
         rows = [("entries", str(total), f"{total - missing - invalid} valid, {text}")]
-        return Judgement("cold", f"entries: {text} (first: {first})", marker, item.path, rows)
-    proven = marker["proof"] == VERIFIED and bool(marker["claims"]) and all(marker["entries"].values())
+        return Judgement("cold", "entries", f"{text} (first: {first})", marker, item.path, rows)
+    proven = marker.proof == VERIFIED and bool(marker.claims) and all(claim.entries for claim in marker.claims.values())
     if strict and not proven:
-        return Judgement("cold", "unverified", marker, item.path, [("proof", describe(marker["proof"]), VERIFIED)])
-    return Judgement("warm", "", marker, item.path)
+        return Judgement("cold", "unverified", "", marker, item.path, [("proof", describe(marker.proof), VERIFIED)])
+    return Judgement("warm", marker=marker, path=item.path)
 
 
-def _against_toolchain(item: Found, marker: dict[str, Any], record: Record, keys: Mapping[str, str]) -> Judgement:
+def _against_toolchain(item: Found, marker: Marker, record: Record, keys: Mapping[str, str]) -> Judgement:
     rows: list[Row] = []
-    for family in marker["claims"]:
-        if keys[family] == marker["keys"][family]:
+    for family, claim in marker.claims.items():
+        if keys[family] == claim.key:
             continue
-        was = marker["factors"].get(family, {})
-        changed = differences(was, toolchain.family_factors(record, family))
+        changed = differences(claim.factors, toolchain.family_factors(record, family))
         if not changed:  # equal factors under another key: the table itself changed
-            changed = [("table", describe(marker.get("table")), describe(TABLE_VERSION))]
+            changed = [("table", describe(marker.table), describe(TABLE_VERSION))]
         rows += [(f"{family} {factor}", before, after) for factor, before, after in changed]
-    return Judgement("cold", _reason("compile: ", rows), marker, item.path, _toolchain_row(marker, keys) + rows)
+    every = _toolchain_row(marker, keys) + rows
+    return Judgement("cold", "compile", difference(rows[0]), marker, item.path, every)
 
 
-def _toolchain_row(marker: Mapping[str, Any], keys: Mapping[str, str]) -> list[Row]:
-    was, now = describe(marker.get("toolchain")), toolchain.digest(keys)
+def _toolchain_row(marker: Marker, keys: Mapping[str, str]) -> list[Row]:
+    was, now = describe(marker.toolchain), toolchain.digest(keys)
     return [] if was == now else [("toolchain", was, now)]
 
 
-def _reason(kind: str, rows: list[Row]) -> str:
-    factor, was, now = rows[0]
+def difference(row: Row) -> str:
+    """Return one difference as the detail of a judgement: ``<factor> was A is B``, shortened."""
+    factor, was, now = row
     before, after = brief(was, now)
-    return f"{kind}{factor[:100]} was {before} is {after}"
+    return f"{factor[:100]} was {before} is {after}"
 
 
 def _expected(task: Task, keys: Mapping[str, str]) -> str | None:

@@ -13,7 +13,6 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from builder import files, text
 from builder.cache import marker_files, toolchain, usage
@@ -127,28 +126,25 @@ def survey(root: Path) -> Holdings:
 def marks(root: Path) -> tuple[list[Mark], list[tuple[str, str, bool]]]:
     """Every marker; and of what only lies where one should be: path, problem, and whether another schema is all."""
     readable, strangers = [], []
-    for folder in files.listing(str(root / "markers")) or ():
-        for found in marker_files.folder(root, folder.name) if files.is_dir(folder) else ():
-            if found.marker is None:
-                strangers.append((found.path, found.problem, found.problem.startswith("its schema")))
-            else:
-                readable.append(_mark(root, folder.name, found.path, found.written, found.marker))
+    for found in marker_files.every(root):
+        if found.marker is None:
+            strangers.append((found.path, found.problem, found.newer))
+        else:
+            readable.append(_mark(root, found, found.marker))
     return readable, strangers
 
 
-def _mark(root: Path, folder: str, path: str, written: float, marker: Mapping[str, Any]) -> Mark:
-    observed = marker.get("observed")
-    image = observed.get("image") if isinstance(observed, dict) else None
+def _mark(root: Path, found: marker_files.Found, marker: marker_files.Marker) -> Mark:
     return Mark(
-        path=path,
-        folder=folder,
-        task=text.printable(str(marker.get("label") or folder))[:200],
-        toolchain=text.printable(str(marker.get("toolchain")))[:40],
-        keys={family: marker["keys"][family] for family in marker["claims"]},
-        entries={family: frozenset(marker["entries"][family]) for family in marker["claims"]},
-        image=image if isinstance(image, str) else "",
-        written=written,
-        used=usage.last(root, path, written),
+        path=found.path,
+        folder=found.folder,
+        task=text.printable(marker.label or found.folder)[:200],
+        toolchain=text.printable(str(marker.toolchain))[:40],
+        keys=marker.keys,
+        entries={family: frozenset(claim.entries) for family, claim in marker.claims.items()},
+        image=marker.observed.image or "",
+        written=found.written,
+        used=usage.last(root, found.path, found.written),
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from builder import files
-from builder.cache import families, markers
+from builder.cache import families, marker_files
 from builder.cache.coverage import STORE_MOUNT as STORE
 from builder.cache.coverage import is_commit
 from builder.engine.client import ContainerSpec, Engine, Mount
@@ -325,7 +325,8 @@ def _claimed(copy: Path) -> set[str]:
     """Family directories that any readable marker claims, as ``family/key``."""
     found = set()
     for path in copy.glob("markers/*/*.json"):
-        for family, key in markers.claimed_keys(path).items():
+        marker = marker_files.read(path)
+        for family, key in marker.keys.items() if marker else ():
             if family in families.FAMILY and key.isalnum():
                 found.add(f"{family}/{key}")
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.cache import toolchain
+from builder.cache.marker_files import Marker
 from builder.cache.toolchain import Record
 from builder.engine import sweep as remains
 from builder.engine.client import Engine, Image
@@ -235,10 +236,9 @@ class ContainerExecutor:
                 env=dict(env),
             )
 
-    def wrote(self, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a marker is this run's own."""
-        observed = (marker or {}).get("observed")
-        return isinstance(observed, dict) and observed.get("run") == self.context.run_id
+    def wrote(self, marker: Marker | None) -> bool:
+        """Return whether a marker is of this run."""
+        return marker is not None and marker.observed.run == self.context.run_id
 
     @property
     def identity(self) -> str:

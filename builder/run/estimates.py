@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import files
-from builder.cache import marker_files, markers, toolchain
+from builder.cache import marker_files, toolchain
+from builder.cache.coverage import coverage
 from builder.run.plan import Item
 
 #: What makes two tasks the same launch, whatever the versions around it are (names of coverage factors).
@@ -56,8 +56,8 @@ def learn(root: Path, items: Iterable[Item]) -> dict[str, Estimate]:
 
 
 def _estimate(item: Item, seen: Sequence[_Seen]) -> Estimate:
-    coverage = markers.coverage(item.task, record=item.record, config_digest=item.config_digest)
-    suffix, launch = f"-{item.key}", _launch(coverage)
+    suffix = f"-{item.key}"
+    launch = _launch(coverage(item.task, record=item.record, config_digest=item.config_digest))
     now = toolchain.digest(toolchain.family_keys(item.record))
     same = [one for one in seen if one.folder.endswith(suffix)]
     nearest = [
@@ -76,29 +76,21 @@ def _estimate(item: Item, seen: Sequence[_Seen]) -> Estimate:
 
 
 def _seen(root: Path) -> Iterable[_Seen]:
-    for folder in files.listing(str(root / "markers")) or ():
-        for found in marker_files.folder(root, folder.name):
-            marker = found.marker
-            observed = marker.get("observed") if marker else None
-            seconds = observed.get("seconds") if isinstance(observed, dict) else None
-            # A bool is an int, and a number may be anything that JSON can write.
-            if marker is None or isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-                continue
-            if not 0 < seconds < 1e7:
-                continue
-            coverage = marker["coverage"]
+    for found in marker_files.every(root):
+        marker = found.marker
+        if marker is not None and (seconds := marker.observed.seconds):
             yield _Seen(
-                folder.name,
+                found.folder,
                 found.written,
-                float(seconds),
-                str(marker.get("toolchain")),
-                str(coverage.get("recipe")),
-                _launch(coverage),
+                seconds,
+                str(marker.toolchain),
+                str(marker.coverage.get("recipe")),
+                _launch(marker.coverage),
             )
 
 
-def _launch(coverage: Mapping[str, Any]) -> str:
+def _launch(factors: Mapping[str, Any]) -> str:
     try:
-        return json.dumps([coverage.get(name) for name in LAUNCH], sort_keys=True)
+        return json.dumps([factors.get(name) for name in LAUNCH], sort_keys=True)
     except RecursionError:  # somebody's nesting
         return ""

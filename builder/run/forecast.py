@@ -11,16 +11,12 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from builder.cache import marker_files, survey, toolchain
 from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.run.container_executor import ContainerExecutor
 from builder.run.plan import Item
 from builder.text import size
-
-#: No number in a marker is believed beyond this: anybody may have written it.
-_MOST = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -42,32 +38,20 @@ def learn(root: Path, items: Iterable[Item]) -> Forecast:
         if marker is None:
             continue
         known += 1
-        keys, observed = toolchain.family_keys(item.record), marker["observed"]
-        for family in marker["claims"]:
-            was = marker["keys"][family]
-            if was != keys.get(family) or not (root / family / was).is_dir():
-                names = frozenset(marker["entries"][family])
-                claimed.setdefault((family, was), []).append((_number(observed["bytes"], family), names))
-        if marker.get("toolchain") != toolchain.digest(keys):
-            added = observed.get("added_bytes")
-            others = set(added) - set(marker["claims"]) if isinstance(added, dict) else set()
-            beside += sum(_number(added, family) for family in others)
+        keys, observed = toolchain.family_keys(item.record), marker.observed
+        for family, claim in marker.claims.items():
+            if claim.key != keys.get(family) or not (root / family / claim.key).is_dir():
+                took = (observed.bytes or {}).get(family, 0)
+                claimed.setdefault((family, claim.key), []).append((took, frozenset(claim.entries)))
+        if marker.toolchain != toolchain.digest(keys):
+            beside += sum(added for family, added in observed.added_bytes.items() if family not in marker.claims)
     return Forecast(beside + sum(map(_shared, claimed.values())), known, number)
 
 
-def _nearest(root: Path, item: Item) -> dict[str, Any] | None:
+def _nearest(root: Path, item: Item) -> marker_files.Marker | None:
     """The task's newest marker that says how much it took."""
     found = sorted(marker_files.neighbours(root, item.task.label), key=lambda one: one.written, reverse=True)
-    for one in found:
-        observed = one.marker.get("observed") if one.marker else None
-        if isinstance(observed, dict) and isinstance(observed.get("bytes"), dict):
-            return one.marker
-    return None
-
-
-def _number(numbers: Any, name: str) -> int:
-    found = numbers.get(name) if isinstance(numbers, dict) else None
-    return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < _MOST else 0
+    return next((one.marker for one in found if one.marker and one.marker.observed.bytes is not None), None)
 
 
 def _shared(lists: Sequence[tuple[int, frozenset[str]]]) -> int:

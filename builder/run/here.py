@@ -13,12 +13,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from builder import files, text
 from builder.cache import environment, families, layout, toolchain
-from builder.cache.coverage import brief
 from builder.cache.environment import Image, Standing
+from builder.cache.markers import Judgement, difference
 from builder.cache.toolchain import Record
 from builder.cli.commands.check import blame_cold, common_env, explained, families_told, gate, lines
 from builder.errors import ColdError, UsageError
@@ -200,17 +199,16 @@ def _other_python(environ: Mapping[str, str]) -> str | None:
     return found
 
 
-def _honest(judgement: Any, image: Image) -> Any:
-    """A judgement that does not take an unknown image for another one."""
-    if image.id is not None or not judgement.reason.startswith("compile: "):
+def _honest(judgement: Judgement, image: Image) -> Judgement:
+    """Return a judgement that does not take an unknown image for another one."""
+    if image.id is not None or judgement.kind != "compile":
         return judgement
     rows = [row for row in judgement.differences if row[0] != "toolchain"]
     told = [row for row in rows if not (row[0].endswith(f" {environment.IMAGE}") and row[2] == "absent")]
     if told:
-        was, now = brief(told[0][1], told[0][2])
-        return replace(judgement, reason=f"compile: {told[0][0][:100]} was {was} is {now}")
+        return replace(judgement, detail=difference(told[0]))
     names = ", ".join(row[0].rpartition(" ")[0] for row in rows)
-    return replace(judgement, reason=f"unknown: {names} may be of another image; {_unknown(image)}")
+    return replace(judgement, kind="unknown", detail=f"{names} may be of another image; {_unknown(image)}")
 
 
 def _unknown(image: Image) -> str:

@@ -223,10 +223,10 @@ class _Run:
             return result_of(item, "failed", f"its verdict is warmed, but the program ended with {how}", **numbers)
         plan = self.seen.plan((item.task,))
         now = plan.items[0] if plan else item
-        observed = (now.judgement.marker or {}).get("observed")
+        marker = now.judgement.marker
         if not now.warm:
             return result_of(item, "failed", f"its marker does not hold: {now.judgement.reason}", **numbers)
-        if not isinstance(observed, dict) or observed.get("run") != self.run_id:
+        if marker is None or marker.observed.run != self.run_id:
             return result_of(item, "failed", "its verdict is warmed, but the marker is an older one", **numbers)
         return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
 

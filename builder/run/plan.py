@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.cache import markers, toolchain
+from builder.cache.coverage import config_digest, coverage, coverage_digest, needs_config
 from builder.cache.toolchain import Record
 from builder.report.results import TaskResult
 from builder.task import Task
@@ -40,8 +41,7 @@ class Item:
     @property
     def key(self) -> str:
         """Names the task's marker directory."""
-        coverage = markers.coverage(self.task, record=self.record, config_digest=self.config_digest)
-        return markers.coverage_digest(coverage)
+        return coverage_digest(coverage(self.task, record=self.record, config_digest=self.config_digest))
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def make_plan(
 
 def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bool) -> Item:
     digest, problem = None, None
-    if markers.needs_config(task):
+    if needs_config(task):
         if store is None and not task.model.startswith("/"):
             problem = "no model store: set [models] store"
         else:
-            digest, problem = markers.config_digest(store or Path("/nonexistent"), task.model, task.revision)
+            digest, problem = config_digest(store or Path("/nonexistent"), task.model, task.revision)
     judgement = markers.judge(root, task, record=record, config_digest=digest, strict=strict)
     return Item(task, record, digest, problem, judgement)
 
@@ -93,24 +93,16 @@ def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResu
 
 def before(item: Item) -> TaskResult:
     """Return a task's result before anything is done for it, from its marker."""
-    marker: Mapping[str, Any] = item.judgement.marker or {}
-    if not item.warm:
+    marker = item.judgement.marker
+    if not item.warm or marker is None:
         return result_of(item, "cold", item.judgement.reason)
-    entries = marker.get("entries")
     return result_of(
         item,
         "warm",
-        entries={name: len(names) for name, names in entries.items()} if isinstance(entries, dict) else {},
-        proof=marker.get("proof"),
-        verified=marker.get("proof") == "verified",
-        since=str(marker.get("written", ""))[:10],
-        loaded=_loaded(marker),
+        entries={family: len(claim.entries) for family, claim in marker.claims.items()},
+        proof=marker.proof,
+        verified=marker.proof == markers.VERIFIED,
+        since=marker.written[:10],
+        loaded=printable(marker.observed.loaded or "")[:60],
         reservation=markers.reservation(marker),
     )
-
-
-def _loaded(marker: Mapping[str, Any]) -> str:
-    """A marker may hold anything."""
-    observed = marker.get("observed")
-    loaded = observed.get("loaded") if isinstance(observed, dict) else None
-    return printable(loaded)[:60] if isinstance(loaded, str) else ""

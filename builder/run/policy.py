@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from builder.cache import markers, toolchain
+from builder.cache import toolchain
+from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
 from builder.errors import Problem, UsageError
 from builder.job import PrunePolicy
@@ -76,9 +77,7 @@ def policy(executor: ContainerExecutor, limits: Limits, plan: Plan | None, *, dr
         image=executor.identity,
         keys=tuple(keys.values()),
         folders=tuple(
-            folder_name(
-                item.task.label, markers.coverage(item.task, record=item.record, config_digest=item.config_digest)
-            )
+            folder_name(item.task.label, coverage(item.task, record=item.record, config_digest=item.config_digest))
             for item in items
         ),
         tasks=tuple(item.task.label for item in items if item.config_problem),

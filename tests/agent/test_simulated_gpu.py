@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from builder.cache import markers, toolchain
+from builder.cache import marker_files, markers, toolchain
+from builder.cache.coverage import coverage
 from builder.cli.commands.check import common_env
 from builder.errors import UsageError
 from builder.manifest import load
@@ -47,9 +48,7 @@ def test_the_same_task_on_a_pretended_gpu_and_on_eight_real_ones_has_one_marker(
     assert (pretended.gpus.count, real.gpus.count) == (0, 8)
     (one,), (other,) = pretended.tasks, real.tasks
     assert one.label == other.label
-    assert markers.coverage(one, record=RECORD, config_digest=None) == markers.coverage(
-        other, record=RECORD, config_digest=None
-    )
+    assert coverage(one, record=RECORD, config_digest=None) == coverage(other, record=RECORD, config_digest=None)
     assert one.env[PRETEND_VARIABLE] == "H200" and PRETEND_VARIABLE not in other.env
     assert PRETEND_VARIABLE not in common_env(pretended.tasks), "a job has real GPUs"
 
@@ -112,18 +111,20 @@ def test_the_marker_says_so_and_strict_never_takes_it(program: Program, stub: di
     path = program.root / done.verdict["marker"]
     marker = json.loads(path.read_text())
     assert (marker["observed"]["compiled-on"], marker["observed"]["pretended"]) == ("no GPU", "H200")
-    assert markers.reservation(marker) == said
+    read = marker_files.read(path)
+    assert read is not None
+    assert markers.reservation(read) == said
     record = json.loads(next(program.root.glob("images/*.json")).read_text())["memos"][0]["record"]
     real = shapes_task(program, env={})  # as a machine with GPUs asks, whose family key is the same
     judged = markers.judge(program.root, real, record=record, config_digest=None)
-    assert (judged.state, judged.marker) == ("warm", marker)
+    assert (judged.state, judged.marker) == ("warm", read)
     assert markers.judge(program.root, real, record=record, config_digest=None, strict=True).reason == "unverified"
 
     assert program.run(real).verdict["proof"] == "verified"
     assert program.run(task, environ=stub).verdict["marker"] == done.verdict["marker"], "beside the real one's"
     judged = markers.judge(program.root, real, record=record, config_digest=None, strict=True)
     assert judged.state == "warm" and judged.marker is not None
-    assert markers.reservation(judged.marker) == "" and judged.marker["observed"]["compiled-on"] == "GPU"
+    assert markers.reservation(judged.marker) == "" and judged.marker.observed.others["compiled-on"] == "GPU"
 
 
 def test_an_image_that_cannot_compile_the_stub_driver_is_a_reason(program: Program, stub: dict[str, str]) -> None:

@@ -31,8 +31,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builder import events
-from builder.cache import coverage, inventory, markers, toolchain
+from builder.cache import coverage, inventory, marker_files, markers, toolchain
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
+from builder.cache.marker_files import Marker, Observed, folder_name
 from builder.cache.toolchain import Record
 from builder.engine import log_sinks
 from builder.engine.api import Attachment, ContainerSpec, State
@@ -420,8 +421,8 @@ def record(**factors: str | None) -> Record:
     }
 
 
-def marker(made: Record | None = None, **change: Any) -> dict[str, Any]:
-    given = {
+def marker(made: Record | None = None, **change: Any) -> Marker:
+    given: dict[str, Any] = {
         "record": made or record(),
         "config_digest": "c" * 64,
         "claims": list(ENTRIES),
@@ -429,9 +430,14 @@ def marker(made: Record | None = None, **change: Any) -> dict[str, Any]:
         "proof": "verified",
         "second_pass_added": 0,
         "shapes": [],
-        "observed": {"image": "sha256:1"},
+        "observed": Observed(image="sha256:1"),
     }
     return markers.build(change.pop("task", TASK), **{**given, **change})
+
+
+def document() -> Any:
+    """The marker as its file holds it."""
+    return json.loads(marker_files.encoded(marker()))
 
 
 # A 32-bit ELF header and a table of one section, which is the table itself: the smallest file that is whole.
@@ -463,8 +469,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def marker_path(root: Path) -> Path:
     made = marker()
-    name = markers.coverage_digest(made["coverage"])
-    return root / "markers" / f"DeepSeek-V3-tp8-{name}" / f"{toolchain.digest(made['keys'])}.json"
+    return root / "markers" / folder_name(TASK.label, made.coverage) / f"{toolchain.digest(made.keys)}.json"
 
 
 def judge(root: Path, made: Record | None = None, **change: Any) -> markers.Judgement:
@@ -499,7 +504,8 @@ def judge_file(root: Path, data: bytes) -> markers.Judgement:
     path.unlink()
     nearest.write_bytes(data)
     assert_judged(judge(root))
-    for family, key in markers.claimed_keys(nearest).items():
+    read = marker_files.read(nearest)
+    for family, key in read.keys.items() if read else ():
         assert FAMILY[family].claimable
         assert re.fullmatch(r"[0-9a-f]{16}", key)
     return own
@@ -509,7 +515,7 @@ def truth(root: Path, data: bytes) -> bool:
     """Whether a marker file vouches for the task, by the letter of the rules."""
     try:
         found = json.loads(data)
-        right = marker()
+        right = document()
         return bool(
             found["schema"] == 1
             and found["coverage"] == right["coverage"]
@@ -530,7 +536,7 @@ def test_garbage_is_no_marker(root: Path, data: bytes) -> None:
 
 
 def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
-    data = json.dumps(marker()).encode()
+    data = json.dumps(document()).encode()
     path = marker_path(root)
     for size in range(len(data)):
         path.write_bytes(data[:size])
@@ -541,14 +547,14 @@ def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
 
 @FUZZ
 @given(
-    mutated(marker(), [(), (), *((name,) for name in ("claims", "keys", "entries", "factors", "coverage", "proof"))])
+    mutated(document(), [(), (), *((name,) for name in ("claims", "keys", "entries", "factors", "coverage", "proof"))])
     .flatmap(written)
 )  # fmt: skip
-@example(json.dumps({**marker(), "keys": {"deep_gemm": 1234567890123456, "inductor": 1234567890123456}}).encode())
-@example(json.dumps({**marker(), "proof": "\x1b[31m\ud800"}).encode())
-@example(json.dumps({**marker(), "entries": {"deep_gemm": ["cache/a\nb"], "inductor": ["\udcff"]}}).encode())
-@example(json.dumps({**marker(), "coverage": {"": 1, "\x1b[31m\n": 2, "argv": "\n"}}).encode())
-@example(json.dumps({**marker(), "schema": "@deep@"}).encode().replace(b'"@deep@"', b"[" * 985 + b"]" * 985))
+@example(json.dumps({**document(), "keys": {"deep_gemm": 1234567890123456, "inductor": 1234567890123456}}).encode())
+@example(json.dumps({**document(), "proof": "\x1b[31m\ud800"}).encode())
+@example(json.dumps({**document(), "entries": {"deep_gemm": ["cache/a\nb"], "inductor": ["\udcff"]}}).encode())
+@example(json.dumps({**document(), "coverage": {"": 1, "\x1b[31m\n": 2, "argv": "\n"}}).encode())
+@example(json.dumps({**document(), "schema": "@deep@"}).encode().replace(b'"@deep@"', b"[" * 985 + b"]" * 985))
 def test_a_marker_with_mistakes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
     judgement = judge_file(root, data)
     if judgement.state == "warm":
@@ -556,7 +562,7 @@ def test_a_marker_with_mistakes_is_cold_for_a_named_reason_or_true(root: Path, d
 
 
 @FUZZ
-@given(damaged(json.dumps(marker()).encode()))
+@given(damaged(json.dumps(document()).encode()))
 def test_a_marker_with_damaged_bytes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
     judgement = judge_file(root, data)
     if judgement.state == "warm":

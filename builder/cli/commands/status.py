@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import text
-from builder.cache import family_directories, markers, toolchain, usage
+from builder.cache import family_directories, marker_files, markers, toolchain, usage
 from builder.cli.commands.hold import PATH as HOLD
 from builder.engine.lease import LABEL
 from builder.flock import holders
@@ -23,8 +23,6 @@ from builder.text import age, duration, size
 #: What a container of this program does, by its mode; others warm, look or clean.
 _MODES = {"hold": "holds the cache", "views": "makes or drops a view", "run": "warms", "prune": "removes"}
 _BUILDER, _HOLDER = "works on the cache", "holds the cache"
-#: Seconds of a warm-up above which nobody believes them: a marker may say anything.
-_MOST = 1e7
 
 
 def status(executor: ContainerExecutor, _said: Namespace) -> None:
@@ -134,21 +132,18 @@ def _held(executor: ContainerExecutor) -> tuple[list[dict[str, Any]], dict[str, 
 def _marker(
     path: Path, root: Path, used: Mapping[str, float] | None, current: set[tuple[str, str]], now: float
 ) -> dict[str, Any]:
-    marker = markers.read(path)
-    observed: Any = marker.get("observed") if marker is not None else None
-    observed = observed if isinstance(observed, dict) else {}
+    marker = marker_files.read(path)
+    observed = marker.observed if marker else marker_files.Observed()
     place = str(path.relative_to(root))
     written, last = None, None
     with contextlib.suppress(OSError):
         written = path.lstat().st_mtime
         last = usage.last(root, place, written) if used is None else used.get(place, written)
-    seconds = _number(observed.get("seconds"))
-    count = _number(observed.get("gpus"))
-    claims = markers.claimed_keys(path)
-    label = marker.get("label") if marker is not None else None
+    seconds, count = observed.seconds, observed.gpus
+    claims = marker.keys if marker else {}
     return {
         "task": text.printable(path.parent.name),
-        "label": text.printable(label)[:60] if isinstance(label, str) else text.printable(path.parent.name),
+        "label": text.printable(marker.label)[:60] if marker else text.printable(path.parent.name),
         "path": text.printable(place),
         "written": _moment(written),
         "age_seconds": None if written is None else round(max(0.0, now - written), 3),
@@ -157,9 +152,9 @@ def _marker(
         "seconds": seconds,
         "gpus": count,
         "gpu_minutes": None if seconds is None or count is None else round(seconds * count / 60, 3),
-        "image": text.printable(observed["image"]) if isinstance(observed.get("image"), str) else "",
-        "proof": text.printable(marker["proof"]) if marker is not None else "unreadable",
-        "reservation": markers.reservation(marker or {}) or None,
+        "image": text.printable(observed.image or ""),
+        "proof": text.printable(marker.proof) if marker else "unreadable",
+        "reservation": (markers.reservation(marker) or None) if marker else None,
         "claims": sorted(claims),
         "use": _use(marker is not None and set(claims.items()) <= current),
     }
@@ -170,10 +165,6 @@ def _moment(seconds: float | None) -> str:
     with contextlib.suppress(OSError, OverflowError, ValueError, TypeError):
         return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")  # type: ignore[arg-type]
     return "unknown"
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST else None
 
 
 # --- who uses it

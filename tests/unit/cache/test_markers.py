@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import files
-from builder.cache import coverage, inventory, markers, toolchain
+from builder.cache import coverage, inventory, marker_files, markers, toolchain
 from builder.cache.families import FAMILIES, FAMILY, directory
+from builder.cache.marker_files import Claim, Marker, Observed
 from builder.cache.toolchain import Record
 from builder.task import Shape, Task
 
@@ -64,7 +65,7 @@ CUBIN = struct.pack("<4s12sHHIIIIIHHHHHH", b"\x7fELF", bytes([1, 1, 1]), 2, 190,
 CUBIN += struct.pack("<IIIIIIIIII", 0, 1, 0, 0, 52, 40, 0, 0, 0, 0)
 
 
-def build(task: Task = TASK, made: Record | None = None, **change: Any) -> dict[str, Any]:
+def build(task: Task = TASK, made: Record | None = None, **change: Any) -> Marker:
     arguments: dict[str, Any] = {
         "record": made or record(),
         "config_digest": CONFIG,
@@ -73,7 +74,7 @@ def build(task: Task = TASK, made: Record | None = None, **change: Any) -> dict[
         "proof": "verified",
         "second_pass_added": 0,
         "shapes": ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"],
-        "observed": {"image": "sha256:1"},
+        "observed": Observed(image="sha256:1"),
     }
     return markers.build(task, **{**arguments, **change})
 
@@ -89,17 +90,14 @@ def warm(tmp_path: Path) -> Path:
     for name in ENTRIES:
         entry(tmp_path, record(), name)
     markers.publish(tmp_path, build())
-    assert judge(tmp_path) == markers.Judgement("warm", "", build_of(tmp_path), path_of(tmp_path))
+    read = marker_files.read(tmp_path / path_of(tmp_path))
+    assert judge(tmp_path) == markers.Judgement("warm", marker=read, path=path_of(tmp_path))
     return tmp_path
 
 
 def path_of(root: Path) -> str:
     (path,) = root.glob("markers/*/*.json")
     return str(path.relative_to(root))
-
-
-def build_of(root: Path) -> dict[str, Any]:
-    return dict(json.loads((root / path_of(root)).read_text()))
 
 
 # Warm, and each reason to be cold
@@ -163,7 +161,7 @@ def test_a_compile_factor_of_a_claimed_family(warm: Path, changed: dict[str, str
     rows = {factor: (was, now) for factor, was, now in judgement.differences}
     (factor,) = changed
     assert rows[f"deep_gemm {factor}"] == (coverage.describe(record()["factors"][factor]), changed[factor] or "absent")
-    assert rows["toolchain"][0] == build()["toolchain"]
+    assert rows["toolchain"][0] == build().toolchain
 
 
 def test_the_nearest_marker_is_the_last_one_written(warm: Path) -> None:
@@ -222,13 +220,13 @@ def test_the_order_of_options_and_how_they_are_spelt_mean_nothing(warm: Path, wo
 
 def test_a_commands_argv_is_taken_as_it_is() -> None:
     command = dataclasses.replace(TASK, recipe="command", argv=("b", "--x=1", "--a"))
-    assert markers.coverage(command, record=record(), config_digest=None)["argv"] == ["b", "--x=1", "--a"]
+    assert coverage.coverage(command, record=record(), config_digest=None)["argv"] == ["b", "--x=1", "--a"]
 
 
 def test_settings_count_only_for_the_recipe_that_reads_them() -> None:
     def digest(recipe: str, **change: Any) -> str:
         task = dataclasses.replace(TASK, recipe=recipe, **change)
-        return markers.coverage_digest(markers.coverage(task, record=record(), config_digest=CONFIG))
+        return coverage.coverage_digest(coverage.coverage(task, record=record(), config_digest=CONFIG))
 
     shape, other = Shape("GEMM", 1, 2), Shape("GEMM", 1, 3)
     assert digest("shapes", shapes=(shape,)) != digest("shapes", shapes=(shape, other))
@@ -301,25 +299,26 @@ def test_strict_accepts_only_verified(warm: Path, proof: str) -> None:
 
 
 def test_nothing_listed_is_never_verified() -> None:
-    assert build(entries={})["proof"] == "inventory"
-    assert build(claims=[], entries={})["proof"] == "nothing-claimed"
-    assert build(claims=["deep_gemm", "triton"])["proof"] == "inventory"
+    assert build(entries={}).proof == "inventory"
+    assert build(claims=[], entries={}).proof == "nothing-claimed"
+    assert build(claims=["deep_gemm", "triton"]).proof == "inventory"
 
 
 @pytest.mark.parametrize(
-    ("task", "boast", "why"),
+    ("task", "change", "why"),
     [
         (TASK, {"claims": []}, "it claims nothing for deep_gemm"),
-        (TASK, {"entries": {"deep_gemm": []}}, "it claims no entry for deep_gemm"),
+        (TASK, {"entries": {}}, "it claims no entry for deep_gemm"),
         (dataclasses.replace(TASK, recipe="shapes"), {"claims": []}, "it claims nothing for deep_gemm"),
         (dataclasses.replace(TASK, families=("deep_gemm", "triton")), {}, "it claims nothing for triton"),
-        (dataclasses.replace(TASK, recipe="serve"), {"entries": {"deep_gemm": []}}, "it claims no entry for deep_gemm"),
+        (dataclasses.replace(TASK, recipe="serve"), {"entries": {}}, "it claims no entry for deep_gemm"),
     ],
 )
 def test_a_marker_that_vouches_for_too_little_is_not_believed(
-    warm: Path, task: Task, boast: dict[str, Any], why: str
+    warm: Path, task: Task, change: dict[str, Any], why: str
 ) -> None:
-    path = markers.publish(warm, {**build(task), **boast})
+    (warm / path_of(warm)).unlink()
+    path = markers.publish(warm, dataclasses.replace(build(task, **change), proof="verified"))
     for strict in (False, True):
         judgement = judge(warm, task, strict=strict)
         assert (judgement.state, judgement.reason) == ("cold", f"marker-unreadable: {path}: {why}")
@@ -431,8 +430,7 @@ def test_a_spoilt_marker_is_cold_for_a_reason(warm: Path, spoil: Callable[[Path]
     spoil(path)
     judgement = judge(warm)
     assert judgement.reason == f"marker-unreadable: {path_of(warm)}: {why}"
-    assert markers.read(path) is None
-    assert markers.claimed_keys(path) == {}
+    assert marker_files.read(path) is None
     # Warming again mends it, unless something that is no file is in the way.
     if not path.is_dir():
         markers.publish(warm, build())
@@ -466,6 +464,7 @@ def test_what_a_killed_writer_leaves_is_not_looked_at(warm: Path) -> None:
     assert judge(warm).reason == "no-marker"
 
 
+FIELDS = sorted(json.loads(marker_files.encoded(build())))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -474,13 +473,18 @@ JSON = st.recursive(
 
 
 @settings(max_examples=120, deadline=None)
-@given(field=st.sampled_from(sorted(build())), value=JSON, below=st.booleans(), gpus=st.sampled_from([8, 4]))
+@given(
+    field=st.sampled_from(sorted(json.loads(marker_files.encoded(build())))),
+    value=JSON,
+    below=st.booleans(),
+    gpus=st.sampled_from([8, 4]),
+)
 def test_no_content_of_any_field_ever_raises(
     tmp_path_factory: pytest.TempPathFactory, field: str, value: Any, below: bool, gpus: int
 ) -> None:
     root = tmp_path_factory.mktemp("root")
-    marker = build()
-    path = root / markers.publish(root, marker)
+    path = root / markers.publish(root, build())
+    marker = json.loads(path.read_text())
     if below and isinstance(marker[field], dict):
         marker[field] = dict.fromkeys(marker[field], value)
     else:
@@ -496,18 +500,77 @@ def test_no_content_of_any_field_ever_raises(
         judgement.reason.encode()
 
 
+# The format
+
+
+def test_a_marker_as_it_has_always_been_written_is_read(tmp_path: Path) -> None:
+    """Byte for byte a file of an earlier version: caches that were warmed before stay warm."""
+    document = {
+        "schema": 1,
+        "label": "m tp8",
+        "table": 1,
+        "claims": ["deep_gemm"],
+        "keys": {"deep_gemm": "0123456789abcdef"},
+        "factors": {"deep_gemm": {"nvcc": NVCC, "deep_gemm_path": None}},
+        "toolchain": "fedcba9876543210",
+        "coverage": {"sglang": "0.5.23", "argv": ["--tp", "8"]},
+        "entries": {"deep_gemm": ENTRIES},
+        "proof": "verified",
+        "second_pass_added": 0,
+        "shapes": ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"],
+        "written": "2026-11-24T09:36:47Z",
+        "observed": {
+            "host": "h",
+            "builder": "0.1.0",
+            "image": "sha256:1",
+            "run": "20261124-093647-ab12",
+            "loaded": "weights",
+            "added_bytes": {"triton": 7},
+            "seconds": 61.25,
+            "gpus": 8,
+            "time": 1795512000,
+            "bytes": {"deep_gemm": 4096},
+            "compiled-on": "GPU",
+            "pretended": None,
+        },
+    }
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    read = marker_files.read(path)
+    assert read == Marker(
+        label="m tp8",
+        claims={"deep_gemm": Claim("0123456789abcdef", {"nvcc": NVCC, "deep_gemm_path": None}, tuple(ENTRIES))},
+        coverage={"sglang": "0.5.23", "argv": ["--tp", "8"]},
+        proof="verified",
+        toolchain="fedcba9876543210",
+        table=1,
+        second_pass_added=0,
+        shapes=("GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1",),
+        written="2026-11-24T09:36:47Z",
+        observed=Observed(
+            run="20261124-093647-ab12",
+            image="sha256:1",
+            loaded="weights",
+            seconds=61.25,
+            gpus=8,
+            bytes={"deep_gemm": 4096},
+            added_bytes={"triton": 7},
+            others={"host": "h", "builder": "0.1.0", "time": 1795512000, "compiled-on": "GPU"},
+        ),
+    )
+    assert json.loads(marker_files.encoded(read)) == document
+
+
 # Publishing
 
 
 def test_publish_names_the_marker_by_coverage_and_claimed_keys(tmp_path: Path) -> None:
     marker = build()
     path = markers.publish(tmp_path, marker)
-    digest = markers.coverage_digest(marker["coverage"])
-    assert path == f"markers/DeepSeek-V3-0324-tp8-{digest}/{toolchain.digest(marker['keys'])}.json"
-    assert json.loads((tmp_path / path).read_text()) == marker
+    digest = coverage.coverage_digest(marker.coverage)
+    assert path == f"markers/DeepSeek-V3-0324-tp8-{digest}/{toolchain.digest(marker.keys)}.json"
     assert (tmp_path / path).stat().st_mode & 0o777 == 0o644
-    assert markers.read(tmp_path / path) == marker
-    assert markers.claimed_keys(tmp_path / path) == marker["keys"]
+    assert marker_files.read(tmp_path / path) == marker
     # Another claim is another file; the same claim replaces.
     assert markers.publish(tmp_path, build(claims=[], entries={})) != path
     assert markers.publish(tmp_path, build()) == path
@@ -546,13 +609,13 @@ def test_a_failure_while_publishing_leaves_the_old_marker_and_no_rubbish(
 
 def test_a_reader_never_sees_half_a_marker(warm: Path) -> None:
     path = warm / path_of(warm)
-    large = build(observed={"text": "x" * 300_000})
+    large = build(observed=Observed(others={"text": "x" * 300_000}))
     over = threading.Event()
     seen: list[bool] = []
 
     def read() -> None:
         while not over.is_set():
-            seen.append(markers.read(path) is not None)
+            seen.append(marker_files.read(path) is not None)
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -602,8 +665,8 @@ def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: p
 )  # fmt: skip
 def test_normalise_argv(argv: str, normal: str) -> None:
     wanted = normal.split(" ") if normal else []
-    assert markers.normalise_argv(argv.split(" ") if argv else []) == wanted
-    assert markers.normalise_argv(wanted) == wanted
+    assert coverage.normalise_argv(argv.split(" ") if argv else []) == wanted
+    assert coverage.normalise_argv(wanted) == wanted
 
 
 @given(
@@ -620,7 +683,7 @@ def test_order_means_nothing_but_among_repeats(options: list[tuple[str, list[str
     def spell(pairs: list[tuple[str, list[str]]]) -> list[str]:
         return [word for name, values in pairs for word in (f"--{name}", *values)]
 
-    assert markers.normalise_argv(spell(options)) == markers.normalise_argv(spell(shuffled))
+    assert coverage.normalise_argv(spell(options)) == coverage.normalise_argv(spell(shuffled))
 
 
 # Words
@@ -654,35 +717,35 @@ def store_with(root: Path, *, revision: str = "main", commit: str = "0" * 40, co
 
 def test_config_digest_in_the_hubs_layout(tmp_path: Path) -> None:
     store_with(tmp_path)
-    found, problem = markers.config_digest(tmp_path, "org/name", None)
+    found, problem = coverage.config_digest(tmp_path, "org/name", None)
     assert problem is None
-    assert found == markers.config_digest(tmp_path, "org/name", "main")[0]
-    assert found == markers.config_digest(tmp_path, "org/name", "0" * 40)[0]
+    assert found == coverage.config_digest(tmp_path, "org/name", "main")[0]
+    assert found == coverage.config_digest(tmp_path, "org/name", "0" * 40)[0]
     assert len(found or "") == 64
     store_with(tmp_path, revision="refs/pr/1", commit="1" * 40, config=b"{ }")
-    assert markers.config_digest(tmp_path, "org/name", "refs/pr/1") == markers.config_digest(
+    assert coverage.config_digest(tmp_path, "org/name", "refs/pr/1") == coverage.config_digest(
         tmp_path, "org/name", "main"
     )
-    assert markers.config_digest(tmp_path, "org/name", "main")[0] != found
+    assert coverage.config_digest(tmp_path, "org/name", "main")[0] != found
 
 
 def test_config_digest_of_a_directory_in_the_store(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    assert markers.config_digest(tmp_path, "/models/mine", None)[1] is None
-    assert markers.config_digest(tmp_path, "/models/mine/../../x", None)[0] is None
+    assert coverage.config_digest(tmp_path, "/models/mine", None)[1] is None
+    assert coverage.config_digest(tmp_path, "/models/mine/../../x", None)[0] is None
     (tmp_path / "mine" / "config.json").unlink()
-    digest, problem = markers.config_digest(tmp_path, "/models/mine", None)
+    digest, problem = coverage.config_digest(tmp_path, "/models/mine", None)
     assert (digest, problem) == (None, f"{tmp_path}/mine/config.json is missing")
 
 
 @pytest.mark.parametrize("model", ["/opt/model", "/proc/self/mem", "/", ".", "../../x", "./x"])
 def test_a_model_in_the_image_is_identified_by_the_image(tmp_path: Path, model: str) -> None:
-    assert markers.config_digest(tmp_path, model, None) == (None, None)
+    assert coverage.config_digest(tmp_path, model, None) == (None, None)
     task = dataclasses.replace(TASK, model=model)
 
     def config(made: Record) -> Any:
-        return markers.coverage(task, record=made, config_digest=None)["config.json"]
+        return coverage.coverage(task, record=made, config_digest=None)["config.json"]
 
     assert config(record(image="a")) == config(record(image="a")) != config(record(image="b"))
 
@@ -703,7 +766,7 @@ def test_a_model_in_the_image_is_identified_by_the_image(tmp_path: Path, model: 
 )
 def test_config_problems_are_named(tmp_path: Path, spoil: Callable[[Path], object], problem: str) -> None:
     spoil(store_with(tmp_path))
-    digest, text = markers.config_digest(tmp_path, "org/name", None)
+    digest, text = coverage.config_digest(tmp_path, "org/name", None)
     assert digest is None
     assert problem in (text or "")
 
@@ -718,7 +781,7 @@ def _relink(model: Path, target: str) -> None:
     "model", ["", "a/../../b", "\0", "a\0b", "/models/\0", "/models/../etc", "x" * 5000, "é/\udcff"]
 )
 def test_no_model_name_raises_or_leaves_the_store(tmp_path: Path, model: str) -> None:
-    digest, problem = markers.config_digest(tmp_path, model, None)
+    digest, problem = coverage.config_digest(tmp_path, model, None)
     assert digest is None
     assert problem
 

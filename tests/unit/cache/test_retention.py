@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from builder.agent import prune
-from builder.cache import generations, layout, markers, toolchain, usage
+from builder.cache import generations, layout, marker_files, markers, toolchain, usage
+from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
 from builder.cache.retention import Plan
 from builder.job import PrunePolicy
@@ -29,7 +30,7 @@ def made(program: Program) -> Generations:
 def policy(made: Generations, current: int, tasks: tuple[str, ...] = ("a", "b"), **limits: Any) -> PrunePolicy:
     """With these tasks in the manifest, and the image of this number."""
     known = made.made.get(current) or record(current)
-    covered = [markers.coverage(task(name), record=known, config_digest=None) for name in tasks]
+    covered = [coverage(task(name), record=known, config_digest=None) for name in tasks]
     return PrunePolicy(
         image=image(current),
         keys=(toolchain.family_keys(known),),
@@ -109,7 +110,7 @@ def test_a_reader_leaves_its_time_where_there_are_access_times(made: Generations
     (path,) = made.root.glob("markers/*/*.json")
     marker, written = str(path.relative_to(made.root)), path.stat().st_mtime
     assert time.time() - usage.last(made.root, marker, written) > 19 * DAY
-    assert markers.read(path)  # anybody's look at it
+    assert marker_files.read(path)  # anybody's look at it
     assert time.time() - usage.last(made.root, marker, written) > 19 * DAY
     assert markers.judge(made.root, task("a"), record=known, config_digest=None).state == "warm"
     assert time.time() - usage.last(made.root, marker, written) < DAY

@@ -7,13 +7,16 @@ import os
 import signal
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from builder.cache import markers
+from builder.cache.coverage import config_digest
 from builder.cache.families import FAMILIES
+from builder.cache.marker_files import Observed
 from builder.engine.client import ContainerSpec, Engine
 from builder.engine.errors import NotFoundError
 from builder.engine.lease import Lease
@@ -132,9 +135,10 @@ def root(tmp_path: Path) -> Path:
         proof="inventory",
         second_pass_added=None,
         shapes=[],
-        observed={},
+        observed=Observed(),
     )
-    markers.publish(root, {**marker, "keys": {"triton": KEY}})
+    claims = {"triton": replace(marker.claims["triton"], key=KEY)}
+    markers.publish(root, replace(marker, claims=claims))
     return root
 
 
@@ -363,10 +367,10 @@ def test_of_another_store_only_what_identifies_the_models_is_copied(
         config.unlink()
         config.write_text('{"layers": 61}')
     engine = Elsewhere(store, mount="/models")
-    here, _ = markers.config_digest(store, "org/model", None)
+    here, _ = config_digest(store, "org/model", None)
     with make(engine).store_view(["org/model", "org/missing"]) as view:
         assert view is not None
-        assert markers.config_digest(view, "org/model", None) == (here, None)
-        assert markers.config_digest(view, "org/missing", None)[0] is None
+        assert config_digest(view, "org/model", None) == (here, None)
+        assert config_digest(view, "org/missing", None)[0] is None
         assert not list(view.rglob("*.safetensors"))
     assert engine.here == {}

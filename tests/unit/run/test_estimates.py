@@ -12,6 +12,7 @@ import pytest
 
 from builder.cache import markers
 from builder.cache.families import FAMILIES
+from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
 from builder.run.estimates import TIME_OUT, Estimate, learn
 from builder.run.plan import make_plan
@@ -35,7 +36,7 @@ def seen(root: Path, task: Task, seconds: Any, made: Record | None = None, writt
     """A marker of an earlier run that took so long."""
     known: dict[str, Any] = {"claims": [], "entries": {}, "proof": "nothing-claimed", "second_pass_added": None}
     marker = markers.build(
-        task, record=made or record(), config_digest=None, shapes=[], observed={"seconds": seconds}, **known
+        task, record=made or record(), config_digest=None, shapes=[], observed=Observed(seconds=seconds), **known
     )
     path = root / markers.publish(root, marker)
     os.utime(path, (written, written))

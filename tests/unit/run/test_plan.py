@@ -7,6 +7,7 @@ from typing import Any
 
 from builder.cache import markers
 from builder.cache.families import FAMILIES
+from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
 from builder.run.plan import Item, make_plan, probe_env
 from builder.task import Task
@@ -28,7 +29,9 @@ def record(**factors: str | None) -> Record:
 
 def publish(root: Path, task: Task, **more: Any) -> None:
     known: dict[str, Any] = {"claims": [], "entries": {}, "proof": "nothing-claimed", "second_pass_added": None}
-    marker = markers.build(task, record=record(), config_digest=None, shapes=[], observed={}, **{**known, **more})
+    marker = markers.build(
+        task, record=record(), config_digest=None, shapes=[], observed=Observed(), **{**known, **more}
+    )
     markers.publish(root, marker)
 
 
