@@ -1,33 +1,85 @@
-"""The files around the program say what is so: hooks, dependencies, what contributors read."""
+"""The repository: its top level, a docker/ folder that hides no docker-py, an in-container program that runs alone."""
 
 from __future__ import annotations
 
-import importlib
-import re
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.actions import load
+from builder.engine.images import AGENT_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILDER = ROOT / "builder"
+
+#: Everything at the top of the repository that is not a dot-file.
+TOP_LEVEL = {"docker", "builder", "tests", "Makefile", "pyproject.toml", "README.md"}
 
 
-def test_private_methods_of_docker_py() -> None:
-    """pyproject.toml excludes docker-py 8, and README.md gives the number of private methods as the reason."""
-    api_client = importlib.import_module("docker").APIClient
-    source = (ROOT / "builder" / "engine" / "client.py").read_text(encoding="utf-8")
-    used = set(re.findall(r"\b(?:api|_api|client)\.(_[a-z][a-z_]*)\(", source))
-    assert used == {"_url", "_set_auth_headers", "_get_raw_response_socket", "_raise_for_status"}
-    assert all(callable(getattr(api_client, name)) for name in used)
+def python_in_root(code: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
-def test_pre_commit_runs_what_make_lint_runs() -> None:
-    """Command by command; each hook looks at the whole tree, as make does, and brings no environment of its own."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
-    assert recipe
-    commands = [line.strip().removeprefix("@").replace("$(BIN)", ".venv/bin") for line in recipe[1].splitlines()]
-    (repository,) = load(ROOT / ".pre-commit-config.yaml")["repos"]
-    assert repository["repo"] == "local"
-    assert [hook["entry"] for hook in repository["hooks"]] == commands
-    for hook in repository["hooks"]:
-        assert (hook["language"], hook["pass_filenames"], hook["always_run"]) == ("system", False, True)
+def test_the_in_container_program_runs_alone(tmp_path: Path) -> None:
+    """With nothing but itself beside it, as in the warm-up image: no site-packages, no host side."""
+    for pattern in AGENT_FILES:
+        for path in BUILDER.glob(pattern):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    paths = [path for pattern in AGENT_FILES for path in BUILDER.glob(pattern) if path.suffix == ".py"]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    modules = [name for name in names if not name.endswith(("__init__", "__main__"))]
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_command_line_is_cheap() -> None:
+    heavy = ("docker", "requests", "rich", "psutil", "tenacity", "pynvml")
+    loaded = python_in_root(f"import sys, builder.cli.main; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+class TestDockerFolder:
+    def test_it_is_no_package(self) -> None:
+        found = [path for path in (ROOT / "docker").rglob("__init__.py") if ".demo" not in path.parts]
+        assert found == []
+
+    def test_docker_py_wins_from_the_repository_root(self) -> None:
+        where = python_in_root("import docker; print(docker.from_env.__module__, docker.__file__)")
+        module, file = where.split(" ", 1)
+        assert module.startswith("docker.")
+        assert Path(file).name == "__init__.py"
+        assert ROOT / "docker" not in Path(file).parents
+
+    def test_nothing_in_it_is_named_like_a_part_of_docker_py(self) -> None:
+        parts = python_in_root(
+            "import docker, pkgutil; print(*[m.name for m in pkgutil.iter_modules(docker.__path__)])"
+        )
+        names = {path.name.split(".")[0] for path in (ROOT / "docker").iterdir()}
+        assert names.isdisjoint(parts.split())
+
+    def test_the_dockerfile_is_what_the_builder_expects(self) -> None:
+        lines = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+        instructions = [line for line in lines if line and line[0].isupper()]
+        assert instructions[:2] == ["ARG SERVING_IMAGE", "FROM ${SERVING_IMAGE}"]
+
+
+def test_the_top_level_is_as_prescribed() -> None:
+    if shutil.which("git") and (ROOT / ".git").exists():
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        names = {line.split("/")[0] for line in done.stdout.splitlines()}
+    else:
+        names = {path.name for path in ROOT.iterdir()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
