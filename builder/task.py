@@ -1,4 +1,4 @@
-"""One warm-up task and one DeepGEMM shape, as the builder and its container both see them."""
+"""A warm-up task, a DeepGEMM shape and the GPU models that can be simulated: what host and container share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ SHAPE = re.compile(
     r"<?(?P<kernel>[A-Z][A-Z0-9_]+)>?,?\s+N=(?P<n>\d{1,12}),?\s+K=(?P<k>\d{1,12}),?\s+num_groups=(?P<groups>\d{1,12})",
     re.ASCII,
 )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU model that can be simulated, as CUDA describes it. Sizes in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    memory: int
+    shared: int
+    l2: int
+
+
+#: The models that `[gpus] pretend` accepts (numbers from NVIDIA's data sheet and deviceQuery).
+GPUS: Mapping[str, Gpu] = {
+    "H200": Gpu(name="NVIDIA H200", capability=(9, 0), sms=132, memory=141 << 30, shared=232448, l2=62914560),
+}
 
 
 @dataclass(frozen=True, order=True)

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from builder.task import PRETEND_VARIABLE
+from builder.task import GPUS, PRETEND_VARIABLE, Gpu
 
 _SOURCES = Path(__file__).resolve().parent / "stub_driver"
 _SECONDS = 120.0
@@ -21,24 +20,6 @@ _SECONDS = 120.0
 
 class Impossible(Exception):
     """No GPU can be pretended here. The message is the reason."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """As CUDA describes it. Sizes in bytes."""
-
-    name: str
-    capability: tuple[int, int]
-    sms: int
-    memory: int
-    shared: int
-    l2: int
-
-
-#: Facts of real ones (NVIDIA's data sheet and deviceQuery).
-GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(name="NVIDIA H200", capability=(9, 0), sms=132, memory=141 << 30, shared=232448, l2=62914560),
-}
 
 
 def environment(environ: Mapping[str, str], place: str) -> dict[str, str]:

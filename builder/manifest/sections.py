@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from builder.agent.simulated_gpu import GPUS
 from builder.errors import Problem
 from builder.manifest.document import Document, Table
 from builder.manifest.values import (
@@ -26,6 +25,7 @@ from builder.manifest.values import (
     seconds,
     size,
 )
+from builder.task import GPUS
 
 T = TypeVar("T")
 D = TypeVar("D")  # of a value that may be None
