@@ -1,8 +1,12 @@
-"""Kernel locks on files (flock): open one without following links, try it, and name its holders from /proc/locks."""
+"""Kernel locks on files (flock): open a lock file without following links, lock it, and name its holders.
+
+Lock files are never unlinked: a file that is removed while a process waits for it would let two holders in.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -10,7 +14,6 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder.errors import PreflightError
 from builder.text import printable
 
 LOCKS = Path("/proc/locks")
@@ -19,31 +22,56 @@ LOCKS = Path("/proc/locks")
 _SECRET = re.compile(r"(--webhook[ =])\S+")
 
 
-def open_lock(path: Path) -> int:
-    """A descriptor of a lock file that is there. Raises OSError, and PreflightError for what cannot be one: a link
-    would lock something else, and a FIFO would be waited for.
+class NotALockError(OSError):
+    """The path is a link, a FIFO, a device or a directory: locking it would lock something else, or wait for it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.EINVAL, "is no regular file, so it cannot be a lock: remove it", str(path))
+
+
+def open_lock(path: Path, *, create: bool = False) -> int:
+    """Return a descriptor of a lock file. Raises OSError, and NotALockError for anything but a regular file.
+
+    create: make the file where it is missing, for all users as far as the umask allows.
     """
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise PreflightError(f"{path} is no regular file, so it cannot be a lock. Something else made it: remove it")
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Takes the lock if nobody has it."""
+    access = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(path, access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotALockError(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotALockError(path)
+    return descriptor
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Take the lock unless another process has it; return whether it was taken. Raises OSError."""
+    try:
+        fcntl.flock(descriptor, _kind(shared) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
+def lock(descriptor: int, *, shared: bool = False) -> None:
+    """Take the lock, waiting in the kernel's queue, so that no later process overtakes. Raises OSError."""
+    fcntl.flock(descriptor, _kind(shared))
+
+
+def _kind(shared: bool) -> int:
+    return fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+
+
 def holder(descriptor: int, locks: Path = LOCKS) -> str:
-    """Who holds a flock on this file, as far as this PID namespace can tell."""
+    """Return which process holds a lock on this file, as far as this PID namespace shows."""
     return next(_holders(os.fstat(descriptor), locks), "another builder")
 
 
 def holders(path: Path, locks: Path = LOCKS) -> list[str]:
-    """All who hold a flock on this file, as far as this PID namespace can tell. Nobody is kept off by the question."""
+    """Return all processes that hold a lock on this file, as far as this PID namespace shows. Takes no lock."""
     try:
         return list(dict.fromkeys(_holders(path.lstat(), locks)))
     except OSError:
@@ -62,7 +90,7 @@ def _holders(status: os.stat_result, locks: Path) -> Iterator[str]:
 def _process(pid: int) -> str:
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
-        # Anybody's words: a test job's hold is one of these, and a URL given as an option is a secret here too.
+        # Any user's command line, such as a test job's hold: a URL given as an option is a secret here too.
         shown = _SECRET.sub(r"\1…", words.decode("utf-8", "replace"))
         return f"pid {pid} ({printable(shown)[:80]})"
     return f"pid {pid}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from builder import flock
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -72,10 +73,8 @@ def _contested(path: str | None, nonce: str) -> int | None:
     except OSError:
         return None
     try:
-        if os.read(descriptor, 4096).strip() == nonce.encode():
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return descriptor
+        if os.read(descriptor, 4096).strip() == nonce.encode() and not flock.try_lock(descriptor, shared=True):
+            return descriptor
     except OSError:
         pass
     os.close(descriptor)

@@ -9,8 +9,6 @@ file without our nonce, means that the lock proves nothing here: then our stdin,
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import signal
 import stat
@@ -21,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from builder import flock
 from builder.job import Job
 from builder.processes import _contested, become_subreaper, kill_descendants
 
@@ -85,15 +84,12 @@ class Guard:
         The waiting is done by the kernel, in its queue, so that nobody overtakes us. Raises Stopped, OSError; that
         also for a link, which would lock something else, and for anything but a file.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "is no regular file, so it cannot be a lock: remove it", str(path))
+        descriptor = flock.open_lock(path, create=True)
         errors: list[OSError] = []
 
         def wait() -> None:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+                flock.lock(descriptor, shared=not exclusive)
             except OSError as error:
                 errors.append(error)
 
@@ -121,7 +117,7 @@ class Guard:
         end(128 + self._signum)
 
     def _when_locked(self, descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        flock.lock(descriptor, shared=True)
         end(LEASE_ENDED)
 
     def _when_stdin_ends(self) -> None:

@@ -143,7 +143,7 @@ def _do(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
 def _drop_marker(root: Path, name: str) -> None:
     path = root / name
     path.unlink(missing_ok=True)
-    _sync(path.parent)
+    files.sync_directory(path.parent)
     usage.forget(root, name)
     with contextlib.suppress(OSError):
         path.parent.rmdir()
@@ -182,7 +182,7 @@ def _move(root: Path, path: Path, name: str) -> Path:
     apart = root / PRUNED / f"{name}-{os.urandom(16).hex()}"
     apart.parent.mkdir(parents=True, exist_ok=True)
     path.rename(apart)
-    _sync(path.parent)
+    files.sync_directory(path.parent)
     return apart
 
 
@@ -204,11 +204,3 @@ def _delete(path: Path) -> int:
                 if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
                     freed += status.st_blocks * 512
     return freed if removal.remove(path) is None else 0
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

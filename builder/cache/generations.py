@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import os
@@ -25,9 +24,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder import flock
 from builder.cache import inventory, layout
 from builder.cache.families import FAMILIES, Family
-from builder.files import is_dir, listing, matches, walk
+from builder.files import is_dir, listing, matches, sync_directory, walk
 
 ID = re.compile(r"[0-9a-f]{16}")
 KEY = re.compile(r"[0-9a-f]{16}")
@@ -230,14 +230,10 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _locked(path: Path, shared: bool, locks: contextlib.ExitStack) -> bool:
-    """Tries the family's lock: shared keeps removers away, exclusive those as well who compile."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    """Try the family's lock: shared keeps removers away, exclusive compilers as well."""
+    descriptor = flock.open_lock(path, create=True)
     locks.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return flock.try_lock(descriptor, shared=shared)
 
 
 def _digest(files: list[_File]) -> str:
@@ -268,7 +264,7 @@ def _build(root: Path, place: Path, files: list[_File], newest: str | None, chec
     except BaseException:
         remove(new, place.parent)
         raise
-    _sync(place.parent)
+    sync_directory(place.parent)
 
 
 def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
@@ -325,11 +321,3 @@ def _like(path: Path, status: os.stat_result) -> None:
     with contextlib.suppress(OSError):
         os.chown(path, status.st_uid, status.st_gid)
     path.chmod(stat.S_IMODE(status.st_mode))
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

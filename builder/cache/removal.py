@@ -19,7 +19,6 @@ moment it takes. Both are tried and never waited for: a cleaner can come back.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from builder import flock
 from builder.cache import inventory, layout, view_records
 from builder.cache.families import FAMILY, directory
 from builder.files import is_dir, listing, walk, why
@@ -128,21 +128,14 @@ def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str, create
 
 def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = True) -> str | None:
     """Takes the lock exclusively, or says who has it (or why nobody can)."""
-    flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = flock.open_lock(path, create=create)
+        locks.callback(os.close, descriptor)
+        return None if flock.try_lock(descriptor) else held
     except FileNotFoundError:
         return None if not create else f"{path.name} cannot be locked: its directory is gone"
     except OSError as error:
         return f"{path.name} cannot be locked: {why(error)}"
-    locks.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return held
-    except OSError as error:
-        return f"{path.name} cannot be locked: {why(error)}"
-    return None
 
 
 def _used(what: Path, job_max: float, now: float) -> str | None:

@@ -12,7 +12,6 @@ another one than the label says, proves nothing, and its container is left to it
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder import flock
 from builder.engine.api import Containers, Found, Mount
 from builder.engine.errors import NotFoundError
 from builder.errors import BuilderError, PreflightError
@@ -89,7 +89,7 @@ class Lease:
             # Read by whatever user a container runs as; nobody on this host gets here to lock it instead of us.
             self._descriptor = os.open(new / _FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             os.fchmod(self._descriptor, 0o644)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock.lock(self._descriptor)
             os.write(self._descriptor, self.nonce.encode() + b"\n")
             held = home / (_HELD + new.name.removeprefix(_NEW))
             new.rename(held)
@@ -207,12 +207,12 @@ def _owner_is_dead(labels: Mapping[str, str]) -> bool | None:
     """Whether the owner that these labels name is dead; None when that cannot be told from here."""
     lease = _label(labels)
     try:
-        descriptor = os.open(str(lease.get("path")), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = flock.open_lock(Path(str(lease.get("path"))))
     except (OSError, ValueError):
         return None
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (lease.get("dev"), lease.get("ino")):
+        if (status.st_dev, status.st_ino) != (lease.get("dev"), lease.get("ino")):
             return None
         return _is_free(descriptor)
     finally:
@@ -221,10 +221,9 @@ def _owner_is_dead(labels: Mapping[str, str]) -> bool | None:
 
 def _is_free(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return flock.try_lock(descriptor, shared=True)
     except OSError:
         return False
-    return True
 
 
 def _label(labels: Mapping[str, str]) -> Mapping[str, object]:
@@ -251,7 +250,7 @@ def _remove_stale(home: Path, referred: Iterable[str], settle: Callable[[Path], 
                 shutil.rmtree(directory, ignore_errors=True)
         elif directory.name.startswith(_HELD):
             try:
-                descriptor = os.open(directory / _FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                descriptor = flock.open_lock(directory / _FILE)
             except OSError:
                 continue
             with contextlib.closing(os.fdopen(descriptor, "rb")):

@@ -10,7 +10,6 @@ is ended within seconds, so that an acquire does not go on beside its own releas
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -21,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from builder import files, flock
 from builder.engine.lease import DEBT
 from builder.host.deadlines import Deadline
 
@@ -183,12 +183,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def owe(directory: Path, release: Hooks) -> None:
     """Writes down, in a lease's directory, what has to be done even if this process does not live to do it."""
-    scratch = directory / f".{DEBT}"
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(asdict(release), file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(directory / DEBT)
+    files.write_atomically(directory / DEBT, json.dumps(asdict(release)).encode("ascii"))
 
 
 def settled(directory: Path) -> None:
@@ -200,13 +195,11 @@ def settle(directory: Path, environ: Mapping[str, str], show: Show) -> Failure |
     """Does what the dead owner of this directory owes. Two who come at once do it once. Raises OSError."""
     with contextlib.ExitStack() as held:
         try:
-            descriptor = os.open(directory / DEBT, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = flock.open_lock(directory / DEBT)
         except FileNotFoundError:
             return None
         held.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not flock.try_lock(descriptor):
             return Failure("another builder is at it", ())
         if not os.fstat(descriptor).st_nlink:
             return None

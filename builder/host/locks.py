@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from builder.errors import BusyError
+from builder import flock
+from builder.errors import BusyError, PreflightError
 from builder.flock import holder, try_lock
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
+
+
+def open_lock(path: Path) -> int:
+    """Return a descriptor of an existing lock file. Raises OSError, and PreflightError for what cannot be a lock."""
+    try:
+        return flock.open_lock(path)
+    except flock.NotALockError as error:
+        raise PreflightError(f"{path} {error.strerror}") from None
 
 
 class Patience:

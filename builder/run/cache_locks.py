@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from builder.flock import open_lock
+from builder.host.locks import open_lock
 from builder.run import holder
 from builder.run.container_executor import ContainerExecutor
 

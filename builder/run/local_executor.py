@@ -26,9 +26,8 @@ from builder.cache import layout
 from builder.cache.environment import IMAGE_VARIABLE
 from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import BudgetError, PreflightError, TasksError, UsageError
-from builder.flock import open_lock
 from builder.host.deadlines import Deadline
-from builder.host.locks import Patience
+from builder.host.locks import Patience, open_lock
 from builder.job import JOB_VARIABLE, Job
 from builder.manifest.load import Manifest
 from builder.processes import describe_status

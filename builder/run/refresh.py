@@ -18,7 +18,8 @@ from pathlib import Path
 from builder.agent import prune as reclaim
 from builder.cache.retention import Plan as Pruning
 from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError, Problem, UsageError
-from builder.flock import holder, open_lock, try_lock
+from builder.flock import holder, try_lock
+from builder.host.locks import open_lock
 from builder.manifest.values import a_string, seconds
 from builder.report.webhook import checked
 from builder.run import cache_locks, forecast, idle, image_cleanup, notify, policy, prune, upkeep, warm

@@ -8,7 +8,6 @@ taken is said, and the job runs all the same, protected by what it touches.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,10 +15,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
-from builder.flock import open_lock
+from builder.flock import try_lock
 from builder.host import foreground
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
+from builder.host.locks import open_lock
 from builder.manifest.load import CacheSpec
 from builder.report.console import Console
 from builder.run import holder
@@ -138,9 +138,6 @@ def _lock(descriptor: int, name: str, console: Console, cancel: Cancel) -> None:
 
 def _try(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor, shared=True)
     except OSError as error:
         raise PreflightError(f"its file system cannot lock files ({error.strerror})") from None
-    return True

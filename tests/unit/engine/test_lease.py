@@ -204,14 +204,14 @@ def test_only_leases_are_tidied_up(tmp_path: Path, engine: FakeEngine) -> None:
     (home / "mine.txt").write_text("keep")
     (home / "held-strange").mkdir()
     (home / "held-pipe").mkdir()
-    os.mkfifo(home / "held-pipe" / "lease")  # nobody waits for who writes into it
+    os.mkfifo(home / "held-pipe" / "lease")  # opening it would wait for a writer
     (home / "new-young").mkdir()
     (home / "new-old").mkdir()
     os.utime(home / "new-old", (0, 0))
     with Lease(tmp_path, run_id="alive") as lease:
         sweep(engine, tmp_path)
         left = sorted(path.name for path in home.iterdir())
-        assert left == sorted(["held-strange", "mine.txt", "new-young", lease.path.parent.name])
+        assert left == sorted(["held-pipe", "held-strange", "mine.txt", "new-young", lease.path.parent.name])
 
 
 def test_somebody_elses_directory_is_refused(tmp_path: Path) -> None:
