@@ -144,7 +144,7 @@ class Warming:
         self._guard.check()
         self._prepare_families(record)
         self._beside.begin()
-        digest = model_store.config_digest(task, environ) if needs_config(task) else None
+        digest = model_store.require(task, environ) if needs_config(task) else None
         # Over the image's variables and the task's come the families', which nothing may redirect.
         environ = {**model_store.defaults(environ, self._temporary), **environ}
         environ.update(families.environment(self._job.mount, self._keys))
@@ -188,7 +188,7 @@ class Warming:
         task = replace(task, load="weights")
         try:
             if why:
-                model_store.config_digest(task, environ)
+                model_store.require(task, environ)
             done = self._passes(recipe, environ, task)
         except (Failed, Partial) as failed:
             raise type(failed)(f"{failed} (and {why})" if why else str(failed)) from None

@@ -10,11 +10,11 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from builder import files, sglang_args
+from builder import sglang_args
+from builder.cache.model_store import is_directory
 from builder.cache.toolchain import Record
 from builder.task import PRETEND_VARIABLE, Task
 from builder.text import printable
@@ -33,10 +33,6 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "command": ("success",),
 }
 
-#: Where containers have the model store (HF_HOME).
-STORE_MOUNT = "/models"
-
-_CONFIG_LIMIT = 16 << 20
 _NUMBER = re.compile(r"-\.?\d")
 
 
@@ -178,63 +174,3 @@ def _flat(factors: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def config_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
-    """(sha256 of the model's config.json, None), or (None, what is wrong). Never raises.
-
-    model: ``org/name``, found below `store` (HF_HOME) where the Hugging Face hub keeps it:
-    ``hub/models--org--name/{refs/<revision>,snapshots/<commit>/config.json}``; or a directory as containers see it,
-    below the store's mount. A directory elsewhere belongs to the image, which the builder cannot look into and which
-    `coverage` names instead: (None, None).
-    """
-    try:
-        if not is_directory(model):
-            return _hub_digest(store, model, revision)
-        if not Path(model).is_relative_to(STORE_MOUNT):
-            return None, None
-        return _digest_of(store / Path(model).relative_to(STORE_MOUNT) / "config.json", _within(store))
-    except (OSError, ValueError, RuntimeError) as error:
-        return None, f"{printable(model)}: {files.why(error)}"
-
-
-def is_directory(model: str) -> bool:
-    """Whether a task names its model by a path, not by its name on the hub."""
-    return model.startswith(("/", "."))
-
-
-def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | None, str | None]:
-    wanted = revision or "main"
-    folder = store / "hub" / f"models--{model.replace('/', '--')}"
-    if ".." in (*model.split("/"), *wanted.split("/")) or not model or "\0" in model + wanted:
-        return None, f"{printable(model)}: not a model and revision of the hub"
-    if not folder.is_dir():
-        return None, f"{model} is not in the store: there is no {folder}"
-    try:
-        commit = files.read_bytes(str(folder / "refs" / wanted), 4096).decode("ascii", "replace").strip()
-    except files.UnreadableError:
-        commit = wanted
-    if not is_commit(commit) or not (folder / "snapshots" / commit).is_dir():
-        return None, f"{model} has no revision {wanted} in the store: {folder / 'refs' / wanted} names no snapshot"
-    return _digest_of(folder / "snapshots" / commit / "config.json", _within(store))
-
-
-def is_commit(name: str) -> bool:
-    """Whether a reference of the store names a snapshot, and no place elsewhere."""
-    return re.fullmatch(r"[0-9A-Za-z._-]+", name) is not None and name not in (".", "..")
-
-
-def _within(store: Path) -> Callable[[Path], bool]:
-    inside = store.resolve()
-    return lambda path: path.is_relative_to(inside)
-
-
-def _digest_of(config: Path, inside: Callable[[Path], bool]) -> tuple[str | None, str | None]:
-    # Snapshots are links into blobs/; what a link leaves the store for is not there in a container.
-    target = config.resolve()
-    if not inside(target):
-        return None, f"{config} is a link that leaves the store, to {target}"
-    try:
-        return hashlib.sha256(files.read_bytes(str(target), _CONFIG_LIMIT)).hexdigest(), None
-    except files.UnreadableError as error:
-        return None, f"{config} {error}"

@@ -19,9 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from builder import files
-from builder.cache import families, marker_files
-from builder.cache.coverage import STORE_MOUNT as STORE
-from builder.cache.coverage import is_commit
+from builder.cache import families, marker_files, model_store
+from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.client import ContainerSpec, Engine, Mount
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
@@ -214,13 +213,13 @@ class CacheRoot:
             self._unpack(container, f"{mount}/{name}", copy / PurePosixPath(name).parent)
 
     def _fetch_model(self, container: str, model: str, copy: Path) -> None:
-        base = f"hub/models--{model.replace('/', '--')}"
+        base = model_store.repository(model)
         self._unpack(container, f"{STORE}/{base}/refs", copy / base)
         for reference in (copy / base / "refs").glob("*") if (copy / base / "refs").is_dir() else ():
             commit = reference.read_text(errors="replace").strip()
-            if not is_commit(commit):
+            if not model_store.is_commit(commit):
                 continue
-            snapshot = f"{base}/snapshots/{commit}"
+            snapshot = model_store.snapshot(model, commit)
             target = self._engine.link_target(container, f"{STORE}/{snapshot}/config.json")
             if target is None:
                 continue

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from builder import __version__
-from builder.cache.coverage import STORE_MOUNT as STORE
+from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.client import ContainerSpec, Mount
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT

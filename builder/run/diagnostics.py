@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.cache import model_store
-from builder.cache.coverage import is_directory, needs_config
+from builder.cache.coverage import needs_config
 from builder.errors import CANNOT_RUN, PreflightError
 from builder.host import gpus
 from builder.host.gpus import HostGpus
@@ -237,7 +237,8 @@ def _clock(facts: Facts) -> Finding:
 def _models(facts: Facts) -> Finding:
     """Which tasks would be skipped because the store has no config.json of their model that a container can reach."""
     store = facts.manifest.models.store
-    named = sorted({task.model for task in facts.manifest.tasks if _needs_store(task)})
+    reading = [task for task in facts.manifest.tasks if _needs_store(task)]
+    named = sorted({task.model for task in reading})
     if not named:
         return Finding(OK, "no task reads a model")
     if store is None:
@@ -246,7 +247,7 @@ def _models(facts: Facts) -> Finding:
         return Finding(UNKNOWN, "the store is on another machine")
     if not Path(store).is_dir():
         return Finding(UNKNOWN, f"{store} does not exist")
-    missing = sorted({task.model for task in facts.manifest.tasks if _needs_store(task) and not _is_in(store, task)})
+    missing = sorted({task.model for task in reading if not model_store.has(store, task)})
     if missing:
         return Finding(
             WARN,
@@ -255,16 +256,6 @@ def _models(facts: Facts) -> Finding:
             f"Run there: HF_HOME={store} hf download MODEL. Links must lead to places inside the store.",
         )
     return Finding(OK, f"{len(named)} of {len(named)} models are in {store}")
-
-
-def _is_in(store: Path, task: Task) -> bool:
-    """Whether the store has what the task reads, none of it behind a link that leads out of what is mounted."""
-    try:
-        model_store.config_digest(task, {"HF_HOME": str(store)})
-    except model_store.Skipped:
-        return False
-    found = (store / "hub" / f"models--{task.model.replace('/', '--')}" / "snapshots").glob("*/config.json")
-    return all(path.resolve().is_relative_to(store.resolve()) for path in found)
 
 
 def _permissions(facts: Facts) -> Finding:
@@ -298,7 +289,7 @@ CHECKS: dict[str, Callable[[Facts], Finding]] = {
 
 
 def _needs_store(task: Task) -> bool:
-    return needs_config(task) and not is_directory(task.model)
+    return needs_config(task) and not model_store.is_directory(task.model)
 
 
 def _nearest(path: Path) -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder import files, text
-from builder.cache import environment, families, layout, toolchain
+from builder.cache import environment, families, layout, model_store, toolchain
 from builder.cache.environment import Image, Standing
 from builder.cache.markers import Judgement, difference
 from builder.cache.toolchain import Record
@@ -150,7 +150,7 @@ def look(call: Call) -> Surroundings:
         records=records,
         families=standings,
         strict=bool(getattr(call.said, "strict", False)),
-        store=_store(environ),
+        store=model_store.home(environ),
     )
 
 
@@ -184,11 +184,6 @@ def _missing(root: Path) -> str:
     if files.listing(str(root)) is None:
         return f"{root} cannot be read"
     return "" if (root / "layout.json").is_file() else f"{root} is empty"
-
-
-def _store(environ: Mapping[str, str]) -> Path:
-    """HF_HOME, as the libraries of a job find it."""
-    return Path(environ.get("HF_HOME") or Path(environ.get("HOME") or "/root", ".cache", "huggingface"))
 
 
 def _other_python(environ: Mapping[str, str]) -> str | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.cache import markers, toolchain
-from builder.cache.coverage import config_digest, coverage, coverage_digest, needs_config
+from builder.cache.coverage import coverage, coverage_digest, needs_config
+from builder.cache.model_store import config_digest
 from builder.cache.toolchain import Record
 from builder.report.results import TaskResult
 from builder.task import Task

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from builder.cache import markers, toolchain
-from builder.cache.coverage import config_digest
+from builder.cache.model_store import config_digest
 from builder.job import JOB_VARIABLE, Job
 from builder.task import Shape, Task
 from tests.program import ROOT, Program

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from builder import text
 from builder.cache import environment, families, toolchain
-from builder.cache.coverage import STORE_MOUNT as STORE
 from builder.cache.coverage import brief
 from builder.cache.environment import IMAGE_VARIABLE, Described, Standing
+from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.errors import ColdError, UsageError
 from builder.report import github
 from builder.report.console import Console

@@ -22,7 +22,7 @@ from builder.cache import coverage, inventory, marker_files, markers, toolchain
 from builder.cache.families import FAMILIES, FAMILY, directory
 from builder.cache.marker_files import Claim, Marker, Observed
 from builder.cache.toolchain import Record
-from builder.task import Shape, Task
+from builder.task import Task
 
 NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nBuilt on Wed_Aug_20\nCuda compilation tools, release 13.0, V13.0.88"
 TASK = Task(
@@ -216,26 +216,6 @@ def test_coverage_factors_outside_of_the_task(warm: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("words", [("--tp=8",), ("--tp-size", "8"), ("--tensor-parallel-size=8",)])
 def test_the_order_of_options_and_how_they_are_spelt_mean_nothing(warm: Path, words: tuple[str, ...]) -> None:
     assert judge(warm, dataclasses.replace(TASK, argv=("--trust-remote-code", *words))).state == "warm"
-
-
-def test_a_commands_argv_is_taken_as_it_is() -> None:
-    command = dataclasses.replace(TASK, recipe="command", argv=("b", "--x=1", "--a"))
-    assert coverage.coverage(command, record=record(), config_digest=None)["argv"] == ["b", "--x=1", "--a"]
-
-
-def test_settings_count_only_for_the_recipe_that_reads_them() -> None:
-    def digest(recipe: str, **change: Any) -> str:
-        task = dataclasses.replace(TASK, recipe=recipe, **change)
-        return coverage.coverage_digest(coverage.coverage(task, record=record(), config_digest=CONFIG))
-
-    shape, other = Shape("GEMM", 1, 2), Shape("GEMM", 1, 3)
-    assert digest("shapes", shapes=(shape,)) != digest("shapes", shapes=(shape, other))
-    assert digest("shapes", shapes=(other, shape)) == digest("shapes", shapes=(shape, other))
-    assert digest("serve", shapes=(shape,)) == digest("serve")
-    assert digest("serve", requests=((1, 1),)) != digest("serve")
-    assert digest("command", success="x") != digest("command")
-    assert digest("serve", success="x") == digest("serve")
-    assert digest("unknown") != digest("command")
 
 
 def _without(name: str) -> Callable[[Path], None]:
@@ -637,153 +617,6 @@ def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", fsync)
     files.write_atomically(tmp_path / "a" / "m.json", b"x")
     assert order == ["file", "old name", "directory", "new name"]
-
-
-# argv
-
-
-@pytest.mark.parametrize(
-    ("argv", "normal"),
-    [
-        ("", ""),
-        ("--tp 8 --dp 2", "--dp 2 --tp 8"),
-        ("--tp=8 --dp=2", "--dp 2 --tp 8"),
-        ("--flag --tp 8", "--flag --tp 8"),
-        ("--bs 4 2 1 --a", "--a --bs 4 2 1"),
-        ("--x 2 --a --x 1", "--a --x 2 --x 1"),
-        ("--x=1 --x=2", "--x 1 --x 2"),
-        ("front --b --a", "front --a --b"),
-        ("--seed -1 --a", "--a --seed -1"),
-        ("--seed=-1 --a", "--a --seed -1"),
-        ("--a=--b", "--a=--b"),
-        ("--b --a=--c", "--a=--c --b"),
-        ("--b -- --a", "--b -- --a"),
-        ("-v --a -", "--a - -v"),
-        ("--json={\"a\":=1}", "--json {\"a\":=1}"),
-        ("--a=", "--a "),
-    ],
-)  # fmt: skip
-def test_normalise_argv(argv: str, normal: str) -> None:
-    wanted = normal.split(" ") if normal else []
-    assert coverage.normalise_argv(argv.split(" ") if argv else []) == wanted
-    assert coverage.normalise_argv(wanted) == wanted
-
-
-@given(
-    options=st.lists(st.tuples(st.sampled_from("abcd"), st.lists(st.sampled_from("123"), max_size=2)), max_size=6),
-    data=st.data(),
-)
-def test_order_means_nothing_but_among_repeats(options: list[tuple[str, list[str]]], data: st.DataObject) -> None:
-    first: dict[str, list[list[str]]] = {}
-    for name, values in options:
-        first.setdefault(name, []).append(values)
-    order = data.draw(st.permutations([name for name, _ in options]))
-    shuffled = [(name, first[name].pop(0)) for name in order]
-
-    def spell(pairs: list[tuple[str, list[str]]]) -> list[str]:
-        return [word for name, values in pairs for word in (f"--{name}", *values)]
-
-    assert coverage.normalise_argv(spell(options)) == coverage.normalise_argv(spell(shuffled))
-
-
-# Words
-
-
-def test_long_values_are_shown_where_they_differ() -> None:
-    was, now = coverage.brief("x" * 500 + "8" + "y" * 500, "x" * 500 + "4" + "y" * 500)
-    assert len(was) == len(now) == 102
-    assert "x8y" in was
-    assert "x4y" in now
-    assert was.startswith("…")
-    assert was.endswith("…")
-    assert coverage.brief("a\nb\nc", "a\nB\nc") == ("b", "B")
-    # Only lines added: nothing of the old value differs, so all of it is shown.
-    assert coverage.brief("a", "a\nb") == ("a", "b")
-
-
-# config.json
-
-
-def store_with(root: Path, *, revision: str = "main", commit: str = "0" * 40, config: bytes = b"{}") -> Path:
-    model = root / "hub" / "models--org--name"
-    (model / "blobs").mkdir(parents=True, exist_ok=True)
-    (model / "blobs" / "aa").write_bytes(config)
-    (model / "snapshots" / commit).mkdir(parents=True)
-    (model / "snapshots" / commit / "config.json").symlink_to("../../blobs/aa")
-    (model / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
-    (model / "refs" / revision).write_text(commit)
-    return model
-
-
-def test_config_digest_in_the_hubs_layout(tmp_path: Path) -> None:
-    store_with(tmp_path)
-    found, problem = coverage.config_digest(tmp_path, "org/name", None)
-    assert problem is None
-    assert found == coverage.config_digest(tmp_path, "org/name", "main")[0]
-    assert found == coverage.config_digest(tmp_path, "org/name", "0" * 40)[0]
-    assert len(found or "") == 64
-    store_with(tmp_path, revision="refs/pr/1", commit="1" * 40, config=b"{ }")
-    assert coverage.config_digest(tmp_path, "org/name", "refs/pr/1") == coverage.config_digest(
-        tmp_path, "org/name", "main"
-    )
-    assert coverage.config_digest(tmp_path, "org/name", "main")[0] != found
-
-
-def test_config_digest_of_a_directory_in_the_store(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    assert coverage.config_digest(tmp_path, "/models/mine", None)[1] is None
-    assert coverage.config_digest(tmp_path, "/models/mine/../../x", None)[0] is None
-    (tmp_path / "mine" / "config.json").unlink()
-    digest, problem = coverage.config_digest(tmp_path, "/models/mine", None)
-    assert (digest, problem) == (None, f"{tmp_path}/mine/config.json is missing")
-
-
-@pytest.mark.parametrize("model", ["/opt/model", "/proc/self/mem", "/", ".", "../../x", "./x"])
-def test_a_model_in_the_image_is_identified_by_the_image(tmp_path: Path, model: str) -> None:
-    assert coverage.config_digest(tmp_path, model, None) == (None, None)
-    task = dataclasses.replace(TASK, model=model)
-
-    def config(made: Record) -> Any:
-        return coverage.coverage(task, record=made, config_digest=None)["config.json"]
-
-    assert config(record(image="a")) == config(record(image="a")) != config(record(image="b"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "problem"),
-    [
-        (lambda model: (model / "refs" / "main").unlink(), "has no revision main in the store"),
-        (lambda model: (model / "refs" / "main").write_text("../../.."), "has no revision main in the store"),
-        (lambda model: (model / "refs" / "main").write_text("1" * 40), "has no revision main in the store"),
-        (lambda model: (model / "blobs" / "aa").unlink(), "is missing"),
-        (lambda model: (model / "blobs" / "aa").rename(model / "blobs" / "bb"), "is missing"),
-        (lambda model: _relink(model, "/etc/hostname"), "is a link that leaves the store"),
-        (lambda model: _relink(model, "config.json"), "config.json"),
-        (lambda model: os.truncate(model / "blobs" / "aa", 17 << 20), "is too large"),
-        (lambda model: model.rename(model.parent / "models--other--name"), "is not in the store"),
-    ],
-)
-def test_config_problems_are_named(tmp_path: Path, spoil: Callable[[Path], object], problem: str) -> None:
-    spoil(store_with(tmp_path))
-    digest, text = coverage.config_digest(tmp_path, "org/name", None)
-    assert digest is None
-    assert problem in (text or "")
-
-
-def _relink(model: Path, target: str) -> None:
-    link = model / "snapshots" / ("0" * 40) / "config.json"
-    link.unlink()
-    link.symlink_to(target)
-
-
-@pytest.mark.parametrize(
-    "model", ["", "a/../../b", "\0", "a\0b", "/models/\0", "/models/../etc", "x" * 5000, "é/\udcff"]
-)
-def test_no_model_name_raises_or_leaves_the_store(tmp_path: Path, model: str) -> None:
-    digest, problem = coverage.config_digest(tmp_path, model, None)
-    assert digest is None
-    assert problem
 
 
 def test_a_marker_with_500_entries_is_judged_quickly(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from typing import cast
 import pytest
 
 from builder.cache import markers
-from builder.cache.coverage import config_digest
 from builder.cache.families import FAMILIES
 from builder.cache.marker_files import Observed
+from builder.cache.model_store import config_digest
 from builder.engine.client import ContainerSpec, Engine
 from builder.engine.errors import NotFoundError
 from builder.engine.lease import Lease
