@@ -82,10 +82,34 @@ bench-here: $(VENV)/.ready
 	docker/stand-in/real/build.sh $(STAND_IN)
 	WARM_CACHE_TEST_IMAGE=$(TINY) WARM_CACHE_STAND_IN=$(STAND_IN) WARM_CACHE_TESTS_COMPLETE=1 $(BIN)/pytest -m bench -s tests/bench $(ARGS)
 
+.PHONY: dist
+dist: $(VENV)/.ready ## Build the wheel and the source distribution into dist/
+	@rm -rf dist
+	$(BIN)/hatchling build -d dist
+
+# Everything but builder/ comes from the checkout; builder/ is what the wheel installed, also for child processes.
+.PHONY: test-wheel
+test-wheel: ## Install the wheel in dist/ into a fresh virtual environment and run the unit tests on it
+	@rm -rf .wheel
+	mkdir -p .wheel/tree .wheel/cache
+	"$${PYTHON:-python3}" -m venv .wheel/venv
+	wheel=$$(echo dist/*.whl)
+	.wheel/venv/bin/pip install --quiet --disable-pip-version-check "$$wheel[dev]"
+	git ls-files -z | grep -zv '^builder/' | tar -c --null -T - | tar -x -C .wheel/tree
+	ln -s "$$(cd / && "$(CURDIR)/.wheel/venv/bin/python" -c 'import builder; print(builder.__path__[0])')" .wheel/tree/builder
+	export PATH="$(CURDIR)/.wheel/venv/bin:$$PATH"
+	cd .wheel/tree
+	warm-cache --version
+	warm-cache --help >/dev/null
+	status=0
+	warm-cache check --here --profile stand-in --cache ../cache || status=$$?
+	[ "$$status" = 10 ] || { echo "error: a check of an empty cache ended with $$status instead of 10" >&2; exit 1; }
+	pytest tests/unit $(ARGS)
+
 .PHONY: clean
 clean: ## Stop the private engine; remove everything that make made here
 	@[ ! -d .demo/engine ] || docker/stand-in/engine/engine.sh down .demo/engine
-	rm -rf .demo $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .demo .wheel $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find builder tests docker -name __pycache__ -prune -exec rm -rf {} +
 
 .ONESHELL:

@@ -92,6 +92,27 @@ def test_one_commit_per_action() -> None:
     assert {action: len(found) for action, found in pins.items()} == dict.fromkeys(pins, 1)
 
 
+def test_only_the_release_job_may_write() -> None:
+    """And it checks nothing out, so that it runs nothing that came with a change."""
+    granted = {}
+    for path in sorted(WORKFLOWS.glob("*.yml")):
+        document = load(path)
+        assert document["permissions"] == {"contents": "read"}
+        granted.update(
+            {(path.name, name): job["permissions"] for name, job in document["jobs"].items() if "permissions" in job}
+        )
+    assert granted == {("release.yml", "release"): {"contents": "write"}}
+    uses = [step["uses"] for step in load(WORKFLOWS / "release.yml")["jobs"]["release"]["steps"] if "uses" in step]
+    assert [use.split("@")[0] for use in uses] == ["actions/download-artifact"]
+
+
+def test_checkouts_keep_no_token() -> None:
+    for path in WORKFLOWS.glob("*.yml"):
+        for step in steps(path):
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"] == {"persist-credentials": False}, path.name
+
+
 def test_what_the_action_passes_on_is_what_the_program_knows() -> None:
     text = ACTION.read_text(encoding="utf-8")
     options = set(re.findall(r"given ([a-z-]+) ", text))
