@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILDER = ROOT / "builder"
 
 #: Everything at the top of the repository that is not a dot-file.
-TOP_LEVEL = {"docker", "builder", "tests", "Makefile", "pyproject.toml", "README.md"}
+TOP_LEVEL = {"docker", "builder", "tests", "Makefile", "pyproject.toml", "README.md", "CHANGELOG.md"}
 
 
 def python_in_root(code: str, **environ: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,13 +14,19 @@ pytest.importorskip("hatchling")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def build(kind: str, source: Path, out: Path) -> Path:
+    """The wheel or sdist of a source tree, as an installer would have it built."""
+    code = f"import sys; from hatchling.build import build_{kind}; print(build_{kind}(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.split()[-1]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("*.whl"))
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_it_holds_the_package_the_profiles_and_the_dockerfile(wheel: Path) -> None:
@@ -44,6 +51,17 @@ def test_the_console_script_and_the_python_versions(wheel: Path) -> None:
     assert "warm-cache = builder.__main__:main" in scripts
     assert "Requires-Python: >=3.10" in metadata
     assert "Classifier: Typing :: Typed" in metadata
+
+
+def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", ROOT, tmp_path)) as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path / "source")
+    assert {"README.md", "CHANGELOG.md"} <= {name.split("/", 1)[-1] for name in names}
+    (source,) = (tmp_path / "source").iterdir()
+    again = build("wheel", source, tmp_path)
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert first.namelist() == second.namelist()
 
 
 def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
