@@ -20,6 +20,7 @@ class TaskResult:
     seconds: run time; None if nothing ran.
     loaded: the weights it was warmed with, if it has a model (``weights``, ``dummy weights, 4 layers``).
     reservation: a limit of its proof that is shown wherever the task is called warm.
+    short_of_budget: it was not done because the run's budget did not suffice.
     """
 
     label: str
@@ -38,6 +39,7 @@ class TaskResult:
     reservation: str = ""
     log: str | None = None
     tail: Sequence[str] = ()
+    short_of_budget: bool = False
 
     @property
     def note(self) -> str:

@@ -1,61 +1,62 @@
-"""What one invocation shares: the serving image, the toolchain, the cache root, the lease. Each is resolved when
-first asked for.
+"""Runs tasks in containers of one engine. Everything is looked up when it is first needed.
 
-The fast path asks for little: an image id, a memo, the markers. So it starts no container, takes no lease and touches
-no GPU.
+A warm check needs little: an image id, a memo and the markers. It starts no container, takes no lease and touches no
+GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.cache import toolchain
-from builder.cache.marker_files import Marker
+from builder.cache import environment, toolchain
+from builder.cache.environment import Described
 from builder.cache.toolchain import Record
-from builder.engine import sweep as remains
 from builder.engine.client import Engine, Image
-from builder.engine.container import Deadlines, Outcome
 from builder.engine.images import identity, warmup_image
 from builder.engine.lease import Lease, Swept, debts, sweep
 from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
-from builder.host import gpu_locks, gpus, hooks
+from builder.host import gpus
 from builder.host.cancel import ANSWER
 from builder.host.gpus import Look, Nvml
-from builder.host.locks import Patience
-from builder.run import container_job, preflight
+from builder.run import preflight
 from builder.run.cache_root import CacheRoot
-from builder.run.container_job import NOTHING_ELSE, Asked, describe
 from builder.run.context import Context
-from builder.run.plan import Plan, ProbeEnv, make_plan, probe_env
+from builder.run.executor import Allocation, Execution, Reservation, Watcher
+from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.task import Task
+from builder.text import printable
 
 if TYPE_CHECKING:
-    from builder.run.estimates import Estimate
+    from builder.run.schedule import Capacity
 
-#: What an init exits with when it finds no such program, or may not run it.
+#: Exit statuses of a container's init that finds no such program, or may not run it.
 NO_PYTHON = (126, 127)
 
-#: A probe reads metadata and asks two libraries: well under a second. The rest is a slow disk's share.
+#: A probe reads metadata and asks two libraries: well under a second. The rest is for a slow disk. Seconds.
 PROBE_TIMEOUT = 120.0
 
 
 @dataclass(eq=False)
 class ContainerExecutor:
-    """Runs tasks in containers of one engine. Use as a context manager: every exit gives back what was taken."""
+    """Use as a context manager: every exit gives back what was taken."""
 
     context: Context
     engine: Engine
-    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _lease: Lease | None = None
     #: Containers that ran for this invocation, id → name; they are gone.
     ran: dict[str, str] = field(default_factory=dict)
     #: Whether a container of a dead builder was removed.
     swept: bool = False
+    #: Whether the engine was asked for the serving image: before that, nothing is known about the cache either.
+    has_image: bool = False
+    _prepared: bool = False
+    _lease: Lease | None = None
+    _records: dict[ProbeEnv, Record] = field(default_factory=dict)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> ContainerExecutor:
         return self
@@ -64,77 +65,37 @@ class ContainerExecutor:
         with self.context.cancel.shield():  # a second signal must not come between the steps
             self._stack.close()
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- images ------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def image(self) -> Image | None:
-        """The serving image, pulled first where that was asked for; None when the engine does not have it."""
-        ref = self.context.manifest.image.ref
+        """The serving image, pulled first if the options ask for it; None when the engine does not have it."""
+        ref, report = self.context.manifest.image.ref, self.context.report
         if self.context.options.pull:
             self.context.console.say(f"pulling {ref}")
             image: Image | None = self.engine.pull(ref, self.context.console.say)
         else:
             image = self.engine.image(ref)
-        self.context.report.image_ref = ref
-        self.context.report.image_id = image.id if image else None
+        report.image_ref, report.image_id = ref, image.id if image else None
+        self.has_image = True
         return image
 
     @property
     def serving(self) -> Image:
-        """The serving image; its absence is a preflight problem, reported with all the others."""
+        """The serving image. Raises PreflightError without it, with all other problems of this machine."""
         if self.image is None:
-            self.ready()
+            self.prepare()
             raise PreflightError(f"{self.context.manifest.image.ref} is not on this engine")
         return self.image
 
-    @functools.cached_property
-    def cache(self) -> CacheRoot:
-        return CacheRoot(
-            self.context.manifest,
-            self.engine,
-            image=self.serving.id,
-            lease=lambda: self.lease,
-            cancel=self.context.cancel,
-        )
-
     @property
-    def lease(self) -> Lease:
-        """The hold on every container of this run; taken with the first one."""
-        if self._lease is None:
-            self._lease = self._stack.enter_context(Lease(self.context.options.state_dir, run_id=self.context.run_id))
-        return self._lease
-
-    @functools.cached_property
-    def nvml(self) -> Nvml:
-        """The driver's word about the GPUs of this machine, which are only the engine's if it runs here."""
-        absent = None if self.engine.local else "the engine is on another machine, whose GPUs cannot be seen from here"
-        nvml = Nvml(absent)
-        self._stack.callback(nvml.close)
-        return nvml
-
-    def look(self) -> Look:
-        """The GPUs that this manifest's containers get, now."""
-        wanted = self.context.manifest.gpus
-        return self.nvml.look(hurried=lambda: self.context.cancel.is_due(ANSWER)).chosen(wanted.devices, wanted.count)
-
-    def container_names(self) -> Mapping[str, str]:
-        """Id → name, of every container of this engine, and of those of this run."""
-        with contextlib.suppress(EngineLostError):
-            found = self.context.cancel.answer(lambda: self.engine.containers([]), "for its containers")
-            return {one.id: one.name for one in found} | self.ran
-        return self.ran
-
-    def patience(self) -> Patience:
-        """How long this run waits for other builders, from now on."""
-        return Patience(
-            self.context.manifest.run.lock_timeout, say=self.context.console.say, cancel=self.context.cancel
-        )
+    def identity(self) -> str:
+        """The id of the serving image with the manifest's setup commands, for families that belong to one image."""
+        return identity(self.serving, self.context.manifest.image.setup)
 
     @functools.cached_property
     def warmup(self) -> Image:
-        """The warm-up image, built on first use. Raises PreflightError where the serving image, or a setup command on
-        it, cannot be built on.
-        """
+        """The warm-up image, built on first use. Raises PreflightError where it cannot be built."""
         try:
             return warmup_image(self.engine, self.serving, self.context.manifest.image.setup, self._build_line)
         except EngineRefusedError as error:
@@ -145,83 +106,60 @@ class ContainerExecutor:
         if self.context.console.verbose:
             self.context.console.say(line)
 
-    @functools.cache  # noqa: B019 - a session lives as long as the process
-    def ready(self) -> None:
-        """Preflight. Raises PreflightError with every problem of this machine."""
-        problems = list(preflight.problems(self.context.manifest, self.engine))
-        if problems:
-            raise PreflightError(CANNOT_RUN, [*problems, *self.busy()])
+    # --- reading the cache -------------------------------------------------------------------------------------------
 
-    def busy(self) -> list[Problem]:
-        """Who holds GPUs that this manifest wants, as far as that can be seen and does not change by itself."""
-        wanted = self.context.manifest.gpus
-        if not wanted.count or wanted.acquire or self.context.options.allow_busy:
-            return []
-        return list(preflight.busy(self.look(), self.container_names))
+    @functools.cached_property
+    def cache(self) -> CacheRoot:
+        """The cache root, as this process and the engine can read it."""
+        return CacheRoot(
+            self.context.manifest,
+            self.engine,
+            image=self.serving.id,
+            lease=lambda: self.lease,
+            cancel=self.context.cancel,
+        )
 
-    def sweep(self) -> list[Swept]:
-        """Removes what builders that were killed left on this engine, and does for this machine what they owed it."""
-        keep = functools.partial(remains.drain, self.engine, directory=self.context.options.log_dir)
-        found = sweep(self.engine, self.context.options.state_dir, settle=self._settle, drain=keep)
-        for swept in found:
-            self.context.console.say(str(swept))
-            self.swept = self.swept or swept.removed
-        return found
+    @property
+    def root_name(self) -> str:
+        return self.cache.name
 
-    def sweep_debts(self) -> None:
-        """Sweeps if a builder owes this machine something; else it asks nobody, and costs a look into one directory."""
-        if debts(self.context.options.state_dir):
-            self.sweep()
+    def direct_root(self) -> Path | None:
+        return self.cache.direct()
 
-    def _settle(self, directory: Path) -> bool:
-        """Puts the machine back into service for a builder that was killed, unless another one has it now."""
-        with gpu_locks.at_once(gpu_locks.SERVICE) as free:
-            if not free:
-                return False
-            self.context.console.say("putting this machine back into service, for a builder that was killed:")
-            failure = hooks.settle(directory, self.context.options.environ, self.say_hook)
-        if failure is not None:
-            self.context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
-        return failure is None
+    def missing_root(self) -> str:
+        root = self.context.manifest.cache.root
+        if root is not None and self.engine.local and root.exists() and not root.is_dir():
+            self.prepare()
+        return "" if self.cache.exists() else f"{self.cache.name} does not exist"
 
-    def say_hook(self, line: str) -> None:
-        """One line of an operator's command."""
-        self.context.console.log("hook", line)
+    def plan(self, tasks: Sequence[Task]) -> Plan:
+        with self.snapshot(tasks) as (_, plan):
+            return plan
 
-    def plan(self, tasks: Sequence[Task], expected: dict[str, Estimate] | None = None) -> Plan:
-        """Judges these tasks against the cache as it is now. expected: is filled with how long each of them will take,
-        by label, as far as the cache tells; that means to read every marker.
-        """
+    @contextlib.contextmanager
+    def snapshot(self, tasks: Sequence[Task]) -> Iterator[tuple[Path, Plan]]:
         records = self.records(tasks)
         models = {task.model for task in tasks}
-        # Whatever else lies in the cache is no matter of this image, and need not be copied.
-        keys = {place for record in records.values() for place in toolchain.family_keys(record).items()}
+        # Directories of other toolchains need not be copied.
+        keys = {pair for record in records.values() for pair in toolchain.family_keys(record).items()}
         with self.cache.view(keys=keys) as root, self.cache.store_view(models) as store:
             plan = make_plan(tasks, records, root=root, store=store, strict=self.context.options.strict)
-            if expected is not None:
-                from builder.run import estimates
-
-                expected.update(estimates.learn(root, plan.items))
-        self.context.report.toolchain = plan.digest
-        self.context.report.cache = self.cache.name
-        return plan
+            self.context.report.toolchain = plan.digest
+            self.context.report.cache = self.cache.name
+            yield root, plan
 
     def records(self, tasks: Sequence[Task]) -> Mapping[ProbeEnv, Record]:
-        """The toolchain record for every environment that tasks have: from the memo where it holds, from a probe
-        elsewhere.
-        """
-        if not hasattr(self, "_records"):
-            self._records: dict[ProbeEnv, Record] = {}
+        """Return records from the memo where it holds, else from a probe's container."""
         host = gpus.host_gpus() if self.engine.local else None
         for env in sorted({probe_env(task) for task in tasks} - self._records.keys()):
             record = self._remembered(env, host)
-            # Podman would not even say that it has no GPUs to give: the probe's container has to.
+            # Podman does not report that it has no GPUs to give: only a container shows it.
             doubted = self.context.options.creates and bool(self.context.manifest.gpus.count) and self.engine.podman
             self._records[env] = self.probe(env) if record is None or doubted else record
         return self._records
 
     def remembers(self, tasks: Sequence[Task]) -> bool:
-        """Whether `records` would start no container for these tasks."""
+        """Return whether `records` would start no container for these tasks."""
         host = gpus.host_gpus() if self.engine.local else None
         return all(self._remembered(env, host) is not None for env in {probe_env(task) for task in tasks})
 
@@ -236,46 +174,143 @@ class ContainerExecutor:
                 env=dict(env),
             )
 
-    def wrote(self, marker: Marker | None) -> bool:
-        """Return whether a marker is of this run."""
-        return marker is not None and marker.observed.run == self.context.run_id
+    def described(self) -> Sequence[Described]:
+        """Return the family directories; where the root cannot be read from here, a container reads it."""
+        root = self.cache.direct()
+        if root is not None:
+            return list(environment.described(root))
+        from builder.run import maintenance
+
+        found: list[Described] = []
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            factors = event.get("factors")
+            if event.get("event") == "described":
+                family, key = (printable(str(event.get(name))) for name in ("family", "key"))
+                known = factors if isinstance(factors, dict) else None
+                found.append(Described(family, key, float(event.get("written") or 0.0), known))
+
+        maintenance.run(self, "families", on_event)
+        return found
+
+    # --- around a run ------------------------------------------------------------------------------------------------
 
     @property
-    def identity(self) -> str:
-        return identity(self.serving, self.context.manifest.image.setup)
+    def lease(self) -> Lease:
+        """The lease of every container of this run; taken with the first one."""
+        if self._lease is None:
+            self._lease = self._stack.enter_context(Lease(self.context.options.state_dir, run_id=self.context.run_id))
+        return self._lease
+
+    def prepare(self) -> None:
+        if self._prepared:
+            return
+        problems = list(preflight.problems(self.context.manifest, self.engine))
+        if problems:
+            raise PreflightError(CANNOT_RUN, [*problems, *self.busy()])
+        self._prepared = True
+
+    def busy(self) -> list[Problem]:
+        """Return a problem for each process on GPUs that the manifest needs and that no acquire command would end."""
+        wanted = self.context.manifest.gpus
+        if not wanted.count or wanted.acquire or self.context.options.allow_busy:
+            return []
+        return list(preflight.busy(self.look(), self.container_names))
+
+    def sweep(self) -> list[Swept]:
+        from builder.engine import sweep as leftovers
+        from builder.run import gpu_reservation
+
+        options = self.context.options
+        found = sweep(
+            self.engine,
+            options.state_dir,
+            settle=functools.partial(gpu_reservation.run_pending_release, self.context),
+            drain=functools.partial(leftovers.drain, self.engine, directory=options.log_dir),
+        )
+        for swept in found:
+            self.context.console.say(str(swept))
+            self.swept = self.swept or swept.removed
+        return found
+
+    def sweep_pending(self) -> None:
+        if debts(self.context.options.state_dir):
+            self.sweep()
+
+    def run_lock(self) -> contextlib.AbstractContextManager[None]:
+        from builder.run import cache_locks
+
+        return cache_locks.held(self)
+
+    def reserve_gpus(self, items: Sequence[Item]) -> contextlib.AbstractContextManager[Reservation]:
+        from builder.run import gpu_reservation
+
+        return gpu_reservation.reserved(self, items)
+
+    @functools.cached_property
+    def nvml(self) -> Nvml:
+        """The driver of this machine; absent where the engine runs elsewhere."""
+        absent = None if self.engine.local else "the engine is on another machine, whose GPUs cannot be seen from here"
+        nvml = Nvml(absent)
+        self._stack.callback(nvml.close)
+        return nvml
+
+    def look(self) -> Look:
+        """Return the state of the GPUs that this manifest's containers get."""
+        wanted = self.context.manifest.gpus
+        return self.nvml.look(hurried=lambda: self.context.cancel.is_due(ANSWER)).chosen(wanted.devices, wanted.count)
+
+    def container_names(self) -> Mapping[str, str]:
+        """Return id → name of every container of this engine, and of those that ran for this invocation."""
+        with contextlib.suppress(EngineLostError):
+            found = self.context.cancel.answer(lambda: self.engine.containers([]), "for its containers")
+            return {one.id: one.name for one in found} | self.ran
+        return self.ran
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    def capacity(self) -> Capacity:
+        from builder.run.schedule import Capacity
+
+        gpus = self.context.manifest.gpus
+        devices = tuple(range(gpus.count)) if gpus.devices is None else gpus.devices
+        return Capacity(devices, self.context.manifest.run.parallel)
+
+    def heading(self) -> str:
+        gpus = self.context.manifest.gpus
+        devices = f"{gpus.count} GPUs" if gpus.count else "no GPUs"
+        if gpus.pretend:
+            devices = f"no GPU, pretending {gpus.pretend} (experimental: not proven on hardware)"
+        return f"{self.serving.ref} ({self.serving.id[:19]}…)  {devices}"
+
+    def start(self) -> None:
+        _ = self.lease, self.warmup
+
+    def execute(self, item: Item, allocation: Allocation, watcher: Watcher) -> Execution:
+        from builder.run import container_job
+
+        return container_job.run_task(self, item.task, allocation, watcher)
 
     def probe(self, env: ProbeEnv) -> Record:
-        """Asks a container what its kernels would depend on. It also lays out the cache root and writes the memo."""
-        self.ready()
+        """Return the toolchain record that a container finds. It also lays out the cache root and writes the memo."""
+        from builder.run import container_job
+
+        self.prepare()
         if self.context.options.creates and self.cache.create():
             self.context.console.say(f"created {self.cache.name}")
-        task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=PROBE_TIMEOUT)
-        outcome = self.run(
-            "probe",
-            task,
-            Deadlines(task=PROBE_TIMEOUT, silence=PROBE_TIMEOUT, start=self.context.manifest.run.start, grace=2.0),
-        )
+        outcome = container_job.run_probe(self, env, PROBE_TIMEOUT)
         self.context.cancel.check()
-        told: list[Any] = [event.get("record") for event in outcome.events if event.get("event") == "toolchain"]
-        found = [known for known in told if toolchain.sound(known)]
+        records: list[Any] = [event.get("record") for event in outcome.events if event.get("event") == "toolchain"]
+        found = [record for record in records if toolchain.sound(record)]
+        ref = self.context.manifest.image.ref
         if not found:
-            why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
+            why = "; ".join(outcome.problems) or f"it {container_job.describe(outcome)}"
             if outcome.exit_code in NO_PYTHON or any("catatonit" in line for line in outcome.tail):
-                problem = Problem(
-                    "image", f"{self.context.manifest.image.ref} cannot run python3, which it needs: {why}."
-                )
+                problem = Problem("image", f"{ref} cannot run python3, which it needs: {why}.")
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
-            raise BuilderError(
-                f"the probe of {self.context.manifest.image.ref} told nothing: {why}", notes=outcome.tail
-            )
+            raise BuilderError(f"the probe of {ref} reported nothing: {why}", notes=outcome.tail)
         record: Record = found[-1]
         problems = list(preflight.seen_problems(self.context.manifest, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)
         return record
-
-    # --- one container -----------------------------------------------------------------------------------------------
-
-    def run(self, mode: str, task: Task, deadlines: Deadlines, asked: Asked = NOTHING_ELSE) -> Outcome:
-        """One container of the warm-up image in this mode, to its end: `launch.run`."""
-        return container_job.run(self, mode, task, deadlines, asked)

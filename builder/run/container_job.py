@@ -1,7 +1,7 @@
-"""One container of the warm-up image: what it is told, what it is given, and which refusals are this machine's trouble.
+"""Runs one container of the warm-up image: its job, its mounts and devices, and refusals that are this machine's fault.
 
-Several may run at once, each from a thread of its own. What they share is complete before the first one starts
-(`Shared`), and what they leave there is added in one step each.
+Several may run at the same time, each from its own thread. What they share is resolved before the first one starts
+(`Executor.start`); each adds its warnings, and its name to those that ran, in one step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from builder.host.deadlines import Deadline
 from builder.job import JOB_VARIABLE, Job, PrunePolicy
 from builder.manifest.load import Manifest
 from builder.run import preflight
+from builder.run.executor import Allocation, Execution, Watcher
+from builder.run.plan import ProbeEnv
 from builder.task import Task
 
 if TYPE_CHECKING:
@@ -34,53 +36,88 @@ MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 
 #: Modes whose containers get GPUs, models, secrets and a network.
 COMPILES = ("run", "probe")
-#: Modes that only look, some of them at what an untrusted job left: they cannot write to the root.
-LOOKS = ("view-list", "view-audit", "status", "families", "survey")
+#: Modes that only read, some of them what an untrusted job left: they get the root read-only.
+READS = ("view-list", "view-audit", "status", "families", "survey")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What else one container may be asked for. devices: GPUs by index; None: all that the manifest has.
+class ContainerRequest:
+    """What one container gets besides its task."""
 
-    cancel: who may end it, if not whoever ends the whole invocation. beside: other tasks of this run may compile at the
-    same time. view: what the modes of views are told. mounts: besides the cache root.
-    """
-
-    devices: tuple[int, ...] | None = None
-    cancel: Cancel | None = None
-    display: Callable[[str, str], None] | None = None
+    devices: tuple[int, ...] | None = None  # GPUs by index; None: all of the manifest's
+    cancel: Cancel | None = None  # ends it; None: the invocation's
+    display: Callable[[str, str], None] | None = None  # gets each line of its log: stream, line
     on_event: Callable[[Mapping[str, Any]], None] | None = None
     budget: Deadline | None = None
-    repair: bool = False
-    beside: bool = False
-    prune: PrunePolicy | None = None
-    view: Mapping[str, Any] = field(default_factory=dict)
-    mounts: tuple[Mount, ...] = ()
+    concurrent: bool = False  # other tasks of this run may compile at the same time
+    repair: bool = False  # mode verify: quarantine bad entries
+    prune: PrunePolicy | None = None  # mode prune
+    view: Mapping[str, Any] = field(default_factory=dict)  # modes of views
+    mounts: tuple[Mount, ...] = ()  # besides the cache root
 
 
-NOTHING_ELSE = Asked()
+NOTHING_ELSE = ContainerRequest()
 
 
-def run(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Outcome:
-    """One container in this mode, to its end. Raises PreflightError where no GPU can be had. Only what compiles or
-    looks at the toolchain gets GPUs, models, secrets and a network.
+def run_task(executor: ContainerExecutor, task: Task, allocation: Allocation, watcher: Watcher) -> Execution:
+    """Run one task's container to its end."""
+    run_spec = executor.context.manifest.run
+    limits = Deadlines(task=task.timeout, silence=task.silence, start=run_spec.start, grace=run_spec.grace)
+    request = ContainerRequest(
+        devices=allocation.visible_gpus,
+        cancel=allocation.cancel,
+        display=watcher.on_line,
+        on_event=watcher.on_event,
+        budget=executor.context.budget,
+        concurrent=allocation.concurrent,
+    )
+    outcome = run(executor, "run", task, limits, request)
+    return Execution(
+        ended=outcome.ended,
+        verdict=outcome.verdict,
+        succeeded=outcome.exit_code == 0,
+        how=f"the container {describe(outcome)}",
+        oom=outcome.oom,
+        seconds=outcome.seconds,
+        log=outcome.log_path,
+        tail=outcome.tail,
+    )
+
+
+def run_probe(executor: ContainerExecutor, env: ProbeEnv, timeout: float) -> Outcome:
+    """Run a container that reports the toolchain of this environment. timeout: seconds."""
+    task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=timeout)
+    start = executor.context.manifest.run.start
+    return run(executor, "probe", task, Deadlines(task=timeout, silence=timeout, start=start, grace=2.0))
+
+
+def run(
+    executor: ContainerExecutor,
+    mode: str,
+    task: Task,
+    deadlines: Deadlines,
+    request: ContainerRequest = ContainerRequest(),
+) -> Outcome:
+    """Run one container in this mode to its end. Raises PreflightError where no GPU can be had.
+
+    Only what compiles, or probes the toolchain, gets GPUs, models, secrets and a network.
     """
     context = executor.context
-    job = _job(executor, mode, task, deadlines, asked)
-    spec = _spec(executor, job, task, deadlines, asked)
+    job = _job(executor, mode, task, deadlines, request)
+    spec = _spec(executor, job, task, deadlines, request)
     log = context.log_path(task.label) if mode == "run" else None
     try:
-        with context.cancel.shield() if asked.cancel is None else contextlib.nullcontext():
+        with context.cancel.shield() if request.cancel is None else contextlib.nullcontext():
             outcome = run_container(
                 executor.engine,
                 spec,
                 job=job,
                 lease=executor.lease,
                 deadlines=deadlines,
-                cancel=asked.cancel or context.cancel,
-                sinks=Sinks(log_path=log, display=asked.display),
-                on_event=asked.on_event,
-                budget=asked.budget,
+                cancel=request.cancel or context.cancel,
+                sinks=Sinks(log_path=log, display=request.display),
+                on_event=request.on_event,
+                budget=request.budget,
             )
     except EngineRefusedError as error:
         known = (
@@ -91,18 +128,18 @@ def run(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines
         if problem is None:
             raise
         raise PreflightError(CANNOT_RUN, [problem]) from error
-    context.report.warnings += [_whose(problem, spec, task, asked) for problem in outcome.problems]
+    context.report.warnings += [_labelled(problem, spec, task, request) for problem in outcome.problems]
     if outcome.container:
         executor.ran[outcome.container] = spec.name
     return outcome
 
 
-def _whose(problem: str, spec: ContainerSpec, task: Task, asked: Asked) -> str:
-    """A container's problem for people, who have several of them before their eyes."""
-    return f"{task.label}: {problem}" if asked.beside and spec.name not in problem else problem
+def _labelled(problem: str, spec: ContainerSpec, task: Task, request: ContainerRequest) -> str:
+    """Return a container's problem, with its task where several run at the same time."""
+    return f"{task.label}: {problem}" if request.concurrent and spec.name not in problem else problem
 
 
-def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines, asked: Asked) -> Job:
+def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines, request: ContainerRequest) -> Job:
     context = executor.context
     manifest, lease = context.manifest, executor.lease
     secrets = manifest.container.secrets if mode in COMPILES else ()
@@ -119,10 +156,10 @@ def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadline
         workdir=executor.serving.workdir or "/",
         secrets=tuple(name for name in secrets if context.options.environ.get(name)),
         job_max=manifest.cache.job_max,
-        repair=asked.repair,
-        beside=asked.beside,
-        prune=asked.prune,
-        view=asked.view,
+        repair=request.repair,
+        beside=request.concurrent,
+        prune=request.prune,
+        view=request.view,
         observed={
             "host": socket.gethostname(),
             "builder": __version__,
@@ -132,7 +169,9 @@ def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadline
     )
 
 
-def _spec(executor: ContainerExecutor, job: Job, task: Task, deadlines: Deadlines, asked: Asked) -> ContainerSpec:
+def _spec(
+    executor: ContainerExecutor, job: Job, task: Task, deadlines: Deadlines, request: ContainerRequest
+) -> ContainerSpec:
     context = executor.context
     manifest, compiles = context.manifest, job.mode in COMPILES
     return ContainerSpec(
@@ -142,8 +181,8 @@ def _spec(executor: ContainerExecutor, job: Job, task: Task, deadlines: Deadline
         command=[],
         env=_environment(executor, job),
         labels=executor.lease.labels(task.label, job.lifetime),
-        mounts=(*_root(executor, job.mode in LOOKS), *(_store(manifest) if compiles else ()), *asked.mounts),
-        gpus=_devices(manifest, asked.devices) if compiles else 0,
+        mounts=(*_root(executor, job.mode in READS), *(_store(manifest) if compiles else ()), *request.mounts),
+        gpus=_devices(manifest, request.devices) if compiles else 0,
         shm_size=manifest.container.shm_size,
         network=manifest.container.network if compiles else "none",
         workdir=PROGRAM_ROOT,
@@ -152,15 +191,13 @@ def _spec(executor: ContainerExecutor, job: Job, task: Task, deadlines: Deadline
 
 
 def _root(executor: ContainerExecutor, read_only: bool) -> tuple[Mount, ...]:
-    """The cache root; nothing where a verb that only reads must not make one, and then its place is in the
-    container.
-    """
+    """Return the mount of the cache root; none where a verb that only reads must not make a root."""
     there = executor.context.options.creates or executor.cache.exists()
     return (replace(executor.cache.mount(), read_only=read_only),) if there else ()
 
 
 def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:
-    """Secrets are handed on by name and never enter the job, a label or a log."""
+    """Return the container's environment. Secrets never enter the job, a label or a log."""
     context = executor.context
     document, models = job.to_json(), context.manifest.models
     if len(document.encode()) > MAX_JOB:
@@ -169,7 +206,7 @@ def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:
             f"{label}: its argv, env and shapes make a job of {len(document.encode())} bytes, and the kernel's "
             f"limit for one variable is {MAX_JOB}. Put long values into a file in the image."
         )
-    # The program is found by its working directory, which an image may have told Python not to trust.
+    # Python finds the program by the working directory; an image may have set PYTHONSAFEPATH against that.
     env = {JOB_VARIABLE: document, "PYTHONSAFEPATH": ""}
     if models.store:
         env["HF_HOME"] = STORE
@@ -183,13 +220,13 @@ def _store(manifest: Manifest) -> tuple[Mount, ...]:
 
 
 def _devices(manifest: Manifest, devices: tuple[int, ...] | None) -> int | tuple[str, ...]:
-    """What to ask the engine for: these GPUs where some are named, else a number of them."""
+    """Return what the engine is asked for: GPUs by index where some are named, else their number."""
     chosen = manifest.gpus.devices if devices is None else devices
     return tuple(str(index) for index in chosen) if chosen is not None else manifest.gpus.count
 
 
 def describe(outcome: Outcome) -> str:
-    """How a container ended, in words that name its status and never return it raw."""
+    """Return how a container ended, for people. Follows ``the container``."""
     if outcome.oom:
         return "ran out of memory inside the container"
     if outcome.exit_code is None:

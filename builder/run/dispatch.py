@@ -1,8 +1,8 @@
-"""The tasks of a run at work, side by side where the machine has room for several.
+"""Runs the tasks of a run, several at the same time where the machine has room.
 
-One thread per task, and this one, which decides what starts next and does nothing else. Whatever ends a run (a signal,
-the budget, an engine that is gone, a task whose GPUs stay held) starts nothing more, and every task that runs comes to
-its own end first: each ends its own container, so what goes wrong with one keeps no other from it.
+One thread per task; the main thread only decides what starts next. What ends a run early (a signal, the budget, an
+engine that is lost, GPUs that a task does not free) starts no more tasks, and every running task comes to its own end
+first: each ends its own container or process, so that a failure of one leaves none of another.
 """
 
 from __future__ import annotations
@@ -13,72 +13,47 @@ import select
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrupted
-from builder.host.cancel import Cancel
 from builder.report.live import LiveProgress
 from builder.report.progress import PARTS, TaskProgress
-from builder.run.container_executor import ContainerExecutor
-from builder.run.estimates import TIME_OUT, Estimate
+from builder.run.executor import Allocation, Executor
+from builder.run.forecast import TIME_OUT, Estimate
 from builder.run.plan import Item, before, result_of
-from builder.run.schedule import Busy, Load, Place, Schedule, arrange, lower_bound
+from builder.run.schedule import PlannedTask, RunningTask, Schedule, best_schedule, lower_bound
 from builder.text import counted, span
 
 #: Seconds that a signal may wait for its handler.
-_LOOK = 0.1
+_POLL = 0.1
+
+Do = Callable[[Item, Allocation], None]
 
 
-@dataclass(frozen=True)
-class Seat:
-    """Where and how one task runs. devices: GPUs that its container sees, by index; None: all that the manifest has.
-    held: those that are its own; none of a task without GPUs, which still sees them: its kernels are for them.
-    together: others may run at the same time. cancel: ends it.
-    """
-
-    title: str
-    devices: tuple[int, ...] | None
-    held: tuple[int, ...] | None
-    together: bool
-    activity: TaskProgress
-    cancel: Cancel
-
-
-Do = Callable[[Item, Seat], None]
-
-
-def place_of(executor: ContainerExecutor) -> Place:
-    """The room that a manifest gives its tasks."""
-    context = executor.context
-    gpus = context.manifest.gpus
-    devices = tuple(range(gpus.count)) if gpus.devices is None else gpus.devices
-    return Place(devices, context.manifest.run.parallel)
-
-
-def load_of(item: Item, estimate: Estimate) -> Load:
-    return Load(item.task.label, item.task.gpus, estimate.seconds, estimate.sure)
-
-
-def forecast(executor: ContainerExecutor, items: Sequence[Item], expected: Mapping[str, Estimate]) -> str:
-    """How long these tasks will take, for people; also left in the report."""
-    context = executor.context
-    loads = [load_of(item, expected[item.task.label]) for item in twins(items)[0]]
-    place, budget = place_of(executor), context.manifest.run.budget
-    seconds = arrange(loads, place).seconds
-    context.report.extra["expected"] = {
+def expected_time(executor: Executor, items: Sequence[Item], estimates: Mapping[str, Estimate]) -> str:
+    """Return how long these tasks will take, for people. The report gets the numbers."""
+    planned = [planned_task(item, estimates) for item in duplicates(items)[0]]
+    capacity, budget = executor.capacity(), executor.context.manifest.run.budget
+    seconds = best_schedule(planned, capacity).seconds
+    executor.context.report.extra["expected"] = {
         "seconds": round(seconds, 1),
-        "lower_bound": round(lower_bound(loads, place), 1),
-        "never_timed": [load.name for load in loads if not load.sure],
+        "lower_bound": round(lower_bound(planned, capacity), 1),
+        "never_timed": [task.name for task in planned if not task.sure],
     }
-    unknown = sum(not load.sure for load in loads)
+    unknown = sum(not task.sure for task in planned)
     text = f"about {span(seconds)}"
     if unknown:
-        text = f"at most {span(seconds)} ({f'{unknown} ' if unknown < len(loads) else ''}never timed)"
+        text = f"at most {span(seconds)} ({f'{unknown} ' if unknown < len(planned) else ''}never timed)"
     return f"{text} of a {span(budget)} budget" if budget else text
 
 
-def twins(items: Sequence[Item]) -> tuple[list[Item], dict[str, Item]]:
-    """The tasks to do, and for each task that asks for the very same work as an earlier one (by label) that one."""
+def planned_task(item: Item, estimates: Mapping[str, Estimate]) -> PlannedTask:
+    estimate = estimates[item.task.label]
+    return PlannedTask(item.task.label, item.task.gpus, estimate.seconds, estimate.sure)
+
+
+def duplicates(items: Sequence[Item]) -> tuple[list[Item], dict[str, Item]]:
+    """Return the distinct items, and label → earlier item for each item of the very same work."""
     first: dict[str, Item] = {}
     same: dict[str, Item] = {}
     for item in items:
@@ -87,70 +62,69 @@ def twins(items: Sequence[Item]) -> tuple[list[Item], dict[str, Item]]:
     return [item for item in items if item.task.label not in same], same
 
 
-def work(executor: ContainerExecutor, items: Sequence[Item], expected: Mapping[str, Estimate], do: Do) -> None:
-    """Does every item that the budget has room for. Raises the first error of one of them, after the end of all."""
+def run_all(executor: Executor, items: Sequence[Item], estimates: Mapping[str, Estimate], do: Do) -> None:
+    """Do every item that the budget has room for. Raises the first error of one of them, after the end of all."""
     if any(not item.config_problem for item in items):
-        # Resolved once and for all, by this thread, in which a signal may interrupt it.
-        _ = executor.lease, executor.warmup
-    with contextlib.closing(_Shift(executor, items, expected, do)) as shift:
-        shift.run()
+        executor.start()
+    with contextlib.closing(Dispatcher(executor, items, estimates, do)) as dispatcher:
+        dispatcher.run()
 
 
 class _Worker:
-    """One task's thread. bell: a descriptor that hears of its end."""
+    """One task's thread. bell: a descriptor that gets a byte when it ends."""
 
-    def __init__(self, item: Item, seat: Seat, busy: Busy, do: Do, bell: int) -> None:
-        self.item, self.seat, self.load = item, seat, busy.load
-        self._busy, self._do, self._bell = busy, do, bell
+    def __init__(self, item: Item, allocation: Allocation, running: RunningTask, do: Do, bell: int) -> None:
+        self.item, self.allocation, self.task = item, allocation, running.task
+        self._running, self._do, self._bell = running, do, bell
         self.error: BaseException | None = None
-        self.over = False
+        self.finished = False
         self._thread = threading.Thread(target=self._run, name=f"task {item.task.label}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._do(self.item, self.seat)
-        except BaseException as error:  # noqa: BLE001 - raised where all of them are waited for
+            self._do(self.item, self.allocation)
+        except BaseException as error:  # noqa: BLE001 - raised by the main thread after all tasks have ended
             self.error = error
         finally:
-            self.over = True
+            self.finished = True
             os.write(self._bell, b".")
 
     @property
-    def busy(self) -> Busy:
-        """As the planner sees it now."""
-        left = self.seat.activity.left
-        return replace(self._busy, left=self.load.seconds - self.seat.activity.seconds if left is None else left)
+    def running(self) -> RunningTask:
+        """The task as the scheduler sees it now."""
+        progress = self.allocation.progress
+        return replace(
+            self._running, left=self.task.seconds - progress.seconds if progress.left is None else progress.left
+        )
 
     def join(self) -> None:
         self._thread.join()
 
 
-class _Shift:
-    """A run's tasks: what waits, what runs, and what was planned when last something changed."""
+class Dispatcher:
+    """The tasks of a run: waiting, running, and the schedule made when something last changed."""
 
-    def __init__(
-        self, executor: ContainerExecutor, items: Sequence[Item], expected: Mapping[str, Estimate], do: Do
-    ) -> None:
-        self._executor, self._do = executor, do
-        self._waiting, self._same = twins(items)
-        self._expected = expected
-        self._place = place_of(executor)
-        self._together = self._place.width([load_of(item, expected[item.task.label]) for item in self._waiting]) > 1
+    def __init__(self, executor: Executor, items: Sequence[Item], estimates: Mapping[str, Estimate], do: Do) -> None:
+        self._executor, self._context, self._do = executor, executor.context, do
+        self._waiting, self._same = duplicates(items)
+        self._estimates = estimates
+        self._capacity = executor.capacity()
+        self._concurrent = self._capacity.width([planned_task(item, estimates) for item in self._waiting]) > 1
         self._count, self._started, self._ended = len(items), 0, 0
         self._running: list[_Worker] = []
         self._errors: list[BaseException] = []
-        self._schedule, self._planned, self._is_sure = Schedule((), 0.0), time.monotonic(), True
+        self._schedule, self._scheduled, self._is_sure = Schedule((), 0.0), time.monotonic(), True
         self._ear, self._bell = os.pipe()
-        self._display = LiveProgress(executor.context.console, self.summary)
+        self._live = LiveProgress(self._context.console, self.summary)
 
     def close(self) -> None:
         os.close(self._ear)
         os.close(self._bell)
 
     def run(self) -> None:
-        """All of it. Those who run look for signals themselves; here one is raised when they are over."""
-        with self._executor.context.cancel.shield(), self._display:
+        """Run everything. Tasks notice a signal themselves; it is raised here after their end."""
+        with self._context.cancel.shield(), self._live:
             try:
                 self._start()
                 while self._running:
@@ -160,97 +134,96 @@ class _Shift:
                 for worker in self._running:
                     worker.join()
         self._raise()
-        self._settle_twins()
+        self._add_duplicates()
 
     def _start(self) -> None:
-        """Whatever has room now."""
-        executor = self._executor
-        if self._errors or executor.context.cancel.is_set:
+        """Start every task that has room now."""
+        if self._errors or self._context.cancel.is_set:
             return
-        left = executor.context.budget.left()
-        self._waiting = [item for item in self._waiting if not self._is_too_late(item, left)]
-        loads = {item.task.label: (item, self._load(item)) for item in self._waiting}
-        busy = [worker.busy for worker in self._running]
-        self._is_sure = all(load.sure for load in [*(load for _, load in loads.values()), *(one.load for one in busy)])
-        self._schedule, self._planned = arrange([load for _, load in loads.values()], self._place, busy, left), _now()
+        left = self._context.budget.left()
+        self._waiting = [item for item in self._waiting if not self._refuse_late(item, left)]
+        items = {item.task.label: item for item in self._waiting}
+        planned = [planned_task(item, self._estimates) for item in self._waiting]
+        running = [worker.running for worker in self._running]
+        self._is_sure = all(task.sure for task in [*planned, *(one.task for one in running)])
+        self._schedule = best_schedule(planned, self._capacity, running, left)
+        self._scheduled = time.monotonic()
         for start in list(self._schedule.now()):
-            item = loads[start.load.name][0]
+            item = items[start.task.name]
             self._waiting.remove(item)
             self._started += 1
-            self._seat(item, Busy(start.load, start.devices, start.load.seconds))
+            self._allocate(item, RunningTask(start.task, start.devices, start.task.seconds))
 
-    def _seat(self, item: Item, busy: Busy) -> None:
-        task, all_of_them = item.task, len(busy.devices) == len(self._place.devices)
-        estimate = self._expected[task.label]
-        activity = TaskProgress(
+    def _allocate(self, item: Item, running: RunningTask) -> None:
+        task, all_of_them = item.task, len(running.devices) == len(self._capacity.devices)
+        estimate = self._estimates[task.label]
+        progress = TaskProgress(
             task.label,
-            _named(busy.devices),
+            _named(running.devices),
             expected=estimate.seconds if estimate.source != TIME_OUT else None,
             shapes=len(task.shapes),
             parts=() if task.recipe == "shapes" else PARTS,
         )
-        where = f"  {_named(busy.devices)}" if busy.devices and not all_of_them else ""
-        seat = Seat(
-            f"[{self._started}/{self._count}] {task.label}{where}",
-            None if all_of_them or not task.gpus else busy.devices,
-            None if all_of_them else busy.devices,
-            self._together,
-            activity,
-            self._executor.context.cancel,
+        where = f"  {_named(running.devices)}" if running.devices and not all_of_them else ""
+        allocation = Allocation(
+            title=f"[{self._started}/{self._count}] {task.label}{where}",
+            # A task without GPUs still sees them: its kernels are for them.
+            visible_gpus=None if all_of_them or not task.gpus else running.devices,
+            reserved_gpus=None if all_of_them else running.devices,
+            concurrent=self._concurrent,
+            progress=progress,
+            cancel=self._context.cancel,
         )
-        self._display.add(activity)
-        self._running.append(_Worker(item, seat, busy, self._do, self._bell))
+        self._live.add(progress)
+        self._running.append(_Worker(item, allocation, running, self._do, self._bell))
 
-    def _load(self, item: Item) -> Load:
-        return load_of(item, self._expected[item.task.label])
-
-    def _is_too_late(self, item: Item, left: float) -> bool:
-        """Whether nothing can come of it within the budget; then that is its result."""
-        load, budget = self._load(item), self._executor.context.manifest.run.budget or 0.0
+    def _refuse_late(self, item: Item, left: float) -> bool:
+        """Return whether the task cannot end within the budget; then that is its result."""
+        task, budget = planned_task(item, self._estimates), self._context.manifest.run.budget or 0.0
         if left <= 0:
             reason = "budget: it ended before this task had its turn"
-        elif load.sure and load.seconds > left:
+        elif task.sure and task.seconds > left:
             there = f"{span(left)} are left"
-            if load.seconds > budget:
+            if task.seconds > budget:
                 there = f"the whole budget is {span(budget)}: raise it"
-            reason = f"budget: needs about {span(load.seconds)}, {there}"
+            reason = f"budget: needs about {span(task.seconds)}, {there}"
         else:
             return False
-        state = "warm" if item.warm else "cold"  # forced, and what it had is there still
-        self._executor.context.report.add_result(replace(before(item), state=state, reason=reason))
-        self._executor.context.console.say(f"{item.task.label}: {state} ({reason})")
+        state = "warm" if item.warm else "cold"  # warm: forced, and its entries still exist
+        self._context.report.add_result(replace(before(item), state=state, reason=reason, short_of_budget=True))
+        self._context.console.say(f"{item.task.label}: {state} ({reason})")
         return True
 
     def _wait(self) -> None:
-        """Until a task has ended, or several."""
-        while not select.select([self._ear], [], [], _LOOK)[0]:
-            # Nothing to do but to be here: the kernel may hand a signal to any thread, which wakes no other, and
-            # Python runs its handler in this one.
+        """Wait until a task has ended, or several."""
+        while not select.select([self._ear], [], [], _POLL)[0]:
+            # The kernel may deliver a signal to any thread, which wakes no other, and Python runs its handler in this
+            # one: so this thread has to run now and then.
             pass
         os.read(self._ear, 1)
-        for worker in [worker for worker in self._running if worker.over]:
+        for worker in [worker for worker in self._running if worker.finished]:
             worker.join()
             self._running.remove(worker)
-            self._display.remove(worker.seat.activity)
+            self._live.remove(worker.allocation.progress)
             self._ended += 1
             if worker.error is not None:
                 self._errors.append(worker.error)
 
     def _raise(self) -> None:
-        """A signal, else the error that counts most; what else went wrong is a warning, once."""
+        """Raise for a signal, else the most important error; every other one becomes a warning, once."""
         errors = [error for error in self._errors if not isinstance(error, Interrupted)]
-        first = None if self._executor.context.cancel.is_set else min(errors, key=_rank, default=None)
+        first = None if self._context.cancel.is_set else min(errors, key=_rank, default=None)
         for text in dict.fromkeys(map(_message, errors)):
             if first is None or text != _message(first):
-                self._executor.context.report.warnings.append(text)
-        self._executor.context.cancel.check()
+                self._context.report.warnings.append(text)
+        self._context.cancel.check()
         if first is not None:
             raise first
 
-    def _settle_twins(self) -> None:
-        """The same work in another task is done, or it is not: once is enough to know."""
-        report = self._executor.context.report
-        for task in [task for task in self._executor.context.manifest.tasks if task.label in self._same]:
+    def _add_duplicates(self) -> None:
+        """Give every duplicate the result of the task that did its work."""
+        report = self._context.report
+        for task in [task for task in self._context.manifest.tasks if task.label in self._same]:
             other = self._same[task.label]
             now, done = self._executor.plan((task,)).items[0], report.of(other.task.label)
             result = before(now) if now.warm else result_of(now, done.state)
@@ -258,14 +231,14 @@ class _Shift:
             report.add_result(result)
 
     def summary(self) -> str:
-        """For people, any time."""
-        left = max(0.0, self._schedule.seconds - (_now() - self._planned))
+        """Return one sentence about the whole run. Called from any thread."""
+        left = max(0.0, self._schedule.seconds - (time.monotonic() - self._scheduled))
         text = f"{self._ended} of {counted(self._count, 'task')} done"
         return f"{text}, {'about' if self._is_sure else 'at most'} {span(left)} left" if left >= 1 else text
 
 
 def _rank(error: BaseException) -> int:
-    """Of several errors the one with the lowest counts."""
+    """Of several errors the one with the lowest rank is raised."""
     status = error.exit_code if isinstance(error, BuilderError) else DefectError.exit_code
     return FIRST_OF_SEVERAL.index(status) if status in FIRST_OF_SEVERAL else len(FIRST_OF_SEVERAL)
 
@@ -275,7 +248,7 @@ def _message(error: BaseException) -> str:
 
 
 def _named(devices: Sequence[int]) -> str:
-    """``gpu 3``, ``gpus 0-3``, ``gpus 0,2``."""
+    """Return ``gpu 3``, ``gpus 0-3`` or ``gpus 0,2``."""
     if not devices:
         return ""
     first, last = devices[0], devices[-1]
@@ -284,7 +257,3 @@ def _named(devices: Sequence[int]) -> str:
     if list(devices) == list(range(first, last + 1)):
         return f"gpus {first}-{last}"
     return f"gpus {','.join(map(str, devices))}"
-
-
-def _now() -> float:
-    return time.monotonic()

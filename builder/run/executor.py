@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from builder.report.progress import TaskProgress
     from builder.run.context import Context
     from builder.run.plan import Item, Plan, ProbeEnv
+    from builder.run.schedule import Capacity
     from builder.task import Task
 
 #: Why a task's program was ended; ``exited``: it ended by itself. lost: the engine stopped answering.
@@ -94,12 +95,15 @@ class Executor(Protocol):
     def plan(self, tasks: Sequence[Task]) -> Plan:
         """Judge these tasks against the cache as it is now. The report gets the toolchain and the cache's name."""
 
+    def snapshot(self, tasks: Sequence[Task]) -> AbstractContextManager[tuple[Path, Plan]]:
+        """Yield `plan` with the directory it was made from, the root or a copy of its index, until the context ends."""
+
     def described(self) -> Sequence[Described]:
         """Return the family directories of the root, with the factors they were made for."""
 
     # --- around a run ------------------------------------------------------------------------------------------------
 
-    def sweep(self) -> None:
+    def sweep(self) -> object:
         """Remove containers of killed builders, and run releases that they left pending."""
 
     def sweep_pending(self) -> None:
@@ -116,8 +120,11 @@ class Executor(Protocol):
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 
+    def capacity(self) -> Capacity:
+        """Return the GPUs, and the slots for tasks without GPUs, that tasks may use at the same time."""
+
     def heading(self) -> str:
-        """Return the first line of a run: where its tasks run."""
+        """Return where tasks run, for the first line of a run."""
 
     def start(self) -> None:
         """Resolve what several tasks share, in the main thread and before the first `execute`."""

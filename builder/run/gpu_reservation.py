@@ -1,47 +1,121 @@
-"""This machine for the length of a run: out of service, its GPUs locked and nobody else's, and free again after each
-task.
+"""Reserves this machine and its GPUs for a run: idle, out of service, locked, and free again after each task.
 
 The order keeps builders apart. `acquire` and `release` run under one lock of the whole machine, so that no builder
-puts back into service what another one still uses. The GPUs' locks come next, before the look at who holds them: what
-another builder holds is waited for, what anybody else holds is a problem.
+puts back into service what another one still uses. The GPUs' locks come next, before the processes on them are
+listed: GPUs of another builder are waited for, and any other process on them is a problem.
 
-A probe takes none of this. It asks the driver what there is and makes no context, so it disturbs nobody; and a reader
-never waits, nor takes a machine out of service to learn that there is nothing to do.
+A probe reserves nothing. It asks the driver what there is and makes no context, so it disturbs no other process; and a
+verb that only reads never waits, nor takes a machine out of service to learn that there is nothing to do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from builder.errors import GpusHeldError, PreflightError, Problem
+from builder.errors import DeferredError, GpusHeldError, PreflightError, Problem
 from builder.host import gpu_locks, hooks
 from builder.host.deadlines import Deadline, poll
 from builder.host.gpus import Gpu, Look, Process
 from builder.run import preflight
-from builder.run.container_executor import ContainerExecutor
+from builder.run.context import Context
 from builder.run.plan import Item
+from builder.text import duration
+
+if TYPE_CHECKING:
+    from builder.run.container_executor import ContainerExecutor
 
 #: A GPU is free again when no more than this many bytes are in use beyond what was before.
 TOLERANCE = 512 << 20
 
-#: Seconds between two looks at GPUs that are not free yet.
-_EVERY = 0.1
+#: Seconds between two looks at GPUs that are not free yet, and at a machine that is not idle yet.
+_EVERY, _IDLE_EVERY = 0.1, 1.0
+
+
+# --- idle ------------------------------------------------------------------------------------------------------------
+
+
+def wait_until_idle(executor: ContainerExecutor, seconds: float, items: Sequence[Item] = ()) -> float:
+    """Wait until the manifest's GPUs are idle; return the seconds that it took.
+
+    Raises DeferredError when they are not idle within `seconds`.
+    """
+    context = executor.context
+    if not context.manifest.gpus.count:
+        return 0.0
+    limit, shown = Deadline(seconds), ""
+    reason: list[str] = []
+
+    def settled() -> bool:
+        nonlocal shown
+        context.cancel.check()
+        reason[:] = [next(reasons_not_idle(executor, items), "")]
+        if reason[0] and reason[0] != shown:
+            shown = reason[0]
+            context.console.say(f"waiting until this machine is idle, at most {duration(limit.left())}: {shown}")
+        return not reason[0] or context.cancel.is_set
+
+    idle = poll(settled, limit, every=_IDLE_EVERY)
+    context.cancel.check()
+    if not idle:
+        raise DeferredError(
+            f"deferred: this machine was not idle within {duration(seconds)} ({reason[0]}). Nothing was pulled or "
+            "warmed; the next refresh tries again"
+        )
+    return seconds - limit.left()
+
+
+def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) -> Iterator[str]:
+    """Yield why the machine is not idle, one sentence each.
+
+    Where the driver can be asked, every process on a GPU counts. Elsewhere every container of this engine that was
+    given GPUs counts, although it may be between two jobs.
+    items: the GPUs' UUIDs come from their toolchain records where the driver does not name them.
+    """
+    look = executor.look()
+    if look.absent is None:
+        for problem in preflight.busy(look, executor.container_names):
+            yield problem.text.rstrip(".")
+    else:
+        for name in gpu_containers(executor):
+            yield f"container {name} has GPUs, and who computes on them cannot be asked ({look.absent})"
+    names = {gpu.uuid: f"GPU {gpu.index}" for gpu in look.gpus}
+    for item in items:
+        names.update({str(gpu["uuid"]): f"GPU {gpu.get('index')}" for gpu in item.record["gpus"] if gpu.get("uuid")})
+    for lock, what in {gpu_locks.SERVICE: "this machine", **names}.items():
+        with gpu_locks.at_once(lock) as free:
+            if not free:
+                yield f"another builder has {what}"
+
+
+def gpu_containers(executor: ContainerExecutor) -> Iterator[str]:
+    """Names of the running containers of this engine that were given GPUs."""
+    ask = executor.engine.ask
+    for entry in ask("cannot list containers", "GET", "/containers/json") or ():
+        doing = f"cannot look at {entry['Id'][:12]}"
+        host = (ask(doing, "GET", "/containers/{0}/json", entry["Id"]) or {}).get("HostConfig") or {}
+        if host.get("DeviceRequests") or host.get("Runtime") == "nvidia":
+            yield (entry.get("Names") or ["/?"])[0].lstrip("/")
+
+
+# --- reservation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def taken(executor: ContainerExecutor, items: Sequence[Item]) -> Iterator[Machine]:
-    """The machine for these items, as long as the context is; nothing is taken where none of them starts a container.
+def reserved(executor: ContainerExecutor, items: Sequence[Item]) -> Iterator[GpuReservation]:
+    """Reserve the machine for these items while the context lasts; nothing where none of them starts a container.
 
     Raises PreflightError when it cannot be had, and BusyError when another builder keeps it.
     """
     context = executor.context
     work = [item for item in items if not item.config_problem]
-    machine = Machine(executor)
+    reservation = GpuReservation(executor)
     with contextlib.ExitStack() as stack:
         if work:
             stack.enter_context(_out_of_service(executor))
@@ -49,13 +123,13 @@ def taken(executor: ContainerExecutor, items: Sequence[Item]) -> Iterator[Machin
             stack.callback(executor.nvml.close)
         if work and context.manifest.gpus.count:
             warn = context.report.warnings.append
-            stack.enter_context(gpu_locks.locked(machine.names(work[0]), executor.patience(), warn))
+            stack.enter_context(gpu_locks.locked(reservation.names(work[0]), context.patience(), warn))
         if work:
             # Who had these locks until now may have been killed, and its containers still be there.
             executor.sweep()
         if work and context.manifest.gpus.count:
-            machine.refuse_busy()
-        yield machine
+            reservation.refuse_busy()
+        yield reservation
 
 
 # --- out of service --------------------------------------------------------------------------------------------------
@@ -73,11 +147,11 @@ def _out_of_service(executor: ContainerExecutor) -> Iterator[None]:
         hooks.Hooks(lines, context.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
     )
     debt = executor.lease.path.parent
-    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, executor.patience(), context.report.warnings.append):
+    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, context.patience(), context.report.warnings.append):
         _owe(debt, release)
         try:
             context.console.say("taking this machine out of service:")
-            failure = hooks.run(acquire, context.options.environ, executor.say_hook)
+            failure = hooks.run(acquire, context.options.environ, functools.partial(context.console.log, "hook"))
             if failure is not None:
                 error = PreflightError(
                     "this machine can't be taken out of service", [Problem("acquire", f"{failure.text}.")]
@@ -117,7 +191,7 @@ def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> N
         failure = hooks.run(
             release,
             context.options.environ,
-            executor.say_hook,
+            functools.partial(context.console.log, "hook"),
             all_of_them=True,
             hurried=lambda: cancel.times > max(1, times),
         )
@@ -125,6 +199,21 @@ def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> N
             hooks.settled(debt)
         else:
             context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
+
+
+def run_pending_release(context: Context, directory: Path) -> bool:
+    """Put the machine back into service for a killed builder; return whether nothing is pending any more.
+
+    False while another builder has the machine out of service.
+    """
+    with gpu_locks.at_once(gpu_locks.SERVICE) as free:
+        if not free:
+            return False
+        context.console.say("putting this machine back into service, for a builder that was killed:")
+        failure = hooks.settle(directory, context.options.environ, functools.partial(context.console.log, "hook"))
+        if failure is not None:
+            context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
+        return failure is None
 
 
 # --- its GPUs --------------------------------------------------------------------------------------------------------
@@ -140,7 +229,7 @@ class Held:
     why: str = ""
 
 
-class Machine:
+class GpuReservation:
     """What a run knows about the GPUs of its containers."""
 
     def __init__(self, executor: ContainerExecutor) -> None:

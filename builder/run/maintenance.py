@@ -8,8 +8,9 @@ from typing import Any
 from builder.engine.container import Deadlines
 from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
 from builder.events import FAILED, WARMED
+from builder.run import container_job
 from builder.run.container_executor import ContainerExecutor
-from builder.run.container_job import NOTHING_ELSE, Asked, describe
+from builder.run.container_job import NOTHING_ELSE, ContainerRequest, describe
 from builder.task import Task
 from builder.text import printable
 
@@ -19,7 +20,9 @@ TIMEOUT = 3600.0
 Event = Mapping[str, Any]
 
 
-def run(executor: ContainerExecutor, mode: str, hear: Callable[[Event], None], asked: Asked = NOTHING_ELSE) -> None:
+def run(
+    executor: ContainerExecutor, mode: str, hear: Callable[[Event], None], request: ContainerRequest = NOTHING_ELSE
+) -> None:
     """This mode to its end, and what it told. Raises what kept it from ending well."""
     context = executor.context
     limits = Deadlines(
@@ -28,7 +31,7 @@ def run(executor: ContainerExecutor, mode: str, hear: Callable[[Event], None], a
         start=context.manifest.run.start,
         grace=context.manifest.run.grace,
     )
-    outcome = executor.run(mode, Task(label=mode, model="", recipe="command"), limits, asked)
+    outcome = container_job.run(executor, mode, Task(label=mode, model="", recipe="command"), limits, request)
     for event in outcome.events:
         hear(event)
     context.cancel.check()

@@ -52,7 +52,7 @@ class Tale:
         """At what the cache holds now; not when somebody wants an end. by_container: one counts what cannot be
         seen from here.
         """
-        if executor.context.cancel.is_set or "image" not in vars(executor):
+        if executor.context.cancel.is_set or not executor.has_image:
             return
         with contextlib.suppress(BuilderError, OSError):
             root = executor.cache.direct()

@@ -1,8 +1,23 @@
-"""What a run makes of a task's end, wherever the program ran: in a container, or beside this process (``--here``)."""
+"""What became of a task and of a run: said once, for containers and for `--here`.
+
+Only a marker of this run that holds on disk makes a task warmed, whatever its program reported.
+"""
 
 from __future__ import annotations
 
-#: How a task was ended before its program had a verdict → state, and the reason as people read it.
+from collections.abc import Sequence
+from typing import Any
+
+from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
+from builder.report.results import Report, TaskResult
+from builder.report.task_output import TaskOutput
+from builder.run.context import Context
+from builder.run.executor import Execution, Executor
+from builder.run.plan import Item, result_of
+from builder.task import Task
+from builder.text import counted, duration, readable, sentence
+
+#: Why a program was ended before it had a verdict → the task's state, and the reason for people.
 ENDED_EARLY = {
     "timeout": ("failed", "timeout: not finished after {task.timeout:.0f} s"),
     "silence": ("failed", "silence: no output for {task.silence:.0f} s"),
@@ -13,7 +28,101 @@ ENDED_EARLY = {
 
 
 def counts(value: object) -> dict[str, int]:
-    """A family → number table out of an event, whatever the event holds."""
+    """Return a family → number table of an event, whatever the event holds."""
     if not isinstance(value, dict):
         return {}
     return {str(name): number for name, number in value.items() if isinstance(number, int)}
+
+
+def result_of_execution(executor: Executor, item: Item, execution: Execution) -> TaskResult:
+    """Return the result of a task whose program has ended."""
+    result = _judge(executor, item, execution)
+    result.seconds = execution.seconds
+    result.log = str(execution.log) if execution.log else None
+    result.tail = execution.tail
+    return result
+
+
+def _judge(executor: Executor, item: Item, execution: Execution) -> TaskResult:
+    verdict = execution.verdict or {}
+    numbers: dict[str, Any] = {
+        "entries": counts(verdict.get("entries")),
+        "added": counts(verdict.get("added")),
+        "added_bytes": counts(verdict.get("added_bytes")),
+        "loaded": readable(str(verdict.get("loaded") or "")),
+        "proof": verdict.get("proof"),
+    }
+    if execution.ended in ENDED_EARLY:
+        state, reason = ENDED_EARLY[execution.ended]
+        if state == "cold" and item.warm:  # forced, and its entries still exist
+            state = "warm"
+        elif state == "cold":
+            numbers["entries"] = {}  # the entries there may be another task's
+        short = execution.ended == "budget"
+        return result_of(item, state, reason.format(task=item.task), short_of_budget=short, **numbers)
+    if execution.verdict is None:
+        return result_of(item, "failed", f"{execution.how} and gave no verdict", **numbers)
+    state, reason = str(verdict.get("state")), readable(str(verdict.get("reason") or ""))
+    if execution.oom and state != "warmed":
+        reason = f"out of memory inside the container; {reason}"
+    if state != "warmed":
+        state = state if state in ("partial", "skipped") else "failed"
+        return result_of(item, state, reason, **numbers)
+    if not execution.succeeded:
+        return result_of(item, "failed", f"its verdict is warmed, but {execution.how}", **numbers)
+    now = executor.plan((item.task,)).items[0]
+    if not now.warm:
+        return result_of(item, "failed", f"its marker does not hold: {now.judgement.reason}", **numbers)
+    marker = now.judgement.marker
+    if marker is None or marker.observed.run != executor.context.run_id:
+        return result_of(item, "failed", "its verdict is warmed, but the marker is an older one", **numbers)
+    return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
+
+
+def raise_if_fatal(execution: Execution, result: TaskResult) -> None:
+    """Raise what ends the whole run: a lost engine, or a cache root that no task can use."""
+    if execution.ended == "lost":
+        raise EngineLostError(f"the engine was lost while {result.label} ran")
+    if execution.verdict and execution.verdict.get("unusable") is True:
+        raise PreflightError(CANNOT_RUN, [Problem("cache", sentence(result.reason))])
+
+
+def add_result(report: Report, output: TaskOutput, result: TaskResult) -> None:
+    """Put a task's result into the report and write it; with the end of its log where it did not succeed."""
+    report.add_result(result)
+    if result.state in ("warmed", "warm", "cold"):
+        why = f" ({result.reason})" if result.reason else ""
+        output.finish(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
+        return
+    output.finish(f"{result.label}: {result.state}: {result.reason}")
+    if result.tail:
+        lines = "line" if len(result.tail) == 1 else f"{len(result.tail)} lines"
+        output.say(f"the last {lines} of its log:")
+        for line in result.tail:
+            output.log("out", line)
+    output.annotate(f"{result.label} {result.state}", result.reason)
+
+
+def recheck(executor: Executor, tasks: Sequence[Task]) -> None:
+    """Judge all tasks again at the end of a run: a later task may have removed what an earlier one needs."""
+    for item in executor.plan(tasks).items:
+        result = executor.context.report.of(item.task.label)
+        if result.state in ("warm", "warmed") and not item.warm:
+            result.state, result.verified = "failed", False
+            result.reason = f"no longer warm at the end of the run: {item.judgement.reason}"
+
+
+def raise_unless_warm(context: Context) -> None:
+    """Raise the one error that sums up the run, unless every task is warm."""
+    report = context.report
+    total, cold = counted(len(report.tasks), "task"), report.count("cold")
+    expired = context.budget.over
+    if cold and (expired or any(task.short_of_budget and task.state == "cold" for task in report.tasks)):
+        raise BudgetError(
+            f"the budget {'ended' if expired else 'is used as far as it goes,'} with {cold} of {total} still cold; "
+            "what is finished stays warm, run again to go on"
+        )
+    states = ("failed", "partial", "skipped", "cold")
+    kinds = [f"{report.count(state)} {state}" for state in states if report.count(state)]
+    if kinds:
+        raise TasksError(f"{', '.join(kinds)} of {total}")

@@ -14,7 +14,7 @@ from builder.job import PrunePolicy
 from builder.run import cache_locks, maintenance, policy, upkeep
 from builder.run import image_cleanup as images
 from builder.run.container_executor import ContainerExecutor
-from builder.run.container_job import Asked
+from builder.run.container_job import ContainerRequest
 from builder.run.policy import Limits
 from builder.text import counted, printable, size
 
@@ -106,7 +106,7 @@ def in_container(executor: ContainerExecutor, wanted: PrunePolicy, outcome: Outc
                 outcome.images = frozenset(map(str, event.get("images") or ()))
                 outcome.kept_images = frozenset(map(str, event.get("kept_images") or ()))
 
-    maintenance.run(executor, "prune", hear, Asked(prune=wanted))
+    maintenance.run(executor, "prune", hear, ContainerRequest(prune=wanted))
 
 
 def _take(outcome: Outcome, found: Plan) -> None:

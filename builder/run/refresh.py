@@ -22,7 +22,7 @@ from builder.flock import holder, try_lock
 from builder.host.locks import open_lock
 from builder.manifest.values import a_string, seconds
 from builder.report.webhook import checked
-from builder.run import cache_locks, forecast, idle, image_cleanup, notify, policy, prune, upkeep, warm
+from builder.run import cache_locks, forecast, gpu_reservation, image_cleanup, notify, policy, prune, upkeep, warm
 from builder.run.call import Call
 from builder.run.container_executor import ContainerExecutor
 from builder.run.notify import Settings, Tale
@@ -92,7 +92,7 @@ def _refresh(executor: ContainerExecutor, said: Namespace, settings: Settings, l
 def _wait(executor: ContainerExecutor, settings: Settings, story: Tale, plan: Plan | None = None) -> bool:
     if settings.when_idle is None:
         return False
-    story.waited = idle.wait(executor, settings.when_idle, plan.items[:1] if plan else ())
+    story.waited = gpu_reservation.wait_until_idle(executor, settings.when_idle, plan.items[:1] if plan else ())
     return True
 
 
@@ -105,7 +105,7 @@ def refuse_overlap(executor: ContainerExecutor, said: Namespace) -> None:
     if said.lock_timeout is not None or root is None or not executor.engine.local:
         return
     with contextlib.suppress(OSError):
-        descriptor = open_lock(root / cache_locks.PATH)
+        descriptor = open_lock(root / cache_locks.RUN)
         try:
             if not try_lock(descriptor):
                 raise BusyError(
@@ -156,13 +156,13 @@ def make_room(executor: ContainerExecutor, limits: Limits, plan: Plan, story: Ta
     PreflightError, and lets nothing go, where that would not do either.
     """
     root = executor.cache.direct()
-    target = forecast.room(root, plan.cold, limits.max_size) if root is not None else None
+    target = forecast.target_size(root, plan.cold, limits.max_size) if root is not None else None
     if root is None or target is None:
         return
-    expected = forecast.learn(root, plan.cold)
+    expected = forecast.expected_space(root, plan.cold)
     closer = replace(limits, max_size=target)
     if _planned(executor, closer, root, plan).after > target:
-        raise PreflightError(CANNOT_RUN, list(forecast.problems_of(root, limits.max_size, expected)))
+        raise PreflightError(CANNOT_RUN, list(forecast.space_problems(root, limits.max_size, expected)))
     executor.context.console.say(
         f"making room: what this warm-up will add fits if the cache has no more than {size(target)}"
     )

@@ -14,7 +14,7 @@ from builder.cache.family_directories import bad_entries, places
 from builder.errors import ColdError
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_executor import ContainerExecutor
-from builder.run.container_job import Asked
+from builder.run.container_job import ContainerRequest
 from builder.run.maintenance import Event, row
 from builder.text import counted
 
@@ -46,7 +46,7 @@ def sweep(executor: ContainerExecutor, _said: Namespace) -> None:
     if not is_there(executor):
         return
     with cache_locks.held(executor), overlay.swept(executor) as known:
-        maintenance.run(executor, "sweep", hear, Asked(view=known))
+        maintenance.run(executor, "sweep", hear, ContainerRequest(view=known))
     more = f", {len(kept)} left" if kept else ""
     context.console.say(f"{executor.cache.name}: {len(swept)} moved aside, {len(removed)} removed{more}")
 
@@ -74,7 +74,7 @@ def verify(executor: ContainerExecutor, said: Namespace) -> None:
     there, repair = is_there(executor), bool(said.repair)
     if there and repair:
         with cache_locks.held(executor):
-            maintenance.run(executor, "verify", hear, Asked(repair=True))
+            maintenance.run(executor, "verify", hear, ContainerRequest(repair=True))
     elif there and executor.cache.direct() is None:
         maintenance.run(executor, "verify", hear)  # a copy of everything would be as large as everything
     elif there:

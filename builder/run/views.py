@@ -35,7 +35,7 @@ from builder.report import audit
 from builder.report.console import Console
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_executor import ContainerExecutor
-from builder.run.container_job import Asked
+from builder.run.container_job import ContainerRequest
 from builder.run.maintenance import Event
 from builder.task import Shape
 from builder.text import age, near, printable, size
@@ -108,7 +108,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
     with cache_locks.views(executor):
         _make_room(executor, job, volume, replace)
         order = {"name": job, "engine": overlay.engine_id(executor)}
-        maintenance.run(executor, "view-create", hear, Asked(view=order))
+        maintenance.run(executor, "view-create", hear, ContainerRequest(view=order))
         try:
             executor.engine.create_volume(
                 volume,
@@ -119,7 +119,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
         except BaseException:
             with context.cancel.shield(), contextlib.suppress(EngineLostError, PreflightError):
                 executor.engine.remove_volume(volume)
-                maintenance.run(executor, "view-drop", lambda event: None, Asked(view=order))
+                maintenance.run(executor, "view-drop", lambda event: None, ContainerRequest(view=order))
             raise
     cold = [task.label for task in context.report.tasks if task.state == "cold"]
     if cold:
@@ -179,7 +179,7 @@ def _make_room(executor: ContainerExecutor, job: str, volume: str, replace: bool
             written += int(event.get("files") or 0)
 
     if not replace:
-        maintenance.run(executor, "view-list", hear, Asked(view={"name": job}))
+        maintenance.run(executor, "view-list", hear, ContainerRequest(view={"name": job}))
         if written or executor.engine.users(volume):
             raise UsageError(
                 f"there is a view {job} already, and it was used. Choose another name, pass --replace, or drop it: "
@@ -226,7 +226,7 @@ def _audited(executor: ContainerExecutor, job: str) -> Audit:
                 context.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
 
     mount = Mount(source=volume, target=view_records.MERGED, kind="volume", read_only=True)
-    maintenance.run(executor, "view-audit", hear, Asked(view={"name": job}, mounts=(mount,)))
+    maintenance.run(executor, "view-audit", hear, ContainerRequest(view={"name": job}, mounts=(mount,)))
     return found
 
 
@@ -262,7 +262,7 @@ def _drop(executor: ContainerExecutor, job: str) -> None:
         there = executor.engine.volume(volume) is not None
         _remove(executor, job, volume)
         gone: list[Event] = []
-        maintenance.run(executor, "view-drop", gone.append, Asked(view={"name": job}))
+        maintenance.run(executor, "view-drop", gone.append, ContainerRequest(view={"name": job}))
     if not there and not any(event.get("event") == "removed" for event in gone):
         raise _unknown(executor, job)
     context.report.extra["job"] = job

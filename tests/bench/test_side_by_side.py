@@ -10,7 +10,7 @@ import pytest
 
 from builder.cache import layout
 from builder.engine.client import Engine
-from builder.run.schedule import Load, Place, lower_bound
+from builder.run.schedule import Capacity, PlannedTask, lower_bound
 from tests.bench.measuring import Series, show, write_down
 from tests.engine.cli import READY, command
 from tests.engine.gpumachine import GpuCli, gpu_image
@@ -56,7 +56,7 @@ def test_makespan(machine: GpuCli, engine: Engine) -> None:
     scale.write_text("1")
     ended = machine.run("warm", "--json", "--force", seconds=600)
     assert ended.status == 0, ended.said
-    bound = lower_bound([Load("", gpus, seconds) for gpus, seconds in TASKS], Place(tuple(range(GPUS))))
+    bound = lower_bound([PlannedTask("", gpus, seconds) for gpus, seconds in TASKS], Capacity(tuple(range(GPUS))))
     planned = ended.document["expected"]["seconds"]
     one_by_one = float(sum(seconds for _, seconds in TASKS))
     rows = [

@@ -7,12 +7,11 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from builder import text
 from builder.cache import environment, families, toolchain
 from builder.cache.coverage import brief
-from builder.cache.environment import IMAGE_VARIABLE, Described, Standing
+from builder.cache.environment import IMAGE_VARIABLE, Standing
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.errors import ColdError, UsageError
 from builder.report import github
@@ -24,22 +23,14 @@ from builder.task import PRETEND_VARIABLE, Task
 from builder.text import counted
 
 
-def known(executor: ContainerExecutor) -> bool:
-    """Whether there is a cache root to read. Raises PreflightError for something else in its place."""
-    root = executor.context.manifest.cache.root
-    if root is not None and executor.engine.local and root.exists() and not root.is_dir():
-        executor.ready()
-    return executor.cache.exists()
-
-
 def judged(executor: ContainerExecutor, tasks: tuple[Task, ...]) -> Plan | None:
     """The plan, reported; None (and every task cold) where there is no cache root to judge by, so that reading makes
     none.
     """
     context = executor.context
     context.report.image_ref = context.manifest.image.ref
-    if not known(executor):
-        reason = f"no-marker: {executor.cache.name} does not exist"
+    if missing := executor.missing_root():
+        reason = f"no-marker: {missing}"
         context.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in tasks]
         context.report.cache = executor.cache.name
         return None
@@ -85,28 +76,8 @@ def explain(executor: ContainerExecutor, _said: Namespace) -> None:
         families_told(
             context.console,
             context.report,
-            environment.compare(_described(executor), plan.items[0].record),
+            environment.compare(executor.described(), plan.items[0].record),
         )
-
-
-def _described(executor: ContainerExecutor) -> list[Described]:
-    """The family directories of the root; where it cannot be read from here, a container looks."""
-    root = executor.cache.direct()
-    if root is not None:
-        return list(environment.described(root))
-    from builder.run import maintenance  # a check has no use for it
-
-    found: list[Described] = []
-
-    def hear(event: Mapping[str, Any]) -> None:
-        factors = event.get("factors")
-        if event.get("event") == "described":
-            family, key = (text.printable(str(event.get(name))) for name in ("family", "key"))
-            known = factors if isinstance(factors, dict) else None
-            found.append(Described(family, key, float(event.get("written") or 0.0), known))
-
-    maintenance.run(executor, "families", hear)
-    return found
 
 
 def families_told(

@@ -22,7 +22,7 @@ from builder.host.deadlines import Deadline, poll
 from builder.host.locks import open_lock
 from builder.manifest.load import CacheSpec
 from builder.report.console import Console
-from builder.run import holder
+from builder.run import cache_locks
 from builder.run.call import Call
 from builder.run.container_executor import ContainerExecutor
 
@@ -113,8 +113,10 @@ def _take(
         )
     name = executor.cache.name
     lifetime = max(cache.job_max, executor.context.manifest.run.lifetime)
-    lock = holder.Lock("hold", "the hold", "a cleaner", f"removes from {name}", f"{name} is being cleaned", lifetime)
-    stack.enter_context(holder.held(executor, lock))
+    lock = cache_locks.ContainerLock(
+        "hold", "the hold", "a cleaner", f"removes from {name}", f"{name} is being cleaned", lifetime
+    )
+    stack.enter_context(cache_locks.held_by_container(executor, lock))
 
 
 def _is_root(root: Path) -> bool:

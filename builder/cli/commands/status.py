@@ -177,7 +177,7 @@ def _users(executor: ContainerExecutor) -> Iterator[dict[str, str]]:
     """
     direct = executor.cache.direct()
     if direct is not None:
-        for path, how in ((cache_locks.PATH, _BUILDER), (cache_locks.VIEWS, _MODES["views"]), (HOLD, _HOLDER)):
+        for path, how in ((cache_locks.RUN, _BUILDER), (cache_locks.VIEWS, _MODES["views"]), (HOLD, _HOLDER)):
             for who in holders(direct / path):
                 yield {"who": who, "how": how}
     source = executor.cache.mount().source

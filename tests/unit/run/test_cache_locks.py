@@ -18,21 +18,20 @@ from builder import flock
 from builder.errors import BusyError, Interrupted
 from builder.host.cancel import Cancel
 from builder.host.locks import Patience
-from builder.run import cache_locks, holder
+from builder.run import cache_locks
 from builder.run.container_executor import ContainerExecutor
 
 
 class Here:
-    """A executor in a cache root of its own."""
+    """An executor in a cache root of its own."""
 
     def __init__(self, root: Path | None, seconds: float = 0.2) -> None:
         self.said: list[str] = []
-        self.context = SimpleNamespace(cancel=Cancel(), manifest=SimpleNamespace(run=SimpleNamespace(lifetime=60.0)))
-        self.cache = SimpleNamespace(direct=lambda: root, name=str(root))
-        self._seconds = seconds
-
-    def patience(self) -> Patience:
-        return Patience(self._seconds, say=self.said.append, cancel=self.context.cancel)
+        self.context: Any = SimpleNamespace(
+            cancel=Cancel(), patience=lambda: Patience(seconds, say=self.said.append, cancel=self.context.cancel)
+        )
+        self.root_name = str(root)
+        self.direct_root = lambda: root
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         return cache_locks.held(cast(ContainerExecutor, self))
@@ -41,18 +40,18 @@ class Here:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "locks").mkdir()
-    (tmp_path / cache_locks.PATH).touch()
+    (tmp_path / cache_locks.RUN).touch()
     return tmp_path
 
 
 def is_free(root: Path) -> bool:
-    with (root / cache_locks.PATH).open("rb") as file:
+    with (root / cache_locks.RUN).open("rb") as file:
         return flock.try_lock(file.fileno())
 
 
 @contextlib.contextmanager
 def taken(root: Path) -> Iterator[int]:
-    with (root / cache_locks.PATH).open("rb") as file:
+    with (root / cache_locks.RUN).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -97,28 +96,28 @@ def test_who_waits_can_be_interrupted(root: Path) -> None:
 def test_a_container_holds_it_where_the_file_cannot_be_opened(
     root: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[holder.Lock] = []
+    asked: list[cache_locks.ContainerLock] = []
 
     @contextlib.contextmanager
-    def by_container(_executor: Any, lock: holder.Lock) -> Iterator[None]:
+    def by_container(_executor: Any, lock: cache_locks.ContainerLock) -> Iterator[None]:
         asked.append(lock)
         yield
 
-    monkeypatch.setattr(holder, "held", by_container)
+    monkeypatch.setattr(cache_locks, "held_by_container", by_container)
     if where != "elsewhere":
-        (root / cache_locks.PATH).unlink()
+        (root / cache_locks.RUN).unlink()
     if where == "a directory":
         (root / "locks").rmdir()
         (root / "locks").touch()
     with Here(None if where == "elsewhere" else root).held():
         pass
     (lock,) = asked
-    assert (lock.mode, lock.whom, lock.lifetime) == ("lock", "another builder", 60.0)
+    assert (lock.mode, lock.owner_description, lock.lifetime) == ("lock", "another builder", None)
 
 
 def test_the_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> None:
     listing = tmp_path / "locks.txt"
-    with (root / cache_locks.PATH).open("rb") as file:
+    with (root / cache_locks.RUN).open("rb") as file:
         status = os.fstat(file.fileno())
         place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         listing.write_text(

@@ -14,7 +14,7 @@ from builder.cache import markers
 from builder.cache.families import FAMILIES
 from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
-from builder.run.estimates import TIME_OUT, Estimate, learn
+from builder.run.forecast import TIME_OUT, Estimate, expected_seconds
 from builder.run.plan import make_plan
 from builder.task import Task
 
@@ -45,7 +45,7 @@ def seen(root: Path, task: Task, seconds: Any, made: Record | None = None, writt
 
 def expected(root: Path, task: Task = TASK) -> Estimate:
     plan = make_plan((task,), {(): record()}, root=root, store=None)
-    return learn(root, plan.items)[task.label]
+    return expected_seconds(root, plan.items)[task.label]
 
 
 def test_nothing_known_is_the_time_out_and_no_promise(tmp_path: Path) -> None:

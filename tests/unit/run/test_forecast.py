@@ -31,15 +31,15 @@ def item(name: str, number: int) -> Item:
 
 
 def test_a_new_toolchain_needs_it_all_again_and_what_tasks_share_once(made: Generations) -> None:
-    found = forecast.learn(made.root, [item("a", 2), item("b", 2), item("unknown", 2)])
+    found = forecast.expected_space(made.root, [item("a", 2), item("b", 2), item("unknown", 2)])
     assert (found.known, found.of) == (2, 3)
     assert found.bytes == round(NEED * 5 / 6)  # of three entries each, one is the same
 
 
 def test_under_the_same_keys_it_is_all_there(made: Generations) -> None:
-    assert forecast.learn(made.root, [item("a", 1), item("b", 1)]).bytes == 0
+    assert forecast.expected_space(made.root, [item("a", 1), item("b", 1)]).bytes == 0
     shutil.rmtree(made.place(1))
-    assert forecast.learn(made.root, [item("a", 1)]).bytes == 3000
+    assert forecast.expected_space(made.root, [item("a", 1)]).bytes == 3000
 
 
 @pytest.mark.parametrize("wrong", [None, [], *({"deep_gemm": one} for one in ("much", -5, True, 1 << 60))])
@@ -48,7 +48,7 @@ def test_what_lies_about_in_markers_tells_nothing(made: Generations, wrong: obje
         marker = json.loads(path.read_text())
         marker["observed"] = {"bytes": wrong, "added_bytes": wrong}
         path.write_text(json.dumps(marker))
-    assert forecast.learn(made.root, [item("a", 2), item("b", 2)]).bytes == 0
+    assert forecast.expected_space(made.root, [item("a", 2), item("b", 2)]).bytes == 0
 
 
 def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
@@ -57,24 +57,24 @@ def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(3.1e9)))
     held = survey.survey(made.root).bytes
     monkeypatch.setattr(survey, "survey", lambda _: SimpleNamespace(bytes=held + (100 << 30)))
-    (found,) = forecast.problems_of(made.root, None, forecast.Forecast(int(9.8e9), 1, 1))
+    (found,) = forecast.space_problems(made.root, None, forecast.Space(int(9.8e9), 1, 1))
     assert found.place == "disk"
     assert found.text == f"{made.root} has 3.1 GB free, and what this warm-up will add took 9.8 GB last time."
     assert found.remedy == "Free space, or run: warm-cache prune --max-size 93G"
-    assert list(forecast.problems_of(made.root, None, forecast.Forecast(int(3e9), 1, 1))) == []
+    assert list(forecast.space_problems(made.root, None, forecast.Space(int(3e9), 1, 1))) == []
 
 
 def test_a_budget_that_is_too_small_as_well(made: Generations) -> None:
     held = survey.survey(made.root).bytes
-    (found,) = forecast.problems_of(made.root, held + 10, forecast.Forecast(11, 1, 1))
+    (found,) = forecast.space_problems(made.root, held + 10, forecast.Space(11, 1, 1))
     assert "that [cache] max_size allows" in found.text
-    assert list(forecast.problems_of(made.root, held + 11, forecast.Forecast(11, 1, 1))) == []
+    assert list(forecast.space_problems(made.root, held + 11, forecast.Space(11, 1, 1))) == []
 
 
 def test_room_is_made_for_what_comes(made: Generations) -> None:
     held = survey.survey(made.root).bytes
     cold = [item("a", 2), item("b", 2)]
-    assert forecast.room(made.root, cold, None) is None
-    assert forecast.room(made.root, cold, held + 5000) is None
-    assert forecast.room(made.root, cold, held + 4999) == held - 1
-    assert forecast.room(made.root, [item("a", 1)], 1) is None  # nothing will come
+    assert forecast.target_size(made.root, cold, None) is None
+    assert forecast.target_size(made.root, cold, held + 5000) is None
+    assert forecast.target_size(made.root, cold, held + 4999) == held - 1
+    assert forecast.target_size(made.root, [item("a", 1)], 1) is None  # nothing will come

@@ -13,7 +13,7 @@ from builder.errors import GpusHeldError
 from builder.host.cancel import Cancel
 from builder.host.gpus import Gpu, Look, Process
 from builder.manifest.load import GpusSpec
-from builder.run.gpu_reservation import TOLERANCE, Machine
+from builder.run.gpu_reservation import TOLERANCE, GpuReservation
 
 OURS, THEIRS = "0" * 64, "f" * 64
 GB = 10**9
@@ -49,7 +49,7 @@ def task(*after: Gpu | Look, before: Gpu = IDLE, ran: bool = True, **more: Any) 
     """One task, with these looks after it."""
     looks = [Look((before,)), *(look if isinstance(look, Look) else Look((look,)) for look in after)]
     executor = FakeExecutor(looks, **more)
-    with Machine(executor).free_after("model-tp8"):  # type: ignore[arg-type]
+    with GpuReservation(executor).free_after("model-tp8"):  # type: ignore[arg-type]
         if ran:
             executor.ran[OURS] = "warm-cache-1-run-model-tp8"
     return executor
@@ -133,9 +133,9 @@ def test_nothing_ran_and_nothing_is_waited_for() -> None:
 def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
     absent = Look(absent="there is no NVML here (libnvidia-ml.so.1)")
     executor = FakeExecutor([absent])
-    machine = Machine(executor)  # type: ignore[arg-type]
+    reservation = GpuReservation(executor)  # type: ignore[arg-type]
     for container in (OURS, THEIRS):
-        with machine.free_after("x"):
+        with reservation.free_after("x"):
             executor.ran[container] = "x"
     assert len(executor.said) == 1 and "is not checked" in executor.said[0]
     assert executor.context.report.extra["gpus_reason"] == absent.absent
@@ -146,10 +146,10 @@ def test_a_task_beside_others_answers_for_its_own_gpus_alone() -> None:
     mine, other = replace(IDLE, index=4, uuid="GPU-4"), IDLE
     looks = [Look((other, mine)), Look((holding(STRANGER), holding_on(mine, SERVER))), Look((holding(STRANGER), mine))]
     executor = FakeExecutor(looks, timeout=20)
-    with Machine(executor).free_after("half", (4,)):  # type: ignore[arg-type]
+    with GpuReservation(executor).free_after("half", (4,)):  # type: ignore[arg-type]
         executor.ran[OURS] = "warm-cache-1-run-half"
     assert executor.said[-1].startswith("half: GPUs free again after 0.")
-    with Machine(executor).free_after("none", ()):  # type: ignore[arg-type]
+    with GpuReservation(executor).free_after("none", ()):  # type: ignore[arg-type]
         executor.ran[THEIRS] = "x"
     assert len(executor.said) == 1, "a task without GPUs has none to give back"
 
