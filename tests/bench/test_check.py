@@ -126,7 +126,7 @@ def _run(command: list[str], env: dict[str, str]) -> None:
 
 
 @pytest.mark.stand_in
-def test_a_warm_check(tmp_path: Path, engine: Engine, tiny_image: str, stand_in_image: str) -> None:
+def test_check_warm(tmp_path: Path, engine: Engine, tiny_image: str, stand_in_image: str) -> None:
     env = environment(tmp_path)
     builder = [sys.executable, "-m", "builder"]
     chosen = ["--manifest", str(manifest(tmp_path, tiny_image))]

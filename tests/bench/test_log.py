@@ -173,7 +173,7 @@ def speed(series: Series, megabytes: float = MEGABYTES) -> list[str]:
     return [series.name, f"{series.median:.2f} s", f"{series.least:.2f} s", f"{rate:.0f} MB/s", series.remark]
 
 
-def test_a_million_lines(tmp_path: Path, engine: Engine, tiny_image: str) -> None:
+def test_log_pump_million_lines(tmp_path: Path, engine: Engine, tiny_image: str) -> None:
     with Lease(tmp_path, run_id="bench") as lease:
         readers = Readers(engine, tiny_image, tmp_path, lease)
         ways = {
@@ -207,7 +207,7 @@ def test_a_million_lines(tmp_path: Path, engine: Engine, tiny_image: str) -> Non
     )
 
 
-def test_a_million_lines_of_a_task(tmp_path: Path, engine: Engine, tiny_image: str) -> None:
+def test_warm_million_lines(tmp_path: Path, engine: Engine, tiny_image: str) -> None:
     """The whole way: task, in-container program, engine, builder, file."""
     flood = tmp_path / "cache" / "flood.py"
     flood.parent.mkdir()
@@ -248,7 +248,7 @@ def test_a_million_lines_of_a_task(tmp_path: Path, engine: Engine, tiny_image: s
     write_down("log-task", engine, list(found.values()))
 
 
-def test_the_program_inside_passes_its_childs_log_on(tmp_path: Path, engine: Engine) -> None:
+def test_agent_million_lines_of_child(tmp_path: Path, engine: Engine) -> None:
     """Without an engine: the program of the container as a process of this machine, its stdout in a file."""
     program = Program(tmp_path, assemble(tmp_path / "site"))
     through = {"program": 0}

@@ -57,7 +57,7 @@ def ref(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("tiny_image" if request.param == "tiny" else "stand_in_image"))
 
 
-def test_overhead(tmp_path: Path, engine: Engine, ref: str) -> None:
+def test_overhead_of_a_task(tmp_path: Path, engine: Engine, ref: str) -> None:
     env = environment(tmp_path)
     (tmp_path / "cache").mkdir()
     warm = [sys.executable, "-m", "builder", "warm", "--force", "--log-dir", str(tmp_path / "logs")]

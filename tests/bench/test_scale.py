@@ -34,7 +34,7 @@ def rounds(chosen: list[str], env: dict[str, str], verbs: dict[str, list[str]]) 
     return in_turn(ROUNDS, ways)
 
 
-def test_many_toolchains(tmp_path: Path, engine: Engine, tiny_image: str) -> None:
+def test_scale_many_toolchains(tmp_path: Path, engine: Engine, tiny_image: str) -> None:
     env = environment(tmp_path)
     chosen = ["--manifest", str(manifest(tmp_path, tiny_image))]
     quietly([sys.executable, "-m", "builder", "warm", *chosen, "--log-dir", str(tmp_path / "logs")], env)

@@ -40,7 +40,7 @@ def sweep(place: Path, image: str, workers: int) -> tuple[float, set[str]]:
     return float(found[1]), {path.parent.name for path in place.glob("cache/deep_gemm/*/cache/*/.committed")}
 
 
-def test_workers(tmp_path: Path, engine: Engine, stand_in_image: str) -> None:
+def test_shapes_workers(tmp_path: Path, engine: Engine, stand_in_image: str) -> None:
     one, many = Series("1 worker"), Series(f"{CORES} workers")
     names = []
     for series, workers in ((one, 1), (many, CORES)):

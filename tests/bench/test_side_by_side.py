@@ -39,7 +39,7 @@ def machine(
         cli.close()
 
 
-def test_makespan(machine: GpuCli, engine: Engine) -> None:
+def test_side_by_side_makespan(machine: GpuCli, engine: Engine) -> None:
     """Everything counts: the process, containers, the in-container program, and the waits until GPUs are free again."""
     wait = "import time; time.sleep({0} * float(open('/jit/scale').read()))\n" + READY
     machine.gpus(

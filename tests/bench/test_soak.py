@@ -115,7 +115,7 @@ class Meddler:
         self._engine._request("POST", f"/containers/{{0}}/{verb}", container, **how)
 
 
-def test_soak(cli: Cli, engine: Engine) -> None:
+def test_soak_leaves_nothing(cli: Cli, engine: Engine) -> None:
     seed = int(os.environ.get("WARM_CACHE_SOAK_SEED") or time.time())
     print(f"\nWARM_CACHE_SOAK_SEED={seed}")
     chance, began = random.Random(seed), time.monotonic()

@@ -87,7 +87,7 @@ def frames(data: bytes) -> dict[int, bytes]:
     return found
 
 
-def test_a_created_container_waits_to_be_started(bench: Bench) -> None:
+def test_created_container_is_not_running(bench: Bench) -> None:
     container = bench.create(leave(3))
     assert bench.engine.state(container).status == "created"
     assert not bench.engine.state(container).over
@@ -95,7 +95,7 @@ def test_a_created_container_waits_to_be_started(bench: Bench) -> None:
     assert bench.over(container).exit_code == 3
 
 
-def test_an_attachment_before_the_start_gets_every_byte(bench: Bench) -> None:
+def test_attachment_before_start_gets_every_byte(bench: Bench) -> None:
     data = b"a\r\xff\xfe\n" * 5000 + b"no newline"
     container = bench.create(out(data), err("other\n"), leave(0))
     attachment = bench.engine.attach_output(container)
@@ -103,7 +103,7 @@ def test_an_attachment_before_the_start_gets_every_byte(bench: Bench) -> None:
     assert frames(everything(attachment)) == {1: data, 2: b"other\n"}
 
 
-def test_the_stored_log_has_a_replacement_for_every_bad_byte(bench: Bench) -> None:
+def test_stored_log_replaces_every_invalid_byte(bench: Bench) -> None:
     euro = "€".encode()
     data = b"x\xffy\xe2\x82z\n" + b"-" * (16384 - 1) + euro + b"\n" + euro + b" end"
     container = bench.create(out(data), leave(0))
@@ -113,7 +113,7 @@ def test_the_stored_log_has_a_replacement_for_every_bad_byte(bench: Bench) -> No
     assert bench.stored(container)[1].decode() == f"x{bad}y{bad}{bad}z\n" + "-" * 16383 + bad * 3 + "\n€ end"
 
 
-def test_long_lines_are_stored_in_pieces(bench: Bench) -> None:
+def test_stored_log_splits_long_lines(bench: Bench) -> None:
     container = bench.create(out(b"z" * 40000 + b"\nlast"), leave(0))
     bench.engine.start(container)
     bench.over(container)
@@ -122,7 +122,7 @@ def test_long_lines_are_stored_in_pieces(bench: Bench) -> None:
     assert [entry for _, entry in bench.engine.log_frames(container, follow=False, tail=1)] == [b"last"]
 
 
-def test_following_ends_with_the_container(bench: Bench) -> None:
+def test_follow_ends_with_container(bench: Bench) -> None:
     container = bench.create(out("one\n"), READ, out("two\n"), leave(0), stdin=True)
     stdin = bench.engine.attach_stdin(container)
     bench.engine.start(container)
@@ -133,7 +133,7 @@ def test_following_ends_with_the_container(bench: Bench) -> None:
     assert bench.over(container).exit_code == 0
 
 
-def test_closing_the_attachment_to_stdin_is_end_of_file(bench: Bench) -> None:
+def test_stdin_attachment_closed_is_end_of_file(bench: Bench) -> None:
     container = bench.create(READ, leave(7), stdin=True)
     stdin = bench.engine.attach_stdin(container)
     bench.engine.start(container)
@@ -147,7 +147,7 @@ def test_closing_the_attachment_to_stdin_is_end_of_file(bench: Bench) -> None:
     [((HANG,), 143), ((on_term(0), HANG), 0), ((on_term(None), HANG), 137)],
     ids=["plain", "handler", "stubborn"],
 )
-def test_stopping_leaves_nothing_running(bench: Bench, steps: tuple[Step, ...], status: int) -> None:
+def test_stop_ends_container(bench: Bench, steps: tuple[Step, ...], status: int) -> None:
     *before, last = steps
     container = bench.create(*before, out("ready\n"), last)
     attachment = bench.engine.attach_output(container)
@@ -159,13 +159,13 @@ def test_stopping_leaves_nothing_running(bench: Bench, steps: tuple[Step, ...], 
     bench.engine.stop(container, 1)  # one that is over: nothing happens
 
 
-def test_stopping_one_that_never_started_does_nothing(bench: Bench) -> None:
+def test_stop_of_created_container_does_nothing(bench: Bench) -> None:
     container = bench.create(leave(0))
     bench.engine.stop(container, 1)
     assert bench.engine.state(container).status == "created"
 
 
-def test_removing(bench: Bench) -> None:
+def test_remove_removes_container(bench: Bench) -> None:
     container = bench.create(out("ready\n"), HANG)
     bench.engine.start(container)
     with pytest.raises(EngineRefusedError) as refused:
@@ -177,7 +177,7 @@ def test_removing(bench: Bench) -> None:
     bench.engine.remove(container)  # gone already: nothing to do
 
 
-def test_what_is_not_there_is_not_found(bench: Bench) -> None:
+def test_missing_container_is_not_found(bench: Bench) -> None:
     for question in (bench.engine.state, bench.engine.start, bench.engine.attach_output, bench.engine.attach_stdin):
         with pytest.raises(NotFoundError):
             question("0" * 64)
@@ -187,21 +187,21 @@ def test_what_is_not_there_is_not_found(bench: Bench) -> None:
         bench.engine.log_frames("0" * 64, follow=False)
 
 
-def test_a_command_that_does_not_exist_ends_at_once(bench: Bench) -> None:
+def test_start_of_missing_command_ends_at_once(bench: Bench) -> None:
     container = bench.create(command=["/no/such/program"])
     bench.engine.start(container)
     assert bench.over(container).exit_code == 127
     assert bench.stored(container)[2]
 
 
-def test_a_refused_start_leaves_the_container(bench: Bench) -> None:
+def test_start_refused_leaves_created_container(bench: Bench) -> None:
     with pytest.raises(EngineRefusedError):
         bench.engine.start(bench.create(leave(0), network="no-such-network"))
     for container in bench.made:  # newer engines refuse to create it
         assert bench.engine.state(container).status == "created"
 
 
-def test_refusals_of_create(bench: Bench, tmp_path: Path) -> None:
+def test_create_with_bad_spec_is_refused(bench: Bench, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(EngineRefusedError, match="bind source path does not exist") as refused:
         bench.create(leave(0), mounts=(Mount(missing, "/x"),))
@@ -215,7 +215,7 @@ def test_refusals_of_create(bench: Bench, tmp_path: Path) -> None:
     assert refused.value.status == 409
 
 
-def test_listing_by_label(bench: Bench) -> None:
+def test_list_filters_by_label(bench: Bench) -> None:
     mark = os.urandom(6).hex()
     container = bench.create(leave(0), labels={LABEL: mark, "a": "b"})
     bench.create(leave(0), labels={LABEL: "other"})

@@ -53,7 +53,7 @@ def statuses(run: Runner) -> list[int | None]:
     return [step.status for step in run.steps]
 
 
-def test_warm_then_warm_again(cli: Cli) -> None:
+def test_action_warm_twice_second_is_warm(cli: Cli) -> None:
     cli.manifest(shapes("dense"), command("ready", READY))
     run = runner(cli)
     good, outputs = run.action(mode="warm", manifest=str(cli.path), budget="5m")
@@ -70,7 +70,7 @@ def test_warm_then_warm_again(cli: Cli) -> None:
     cli.left_nothing()
 
 
-def test_a_cold_cache_warns_a_pull_request_and_fails_a_push(cli: Cli) -> None:
+def test_action_check_cold_warns_pull_request_and_fails_push(cli: Cli) -> None:
     cli.manifest(shapes("dense"))
     cli.root.mkdir()
     run = runner(cli, "pull_request")
@@ -89,7 +89,7 @@ def test_a_cold_cache_warns_a_pull_request_and_fails_a_push(cli: Cli) -> None:
     cli.left_nothing()
 
 
-def test_a_failed_task_is_named_and_cleaned_up_after(cli: Cli) -> None:
+def test_action_failed_task_is_named_and_cleaned_up(cli: Cli) -> None:
     cli.manifest(command("fails", "print('so near'); exit(3)"))
     run = runner(cli)
     good, outputs = run.action(mode="warm", manifest=str(cli.path))
@@ -103,7 +103,7 @@ def test_a_failed_task_is_named_and_cleaned_up_after(cli: Cli) -> None:
     cli.left_nothing()
 
 
-def test_what_a_killed_builder_left_is_swept_even_after_a_failure(cli: Cli) -> None:
+def test_action_sweeps_after_killed_builder(cli: Cli) -> None:
     """The run's lease ends its container; what is swept is the container that it could not remove."""
     cli.manifest(command("hangs", "print('HANGING', flush=True)\nimport time; time.sleep(60)"))
     started = cli.start("warm")
@@ -117,7 +117,7 @@ def test_what_a_killed_builder_left_is_swept_even_after_a_failure(cli: Cli) -> N
     cli.left_nothing()
 
 
-def test_a_wrong_input_is_an_annotation_and_the_clean_up_bears_it(cli: Cli) -> None:
+def test_action_wrong_input_is_annotation(cli: Cli) -> None:
     run = runner(cli)
     assert run.action(mode="chekc")[0] is False
     assert statuses(run) == [2, None, None, None] and "::error title=warm-cache::mode is one of" in run.log
@@ -127,7 +127,7 @@ def test_a_wrong_input_is_an_annotation_and_the_clean_up_bears_it(cli: Cli) -> N
     assert statuses(run) == [0, 2, None, 0]
 
 
-def test_a_machine_without_the_libraries_gets_them_in_a_folder_that_goes(cli: Cli) -> None:
+def test_action_without_libraries_installs_them_temporarily(cli: Cli) -> None:
     """The runner's own Python stays as it is: what is installed goes to RUNNER_TEMP. The index is played."""
     cli.manifest(command("ready", READY))
     cli.root.mkdir()
@@ -141,7 +141,7 @@ def test_a_machine_without_the_libraries_gets_them_in_a_folder_that_goes(cli: Cl
     assert asked.split()[0] == "install" and asked.split()[-1] == str(ROOT)
 
 
-def test_the_pre_test_workflow_on_a_host(cli: Cli) -> None:
+def test_pre_test_workflow_on_host_warms(cli: Cli) -> None:
     """Warmed on a push; then the job's container finds every kernel, on a pull request too."""
     cli.manifest(shapes("dense", m_values=[64, 128]))
     names = {
@@ -174,7 +174,7 @@ exec {python} "$@"
 
 
 @pytest.mark.parametrize(("status", "good"), [(0, True), (17, True), (11, False)])
-def test_the_nightly_workflow_asks_for_a_refresh(tmp_path: Path, status: int, good: bool) -> None:
+def test_nightly_workflow_calls_refresh(tmp_path: Path, status: int, good: bool) -> None:
     """What the workflow says to the program, and makes of its answers."""
     asked = tmp_path / "asked"
     (tmp_path / "bin").mkdir()
@@ -192,7 +192,7 @@ def test_the_nightly_workflow_asks_for_a_refresh(tmp_path: Path, status: int, go
     assert ("::warning title=warm-cache::put off" in run.log) == (status == 17)
 
 
-def test_tasks_may_be_named_one_a_line_or_with_commas(tmp_path: Path) -> None:
+def test_action_tasks_by_line_or_comma(tmp_path: Path) -> None:
     """None is lost: a step that looked at the first alone would be green for all."""
     asked, python = tmp_path / "asked", tmp_path / "python3"
     python.write_text(ASKED.format(asked=asked, status=0, python=sys.executable))
@@ -206,7 +206,7 @@ def test_tasks_may_be_named_one_a_line_or_with_commas(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_the_nightly_workflow_refreshes(cli: Cli) -> None:
+def test_nightly_workflow_refresh_warms(cli: Cli) -> None:
     """There is no registry here, which is a warning: the image that is there is warmed."""
     cli.manifest(shapes("dense", m_values=[64]))
     run = runner(cli, "schedule", WARM_CACHE_HOST="h200-host", WARM_CACHE_MANIFEST=str(cli.path))

@@ -103,7 +103,7 @@ def started(user: Volume) -> list[str]:
     return [path for path in user.door.asked("POST") if path.endswith("/start")]
 
 
-def test_a_volume_is_warmed_and_named(warmed: tuple[Volume, Ended]) -> None:
+def test_volume_is_warmed_and_named(warmed: tuple[Volume, Ended]) -> None:
     user, ended = warmed
     assert [(task["state"], task["verified"]) for task in ended.document["tasks"]] == [("warmed", True)] * 2
     assert ended.document["cache"] == f"volume {user.volume}"
@@ -119,9 +119,7 @@ def test_a_volume_is_warmed_and_named(warmed: tuple[Volume, Ended]) -> None:
         ("env", "--mount type=volume,src=warm-cache-test-"),
     ],
 )
-def test_a_warm_volume_is_read_by_containers_that_never_start(
-    warmed: tuple[Volume, Ended], verb: str, text: str
-) -> None:
+def test_warm_volume_check_starts_no_container(warmed: tuple[Volume, Ended], verb: str, text: str) -> None:
     user, _ = warmed
     user.door.requests.clear()
     ended = user.run(verb)
@@ -133,7 +131,7 @@ def test_a_warm_volume_is_read_by_containers_that_never_start(
     assert all("name=warm-cache-read-" in path for path in creations)
 
 
-def test_what_a_volume_holds_is_told_by_containers_that_cannot_write(warmed: tuple[Volume, Ended]) -> None:
+def test_volume_status_uses_read_only_containers(warmed: tuple[Volume, Ended]) -> None:
     """Per family, per toolchain, and who uses it: as for a directory."""
     user, _ = warmed
     explained = user.run("explain", "--json").document
@@ -154,7 +152,7 @@ def test_what_a_volume_holds_is_told_by_containers_that_cannot_write(warmed: tup
     assert re.search(r"^warm_cache_filesystem_free_bytes\{.*\} [1-9]", metrics, re.MULTILINE)
 
 
-def test_damage_in_a_volume_is_named(warmed: tuple[Volume, Ended]) -> None:
+def test_volume_damage_is_named(warmed: tuple[Volume, Ended]) -> None:
     user, _ = warmed
     with user.engine() as engine:
         api: Any = engine._api
@@ -176,7 +174,7 @@ def test_damage_in_a_volume_is_named(warmed: tuple[Volume, Ended]) -> None:
     assert f"because {reason}" in user.run("explain", "--only", "org/model").out
 
 
-def test_the_lock_of_a_volume_is_held_by_a_container(user: Volume) -> None:
+def test_volume_run_lock_is_held_by_container(user: Volume) -> None:
     user.manifest(command("one", "print('at it', flush=True)\n" + GATE + READY))
     first = user.start("warm", "--json")
     first.says("at it")
@@ -194,7 +192,7 @@ def test_the_lock_of_a_volume_is_held_by_a_container(user: Volume) -> None:
     user.left_nothing()
 
 
-def test_signals_end_the_locks_container_too(user: Volume) -> None:
+def test_signal_ends_lock_container(user: Volume) -> None:
     user.manifest(server(user.model("org/m"), "serve", "refuses-sigterm"))
     builder = user.start("warm", "--json")
     builder.says("SIGTERM is refused")
@@ -204,7 +202,7 @@ def test_signals_end_the_locks_container_too(user: Volume) -> None:
     user.left_nothing()
 
 
-def test_a_killed_builder_takes_the_locks_container_along(user: Volume) -> None:
+def test_builder_killed_lock_container_ends(user: Volume) -> None:
     user.manifest(command("one", "print('at it', flush=True)\n" + GATE))
     builder = user.start("warm")
     builder.says("at it")
@@ -234,7 +232,7 @@ def far(cli: Cli, docker_host: str) -> Iterator[Cli]:
     door.close()
 
 
-def test_a_directory_that_the_builder_cannot_see_is_read_through_the_engine(far: Cli, docker_host: str) -> None:
+def test_unreadable_directory_is_read_through_engine(far: Cli, docker_host: str) -> None:
     far.manifest(server(far.model("org/model")))
     warmed = far.warm()
     assert (warmed.task("model-tp8")["state"], warmed.task("model-tp8")["verified"]) == ("warmed", True)
@@ -266,7 +264,7 @@ def test_a_directory_that_the_builder_cannot_see_is_read_through_the_engine(far:
     assert far.run("explain").out.startswith("model-tp8: cold, because marker-unreadable: ")
 
 
-def test_a_directory_that_the_engines_host_has_not_is_a_problem_of_this_machine(far: Cli) -> None:
+def test_directory_missing_on_engine_host_is_preflight_error(far: Cli) -> None:
     far.root.rmdir()
     far.manifest(shapes())
     for verb in ("check", "warm", "doctor"):

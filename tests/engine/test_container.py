@@ -38,7 +38,7 @@ threading.Event().wait()
 """
 
 
-def test_success(workshop: Workshop) -> None:
+def test_container_success_is_exited_zero(workshop: Workshop) -> None:
     outcome = workshop.run(
         source="""
 size = os.write(1, b"compiling\\n") + event("phase", phase="second pass")
@@ -56,7 +56,7 @@ event("end", stdout=size, stderr=errors)
     assert 0 < outcome.seconds < 30
 
 
-def test_a_status_that_is_not_zero(workshop: Workshop) -> None:
+def test_container_nonzero_status_is_reported(workshop: Workshop) -> None:
     outcome = workshop.run(out("sorry\n"), leave(20))
     check(outcome, "exited", 20)
     assert outcome.verdict is None
@@ -68,28 +68,28 @@ def test_a_status_that_is_not_zero(workshop: Workshop) -> None:
     [({"task": 0.8}, "timeout"), ({"silence": 0.8}, "silence"), ({"task": 9, "silence": 0.7}, "silence")],
     ids=["task", "silence", "the-first-of-both"],
 )
-def test_a_deadline_ends_it(workshop: Workshop, limits: dict[str, float], ended: str) -> None:
+def test_container_past_deadline_is_stopped(workshop: Workshop, limits: dict[str, float], ended: str) -> None:
     outcome = workshop.run(READY, HANG, deadlines=limits)
     check(outcome, ended, 143)
     assert workshop.log()["out"] == b"ready\n"
 
 
-def test_output_is_a_sign_of_life(workshop: Workshop) -> None:
+def test_container_with_output_is_not_silent(workshop: Workshop) -> None:
     steps = [step for _ in range(8) for step in (out("."), pause(0.25))]
     check(workshop.run(*steps, leave(0), deadlines={"silence": 1.2}), "exited", 0)
 
 
-def test_a_container_that_never_says_a_word(workshop: Workshop) -> None:
+def test_container_without_output_is_stopped_by_silence(workshop: Workshop) -> None:
     outcome = workshop.run(HANG, deadlines={"start": 0.8})
     assert (outcome.ended, outcome.exit_code) == ("timeout", 143)
     assert "said nothing within" in outcome.problems[0]
 
 
-def test_the_budget_of_the_run_ends_it(workshop: Workshop) -> None:
+def test_container_past_run_budget_is_stopped(workshop: Workshop) -> None:
     check(workshop.run(READY, HANG, budget=Deadline(0.8)), "budget", 143)
 
 
-def test_its_own_last_words_after_sigterm_are_in_the_log(workshop: Workshop) -> None:
+def test_container_output_after_sigterm_is_logged(workshop: Workshop) -> None:
     outcome = workshop.run(
         deadlines={"task": 1},
         source="""
@@ -107,7 +107,7 @@ threading.Event().wait()
     assert workshop.log()["out"] == b"ready\nstopping\n"
 
 
-def test_cancelling_ends_a_stubborn_family_within_five_seconds(workshop: Workshop) -> None:
+def test_cancel_ends_stubborn_processes_within_five_seconds(workshop: Workshop) -> None:
     asked: list[float] = []
 
     def cancel() -> None:
@@ -120,7 +120,7 @@ def test_cancelling_ends_a_stubborn_family_within_five_seconds(workshop: Worksho
     check(outcome, "cancelled", 137)
 
 
-def test_a_second_signal_does_not_wait_for_the_grace(workshop: Workshop) -> None:
+def test_second_signal_skips_grace(workshop: Workshop) -> None:
     asked: list[float] = []
 
     def cancel() -> None:
@@ -135,7 +135,7 @@ def test_a_second_signal_does_not_wait_for_the_grace(workshop: Workshop) -> None
     check(outcome, "cancelled", 137)
 
 
-def test_a_signal_shortens_a_stop_that_is_under_way(workshop: Workshop) -> None:
+def test_signal_during_stop_shortens_grace(workshop: Workshop) -> None:
     began = time.monotonic()
 
     def cancel() -> None:
@@ -148,19 +148,19 @@ def test_a_signal_shortens_a_stop_that_is_under_way(workshop: Workshop) -> None:
     check(outcome, "timeout", 137)
 
 
-def test_cancelled_before_it_starts(workshop: Workshop) -> None:
+def test_cancel_before_start_creates_nothing(workshop: Workshop) -> None:
     workshop.cancel.set(signal.SIGTERM)
     outcome = workshop.run(HANG)
     assert (outcome.ended, outcome.exit_code) == ("cancelled", 143)
 
 
-def test_a_refused_start_leaves_nothing(workshop: Workshop) -> None:
+def test_start_refused_leaves_no_container(workshop: Workshop) -> None:
     with pytest.raises(EngineRefusedError, match="no-such-network"):
         workshop.run(leave(0), network="no-such-network")
     assert workshop.left() == []
 
 
-def test_a_refused_create_leaves_nothing(workshop: Workshop) -> None:
+def test_create_refused_leaves_no_container(workshop: Workshop) -> None:
     with pytest.raises(EngineRefusedError, match="no-such-image:1"):
         workshop.run(leave(0), image="no-such-image:1")
     missing = workshop.directory / "missing"
@@ -170,7 +170,7 @@ def test_a_refused_create_leaves_nothing(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "answer-lost"])
 @pytest.mark.parametrize("operation", ["create", "attach_stdin", "attach_output", "start"])
-def test_an_engine_that_is_lost_at_any_step_leaves_nothing(workshop: Workshop, operation: str, after: bool) -> None:
+def test_engine_lost_at_any_step_leaves_nothing(workshop: Workshop, operation: str, after: bool) -> None:
     lost = EngineLostError("the answer never came")
     with pytest.raises(EngineLostError, match="the answer never came") as raised:
         workshop.run(HANG, engine=Disturbed(workshop.engine, **{operation: raising(lost, after=after)}))
@@ -180,9 +180,7 @@ def test_an_engine_that_is_lost_at_any_step_leaves_nothing(workshop: Workshop, o
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["KeyboardInterrupt", "SystemExit"])
 @pytest.mark.parametrize("operation", ["create", "start", "state"])
-def test_whatever_tears_the_builder_out_leaves_nothing(
-    workshop: Workshop, operation: str, error: BaseException
-) -> None:
+def test_exception_at_any_step_leaves_nothing(workshop: Workshop, operation: str, error: BaseException) -> None:
     times = iter([raising(error, after=True)])
 
     def disturb(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
@@ -194,7 +192,7 @@ def test_whatever_tears_the_builder_out_leaves_nothing(
     assert workshop.left() == []
 
 
-def test_a_teardown_that_fails_is_a_problem_and_hides_nothing(workshop: Workshop) -> None:
+def test_teardown_failure_is_reported_and_hides_no_error(workshop: Workshop) -> None:
     broken = Disturbed(workshop.engine, remove=raising(EngineLostError("not now"), after=False))
     outcome = workshop.run(leave(20), engine=broken)
     assert (outcome.ended, outcome.exit_code) == ("exited", 20)
@@ -207,7 +205,7 @@ def test_a_teardown_that_fails_is_a_problem_and_hides_nothing(workshop: Workshop
         workshop.engine.remove(container, force=True)
 
 
-def test_killed_by_somebody_else(workshop: Workshop) -> None:
+def test_container_killed_by_other_is_reported(workshop: Workshop) -> None:
     when_ready(workshop, lambda: workshop.engine.stop(workshop.ids()[0], 0))
     outcome = workshop.run(READY, on_term(None), HANG)
     assert (outcome.ended, outcome.oom) == ("exited", False)
@@ -216,7 +214,7 @@ def test_killed_by_somebody_else(workshop: Workshop) -> None:
     assert outcome.log_complete
 
 
-def test_removed_by_somebody_else(workshop: Workshop) -> None:
+def test_container_removed_by_other_is_reported(workshop: Workshop) -> None:
     when_ready(workshop, lambda: workshop.engine.remove(workshop.ids()[0], force=True))
     outcome = workshop.run(READY, HANG)
     assert (outcome.ended, outcome.verdict) == ("exited", None)
@@ -271,7 +269,7 @@ except BlockingIOError:
 """
 
 
-def test_a_builder_that_is_killed_takes_its_container_along_and_the_next_one_sweeps(workshop: Workshop) -> None:
+def test_builder_killed_container_ends_and_sweep_removes_it(workshop: Workshop) -> None:
     spec = workshop.spec(source=WAITING)
     state = workshop.directory / "state"
     given = {
@@ -297,7 +295,7 @@ def test_a_builder_that_is_killed_takes_its_container_along_and_the_next_one_swe
     assert [path for path in state.rglob("*") if path.is_file()] == []
 
 
-def test_without_a_common_kernel_stdin_is_the_lease(workshop: Workshop) -> None:
+def test_lease_without_common_kernel_is_stdin(workshop: Workshop) -> None:
     def elsewhere(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
         (spec,) = arguments
         for mount in spec.mounts:
@@ -323,9 +321,7 @@ os._exit(70)
     assert outcome.ended == "cancelled"
 
 
-def test_an_engine_that_goes_away_is_said_to_be_lost(
-    workshop: Workshop, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_gone_is_engine_lost(workshop: Workshop, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(life, "GIVE_UP", 1.0)
     monkeypatch.setattr(log_pump, "GIVE_UP", 1.0)
     when_ready(workshop, proxy.close)
@@ -342,7 +338,7 @@ def test_an_engine_that_goes_away_is_said_to_be_lost(
         workshop.engine.remove(container, force=True)
 
 
-def test_the_environment_holds_the_job_and_stdin_is_open_for_the_lease(workshop: Workshop) -> None:
+def test_container_environment_has_job_and_open_stdin(workshop: Workshop) -> None:
     outcome = workshop.run(
         source="""
 assert job["lease"] and job["nonce"], job
@@ -359,7 +355,7 @@ except OSError:
     check(outcome, "exited", 0)
 
 
-def test_the_container_is_made_as_promised(workshop: Workshop) -> None:
+def test_container_spec_is_as_documented(workshop: Workshop) -> None:
     inspected: list[dict[str, Any]] = []
 
     def look() -> None:

@@ -54,19 +54,19 @@ def volume(engine: Engine) -> Iterator[str]:
         engine._request("DELETE", "/volumes/{0}", name)
 
 
-def test_it_answers_and_says_what_it_is(engine: Engine) -> None:
+def test_engine_connects_and_reports_version(engine: Engine) -> None:
     assert engine.info["OSType"] == "linux"
     major, minor = map(int, engine.api_version.split("."))
     assert (major, minor) >= (1, 40)
 
 
-def test_local_means_this_machine_and_this_kernel(engine: Engine, docker_host: str) -> None:
+def test_engine_local_means_same_machine_and_kernel(engine: Engine, docker_host: str) -> None:
     here = os.uname()
     same = (engine.info["Name"], engine.info["KernelVersion"]) == (here.nodename, here.release)
     assert engine.local == (docker_host.startswith("unix://") and same)
 
 
-def test_images_are_found_by_name_and_by_id(engine: Engine, tiny_image: str) -> None:
+def test_engine_finds_images_by_name_and_id(engine: Engine, tiny_image: str) -> None:
     image = engine.image(tiny_image)
     assert image is not None
     assert image.id.startswith("sha256:")
@@ -77,7 +77,7 @@ def test_images_are_found_by_name_and_by_id(engine: Engine, tiny_image: str) -> 
     assert engine.image("warm-cache-test:no-such-image") is None
 
 
-def test_a_build_streams_its_lines_and_gives_the_image(engine: Engine, tiny_image: str, tag: str) -> None:
+def test_build_streams_lines_and_returns_image(engine: Engine, tiny_image: str, tag: str) -> None:
     lines: list[str] = []
     text = f"FROM {tiny_image}\nENV A=b=c\nWORKDIR /w\nCOPY file /f\nRUN cat /f\n"
     image = engine.build(context(text, file=b"hello from within\n"), tag=tag, labels={"l": "v"}, on_line=lines.append)
@@ -87,7 +87,7 @@ def test_a_build_streams_its_lines_and_gives_the_image(engine: Engine, tiny_imag
     assert again.id == image.id
 
 
-def test_a_failed_build_carries_its_last_lines(engine: Engine, tiny_image: str, tag: str) -> None:
+def test_build_failed_carries_last_lines(engine: Engine, tiny_image: str, tag: str) -> None:
     text = f"FROM {tiny_image}\nRUN python3 -c \"print('the reason'); raise SystemExit(7)\"\n"
     with pytest.raises(EngineRefusedError, match="returned a non-zero code: 7") as refused:
         engine.build(context(text), tag=tag)
@@ -96,12 +96,12 @@ def test_a_failed_build_carries_its_last_lines(engine: Engine, tiny_image: str, 
 
 
 @pytest.mark.parametrize("text", ["NONSENSE\n", "FROM no-such-image-anywhere:1\n", ""])
-def test_a_build_that_cannot_begin(engine: Engine, tag: str, text: str) -> None:
+def test_build_that_cannot_begin_is_refused(engine: Engine, tag: str, text: str) -> None:
     with pytest.raises(EngineRefusedError, match=f"building {tag} failed"):
         engine.build(context(text), tag=tag)
 
 
-def test_a_callers_own_error_is_not_the_engines(engine: Engine, tiny_image: str, tag: str) -> None:
+def test_callback_error_is_not_engine_error(engine: Engine, tiny_image: str, tag: str) -> None:
     def fail(line: str) -> None:
         raise BrokenPipeError("the terminal went away")
 
@@ -109,12 +109,12 @@ def test_a_callers_own_error_is_not_the_engines(engine: Engine, tiny_image: str,
         engine.build(context(f"FROM {tiny_image}\n"), tag=tag, on_line=fail)
 
 
-def test_a_pull_from_nowhere_is_a_sentence(engine: Engine) -> None:
+def test_pull_from_unreachable_registry_is_one_sentence(engine: Engine) -> None:
     with pytest.raises(EngineLostError, match=r"cannot pull localhost:1/nothing:tag: "):
         engine.pull("localhost:1/nothing:tag")
 
 
-def test_files_are_read_from_a_container_that_never_ran(workshop: Workshop, tmp_path: Path) -> None:
+def test_archive_of_created_container_is_read(workshop: Workshop, tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (root / "sub" / "file").write_bytes(b"content")
@@ -129,7 +129,7 @@ def test_files_are_read_from_a_container_that_never_ran(workshop: Workshop, tmp_
     workshop.engine.remove(container)
 
 
-def test_volumes(workshop: Workshop, volume: str) -> None:
+def test_volumes_are_created_listed_and_removed(workshop: Workshop, volume: str) -> None:
     engine = workshop.engine
     assert not engine.has_volume(volume)
     engine._api.create_volume(volume, labels={LABEL: workshop.mark})
@@ -144,7 +144,7 @@ def test_volumes(workshop: Workshop, volume: str) -> None:
 
 
 @pytest.mark.parametrize("gpus", [8, -1, ("2", "5")], ids=["number", "all", "names"])
-def test_gpus_are_asked_for_by_request(workshop: Workshop, gpus: int | tuple[str, ...]) -> None:
+def test_gpus_are_device_requests(workshop: Workshop, gpus: int | tuple[str, ...]) -> None:
     spec = workshop.spec(leave(0), gpus=gpus)
     container = workshop.engine.create(spec)
     data = workshop.engine._get("/containers/{0}/json", container).json()
@@ -154,7 +154,7 @@ def test_gpus_are_asked_for_by_request(workshop: Workshop, gpus: int | tuple[str
     assert (request["Count"] or tuple(request["DeviceIDs"])) == gpus
 
 
-def test_attachments_do_not_disturb_each_other(workshop: Workshop) -> None:
+def test_attachments_are_independent(workshop: Workshop) -> None:
     engine = workshop.engine
     container = engine.create(workshop.spec(out("x\n"), leave(0), stdin=True))
     first, second = engine.attach_output(container), engine.attach_output(container)
@@ -169,7 +169,7 @@ def test_attachments_do_not_disturb_each_other(workshop: Workshop) -> None:
     engine.remove(container, force=True)
 
 
-def test_a_reader_in_another_thread_is_let_go(workshop: Workshop) -> None:
+def test_attachment_close_releases_reading_thread(workshop: Workshop) -> None:
     container = workshop.engine.create(workshop.spec(leave(0)))
     attachment = workshop.engine.attach_output(container)
     sizes: list[int] = []
@@ -181,9 +181,7 @@ def test_a_reader_in_another_thread_is_let_go(workshop: Workshop) -> None:
     workshop.engine.remove(container)
 
 
-def test_a_question_is_asked_again_when_the_connection_broke(
-    workshop: Workshop, tiny_image: str, tmp_path: Path
-) -> None:
+def test_read_request_is_retried_after_broken_connection(workshop: Workshop, tiny_image: str, tmp_path: Path) -> None:
     with contextlib.closing(Engine(workshop.engine.url).connect()) as engine:
         broken = iter([ConnectionResetError("once"), ConnectionResetError("twice")])
         request = engine._request
@@ -200,7 +198,7 @@ def test_a_question_is_asked_again_when_the_connection_broke(
             engine.create(ContainerSpec(image=tiny_image, name="never"))
 
 
-def test_over_tcp(workshop: Workshop, docker_host: str) -> None:
+def test_engine_over_tcp_works(workshop: Workshop, docker_host: str) -> None:
     if not docker_host.startswith("unix://"):
         pytest.skip("the engine is behind TCP anyway")
     with tcp_to(docker_host.removeprefix("unix://")) as url, contextlib.closing(Engine(url).connect()) as engine:
@@ -272,7 +270,9 @@ def fake_ssh(directory: Path, engine: str, monkeypatch: pytest.MonkeyPatch, *, b
     monkeypatch.setenv("PATH", str(directory), prepend=os.pathsep)
 
 
-def test_over_ssh(workshop: Workshop, docker_host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_over_ssh_works(
+    workshop: Workshop, docker_host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not docker_host.startswith("unix://"):
         pytest.skip("only an engine behind a unix socket can be put behind an ssh of our own")
     fake_ssh(tmp_path / "bin", docker_host, monkeypatch)
@@ -282,13 +282,13 @@ def test_over_ssh(workshop: Workshop, docker_host: str, tmp_path: Path, monkeypa
     assert workshop.log()["out"] == b"over ssh\n"
 
 
-def test_what_ssh_complains_about_is_told(docker_host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_error_is_in_the_message(docker_host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_ssh(tmp_path / "bin", docker_host, monkeypatch, broken="yes")
     with pytest.raises(EngineLostError, match="No route to host"):
         Engine("ssh://me@host.example:2222").connect()
 
 
-def test_an_engine_that_hangs_in_the_middle_is_given_up(workshop: Workshop, proxy: Proxy) -> None:
+def test_engine_hanging_mid_answer_times_out(workshop: Workshop, proxy: Proxy) -> None:
     with contextlib.closing(Engine(proxy.url, timeout=1).connect()) as engine:
         proxy.hang = True
         with pytest.raises(EngineTimeoutError):

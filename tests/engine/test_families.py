@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: 
     cli.close()
 
 
-def test_entries_and_bytes_per_family_are_in_the_table_and_in_the_document(run: tuple[Cli, Ended]) -> None:
+def test_families_entries_and_bytes_are_in_table_and_document(run: tuple[Cli, Ended]) -> None:
     cli, ended = run
     task = ended.task("all-tp8")
     claimable = {family.name for family in FAMILIES if family.claimable}
@@ -45,7 +45,7 @@ def test_entries_and_bytes_per_family_are_in_the_table_and_in_the_document(run: 
     assert not list(cli.root.glob("sglang_cache/*/gpu_p2p_access_cache_for_*"))
 
 
-def test_it_is_said_with_which_weights_a_task_was_warmed(run: tuple[Cli, Ended]) -> None:
+def test_weights_of_warm_up_are_in_table_and_document(run: tuple[Cli, Ended]) -> None:
     cli, ended = run
     dummy, falls = ended.task("dummy-tp8"), ended.task("falls-tp8")
     assert (dummy["state"], dummy["proof"], dummy["loaded"]) == ("warmed", "verified", "dummy weights, 4 layers")

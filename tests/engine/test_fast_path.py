@@ -73,7 +73,7 @@ def best_of_three(cli: Cli, verb: str, *options: str) -> Ended:
     return min((cli.run(verb, *options) for _ in range(3)), key=lambda ended: ended.seconds)
 
 
-def test_a_second_run_creates_no_container_and_takes_less_than_a_second(warmed: Watched) -> None:
+def test_second_run_creates_no_container(warmed: Watched) -> None:
     with warmed.engine() as engine:
         began = now()
         ended = best_of_three(warmed, "warm")
@@ -97,7 +97,7 @@ def test_a_second_run_creates_no_container_and_takes_less_than_a_second(warmed: 
         ("env", ("--format", "docker"), "-e TRITON_CACHE_DIR=/jit/triton/"),
     ],
 )
-def test_verbs_that_read_start_nothing(warmed: Watched, verb: str, options: tuple[str, ...], text: str) -> None:
+def test_reading_verbs_start_no_container(warmed: Watched, verb: str, options: tuple[str, ...], text: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in warmed.root.rglob("*")}
     ended = best_of_three(warmed, verb, *options)
     assert warmed.asked_to_write() == []
@@ -107,7 +107,7 @@ def test_verbs_that_read_start_nothing(warmed: Watched, verb: str, options: tupl
     assert {path: path.stat().st_mtime_ns for path in warmed.root.rglob("*")} == before
 
 
-def test_a_cold_check_starts_nothing_where_the_image_is_known(warmed: Watched) -> None:
+def test_cold_check_of_known_image_starts_nothing(warmed: Watched) -> None:
     warmed.manifest(shapes(), command("command", KERNEL, families=["triton"]), shapes("new"))
     try:
         ended = warmed.run("check", "--json")
@@ -119,7 +119,7 @@ def test_a_cold_check_starts_nothing_where_the_image_is_known(warmed: Watched) -
         warmed.manifest(shapes(), command("command", KERNEL, families=["triton"]))
 
 
-def test_force_warms_what_is_warm_and_adds_nothing(warmed: Watched) -> None:
+def test_force_on_warm_task_adds_no_entries(warmed: Watched) -> None:
     before = {path: path.stat().st_ino for path in warmed.markers()}
     ended = warmed.warm("--force", "--only", "shapes")
     assert [task["label"] for task in ended.document["tasks"]] == ["shapes"]
@@ -132,7 +132,7 @@ def test_force_warms_what_is_warm_and_adds_nothing(warmed: Watched) -> None:
     assert json.loads(warmed.markers()[1].read_text())["label"] == "shapes"
 
 
-def test_another_name_of_the_image_is_the_same_image(warmed: Watched) -> None:
+def test_other_tag_of_same_image_is_warm(warmed: Watched) -> None:
     with warmed.engine() as engine:
         name = f"warm-cache-test-{warmed.place.name}"
         engine._api.tag(warmed.image, name, "alias")

@@ -101,7 +101,7 @@ def stored(kept: Path) -> set[int]:
     how="SIGKILL to dockerd, and a new one",
     holds="0: the container goes on, and so does its log, with every line that the engine stored",
 )
-def test_killed_and_started_again_with_live_restore(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_engine_killed_with_live_restore_run_goes_on(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     restart(own_engine, LIVE)
     builder = own.start("warm", "--json")
     builder.says("line 20")
@@ -121,7 +121,7 @@ def test_killed_and_started_again_with_live_restore(own: Cli, own_engine: OwnEng
     how="SIGKILL to dockerd, and a new one, which ends what the old one ran",
     holds="11: the task failed; what the engine had of its log is there",
 )
-def test_killed_and_started_again(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_engine_killed_and_restarted_is_engine_lost(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     restart(own_engine)
     builder = own.start("warm", "--json")
     builder.says("line 20")
@@ -138,7 +138,9 @@ def test_killed_and_started_again(own: Cli, own_engine: OwnEngine, aftermath: Af
     how="SIGTERM to dockerd, and a new one",
     holds="0: the container goes on, and so does its log, with every line that the engine stored",
 )
-def test_restarted_with_live_restore(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_engine_restarted_with_live_restore_log_is_complete(
+    own: Cli, own_engine: OwnEngine, aftermath: Aftermath
+) -> None:
     restart(own_engine, LIVE)
     builder = own.start("warm", "--json")
     builder.says("line 20")
@@ -156,7 +158,7 @@ def test_restarted_with_live_restore(own: Cli, own_engine: OwnEngine, aftermath:
     how="SIGTERM to dockerd, which ends what it runs, and a new one",
     holds="11: the task failed, stopped by SIGTERM; its log is whole",
 )
-def test_restarted(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_engine_restarted_is_engine_lost(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     restart(own_engine)
     builder = own.start("warm", "--json")
     builder.says("line 20")
@@ -171,7 +173,7 @@ def test_restarted(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> Non
     how="SIGKILL to dockerd; a patience of 3 s instead of 60",
     holds="16; the container ends by its lease, and is removed by the next builder once there is an engine again",
 )
-def test_stopped_for_good(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_engine_stopped_for_good_is_engine_lost(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     builder = own.start("warm", "--json", program=changed(HURRIED))
     builder.says("line 20")
     aftermath.begins()
@@ -196,7 +198,7 @@ def test_stopped_for_good(own: Cli, own_engine: OwnEngine, aftermath: Aftermath)
     holds="the container ends by its lease within 5 s all the same, and is removed by the next builder once there is "
     "an engine again",
 )
-def test_a_builder_killed_while_there_is_no_engine(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_builder_killed_without_engine_next_run_sweeps(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     restart(own_engine, LIVE)
     builder = own.start("warm")
     builder.says("line 20")
@@ -232,7 +234,7 @@ def under_lease(cli: Cli) -> list[str]:
     holds="a sweep that cannot see the lease leaves the container alone; it ends by its maximum lifetime, and is "
     "removed by the next sweep after that",
 )
-def test_an_attachment_does_not_survive_the_engine(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_attachment_of_stdin_ends_with_the_engine(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     own.manifest(command("counts", COUNTING, timeout="10s"), run={"start": "5s"})
     restart(own_engine, LIVE)
     hidden = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(own.place / "run"))
@@ -279,7 +281,7 @@ def far(cli: Cli, proxy: Proxy) -> Cli:
     how="a socket of the test's own; a patience of 3 s instead of 60",
     holds="16: the engine gave no answer in time",
 )
-def test_a_hanging_socket(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+def test_engine_socket_hanging_at_start_is_reported_in_time(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     proxy.hang = True
     aftermath.begins()
     builder = far.start("warm", "--json", program=changed("cli.Engine = lambda url, _: engine.Engine(url, 3.0)"))
@@ -295,7 +297,7 @@ def test_a_hanging_socket(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     how="a socket before the engine's stops passing anything on; a patience of 3 s instead of 60",
     holds="16; the container ends by its lease, and is removed by the next builder",
 )
-def test_a_socket_that_hangs_during_a_task(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+def test_engine_socket_hanging_during_task_is_engine_lost(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     builder = far.start(
         "warm",
         "--json",
@@ -322,7 +324,7 @@ def test_a_socket_that_hangs_during_a_task(far: Cli, proxy: Proxy, aftermath: Af
     how="a socket before the engine's stops passing anything on; SIGTERM",
     holds="143, within 5 s; the container ends by its lease, and is removed by the next builder",
 )
-def test_a_signal_while_the_socket_hangs(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+def test_signal_while_engine_socket_hangs_ends_run_in_time(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     builder = far.start("warm", "--json")
     builder.says("line 20")
     proxy.hang = True
@@ -368,7 +370,9 @@ HANGS = {
     "the next builder removes it",
 )
 @pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
-def test_a_signal_while_one_request_hangs(far: Cli, proxy: Proxy, aftermath: Aftermath, hang: Hang) -> None:
+def test_signal_while_one_request_hangs_ends_run_in_time(
+    far: Cli, proxy: Proxy, aftermath: Aftermath, hang: Hang
+) -> None:
     held, over = threading.Event(), threading.Event()
 
     def hold(request: bytes) -> None:
@@ -415,7 +419,7 @@ def ends_by_its_lease(cli: Cli, aftermath: Aftermath) -> None:
     how="a time-out of 1 s instead of 60, a task that is silent for 3 s",
     holds="0: silence is no failure",
 )
-def test_silence_beyond_the_clients_timeout(cli: Cli, aftermath: Aftermath) -> None:
+def test_silence_longer_than_client_timeout_is_no_failure(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("silent", "import time; time.sleep(3); print('line 0'); print('KERNELS READY')"))
     builder = cli.start("warm", "--json", program=changed("cli.Engine = lambda url, _: engine.Engine(url, 1.0)"))
     builder.says("▸ command")
@@ -429,7 +433,7 @@ def test_silence_beyond_the_clients_timeout(cli: Cli, aftermath: Aftermath) -> N
     how="a socket before the engine's ends the attachment after 1003 bytes",
     holds="0: the log goes on from the engine's copy, each line once",
 )
-def test_a_log_stream_cut_within_a_frame(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+def test_log_stream_cut_within_frame_loses_nothing(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     builder = far.start("warm", "--json")
     builder.says("1 to do")  # the probe is over
     proxy.cut_after = 1003
@@ -449,7 +453,7 @@ def test_a_log_stream_cut_within_a_frame(far: Cli, proxy: Proxy, aftermath: Afte
     how="docker rmi between the engine's answer and the next request",
     holds="16: the engine refused, and the image is named",
 )
-def test_an_image_that_is_removed_before_the_create(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
+def test_image_removed_before_create_is_named(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     far.manifest(shapes(), image={"setup": [f"true {far.place}"]})
     assert far.run("warm").status == 0
     far.manifest(shapes(), shapes("other", m_values=[64]), image={"setup": [f"true {far.place}"]})
@@ -468,7 +472,7 @@ def test_an_image_that_is_removed_before_the_create(far: Cli, proxy: Proxy, afte
     how="docker rmi --force of the warm-up image's tag",
     holds="0: the engine keeps what runs",
 )
-def test_an_image_that_is_removed_while_it_runs(cli: Cli, aftermath: Aftermath) -> None:
+def test_image_removed_while_container_runs_changes_nothing(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("counts", COUNTING), image={"setup": [f"true {cli.place}"]})
     builder = cli.start("warm", "--json")
     builder.says("line 20")

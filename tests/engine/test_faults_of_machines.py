@@ -74,7 +74,7 @@ def fill():
     how="a tmpfs volume of 4 MiB as the cache, filled before the kernels are written",
     holds="11: the reason names the disk",
 )
-def test_a_full_cache(cli: Cli, small: str, aftermath: Aftermath) -> None:
+def test_cache_disk_full_is_task_failure(cli: Cli, small: str, aftermath: Aftermath) -> None:
     code = f"{FILL}\nprint('line 0')\nfill()\n{KERNEL}{READY}"
     cli.manifest(command("fills", code, families=["triton"]), cache={"root": None, "volume": small[7:]})
     builder = cli.start("warm", "--json")
@@ -89,7 +89,7 @@ def test_a_full_cache(cli: Cli, small: str, aftermath: Aftermath) -> None:
     how="a tmpfs volume of 4 MiB as the cache, filled by the second pass",
     holds="11: the reason names the disk; no marker, and no part of one",
 )
-def test_a_full_cache_at_the_marker(cli: Cli, small: str, aftermath: Aftermath) -> None:
+def test_cache_disk_full_at_marker_is_no_marker(cli: Cli, small: str, aftermath: Aftermath) -> None:
     code = f"""{FILL}
 import os
 {KERNEL}print('line', int(os.path.exists('/jit/first')), flush=True)
@@ -112,7 +112,7 @@ open('/jit/first', 'w').close()
     how="a volume that is mounted read-only as the cache",
     holds="12: what cannot be written, and why",
 )
-def test_a_read_only_cache(cli: Cli, engine: Engine, aftermath: Aftermath) -> None:
+def test_cache_read_only_is_preflight_error(cli: Cli, engine: Engine, aftermath: Aftermath) -> None:
     volume = Volume(engine, cli.image, "size=4m,ro")
     try:
         cli.manifest(shapes(), cache={"root": None, "volume": volume.name})
@@ -127,7 +127,7 @@ def test_a_read_only_cache(cli: Cli, engine: Engine, aftermath: Aftermath) -> No
     how="a read-only bind mount of the directory onto itself, in the engine's mount namespace",
     holds="12 after the first task: what cannot be written, and why; what is warm stays so",
 )
-def test_a_read_only_cache_directory(
+def test_cache_directory_read_only_is_preflight_error(
     tmp_path: Path, own_engine: OwnEngine, tiny_image: str, aftermath: Aftermath
 ) -> None:
     cli = Cli(tmp_path, own_engine.host, tiny_image, engine=own_engine.host)
@@ -146,7 +146,7 @@ def test_a_read_only_cache_directory(
     how="/dev/full in the log's place",
     holds="0: the cache is warm, and a warning says that the log is not complete, and why",
 )
-def test_a_full_disk_under_the_log(cli: Cli, aftermath: Aftermath) -> None:
+def test_log_disk_full_is_warning(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(shapes())
     cli.logs.mkdir()
     log = cli.logs / "shapes.log"
@@ -164,7 +164,7 @@ def test_a_full_disk_under_the_log(cli: Cli, aftermath: Aftermath) -> None:
     how="a task that prints without end, and a log_limit of 4 MiB instead of 2 GiB",
     holds="11: the reason is the log limit; the log ends there",
 )
-def test_a_flood(cli: Cli, aftermath: Aftermath) -> None:
+def test_log_flood_ends_at_log_limit(cli: Cli, aftermath: Aftermath) -> None:
     flood = "print('line 0', flush=True)\nwhile True:\n    print('crashed, and starting again ' * 9)\n"
     cli.manifest(command("floods", flood), container={"log_limit": "4m"})
     builder = cli.start("warm", "--json")
@@ -179,7 +179,7 @@ def test_a_flood(cli: Cli, aftermath: Aftermath) -> None:
     how="a full tmpfs at XDG_RUNTIME_DIR, mounted in the builder's own mount namespace",
     holds="12: before anything is created",
 )
-def test_a_full_disk_under_the_lease(cli: Cli, aftermath: Aftermath) -> None:
+def test_lease_disk_full_is_preflight_error(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(shapes())
     aftermath.begins()
     builder = cli.start("warm", "--json", program=on_full_disk(cli.place / "run", 0))
@@ -193,7 +193,7 @@ def test_a_full_disk_under_the_lease(cli: Cli, aftermath: Aftermath) -> None:
     how="a tmpfs of three pages at TMPDIR, in the builder's own mount namespace, and a cache that is read through it",
     holds="12: the reason names the disk",
 )
-def test_a_full_temporary_directory(cli: Cli, small: str, aftermath: Aftermath) -> None:
+def test_temporary_directory_full_in_container_is_task_failure(cli: Cli, small: str, aftermath: Aftermath) -> None:
     cli.manifest(shapes(), cache={"root": None, "volume": small[7:]})
     assert cli.run("warm").status == 0
     (cli.place / "tmp").mkdir()
@@ -280,7 +280,7 @@ def test_out_of_memory(cli: Cli, aftermath: Aftermath) -> None:
     how="docker update: no process more than there are, and a task that forks",
     holds="11: the reason is the task's own last line",
 )
-def test_the_pid_limit(cli: Cli, aftermath: Aftermath) -> None:
+def test_pid_limit_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     code = "print('line 0', flush=True)\n" + GATE + "import os\nos.fork()\n" + READY
     cli.manifest(command("forks", code))
     builder = cli.start("warm", "--json")
@@ -300,7 +300,7 @@ def test_the_pid_limit(cli: Cli, aftermath: Aftermath) -> None:
 @pytest.mark.parametrize(
     ("more", "said"), [(-2, "cannot start python3: "), (-1, "cannot read what python3 says: can't start new thread")]
 )
-def test_the_pid_limit_at_the_second_pass(cli: Cli, aftermath: Aftermath, more: int, said: str) -> None:
+def test_pid_limit_at_second_pass_is_not_verified(cli: Cli, aftermath: Aftermath, more: int, said: str) -> None:
     code = KERNEL + "print('line 0', flush=True)\n" + GATE + READY
     cli.manifest(command("kernels", code, families=["triton"]))
     builder = cli.start("warm", "--json")
@@ -336,7 +336,7 @@ DAY = 86400.0
     how="time.time() of the builder; another builder sweeps, ten years ahead",
     holds="11: a deadline of 3 s is kept, one of 60 s is not over, and nobody's container is swept",
 )
-def test_a_clock_that_jumps(cli: Cli, aftermath: Aftermath) -> None:
+def test_clock_jump_changes_no_deadline(cli: Cli, aftermath: Aftermath) -> None:
     waits = "print('line 0', flush=True)\n" + GATE + READY
     cli.manifest(
         command("waits", waits, timeout="60s", silence="60s"),

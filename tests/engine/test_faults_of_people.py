@@ -45,7 +45,7 @@ def ask(cli: Cli, path: str, **params: object) -> None:
 
 
 @pytest.mark.fault("container killed by somebody else", how="docker kill", holds="11: ended by SIGKILL, from outside")
-def test_a_container_that_is_killed(cli: Cli, aftermath: Aftermath) -> None:
+def test_container_killed_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("dies", WAITING))
     builder = cli.start("warm", "--json")
     builder.says("line 0")
@@ -57,7 +57,7 @@ def test_a_container_that_is_killed(cli: Cli, aftermath: Aftermath) -> None:
 
 
 @pytest.mark.fault("container renamed by somebody else", how="docker rename", holds="0: it is known by its id")
-def test_a_container_that_is_renamed(cli: Cli, aftermath: Aftermath) -> None:
+def test_container_renamed_is_followed_by_id(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("waits", WAITING))
     builder = cli.start("warm", "--json")
     builder.says("line 0")
@@ -69,7 +69,7 @@ def test_a_container_that_is_renamed(cli: Cli, aftermath: Aftermath) -> None:
 
 
 @pytest.mark.fault("container removed by somebody else", how="docker rm --force", holds="11: removed by somebody else")
-def test_a_container_that_is_removed(cli: Cli, aftermath: Aftermath) -> None:
+def test_container_removed_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("vanishes", WAITING))
     builder = cli.start("warm", "--json")
     builder.says("line 0")
@@ -82,7 +82,7 @@ def test_a_container_that_is_removed(cli: Cli, aftermath: Aftermath) -> None:
 
 
 @pytest.mark.fault("container paused and resumed", how="docker pause, 2 s, docker unpause", holds="0: nothing is lost")
-def test_a_container_that_is_paused(cli: Cli, aftermath: Aftermath) -> None:
+def test_container_paused_is_ended_by_silence(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("waits", WAITING))
     builder = cli.start("warm", "--json")
     builder.says("line 0")
@@ -101,7 +101,7 @@ def test_a_container_that_is_paused(cli: Cli, aftermath: Aftermath) -> None:
 
 @pytest.mark.fault("stdout closed (`| head`)", how="a pipe whose reader goes away", holds="0: the run goes on")
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_reader_that_goes_away(cli: Cli, aftermath: Aftermath, options: tuple[str, ...]) -> None:
+def test_reader_closing_stdout_run_goes_on(cli: Cli, aftermath: Aftermath, options: tuple[str, ...]) -> None:
     cli.manifest(shapes())
     reader, writer = os.pipe()
     builder = cli.start("warm", *options, stdout=writer)
@@ -119,7 +119,7 @@ def test_a_reader_that_goes_away(cli: Cli, aftermath: Aftermath, options: tuple[
 
 
 @pytest.mark.fault("stdout's disk full", how="/dev/full as stdout of --json", holds="0, and a warning that says so")
-def test_a_full_disk_under_the_document(cli: Cli, aftermath: Aftermath) -> None:
+def test_stdout_on_full_disk_is_warning(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(shapes())
     with Path("/dev/full").open("wb", buffering=0) as full:
         builder = cli.start("warm", "--json", stdout=full.fileno())
@@ -166,7 +166,7 @@ class Terminal:
 
 
 @pytest.mark.fault("Ctrl-Z, then Ctrl-C", how="keys on a terminal", holds="130: Ctrl-Z is refused")
-def test_a_builder_that_cannot_be_stopped_from_its_terminal(cli: Cli, aftermath: Aftermath) -> None:
+def test_ctrl_z_is_refused_while_containers_run(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("sleeps", SLEEPING))
     terminal = Terminal(cli)
     terminal.shows("line 0")
@@ -185,7 +185,7 @@ def test_a_builder_that_cannot_be_stopped_from_its_terminal(cli: Cli, aftermath:
 
 
 @pytest.mark.fault("terminal closed", how="a terminal's other end closed: SIGHUP, and no more output", holds="129")
-def test_a_terminal_that_is_closed(cli: Cli, aftermath: Aftermath) -> None:
+def test_terminal_closed_ends_run_with_sighup(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("sleeps", SLEEPING))
     terminal = Terminal(cli)
     terminal.shows("line 0")
@@ -204,7 +204,7 @@ def test_a_terminal_that_is_closed(cli: Cli, aftermath: Aftermath) -> None:
     how="SIGSTOP, which cannot be refused; 2 s later SIGCONT, with 40,000 lines meanwhile",
     holds="0: the container waits for its reader, and every line arrives",
 )
-def test_a_builder_that_is_stopped(cli: Cli, aftermath: Aftermath) -> None:
+def test_builder_stopped_by_sigstop_goes_on(cli: Cli, aftermath: Aftermath) -> None:
     prints = "for n in range(1, 20000):\n    print('line', n)\n    print('.' * 90)\n"
     cli.manifest(command("flows", "print('line 0', flush=True)\n" + GATE + prints + READY))
     builder = cli.start("warm", "--json")
@@ -226,7 +226,7 @@ def test_a_builder_that_is_stopped(cli: Cli, aftermath: Aftermath) -> None:
     how="two of the same manifest, started together, and no cache yet",
     holds="0 and 0: one warms, the other waits for it, and finds everything warm; neither sweeps the other",
 )
-def test_two_builders_at_once(cli: Cli, aftermath: Aftermath) -> None:
+def test_two_builders_at_once_second_finds_warm(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("waits", WAITING))
     shutil.rmtree(cli.root)
     builders = [cli.start("warm", "--json", "--lock-timeout", "60s") for _ in range(2)]
@@ -249,7 +249,7 @@ def test_two_builders_at_once(cli: Cli, aftermath: Aftermath) -> None:
     how="env -i with DOCKER_HOST alone, no terminal, another working directory",
     holds="0: the lease is in the temporary directory, and is gone afterwards",
 )
-def test_a_builder_with_an_empty_environment(cli: Cli, aftermath: Aftermath) -> None:
+def test_builder_with_empty_environment_works(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(shapes())
     program = ("env", "-i", f"DOCKER_HOST={cli.host}", "sh", "-c", f'cd {ROOT} && exec "$0" "$@"', *PROGRAM)
     aftermath.begins()
@@ -306,7 +306,7 @@ def as_nobody(*program: str) -> tuple[str, ...]:
     "cache is the builder's own",
 )
 @pytest.mark.parametrize("mode", [0o755, 0o700], ids=["readable", "closed"])
-def test_a_builder_that_is_not_root(nobody: Cli, mode: int, request: pytest.FixtureRequest) -> None:
+def test_builder_without_root_works(nobody: Cli, mode: int, request: pytest.FixtureRequest) -> None:
     clock = Aftermath.of(request)
     nobody.root.chmod(mode)
     program = as_nobody(*PROGRAM)
@@ -350,7 +350,7 @@ def out_of_service(ledger: Path, acquire: str) -> dict[str, object]:
     how="SIGKILL, with a [gpus] acquire that refuses SIGTERM",
     holds="acquire ends within 5 s, and the next builder does the release",
 )
-def test_a_builder_killed_during_acquire(cli: Cli, aftermath: Aftermath) -> None:
+def test_builder_killed_during_acquire_hook_is_released(cli: Cli, aftermath: Aftermath) -> None:
     ledger = cli.place / "ledger"
     stubborn = f"trap '' TERM; echo $$ > {cli.place}/pid; echo draining; sleep 600 & wait; sleep 600"
     cli.manifest(shapes(), gpus=out_of_service(ledger, stubborn))
@@ -374,7 +374,7 @@ def test_a_builder_killed_during_acquire(cli: Cli, aftermath: Aftermath) -> None
     how="rmdir while the builder starts in it, with [gpus] acquire and release",
     holds="0: that is said, and acquire and release run in /",
 )
-def test_a_working_directory_that_is_gone(cli: Cli, aftermath: Aftermath) -> None:
+def test_working_directory_removed_absolute_paths_work(cli: Cli, aftermath: Aftermath) -> None:
     ledger = cli.place / "ledger"
     cli.manifest(shapes(), gpus=out_of_service(ledger, f"pwd >> {ledger}"))
     gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")

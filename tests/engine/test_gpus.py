@@ -54,7 +54,7 @@ def problems(ended: Ended) -> list[str]:
 # --- before ----------------------------------------------------------------------------------------------------------
 
 
-def test_everybody_who_holds_a_gpu_is_named_and_nothing_starts(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_busy_gpu_names_every_process_and_starts_nothing(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus()
     cli.driver.used[0] = 30 * GB
     cli.driver.hold((1, sleeper.pid, 71 * GB), (1, os.getpid(), 1 * GB))
@@ -68,7 +68,7 @@ def test_everybody_who_holds_a_gpu_is_named_and_nothing_starts(cli: GpuCli, slee
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])
-def test_a_busy_gpu_may_be_allowed(cli: GpuCli, sleeper: psutil.Popen, how: str) -> None:
+def test_allow_busy_starts_on_busy_gpu(cli: GpuCli, sleeper: psutil.Popen, how: str) -> None:
     cli.gpus()
     cli.driver.hold((1, sleeper.pid, 71 * GB))
     options = ["--allow-busy"] if how == "flag" else []
@@ -78,7 +78,7 @@ def test_a_busy_gpu_may_be_allowed(cli: GpuCli, sleeper: psutil.Popen, how: str)
     assert ended.document["gpus"][1]["held_by"] == [sleeper.pid]
 
 
-def test_the_container_of_who_holds_it_is_named(cli: GpuCli) -> None:
+def test_busy_gpu_names_container_of_process(cli: GpuCli) -> None:
     name = f"warm-cache-test-holder-{os.getpid()}"
     docker = ["docker", "-H", cli.host]
     mark = f"sleep-{os.urandom(4).hex()}"
@@ -109,7 +109,7 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_doctor_says_it_too_beside_everything_else(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_doctor_lists_busy_gpu_with_other_findings(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus()
     cli.driver.hold((0, sleeper.pid, GB))
     ended = cli.run("doctor", "--json", "--image", "no/such:image")
@@ -119,7 +119,7 @@ def test_doctor_says_it_too_beside_everything_else(cli: GpuCli, sleeper: psutil.
     assert cli.run("doctor", "--allow-busy").status == 0
 
 
-def test_reading_asks_nobody(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_reading_verbs_do_not_ask_driver(cli: GpuCli, sleeper: psutil.Popen) -> None:
     """A check neither waits for GPUs nor minds who holds them."""
     cli.gpus()
     assert cli.ended().status == 0
@@ -132,7 +132,7 @@ def test_reading_asks_nobody(cli: GpuCli, sleeper: psutil.Popen) -> None:
 # --- after -----------------------------------------------------------------------------------------------------------
 
 
-def test_gpus_are_waited_for_until_they_are_free(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_release_waits_until_gpus_are_free(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), command("two", READY))
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -150,7 +150,7 @@ def test_gpus_are_waited_for_until_they_are_free(cli: GpuCli, sleeper: psutil.Po
     assert 0 <= free["free_again_seconds"] <= held["free_again_seconds"] < 10
 
 
-def test_gpus_that_stay_held_end_the_run(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_gpus_held_after_task_end_run(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), command("two", READY), release_timeout="1s")
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -170,7 +170,7 @@ def test_gpus_that_stay_held_end_the_run(cli: GpuCli, sleeper: psutil.Popen) -> 
     assert [task["state"] for task in again.document["tasks"]] == ["warm", "warmed"]
 
 
-def test_memory_that_does_not_come_back_ends_the_run(cli: GpuCli) -> None:
+def test_gpu_memory_not_released_ends_run(cli: GpuCli) -> None:
     cli.gpus(command("one", GATE + READY), command("two", READY), release_timeout="1s")
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -182,7 +182,7 @@ def test_memory_that_does_not_come_back_ends_the_run(cli: GpuCli) -> None:
     assert "GPU 0 has 0.6 GB more in use than before, by no process that can be seen" in ended.said
 
 
-def test_a_gpu_that_is_lost_on_the_way_ends_the_run(cli: GpuCli) -> None:
+def test_gpu_lost_during_run_ends_run(cli: GpuCli) -> None:
     cli.gpus(command("one", GATE + READY), release_timeout="1s")
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -192,7 +192,7 @@ def test_a_gpu_that_is_lost_on_the_way_ends_the_run(cli: GpuCli) -> None:
     assert ended.status == 13 and "GPU 1 does not answer (GPU 1 cannot be asked: GPU is lost)" in ended.said
 
 
-def test_a_little_memory_more_is_no_trouble(cli: GpuCli) -> None:
+def test_gpu_memory_within_tolerance_is_released(cli: GpuCli) -> None:
     cli.gpus(command("one", GATE + READY))
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -202,7 +202,7 @@ def test_a_little_memory_more_is_no_trouble(cli: GpuCli) -> None:
     assert running.end().status == 0
 
 
-def test_with_others_on_the_gpus_only_what_is_ours_has_to_go(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_allow_busy_release_checks_own_processes_only(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), release_timeout="1s")
     running = cli.start("warm", "--json", "--allow-busy")
     running.says("▸ command")
@@ -211,7 +211,7 @@ def test_with_others_on_the_gpus_only_what_is_ours_has_to_go(cli: GpuCli, sleepe
     assert running.end().status == 0
 
 
-def test_who_wants_to_go_does_not_wait_for_gpus(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_signal_does_not_wait_for_gpu_release(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), release_timeout="60s")
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -223,7 +223,7 @@ def test_who_wants_to_go_does_not_wait_for_gpus(cli: GpuCli, sleeper: psutil.Pop
     assert any(f"GPU 1 is held by pid {sleeper.pid} (sleep)" in warning for warning in ended.document["warnings"])
 
 
-def test_without_nvml_that_is_said(cli: GpuCli, tmp_path: Path) -> None:
+def test_nvml_missing_is_reported(cli: GpuCli, tmp_path: Path) -> None:
     cli.gpus()
     (tmp_path / "libnvidia-ml.so.1").write_bytes(b"")
     ended = cli.ended(environ={"LD_LIBRARY_PATH": str(tmp_path)})
@@ -233,7 +233,7 @@ def test_without_nvml_that_is_said(cli: GpuCli, tmp_path: Path) -> None:
     assert ended.document["gpus_reason"] == "there is no NVML here (libnvidia-ml.so.1)"
 
 
-def test_what_nvml_does_not_say_is_said_once(cli: GpuCli) -> None:
+def test_nvml_gaps_are_reported_once(cli: GpuCli) -> None:
     cli.gpus(command("one", READY), command("two", READY))
     cli.driver.say("nvmlDeviceGetComputeRunningProcesses", 3)
     ended = cli.ended()
@@ -244,7 +244,7 @@ def test_what_nvml_does_not_say_is_said_once(cli: GpuCli) -> None:
 # --- locks -----------------------------------------------------------------------------------------------------------
 
 
-def test_another_builder_on_the_same_gpus_is_named_and_then_given_up(cli: GpuCli) -> None:
+def test_gpu_lock_held_names_builder_and_times_out(cli: GpuCli) -> None:
     cli.gpus(command("one", GATE + READY))
     first = cli.start("warm", "--json")
     first.says("▸ command")
@@ -260,7 +260,7 @@ def test_another_builder_on_the_same_gpus_is_named_and_then_given_up(cli: GpuCli
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["it ends", "it is killed"])
-def test_another_builder_waits_its_turn(cli: GpuCli, killed: bool) -> None:
+def test_gpu_lock_held_waits_for_its_turn(cli: GpuCli, killed: bool) -> None:
     cli.gpus(command("one", GATE + READY))
     first = cli.start("warm", "--json")
     first.says("▸ command")
@@ -278,7 +278,7 @@ def test_another_builder_waits_its_turn(cli: GpuCli, killed: bool) -> None:
     assert ended.status == 0, ended.said
 
 
-def test_who_waited_for_a_builder_that_is_killed_ends_what_that_one_left(cli: GpuCli, sleeper: psutil.Popen) -> None:
+def test_builder_killed_waiting_run_sweeps_first(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), command("two", READY))
     first = cli.start("warm", "--json")
     first.says("▸ command")
@@ -317,7 +317,7 @@ def done(ledger: Path) -> list[str]:
     return [line.split()[0] for line in ledger.read_text().splitlines()] if ledger.exists() else []
 
 
-def test_acquire_then_the_run_then_release(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
+def test_hooks_run_acquire_before_and_release_after(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
     """What holds a GPU is what acquire is for: it is looked at afterwards."""
     cli.driver.hold((0, sleeper.pid, 70 * GB))
     free = cli.driver.state.with_suffix(".free")
@@ -332,14 +332,14 @@ def test_acquire_then_the_run_then_release(cli: GpuCli, ledger: Path, sleeper: p
     assert cli.ended().status == 0 and done(ledger) == ["acquire", "release"], "warm: there was nothing to do"
 
 
-def test_what_acquire_does_not_free_is_a_problem(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
+def test_acquire_leaving_gpu_busy_is_preflight_error(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
     cli.driver.hold((0, sleeper.pid, 70 * GB))
     ended = cli.ended()
     assert ended.status == 12 and "[gpus] acquire did not free it" in ended.said
     assert done(ledger) == ["acquire", "release"]
 
 
-def test_an_acquire_that_fails_is_undone(cli: GpuCli, ledger: Path) -> None:
+def test_acquire_failure_runs_release(cli: GpuCli, ledger: Path) -> None:
     cli.gpus(**hooks(ledger, acquire="echo no runner answers; exit 7"))
     ended = cli.ended()
     assert ended.status == 12
@@ -348,20 +348,20 @@ def test_an_acquire_that_fails_is_undone(cli: GpuCli, ledger: Path) -> None:
     assert not list(cli.logs.glob("one.log"))
 
 
-def test_an_acquire_that_takes_too_long_is_undone(cli: GpuCli, ledger: Path) -> None:
+def test_acquire_timeout_runs_release(cli: GpuCli, ledger: Path) -> None:
     cli.gpus(**hooks(ledger, acquire="sleep 600"), hook_timeout="1s")
     ended = cli.ended()
     assert ended.status == 12 and "did not end within 1 s" in problems(ended)[0]
     assert done(ledger) == ["acquire", "release"]
 
 
-def test_a_failing_task_is_followed_by_release(cli: GpuCli, ledger: Path) -> None:
+def test_failed_task_runs_release(cli: GpuCli, ledger: Path) -> None:
     cli.gpus(command("one", "raise SystemExit(3)"), **hooks(ledger))
     assert cli.ended().status == 11
     assert done(ledger) == ["acquire", "release"]
 
 
-def test_gpus_that_stay_held_are_followed_by_release(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
+def test_gpus_held_runs_release(cli: GpuCli, ledger: Path, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), **hooks(ledger), release_timeout="1s")
     running = cli.start("warm", "--json")
     running.says("▸ command")
@@ -372,7 +372,7 @@ def test_gpus_that_stay_held_are_followed_by_release(cli: GpuCli, ledger: Path, 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_followed_by_release(cli: GpuCli, ledger: Path, signum: signal.Signals) -> None:
+def test_signal_runs_release(cli: GpuCli, ledger: Path, signum: signal.Signals) -> None:
     running = cli.start("warm", "--json")
     running.says("▸ command")
     running.send(signum)
@@ -382,7 +382,7 @@ def test_a_signal_is_followed_by_release(cli: GpuCli, ledger: Path, signum: sign
     assert done(ledger) == ["acquire", "release"]
 
 
-def test_a_signal_during_acquire_ends_it_and_is_followed_by_release(cli: GpuCli, ledger: Path) -> None:
+def test_signal_during_acquire_ends_it_and_runs_release(cli: GpuCli, ledger: Path) -> None:
     cli.gpus(**hooks(ledger, acquire="echo draining; sleep 600"))
     running = cli.start("warm", "--json")
     running.says("» draining")
@@ -392,7 +392,7 @@ def test_a_signal_during_acquire_ends_it_and_is_followed_by_release(cli: GpuCli,
     assert ended.status == 143 and done(ledger) == ["acquire", "release"]
 
 
-def test_a_second_signal_ends_release_and_the_next_run_does_it(cli: GpuCli, ledger: Path) -> None:
+def test_second_signal_ends_release_and_next_run_repeats_it(cli: GpuCli, ledger: Path) -> None:
     slow = f"test -e {cli.place}/fast || sleep 600"
     cli.gpus(command("one", GATE + READY), **hooks(ledger, release=slow))
     running = cli.start("warm", "--json")
@@ -410,7 +410,7 @@ def test_a_second_signal_ends_release_and_the_next_run_does_it(cli: GpuCli, ledg
     assert done(ledger) == ["acquire", "release", "release", "acquire", "release"]
 
 
-def test_a_release_that_fails_is_a_warning_and_tried_again(cli: GpuCli, ledger: Path) -> None:
+def test_release_failure_is_warning_and_retried(cli: GpuCli, ledger: Path) -> None:
     cli.gpus(**hooks(ledger, release="echo unreachable; exit 1"))
     running = cli.start("warm", "--json")
     ended = running.end()
@@ -424,7 +424,7 @@ def test_a_release_that_fails_is_a_warning_and_tried_again(cli: GpuCli, ledger: 
     assert done(ledger) == ["acquire", "release", "paid", "acquire", "release"]
 
 
-def test_after_a_kill_the_next_run_puts_the_machine_back(cli: GpuCli, ledger: Path) -> None:
+def test_builder_killed_next_run_runs_release(cli: GpuCli, ledger: Path) -> None:
     running = cli.start("warm", "--json")
     running.says("▸ command")
     running.process.kill()
@@ -438,7 +438,7 @@ def test_after_a_kill_the_next_run_puts_the_machine_back(cli: GpuCli, ledger: Pa
     assert "putting this machine back into service, for a builder that was killed" in ended.said
 
 
-def test_where_everything_is_warm_the_machine_is_put_back_too(cli: GpuCli, ledger: Path) -> None:
+def test_builder_killed_warm_run_runs_release(cli: GpuCli, ledger: Path) -> None:
     layout.prepare(cli.root)
     cli.go()
     assert cli.ended().status == 0
@@ -452,7 +452,7 @@ def test_where_everything_is_warm_the_machine_is_put_back_too(cli: GpuCli, ledge
     assert done(ledger) == ["acquire", "release", "acquire", "release"]
 
 
-def test_a_machine_that_one_builder_holds_no_other_puts_back(cli: GpuCli, ledger: Path) -> None:
+def test_release_of_dead_builder_waits_for_current_owner(cli: GpuCli, ledger: Path) -> None:
     """Killed, and meanwhile another builder has the machine: its own release comes when it is done, none before."""
     dead = cli.start("warm", "--json")
     dead.says("▸ command")

@@ -37,7 +37,7 @@ def remove_image(cli: Cli, tag: str) -> None:
     subprocess.run(["docker", "-H", cli.host, "rmi", "-f", tag], check=False, capture_output=True)
 
 
-def test_a_forged_verdict_makes_nothing_warm(cli: Cli) -> None:
+def test_forged_verdict_is_not_warm(cli: Cli) -> None:
     cli.manifest(command("forge", READY))
     cli.warm()
     cli.manifest(command("forge", READY + FORGE))
@@ -46,7 +46,7 @@ def test_a_forged_verdict_makes_nothing_warm(cli: Cli) -> None:
     assert "SIGKILL" in cold.task("forge")["reason"]
 
 
-def test_a_forged_verdict_is_not_saved_by_an_older_marker(cli: Cli) -> None:
+def test_forged_verdict_with_older_marker_is_failed(cli: Cli) -> None:
     """The task behaves once, and forges when there is a file: its coverage, and so its marker, are the same."""
     code = f"import os\nif os.path.exists('/jit/go'): exec({FORGE!r})\n" + READY
     cli.manifest(command("forge", code))
@@ -56,7 +56,7 @@ def test_a_forged_verdict_is_not_saved_by_an_older_marker(cli: Cli) -> None:
     assert (again.status, again.task("forge")["state"]) == (11, "failed")
 
 
-def test_a_later_task_cannot_take_away_what_an_earlier_one_warmed(cli: Cli) -> None:
+def test_later_task_removing_entries_fails_earlier_task(cli: Cli) -> None:
     cli.manifest(shapes("first"), command("thief", "import shutil; shutil.rmtree('/jit/deep_gemm')\n" + READY))
     ended = cli.run("warm", "--json")
     assert ended.status == 11
@@ -66,7 +66,7 @@ def test_a_later_task_cannot_take_away_what_an_earlier_one_warmed(cli: Cli) -> N
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link"])
-def test_a_lock_that_is_none_is_neither_waited_for_nor_taken(cli: Cli, kind: str) -> None:
+def test_lock_file_replaced_by_fifo_is_refused(cli: Cli, kind: str) -> None:
     cli.manifest(shapes())
     cli.warm()
     lock = cli.root / "locks" / "run.lock"
@@ -80,7 +80,7 @@ def test_a_lock_that_is_none_is_neither_waited_for_nor_taken(cli: Cli, kind: str
     lock.unlink()
 
 
-def test_a_directory_of_somebody_else_stays_as_it_is(cli: Cli) -> None:
+def test_foreign_directory_is_refused_and_unchanged(cli: Cli) -> None:
     cli.root.mkdir()
     (cli.root / "photos").mkdir()
     cli.manifest(shapes())
@@ -92,13 +92,13 @@ def test_a_directory_of_somebody_else_stays_as_it_is(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("verb", ["doctor", "check", "explain", "status", "env"])
-def test_a_verb_that_reads_makes_no_cache_root(cli: Cli, verb: str) -> None:
+def test_reading_verb_creates_no_cache_root(cli: Cli, verb: str) -> None:
     cli.manifest(shapes())
     assert cli.run(verb).status in (0, 10)
     assert not cli.root.exists()
 
 
-def test_a_reference_of_the_store_leads_nowhere_else(cli: Cli, elsewhere: Door) -> None:
+def test_model_store_reference_outside_store_is_refused(cli: Cli, elsewhere: Door) -> None:
     """Read through the engine, as a store of another machine is; the reference names a file above the copy."""
     cli.model("org/m")
     cli.root.mkdir()
@@ -127,7 +127,7 @@ def elsewhere(docker_host: str) -> Iterator[Door]:
         (["ENV PYTHONSAFEPATH=1"], 0, "1 warmed"),
     ],
 )
-def test_images_that_make_it_hard(
+def test_unusual_images_are_warmed_or_named(
     cli: Cli, lines: list[str], status: int, says: str, request: pytest.FixtureRequest
 ) -> None:
     tag = "warm-cache-test:hard"
@@ -140,14 +140,14 @@ def test_images_that_make_it_hard(
     assert says in ended.said
 
 
-def test_a_job_that_no_environment_can_hold_is_refused_in_words(cli: Cli) -> None:
+def test_job_too_large_for_environment_is_refused(cli: Cli) -> None:
     cli.manifest(command("long", READY + "#" * 140_000))
     ended = cli.run("warm", "--json")
     assert ended.status == 2
     assert "limit for one variable" in ended.document["error"]["message"]
 
 
-def test_a_job_gets_the_variables_that_its_kernels_were_compiled_under(cli: Cli) -> None:
+def test_env_prints_variables_of_the_warm_up(cli: Cli) -> None:
     both = {"SGLANG_X": "1"}
     cli.model("org/m")
     cli.manifest(shapes("a", env={**both, "SGLANG_A": "1"}), shapes("b", env=both), defaults={"env": {"DG_Y": "2"}})
@@ -162,7 +162,7 @@ def test_a_job_gets_the_variables_that_its_kernels_were_compiled_under(cli: Cli)
 
 
 @pytest.mark.parametrize("name", ["with space", "with,comma"])
-def test_docker_arguments_that_a_shell_would_tear_apart_are_refused(cli: Cli, name: str) -> None:
+def test_env_docker_arguments_needing_quotes_are_refused(cli: Cli, name: str) -> None:
     cli.root = cli.place / name
     cli.manifest(shapes())
     cli.warm()

@@ -36,7 +36,7 @@ def stubborn(cli: Cli) -> Cli:
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda value: value
 )
-def test_a_signal_ends_everything_in_time(stubborn: Cli, aftermath: Aftermath, signum: int, status: int) -> None:
+def test_signal_ends_run_in_time(stubborn: Cli, aftermath: Aftermath, signum: int, status: int) -> None:
     builder = stubborn.start("warm", "--json")
     builder.says("SIGTERM is refused")
     aftermath.begins()
@@ -56,7 +56,7 @@ def test_a_signal_ends_everything_in_time(stubborn: Cli, aftermath: Aftermath, s
     assert not stubborn.markers()
 
 
-def test_a_second_signal_does_not_wait_for_the_grace(stubborn: Cli) -> None:
+def test_second_signal_skips_grace(stubborn: Cli) -> None:
     builder = stubborn.start("warm", "--json")
     builder.says("SIGTERM is refused")
     sent = time.monotonic()
@@ -70,7 +70,7 @@ def test_a_second_signal_does_not_wait_for_the_grace(stubborn: Cli) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda value: value.name)
-def test_whoever_hammers_gets_the_document_too(stubborn: Cli, signum: signal.Signals) -> None:
+def test_many_signals_still_print_json_document(stubborn: Cli, signum: signal.Signals) -> None:
     builder = stubborn.start("warm", "--json")
     builder.says("SIGTERM is refused")
     limit = Deadline(SECONDS)
@@ -93,7 +93,7 @@ def test_whoever_hammers_gets_the_document_too(stubborn: Cli, signum: signal.Sig
     holds="143, within 5 s; the logs are whole",
 )
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_signal_while_nobody_reads(cli: Cli, aftermath: Aftermath, stream: str) -> None:
+def test_signal_with_unread_output_ends_run_in_time(cli: Cli, aftermath: Aftermath, stream: str) -> None:
     code = "n = 0\nwhile True:\n    print('line', n)\n    n += 1\n"
     cli.manifest(command("one", code), command("two", code), run={"parallel": 2})
     reader, writer = os.pipe()
@@ -116,7 +116,7 @@ def test_a_signal_while_nobody_reads(cli: Cli, aftermath: Aftermath, stream: str
 
 
 @pytest.mark.parametrize("moment", ["created ", "1 task: ", "▸ shapes", "Required memory", "▸ second pass"])
-def test_a_signal_at_any_moment(cli: Cli, moment: str) -> None:
+def test_signal_at_any_moment_ends_clean(cli: Cli, moment: str) -> None:
     cli.manifest(shapes(env={"TINY_COMPILE_SECONDS": "0.1"}))
     builder = cli.start("warm", "--json")
     builder.says(moment)
@@ -127,7 +127,7 @@ def test_a_signal_at_any_moment(cli: Cli, moment: str) -> None:
     assert not cli.markers()
 
 
-def test_a_signal_while_the_image_is_built(cli: Cli) -> None:
+def test_signal_during_image_build_ends_run_in_time(cli: Cli) -> None:
     cli.manifest(shapes(), image={"setup": ["echo it is being built; sleep 60"]})
     builder = cli.start("warm", "-v")
     builder.says("it is being built")
@@ -141,9 +141,7 @@ def test_a_signal_while_the_image_is_built(cli: Cli) -> None:
     how="SIGKILL, with a server inside that refuses SIGTERM",
     holds="its container ends by the lease within 5 s (aim: 2 s), and the next builder removes it",
 )
-def test_a_killed_builder_takes_its_container_along_and_the_next_one_cleans_up(
-    stubborn: Cli, aftermath: Aftermath
-) -> None:
+def test_builder_killed_container_ends_and_next_run_sweeps(stubborn: Cli, aftermath: Aftermath) -> None:
     builder = stubborn.start("warm")
     builder.says("SIGTERM is refused")
     with stubborn.engine() as engine:
@@ -169,7 +167,7 @@ def test_a_killed_builder_takes_its_container_along_and_the_next_one_cleans_up(
         assert "SIGTERM is refused" in log.read_text()
 
 
-def test_a_builder_killed_while_it_waits_leaves_nothing(cli: Cli) -> None:
+def test_builder_killed_while_waiting_for_lock_leaves_nothing(cli: Cli) -> None:
     cli.manifest(command("one", "import time; print('at it', flush=True); time.sleep(3600)"))
     first = cli.start("warm")
     first.says("at it")

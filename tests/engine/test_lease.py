@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("kind", ["created", "running", "stubborn", "exited"])
-def test_what_a_dead_builder_left_is_removed(workshop: Workshop, kind: str) -> None:
+def test_sweep_container_of_dead_builder_is_removed(workshop: Workshop, kind: str) -> None:
     labels = dead_owners_labels(workshop.directory)
     steps = {"created": [HANG], "running": [HANG], "stubborn": [on_term(None), HANG], "exited": [leave(0)]}[kind]
     spec = workshop.spec(*steps)
@@ -33,7 +33,7 @@ def test_what_a_dead_builder_left_is_removed(workshop: Workshop, kind: str) -> N
     assert not Path(json.loads(labels[LABEL_LEASE])["path"]).exists()
 
 
-def test_a_living_builders_container_stays(workshop: Workshop) -> None:
+def test_sweep_container_of_living_builder_stays(workshop: Workshop) -> None:
     with Lease(workshop.directory, run_id="other") as other:
         spec = workshop.spec(HANG)
         spec = workshop.spec(HANG, labels={**spec.labels, **other.labels("t", -1)})

@@ -24,7 +24,7 @@ for start in range(0, 1000000, 1000):
 
 
 @pytest.mark.timeout(120)
-def test_a_million_lines_arrive_once_each_and_memory_stays_flat(workshop: Workshop) -> None:
+def test_million_lines_arrive_once_with_flat_memory(workshop: Workshop) -> None:
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -45,7 +45,7 @@ def test_a_million_lines_arrive_once_each_and_memory_stays_flat(workshop: Worksh
     assert grown < 64 << 10, f"memory grew by {grown} KiB"
 
 
-def test_a_connection_cut_within_a_frame_loses_and_doubles_nothing(workshop: Workshop, proxy: Proxy) -> None:
+def test_connection_cut_within_frame_loses_and_doubles_nothing(workshop: Workshop, proxy: Proxy) -> None:
     proxy.cut_after = 123_457
     source = """
 for number in range(20000):
@@ -62,14 +62,14 @@ os.write(2, b"caf\\xc3\\xa9 without end")
     assert workshop.log() == {"out": expected, "err": "café without end\n".encode()}
 
 
-def test_silence_longer_than_the_clients_timeout_is_no_failure(workshop: Workshop, docker_host: str) -> None:
+def test_attachment_silent_beyond_client_timeout_is_no_failure(workshop: Workshop, docker_host: str) -> None:
     with contextlib.closing(Engine(docker_host, timeout=1).connect()) as engine:
         outcome = workshop.run(out("a\n"), pause(2.5), out("b\n"), leave(0), engine=engine)
     check(outcome, "exited", 0)
     assert workshop.log()["out"] == b"a\nb\n"
 
 
-def test_bytes_arrive_as_they_are(workshop: Workshop) -> None:
+def test_log_bytes_arrive_unchanged(workshop: Workshop) -> None:
     outcome = workshop.run(
         out(b"\xff\xfe caf\xc3"), pause(0.1), out(b"\xa9\n"), err(b" 10%\r 20%\r\n"), out(b"\x00\x1b[31mend"), leave(0)
     )
@@ -78,14 +78,14 @@ def test_bytes_arrive_as_they_are(workshop: Workshop) -> None:
     assert "\ufffdend" in outcome.tail
 
 
-def test_progress_is_shown_while_it_moves(workshop: Workshop) -> None:
+def test_progress_bar_is_shown_while_it_moves(workshop: Workshop) -> None:
     thread = when_ready(workshop, lambda: workshop.cancel.set(signal.SIGTERM))
     outcome = workshop.run(out("ready\r"), HANG)
     thread.join(5)
     assert outcome.ended == "cancelled"
 
 
-def test_a_reader_that_cannot_keep_up_blocks_neither_container_nor_engine(workshop: Workshop) -> None:
+def test_slow_reader_blocks_neither_container_nor_engine(workshop: Workshop) -> None:
     stuck = threading.Event()
     outcome = workshop.run(
         source='for _ in range(300): os.write(1, b"y" * 99 + b"\\n" * 1)\nos.write(1, (b"z" * 99 + b"\\n") * 50000)',

@@ -68,12 +68,12 @@ def cli(podman: str, tiny_image: str, tmp_path: Path) -> Iterator[Cli]:
     cli.close()
 
 
-def test_it_is_known_for_what_it_is(engine: Engine) -> None:
+def test_podman_is_recognised(engine: Engine) -> None:
     assert engine.podman
     assert engine.local
 
 
-def test_everything_from_cold_to_swept(cli: Cli) -> None:
+def test_podman_runs_cold_to_swept(cli: Cli) -> None:
     cli.manifest(shapes(), command("fails", "import sys\nsys.exit(3)"))
     assert cli.run("warm", "--json").task("shapes")["state"] == "warmed"
     assert "fails" in cli.run("warm", "--json").said
@@ -85,7 +85,7 @@ def test_everything_from_cold_to_swept(cli: Cli) -> None:
     cli.warm("--force")
 
 
-def test_a_volume_is_warmed_and_read(cli: Cli, engine: Engine) -> None:
+def test_podman_volume_is_warmed_and_read(cli: Cli, engine: Engine) -> None:
     volume = f"warm-cache-test-{os.urandom(6).hex()}"
     cli.manifest(shapes(), cache={"root": None, "volume": volume})
     try:
@@ -97,7 +97,7 @@ def test_a_volume_is_warmed_and_read(cli: Cli, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_within_five_seconds(cli: Cli, signum: int, status: int) -> None:
+def test_podman_signal_ends_run_within_five_seconds(cli: Cli, signum: int, status: int) -> None:
     cli.manifest(command("hangs", HERE), run={"grace": "1s"})
     builder = cli.start("warm", "--json")
     builder.says("here")
@@ -108,7 +108,7 @@ def test_a_signal_ends_it_within_five_seconds(cli: Cli, signum: int, status: int
     cli.left_nothing()
 
 
-def test_a_builder_that_is_killed_takes_its_container_along(cli: Cli, engine: Engine) -> None:
+def test_podman_builder_killed_container_ends(cli: Cli, engine: Engine) -> None:
     cli.manifest(command("hangs", HERE))
     builder = cli.start("warm", "--json")
     builder.says("here")
@@ -121,7 +121,7 @@ def test_a_builder_that_is_killed_takes_its_container_along(cli: Cli, engine: En
     assert cli.containers(engine) == []
 
 
-def test_gpus_that_it_would_not_give_are_a_problem_of_this_machine(cli: Cli) -> None:
+def test_podman_without_gpus_is_preflight_error(cli: Cli) -> None:
     """It takes the request and starts the container all the same, also where a memo makes a probe needless."""
     cli.manifest(shapes())
     cli.warm()
@@ -132,13 +132,13 @@ def test_gpus_that_it_would_not_give_are_a_problem_of_this_machine(cli: Cli) -> 
     assert "this engine is Podman, which ignores the request" in problem["text"]
 
 
-def test_a_flood_arrives_whole_although_stdin_is_attached_too(workshop: Workshop) -> None:
+def test_podman_log_flood_with_stdin_is_complete(workshop: Workshop) -> None:
     code = "for n in range(200): os.write(1, b'%03d' % n + b'x' * 9999 + b'\\n')"
     check(workshop.run(source=code), "exited", 0)
     assert [int(line[:3]) for line in workshop.log()["out"].splitlines()] == list(range(200))
 
 
-def test_what_a_cut_attachment_missed_is_read_again_once(workshop: Workshop, podman: str, tmp_path: Path) -> None:
+def test_podman_cut_attachment_is_resumed_once(workshop: Workshop, podman: str, tmp_path: Path) -> None:
     proxy = Proxy(tmp_path / "proxy.sock", podman)
     proxy.cut_after = 50_000
     source = """
@@ -160,14 +160,14 @@ os.write(1, b"\\xff\\xfe, not UTF-8\\nand an end")
     assert workshop.log()["out"].splitlines() == [*expected, "\ufffd\ufffd, not UTF-8".encode(), b"and an end"]
 
 
-def test_out_of_memory_is_not_called_somebodys_kill(workshop: Workshop) -> None:
+def test_podman_out_of_memory_is_named(workshop: Workshop) -> None:
     source = "data = []\nwhile True:\n    data.append(bytearray(b'x' * (4 << 20)))"
     outcome = workshop.run(source=source, memory=64 << 20)
     assert (outcome.ended, outcome.exit_code) == ("exited", 137)
     assert outcome.oom or "by somebody else, or for memory" in outcome.problems[0]
 
 
-def test_a_volume_is_not_filled_from_the_image(workshop: Workshop) -> None:
+def test_podman_volume_is_not_filled_from_image(workshop: Workshop) -> None:
     name = f"warm-cache-test-{workshop.mark}"
     try:
         outcome = workshop.run(source='print(os.listdir("/etc"))', mounts=(Mount(name, "/etc", kind="volume"),))
@@ -177,7 +177,7 @@ def test_a_volume_is_not_filled_from_the_image(workshop: Workshop) -> None:
         workshop.engine._request("DELETE", "/volumes/{0}", name)
 
 
-def test_links_of_a_model_store_are_followed(workshop: Workshop, tmp_path: Path) -> None:
+def test_podman_model_store_links_are_followed(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "blob").write_text("{}")
     (tmp_path / "store" / "config.json").symlink_to("blob")
@@ -189,7 +189,7 @@ def test_links_of_a_model_store_are_followed(workshop: Workshop, tmp_path: Path)
     engine.remove(container)
 
 
-def test_a_container_that_ends_while_it_is_removed_goes(workshop: Workshop) -> None:
+def test_podman_container_ending_during_removal_is_removed(workshop: Workshop) -> None:
     for _ in range(3):
         container = workshop.engine.create(workshop.spec(out("x\n"), leave(0)))
         workshop.engine.start(container)

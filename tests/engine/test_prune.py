@@ -44,7 +44,7 @@ def digest(root: Path) -> str:
     return known.hexdigest()
 
 
-def test_a_dry_run_foretells_it_and_changes_nothing(cli: Cli, made: Generations) -> None:
+def test_prune_dry_run_lists_and_changes_nothing(cli: Cli, made: Generations) -> None:
     before = digest(cli.root)
     dry = cli.run("prune", "--dry-run", "--keep", "1", "--json")
     assert dry.status == 0, dry.said
@@ -65,7 +65,7 @@ def test_a_dry_run_foretells_it_and_changes_nothing(cli: Cli, made: Generations)
     assert "nothing to remove" in again.said
 
 
-def test_the_manifest_says_it_too_and_a_flag_wins(cli: Cli, made: Generations) -> None:
+def test_prune_policy_of_manifest_is_overridden_by_flag(cli: Cli, made: Generations) -> None:
     cli.manifest(shapes("mine"), cache={**NO_JOBS, "keep": 1, "max_size": "1k", "older_than": "25d"})
     dry = cli.run("prune", "--dry-run", "--max-size", "1t", "--keep", "2", "--json")
     assert [step["path"] for step in dry.document["prune"]["steps"] if step["kind"] == "family"].count(
@@ -84,7 +84,7 @@ def test_the_manifest_says_it_too_and_a_flag_wins(cli: Cli, made: Generations) -
     ]
 
 
-def test_a_test_job_that_holds_the_cache_loses_nothing(cli: Cli, made: Generations) -> None:
+def test_prune_with_hold_removes_nothing(cli: Cli, made: Generations) -> None:
     job = cli.start("hold", "--", "sh", "-c", "echo job; exec sleep 60")
     job.says("job\n")
     held = cli.run("prune", "--keep", "1")
@@ -98,7 +98,7 @@ def test_a_test_job_that_holds_the_cache_loses_nothing(cli: Cli, made: Generatio
     assert not made.place(1).exists()
 
 
-def test_another_builder_has_its_turn_first(cli: Cli, made: Generations) -> None:
+def test_prune_waits_for_running_builder(cli: Cli, made: Generations) -> None:
     descriptor = open_lock(cli.root / "locks" / "run.lock")
     try:
         assert try_lock(descriptor)
@@ -108,7 +108,7 @@ def test_another_builder_has_its_turn_first(cli: Cli, made: Generations) -> None
         os.close(descriptor)
 
 
-def test_a_builder_killed_on_its_way_leaves_a_root_that_holds(cli: Cli, made: Generations) -> None:
+def test_prune_killed_leaves_valid_root(cli: Cli, made: Generations) -> None:
     made.warmed(3, ["a", "b", "c"], days=40, entries=300)
     prune = cli.start("prune", "--keep", "1", "--older-than", "10d")
     wait_for(lambda: len(made.markers()) < 6, 60, "the first marker's end")
@@ -137,7 +137,7 @@ def volume(cli: Cli) -> Iterator[str]:
             engine.ask("tidying", "DELETE", "/volumes/{0}", name)
 
 
-def test_a_volume_is_looked_at_where_it_is(cli: Cli, volume: str) -> None:
+def test_prune_of_volume_runs_in_container(cli: Cli, volume: str) -> None:
     cli.manifest(shapes("mine"), cache={**NO_JOBS, "root": None, "volume": volume})
     cli.warm()
     status = cli.run("status", "--json").document
@@ -152,7 +152,7 @@ def test_a_volume_is_looked_at_where_it_is(cli: Cli, volume: str) -> None:
     assert cli.run("check").status == 0
 
 
-def test_images_of_dropped_toolchains_go_unless_somebody_uses_or_tagged_them(cli: Cli, engine: Engine) -> None:
+def test_prune_images_keeps_used_and_tagged(cli: Cli, engine: Engine) -> None:
     """Each nightly image has the same tag; the one before has lost it."""
     name = f"warm-cache-test-{os.urandom(6).hex()}"
     ids = []

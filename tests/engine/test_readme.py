@@ -37,7 +37,7 @@ BLOCKS = {
 }
 
 
-def test_every_block_has_its_test() -> None:
+def test_readme_every_block_has_a_test() -> None:
     count = len(re.findall(r"^```sh$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert len(BLOCKS) == len(set(BLOCKS.values())) == count
 
@@ -110,13 +110,13 @@ def warmed(machine: Machine) -> Machine:
     return machine
 
 
-def test_make_knows_these_targets() -> None:
+def test_readme_make_targets_exist() -> None:
     for line in lines("make"):
         done = subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
 
 
-def test_it_installs(tmp_path: Path) -> None:
+def test_readme_install_block_installs(tmp_path: Path) -> None:
     """What README.md installs, with what the tests have instead of an index."""
     assert lines("doctor")[0].endswith("/bin/pip install .")
     pytest.importorskip("pip", reason="this environment was made without pip")
@@ -126,14 +126,14 @@ def test_it_installs(tmp_path: Path) -> None:
     assert (tmp_path / "builder" / "_docker" / "Dockerfile").is_file()
 
 
-def test_a_test_job(warmed: Machine) -> None:
+def test_readme_test_job_block_hits_the_cache(warmed: Machine) -> None:
     flags, job, hold = lines("hold")
     said = warmed.well(f"{flags}\n{job}")
     assert "the tests" in said and "something is cold" not in said
     assert "nothing is removed" in warmed.well(hold)
 
 
-def test_inside_a_container(warmed: Machine, tmp_path: Path) -> None:
+def test_readme_here_block_works_inside_a_container(warmed: Machine, tmp_path: Path) -> None:
     """In a container that was started with what `env` prints, with sh and what the image has, and a copied folder."""
     shutil.copytree(ROOT / "builder", tmp_path / "copied" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
     check, variables, before, after = lines("--here")
@@ -146,7 +146,7 @@ def test_inside_a_container(warmed: Machine, tmp_path: Path) -> None:
     assert "9 of 9 tasks warm" in said
 
 
-def test_a_view(warmed: Machine) -> None:
+def test_readme_view_block_works(warmed: Machine) -> None:
     create, job, audit, promote, drop = lines("view")
     assert "the tests" in warmed.well(f"{create}\n{job}")
     warmed.well(audit)
@@ -155,12 +155,12 @@ def test_a_view(warmed: Machine) -> None:
     assert "pr-4711" not in warmed.well(audit.replace("audit pr-4711", "list").replace("--fail-on-jit", ""))
 
 
-def test_looking_at_it(warmed: Machine) -> None:
+def test_readme_reading_verbs_work(warmed: Machine) -> None:
     for line in lines("explain"):
         warmed.well(line)
 
 
-def test_the_nightly_run(warmed: Machine) -> None:
+def test_readme_nightly_block_works(warmed: Machine) -> None:
     refresh, prune = lines("refresh")
     said = warmed.run(refresh)
     assert said.returncode == 0, said.stderr
@@ -168,7 +168,7 @@ def test_the_nightly_run(warmed: Machine) -> None:
     assert warmed.well(prune)
 
 
-def test_comparing_with_the_tests(machine: Machine) -> None:
+def test_readme_import_tests_block_works(machine: Machine) -> None:
     (line,) = lines("import-tests")
     done = machine.run(line, cwd=ROOT / "tests" / "unit" / "fixtures" / "sglang")
     assert done.returncode in (0, 10), done.stderr

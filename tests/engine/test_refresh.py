@@ -152,7 +152,7 @@ def nights(cli: Cli, registry: Registry) -> Nights:
     return Nights(cli, registry)
 
 
-def test_nothing_changed_is_no_pull_no_container_and_under_a_second(nights: Nights, tmp_path: Path) -> None:
+def test_refresh_without_change_pulls_and_starts_nothing(nights: Nights, tmp_path: Path) -> None:
     image = nights.publish(1)
     nights.manifest()
     first = nights.refresh()
@@ -175,7 +175,7 @@ def test_nothing_changed_is_no_pull_no_container_and_under_a_second(nights: Nigh
     assert again.document["seconds"] < 2  # 0.14 where nothing else runs; what it does not do is asserted above
 
 
-def test_a_new_image_is_warmed_beside_the_old_one_which_stays_until_prune(nights: Nights) -> None:
+def test_refresh_new_image_keeps_old_until_prune(nights: Nights) -> None:
     cli, old = nights.cli, nights.publish(1)
     nights.manifest()
     assert nights.refresh().status == 0
@@ -204,7 +204,7 @@ def test_a_new_image_is_warmed_beside_the_old_one_which_stays_until_prune(nights
     assert cli.run("check").status == 0
 
 
-def test_what_will_not_fit_is_said_before_it_begins(nights: Nights) -> None:
+def test_refresh_without_room_is_refused_before_work(nights: Nights) -> None:
     nights.publish(1)
     nights.manifest()
     assert nights.refresh().status == 0
@@ -222,7 +222,7 @@ def test_what_will_not_fit_is_said_before_it_begins(nights: Nights) -> None:
     assert nights.refresh().status == 0
 
 
-def test_a_registry_that_is_gone_is_a_warning_where_the_image_is_here(nights: Nights) -> None:
+def test_refresh_registry_unreachable_with_local_image_is_warning(nights: Nights) -> None:
     nights.publish(1)
     nights.manifest()
     assert nights.refresh().status == 0
@@ -232,7 +232,7 @@ def test_a_registry_that_is_gone_is_a_warning_where_the_image_is_here(nights: Ni
     assert "cannot ask the registry about" in " ".join(again.document["warnings"])
 
 
-def test_metrics_say_how_it_is_and_a_failure_keeps_the_last_success(nights: Nights) -> None:
+def test_refresh_metrics_after_failure_keep_last_success(nights: Nights) -> None:
     nights.publish(1)
     nights.manifest()
     assert nights.refresh().status == 0
@@ -263,7 +263,7 @@ def test_metrics_say_how_it_is_and_a_failure_keeps_the_last_success(nights: Nigh
     assert list(nights.cli.place.glob(".metrics.prom*")) == []
 
 
-def test_two_at_once_are_one_too_many(cli: Cli) -> None:
+def test_refresh_second_at_once_is_busy(cli: Cli) -> None:
     cli.manifest(shapes("mine"), cache=NO_JOBS)
     cli.warm()
     descriptor = open_lock(cli.root / "locks" / "run.lock")
@@ -301,7 +301,7 @@ def hook() -> Iterator[Any]:
     server.server_close()
 
 
-def test_a_webhook_is_told_and_never_changes_the_outcome(cli: Cli, hook: Any) -> None:
+def test_refresh_webhook_failure_never_changes_outcome(cli: Cli, hook: Any) -> None:
     cli.manifest(shapes("mine"), cache=NO_JOBS)
     environ = {"WARM_CACHE_WEBHOOK": hook.url}
     done = cli.run("refresh", "--json", environ=environ)

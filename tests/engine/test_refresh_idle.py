@@ -63,7 +63,7 @@ def when_free(cli: Cli, reason: str, free: Any) -> None:
     cli.left_nothing()
 
 
-def test_a_process_on_a_gpu_and_another_builders_lock(
+def test_refresh_when_idle_waits_for_gpu_process_and_lock(
     tmp_path: Path, docker_host: str, image: str, driver: Driver, sleeper: psutil.Popen
 ) -> None:
     (tmp_path / "user").mkdir()
@@ -81,7 +81,7 @@ def test_a_process_on_a_gpu_and_another_builders_lock(
         cli.close()
 
 
-def test_without_the_drivers_library_a_container_with_gpus_is_somebody(
+def test_refresh_when_idle_without_nvml_counts_gpu_containers(
     tmp_path: Path, docker_host: str, image: str, engine: Engine
 ) -> None:
     (tmp_path / "user").mkdir()

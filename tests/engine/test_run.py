@@ -52,7 +52,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image:
         ("half-tp4", 6, "shapes done in"),
     ],
 )
-def test_every_recipe_warms_and_is_proven(good: Group, label: str, added: int, last: str) -> None:
+def test_every_recipe_warms_and_is_verified(good: Group, label: str, added: int, last: str) -> None:
     cli, ended = good
     task = ended.task(label)
     assert (task["state"], task["verified"], task["proof"]) == ("warmed", True, "verified"), task
@@ -62,7 +62,7 @@ def test_every_recipe_warms_and_is_proven(good: Group, label: str, added: int, l
     assert json.loads(marker.read_text())["second_pass_added"] == 0
 
 
-def test_what_was_found_is_told(good: Group) -> None:
+def test_warm_reports_what_it_found(good: Group) -> None:
     cli, ended = good
     document = ended.document
     assert document["image"]["ref"] == cli.image
@@ -128,7 +128,9 @@ CRASH = 'crash: "Scheduler hit an exception" (RuntimeError: a test double plays 
         ("dies", "failed", "second pass: 0 of 3 shapes done", "0 of 3 shapes done"),
     ],
 )
-def test_a_task_that_ends_badly(bad: dict[str, Group], label: str, state: str, reason: str, last: str) -> None:
+def test_failed_task_is_reported_with_reason(
+    bad: dict[str, Group], label: str, state: str, reason: str, last: str
+) -> None:
     cli, ended = bad[label]
     task = ended.task(f"{label}-tp8")
     assert (task["state"], task["verified"]) == (state, False)
@@ -138,7 +140,7 @@ def test_a_task_that_ends_badly(bad: dict[str, Group], label: str, state: str, r
     assert not list(cli.root.glob(f"markers/{label}-*"))
 
 
-def test_one_tasks_trouble_is_not_the_others(bad: dict[str, Group]) -> None:
+def test_failed_task_leaves_other_tasks_alone(bad: dict[str, Group]) -> None:
     cli, ended = bad["fine"]
     assert ended.status == 11
     assert ended.task("fine")["state"] == "warmed"
@@ -148,7 +150,7 @@ def test_one_tasks_trouble_is_not_the_others(bad: dict[str, Group]) -> None:
     assert not bad["slow"][0].markers()
 
 
-def test_a_missing_model_is_skipped(bad: dict[str, Group]) -> None:
+def test_missing_model_is_skipped(bad: dict[str, Group]) -> None:
     cli, ended = bad["missing"]
     task = ended.task("missing-tp8")
     assert (task["state"], task["seconds"], task["log"]) == ("skipped", None, None)
@@ -156,7 +158,7 @@ def test_a_missing_model_is_skipped(bad: dict[str, Group]) -> None:
     assert not (cli.logs / "missing-tp8.log").exists()
 
 
-def test_in_github_actions_every_task_is_a_group_and_every_failure_an_annotation(bad: dict[str, Group]) -> None:
+def test_github_actions_groups_tasks_and_annotates_failures(bad: dict[str, Group]) -> None:
     _, ended = bad["fine"]
     lines = [line for line in ended.err.splitlines() if line.startswith("::")]
     labels = [task["label"] for task in ended.document["tasks"]]
@@ -174,7 +176,7 @@ def test_in_github_actions_every_task_is_a_group_and_every_failure_an_annotation
     assert errors[-1] == "::error title=warm-cache::5 failed, 1 skipped of 7 tasks"
 
 
-def test_the_last_lines_of_a_failed_task_are_shown_again(bad: dict[str, Group]) -> None:
+def test_failed_task_shows_log_tail(bad: dict[str, Group]) -> None:
     _, ended = bad["crash"]
     shown = ended.err.split("crash-tp8: failed: ")[1].split("::endgroup::")[0]
     assert "lines of its log:\n" in shown
@@ -184,7 +186,7 @@ def test_the_last_lines_of_a_failed_task_are_shown_again(bad: dict[str, Group]) 
 # --- deadlines of the run --------------------------------------------------------------------------------------------
 
 
-def test_a_budget_that_is_over_ends_the_run(cli: Cli) -> None:
+def test_budget_exhausted_ends_run(cli: Cli) -> None:
     cli.manifest(server(cli.model("org/m"), play="silent-hang"), shapes("never"))
     ended = cli.run("warm", "--json", "--budget", "2s")
     assert ended.status == 14
@@ -194,7 +196,7 @@ def test_a_budget_that_is_over_ends_the_run(cli: Cli) -> None:
     assert ended.seconds < 20
 
 
-def test_what_is_finished_before_the_budget_stays_warm(
+def test_task_finished_before_budget_stays_warm(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cli.manifest(shapes("first"), command("second", "print('at it', flush=True)\n" + GATE))
@@ -215,7 +217,7 @@ def test_what_is_finished_before_the_budget_stays_warm(
 # --- what containers say ---------------------------------------------------------------------------------------------
 
 
-def test_a_flood_is_logged_to_the_last_line_and_memory_stays_flat(cli: Cli) -> None:
+def test_log_flood_is_complete_with_flat_memory(cli: Cli) -> None:
     lines = 1_000_000
     cli.manifest(server(cli.model("org/flood"), play="flood"))
     builder = cli.start("warm", "--json")
@@ -242,7 +244,7 @@ def test_a_flood_is_logged_to_the_last_line_and_memory_stays_flat(cli: Cli) -> N
     assert peak - before < 48 << 20
 
 
-def test_bytes_that_are_no_text_are_kept_and_hurt_nobody(cli: Cli) -> None:
+def test_invalid_utf8_in_log_is_kept(cli: Cli) -> None:
     cli.manifest(server(cli.model("org/binary"), play="binary"))
     ended = cli.warm()
     log = (cli.logs / "binary-tp8.log").read_bytes()
@@ -253,7 +255,7 @@ def test_bytes_that_are_no_text_are_kept_and_hurt_nobody(cli: Cli) -> None:
     assert "\0" not in ended.err
 
 
-def test_a_secret_is_nowhere(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_secret_appears_nowhere(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     token = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
     specs: list[ContainerSpec] = []
     create = Engine.create
@@ -304,7 +306,7 @@ print('KERNELS READY')
 """
 
 
-def test_grandchildren_are_gone_before_the_second_pass_and_after_the_run(cli: Cli) -> None:
+def test_grandchildren_end_before_second_pass_and_run(cli: Cli) -> None:
     cli.manifest(command("forks", GRANDCHILDREN, verify="second-pass", families=["triton"]))
     ended = cli.warm()
     assert (ended.task("forks")["state"], ended.task("forks")["proof"]) == ("warmed", "verified")
@@ -314,7 +316,7 @@ def test_grandchildren_are_gone_before_the_second_pass_and_after_the_run(cli: Cl
 # --- two builders ----------------------------------------------------------------------------------------------------
 
 
-def test_the_second_builder_waits_for_the_first_and_finds_everything_warm(cli: Cli) -> None:
+def test_second_builder_waits_and_finds_warm(cli: Cli) -> None:
     cli.manifest(command("one", "print('at it', flush=True)\n" + GATE + READY))
     first = cli.start("warm", "--json")
     first.says("at it")

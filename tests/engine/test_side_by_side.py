@@ -62,7 +62,7 @@ def machine(tmp_path: Path, docker_host: str, image: str, driver: Driver) -> Ite
     cli.close()
 
 
-def test_tasks_get_disjoint_gpus_and_a_wide_one_waits_for_all(machine: GpuCli) -> None:
+def test_concurrent_tasks_get_disjoint_gpus(machine: GpuCli) -> None:
     machine.gpus(
         gated("wide"), gated("half", gpus=4, timeout="1h"), gated("two", gpus=2, timeout="1h"), gated("duo", gpus=2)
     )
@@ -91,7 +91,7 @@ def test_tasks_get_disjoint_gpus_and_a_wide_one_waits_for_all(machine: GpuCli) -
     assert machine.ended().document["tasks"][1]["state"] == "warm", "the memo did not forget GPUs"
 
 
-def test_gpus_that_stay_held_end_the_run_when_the_neighbours_are_done(machine: GpuCli) -> None:
+def test_gpus_held_end_run_after_running_tasks(machine: GpuCli) -> None:
     tasks = gated("bad", gpus=4, timeout="2h"), gated("good", gpus=4, timeout="1h"), gated("never")
     machine.gpus(*tasks, release_timeout="1s")
     running = machine.start("warm", "--json")
@@ -119,7 +119,7 @@ def test_gpus_that_stay_held_end_the_run_when_the_neighbours_are_done(machine: G
     how="an NVML that never answers again, two tasks side by side; SIGTERM",
     holds="143, within 5 s: that the GPUs are free again cannot be known, and is said",
 )
-def test_a_signal_while_the_driver_hangs(machine: GpuCli, request: pytest.FixtureRequest) -> None:
+def test_signal_while_driver_hangs_ends_run_in_time(machine: GpuCli, request: pytest.FixtureRequest) -> None:
     aftermath = Aftermath.of(request)
     machine.gpus(gated("one", gpus=4), gated("two", gpus=4))
     running = machine.start("warm", "--json")
@@ -138,7 +138,7 @@ def test_a_signal_while_the_driver_hangs(machine: GpuCli, request: pytest.Fixtur
     assert "after one, GPU 0 does not answer (NVML gave no answer" in "\n".join(ended.document["warnings"])
 
 
-def test_of_several_errors_the_lost_engine_counts(machine: GpuCli, proxy: Proxy) -> None:
+def test_several_errors_exit_status_is_engine_lost(machine: GpuCli, proxy: Proxy) -> None:
     machine.gpus(gated("held", gpus=4), gated("lost", gpus=4), release_timeout="1s")
     machine.host = proxy.url
     hurried = "container.GIVE_UP = logs.GIVE_UP = engine.QUICK = 3.0"
@@ -166,7 +166,7 @@ def test_of_several_errors_the_lost_engine_counts(machine: GpuCli, proxy: Proxy)
 # --- without GPUs ----------------------------------------------------------------------------------------------------
 
 
-def test_every_container_ends_within_the_time_of_one(cli: Cli) -> None:
+def test_signal_stops_concurrent_containers_in_time_of_one(cli: Cli) -> None:
     models = [cli.model(f"org/m{number}") for number in range(3)]
     cli.manifest(*(server(model, "serve", "refuses-sigterm") for model in models), run={"grace": None, "parallel": 3})
     builder = cli.start("warm", "--json")
@@ -183,7 +183,7 @@ def test_every_container_ends_within_the_time_of_one(cli: Cli) -> None:
     assert all("SIGTERM is refused" in cli.last_lines(f"m{number}-tp8") for number in range(3))
 
 
-def test_a_killed_builder_takes_all_its_containers_along(cli: Cli) -> None:
+def test_builder_killed_all_its_containers_end(cli: Cli) -> None:
     cli.manifest(*(gated(name) for name in ("one", "two", "three")), run={"parallel": 2})
     builder = cli.start("warm")
     wait_for(lambda: builder.out.count("at the gate") == 2, 30, "two tasks")
@@ -197,7 +197,7 @@ def test_a_killed_builder_takes_all_its_containers_along(cli: Cli) -> None:
     assert cli.warm().task("quick")["state"] == "warmed"
 
 
-def test_each_proves_its_own_work_while_others_compile(cli: Cli) -> None:
+def test_second_pass_beside_compiling_tasks_is_verified(cli: Cli) -> None:
     """The first one's second pass lasts until the other one, in its first, has added to the same family."""
     head = "import os, pathlib, time\nfrom triton.cache import compile_kernel\n"
     quick = (
@@ -221,7 +221,7 @@ def test_each_proves_its_own_work_while_others_compile(cli: Cli) -> None:
     assert ended.err.count("▸ slow: second pass") == 1
 
 
-def test_the_same_work_in_two_tasks_is_done_once(cli: Cli) -> None:
+def test_duplicate_tasks_compile_once(cli: Cli) -> None:
     other = "GEMM_NT_F8F8BF16 N=512, K=7168, num_groups=1"
     cli.manifest(
         {**shapes("model"), "shapes": [SHAPE, other]},
@@ -235,7 +235,7 @@ def test_the_same_work_in_two_tasks_is_done_once(cli: Cli) -> None:
     assert cli.run("check").status == 0
 
 
-def test_what_cannot_end_within_the_budget_is_not_started(cli: Cli) -> None:
+def test_task_longer_than_budget_is_not_started(cli: Cli) -> None:
     cli.manifest(command("long", READY), command("short", READY))
     cli.warm()
     for marker in cli.markers():
@@ -267,7 +267,7 @@ def test_what_cannot_end_within_the_budget_is_not_started(cli: Cli) -> None:
 # --- what people see -------------------------------------------------------------------------------------------------
 
 
-def test_in_github_actions_several_at_once_are_groups_that_do_not_interleave(cli: Cli) -> None:
+def test_github_groups_of_concurrent_tasks_do_not_interleave(cli: Cli) -> None:
     code = "import time\nfor number in range(20): print('line of', '{0}', flush=True); time.sleep(0.02)\n" + READY
     tasks = [command(name, code.format(name)) for name in ("one", "two")]
     cli.manifest(*tasks, command("bad", "x"), run={"parallel": 3})
@@ -281,7 +281,7 @@ def test_in_github_actions_several_at_once_are_groups_that_do_not_interleave(cli
     assert re.search(r"(?m)^one: warmed in ", ended.out) and "::error title=bad failed::" in ended.out
 
 
-def test_a_heartbeat_in_a_pipe(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pipe_shows_heartbeat(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(live, "EVERY", 0.3)
     cli.manifest(command("one", "import time; time.sleep(1.5)\n" + READY))
     assert cli.here("warm") == 0
@@ -291,7 +291,7 @@ def test_a_heartbeat_in_a_pipe(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd:
     assert "\x1b" not in out
 
 
-def test_a_live_line_on_a_terminal_above_which_the_log_goes_on(cli: Cli) -> None:
+def test_terminal_shows_live_line_below_log(cli: Cli) -> None:
     cli.manifest(gated("one"), gated("two"), run={"parallel": 2})
     master, slave = pty.openpty()
     seen = bytearray()

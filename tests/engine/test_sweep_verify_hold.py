@@ -86,7 +86,7 @@ def killed(cli: Cli) -> None:
     aged(next(cli.root.glob("triton/*/*/tmp.pid_7_k")))
 
 
-def test_what_a_killed_builder_left_goes(cli: Cli) -> None:
+def test_sweep_removes_leftovers_of_killed_builder(cli: Cli) -> None:
     killed(cli)
     with cli.engine() as engine:
         assert len(cli.containers(engine)) == 1
@@ -106,7 +106,7 @@ def test_what_a_killed_builder_left_goes(cli: Cli) -> None:
     assert lines(cli, "sweep")[-1] == f"{cli.root}: 0 moved aside, 0 removed"
 
 
-def test_what_may_be_in_the_making_is_left(cli: Cli) -> None:
+def test_sweep_keeps_entries_in_progress(cli: Cli) -> None:
     killed(cli)
     build = next(cli.root.glob("deep_gemm/*/tmp/4711-dead"))
     (build / "kernel.cu").write_text("written just now")
@@ -114,7 +114,7 @@ def test_what_may_be_in_the_making_is_left(cli: Cli) -> None:
     assert build.is_dir()
 
 
-def test_a_living_builders_container_stays_whoever_sweeps(cli: Cli, other: Cli) -> None:
+def test_sweep_keeps_container_of_living_builder(cli: Cli, other: Cli) -> None:
     cli.manifest(command("one", HALF + GATE + READY))
     other.manifest(command("one", READY), run={"lock_timeout": "1s"})
     builder = cli.start("warm")
@@ -133,7 +133,7 @@ def test_a_living_builders_container_stays_whoever_sweeps(cli: Cli, other: Cli) 
     cli.left_nothing()
 
 
-def test_two_sweeps_at_once_share_the_work(cli: Cli, other: Cli) -> None:
+def test_two_sweeps_at_once_both_succeed(cli: Cli, other: Cli) -> None:
     killed(cli)
     other.manifest(command("half", READY))
     # Both see the same dead builder's lease file, each from its own state directory.
@@ -146,7 +146,7 @@ def test_two_sweeps_at_once_share_the_work(cli: Cli, other: Cli) -> None:
     cli.left_nothing()
 
 
-def test_what_lies_aside_goes_after_the_longest_job_unless_somebody_holds(cli: Cli) -> None:
+def test_sweep_removes_quarantine_after_job_max_unless_held(cli: Cli) -> None:
     killed(cli)
     lines(cli, "sweep")
     assert len(aside(cli)) == 2
@@ -164,7 +164,7 @@ def test_what_lies_aside_goes_after_the_longest_job_unless_somebody_holds(cli: C
     assert not aside(cli)
 
 
-def test_nothing_is_made_where_there_is_no_cache(cli: Cli, volume: str) -> None:
+def test_sweep_and_verify_without_cache_create_nothing(cli: Cli, volume: str) -> None:
     for cache in ({}, {"root": None, "volume": volume}):
         cli.manifest(shapes(), cache=cache)
         for verb in (["sweep"], ["verify"], ["verify", "--repair"]):
@@ -177,7 +177,7 @@ def test_nothing_is_made_where_there_is_no_cache(cli: Cli, volume: str) -> None:
         assert not engine.has_volume(volume)
 
 
-def test_a_layout_from_the_future_is_left_alone(cli: Cli) -> None:
+def test_newer_layout_is_refused_and_unchanged(cli: Cli) -> None:
     layout.prepare(cli.root)
     (cli.root / "layout.json").write_text('{"schema": 2, "id": "theirs"}')
     cli.manifest(shapes())
@@ -188,7 +188,7 @@ def test_a_layout_from_the_future_is_left_alone(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("verb", ["sweep", "verify"])
-def test_an_engine_that_is_not_there(cli: Cli, verb: str) -> None:
+def test_sweep_without_engine_is_preflight_error(cli: Cli, verb: str) -> None:
     cli.manifest(shapes())
     assert cli.run(verb, environ={"DOCKER_HOST": f"unix://{cli.place}/nothing.sock"}).status == 12
 
@@ -233,7 +233,7 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-def test_every_damage_is_named_repaired_and_compiled_again(cli: Cli) -> None:
+def test_verify_repair_quarantines_damage_and_warm_recompiles(cli: Cli) -> None:
     cli.manifest(server(cli.model("org/m")), command("triton", KERNELS + READY, families=["triton"]))
     first = cli.warm()
     count = {label: first.task(label)["entries_added"] for label in ("m-tp8", "triton")}
@@ -279,7 +279,7 @@ def test_every_damage_is_named_repaired_and_compiled_again(cli: Cli) -> None:
     assert foreign[0].read_text() == "not a cache"
 
 
-def test_what_may_be_in_the_making_is_named_and_stays(cli: Cli) -> None:
+def test_verify_names_entries_in_progress_and_keeps_them(cli: Cli) -> None:
     cli.manifest(shapes())
     cli.warm()
     (files_family(cli) / "young.so").touch()
@@ -292,7 +292,7 @@ def test_what_may_be_in_the_making_is_named_and_stays(cli: Cli) -> None:
     assert cli.run("verify", "--repair").status == 0
 
 
-def test_repair_waits_for_the_run_lock_and_reading_does_not(cli: Cli) -> None:
+def test_verify_repair_waits_for_run_lock_and_reading_does_not(cli: Cli) -> None:
     cli.manifest(shapes())
     cli.warm()
     with layout.run_lock(cli.root).open() as lock:
@@ -305,7 +305,7 @@ def test_repair_waits_for_the_run_lock_and_reading_does_not(cli: Cli) -> None:
 # --- where the builder cannot open the root's files ------------------------------------------------------------------
 
 
-def test_a_volume_is_swept_verified_repaired_and_held_by_containers(cli: Cli, volume: str) -> None:
+def test_volume_sweep_verify_hold_run_in_containers(cli: Cli, volume: str) -> None:
     tasks: list[dict[str, Any]] = [
         shapes(),
         command(
@@ -359,7 +359,7 @@ def held(cli: Cli, volume: str) -> Running:
     return job
 
 
-def test_a_holder_that_is_killed_is_said_and_fails_nobody(cli: Cli, held: Running) -> None:
+def test_hold_container_killed_is_a_warning(cli: Cli, held: Running) -> None:
     with cli.engine() as engine:
         (container,) = cli.containers(engine)
         engine.stop(container, 0)
@@ -372,7 +372,7 @@ def test_a_holder_that_is_killed_is_said_and_fails_nobody(cli: Cli, held: Runnin
     cli.left_nothing()
 
 
-def test_a_job_that_is_killed_takes_its_holder_along(cli: Cli, held: Running) -> None:
+def test_hold_killed_removes_its_container(cli: Cli, held: Running) -> None:
     with cli.engine() as engine:
         (container,) = cli.containers(engine)
         held.send(signal.SIGKILL)
@@ -383,7 +383,7 @@ def test_a_job_that_is_killed_takes_its_holder_along(cli: Cli, held: Running) ->
     lines(cli, "sweep")
 
 
-def test_a_directory_whose_lock_file_cannot_be_opened_is_held_by_a_container(cli: Cli) -> None:
+def test_hold_of_unreadable_lock_file_uses_container(cli: Cli) -> None:
     layout.prepare(cli.root)
     layout.hold_lock(cli.root).unlink()  # as an older builder left it
     cli.manifest(shapes())
@@ -397,7 +397,7 @@ def test_a_directory_whose_lock_file_cannot_be_opened_is_held_by_a_container(cli
     cli.left_nothing()
 
 
-def test_an_image_that_is_not_there_fails_no_job(cli: Cli, volume: str) -> None:
+def test_hold_without_image_runs_the_command(cli: Cli, volume: str) -> None:
     with cli.engine() as engine:
         engine._api.create_volume(volume)
     cli.manifest(shapes(), cache={"root": None, "volume": volume}, image={"ref": "nobody/has:this"})

@@ -67,7 +67,7 @@ def marker(cli: Cli, label: str) -> Path:
 # --- cold ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_cache_everything_is_cold_and_reading_makes_none(cli: Cli) -> None:
+def test_check_without_cache_is_cold_and_creates_none(cli: Cli) -> None:
     cli.model("org/model")
     write(cli)
     checked = cli.run("check", "--json")
@@ -84,7 +84,7 @@ def test_without_a_cache_everything_is_cold_and_reading_makes_none(cli: Cli) -> 
     assert not cli.root.exists()
 
 
-def test_an_empty_cache_is_cold(cli: Cli) -> None:
+def test_check_empty_cache_is_cold(cli: Cli) -> None:
     cli.root.mkdir()
     cli.manifest(shapes())
     checked = cli.run("check", "--json")
@@ -127,7 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Cli], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named(warmed: Cli, damage: str) -> None:
+def test_check_names_damaged_entry(warmed: Cli, damage: str) -> None:
     act, reason = DAMAGES[damage]
     act(warmed)
     checked = warmed.run("check", "--json")
@@ -140,7 +140,7 @@ def test_damage_is_named(warmed: Cli, damage: str) -> None:
     assert explained.out.startswith(f"shapes: cold, because {task['reason']}\n")
 
 
-def test_damage_to_shared_entries_is_everybodys_and_one_run_mends_all(warmed: Cli) -> None:
+def test_shared_entry_damaged_all_tasks_cold_and_one_run_mends(warmed: Cli) -> None:
     entries = warmed.entries()
     shutil.rmtree(entries[0])
     cut(entries[1] / "kernel.cubin", 80)
@@ -184,7 +184,7 @@ def scatter(cli: Cli) -> None:
     (cli.root / "triton" / "not-a-key").mkdir()
 
 
-def test_foreign_files_change_nothing(warmed: Cli) -> None:
+def test_foreign_files_in_cache_change_nothing(warmed: Cli) -> None:
     scatter(warmed)
     checked = warmed.run("check", "--json")
     assert checked.status == 0, checked.said
@@ -214,7 +214,7 @@ def test_foreign_files_change_nothing(warmed: Cli) -> None:
         ("deep_gemm", "deep_gemm"),
     ],
 )
-def test_a_part_of_the_layout_that_is_something_else_is_no_defect(warmed: Cli, name: str, become: str) -> None:
+def test_layout_folder_of_wrong_type_is_no_defect(warmed: Cli, name: str, become: str) -> None:
     path = warmed.root / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     if become == "file":
@@ -225,7 +225,7 @@ def test_a_part_of_the_layout_that_is_something_else_is_no_defect(warmed: Cli, n
     assert checked.status == (10 if name in ("markers", "deep_gemm") else 0), checked.said
 
 
-def test_a_root_that_cannot_be_locked_is_a_problem_of_this_machine(warmed: Cli) -> None:
+def test_root_without_lock_is_preflight_error(warmed: Cli) -> None:
     shutil.rmtree(warmed.root / "locks")
     (warmed.root / "locks").write_text("something else")
     refused = warmed.run("warm", "--force", "--json")
@@ -259,7 +259,7 @@ def version(distribution: str, old: str, new: str) -> str:
     return f"RUN mv {was} {now} && sed -i 's/^Version: .*/Version: {new}/' {now}/METADATA"
 
 
-def test_another_compiler_moves_the_families_that_it_compiles_for(warmed: Cli, engine: Engine) -> None:
+def test_other_compiler_changes_keys_of_its_families(warmed: Cli, engine: Engine) -> None:
     line = "RUN sed -i 's/V13.0.88/V13.1.99/' /usr/local/cuda/bin/nvcc"
     image = derived(engine, warmed.image, "nvcc", line)
     checked = warmed.run("check", "--json", "--image", image)
@@ -288,7 +288,7 @@ def test_another_compiler_moves_the_families_that_it_compiles_for(warmed: Cli, e
     assert [row["use"] for row in sorted(rows, key=lambda row: str(row["use"]))] == ["another toolchain", "this image"]
 
 
-def test_another_deep_gemm_moves_deep_gemm(warmed: Cli, engine: Engine) -> None:
+def test_other_deep_gemm_changes_its_key(warmed: Cli, engine: Engine) -> None:
     image = derived(engine, warmed.image, "deep-gemm", version("sgl_deep_gemm", "0.2.3.post2", "0.2.4"))
     checked = warmed.run("check", "--json", "--image", image)
     assert checked.status == 10
@@ -297,7 +297,7 @@ def test_another_deep_gemm_moves_deep_gemm(warmed: Cli, engine: Engine) -> None:
     assert checked.task("command")["state"] == "warm"
 
 
-def test_another_sglang_keeps_every_kernel(warmed: Cli, engine: Engine) -> None:
+def test_other_sglang_keeps_every_kernel(warmed: Cli, engine: Engine) -> None:
     image = derived(engine, warmed.image, "sglang", version("sglang", "0.5.23", "0.5.24"))
     checked = warmed.run("check", "--json", "--image", image)
     assert checked.status == 10
@@ -320,7 +320,7 @@ def test_another_sglang_keeps_every_kernel(warmed: Cli, engine: Engine) -> None:
         ({"argv": ["--tp=8"], "timeout": "3m", "silence": "1m"}, ""),
     ],
 )
-def test_another_task_is_asked_for_again(warmed: Cli, changes: dict[str, Any], reason: str) -> None:
+def test_other_argv_is_cold(warmed: Cli, changes: dict[str, Any], reason: str) -> None:
     write(warmed, **changes)
     checked = warmed.run("check", "--json")
     assert checked.task("model-tp8")["reason"] == reason
@@ -328,7 +328,7 @@ def test_another_task_is_asked_for_again(warmed: Cli, changes: dict[str, Any], r
     assert checked.task("shapes")["state"] == "warm"
 
 
-def test_another_config_is_another_task(warmed: Cli) -> None:
+def test_other_config_json_is_cold(warmed: Cli) -> None:
     (config,) = warmed.store.glob("hub/*/blobs/c0")
     config.write_text('{"num_hidden_layers": 62}')
     checked = warmed.run("check", "--json")
@@ -336,7 +336,7 @@ def test_another_config_is_another_task(warmed: Cli) -> None:
     assert checked.task("model-tp8")["reason"].startswith("coverage: config.json was ")
 
 
-def test_strict_wants_a_second_pass(cli: Cli) -> None:
+def test_strict_without_second_pass_is_cold(cli: Cli) -> None:
     cli.manifest(shapes(verify="inventory"))
     warmed = cli.warm()
     assert (warmed.task("shapes")["proof"], warmed.task("shapes")["verified"]) == ("inventory", False)
@@ -348,7 +348,7 @@ def test_strict_wants_a_second_pass(cli: Cli) -> None:
 # --- status, env, doctor ---------------------------------------------------------------------------------------------
 
 
-def test_status_counts_what_is_there(warmed: Cli) -> None:
+def test_status_counts_entries_and_bytes(warmed: Cli) -> None:
     cut(warmed.entries()[0] / "kernel.cubin", 70)
     document = warmed.run("status", "--json").document
     rows = {row["family"]: row for row in document["families"]}
@@ -359,7 +359,7 @@ def test_status_counts_what_is_there(warmed: Cli) -> None:
     assert {mark["proof"] for mark in document["markers"]} == {"verified"}
 
 
-def test_status_tells_age_price_and_users(warmed: Cli) -> None:
+def test_status_shows_age_price_and_users(warmed: Cli) -> None:
     """On a terminal of 80 columns too. A job's command line is a stranger's text, and what it hides stays hidden."""
     path = marker(warmed, "shapes")
     document = json.loads(path.read_text())
@@ -418,7 +418,7 @@ def on_a_terminal(cli: Cli, *words: str) -> str:
     return b"".join(shown).decode()
 
 
-def test_env_in_every_format(warmed: Cli) -> None:
+def test_env_every_format_is_printed(warmed: Cli) -> None:
     as_json = json.loads(warmed.run("env", "--format", "json").out)
     (key,) = (path.name for path in warmed.root.glob("deep_gemm/*") if path.is_dir())
     assert as_json["env"]["SGLANG_DG_CACHE_DIR"] == f"/jit/deep_gemm/{key}"
@@ -431,7 +431,7 @@ def test_env_in_every_format(warmed: Cli) -> None:
         assert "there is none here" in refused.err
 
 
-def test_a_job_with_the_printed_environment_hits_every_kernel(warmed: Cli, engine: Engine) -> None:
+def test_env_job_hits_every_kernel(warmed: Cli, engine: Engine) -> None:
     words = iter(shlex.split(warmed.run("env", "--format", "docker").out))
     mounts: list[Mount] = []
     env: dict[str, str] = {}
@@ -471,7 +471,7 @@ def test_a_job_with_the_printed_environment_hits_every_kernel(warmed: Cli, engin
     assert warmed.run("check").status == 0
 
 
-def test_everything_that_is_missing_is_listed_at_once(cli: Cli) -> None:
+def test_preflight_lists_all_problems_at_once(cli: Cli) -> None:
     cli.manifest(
         server("org/model"),
         image={"ref": "no-such/image:tag"},
@@ -490,13 +490,13 @@ def test_everything_that_is_missing_is_listed_at_once(cli: Cli) -> None:
     assert list(cli.place.glob("no*")) == []
 
 
-def test_a_check_of_an_image_that_is_not_there_cannot_be_made(warmed: Cli) -> None:
+def test_check_of_missing_image_is_preflight_error(warmed: Cli) -> None:
     refused = warmed.run("check", "--image", "no-such/image:tag")
     assert refused.status == 12
     assert "docker pull no-such/image:tag" in refused.err
 
 
-def test_doctor_finds_nothing_where_nothing_is_wrong(warmed: Cli) -> None:
+def test_doctor_on_healthy_machine_finds_nothing(warmed: Cli) -> None:
     well = warmed.run("doctor")
     assert well.status == 0
     *rows, last = well.out.splitlines()
@@ -508,7 +508,7 @@ def test_doctor_finds_nothing_where_nothing_is_wrong(warmed: Cli) -> None:
     assert set(told) == set(shown) and told["clock"] == "ok"
 
 
-def test_without_an_engine_everything_that_is_missing_is_said(cli: Cli) -> None:
+def test_preflight_without_engine_lists_all_problems(cli: Cli) -> None:
     cli.manifest(shapes())
     lost = cli.run("check", "--json", environ={"DOCKER_HOST": f"unix://{cli.place}/no.sock"})
     assert lost.status == 12

@@ -213,7 +213,7 @@ def told(audit: dict[str, Any]) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def test_a_job_that_poisons_all_it_can_reach_changes_nothing_that_others_trust(warm: Views) -> None:
+def test_view_job_poisoning_everything_changes_nothing_shared(warm: Views) -> None:
     victim = warm.create("victim")
     before = digests(warm.root)
     assert any(name.startswith("generations/") for name in before)
@@ -254,7 +254,7 @@ def test_a_job_that_poisons_all_it_can_reach_changes_nothing_that_others_trust(w
     assert warm.volumes() == []
 
 
-def test_a_job_hides_nothing_behind_thousands_of_entries(warm: Views) -> None:
+def test_view_audit_with_thousands_of_entries_hides_nothing(warm: Views) -> None:
     gemm = [f"cache/{path.name}" for path in warm.entries()]
     flood = (
         "import os, pathlib, shutil\n"
@@ -276,7 +276,7 @@ def test_a_job_hides_nothing_behind_thousands_of_entries(warm: Views) -> None:
     assert warm.run("view", "drop", "flood").status == 0
 
 
-def test_what_a_job_compiled_is_named_with_its_shape_and_what_is_proposed_covers_it(warm: Views) -> None:
+def test_view_audit_names_shapes_and_promote_covers_them(warm: Views) -> None:
     printed = warm.create("pr-1")
     warm.job(printed, NEW_SHAPE + "from triton.cache import compile_kernel\ncompile_kernel('new', 'y')\n")
     audit = warm.audit("pr-1", "--fail-on-jit")
@@ -301,7 +301,7 @@ def test_what_a_job_compiled_is_named_with_its_shape_and_what_is_proposed_covers
     assert {path.removeprefix("cache/") for path in gemm} <= made, "the same kernels, made by the builder"
 
 
-def test_a_refresh_changes_nothing_that_is_mounted_and_the_next_view_has_what_is_new(warm: Views) -> None:
+def test_refresh_leaves_mounted_view_and_next_view_is_new(warm: Views) -> None:
     listing = "import os\nfor a, d, f in sorted(os.walk('/jit')): print(a, sorted(d), sorted(f))\n"
     reader = warm.keep(warm.create("old"), "sleep", "60")
     reader.engine.start(reader.id)
@@ -341,7 +341,7 @@ def test_a_refresh_changes_nothing_that_is_mounted_and_the_next_view_has_what_is
 
 
 @pytest.mark.parametrize("step", ["view-create", "volume", "prove"])
-def test_a_create_that_is_killed_misleads_nobody(user: Views, step: str) -> None:
+def test_view_create_killed_leaves_no_usable_view(user: Views, step: str) -> None:
     user.manifest(*WARM)
     user.warm()
     if step == "view-create":
@@ -391,7 +391,7 @@ def _running(user: Views) -> bool:
     return False
 
 
-def test_names_words_and_places_that_cannot_be(user: Views) -> None:
+def test_view_with_impossible_arguments_is_refused(user: Views) -> None:
     user.manifest(*WARM)
     cold = user.run("view", "create", "job")
     assert cold.status == 10 and "nothing is warm there yet" in cold.err
@@ -422,7 +422,7 @@ def test_names_words_and_places_that_cannot_be(user: Views) -> None:
     assert "a,b" in user.run("view", "create", "other").err
 
 
-def test_a_view_of_a_named_volume(user: Views) -> None:
+def test_view_of_named_volume_works(user: Views) -> None:
     volume = f"warm-cache-test-{os.urandom(6).hex()}"
     user.manifest(*WARM, cache={"root": None, "volume": volume})
     try:
@@ -437,7 +437,7 @@ def test_a_view_of_a_named_volume(user: Views) -> None:
             engine.remove_volume(volume)
 
 
-def test_a_view_that_nobody_has_used_for_as_long_as_a_job_lasts_is_swept(warm: Views) -> None:
+def test_view_unused_for_job_max_is_swept(warm: Views) -> None:
     warm.job(warm.create("left"), HITS)
     kept = warm.keep(warm.create("kept"), "true")
     assert warm.run("sweep").status == 0

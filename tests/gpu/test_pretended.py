@@ -93,16 +93,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return real, pretended
 
 
-def test_a_real_gpu_asks_for_the_very_names_that_were_made_without_one(
-    cuda: ctypes.CDLL, made: tuple[Path, Path]
-) -> None:
+def test_gpu_run_asks_for_prebuilt_names(cuda: ctypes.CDLL, made: tuple[Path, Path]) -> None:
     real, pretended = map(kernels, made)
     assert real.keys() == pretended.keys() and len(real) > 4
     families = [{path.name for path in (root / "deep_gemm").iterdir() if path.is_dir()} for root in made]
     assert families[0] == families[1], "the family key is that of the real GPU"
 
 
-def test_the_kernels_made_without_a_gpu_load(cuda: ctypes.CDLL, made: tuple[Path, Path]) -> None:
+def test_gpu_loads_kernels_made_without_gpu(cuda: ctypes.CDLL, made: tuple[Path, Path]) -> None:
     for name, path in kernels(made[1]).items():
         module = ctypes.c_void_p()
         image = (path / "kernel.cubin").read_bytes()
@@ -110,7 +108,7 @@ def test_the_kernels_made_without_a_gpu_load(cuda: ctypes.CDLL, made: tuple[Path
         cuda.cuModuleUnload(module)
 
 
-def test_a_sweep_on_the_gpu_finds_them_all(cuda: ctypes.CDLL, made: tuple[Path, Path]) -> None:
+def test_gpu_shape_sweep_finds_all_prebuilt(cuda: ctypes.CDLL, made: tuple[Path, Path]) -> None:
     before = kernels(made[1]).keys()
     done = run(made[1], replace(TASK, gpus=1))
     assert kernels(made[1]).keys() == before

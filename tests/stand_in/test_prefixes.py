@@ -94,7 +94,7 @@ def run(verb: str, manifest: Path, *more: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, document
 
 
-def test_what_pip_installed_here_serves_what_uv_installed_there(kit: str, tmp_path: Path) -> None:
+def test_pip_and_uv_installs_share_keys(kit: str, tmp_path: Path) -> None:
     manifests = {}
     for installer, setup in SETUPS.items():
         manifests[installer] = tmp_path / f"{installer}.toml"

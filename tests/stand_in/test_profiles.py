@@ -59,7 +59,7 @@ def refused(docker_host: str, image: str, tasks: dict[str, Task]) -> dict[str, s
     return {name: answer for name, answer in zip(tasks, answers, strict=True) if answer}
 
 
-def test_sglang_understands_every_task_of_every_profile(docker_host: str, stand_in_image: str) -> None:
+def test_profiles_every_task_is_parsed_by_sglang(docker_host: str, stand_in_image: str) -> None:
     tasks = {
         f"{profile} {task.label}": task
         for profile in profiles()

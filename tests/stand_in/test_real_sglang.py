@@ -106,7 +106,7 @@ def kernels(cache: Path) -> list[Path]:
     return sorted(path for path in cache.glob("deep_gemm/*/cache/*") if path.is_dir())
 
 
-def test_real_kernels_are_compiled_and_proven(warmed: Warmed) -> None:
+def test_real_kernels_are_compiled_and_verified(warmed: Warmed) -> None:
     dense, triton = warmed.first.task("dense"), warmed.first.task("triton")
     assert dense["state"] == "warmed" and dense["verified"] is True
     assert dense["entries_added"] == len(kernels(warmed.cache)) >= 2
@@ -117,7 +117,7 @@ def test_real_kernels_are_compiled_and_proven(warmed: Warmed) -> None:
         assert "sm_90a" in (kernel / "meta.json").read_text()
 
 
-def test_a_second_run_finds_it_warm(warmed: Warmed) -> None:
+def test_real_second_run_is_warm(warmed: Warmed) -> None:
     run = warm_cache("warm", "--manifest", warmed.manifest, "--cache", warmed.cache, "--json")
     assert run.status == 0
     assert [task["state"] for task in run.document["tasks"]] == ["warm", "warm"]
@@ -158,7 +158,7 @@ def drop_entry(cache: Path) -> str:
 @pytest.mark.parametrize(
     "damage", [drop_committed, drop_cubin, drop_cubin_and_committed, empty_cubin, cut_cubin, drop_entry]
 )
-def test_check_names_what_is_broken(warmed: Warmed, copy: Path, damage: Callable[[Path], str]) -> None:
+def test_real_check_names_broken_entry(warmed: Warmed, copy: Path, damage: Callable[[Path], str]) -> None:
     name = kernels(copy)[0].name
     counts = damage(copy)
     run = warm_cache("check", "--manifest", warmed.manifest, "--cache", copy, "--json")
@@ -167,7 +167,7 @@ def test_check_names_what_is_broken(warmed: Warmed, copy: Path, damage: Callable
     assert re.match(rf"entries: {counts} \(first: deep_gemm/cache/{re.escape(name)}", run.task("dense")["reason"])
 
 
-def test_check_names_triton_kernels_of_another_mount(warmed: Warmed, copy: Path) -> None:
+def test_real_check_names_triton_kernels_of_other_mount(warmed: Warmed, copy: Path) -> None:
     """Triton's group files hold absolute paths: a cache that was filled under another mount path is not this one."""
     group = next(copy.glob("triton/*/*/__grp__*.json"))
     group.write_text(group.read_text().replace("/jit/", "/elsewhere/"))
@@ -176,7 +176,7 @@ def test_check_names_triton_kernels_of_another_mount(warmed: Warmed, copy: Path)
     assert run.task("triton")["reason"].startswith("entries: 0 missing, 1 invalid (first: triton/")
 
 
-def test_leftovers_of_a_kill_are_no_reason_to_be_cold(warmed: Warmed, copy: Path) -> None:
+def test_real_leftovers_of_kill_stay_warm(warmed: Warmed, copy: Path) -> None:
     root = kernels(copy)[0].parents[1]
     (root / "tmp" / "0d7c").mkdir(parents=True)
     (root / "tmp" / "0d7c" / "kernel.cu").write_text("half")
@@ -184,7 +184,7 @@ def test_leftovers_of_a_kill_are_no_reason_to_be_cold(warmed: Warmed, copy: Path
     assert warm_cache("check", "--manifest", warmed.manifest, "--cache", copy).status == 0
 
 
-def test_a_damaged_entry_is_compiled_again_and_nothing_else(warmed: Warmed, copy: Path, tmp_path: Path) -> None:
+def test_real_damaged_entry_alone_is_recompiled(warmed: Warmed, copy: Path, tmp_path: Path) -> None:
     drop_cubin(copy)
     run = warm_cache(
         "warm",
@@ -238,7 +238,7 @@ def in_container(docker_host: str, image: str, arguments: list[str], script: str
     return done.stdout
 
 
-def test_a_job_with_the_printed_arguments_compiles_nothing(warmed: Warmed, copy: Path, docker_host: str) -> None:
+def test_real_job_with_env_compiles_nothing(warmed: Warmed, copy: Path, docker_host: str) -> None:
     printed = warm_cache("env", "--format", "docker", "--manifest", warmed.manifest, "--cache", copy)
     assert printed.status == 0, printed.err
     before = entries(copy)
@@ -257,7 +257,7 @@ def test_a_job_with_the_printed_arguments_compiles_nothing(warmed: Warmed, copy:
     assert int(elsewhere.split()[-1]) >= 2, "without them it compiles, so that nothing above is empty"
 
 
-def test_a_job_inside_the_image_is_told_the_same(warmed: Warmed, copy: Path, docker_host: str, tmp_path: Path) -> None:
+def test_real_here_check_agrees_with_host(warmed: Warmed, copy: Path, docker_host: str, tmp_path: Path) -> None:
     """A runner's container, with the cache mounted and a copied folder: what the host warmed is warm in there."""
     shutil.copytree(ROOT / "builder", tmp_path / "copied" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(warmed.manifest, tmp_path / "copied" / "manifest.toml")
@@ -293,9 +293,7 @@ ask(4096, 7168, [64, 128])
 """
 
 
-def test_a_job_in_a_view_hits_every_kernel_and_what_it_compiles_stays_there(
-    warmed: Warmed, copy: Path, docker_host: str
-) -> None:
+def test_real_view_job_hits_and_keeps_new_kernels_in_view(warmed: Warmed, copy: Path, docker_host: str) -> None:
     """sglang's locks want a place that can be written to: a read-only mount of a warm cache would crash it."""
     where = ["--manifest", warmed.manifest, "--cache", copy]
     before = {str(path): path.read_bytes() for path in kernels(copy)[0].iterdir()}
@@ -354,7 +352,7 @@ def serve_manifest(tmp_path: Path, image: str, recipe: str) -> Path:
     return manifest
 
 
-def test_a_real_server_answers_and_is_warmed(tmp_path: Path, stand_in_image: str) -> None:
+def test_real_server_answers_and_is_warmed(tmp_path: Path, stand_in_image: str) -> None:
     manifest = serve_manifest(tmp_path, stand_in_image, "serve")
     run = warm_cache(
         "warm", "--manifest", manifest, "--cache", tmp_path / "cache", "--log-dir", tmp_path / "logs", "--json"
@@ -365,7 +363,7 @@ def test_a_real_server_answers_and_is_warmed(tmp_path: Path, stand_in_image: str
     assert "The server is fired up and ready to roll!" in log
 
 
-def test_a_real_server_starts_with_dummy_weights_and_fewer_layers(tmp_path: Path, stand_in_image: str) -> None:
+def test_real_server_with_dummy_weights_starts(tmp_path: Path, stand_in_image: str) -> None:
     """The checkpoint is not there (the image has a config.json and a tokenizer), nor is a flag that would read it."""
     text = serve_manifest(tmp_path, stand_in_image, "serve").read_text()
     text = text.replace('"--load-format", "dummy", ', "'--model-loader-extra-config', '{\"num_threads\": 8}', ")
@@ -404,7 +402,7 @@ print("WHERE " + json.dumps({
 """
 
 
-def test_the_real_libraries_keep_what_they_compile_below_the_root(tmp_path: Path, stand_in_image: str) -> None:
+def test_real_libraries_compile_below_the_root(tmp_path: Path, stand_in_image: str) -> None:
     manifest = tmp_path / "manifest.toml"
     head = MANIFEST.format(image=stand_in_image).partition("[[task]]")[0]
     task = f"argv = ['python3', '-c', '''{WHERE}''']\nsuccess = 'WHERE'\nfamilies = []\n"
@@ -419,7 +417,7 @@ def test_the_real_libraries_keep_what_they_compile_below_the_root(tmp_path: Path
     assert run.task("where")["added"].keys() == {"tvm_ffi"} and run.task("where")["added_bytes"]["tvm_ffi"] > 100
 
 
-def test_a_success_line_alone_is_no_proof(tmp_path: Path, stand_in_image: str) -> None:
+def test_real_success_line_alone_is_no_proof(tmp_path: Path, stand_in_image: str) -> None:
     """On the CPU compile_deep_gemm prints its success line, exits 0, and compiles nothing at all."""
     manifest = serve_manifest(tmp_path, stand_in_image, "compile-deep-gemm")
     run = warm_cache(
@@ -463,7 +461,7 @@ def eight_gpu_image(stand_in_image: str, docker_host: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("count", "name", "status"), [(8, "H200", 0), (8, "B200", 12), (9, "H200", 12)])
-def test_all_eight_gpus_are_asked_for_and_counted(
+def test_real_all_eight_gpus_are_requested(
     tmp_path: Path, eight_gpu_image: str, count: int, name: str, status: int
 ) -> None:
     manifest = tmp_path / "manifest.toml"

@@ -85,7 +85,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory, stand_in_image: str) -> 
     return cache, document
 
 
-def test_two_workers_make_what_one_makes_and_a_killed_run_leaves_only_the_rest(
+def test_shapes_two_workers_equal_one_and_resume_after_kill(
     tmp_path: Path,
     stand_in_image: str,
     docker_host: str,
@@ -129,7 +129,7 @@ def _include(place: Path, image: str, docker_host: str) -> Path:
     return place / "include"
 
 
-def test_what_was_pretended_is_warm_and_says_so_but_never_strictly(pretended: tuple[Cache, dict[str, Any]]) -> None:
+def test_simulated_gpu_warm_is_reported_and_cold_under_strict(pretended: tuple[Cache, dict[str, Any]]) -> None:
     cache, document = pretended
     (task,) = document["tasks"]
     assert (task["state"], task["proof"], task["verified"], task["reason"]) == ("warmed", "pretended", False, SAID)
