@@ -9,7 +9,8 @@ from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import environment, inventory, layout, removal, view_records
 from builder.cache import survey as holdings
-from builder.cache.family_directories import Place, bad_entries, contents, places
+from builder.cache.inventory import bad_entries, contents
+from builder.cache.layout import FamilyDirectory, claimable_directories
 from builder.events import WARMED
 from builder.job import Job
 
@@ -18,7 +19,7 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``sweep``: unsafe leftovers and invalid entries move aside, and what lay there long enough is removed."""
     root = Path(job.mount)
     layout.prepare(root)
-    for place in places(root):
+    for place in claimable_directories(root):
         guard.check()
         _move_aside(root, place, output)
         removal.clear_host_specific(root, place.family.name, place.key)
@@ -37,7 +38,7 @@ def verify(job: Job, output: Output, guard: Guard) -> int:
     root = Path(job.mount)
     if job.repair:
         layout.prepare(root)
-    for place in places(root):
+    for place in claimable_directories(root):
         guard.check()
         if job.repair:
             _move_aside(root, place, output)
@@ -52,7 +53,7 @@ def status(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``status``: what every family directory holds, and when every marker was last of use."""
     for held in contents(Path(job.mount)):
         guard.check()
-        output.event("holding", **held)
+        output.event("holding", **vars(held))
     for mark in holdings.marks(Path(job.mount))[0]:
         output.event("used", path=mark.path, time=mark.used)
     return WARMED
@@ -74,7 +75,7 @@ def survey(job: Job, output: Output, guard: Guard) -> int:
     return WARMED
 
 
-def _move_aside(root: Path, place: Place, output: Output) -> None:
+def _move_aside(root: Path, place: FamilyDirectory, output: Output) -> None:
     name = place.family.name
     moved = inventory.sweep(
         place.family,
@@ -82,7 +83,7 @@ def _move_aside(root: Path, place: Place, output: Output) -> None:
         layout.aside(root, name, place.key),
         now=time.time(),
         older_than=inventory.IN_PROGRESS,
-        mount=place.mount,
+        mount=place.mount(),
     )
     for path, why in moved:
         output.event("swept", family=name, key=place.key, path=path, why=why)

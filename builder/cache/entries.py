@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+import struct
 from collections.abc import Callable, Iterator, Mapping
 
-from builder.cache import elf
 from builder.cache.families import Family
 from builder.files import UNREADABLE, UnreadableError, is_dir, listing, matches, open_regular, read_json, walk, why
 from builder.text import printable
@@ -24,6 +24,15 @@ NO_GROUP = "no __grp__ file"
 _JSON_LIMIT = 4 << 20
 _ELF_SUFFIXES = (".so", ".o", ".cubin")
 _TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdgcn", ".hsaco")
+
+_ELF_MAGIC = b"\x7fELF"
+
+#: By whether the file is a 64-bit one, from elf.h; what is not wanted is skipped. Header: where the segments and the
+#: sections are, then size and number of each. Row of a table: kind, offset and length of what it describes.
+_HEADER = {True: "32xQQ6xHHHH2x", False: "28xII6xHHHH2x"}
+_SECTION = {True: "4xI16xQQ24x", False: "4xI8xII16x"}
+_SEGMENT = {True: "I4xQ16xQ16x", False: "II8xI12x"}
+_SHT_NOBITS = 8
 
 
 # Names of entries, by layout
@@ -93,7 +102,7 @@ def _deep_gemm_problems(path: str, name: str) -> list[str]:
     problems = []
     if not old and not _is_regular(f"{path}/.committed"):
         problems.append("no .committed")
-    if problem := elf.problem_of(f"{path}/kernel.cubin", "kernel.cubin"):
+    if problem := elf_problem(f"{path}/kernel.cubin", "kernel.cubin"):
         problems.append(problem)
     if problem := _not_empty(f"{path}/kernel.cu", "kernel.cu"):
         problems.append(problem)
@@ -159,7 +168,7 @@ def _file_problem(path: str, name: str) -> str | None:
     """For a file of any kind: regular, not empty, and sound ELF when its name or its first bytes say ELF."""
     label = printable(name.rpartition("/")[2])
     if name.endswith(_ELF_SUFFIXES):
-        return elf.problem_of(path, label)
+        return elf_problem(path, label)
     try:
         fd, size = open_regular(path)
     except UnreadableError as error:
@@ -172,7 +181,77 @@ def _file_problem(path: str, name: str) -> str | None:
         os.close(fd)
     if not size:
         return f"{label} is empty"
-    return elf.problem_of(path, label) if magic == elf.MAGIC else None
+    return elf_problem(path, label) if magic == _ELF_MAGIC else None
+
+
+# ELF
+
+
+def elf_problem(path: str, label: str) -> str | None:
+    """Return what is wrong with an ELF file, beginning with `label`; None when it is as long as its tables say.
+
+    Only the header and the two tables are read: a cache holds gigabytes, and every check reads a marker's entries.
+    """
+    try:
+        fd, size = open_regular(path)
+    except UnreadableError as error:
+        return f"{label} {error}"
+    try:
+        if not size:
+            return f"{label} is empty"
+        problem = _tables(fd, size)
+    except OSError as error:
+        problem = f"{UNREADABLE}: {why(error)}"
+    except struct.error:
+        problem = "is damaged: its ELF tables do not parse"
+    finally:
+        os.close(fd)
+    return f"{label} {problem}" if problem else None
+
+
+def _tables(fd: int, size: int) -> str | None:
+    """Return what is wrong by header and both tables, without the label; never reads the contents."""
+    header = os.pread(fd, 64, 0)
+    if header[:4] != _ELF_MAGIC or (len(header) > 5 and not (header[4] in (1, 2) and header[5] in (1, 2))):
+        return "is not ELF"
+    wide = header[4:5] == b"\2"
+    if len(header) < (64 if wide else 52):
+        return f"is cut: {size} bytes, less than an ELF header"
+    order = "<" if header[5] == 1 else ">"
+    segments_at, sections_at, *counts = struct.unpack_from(order + _HEADER[wide], header)
+    segment_size, segment_count, section_size, section_count = counts
+    # Section 0 holds the true counts where they do not fit into 16 bits.
+    if sections_at and (section_count == 0 or segment_count == 0xFFFF):
+        least = 64 if wide else 40
+        if sections_at + least > size:
+            return f"is cut: {size} of {sections_at + least} bytes"
+        first = os.pread(fd, least, sections_at)
+        if not section_count:
+            (section_count,) = struct.unpack_from(order + ("Q" if wide else "I"), first, 0x20 if wide else 0x14)
+        if segment_count == 0xFFFF:
+            (segment_count,) = struct.unpack_from(order + "I", first, 0x2C if wide else 0x1C)
+    end = 0
+    for what, at, count, step, least, row in (
+        ("section", sections_at, section_count, section_size, 64 if wide else 40, _SECTION[wide]),
+        ("segment", segments_at, segment_count, segment_size, 56 if wide else 32, _SEGMENT[wide]),
+    ):
+        if not at or not count:
+            continue
+        if step < least:
+            return "is damaged: its ELF tables do not parse"
+        end = max(end, at + count * step)
+        if end > size:
+            return f"is cut: {size} of {end} bytes"
+        rows = struct.iter_unpack(f"{order}{row}{step - least}x", os.pread(fd, count * step, at))
+        # A row of kind NULL says nothing, and a section of kind NOBITS takes no room in the file.
+        nobits = _SHT_NOBITS if what == "section" else None
+        ends = [offset if kind == nobits else offset + length for kind, offset, length in rows if kind]
+        if not ends:
+            return f"is damaged: its {what} table is blank"
+        end = max(end, *ends)
+    if not end:
+        return "is damaged: it has neither sections nor segments"
+    return f"is cut: {size} of {end} bytes" if end > size else None
 
 
 # Details

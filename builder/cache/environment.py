@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from builder import files, text
-from builder.cache import toolchain
+from builder import text
+from builder.cache import layout, toolchain
 from builder.cache.coverage import differences
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION, Family
 from builder.cache.toolchain import Record
@@ -26,8 +26,6 @@ IMAGE_VARIABLE = "WARM_CACHE_IMAGE_ID"
 IMAGE = "image"
 
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
-_KEY = re.compile(r"[0-9a-f]{16}")
-_LIMIT = 1 << 20
 
 Row = tuple[str, str, str]
 
@@ -115,21 +113,11 @@ def compare(known: Sequence[Described], record: Record) -> list[Standing]:
 
 def described(root: Path) -> Iterator[Described]:
     """Every directory of every family that a task may vouch for, and what it is for."""
-    for family in FAMILIES:
-        for item in files.listing(str(root / family.name)) or () if family.claimable else ():
-            # Whatever is a directory for who uses it, a link to one too.
-            if _KEY.fullmatch(item.name) and Path(item.path).is_dir():
-                yield _describe(Path(f"{item.path}.json"), family.name, item.name)
-
-
-def _describe(path: Path, family: str, key: str) -> Described:
-    try:
-        document = files.read_json(str(path), _LIMIT)
-        written = path.lstat().st_mtime
-    except (files.UnreadableError, OSError):
-        return Described(family, key)
-    factors = document.get("factors") if isinstance(document, dict) else None
-    return Described(family, key, written, factors if isinstance(factors, dict) else None)
+    # A link to a directory is one for its users.
+    for directory in layout.family_directories(root, links=True):
+        if directory.family.claimable:
+            record = directory.record()
+            yield Described(*directory.name, record.written, record.factors)
 
 
 def keys(record: Record) -> dict[str, str]:

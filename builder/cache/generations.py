@@ -26,11 +26,10 @@ from pathlib import Path
 
 from builder import flock
 from builder.cache import inventory, layout
-from builder.cache.families import FAMILIES, Family
+from builder.cache.families import FAMILIES, Family, is_key
 from builder.files import is_dir, listing, matches, sync_directory, walk
 
 ID = re.compile(r"[0-9a-f]{16}")
-KEY = re.compile(r"[0-9a-f]{16}")
 STAMP = ".committed"
 
 _TRIES = 5
@@ -163,11 +162,11 @@ def _wanted(
         yield from (file for name in _below(root, folder) if name.endswith(".json") for file in _plain(root, name))
     for family in FAMILIES:
         for item in listing(str(root / family.name)) or ():
-            check()
-            if KEY.fullmatch(item.name) and is_dir(item):
-                yield from _family(root, family, item.name, newest, locks, omitted)
-            elif KEY.fullmatch(item.name.removesuffix(".json")):
+            if is_key(item.name.removesuffix(".json")):
                 yield from _plain(root, f"{family.name}/{item.name}")
+    for directory in layout.family_directories(root):
+        check()
+        yield from _family(root, directory.family, directory.key, newest, locks, omitted)
 
 
 def _family(

@@ -21,29 +21,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from builder.cache import elf
 from builder.cache.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_times
 from builder.cache.families import Family
+from builder.cache.layout import FamilyDirectory, family_directories
 from builder.files import UNREADABLE, is_dir, listing, matches, walk, why
 from builder.text import printable
-
-__all__ = [
-    "IN_PROGRESS",
-    "MISSING",
-    "Entry",
-    "Inventory",
-    "added",
-    "check",
-    "elf_problem",
-    "may_be_in_progress",
-    "recompiled",
-    "remove_host_specific",
-    "scan",
-    "sweep",
-    "used",
-    "weigh",
-]
-
 
 #: Seconds for which somebody may not write to a thing and still be at work on it.
 IN_PROGRESS = 600.0
@@ -212,9 +194,39 @@ def remove_host_specific(family: Family, directory: Path) -> list[str]:
     return sorted(removed)
 
 
-def elf_problem(path: Path) -> str | None:
-    """What is wrong with an ELF file, by its name; None when header, tables, sections and segments lie within it."""
-    return elf.problem_of(str(path), path.name)
+# Every family directory of a root
+
+
+@dataclass(frozen=True)
+class Content:
+    """How much one family directory holds. bytes: of its entries' files."""
+
+    family: str
+    key: str
+    entries: int
+    invalid: int
+    bytes: int
+
+
+def contents(root: Path) -> Iterator[Content]:
+    """Yield how much each family directory holds."""
+    for directory in family_directories(root):
+        found = scan(directory.family, directory.path)
+        yield Content(*directory.name, len(found.valid), len(found.invalid), found.bytes)
+
+
+def bad_entries(directory: FamilyDirectory, *, now: float) -> tuple[int, dict[str, str]]:
+    """Return the number of entries, and the problem of each that is not valid. now: seconds since the epoch."""
+    family, path = directory.family, directory.path
+    found = scan(family, path, mount=directory.mount())
+    bad = dict(found.invalid)
+    for name, problem in bad.items():
+        if may_be_in_progress(family, path, name, problem, now=now):
+            bad[name] = f"{problem} (it was written to just now, and may be in progress)"
+    for name in (".", "cache") if family.layout == "deep_gemm" else (".",):
+        if listing(str(path / name)) is None:
+            bad[name] = f"{UNREADABLE}: a directory that cannot be listed"
+    return len(found.entries), bad
 
 
 # What a killed process leaves

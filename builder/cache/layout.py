@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from builder import files, text
-from builder.cache.families import FAMILY
+from builder.cache.families import FAMILIES, FAMILY, Family, is_key
 
 SCHEMA = 1
 FOLDERS = ("images", "markers", "locks")
+
+_RECORD_LIMIT = 1 << 20
 
 
 class LayoutError(Exception):
@@ -105,8 +108,60 @@ def aside(root: Path, family: str, key: str) -> Path:
     return root / "aside" / f"{family}-{key}"
 
 
+@dataclass(frozen=True)
+class FamilyDirectory:
+    """One directory of one family, of a cache root or of any other place."""
+
+    family: Family
+    key: str
+    path: Path
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Its family and key."""
+        return self.family.name, self.key
+
+    def record(self) -> FamilyRecord:
+        """Return what ``<key>.json`` next to it holds."""
+        path = self.path.with_name(f"{self.key}.json")
+        try:
+            document = files.read_json(str(path), _RECORD_LIMIT)
+            written = path.lstat().st_mtime
+        except (files.UnreadableError, OSError):
+            return FamilyRecord()
+        factors = document.get("factors") if isinstance(document, dict) else None
+        return FamilyRecord(written, factors if isinstance(factors, dict) else None)
+
+    def mount(self) -> str | None:
+        """Return the cache root as its users see it, where that is recorded: users may have different mounts."""
+        mount = (self.record().factors or {}).get("mount")
+        return mount if isinstance(mount, str) and mount.startswith("/") else None
+
+
+@dataclass(frozen=True)
+class FamilyRecord:
+    """What a key stands for. written: seconds since the epoch. factors: None where they are not recorded."""
+
+    written: float = 0.0
+    factors: Mapping[str, Any] | None = None
+
+
+def family_directories(root: Path, *, links: bool = False) -> Iterator[FamilyDirectory]:
+    """Yield every directory with the name of a family and a key, family by family. links: also links to one."""
+    for family in FAMILIES:
+        for item in files.listing(str(root / family.name)) or ():
+            path = Path(item.path)
+            if is_key(item.name) and (path.is_dir() if links else files.is_dir(item)):
+                yield FamilyDirectory(family, item.name, path)
+
+
+def claimable_directories(root: Path) -> Iterator[FamilyDirectory]:
+    """Yield the family directories that a task may claim: the driver manages its own."""
+    return (directory for directory in family_directories(root) if directory.family.claimable)
+
+
 def describe_family(root: Path, family: str, key: str, factors: Mapping[str, str | None]) -> None:
-    """Makes the family's directory, and beside it ``<key>.json``, which spells the factors out. Raises OSError."""
+    """Make the family's directory, and ``<key>.json`` next to it, which lists the factors. Raises OSError."""
     (root / family / key).mkdir(parents=True, exist_ok=True)
     path = root / family / f"{key}.json"
     if not path.exists():

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.cache.entries import MISSING, problem_of
-from builder.cache.families import FAMILY, Family
+from builder.cache.families import FAMILY, Family, is_key
 from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
 from builder.files import UnreadableError, matches, open_regular
 from builder.task import Shape
@@ -29,7 +29,6 @@ from builder.task import Shape
 BUDGET = 200_000
 #: Files that a use of the cache writes to at the top of a root.
 _OURS = re.compile(r"locks/[^/]+\.lock")
-_KEY = re.compile(r"[0-9a-f]{16}")
 _CHUNK = 1 << 20
 #: A name of so many characters counts twice.
 _LONG = 256
@@ -128,7 +127,7 @@ def _sort(
     """Puts one thing of the upper layer where it belongs: to a family's directory, or among the findings."""
     family, _, rest = name.partition("/")
     key, _, below = rest.partition("/")
-    at_home = family in FAMILY and _KEY.fullmatch(key) is not None
+    at_home = family in FAMILY and is_key(key)
     touched = places.setdefault((family, key), _Touched()) if at_home else None
     if status is None:
         found.findings.append(Finding("", "", "foreign", short(name), "a directory that cannot be read"))
@@ -173,7 +172,7 @@ def _lost(layers: Layers, name: str, places: dict[tuple[str, str], _Touched], fo
     family = layers.lower / parts[0]
     keys = [parts[1]] if len(parts) > 1 else [item.name for item in family.iterdir()]
     for key in keys:
-        if _KEY.fullmatch(key):
+        if is_key(key):
             touched = places.setdefault((parts[0], key), _Touched())
             touched.gone.update(_files_below(family / key, "/".join(parts[2:])))
         else:

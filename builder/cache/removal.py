@@ -28,11 +28,11 @@ from pathlib import Path
 
 from builder import flock
 from builder.cache import inventory, layout, view_records
-from builder.cache.families import FAMILY, directory
+from builder.cache.families import FAMILY, KEY, directory
 from builder.files import is_dir, listing, walk, why
 
 #: What `inventory.sweep` calls the things it moves; anything else that lies there is somebody else's.
-_MOVED = re.compile(r"(?P<family>[a-z_]+)-(?P<key>[0-9a-f]{16})-[0-9a-f]{12}-[0-9a-f]{32}")
+_MOVED = re.compile(rf"(?P<family>[a-z_]+)-(?P<key>{KEY})-[0-9a-f]{{12}}-[0-9a-f]{{32}}")
 _MOUNTS = Path("/proc/self/mountinfo")
 HELD = "a test job holds the cache"
 

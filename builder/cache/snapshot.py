@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from builder import files
 from builder.cache import inventory
-from builder.cache.families import FAMILIES, FAMILY, Family
-from builder.cache.family_directories import places
+from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
 from builder.cache.inventory import Entry, Inventory
+from builder.cache.layout import FamilyDirectory
 
 SCHEMA = 1
 _LIMIT = 256 << 20
@@ -28,31 +27,17 @@ class SnapshotError(Exception):
     """The snapshot cannot be used. The message says why."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A family's directory, wherever a variable or a cache root has it."""
-
-    family: Family
-    key: str
-    path: Path
-
-
-def in_root(root: Path) -> list[Place]:
-    """Every family directory of a cache root, of all keys."""
-    return [Place(place.family, place.key, place.path) for place in places(root)]
-
-
-def in_environment(environ: Mapping[str, str]) -> list[Place]:
+def in_environment(environ: Mapping[str, str]) -> list[FamilyDirectory]:
     """The directories that a process with this environment uses, of the families whose variable is set."""
     found = []
     for family in FAMILIES:
         value = environ.get(family.env[0][0], "")
         if family.claimable and value.startswith("/"):
-            found.append(Place(family, Path(value).name, Path(value)))
+            found.append(FamilyDirectory(family, Path(value).name, Path(value)))
     return found
 
 
-def take(wanted: list[Place]) -> dict[str, Any]:
+def take(wanted: list[FamilyDirectory]) -> dict[str, Any]:
     """What these directories hold now: a JSON document for `compare`."""
     return {"schema": SCHEMA, "taken": time.time(), "places": [_taken(place) for place in wanted]}
 
@@ -74,7 +59,7 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def compare(before: Mapping[str, Any], wanted: list[Place]) -> Audit:
+def compare(before: Mapping[str, Any], wanted: list[FamilyDirectory]) -> Audit:
     """What has changed since, in the directories of the snapshot and in these."""
     found, locks = Audit(), []
     then, began = dict(_places(before)), float(before["taken"])
@@ -91,7 +76,7 @@ def compare(before: Mapping[str, Any], wanted: list[Place]) -> Audit:
     return found
 
 
-def _compared(place: Place, old: Inventory, new: Inventory, began: float, found: Audit) -> Iterator[Finding]:
+def _compared(place: FamilyDirectory, old: Inventory, new: Inventory, began: float, found: Audit) -> Iterator[Finding]:
     compiled = inventory.added(old, new)
     again = inventory.recompiled(old, new)
     for kind, names in (("compiled", compiled), ("rewritten", again)):
@@ -109,7 +94,7 @@ def _compared(place: Place, old: Inventory, new: Inventory, began: float, found:
     found.used += len((inventory.used(old, new) & stamped) - again)
 
 
-def _taken(place: Place) -> dict[str, Any]:
+def _taken(place: FamilyDirectory) -> dict[str, Any]:
     entries = inventory.scan(place.family, place.path).entries.values()
     locks = {}
     for item in files.listing(str(place.path / "locks")) or () if place.family.name == "deep_gemm" else ():
@@ -128,7 +113,7 @@ def _inventory(rows: list[Any]) -> Inventory:
     return Inventory({row[0]: Entry(str(row[0]), int(row[1]), int(row[2]), int(row[3]), row[4]) for row in rows})
 
 
-def _places(document: Mapping[str, Any]) -> Iterator[tuple[Place, tuple[dict[str, int], Inventory]]]:
+def _places(document: Mapping[str, Any]) -> Iterator[tuple[FamilyDirectory, tuple[dict[str, int], Inventory]]]:
     for row in document["places"]:
-        place = Place(FAMILY[row["family"]], str(row["key"]), Path(row["path"]))
+        place = FamilyDirectory(FAMILY[row["family"]], str(row["key"]), Path(row["path"]))
         yield place, ({str(name): int(taken) for name, taken in row["locks"].items()}, _inventory(row["entries"]))

@@ -7,7 +7,6 @@ Sizes are what the file system has allotted, each file once however many names i
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -18,6 +17,7 @@ from builder import files, text
 from builder.cache import marker_files, toolchain, usage
 from builder.cache.entries import NAMES
 from builder.cache.families import FAMILY, directory
+from builder.cache.layout import family_directories
 
 #: Layouts whose entries stand alone, so that one of them may go without the others.
 ALONE = ("deep_gemm", "triton")
@@ -25,7 +25,6 @@ ALONE = ("deep_gemm", "triton")
 #: Directories of the root whose content comes and goes with views.
 VIEWS = ("generations", "views")
 
-_KEY = re.compile(r"[0-9a-f]{16}")
 _MEMO_LIMIT = 4 << 20
 
 Dir = tuple[str, str]  # family, key
@@ -96,21 +95,17 @@ def survey(root: Path) -> Holdings:
     dirs: dict[Dir, Object] = {}
     entries: dict[Dir, dict[str, Object]] = {}
     total, beside = 0, 0
+    apart = set()
+    for each in family_directories(root):
+        path, family = str(each.path), each.family
+        names = list(NAMES[family.layout](family, path)) if family.layout in ALONE else []
+        dirs[each.name], entries[each.name] = measure.split(path, names)
+        total += dirs[each.name].bytes
+        apart.add(path)
     # What generations hold by other names of the same files comes last.
     for item in sorted(files.listing(str(root)) or (), key=lambda item: item.name in VIEWS):
-        if item.name not in FAMILY or not files.is_dir(item):
-            size = measure.of(item.path).bytes
-            total, beside = (total, beside + size) if item.name in VIEWS else (total + size, beside)
-            continue
-        for inner in files.listing(item.path) or ():
-            if not (_KEY.fullmatch(inner.name) and files.is_dir(inner)):
-                total += measure.of(inner.path).bytes
-                continue
-            place = (item.name, inner.name)
-            family = FAMILY[item.name]
-            names = list(NAMES[family.layout](family, inner.path)) if family.layout in ALONE else []
-            dirs[place], entries[place] = measure.split(inner.path, names)
-            total += dirs[place].bytes
+        size = measure.of(item.path, apart).bytes
+        total, beside = (total, beside + size) if item.name in VIEWS else (total + size, beside)
     return Holdings(
         marks=tuple(found),
         memos=tuple(memos(root)),
@@ -174,9 +169,9 @@ class _Measure:
     accessed: bool
     _seen: set[tuple[int, int]] = field(default_factory=set)
 
-    def of(self, path: str) -> Object:
+    def of(self, path: str, apart: Collection[str] = ()) -> Object:
         try:
-            return self._walk(path, os.lstat(path))
+            return self._walk(path, os.lstat(path), apart)
         except OSError:
             return Object(0, 0.0)
 

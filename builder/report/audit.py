@@ -14,6 +14,7 @@ from typing import Any
 from builder import files
 from builder.cache import findings, snapshot
 from builder.cache.findings import KINDS, Audit
+from builder.cache.layout import FamilyDirectory, claimable_directories
 from builder.errors import ColdError, PreflightError, UsageError
 from builder.run.call import Call
 
@@ -61,14 +62,14 @@ def here(call: Call) -> None:
     judge(found, "the job", said.fail_on_jit)
 
 
-def _places(call: Call) -> list[snapshot.Place]:
+def _places(call: Call) -> list[FamilyDirectory]:
     if call.said.cache:
         root = call.cache().root
         if root is None:
             raise UsageError("--cache: audit --here looks at a directory: name the one that the cache is mounted at")
         if not root.is_dir():
             raise PreflightError(f"there is no cache at {root}")
-        return snapshot.in_root(root)
+        return list(claimable_directories(root))
     places = snapshot.in_environment(call.environ)
     if not places:
         raise UsageError(

@@ -10,7 +10,8 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping
 
-from builder.cache.family_directories import bad_entries, places
+from builder.cache.inventory import bad_entries
+from builder.cache.layout import claimable_directories
 from builder.errors import ColdError
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_executor import ContainerExecutor
@@ -79,7 +80,7 @@ def verify(executor: ContainerExecutor, said: Namespace) -> None:
         maintenance.run(executor, "verify", hear)  # a copy of everything would be as large as everything
     elif there:
         with executor.cache.view() as root:
-            for place in places(root):
+            for place in claimable_directories(root):
                 found, problems = bad_entries(place, now=time.time())
                 shared = {"family": place.family.name, "key": place.key}
                 for name, problem in sorted(problems.items()):

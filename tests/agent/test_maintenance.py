@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from builder.cache import layout
-from builder.cache.family_directories import bad_entries, places
+from builder.cache.inventory import bad_entries
+from builder.cache.layout import family_directories
 from tests.program import Program
 
 KEYS = ("0123456789abcdef", "fedcba9876543210")
-YOUNG = "(it was written to just now, and may be in the making)"
+YOUNG = "(it was written to just now, and may be in progress)"
 OLD = (time.time() - 3600.0,) * 2
 
 
@@ -150,7 +151,9 @@ def test_a_directory_that_cannot_be_listed_is_bad(root: Path, monkeypatch: pytes
     def refuse(path: str) -> Any:
         raise PermissionError(13, "Permission denied", path)
 
-    (place,) = [place for place in places(root) if place.family.name == "deep_gemm" and place.key == KEYS[0]]
+    (place,) = [
+        place for place in family_directories(root) if place.family.name == "deep_gemm" and place.key == KEYS[0]
+    ]
     assert bad_entries(place, now=0.0) == (0, {})
     monkeypatch.setattr(os, "scandir", refuse)
     problem = "is unreadable: a directory that cannot be listed"

@@ -286,7 +286,7 @@ def test_verify_names_entries_in_progress_and_keeps_them(cli: Cli) -> None:
     ended = cli.run("verify", "--repair", "--json")
     assert ended.status == 10
     assert [found["problem"] for found in ended.document["bad"]] == [
-        "young.so is empty (it was written to just now, and may be in the making)"
+        "young.so is empty (it was written to just now, and may be in progress)"
     ]
     aged(files_family(cli))
     assert cli.run("verify", "--repair").status == 0

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 from builder import events
 from builder.cache import coverage, inventory, marker_files, markers, toolchain
+from builder.cache.entries import elf_problem
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
 from builder.cache.marker_files import Marker, Observed, folder_name
 from builder.cache.toolchain import Record
@@ -1083,7 +1084,7 @@ def test_a_damaged_elf_file_is_named_or_whole(place: Path, data: bytes) -> None:
     path = place / "kernel.cubin"
     path.write_bytes(data)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is wanted
-    problem = inventory.elf_problem(path)
+    problem = elf_problem(str(path), path.name)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert problem is None or ELF_PROBLEM.fullmatch(problem), problem
 
@@ -1092,10 +1093,10 @@ def test_an_elf_file_cut_at_any_byte_is_cut(place: Path) -> None:
     path = place / "kernel.cubin"
     for data in ELVES:
         path.write_bytes(data)
-        assert inventory.elf_problem(path) is None
+        assert elf_problem(str(path), path.name) is None
         for size in range(len(data)):
             path.write_bytes(data[:size])
-            assert ELF_PROBLEM.fullmatch(inventory.elf_problem(path) or ""), size
+            assert ELF_PROBLEM.fullmatch(elf_problem(str(path), path.name) or ""), size
 
 
 file_names = st.one_of(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import text
-from builder.cache import family_directories, marker_files, markers, toolchain, usage
+from builder.cache import inventory, marker_files, markers, toolchain, usage
 from builder.cli.commands.hold import PATH as HOLD
 from builder.engine.lease import LABEL
 from builder.flock import holders
@@ -114,7 +114,7 @@ def _held(executor: ContainerExecutor) -> tuple[list[dict[str, Any]], dict[str, 
     found: list[dict[str, Any]] = []
     used: dict[str, float] | None = None
     if direct is not None:
-        found += family_directories.contents(direct)
+        found += [vars(held) for held in inventory.contents(direct)]
     else:
         used = told = {}
         names = ("family", "key", "entries", "invalid", "bytes")

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.cache import inventory
+from builder.cache.entries import MISSING, elf_problem
 from builder.cache.families import FAMILIES, FAMILY, Family
 
 DEEP_GEMM, TRITON, INDUCTOR = FAMILY["deep_gemm"], FAMILY["triton"], FAMILY["inductor"]
@@ -90,7 +91,7 @@ def problem(family: Family, directory: Path, name: str) -> str | None:
     """By `check`, which has to say what `scan` says."""
     found = inventory.check(family, directory, name)
     listed = inventory.scan(family, directory).entries.get(name)
-    assert found == (inventory.MISSING if listed is None else listed.problem)
+    assert found == (MISSING if listed is None else listed.problem)
     return found
 
 
@@ -103,15 +104,15 @@ def test_elf_is_as_long_as_its_tables_say(tmp_path: Path, wide: bool, order: str
     path = tmp_path / "kernel.cubin"
     data = elf(1024, wide=wide, order=order, nobits=1 << 30)
     path.write_bytes(data)
-    assert inventory.elf_problem(path) is None
+    assert elf_problem(str(path), path.name) is None
     for size in range(len(data)):
         path.write_bytes(data[:size])
-        assert (inventory.elf_problem(path) or "").startswith("kernel.cubin is "), size
+        assert (elf_problem(str(path), path.name) or "").startswith("kernel.cubin is "), size
 
 
 def test_elf_problems_say_what_is_wrong(tmp_path: Path) -> None:
     path, data = tmp_path / "kernel.cubin", elf(32768)
-    assert inventory.elf_problem(path) == "kernel.cubin is missing"
+    assert elf_problem(str(path), path.name) == "kernel.cubin is missing"
     expected = {
         b"": "kernel.cubin is empty",
         b"\x7fELF": "kernel.cubin is cut: 4 bytes, less than an ELF header",
@@ -125,7 +126,7 @@ def test_elf_problems_say_what_is_wrong(tmp_path: Path) -> None:
     }
     for content, text in expected.items():
         path.write_bytes(content)
-        assert inventory.elf_problem(path) == text
+        assert elf_problem(str(path), path.name) == text
 
 
 @settings(max_examples=300, deadline=None)
@@ -138,7 +139,7 @@ def test_a_damaged_elf_file_never_raises(
         data[at if at < 64 else 1024 - at % 248 - 1] = value
     path = tmp_path_factory.getbasetemp() / "flipped.cubin"
     path.write_bytes(data)
-    found = inventory.elf_problem(path)
+    found = elf_problem(str(path), path.name)
     assert found is None or found.startswith("flipped.cubin is ")
 
 
@@ -371,7 +372,7 @@ def test_a_triton_key_in_progress_is_no_entry(tmp_path: Path) -> None:
     (tmp_path / "BEGUN" / "tmp.pid_7_abc").mkdir(parents=True)
     (tmp_path / "BEGUN" / "tmp.pid_7_abc" / "mm.ttir").touch()
     assert inventory.scan(TRITON, tmp_path).entries == {}
-    assert problem(TRITON, tmp_path, "BEGUN") == inventory.MISSING
+    assert problem(TRITON, tmp_path, "BEGUN") == MISSING
 
 
 # Plain files
