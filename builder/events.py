@@ -30,6 +30,7 @@ Events and their fields:
 - generation: id, asked, bytes, files, views [name] (mode ``view-list``)
 - finding: the fields of `findings.Finding` (mode ``view-audit``: one thing that the job changed)
 - audited: used, asked [shape], counts {kind: n}, seconds, truncated (mode ``view-audit``: all of it together)
+- recorded: file (below the checkout), record and its fields as `recording.encode` has them (mode ``record``)
 - verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n} of the families it claims,
   added {family: n} and added_bytes {family: bytes} of any family, loaded (the weights, or null), proof,
   second_pass_added, shapes [str], marker (path below the root, or null), unusable (the root is, for every task alike),
@@ -48,7 +49,7 @@ WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
 NAMES = frozenset(
     {"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "removed", "kept", "checked", "bad"}
     | {"pruned", "planned", "freed", "holding", "used", "described", "sample", "omitted", "view", "generation"}
-    | {"finding", "audited", "verdict", "end"}
+    | {"finding", "audited", "recorded", "verdict", "end"}
 )
 
 

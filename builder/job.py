@@ -50,13 +50,13 @@ class Job:
     """Everything the in-container program is told.
 
     mode: ``probe`` | ``run`` | ``lock`` | ``hold`` | ``sweep`` | ``verify`` | ``prune`` | ``status`` | ``families`` |
-    ``survey``, or one of `views`. mount: the cache root inside the container. workdir: the image's own working
-    directory, where children start. lifetime: seconds after which the container ends by itself. grace: seconds between
-    SIGTERM and giving up on children. secrets: NAMES of environment variables whose values must never be printed.
+    ``survey`` | ``record``, or one of `views`. mount: the cache root inside the container. workdir: the image's own
+    working directory, where children start. lifetime: seconds after which the container ends by itself. grace: seconds
+    between SIGTERM and giving up on children. secrets: NAMES of environment variables whose values are never printed.
     image: id, digest, labels of the serving image (identity of image-bound families). job_max: seconds that a test job
     may last, and use the cache without a word (``sweep``). repair: bad entries move aside (``verify``). beside: other
     tasks of this run may compile into the root at the same time. prune: what may go (``prune``). view: which view, and
-    what is known of it outside (modes of views, and ``sweep``).
+    what is known of it outside (modes of views, and ``sweep``). record: path of a `recording.Request` (``record``).
     """
 
     mode: str
@@ -75,6 +75,7 @@ class Job:
     beside: bool = False
     prune: PrunePolicy | None = None
     view: Mapping[str, Any] = field(default_factory=dict)
+    record: str = ""
     observed: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -20,6 +20,7 @@ from builder.agent.warm import Warming, write_memo
 from builder.cache import layout, toolchain, view_records
 from builder.events import FAILED
 from builder.job import JOB_VARIABLE, Job
+from builder.recording import Request, fields_of
 
 NO_JOB = 2
 
@@ -57,6 +58,8 @@ def main() -> int:
             status = warming.run()
         elif job.mode == "probe":
             status = _probe(job, output)
+        elif job.mode == "record":
+            status = _record(job, output, guard)
         elif job.mode in LOCKS:
             status = _lock(job, output, guard)
         elif job.mode in UPKEEP:
@@ -97,6 +100,21 @@ def _probe(job: Job, output: Output) -> int:
         # The record is known all the same; a root that cannot be written is the next step's trouble, and named there.
         output.say(str(error))
         return FAILED
+    return 0
+
+
+def _record(job: Job, output: Output, guard: Guard) -> int:
+    """Record what the test files of a request launch."""
+    from builder.agent import launch_recorder  # no other mode runs code of a checkout
+
+    try:
+        request = Request.from_json(Path(job.record).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        output.say(f"{job.record}: {error}")
+        return FAILED
+    launch_recorder.record(
+        request, lambda file, record: output.event("recorded", file=file.path, **fields_of(record)), guard.check
+    )
     return 0
 
 
