@@ -16,6 +16,9 @@ STDOUT, STDERR = 1, 2
 #: sglang pins memory for its GPUs, and CUDA's host compilers recurse deeply.
 ULIMITS: Mapping[str, int] = {"memlock": -1, "stack": 67108864}
 
+#: Processes and threads of a confined container.
+CONFINED_PIDS = 512
+
 #: One file that is never rotated: rotation makes every follower lose lines, and a bare json-file inherits the daemon's.
 LOG_OPTIONS: Mapping[str, str] = {"max-size": "1000g", "max-file": "1"}
 
@@ -66,7 +69,8 @@ class ContainerSpec:
     """A container to create. Sizes in bytes, durations in seconds.
 
     gpus: a number of them, -1 for all, or their ids; 0 asks for none. stdin: opened, and closed for good when the one
-    who attached to it goes away. memory: a limit for all processes together; None is none.
+    who attached to it goes away. memory: a limit for all processes together; None is none. confined: no capabilities,
+    none to be gained, a root file system that cannot be written, and at most `CONFINED_PIDS` processes and threads.
     """
 
     image: str
@@ -85,6 +89,7 @@ class ContainerSpec:
     workdir: str = ""
     stdin: bool = False
     memory: int | None = None
+    confined: bool = False
 
     def body(self) -> dict[str, Any]:
         """The request that creates it. The rest is the default: never privileged, never auto-removed."""
@@ -105,6 +110,9 @@ class ContainerSpec:
             host["ShmSize"] = self.shm_size
         if self.memory is not None:
             host |= {"Memory": self.memory, "MemorySwap": self.memory}
+        if self.confined:
+            host |= {"CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges"], "ReadonlyRootfs": True}
+            host["PidsLimit"] = CONFINED_PIDS
         body: dict[str, Any] = {
             "Image": self.image,
             "Env": [f"{name}={value}" for name, value in self.env.items()],

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 #: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
 MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 
+#: Bytes that a launch recorder's container gets, its temporary files included, and those alone.
+RECORDER_MEMORY, RECORDER_SCRATCH = 2 << 30, 512 << 20
 #: Modes whose containers get GPUs, models, secrets and a network.
 COMPILES = ("run", "probe")
 #: Modes that only read, some of them what an untrusted job left: they get the root read-only.
@@ -53,6 +55,7 @@ class ContainerRequest:
     repair: bool = False  # mode verify: quarantine bad entries
     prune: PrunePolicy | None = None  # mode prune
     view: Mapping[str, Any] = field(default_factory=dict)  # modes of views
+    record: str = ""  # mode record: path of the launch recorder's request in the container
     mounts: tuple[Mount, ...] = ()  # besides the cache root
 
 
@@ -160,6 +163,7 @@ def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadline
         beside=request.concurrent,
         prune=request.prune,
         view=request.view,
+        record=request.record,
         observed={
             "host": socket.gethostname(),
             "builder": __version__,
@@ -174,6 +178,8 @@ def _spec(
 ) -> ContainerSpec:
     context = executor.context
     manifest, compiles = context.manifest, job.mode in COMPILES
+    if job.mode == "record":
+        return _recorder(executor, job, task, request)
     return ContainerSpec(
         image=executor.warmup.id,
         name=f"warm-cache-{context.run_id}-{job.mode}-{task.label}"[:120],
@@ -187,6 +193,25 @@ def _spec(
         network=manifest.container.network if compiles else "none",
         workdir=PROGRAM_ROOT,
         stop_timeout=int(deadlines.grace) + 1,
+    )
+
+
+def _recorder(executor: ContainerExecutor, job: Job, task: Task, request: ContainerRequest) -> ContainerSpec:
+    """Return a container that runs code of a checkout: no cache, no models, no GPU, no secrets and no network."""
+    return ContainerSpec(
+        image=executor.warmup.id,
+        name=f"warm-cache-{executor.context.run_id}-{job.mode}",
+        entrypoint=["python3", "-m", "builder.agent"],
+        env={JOB_VARIABLE: job.to_json(), "PYTHONSAFEPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+        labels=executor.lease.labels(task.label, job.lifetime),
+        mounts=request.mounts,
+        network="none",
+        ulimits={},
+        tmpfs={"/tmp": f"size={RECORDER_SCRATCH},mode=1777"},  # noqa: S108 - the container's own
+        workdir=PROGRAM_ROOT,
+        stop_timeout=int(job.grace) + 1,
+        memory=RECORDER_MEMORY,
+        confined=True,
     )
 
 

@@ -1,0 +1,128 @@
+"""Where the launch recorder runs: in a confined container of the serving image, or in a child of this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder import processes
+from builder.errors import PreflightError, UsageError
+from builder.host.deadlines import Deadline
+from builder.job import Job
+from builder.manifest.load import Manifest
+from builder.manifest.sections import CacheSpec, ContainerSpecs, GpusSpec, ImageSpec, ModelsSpec, RefreshSpec, RunSpec
+from builder.recording import Request
+from builder.run.launch_records import child_environment, total_seconds
+from builder.task import Task
+
+if TYPE_CHECKING:
+    from builder.run.call import Call
+    from builder.run.container_executor import ContainerExecutor
+
+#: Where a container finds the checkout and the request.
+_CHECKOUT, _REQUEST = "/checkout", "/warm-cache-request.json"
+_GRACE = 2.0
+_LABEL = "import-tests"
+
+
+def manifest_of_image(ref: str) -> Manifest:
+    """Return a manifest that names an image and nothing else; its cache is never looked at."""
+    return Manifest(
+        path="--image",
+        image=ImageSpec(ref=ref),
+        cache=CacheSpec(root=Path(tempfile.gettempdir())),
+        models=ModelsSpec(),
+        container=ContainerSpecs(),
+        gpus=GpusSpec(count=0),
+        run=RunSpec(),
+        refresh=RefreshSpec(),
+        tasks=(),
+    )
+
+
+@dataclass(frozen=True)
+class InContainer:
+    """Runs requests in containers of the serving image. Raises PreflightError, EngineLostError, Interrupted."""
+
+    executor: ContainerExecutor
+
+    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
+        from builder.engine.api import Mount
+        from builder.engine.container import Deadlines
+        from builder.run.container_job import ContainerRequest, describe
+
+        executor, context = self.executor, self.executor.context
+        if not executor.engine.local:
+            raise UsageError("the engine is on another machine, and the checkout on this one; pass --here")
+        if executor.image is None:
+            ref = context.manifest.image.ref
+            raise PreflightError(f"{ref} is not on this engine; pull it first, or pass --pull")
+        limits = Deadlines(
+            task=total_seconds(request),
+            silence=2 * request.seconds_per_file + 30.0,
+            start=context.manifest.run.start,
+            grace=_GRACE,
+        )
+        with tempfile.TemporaryDirectory(prefix="warm-cache-request-") as folder:
+            Path(folder).chmod(0o755)
+            path = Path(folder, "request.json")
+            path.write_text(replace(request, checkout=_CHECKOUT).to_json(), encoding="utf-8")
+            path.chmod(0o644)
+            mounts = (
+                Mount(source=request.checkout, target=_CHECKOUT, read_only=True),
+                Mount(source=str(path), target=_REQUEST, read_only=True),
+            )
+            task = Task(label=_LABEL, model="", recipe="command")
+            extra = ContainerRequest(record=_REQUEST, mounts=mounts, on_event=on_event)
+            outcome = executor.run("record", task, limits, extra)
+        context.cancel.check()
+        if outcome.ended == "exited" and outcome.exit_code == 0:
+            return ""
+        last = f": {outcome.tail[-1]}" if outcome.tail else ""
+        return f"the container {describe(outcome)}{last}"
+
+
+@dataclass(frozen=True)
+class InChild:
+    """Runs requests in a process of this environment, for refs that are trusted. Raises PreflightError, Interrupted."""
+
+    call: Call
+
+    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
+        from builder.run.local_executor import Program
+
+        processes.become_subreaper()
+        with tempfile.TemporaryDirectory(prefix="warm-cache-request-") as folder:
+            path = Path(folder, "request.json")
+            path.write_text(request.to_json(), encoding="utf-8")
+            lifetime = total_seconds(request)
+            job = Job(
+                mode="record",
+                nonce=os.urandom(8).hex(),
+                mount=folder,
+                lifetime=lifetime + 30.0,
+                grace=_GRACE,
+                record=str(path),
+            )
+            environ = child_environment(self.call.environ)
+            program = Program(job, environ, lambda _mark, _text: None, on_event, Path(folder, "log"))
+            with self.call.cancel.shield():
+                ended = program.run(
+                    task=Deadline(lifetime),
+                    silence=2 * request.seconds_per_file + 30.0,
+                    budget=Deadline(None),
+                    grace=_GRACE,
+                    wait=self.call.cancel.wait,
+                )
+            self.call.cancel.check()
+            tail = program.tail.lines()
+        if ended == "exited" and program.status == 0:
+            return ""
+        how = "took too long" if ended in ("timeout", "silence") else f"ended with status {program.status}"
+        last = f": {tail[-1]}" if tail else ""
+        return f"the recorder ({sys.executable}) {how}{last}"

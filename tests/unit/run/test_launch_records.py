@@ -1,0 +1,124 @@
+"""Records of test files: kept for the next run, and complete whatever a file does to the recorder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, fields_of
+from builder.run.launch_records import FileRecords, Store, record
+
+A, B, C = (TestFile(f"test/{name}.py", 8) for name in "abc")
+
+
+def launch(file: TestFile) -> Launch:
+    return Launch("TestIt.test_it", f"{file.path}:1", "server", f"org/{file.path}", (), ())
+
+
+def event_of(path: str, each: Record) -> dict[str, Any]:
+    """As it comes out of a line of JSON."""
+    event: dict[str, Any] = json.loads(json.dumps({"event": "recorded", "file": path, **fields_of(each)}))
+    return event
+
+
+class Recorder:
+    """Reports a launch of every file, unless one of them ends it."""
+
+    def __init__(self, deadly: tuple[TestFile, ...] = (), *, listed: bool = False) -> None:
+        self.deadly, self.listed = deadly, listed
+        self.asked: list[tuple[TestFile, ...]] = []
+
+    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
+        self.asked.append(request.files)
+        for file in request.files:
+            if file in self.deadly:
+                return "it was killed"
+            end = FileEnd(1, (file.path, "lib.py"), ("absent.py",), listed=self.listed)
+            for each in (launch(file), end):
+                on_event(event_of(file.path, each))
+        on_event(event_of("test/other.py", launch(A)))
+        on_event({"event": "recorded", "file": A.path, "record": "launch"})
+        return ""
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Request:
+    for name in ("a", "b", "c"):
+        path = tmp_path / "co" / "test" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "co" / "lib.py").write_text("lib")
+    return Request(str(tmp_path / "co"), (A, B, C))
+
+
+def launches(found: list[FileRecords]) -> list[Launch]:
+    return [each for records in found for each in records.launches]
+
+
+def test_record_takes_events_of_its_files_alone(request_: Request) -> None:
+    assert launches(record(request_, Recorder(), None)) == [launch(A), launch(B), launch(C)]
+
+
+def test_record_blames_file_that_ends_recorder_and_goes_on(request_: Request) -> None:
+    recorder = Recorder((B,))
+    found = record(request_, recorder, None)
+    assert launches(found) == [launch(A), launch(C)]
+    assert found[1].problems == [Problem("not-understood", "", "test/b.py:1", "it was killed")]
+    assert recorder.asked == [(A, B, C), (B, C), (C,)]
+
+
+def test_record_ends_when_every_file_ends_recorder(request_: Request) -> None:
+    found = record(request_, Recorder((A, B, C)), None)
+    assert [len(each.problems) for each in found] == [1, 1, 1]
+
+
+def test_store_returns_what_was_kept(request_: Request, tmp_path: Path) -> None:
+    first = record(request_, Recorder(), Store(tmp_path / "store"))
+    recorder = Recorder()
+    again = record(request_, recorder, Store(tmp_path / "store"))
+    assert launches(again) == launches(first)
+    assert recorder.asked == []
+
+
+@pytest.mark.parametrize(("name", "again"), [("test/b.py", (B,)), ("lib.py", (A, B, C)), ("absent.py", (A, B, C))])
+def test_store_forgets_file_when_what_it_read_changes(
+    request_: Request, tmp_path: Path, name: str, again: tuple[TestFile, ...]
+) -> None:
+    record(request_, Recorder(), Store(tmp_path / "store"))
+    (tmp_path / "co" / name).write_text("changed")
+    recorder = Recorder()
+    record(request_, recorder, Store(tmp_path / "store"))
+    assert recorder.asked == [again]
+
+
+def test_store_keeps_nothing_when_a_folder_was_listed(request_: Request, tmp_path: Path) -> None:
+    record(request_, Recorder(listed=True), Store(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_store_keeps_nothing_of_broken_file(request_: Request, tmp_path: Path) -> None:
+    record(request_, Recorder((B,)), Store(tmp_path / "store"))
+    recorder = Recorder()
+    record(request_, recorder, Store(tmp_path / "store"))
+    assert recorder.asked == [(B,)]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b'{"digests": [], "records": []}', b"\xff", b'{"digests": {}, "records": [1]}']
+)
+def test_store_ignores_damaged_record(request_: Request, tmp_path: Path, damage: bytes) -> None:
+    record(request_, Recorder(), Store(tmp_path / "store"))
+    for path in (tmp_path / "store").iterdir():
+        path.write_bytes(damage)
+    recorder = Recorder()
+    assert len(launches(record(request_, recorder, Store(tmp_path / "store")))) == 3
+    assert recorder.asked == [(A, B, C)]
+
+
+def test_store_that_cannot_be_written_costs_nothing(request_: Request, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert len(launches(record(request_, Recorder(), Store(tmp_path / "file")))) == 3
