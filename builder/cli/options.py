@@ -89,7 +89,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "before": {"metavar": "FILE", "help": "ahead of a job: write down what the cache holds"},
     "after": {"metavar": "FILE", "help": "after the job: compare with what was written down"},
     "here": {"action": "store_true", "help": "for the environment that this runs in: no engine, nothing to install"},
-    "suite": {"metavar": "NAME", "help": "only tests whose suite or runner has this in its name (* matches)"},
+    "suite": {"metavar": "NAME", "help": "only tests of this suite, by upstream's name for it (* matches)"},
+    "gpu": {
+        "metavar": "GPU",
+        "choices": ("H200", "H100", "B200"),
+        "help": "the GPU that the tests find: H200 (default), H100 or B200",
+    },
+    "update": {"metavar": "FILE", "help": "rewrite the tasks of this manifest in place"},
+    "records": {"metavar": "DIR", "help": "where records are kept for the next run (default: the user's cache)"},
     "keep": {"metavar": "N", "help": "how many toolchains of each task stay (default 2)"},
     "older-than": {"metavar": "14d", "help": "what nobody has used for so long goes"},
     "max-size": {"metavar": "200G", "help": "what was used longest ago goes until the cache is no larger"},
@@ -230,17 +237,21 @@ programs.""",
     ),
     "import-tests": Verb(
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",
-        "warm-cache import-tests test/registered --suite h200 --profile h200",
-        "builder.manifest.from_tests:import_tests",
-        ("manifest", "profile", "image", "cache", "suite"),
-        arguments=(Argument("paths", "PATH", "test files of sglang, or folders of them", many=True),),
+        "warm-cache import-tests test --suite base-c-test-8-gpu-h200 --here",
+        "builder.cli.commands.import_tests:in_container",
+        ("manifest", "profile", "image", "cache", "suite", "gpu", "update", "records", "pull"),
+        arguments=(Argument("paths", "PATH", "test files of a checkout of sglang, or folders of them", many=True),),
         needs="nothing",
         text=True,
-        details="The files are read and never executed; fixtures that they import are found by themselves in a "
-        "checkout of sglang. Conditions are read as they come out on CUDA, on Hopper GPUs and in CI.\n\n"
+        here="builder.cli.commands.import_tests:in_child",
+        details="The tests are run, with recorders in the place of launchers: in a container of the serving image "
+        "without network, GPU or capabilities, the checkout read-only. With --here they run in a process of this "
+        "environment: for refs that are trusted, and where there is no engine. A test that fails, skips itself or is "
+        "disabled is named with its line.\n\n"
         "Without a manifest: prints one. With --manifest or --profile: which launches no task covers, and in which "
-        "flags the nearest task differs; which tasks no test needs. Exit 0 when every launch is covered and "
-        "everything was understood, 10 otherwise.",
+        "flags the nearest task differs; and, where everything was recorded, which tasks no test needs. With --update "
+        "the tasks of that file are rewritten instead. Exit 0 when every launch is covered and everything was "
+        "recorded, 10 otherwise.",
         exits=(0, 10),
     ),
     "completion": Verb(
@@ -312,7 +323,7 @@ MEANS: dict[int, str] = {
 MEANS_OF: dict[str, dict[int, str]] = {
     "explain": {0: "done, warm or cold"},
     "verify": {10: "an entry is bad"},
-    "import-tests": {10: "a launch is not covered"},
+    "import-tests": {10: "a launch is not covered, or not recorded"},
     "audit": {10: "something was compiled (--fail-on-jit)"},
     "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
 }

@@ -1,39 +1,34 @@
-"""import-tests: which servers sglang's registered tests launch, and which of them a manifest's tasks cover.
+"""What tests launch, against the tasks of a manifest: which launches a task covers, and the tasks that would cover all.
 
 A launch is covered by a task of the same model with the same flags and at least the same environment. What is compared
 is what the flags mean, not how they are spelt: ``--tp=8`` and ``--tensor-parallel-size 8``, an option and its beginning
-(argparse takes both), JSON however it is spaced.
+(argparse takes both), JSON however it is spaced. What no kernel depends on (`neutral`) is not compared.
 """
 
 from __future__ import annotations
 
-import ast
-import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from builder.errors import ColdError, UsageError
-from builder.manifest.load import Manifest
-from builder.manifest.reading import Launch, Reader
-from builder.manifest.testfiles import Class, Files, Module, NotUnderstoodError
-from builder.run.call import Call
+from builder.manifest import neutral
+from builder.recording import Launch, Problem
 from builder.sglang_args import SPELLING
 from builder.task import Task
-from builder.text import counted, printable
+from builder.text import printable
 
 #: Recipes that start a server with a task's argv, so that the two can be compared.
 _SERVERS = ("compile-deep-gemm", "serve")
-#: Flags that say where a server listens and who may ask, and nothing about kernels.
-_ELSEWHERE = ("--model", "--model-path", "--host", "--port", "--api-key", "--device")
 #: What sglang reads as true, and as false.
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
+#: An unknown value's name in its marks (`builder.agent.launch_unknown`).
+_UNKNOWN = re.compile("\ue0f0([^\ue0f0\ue0f1]*)\ue0f1")
+_TEMPORARY = "TEMPORARY"
 _HEAD = """\
 # What the tests in {what} launch, as
-# `warm-cache import-tests` read them. Pass --image and --cache, or add [image] ref and [cache] root here. What the CI's
-# workflow sets for all of its tests is in none of them: it belongs into [defaults] env
+# `warm-cache import-tests` recorded it. Pass --image and --cache, or add [image] ref and [cache] root here. What the
+# CI's workflow sets for all of its tests is in none of them: it belongs into [defaults] env
 # (SGLANG_JIT_DEEPGEMM_FAST_WARMUP = "1").
 schema = 1
 
@@ -64,101 +59,45 @@ class Compared:
         return self.task is not None and not self.differences
 
 
-@dataclass(frozen=True)
-class Found:
-    """What was read. passed_over: how many files are not for this machine, or not for the suite that was asked for."""
-
-    launches: tuple[Launch, ...]
-    problems: tuple[tuple[str, str], ...]
-    files: int
-    passed_over: int
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Return the launches of each test once, however often it repeats them."""
+    found: dict[object, Launch] = {}
+    for launch in launches:
+        found.setdefault(replace(launch, location=""), launch)
+    return list(found.values())
 
 
-def import_tests(call: Call) -> None:
-    """Prints a manifest, or the comparison with the one that is named. Raises ColdError where no task covers a launch,
-    or something is not understood; UsageError where nothing is launched at all: a suite that was misspelt, say.
-    """
-    found = read(call.said.paths, call.said.suite)
-    if not found.launches and not found.problems:
-        passed = f"; {found.passed_over} of them not for this suite or machine" if found.passed_over else ""
-        raise UsageError(f"no test in {counted(found.files, 'file')} launches a server{passed}")
-    manifest = call.manifest() if call.names_a_manifest else None
-    extra: dict[str, Any] = {
-        "launches": [_told(launch) for launch in found.launches],
-        "not_understood": [{"place": place, "why": why} for place, why in found.problems],
-    }
-    compared: list[Compared] = []
-    unneeded: list[str] = []
-    if manifest is None:
-        call.report.text = as_manifest(found.launches, call.said.paths)
-    else:
-        compared, unneeded = compare(found.launches, manifest.tasks)
-        extra["launches"] = [
-            {**_told(each.launch), "covered": each.covered, "task": each.task, "differences": list(each.differences)}
-            for each in compared
-        ]
-        extra["unneeded"] = unneeded
-        call.report.text = as_text(found, compared, unneeded, manifest)
-    call.report.extra |= extra
-    for place, why in found.problems if manifest is None else ():
-        call.console.say(f"not understood: {place}: {why}")
-    cold = [each for each in compared if not each.covered]
-    parts = [f"{len(cold)} of {len(compared)} launches covered by no task"] if cold else []
-    if found.problems:
-        parts.append(f"{counted(len(found.problems), 'construct')} not understood")
-    if parts:
-        raise ColdError("; ".join(parts))
+def known(launches: Iterable[Launch]) -> tuple[list[Launch], list[Problem]]:
+    """Return the launches whose every word that a kernel may depend on is known, and a problem for each other one."""
+    found, problems = [], []
+    for launch in launches:
+        why = _unknown(launch)
+        if why:
+            problems.append(Problem("not-understood", launch.test, launch.location, why))
+        else:
+            found.append(launch)
+    return found, problems
 
 
-def read(paths: Sequence[str], suite: str | None) -> Found:
-    """What the tests of these files, or of all below these folders, launch. Raises UsageError."""
-    files = Files(paths)
-    reader = Reader(files)
-    modules = files.given()
-    passed_over = 0
-    for module in modules:
-        if not _registered(module, suite):
-            passed_over += 1
-            continue
-        reader.module(module)
-        for value in list(module.names.values()):
-            if isinstance(value, Class) and value.module is module and not reader.skipped(value.node, module):
-                _read_test(reader, value)
-    return Found(tuple(reader.launches), tuple(reader.problems), len(modules), passed_over)
+def _unknown(launch: Launch) -> str:
+    if name := _UNKNOWN.search(launch.model):
+        return f"it launches a model that depends on {name[1]}, which is unknown"
+    if not launch.model or launch.model == "None":
+        return "it launches a server without a model"
+    for option, value in flags_of(launch.argv).items():
+        if name := _UNKNOWN.search(option + value):
+            return f"{_UNKNOWN.sub('?', option)} of {launch.model} depends on {name[1]}, which is unknown"
+    for variable, value in environment_of(launch):
+        if name := _UNKNOWN.search(value):
+            return f"{variable} of {launch.model} depends on {name[1]}, which is unknown"
+    return ""
 
 
-def _read_test(reader: Reader, cls: Class) -> None:
-    """One class, if it is a test: a base of tests has none of its own."""
-    try:
-        names = dict.fromkeys(name for each in reversed(cls.order()) for name in each.body)
-        methods = [name for name in names if name.startswith("test")]
-        if methods or cls.all_unknown():
-            reader.test(cls, methods)
-    except NotUnderstoodError as error:
-        reader.problems.setdefault((error.place, error.why))
-    except RecursionError:
-        reader.problems.setdefault((cls.place, f"{cls.name}: it is nested too deep"))
-
-
-def _registered(module: Module, suite: str | None) -> bool:
-    """Whether a file is one of CUDA's, and of this suite. One that registers nothing is taken as it is."""
-    calls = [
-        node.value
-        for node in module.tree.body
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
+def environment_of(launch: Launch) -> list[tuple[str, str]]:
+    """Return the variables of a launch that a kernel may depend on: no temporary path is one."""
+    return [
+        (name, value) for name, value in launch.env if not neutral.is_neutral_variable(name) and _TEMPORARY not in value
     ]
-    found = [(call.func.id, {each.arg: each.value for each in call.keywords}) for call in calls]  # type: ignore[attr-defined]
-    registrations = [each for each in found if re.fullmatch(r"register_\w+_ci", each[0])]
-    mine = [keywords for name, keywords in registrations if name == "register_cuda_ci" and "disabled" not in keywords]
-    if not registrations:
-        return suite is None
-    words = [
-        word.value
-        for keywords in mine
-        for name in ("suite", "runner_config", "stage")
-        if isinstance(word := keywords.get(name), ast.Constant)
-    ]
-    return bool(mine) and (suite is None or any(fnmatch.fnmatchcase(str(word), f"*{suite}*") for word in words))
 
 
 # Comparing
@@ -184,13 +123,15 @@ def differences(launch: Launch, task: Task) -> tuple[str, ...]:
     told = []
     for name in sorted(wanted.keys() | given.keys()):
         want, have = wanted.get(name), given.get(name)
+        if want is not None and _TEMPORARY in want:
+            continue
         if have is None:
             told.append(f"{name} {want}".rstrip() + " is missing")
         elif want is None:
             told.append(f"{name} {have}".rstrip() + " is not in the test")
         elif want != have:
             told.append(f"{name} is {have or 'without value'}, in the test {want or 'without value'}")
-    for variable, value in launch.env:
+    for variable, value in environment_of(launch):
         have = task.env.get(variable)
         if have is None:
             told.append(f"{variable}={value} is missing")
@@ -213,7 +154,9 @@ def flags_of(argv: Iterable[str]) -> dict[str, str]:
     ranks = found.pop("--attn-dp-size", None)
     if ranks not in (None, ["1"]):  # 0.5.23's word for both
         found |= {"--dp": ranks or [], "--enable-dp-attention": []}
-    return {name: " ".join(map(_plain, values)) for name, values in found.items() if name not in _ELSEWHERE}
+    return {
+        name: " ".join(map(_plain, values)) for name, values in found.items() if not neutral.is_neutral_option(name)
+    }
 
 
 def _same_option(name: str, others: Flags) -> str:
@@ -243,20 +186,32 @@ def _switch(value: str) -> str:
 
 def as_manifest(launches: Sequence[Launch], paths: Sequence[str]) -> str:
     """A manifest of these launches; what several tests share stands there once."""
-    lines = [_HEAD.format(what=printable(" ".join(paths)), gpus=max(map(_gpus, launches), default=8)).rstrip()]
-    told: dict[tuple[Any, ...], list[Launch]] = {}
+    gpus = max(map(_gpus, launches), default=8)
+    lines = [_HEAD.format(what=printable(" ".join(paths)), gpus=gpus).rstrip()]
+    return "\n".join([*lines, *(f"\n{block}" for block in as_tasks(launches, gpus))])
+
+
+def as_tasks(launches: Sequence[Launch], gpus: int) -> list[str]:
+    """A ``[[task]]`` for every launch; those that differ in nothing that a kernel depends on share one. gpus: what a
+    task has that says nothing of it.
+    """
+    told: dict[tuple[object, ...], list[Launch]] = {}
     for launch in launches:
-        key = (launch.model, tuple(sorted(flags_of(launch.argv).items())), launch.env)
+        key = (launch.model, tuple(sorted(flags_of(launch.argv).items())), tuple(environment_of(launch)))
         told.setdefault(key, []).append(launch)
+    blocks = []
     for same in told.values():
         launch = same[0]
-        lines += ["", *(f"# {each.place} {each.test}" for each in same), "[[task]]", f"model = {_toml(launch.model)}"]
-        if _gpus(launch) != max(map(_gpus, launches)):
+        tests = dict.fromkeys(f"# {printable(each.location)} {printable(each.test)}" for each in same)
+        lines = [*tests, "[[task]]", f"model = {_toml(launch.model)}"]
+        if _gpus(launch) != gpus:
             lines.append(f"gpus = {_gpus(launch)}")
-        if launch.env:
-            lines.append("env = { " + ", ".join(f"{_key(name)} = {_toml(value)}" for name, value in launch.env) + " }")
+        env = environment_of(launch)
+        if env:
+            lines.append("env = { " + ", ".join(f"{_key(name)} = {_toml(value)}" for name, value in env) + " }")
         lines += ["argv = [", *(f"    {line}," for line in _argv_lines(launch.argv)), "]"]
-    return "\n".join(lines)
+        blocks.append("\n".join(lines))
+    return blocks
 
 
 def _argv_lines(argv: Sequence[str]) -> list[str]:
@@ -266,37 +221,38 @@ def _argv_lines(argv: Sequence[str]) -> list[str]:
     for word in argv:
         option = word.partition("=")[0]
         if word.startswith("--"):
-            skip = option in _ELSEWHERE
+            skip = neutral.differs_from_run_to_run(SPELLING.get(option, option))
             lines += [] if skip else [[]]
         if not skip:
             lines = lines or [[]]
             lines[-1].append(_toml(f"@{word}" if word.startswith("@") and word != "@" else word))
-    return [", ".join(line) for line in lines]
+    return [", ".join(line) for line in lines if not any(_TEMPORARY in word for word in line)]
 
 
-def as_text(found: Found, compared: Sequence[Compared], unneeded: Sequence[str], manifest: Manifest) -> str:
-    """The comparison for people."""
+def as_text(
+    compared: Sequence[Compared],
+    unneeded: Sequence[str],
+    problems: Sequence[Problem],
+    manifest: str,
+    counts: str,
+) -> str:
+    """The comparison for people. manifest: its path; counts: of how many files."""
     cold = [each for each in compared if not each.covered]
-    others = f"; {counted(found.passed_over, 'file')} not for this suite or machine" if found.passed_over else ""
-    share = f"{len(compared) - len(cold)} of {len(compared)} launches"
-    lines = [f"{share} in {counted(found.files, 'file')} are covered by {manifest.path}{others}"]
+    lines = [f"{len(compared) - len(cold)} of {len(compared)} launches in {counts} are covered by {manifest}"]
     for each in cold:
-        lines.append(f"not covered: {each.launch.place} {each.launch.test}: {each.launch.model}")
+        lines.append(f"not covered: {each.launch.location} {each.launch.test}: {each.launch.model}")
         nearest = f"the nearest task is {each.task}:" if each.task else "no task has this model"
         lines += [f"  {nearest}", *(f"    {difference}" for difference in each.differences)]
     lines += [f"no test needs: {label}" for label in unneeded]
-    lines += [f"not understood: {place}: {why}" for place, why in found.problems]
+    lines += map(describe, problems)
     return "\n".join(map(printable, lines))
 
 
-def _told(launch: Launch) -> dict[str, Any]:
-    return {
-        "model": launch.model,
-        "argv": list(launch.argv),
-        "env": dict(launch.env),
-        "test": launch.test,
-        "place": launch.place,
-    }
+def describe(problem: Problem) -> str:
+    """One line for a test whose launches are not, or not all, recorded."""
+    name = f" {problem.test}" if problem.test else ""
+    state = problem.state.replace("-", " ")
+    return printable(_UNKNOWN.sub(r"\1", f"{state}: {problem.location}{name}: {problem.why or 'no reason is given'}"))
 
 
 def _gpus(launch: Launch) -> int:

@@ -54,7 +54,7 @@ class InContainer:
     def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
         from builder.engine.api import Mount
         from builder.engine.container import Deadlines
-        from builder.run.container_job import ContainerRequest, describe
+        from builder.run import container_job
 
         executor, context = self.executor, self.executor.context
         if not executor.engine.local:
@@ -78,13 +78,13 @@ class InContainer:
                 Mount(source=str(path), target=_REQUEST, read_only=True),
             )
             task = Task(label=_LABEL, model="", recipe="command")
-            extra = ContainerRequest(record=_REQUEST, mounts=mounts, on_event=on_event)
-            outcome = executor.run("record", task, limits, extra)
+            extra = container_job.ContainerRequest(record=_REQUEST, mounts=mounts, on_event=on_event)
+            outcome = container_job.run(executor, "record", task, limits, extra)
         context.cancel.check()
         if outcome.ended == "exited" and outcome.exit_code == 0:
             return ""
         last = f": {outcome.tail[-1]}" if outcome.tail else ""
-        return f"the container {describe(outcome)}{last}"
+        return f"the container {container_job.describe(outcome)}{last}"
 
 
 @dataclass(frozen=True)

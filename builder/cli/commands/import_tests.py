@@ -1,0 +1,169 @@
+"""import-tests: what sglang's registered tests launch, as a manifest or compared with one.
+
+The tests are run with recorders in the place of launchers, in a container of the serving image, or with ``--here`` in a
+process of this environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder.errors import ColdError, UsageError
+from builder.manifest import from_tests, rewrite, suites
+from builder.manifest.load import Manifest, load
+from builder.recording import Launch, Problem, Request
+from builder.run import launch_recorders, launch_records
+from builder.run.call import Call
+from builder.text import counted
+
+_CONTAINER_SECONDS = 60.0
+
+
+def in_container(call: Call) -> None:
+    """Record in a container of the serving image: `import_tests`."""
+    _import_tests(call, here=False)
+
+
+def in_child(call: Call) -> None:
+    """Record in a process of this environment: `import_tests`."""
+    _import_tests(call, here=True)
+
+
+def _import_tests(call: Call, *, here: bool) -> None:
+    """Print a manifest, compare with the one that is named, or update one.
+
+    Raises ColdError where no task covers a launch or something is not understood; UsageError where nothing is launched.
+    """
+    args = call.said
+    update = Path(args.update) if args.update else None
+    if update is not None and call.names_a_manifest:
+        raise UsageError("--update and --manifest or --profile exclude each other: it is compared with what it updates")
+    manifest = _updated(update) if update is not None else call.manifest() if call.names_a_manifest else None
+    selection = suites.select(args.paths, args.suite)
+    request = Request(
+        checkout=str(selection.checkout),
+        files=selection.files,
+        gpu=args.gpu or "H200",
+        workers=launch_records.workers(),
+    )
+    with call.signals(), _recorder(call, manifest, here=here) as recorder:
+        records = launch_records.record(request, recorder, _store(call))
+    recorded = from_tests.distinct(launch for each in records for launch in each.launches)
+    launches, unknown = from_tests.known(recorded)
+    problems = [*selection.problems, *(problem for each in records for problem in each.problems), *unknown]
+    if not launches and not problems:
+        raise UsageError(f"no test in {counted(len(request.files), 'file')} launches a server")
+    _report(call, manifest, update, launches, problems, selection)
+
+
+def _report(
+    call: Call,
+    manifest: Manifest | None,
+    update: Path | None,
+    launches: Sequence[Launch],
+    problems: Sequence[Problem],
+    selection: suites.Selection,
+) -> None:
+    unclear = [each for each in problems if each.state in ("failed", "not-understood")]
+    extra: dict[str, Any] = {
+        "launches": [_document(launch) for launch in launches],
+        "problems": [vars(each) for each in problems],
+        "not_understood": [vars(each) for each in unclear],
+    }
+    compared: list[from_tests.Compared] = []
+    if manifest is None:
+        call.report.text = from_tests.as_manifest(launches, call.said.paths)
+        for problem in problems:
+            call.console.say(from_tests.describe(problem))
+    else:
+        compared, unneeded = from_tests.compare(launches, manifest.tasks)
+        # A launch that was not recorded may need any task.
+        unneeded = [] if unclear else unneeded
+        extra["launches"] = [
+            {
+                **_document(each.launch),
+                "covered": each.covered,
+                "task": each.task,
+                "differences": list(each.differences),
+            }
+            for each in compared
+        ]
+        extra["unneeded"] = unneeded
+        others = f" ({selection.passed_over} of other suites passed over)" if selection.passed_over else ""
+        counts = f"{counted(len(selection.files), 'file')}{others}"
+        call.report.text = from_tests.as_text(compared, unneeded, problems, manifest.path, counts)
+        if update is not None:
+            _update(call, update, manifest, compared, unneeded)
+            compared = []
+    call.report.extra |= extra
+    cold = [each for each in compared if not each.covered]
+    parts = [f"{len(cold)} of {len(compared)} launches covered by no task"] if cold else []
+    if unclear:
+        tests = counted(len({(each.location, each.test) for each in unclear}), "test")
+        parts.append(f"{tests} not, or not all, recorded")
+    if parts:
+        raise ColdError("; ".join(parts))
+
+
+def _update(
+    call: Call, path: Path, manifest: Manifest, compared: Sequence[from_tests.Compared], unneeded: Sequence[str]
+) -> None:
+    """Rewrite the tasks of a manifest: what covers a launch stays as it is written, what covers none goes, and what is
+    missing is added. While something is not understood, none goes.
+    """
+    text = path.read_bytes().decode("utf-8")
+    missing = [each.launch for each in compared if not each.covered]
+    going = {number for number, task in enumerate(manifest.tasks) if task.label in unneeded}
+    added = from_tests.as_tasks(missing, manifest.gpus.count)
+    result = rewrite.replace_tasks(text, lambda number: number not in going, added)
+    if result != text:
+        rewrite.write(path, result)
+    kept = len(manifest.tasks) - len(going)
+    call.console.say(f"{path}: {counted(kept, 'task')} kept, {len(added)} added, {len(going)} removed")
+    call.report.extra["updated"] = {"kept": kept, "added": len(added), "removed": len(going)}
+
+
+def _updated(path: Path) -> Manifest:
+    manifest = load(path)
+    if path.suffix == ".json" or path.read_bytes().lstrip()[:1] == b"{":
+        raise UsageError(f"{path} is JSON, and only a TOML manifest can be updated in place")
+    return manifest
+
+
+@contextlib.contextmanager
+def _recorder(call: Call, manifest: Manifest | None, *, here: bool) -> Iterator[launch_records.Recorder]:
+    if here:
+        yield launch_recorders.InChild(call)
+        return
+    if manifest is None:
+        if not call.said.image:
+            raise UsageError(
+                "which serving image? Pass --image REF, or a manifest that names one; for a checkout whose code is "
+                "trusted, --here needs none"
+            )
+        manifest = launch_recorders.manifest_of_image(call.said.image)
+    with call.connect(manifest, _CONTAINER_SECONDS) as executor:
+        yield launch_recorders.InContainer(executor)
+
+
+def _store(call: Call) -> launch_records.Store | None:
+    """Return where records of earlier runs are kept: --records, else this user's cache directory."""
+    chosen = call.said.records
+    if chosen is not None:
+        return launch_records.Store(Path(chosen)) if chosen else None
+    base = call.environ.get("XDG_CACHE_HOME") or (call.environ.get("HOME") and f"{call.environ['HOME']}/.cache")
+    return launch_records.Store(Path(base, "warm-cache", "launches")) if base else None
+
+
+def _document(launch: Launch) -> dict[str, Any]:
+    return {
+        "kind": launch.kind,
+        "model": launch.model,
+        "argv": list(launch.argv),
+        "env": dict(launch.env),
+        "test": launch.test,
+        "place": launch.location,
+    }

@@ -1,0 +1,206 @@
+"""Which test files of a checkout of sglang belong to a suite, by their registrations.
+
+A registration is a call at the top of a file, ``register_cuda_ci(est_time, suite, nightly, disabled, stage=…,
+runner_config=…)``, and is read without running the file, as upstream's own ``ci_register.py`` does: its arguments are
+literals, and a suite's name is ``{stage}-test-{runner_config}``, or else what ``suite`` says.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder import files
+from builder.errors import Problem, UsageError
+from builder.recording import Problem as Unrecorded
+from builder.recording import TestFile
+from builder.text import near, printable
+
+_PARAMETERS = ("est_time", "suite", "nightly", "disabled")  # as positional arguments
+_REGISTER = re.compile(r"register_\w+_ci")
+#: Bytes; no source that people wrote is longer.
+_LARGEST = 16 << 20
+#: Folders that hold no tests, however many files are below them.
+_SKIPPED = ("__pycache__", ".git", "node_modules")
+#: Files that support tests, and hold none.
+_SUPPORT = ("__init__.py", "conftest.py")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """One registration of a file for CUDA. suite: its effective name; disabled: the reason, empty where it runs."""
+
+    suite: str
+    disabled: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of a suite. checkout: the folder with ``python/sglang/test``; passed_over: files of other suites;
+    problems: files that are disabled, or whose registration is not understood.
+    """
+
+    checkout: Path
+    files: tuple[TestFile, ...]
+    problems: tuple[Unrecorded, ...]
+    passed_over: int
+
+
+def select(paths: Sequence[str], suite: str | None) -> Selection:
+    """Return the files at or below these paths that belong to the suite (a name or a glob; None: any, and files without
+    a registration too). Raises UsageError.
+    """
+    given = _given(paths)
+    checkout = _checkout(given)
+    chosen: list[TestFile] = []
+    problems: list[Unrecorded] = []
+    passed_over = 0
+    for path in given:
+        name = path.relative_to(checkout).as_posix()
+        try:
+            text = files.read_bytes(str(path), _LARGEST)
+        except files.UnreadableError as error:
+            raise UsageError(f"{printable(str(path))} {error}") from None
+        if suite is not None and not _may_be_of(text, suite):
+            passed_over += 1
+            continue
+        try:
+            registrations, others = read(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None) or 1
+            problems.append(Unrecorded("not-understood", "", f"{name}:{line}", f"not understood: {error}"))
+            continue
+        mine = [each for each in registrations if suite is None or fnmatch.fnmatchcase(each.suite, suite)]
+        running = [each for each in mine if not each.disabled]
+        if running:
+            chosen.append(TestFile(name, max(map(_gpus, running))))
+        elif mine:
+            problems.append(Unrecorded("disabled", "", f"{name}:{mine[0].line}", mine[0].disabled))
+        elif suite is None and not registrations and not others:
+            chosen.append(TestFile(name, 8))
+        else:
+            passed_over += 1
+    if not chosen and not problems:
+        raise UsageError(_nothing(given, suite))
+    return Selection(checkout, tuple(chosen), tuple(problems), passed_over)
+
+
+def read(source: bytes) -> tuple[list[Registration], bool]:
+    """Return a file's registrations for CUDA, and whether it has others. Raises ValueError for one whose arguments are
+    no literals, and what `ast.parse` raises.
+    """
+    if b"register_" not in source:
+        return [], False
+    found, others = [], False
+    for node in ast.parse(source).body:
+        call = node.value if isinstance(node, ast.Expr) else None
+        if not isinstance(call, ast.Call):
+            continue
+        name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+        if name == "register_cuda_ci":
+            found.append(_registration(call))
+        else:
+            others = others or bool(_REGISTER.fullmatch(name))
+    return found, others
+
+
+def _registration(call: ast.Call) -> Registration:
+    given = dict(zip(_PARAMETERS, call.args, strict=False)) | {
+        each.arg: each.value for each in call.keywords if each.arg
+    }
+    values: dict[str, object] = {}
+    for name, node in given.items():
+        try:
+            values[name] = ast.literal_eval(node)
+        except ValueError:
+            raise ValueError(f"line {node.lineno}: {name} of register_cuda_ci is no literal") from None
+    stage, runner = values.get("stage"), values.get("runner_config")
+    suite = f"{stage}-test-{runner}" if stage is not None and runner is not None else values.get("suite")
+    reason = values.get("disabled")
+    return Registration(str(suite or ""), str(reason) if reason not in (None, False) else "", call.lineno)
+
+
+def _gpus(registration: Registration) -> int:
+    """Return how many GPUs the runner has, by its name."""
+    found = re.search(r"(?:^|-)(\d{1,2})-gpu", registration.suite)
+    return int(found[1]) if found else 1
+
+
+def _may_be_of(text: bytes, suite: str) -> bool:
+    """Return False where a file cannot be of the suite, without parsing it."""
+    if b"register_cuda_ci" not in text:
+        return False
+    if re.search(r"[*?\[]", suite):
+        return True
+    return suite.encode() in text or all(part.encode() in text for part in suite.split("-test-", 1))
+
+
+def _given(paths: Sequence[str]) -> list[Path]:
+    """Return the test files at and below these paths, in order. Links below a folder are not followed."""
+    found: dict[Path, None] = {}
+    problems = []
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            below = sorted(_below(path))
+            if not below:
+                problems.append(Problem(printable(given), "no Python file is below it."))
+        elif path.is_file():
+            below = [path]
+        else:
+            what = "is neither a file nor a folder." if os.path.lexists(path) else "does not exist."
+            known = sorted(each.name for each in path.parent.iterdir()) if path.parent.is_dir() else []
+            problems.append(Problem(printable(given), what, _hint(path.name, known)))
+            continue
+        found |= dict.fromkeys(Path(os.path.realpath(each)) for each in below)
+    if problems:
+        raise UsageError("not all of these can be read", problems)
+    return list(found)
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    return near(name, known) if known else ""
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if each not in _SKIPPED]
+        for name in names:
+            path = Path(place, name)
+            if name.endswith(".py") and name not in _SUPPORT and path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _checkout(given: Sequence[Path]) -> Path:
+    """Return the folder above all of these that has ``python/sglang/test``. Raises UsageError."""
+    roots: dict[Path, None] = {}
+    for path in given:
+        root = next((each for each in path.parents if (each / "python" / "sglang" / "test").is_dir()), None)
+        if root is None:
+            raise UsageError(
+                f"{printable(str(path))} is not in a checkout of sglang: no folder above it has python/sglang/test, "
+                "where the launchers of its tests are"
+            )
+        roots[root] = None
+    if len(roots) > 1:
+        raise UsageError(f"these paths are of {len(roots)} checkouts of sglang; name those of one")
+    return next(iter(roots))
+
+
+def _nothing(given: Sequence[Path], suite: str | None) -> str:
+    if suite is None:
+        return f"no test of CUDA in {len(given)} files"
+    known: set[str] = set()
+    for path in given:
+        try:
+            known |= {each.suite for each in read(files.read_bytes(str(path), _LARGEST))[0]}
+        except (files.UnreadableError, SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    hint = near(suite, known) if known else "none of them is registered for CUDA"
+    return f"no suite {suite!r} in {len(given)} files; {hint}"

@@ -1,1 +1,0 @@
-collect_ignore = ["fixtures"]  # test files to be read, not run
