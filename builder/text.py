@@ -68,7 +68,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` where something known is close to the word, else everything known."""
     import difflib  # only where something is wrong already
 

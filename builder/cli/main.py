@@ -422,7 +422,7 @@ def _absolute(path: str, place: str) -> Path:
     try:
         return Path(path).absolute()
     except OSError as error:
-        raise UsageError(f"{place}: {path} is relative to a directory that is gone ({error.strerror})") from None
+        raise UsageError(f"{place}: {path} is relative to a directory that was removed ({error.strerror})") from None
 
 
 def _or_nowhere(stream: TextIO | None) -> TextIO:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from builder import __version__
 from builder.cli.options import OPTIONS, STATUSES, VERBS, Verb, statuses
 from builder.errors import UsageError
-from builder.text import near
+from builder.text import did_you_mean
 
 ENVIRONMENT = "WARM_CACHE_"
 SWITCHES = {
@@ -192,7 +192,7 @@ def _verb(words: list[str]) -> str:
     if word in VERBS:
         return word
     if not word.startswith("-"):
-        raise CommandLineError(f"there is no verb {word!r}; {near(word, VERBS)}", None)
+        raise CommandLineError(f"there is no verb {word!r}; {did_you_mean(word, VERBS)}", None)
     if word.partition("=")[0].removeprefix("--") in OPTIONS or word == "-v":
         raise CommandLineError(f"{word} comes after the verb, which is one of {', '.join(VERBS)}", None)
     raise CommandLineError(f"there is no option {word!r}; see: warm-cache --help", None)
@@ -278,7 +278,7 @@ def _check(said: Namespace) -> None:
             if isinstance(text, str) and not _is_text(text):
                 raise UsageError(f"{argument.metavar}: {text!r} is not valid UTF-8, and cannot be used")
             if argument.choices and text is not None and text not in argument.choices:
-                message = f"{argument.metavar} is {text!r}: {near(text, argument.choices)}"
+                message = f"{argument.metavar} is {text!r}: {did_you_mean(text, argument.choices)}"
                 raise CommandLineError(message, said.verb)
 
 

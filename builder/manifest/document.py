@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from builder.errors import Problem, UsageError
 from builder.manifest.values import a_table, list_of
-from builder.text import near, printable
+from builder.text import did_you_mean, printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,7 +123,7 @@ def _json(name: str, text: str) -> dict[str, Any]:
     return data
 
 
-def _vast(data: Any) -> Iterator[Path]:
+def _oversized(data: Any) -> Iterator[Path]:
     """Where integers stand that do not fit into 64 bits: TOML promises no more, and neither do those who read them."""
     todo: list[tuple[Path, Any]] = [((), data)]
     while todo:
@@ -170,20 +170,20 @@ class Document:
                 line, reason = _refusal(text, error)
                 raise UsageError(f"{name} is not valid TOML", [Problem(f"{name}:{line}", reason)]) from None
         document = cls(name, data, lines)
-        for path in _vast(data):
-            document.blame(path, "an integer of more than 64 bits:", "none is that large.")
+        for path in _oversized(data):
+            document.add_problem(path, "an integer of more than 64 bits:", "none is that large.")
         if document.problems:
             raise UsageError(f"{name} cannot be used as it is", document.in_order())
         return document
 
-    def place(self, path: Path) -> str:
+    def location(self, path: Path) -> str:
         """``FILE:LINE`` of what is at this path, or of the nearest thing around it."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.name}:{self.lines.get(path, 1)}"
 
-    def blame(self, path: Path, text: str, remedy: str = "") -> None:
-        self.problems.append(Problem(self.place(path), text, remedy))
+    def add_problem(self, path: Path, text: str, remedy: str = "") -> None:
+        self.problems.append(Problem(self.location(path), text, remedy))
 
     def root(self) -> Table:
         return Table(self, (), self.data)
@@ -210,8 +210,8 @@ class Table:
     def has(self, key: str) -> bool:
         return key in self.data
 
-    def blame(self, key: str | None, text: str, remedy: str = "") -> None:
-        self.document.blame(self.path if key is None else (*self.path, key), text, remedy)
+    def add_problem(self, key: str | None, text: str, remedy: str = "") -> None:
+        self.document.add_problem(self.path if key is None else (*self.path, key), text, remedy)
 
     def read(self, key: str, convert: Callable[[Any], T], default: D) -> T | D:
         """The value, converted. ``convert`` raises ValueError with what is wanted and what was found."""
@@ -221,12 +221,12 @@ class Table:
         try:
             return convert(self.data[key])
         except ValueError as error:
-            self.blame(key, f"{printable(key)}: {error}.")
+            self.add_problem(key, f"{printable(key)}: {error}.")
             return default
 
     def require(self, key: str, convert: Callable[[Any], T], default: D) -> T | D:
         if key not in self.data:
-            self.blame(None, f"{self.title()} needs {key!r}.")
+            self.add_problem(None, f"{self.title()} needs {key!r}.")
         return self.read(key, convert, default)
 
     def table(self, key: str) -> Table:
@@ -246,4 +246,4 @@ class Table:
     def finish(self) -> None:
         for key in self.data:
             if key not in self.known:
-                self.blame(key, f"{self.title()} has no key {key!r};", near(key, self.known))
+                self.add_problem(key, f"{self.title()} has no key {key!r};", did_you_mean(key, self.known))

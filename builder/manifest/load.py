@@ -13,28 +13,23 @@ from pathlib import Path
 
 from builder.errors import Problem, UsageError
 from builder.manifest.document import Document, Table
+from builder.manifest.fields import OverrideReader, Overrides, read
 from builder.manifest.sections import (
     CacheSpec,
     ContainerSpecs,
-    Given,
     GpusSpec,
     ImageSpec,
     ModelsSpec,
-    Overrides,
     RefreshSpec,
     RunSpec,
     read_cache,
-    read_container,
     read_gpus,
     read_image,
-    read_models,
-    read_refresh,
-    read_run,
 )
 from builder.manifest.tasks import read_tasks
-from builder.manifest.values import count, positive_seconds
+from builder.manifest.values import count
 from builder.task import Task
-from builder.text import near, printable
+from builder.text import did_you_mean, printable
 
 __all__ = [
     "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RefreshSpec",
@@ -79,12 +74,12 @@ def load(
     return select(manifest, only)
 
 
-def cache_of(place: str) -> CacheSpec:
+def cache_of(location: str) -> CacheSpec:
     """The cache that this option names, where there is no manifest. Raises UsageError."""
     document = Document.parse("--cache", b"")
-    spec = read_cache(document.root().table("cache"), Given(document, Overrides(cache=place)))
+    spec = read_cache(document.root().table("cache"), OverrideReader(document, Overrides(cache=location)))
     if document.problems:
-        raise UsageError(f"--cache {place} cannot be used", document.in_order())
+        raise UsageError(f"--cache {location} cannot be used", document.in_order())
     return spec
 
 
@@ -111,7 +106,7 @@ def select(manifest: Manifest, only: Sequence[str]) -> Manifest:
             if any(fnmatch.fnmatchcase(form.lower(), pattern.lower()) for form in forms)
         }
         if not found:
-            hint = near(pattern, {form for forms in names.values() for form in forms[1:]} | set(names))
+            hint = did_you_mean(pattern, {form for forms in names.values() for form in forms[1:]} | set(names))
             problems.append(Problem("--only", f"no task of {manifest.path} matches {pattern!r};", hint))
         chosen |= found
     if problems:
@@ -122,7 +117,7 @@ def select(manifest: Manifest, only: Sequence[str]) -> Manifest:
 def _read_profile(name: str) -> tuple[str, bytes]:
     known = profiles()
     if name not in known:
-        hint = near(name, known)
+        hint = did_you_mean(name, known)
         raise UsageError(
             f"there is no profile {name!r}", [Problem("--profile", f"there is no profile {name!r};", hint)]
         )
@@ -143,25 +138,19 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
     root = document.root()
     schema = root.require("schema", count, SCHEMA)
     if schema != SCHEMA:
-        root.blame("schema", f"schema {schema} is not known to this builder;", f"it reads schema {SCHEMA}.")
-    given = Given(document, overrides)
-    gpus = read_gpus(root.table("gpus"))
+        root.add_problem("schema", f"schema {schema} is not known to this builder;", f"it reads schema {SCHEMA}.")
+    options = OverrideReader(document, overrides)
+    gpus = read_gpus(root.table("gpus"), options)
     manifest = Manifest(
         path=document.name,
-        image=read_image(root.table("image"), given),
-        cache=read_cache(root.table("cache"), given),
-        models=read_models(root.table("models"), given),
-        container=read_container(root.table("container"), given),
+        image=read_image(root.table("image"), options),
+        cache=read_cache(root.table("cache"), options),
+        models=read(ModelsSpec(), root.table("models"), options),
+        container=read(ContainerSpecs(), root.table("container"), options),
         gpus=gpus,
-        run=read_run(root.table("run"), given),
-        refresh=read_refresh(root.table("refresh")),
-        tasks=read_tasks(
-            root,
-            gpus=gpus.count,
-            pretend=gpus.pretend,
-            timeout=given.read("timeout", positive_seconds),
-            silence=given.read("silence", positive_seconds),
-        ),
+        run=read(RunSpec(), root.table("run"), options),
+        refresh=read(RefreshSpec(), root.table("refresh"), options),
+        tasks=read_tasks(root, gpus, options),
     )
     root.finish()
     return _with_lifetime(manifest, root)
@@ -176,5 +165,7 @@ def _with_lifetime(manifest: Manifest, root: Table) -> Manifest:
         whole = run.budget or sum(task.timeout for task in manifest.tasks)
         return replace(manifest, run=replace(run, lifetime=max(run.lifetime, whole + 600, longest + 600)))
     if run.lifetime <= longest:
-        table.blame("lifetime", f"lifetime is not longer than the longest task timeout ({longest:.0f} s).", "Raise it.")
+        table.add_problem(
+            "lifetime", f"lifetime is not longer than the longest task timeout ({longest:.0f} s).", "Raise it."
+        )
     return manifest

@@ -38,7 +38,7 @@ from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.run.maintenance import Event
 from builder.task import Shape
-from builder.text import age, near, printable, size
+from builder.text import age, did_you_mean, printable, size
 
 #: What the mount options of an overlay cannot hold, and the length that the kernel takes.
 _TORN = ",:\\"
@@ -249,7 +249,7 @@ def _finding(event: Event) -> Finding:
 
 def _unknown(executor: ContainerExecutor, job: str) -> UsageError:
     known = [volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(executor)]
-    hint = near(job, known) if known else "there is none"
+    hint = did_you_mean(job, known) if known else "there is none"
     return UsageError(f"there is no view {job!r} of {executor.cache.name}; {hint}")
 
 

@@ -48,8 +48,10 @@ from builder.host.deadlines import Deadline
 from builder.job import Job
 from builder.manifest import values
 from builder.manifest.document import find_lines
-from builder.manifest.load import Manifest, Overrides, load, select
-from builder.manifest.tasks import LOADS, RECIPES, SHAPES_FROM, VERIFY, digest, labels
+from builder.manifest.fields import Overrides
+from builder.manifest.labels import digest, labels
+from builder.manifest.load import Manifest, load, select
+from builder.manifest.task_keys import LOADS, RECIPES, SHAPES_FROM, VERIFY
 from builder.report.console import Console
 from builder.task import Shape, Task
 from tests.fakes import FakeContainer

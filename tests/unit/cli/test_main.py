@@ -225,7 +225,7 @@ def test_a_place_below_a_directory_that_is_gone(bench: Bench, tmp_path: Path, op
         os.chdir(before)
     shown = bench.said()
     assert f"error: --{option}: " in shown
-    assert "is relative to a directory that is gone (No such file or directory). Exit 2." in shown
+    assert "is relative to a directory that was removed (No such file or directory). Exit 2." in shown
 
 
 @pytest.mark.parametrize("option", ["cache", "manifest", "log-dir"])
@@ -237,7 +237,7 @@ def test_bytes_that_are_not_utf_8(bench: Bench, option: str) -> None:
 @pytest.mark.parametrize("root", ["/", "//", "/tmp/.."])
 def test_the_whole_file_system_is_no_cache(bench: Bench, root: str) -> None:
     assert bench.run("check", "--cache", root) == 2
-    assert "error: --cache: a directory of its own is wanted, found '/" in bench.said()
+    assert "error: --cache: expected a directory for the cache alone, found '/" in bench.said()
 
 
 @pytest.mark.parametrize(
@@ -324,9 +324,9 @@ def test_switches_in_the_environment(bench: Bench, value: str, strict: bool) -> 
     ("environ", "said"),
     [
         ({"WARM_CACHE_STRICT": "maybe"}, "WARM_CACHE_STRICT: a switch is 1 (true, yes, on) or 0 (false, no, off)"),
-        ({"WARM_CACHE_CACHE": "volume:-"}, "WARM_CACHE_CACHE: a volume's name is wanted, found '-'. Exit 2."),
+        ({"WARM_CACHE_CACHE": "volume:-"}, "WARM_CACHE_CACHE: expected a volume name, found '-'. Exit 2."),
         ({"WARM_CACHE_ONLY": "three"}, "WARM_CACHE_ONLY: no task of "),
-        ({"WARM_CACHE_IMAGE": "a b"}, "WARM_CACHE_IMAGE: an image reference is wanted"),
+        ({"WARM_CACHE_IMAGE": "a b"}, "WARM_CACHE_IMAGE: expected an image reference"),
     ],
 )
 def test_the_variable_is_blamed_for_its_value(bench: Bench, environ: dict[str, str], said: str) -> None:
@@ -339,9 +339,9 @@ def test_the_variable_is_blamed_for_its_value(bench: Bench, environ: dict[str, s
 
 def test_a_duration_is_blamed_where_it_was_said(bench: Bench) -> None:
     assert bench.run("warm", WARM_CACHE_BUDGET="foo") == 2
-    assert bench.said().startswith("error: WARM_CACHE_BUDGET: a duration such as")
+    assert bench.said().startswith("error: WARM_CACHE_BUDGET: expected a duration such as")
     assert bench.run("warm", "--budget", "foo", WARM_CACHE_BUDGET="5m") == 2
-    assert bench.said().startswith("error: --budget: a duration such as")
+    assert bench.said().startswith("error: --budget: expected a duration such as")
     assert bench.run("warm", "--budget", "foo", "--json", WARM_CACHE_LOCK_TIMEOUT="bar") == 2
     captured = bench.capsys.readouterr()
     assert captured.err.startswith("error: options cannot be used as they are (2 problems):\n")

@@ -32,11 +32,11 @@ def test_a_name_stands_for_its_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "argv", "said"),
     [
-        (HEAD, '["--a", "@tpp"]', "m.toml:9: argv: item 2: no group 'tpp' stands in [args] above this (did you"),
-        ("\n".join(HEAD.splitlines()[:3]) + "\n", '["@tp"]', "m.toml:6: argv: item 1: no group 'tp' stands in [args]"),
+        (HEAD, '["--a", "@tpp"]', "m.toml:9: argv: item 2: no group 'tpp' is in [args] above this (did you"),
+        ("\n".join(HEAD.splitlines()[:3]) + "\n", '["@tp"]', "m.toml:6: argv: item 1: no group 'tp' is in [args]"),
         (HEAD + 'early = ["@late"]\nlate = ["x"]\n', "[]", "m.toml:7: early: item 1: no group 'late'"),
         (HEAD + 'me = ["@me"]\n', "[]", "m.toml:7: me: item 1: no group 'me'"),
-        (HEAD + 'one = "--tp"\n', "[]", "m.toml:7: one: a list of arguments is wanted, found a string: '--tp'."),
+        (HEAD + 'one = "--tp"\n', "[]", "m.toml:7: one: expected a list of arguments, found a string: '--tp'."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, head: str, argv: str, said: str) -> None:

@@ -1,0 +1,46 @@
+"""Durations and sizes: what is read as how much, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from builder.manifest import values
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("20m", 1200), ("1h30m", 5400), ("45s", 45), ("1d", 86400), ("7", 7), ("1.5h", 5400), (3, 3), (0.5, 0.5)],
+)
+def test_durations(text: object, seconds: float) -> None:
+    assert values.seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "m", "1x", "-1s", "1m 2h", "inf", float("inf"), float("nan"), -1, True, None, [], "٣m"]
+)
+def test_no_durations(text: object) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        values.seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("32g", 32 << 30),
+        ("2GiB", 2 << 30),
+        ("1.5k", 1536),
+        ("10", 10),
+        ("10 MB", 10 << 20),
+        ("1t", 1 << 40),
+        (5, 5),
+        ("3b", 3),
+    ],
+)
+def test_sizes(text: object, size: int) -> None:
+    assert values.size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "g", "1x", "-1", -1, 1.5, True, None])
+def test_no_sizes(text: object) -> None:
+    with pytest.raises(ValueError, match="size"):
+        values.size(text)
