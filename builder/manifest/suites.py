@@ -19,7 +19,7 @@ from builder import files
 from builder.errors import Problem, UsageError
 from builder.recording import Problem as Unrecorded
 from builder.recording import TestFile
-from builder.text import near, printable
+from builder.text import did_you_mean, printable
 
 _PARAMETERS = ("est_time", "suite", "nightly", "disabled")  # as positional arguments
 _REGISTER = re.compile(r"register_\w+_ci")
@@ -165,7 +165,7 @@ def _given(paths: Sequence[str]) -> list[Path]:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    return near(name, known) if known else ""
+    return did_you_mean(name, known) if known else ""
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -202,5 +202,5 @@ def _nothing(given: Sequence[Path], suite: str | None) -> str:
             known |= {each.suite for each in read(files.read_bytes(str(path), _LARGEST))[0]}
         except (files.UnreadableError, SyntaxError, ValueError, RecursionError, MemoryError):
             continue
-    hint = near(suite, known) if known else "none of them is registered for CUDA"
+    hint = did_you_mean(suite, known) if known else "none of them is registered for CUDA"
     return f"no suite {suite!r} in {len(given)} files; {hint}"
