@@ -5,7 +5,6 @@ The same fields are the source of the JSON Schema (`schema`) and of the referenc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ T = TypeVar("T")
 D = TypeVar("D")  # a default, which may be None
 
 _KEY = "key"
+_KEYS: dict[type[Any], dict[str, Key]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,11 @@ def key(
     return field(default=default, metadata={_KEY: declared})
 
 
-@functools.cache
 def keys_of(table: type[Any]) -> dict[str, Key]:
     """Return the keys that a dataclass declares, in their order."""
-    return {each.name: each.metadata[_KEY] for each in fields(table) if _KEY in each.metadata}
+    if table not in _KEYS:
+        _KEYS[table] = {each.name: each.metadata[_KEY] for each in fields(table) if _KEY in each.metadata}
+    return _KEYS[table]
 
 
 class OverrideReader:
@@ -137,8 +138,7 @@ def read(
     base: its values stand for keys that are missing or wrong. kinds: converters in place of declared ones, by key.
     """
     values = {}
-    table_class: type[Any] = type(base)
-    for name, declared in keys_of(table_class).items():  # type: ignore[arg-type] # a class is hashable
+    for name, declared in keys_of(type(base)).items():
         find = table.require if declared.required else table.read
         value = find(name, (kinds or {}).get(name, declared.kind), getattr(base, name))
         if declared.option and declared.option_kind is not None:

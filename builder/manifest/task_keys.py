@@ -140,7 +140,7 @@ class Defaults:
     load: str = key(
         one_of(LOADS, "way to load"),
         Task.load,
-        "Load the checkpoint, use random weights, or load the checkpoint only if random weights prove too little.",
+        "Read the checkpoint, use random weights, or read it only where random weights prove too little.",
         '"dummy"',
         recipes=SERVERS,
     )
@@ -154,7 +154,7 @@ class Defaults:
     verify: str = key(
         one_of(VERIFY, "way to verify"),
         Task.verify,
-        "Proof that everything is compiled: a second process, repeated requests (`serve`), or entries on disk.",
+        "Proof of success: a second process compiles nothing, repeated requests do not, or entries are on disk.",
         '"steady"',
     )
     families: tuple[str, ...] | None = key(
@@ -172,7 +172,7 @@ class TaskTable(Defaults):
 
     model: str = key(a_string, "", "The model: its name in the store or a path.", '"org/model"', required=True)
     revision: str | None = key(
-        a_string, Task.revision, "Revision of the model; not set: the store's own.", '"0123456789abcdef"'
+        a_string, Task.revision, "Revision of the model; not set: the store's main one.", '"0123456789abcdef"'
     )
     argv: tuple[str, ...] = key(
         arguments,
@@ -181,7 +181,7 @@ class TaskTable(Defaults):
         '["@tp8", "--mem-fraction-static", "0.85"]',
     )
     success: str | None = key(
-        regexp, Task.success, "Regular expression that must match a line of the log.", '"KERNELS READY"'
+        regexp, Task.success, "Regular expression (Python, multi-line) that must match in the log.", '"KERNELS READY"'
     )
     shapes: tuple[Shape, ...] = key(
         list_of(shape, "shapes"),

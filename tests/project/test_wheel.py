@@ -29,13 +29,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
-def test_it_holds_the_package_the_profiles_and_the_dockerfile(wheel: Path) -> None:
+def test_wheel_holds_the_package_its_data_and_the_dockerfile(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert archive.read("builder/_docker/Dockerfile") == (ROOT / "docker" / "Dockerfile").read_bytes()
     sources = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.toml")
+        for pattern in ("*.py", "*.toml", "*.json", "*.md")
         for path in (ROOT / "builder").rglob(pattern)
         if "_docker" not in path.parts
     }
