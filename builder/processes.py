@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,25 @@ def kill_descendants(*, seconds: float = 5.0, spare: Iterable[int] = ()) -> bool
         if time.monotonic() > limit:
             return False
         time.sleep(0.01)
+
+
+def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End a child that leads its own process group: SIGTERM to the group, `grace` seconds later SIGKILL."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+            break
+    # Processes of the group that ignored SIGTERM outlive their leader.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def shell_status(status: int) -> int:
+    """Return the exit status that a shell reports for a wait status: 128 + N for signal N."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
 
 
 def reap(spare: Iterable[int] = ()) -> None:

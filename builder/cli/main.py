@@ -413,7 +413,7 @@ class _Signals:
             self._cancel.set(signum)
             if not self._cancel.shielded:
                 raise Interrupted(signum)
-        elif self._telling.over:
+        elif self._telling.expired:
             raise Interrupted(signum)
 
 

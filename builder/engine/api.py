@@ -155,7 +155,7 @@ class State:
         )
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """It ran, and nothing of it runs any more."""
         return self.status in ("exited", "dead")
 

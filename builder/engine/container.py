@@ -25,7 +25,7 @@ from builder.engine.lease import LABEL_LEASE, Lease
 from builder.engine.log_pump import GIVE_UP, EventCallback, Pump
 from builder.engine.log_sinks import Sinks
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError
-from builder.host.cancel import LEAST, REMOVE, STOP, Cancel
+from builder.host.cancel import LEAST_WAIT, REMOVE_WITHIN, STOP_WITHIN, Cancel
 from builder.host.deadlines import Attempt, Deadline, poll
 from builder.job import JOB_VARIABLE, Job
 
@@ -101,14 +101,14 @@ def run_container(
         with contextlib.ExitStack() as duties:
             duties.callback(life.duty, "removing the container", life.remove)
             container = life.create(spec, job)
-            stdin = life.answer(lambda: engine.attach_stdin(container), f"to attach to {spec.name}")
+            stdin = life.answer(lambda: engine.attach_stdin(container), f"attach to {spec.name}")
             duties.callback(stdin.close)
             pump = Pump(engine, container, nonce=job.nonce, sinks=sinks, on_event=on_event)
             duties.callback(lambda: pump.finish(life.drain_deadline(), ran=life.ran, lost=life.lost))
-            life.answer(pump.attach, f"to attach to {spec.name}")
+            life.answer(pump.attach, f"attach to {spec.name}")
             pump.start()
             duties.callback(life.duty, "stopping the container", life.end)
-            life.answer(lambda: engine.start(container), f"to start {spec.name}")
+            life.answer(lambda: engine.start(container), f"start {spec.name}")
             ended = life.watch(pump)
     except BuilderError as error:
         if life.lost:
@@ -124,7 +124,7 @@ def run_container(
     return Outcome(
         ended=ended,
         verdict=next((event for event in reversed(pump.events) if event["event"] == "verdict"), None),
-        exit_code=state.exit_code if state and state.over else None,
+        exit_code=state.exit_code if state and state.finished else None,
         oom=bool(state and state.oom_killed),
         events=pump.events,
         tail=pump.tail,
@@ -185,7 +185,7 @@ class _Life:
     def _create(self, spec: ContainerSpec) -> str:
         self._may_exist = True
         try:
-            self._container = self.answer(lambda: self._engine.create(spec), f"to create {spec.name}")
+            self._container = self.answer(lambda: self._engine.create(spec), f"create {spec.name}")
         except EngineRefusedError:
             self._may_exist = False
             raise
@@ -205,20 +205,20 @@ class _Life:
                     return "exited"
                 lost = Deadline(GIVE_UP)
             except EngineLostError as error:
-                if lost.over:
+                if lost.expired:
                     self.problems.append(f"the engine gave no answer for {GIVE_UP:.0f} s: {error.message}")
                     self.lost = True
                     return "lost"
             if self._cancel.is_set:
                 return "cancelled"
-            if self._budget.over:
+            if self._budget.expired:
                 return "budget"
-            if task.over:
+            if task.expired:
                 return "timeout"
             quiet = time.monotonic() - pump.last_output
             if quiet >= deadlines.silence:
                 return "silence"
-            if start.over and not pump.received:
+            if start.expired and not pump.received:
                 self.problems.append(f"{self._name} said nothing within {deadlines.start:.0f} s of its start")
                 return "timeout"
             left = min(
@@ -243,7 +243,7 @@ class _Life:
             self.problems.append(f"{self._name} was removed by somebody else while it ran")
             return True
         if (
-            self.state.over
+            self.state.finished
             and self.state.exit_code in (128 + signal.SIGKILL, 128 + signal.SIGTERM)
             and not self.state.oom_killed
         ):
@@ -252,7 +252,7 @@ class _Life:
             if self.state.oom_killed is None:
                 cause = "and not by this builder: by somebody else, or for memory; this engine cannot tell which"
             self.problems.append(f"{self._name} was ended by {name} {cause}")
-        return self.state.over
+        return self.state.finished
 
     # --- after -------------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class _Life:
 
     def end(self) -> None:
         """Nothing of it runs any more when this returns without raising."""
-        if self._gone or (self.state is not None and self.state.over):
+        if self._gone or (self.state is not None and self.state.finished):
             return
         if self.lost:
             raise EngineLostError(
@@ -277,28 +277,28 @@ class _Life:
 
     def _over_or_due(self) -> bool:
         self.state = self._look()
-        return self.state.over or self._cancel.is_due(STOP)
+        return self.state.finished or self._cancel.is_due(STOP_WITHIN)
 
     def _look(self) -> State:
-        return self.answer(lambda: self._engine.state(self._container), f"about {self._name}")
+        return self.answer(lambda: self._engine.state(self._container), f"inspect {self._name}")
 
     def answer(self, ask: Callable[[], T], what: str) -> T:
         """What the engine says. Who wants to end the run does not wait for an engine that hangs."""
         try:
-            return self._cancel.answer(ask, what)
+            return self._cancel.call_with_deadline(ask, what)
         except EngineTimeoutError:
             self.lost = self.lost or self._cancel.is_set
             raise
 
     def _stop(self) -> None:
         """Asks in order; faster when somebody gets impatient meanwhile."""
-        times = self._cancel.times
+        times = self._cancel.requests
         limit = Deadline(self._grace(times) + _STOP_LAG)
-        attempt, least = self._stopping(times), Deadline(LEAST)
-        while attempt.running and not limit.over and not (least.over and self._cancel.is_due(STOP)):
+        attempt, least = self._stopping(times), Deadline(LEAST_WAIT)
+        while attempt.running and not limit.expired and not (least.expired and self._cancel.is_due(STOP_WITHIN)):
             attempt.join(0.05)
-            if self._cancel.times > times:
-                times = self._cancel.times
+            if self._cancel.requests > times:
+                times = self._cancel.requests
                 attempt = self._stopping(times)
         if attempt.running:
             self.lost = True
@@ -327,7 +327,7 @@ class _Life:
         if ask is None:
             return
         try:
-            self._cancel.answer(ask, f"to remove {self._name}", by=REMOVE)
+            self._cancel.call_with_deadline(ask, f"remove {self._name}", within=REMOVE_WITHIN)
         except EngineTimeoutError as error:
             self._lease.keep = True
             raise EngineLostError(f"{error.message.rstrip('.')}. The next run, or a sweep, removes it") from None
@@ -365,7 +365,7 @@ class _Impatient(Deadline):
         return super().left()
 
     @property
-    def over(self) -> bool:
+    def expired(self) -> bool:
         return self.left() <= 0
 
 

@@ -26,15 +26,13 @@ from builder import flock
 from builder.engine.api import Containers, Found, Mount
 from builder.engine.errors import NotFoundError
 from builder.errors import BuilderError, PreflightError
+from builder.host.hooks import PENDING_RELEASE
 
 LABEL = "io.sglang.warm-cache."
 LABEL_RUN, LABEL_LEASE, LABEL_TASK, LABEL_DEADLINE = (LABEL + name for name in ("run", "lease", "task", "deadline"))
 
 #: Where a container finds the file.
 TARGET = "/run/warm-cache-lease"
-
-#: In a lease's directory: what its owner has to do even if it dies before. The directory stays until it is done.
-DEBT = "release.json"
 
 _FILE = "lease"
 _NEW, _HELD = "new-", "held-"
@@ -102,7 +100,7 @@ class Lease:
         self._let_go(self.path.parent)
 
     def _let_go(self, directory: Path) -> None:
-        if not self.keep and not (directory / DEBT).exists():
+        if not self.keep and not (directory / PENDING_RELEASE).exists():
             shutil.rmtree(directory, ignore_errors=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -150,12 +148,13 @@ def sweep(
     state_dir: Path,
     *,
     grace: float = 5.0,
-    settle: Callable[[Path], bool] = lambda directory: False,
+    run_release: Callable[[Path], bool] = lambda directory: False,
     drain: Callable[[Found], str] = lambda container: "",
 ) -> list[Swept]:
     """See `Lease.sweep`; for one who holds no lease. grace: seconds between SIGTERM and SIGKILL.
 
-    settle: called with the directory of a dead owner that has a DEBT, once its containers are gone; whether it is paid.
+    run_release: called with the directory of a dead owner that has a pending release, once its containers are gone;
+    returns whether it has run.
     drain: called with a container that has ended, before it is removed; what became of its log, in words.
     """
     found = engine.containers([LABEL_LEASE])
@@ -167,13 +166,13 @@ def sweep(
         if result is None or not result.removed:
             referred.add(str(_label(container.labels).get("path")))
     with contextlib.suppress(OSError):
-        _remove_stale(private_directory(state_dir), referred, settle)
+        _remove_stale(private_directory(state_dir), referred, run_release)
     return swept
 
 
-def debts(state_dir: Path) -> bool:
+def has_pending_releases(state_dir: Path) -> bool:
     """Whether any builder of this user, dead or alive, has something to do before its lease's directory may go."""
-    return any((state_dir / f"warm-cache-{os.getuid()}").glob(f"{_HELD}*/{DEBT}"))
+    return any((state_dir / f"warm-cache-{os.getuid()}").glob(f"{_HELD}*/{PENDING_RELEASE}"))
 
 
 def _sweep_one(engine: Containers, container: Found, grace: float, drain: Callable[[Found], str]) -> Swept | None:
@@ -239,7 +238,7 @@ def _is_past(labels: Mapping[str, str]) -> bool:
     return text.isdecimal() and len(text) < 16 and time.time() > int(text)
 
 
-def _remove_stale(home: Path, referred: Iterable[str], settle: Callable[[Path], bool]) -> None:
+def _remove_stale(home: Path, referred: Iterable[str], run_release: Callable[[Path], bool]) -> None:
     """Lease directories of dead owners. One that a container refers to stays: it proves that the owner is dead."""
     keep = {Path(path).parent for path in referred}
     for directory in home.iterdir():
@@ -254,5 +253,5 @@ def _remove_stale(home: Path, referred: Iterable[str], settle: Callable[[Path], 
             except OSError:
                 continue
             with contextlib.closing(os.fdopen(descriptor, "rb")):
-                if _is_free(descriptor) and (not (directory / DEBT).exists() or settle(directory)):
+                if _is_free(descriptor) and (not (directory / PENDING_RELEASE).exists() or run_release(directory)):
                     shutil.rmtree(directory, ignore_errors=True)

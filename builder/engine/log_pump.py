@@ -132,9 +132,9 @@ class Pump:
         attempt, limit = Attempt(lambda: self._reconcile(deadline)), Deadline(None)
         while attempt.running:
             attempt.join(0.05)
-            if deadline.over:
+            if deadline.expired:
                 limit = limit.within(_HANGS)
-            if limit.over and attempt.running:
+            if limit.expired and attempt.running:
                 self._stopped.set()
                 self.problems.append("the end of the log could not be read: the engine gave no answer in time")
                 return
@@ -201,7 +201,7 @@ class Pump:
                 self._take_up(follow=True)
             except EngineLostError:
                 lost = lost or Deadline(GIVE_UP)
-                if lost.over:
+                if lost.expired:
                     return
                 self._stopped.wait(0.2)
 
@@ -236,7 +236,7 @@ class Pump:
             self.complete = True
             return
         self._take_up(follow=False, deadline=deadline)
-        if deadline.over:
+        if deadline.expired:
             self.problems.append("there was no time to read the rest of the log")
         else:
             self.complete = True
@@ -265,7 +265,7 @@ class Pump:
         for stream, entry in self._engine.log_frames(self._container, follow=follow):
             if stream in resumes and (new := resumes[stream].new(entry)):
                 self._feed(stream, new)
-            if self._stopped.is_set() if follow else deadline is not None and deadline.over:
+            if self._stopped.is_set() if follow else deadline is not None and deadline.expired:
                 return
         if not follow:
             for stream, resume in resumes.items():

@@ -83,7 +83,7 @@ def _followed(read: Callable[[], Frames], state: Callable[[], State]) -> Frames:
 
 def _is_over(state: Callable[[], State]) -> bool:
     try:
-        return state().over
+        return state().finished
     except NotFoundError:
         return True
 

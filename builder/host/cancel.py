@@ -1,4 +1,4 @@
-"""The wish that a run ends, from a signal or from another thread."""
+"""Cancellation of a run, by a signal or by another thread."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from builder.host.deadlines import Attempt, Deadline
 
 T = TypeVar("T")
 
-#: Seconds from the first signal on. Within 5 s everything has ended, whatever the engine does: a cancelled CI step has
-#: 7.5. An engine that hangs must not hold the builder, because leases end what it has as soon as the builder has ended.
-ANSWER, STOP, REMOVE = 1.5, 3.0, 3.6
-#: Seconds that an engine gets for an answer, however late it is asked.
-LEAST = 0.3
+#: Seconds after the first signal at which the builder stops waiting for an engine's answer, for a container to stop,
+#: and for its removal. All ends within 5 s whatever the engine does, because CI systems kill a cancelled step after
+#: 7.5 s. Giving up on a hanging engine is safe: once the builder has exited, the leases end its containers.
+ANSWER_WITHIN, STOP_WITHIN, REMOVE_WITHIN = 1.5, 3.0, 3.6
+#: Seconds that every request to an engine gets, however late after the signal it is made.
+LEAST_WAIT = 0.3
 
 
 class Cancel:
-    """Somebody wants it to end: a signal, or another thread. Once is in order, twice is at once.
+    """A request to end the run: the first one asks for an orderly end, the second for an immediate one.
 
-    `set` may be called in a signal handler whatever the interrupted code was doing: it takes no lock. part_of: of the
-    same end, which may have begun before.
+    `set` takes no lock, so a signal handler may call it whatever code it interrupted.
+
+    part_of: a wider cancellation; if that one began earlier, `elapsed` counts from there.
     """
 
     def __init__(self, part_of: Cancel | None = None) -> None:
@@ -40,7 +42,7 @@ class Cancel:
         self._close = weakref.finalize(self, _close_all, self._reader, self._writer)
 
     def set(self, signum: int) -> None:
-        """Asks for the end, in the name of this signal."""
+        """Request the end, as this signal would."""
         if not self._signums:
             self._since = time.monotonic()
         self._signums.append(signum)
@@ -52,8 +54,8 @@ class Cancel:
         return bool(self._signums)
 
     @property
-    def times(self) -> int:
-        """How often it was asked for."""
+    def requests(self) -> int:
+        """How many times the end was requested."""
         return len(self._signums)
 
     @property
@@ -62,37 +64,41 @@ class Cancel:
         return self._signums[0] if self._signums else None
 
     @property
-    def ago(self) -> float:
-        """Seconds since it was asked for; 0 before."""
+    def elapsed(self) -> float:
+        """Seconds since the first request; 0 before it."""
         if not self._signums:
             return 0.0
-        return max(time.monotonic() - self._since, self._part_of.ago if self._part_of else 0.0)
+        return max(time.monotonic() - self._since, self._part_of.elapsed if self._part_of else 0.0)
 
     def is_due(self, seconds: float) -> bool:
-        """Whether it was asked for so many seconds ago."""
-        return self.is_set and self.ago >= seconds
+        """Return whether the end was requested at least `seconds` ago."""
+        return self.is_set and self.elapsed >= seconds
 
-    def answer(self, ask: Callable[[], T], what: str, *, by: float = ANSWER) -> T:
-        """What the engine says. by: seconds from the first signal on, after which nobody waits for it any more; then
-        EngineTimeoutError, and what was asked may be done all the same. what: it was asked for, in words.
+    def call_with_deadline(self, call: Callable[[], T], action: str, *, within: float = ANSWER_WITHIN) -> T:
+        """Return `call()`'s result; after a cancellation, stop waiting for it.
+
+        Waits without limit before a cancellation, and at most `within` seconds since the first signal (but at least
+        LEAST_WAIT) after it. Then raises EngineTimeoutError; the request may still take effect.
+
+        action: for the message, e.g. ``create NAME``.
         """
-        attempt, least = Attempt(ask), Deadline(LEAST)
+        attempt, least = Attempt(call), Deadline(LEAST_WAIT)
         while attempt.running:
             attempt.join(0.05)
-            if least.over and self.is_due(by):
+            if least.expired and self.is_due(within):
                 break
         if attempt.running:
-            raise EngineTimeoutError(f"the engine gave no answer in time when it was asked {what}")
+            raise EngineTimeoutError(f"the engine gave no answer in time to the request to {action}")
         return attempt.result()
 
     def check(self) -> None:
-        """Raises Interrupted once the end was asked for."""
+        """Raise Interrupted once the end was requested."""
         if self._signums:
             raise Interrupted(self._signums[0])
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
-        """While something runs that looks at `is_set` itself, and must not be torn out of a step by an exception."""
+        """Keep signal handlers from raising inside: the code there checks `is_set` itself between its steps."""
         with self._shielding:
             self._shields += 1
         try:
@@ -106,9 +112,7 @@ class Cancel:
         return self._shields > 0
 
     def wait(self, seconds: float, *also: int) -> bool:
-        """Waits for so long, for the first `set`, or until one of these descriptors is readable; says whether it is
-        set.
-        """
+        """Wait for the first `set`, for one of these descriptors to be readable, or `seconds`; return `is_set`."""
         poller = select.poll()
         for descriptor in (self._reader, *also):
             poller.register(descriptor, select.POLLIN)

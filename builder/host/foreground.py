@@ -1,4 +1,4 @@
-"""Somebody else's command, run as if this program were not there: streams, signals and exit status pass through."""
+"""Runs a command in the foreground: its streams, signals and exit status are those of this program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from builder.errors import BuilderError
+from builder.processes import shell_status
 
-#: What people and CI systems send to a process that they started.
+#: Signals that people and CI systems send to a process that they started.
 FORWARDED = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -20,17 +21,15 @@ FORWARDED = (
     signal.SIGUSR2,
     signal.SIGALRM,
 )
-#: As a shell says it.
+#: A shell's exit statuses for a command that it cannot start.
 CANNOT_RUN, NOT_FOUND = 126, 127
 
-_SI_KERNEL = 0x80  # asm-generic/siginfo.h; a terminal's signals have it
+_SI_KERNEL = 0x80  # asm-generic/siginfo.h; the code of signals that a terminal sends
 _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class CommandError(BuilderError):
-    """The command could not be started. exit_code is a shell's: 127 for one that is not there, 126 for another
-    reason.
-    """
+    """The command could not be started. exit_code is a shell's: 127 for a missing command, 126 otherwise."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -38,12 +37,13 @@ class CommandError(BuilderError):
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], *, ignored: Collection[signal.Signals] = ()) -> int:
-    """Runs the command and returns its exit status, 128 + N when signal N ended it. For the main thread; every other
-    thread has its signals blocked.
+    """Run the command and return its exit status, 128 + N if signal N ended it. Raises CommandError.
 
-    ignored: signals that whoever started this program wanted ignored (nohup), and that the command ignores as well.
-    Raises CommandError. Signals are blocked before the command exists and waited for from then on, so that none is
-    lost and none interrupts anything here; the command starts with the mask and the actions that this program had.
+    Only for the main thread; every other thread must have these signals blocked. They are blocked here before the
+    command exists and received by sigtimedwait from then on, so that none is lost and none interrupts this function.
+    The command starts with the signal mask and actions that this program was started with.
+
+    ignored: signals that this program was started to ignore (nohup); the command ignores them as well.
     """
     with _blocked({*FORWARDED, signal.SIGCHLD} - set(ignored)) as (watched, mask):
         for signum in ignored:
@@ -55,22 +55,22 @@ def run(argv: Sequence[str], environ: Mapping[str, str], *, ignored: Collection[
             missing = isinstance(error, FileNotFoundError)
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise CommandError(f"cannot run {argv[0]}: {reason}", NOT_FOUND if missing else CANNOT_RUN) from None
-        while (status := _ended(child)) is None:
-            # The second is for a SIGCHLD that somebody's handler took.
+        while (status := _poll(child)) is None:
+            # The timeout covers a SIGCHLD that an earlier handler consumed.
             got = signal.sigtimedwait(watched, 1.0)
-            if got is not None and got.si_signo != signal.SIGCHLD and not _has_it_already(child, got):
+            if got is not None and got.si_signo != signal.SIGCHLD and not _reached(child, got):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(child, got.si_signo)
         while signal.sigtimedwait(watched, 0):
-            pass  # what came too late for the command is not for this program either
+            pass  # signals that arrived too late for the command are not meant for this program either
     return status
 
 
 @contextlib.contextmanager
 def _blocked(watched: set[signal.Signals]) -> Iterator[tuple[set[signal.Signals], Collection[int]]]:
-    """These signals wait to be asked for; with them, the mask that was there before."""
-    child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, the kernel would take the status away
-    stop = signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # Ctrl-Z stops the command, and so this program with it
+    """Block these signals; yields them and the previous mask."""
+    child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the kernel discards the exit status
+    stop = signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # Ctrl-Z stops this program together with the command
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
         yield watched, mask
@@ -80,17 +80,18 @@ def _blocked(watched: set[signal.Signals]) -> Iterator[tuple[set[signal.Signals]
         signal.signal(signal.SIGCHLD, child)
 
 
-def _ended(child: int) -> int | None:
-    """The exit status, as a shell tells it; None while the command runs."""
+def _poll(child: int) -> int | None:
+    """Return the exit status in a shell's form; None while the command runs."""
     pid, status = os.waitpid(child, os.WNOHANG)
-    if not pid:
-        return None
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    return shell_status(status) if pid else None
 
 
-def _has_it_already(child: int, got: Any) -> bool:
-    """Ctrl-C reaches every process of the terminal's foreground group, and a second one means: at once."""
+def _reached(child: int, got: Any) -> bool:
+    """Return whether the command got this signal already, or has ended.
+
+    Ctrl-C reaches the whole foreground group of the terminal; sending it again would look like a second Ctrl-C, which
+    many programs take for an order to quit immediately.
+    """
     with contextlib.suppress(ProcessLookupError):
         return bool(got.si_code == _SI_KERNEL) and os.getpgid(child) == os.getpgrp()
     return True

@@ -1,10 +1,10 @@
-"""Host-wide locks on GPUs, whatever cache a builder warms and whoever runs it: kernel locks that die with their holder.
+"""Machine-wide locks on GPUs, shared by all builders and all users: kernel locks that end with their holder.
 
-One file per GPU, named by its UUID, in a directory that all users of the machine share. A builder locks in every such
-directory that it can use: one user may have no access to the first, and another a private /tmp. All builders go through
-directories and names in the same order, and so no two of them ever wait for each other.
+One file per GPU, named by its UUID, in a directory that all users of the machine share. A builder locks the file in
+every such directory that it can use, because some users cannot access the first one and others have a private /tmp. All
+builders lock directories and names in the same order, so no two of them ever wait for each other.
 
-Nothing is ever unlinked: a lock on a name that is gone excludes nobody.
+Nothing is ever unlinked: a lock on a name that was replaced excludes nothing.
 """
 
 from __future__ import annotations
@@ -17,50 +17,52 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from builder.flock import try_lock
-from builder.host.locks import Patience
+from builder import flock
+from builder.host.locks import LockWait
 
 DIRECTORIES = (Path("/run/lock/warm-cache"), Path("/tmp/warm-cache-locks"))  # noqa: S108 - shared on purpose
 
-#: Held from before `[gpus] acquire` until after `release`: what one builder takes out of service no other puts back.
+#: The lock that is held from before `[gpus] acquire` until after `release`, so that no builder puts a machine back into
+#: service that another one still uses.
 SERVICE = "service"
 
-_SHARED = 0o1777
-_MAY_COME = "other builders on this machine may not be kept off its GPUs"
+_SHARED_MODE = 0o1777
+_NOT_EXCLUDED = "other builders on this machine may use its GPUs at the same time"
 
 
 @contextlib.contextmanager
-def locked(names: Mapping[str, str], patience: Patience, warn: Callable[[str], None]) -> Iterator[None]:
-    """Holds these locks; names: of a lock → what it stands for, for people. warn: is told what cannot be locked.
+def locked(names: Mapping[str, str], wait: LockWait, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold these locks. Raises BusyError if another builder keeps one too long, and then holds none.
 
-    Waits for other builders, saying for whom; raises BusyError when they take too long, and then holds none.
+    names: lock name → what it stands for, for people.
+    warn: receives one sentence about each lock that cannot be taken here; the run continues without it.
     """
-    with contextlib.ExitStack() as held:
-        directories = usable() if names else []
+    with contextlib.ExitStack() as stack:
+        directories = usable_directories() if names else []
         if names and not directories:
-            warn(f"{_MAY_COME}: no access to {' or '.join(map(str, DIRECTORIES))}")
+            warn(f"{_NOT_EXCLUDED}: no access to {' or '.join(map(str, DIRECTORIES))}")
         for directory in directories:
-            for name, what in sorted(names.items()):
+            for name, description in sorted(names.items()):
                 try:
-                    descriptor = lock_file(directory, name)
+                    descriptor = open_lock_file(directory, name)
                 except OSError as error:
-                    warn(f"{_MAY_COME}: {error.filename or directory}: {error.strerror}")
+                    warn(f"{_NOT_EXCLUDED}: {error.filename or directory}: {error.strerror}")
                     continue
-                held.callback(os.close, descriptor)
-                patience.take(descriptor, doing=f"holds {what}", busy=f"{what} is in use")
+                stack.callback(os.close, descriptor)
+                wait.acquire(descriptor, holder_action=f"holds {description}", busy=f"{description} is in use")
         yield
 
 
 @contextlib.contextmanager
-def at_once(name: str) -> Iterator[bool]:
-    """Holds this lock if nobody else has it, in every directory; says whether it does."""
-    with contextlib.ExitStack() as held:
+def try_lock(name: str) -> Iterator[bool]:
+    """Take this lock in every directory if it is free, without waiting; yields whether it was."""
+    with contextlib.ExitStack() as stack:
         free = True
-        for directory in usable():
+        for directory in usable_directories():
             try:
-                descriptor = lock_file(directory, name)
-                held.callback(os.close, descriptor)
-                free = try_lock(descriptor)
+                descriptor = open_lock_file(directory, name)
+                stack.callback(os.close, descriptor)
+                free = flock.try_lock(descriptor)
             except OSError:
                 free = False
             if not free:
@@ -68,13 +70,13 @@ def at_once(name: str) -> Iterator[bool]:
         yield free
 
 
-def usable(directories: Sequence[Path] = DIRECTORIES) -> list[Path]:
-    """Those of these directories that are there, or can be made, and that this user can lock files in."""
-    return [directory for directory in directories if _is_shared(directory) or _made(directory)]
+def usable_directories(directories: Sequence[Path] = DIRECTORIES) -> list[Path]:
+    """Return those of these directories that exist or can be made, and in which this user can lock files."""
+    return [directory for directory in directories if _is_usable(directory) or _make(directory)]
 
 
-def _is_shared(directory: Path) -> bool:
-    """Only a real one: a link in a place where everybody writes leads wherever its maker likes."""
+def _is_usable(directory: Path) -> bool:
+    """Return whether it is a directory itself: in a world-writable place, a link leads wherever its maker likes."""
     try:
         is_directory = stat.S_ISDIR(directory.lstat().st_mode)
     except OSError:
@@ -82,31 +84,33 @@ def _is_shared(directory: Path) -> bool:
     return is_directory and os.access(directory, os.R_OK | os.W_OK | os.X_OK)
 
 
-def _made(directory: Path) -> bool:
-    """It gets its name when its mode is right, so that nobody finds it half made. A rename never replaces a directory
-    that holds a lock file.
+def _make(directory: Path) -> bool:
+    """Make the directory with its final mode; return whether it is usable then.
+
+    It is renamed into place once its mode is right, so no process ever sees it half made. The rename cannot replace a
+    directory that holds a lock file, because that one is not empty.
     """
     scratch = None
     try:
         scratch = Path(tempfile.mkdtemp(prefix=".warm-cache-", dir=directory.parent))
-        scratch.chmod(_SHARED)
+        scratch.chmod(_SHARED_MODE)
         scratch.rename(directory)
     except OSError:
         if scratch is not None:
             with contextlib.suppress(OSError):
                 scratch.rmdir()
-    return _is_shared(directory)
+    return _is_usable(directory)
 
 
-def lock_file(directory: Path, name: str) -> int:
-    """A descriptor of the lock file of this name, made where there is none. Whoever made it, everybody can lock it."""
+def open_lock_file(directory: Path, name: str) -> int:
+    """Return a descriptor of the lock file of this name, which every user can lock; make the file if it is missing."""
     path = directory / f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)}.lock"
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    # Without O_CREAT first: in a sticky directory the kernel may refuse it for a file of somebody else
-    # (fs.protected_regular), even where nothing has to be created.
+    # First without O_CREAT: in a sticky directory the kernel may refuse it for another user's file
+    # (fs.protected_regular), even if the file exists.
     with contextlib.suppress(FileNotFoundError):
         return os.open(path, flags)
-    # Made under another name, because the umask may keep others from opening it until its mode is right.
+    # Made under another name and then linked: until fchmod, the umask may keep other users from opening it.
     made, scratch = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
         os.fchmod(made, 0o666)

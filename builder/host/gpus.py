@@ -1,33 +1,32 @@
-"""What the host says about its GPUs: which there are, who holds them, and how much of their memory is in use.
+"""GPUs of this machine: which exist, which processes use them, and how much of their memory is in use.
 
-`host_gpus` reads the driver's own files below /proc and touches no GPU, as the fast path promises: NVML would wake one
-without persistence mode. `Nvml` asks the driver's library, and is for runs that start containers anyway.
+`host_gpus` reads the driver's files below /proc and touches no GPU, as the fast path promises: NVML would wake a GPU
+without persistence mode. `Nvml` calls the driver's library, and is for runs that start containers anyway.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from builder.host.deadlines import Deadline
+from builder.host.deadlines import Attempt, Deadline
 
 T = TypeVar("T")
 
 PROC = Path("/proc/driver/nvidia")
 
-#: Seconds for one look at all GPUs. A driver that hangs (a GPU fell off the bus) must not take the builder with it.
-PATIENCE = 20.0
-#: Seconds for it even when somebody wants to go: one that works takes milliseconds.
-_LEAST = 0.3
-#: Seconds for letting go of the driver, which only answers.
-_SHUT = 1.0
-#: Bytes in use on a GPU that nobody holds: contexts of services, and what the driver keeps for itself.
+#: Seconds for one snapshot of all GPUs. A driver that hangs (a GPU fell off the bus) must not hang the builder.
+SNAPSHOT_TIMEOUT = 20.0
+#: Seconds for it even during a cancellation: a driver that works takes milliseconds.
+_LEAST_WAIT = 0.3
+#: Seconds to close the driver's library.
+_CLOSE_TIMEOUT = 1.0
+#: Bytes that may be in use on an idle GPU: contexts of services, and the driver's own memory.
 IDLE_BYTES = 1 << 30
 
 #: The inode of /proc/self/ns/pid in the initial PID namespace (include/linux/proc_ns.h).
@@ -37,19 +36,23 @@ _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class HostGpus:
-    """names: one per GPU, in the driver's order. driver: its version, e.g. ``580.65.06``."""
+    """The GPUs that the kernel driver lists.
+
+    names: one per GPU, in the driver's order.
+    driver: its version, e.g. ``580.65.06``.
+    """
 
     names: tuple[str, ...]
     driver: str | None
 
     @property
     def model(self) -> str:
-        """For the memo: which kinds of GPU this host has, as the in-container probe writes them."""
+        """The kinds of GPU on this host, in the form of the in-container probe; part of the memo."""
         return ", ".join(sorted(set(self.names)))
 
 
 def host_gpus(proc: Path = PROC) -> HostGpus | None:
-    """The NVIDIA GPUs that this host's driver knows, or None where there is no driver. Never raises."""
+    """Return the NVIDIA GPUs that this host's driver lists, or None without a driver. Never raises."""
     try:
         version = (proc / "version").read_text(errors="replace")
         names = []
@@ -66,10 +69,12 @@ def host_gpus(proc: Path = PROC) -> HostGpus | None:
 
 
 @dataclass(frozen=True)
-class Process:
-    """A process with a context on a GPU. memory: bytes there; started: seconds since the epoch; container: its id.
+class GpuProcess:
+    """A process with a context on a GPU. Values that cannot be read are None.
 
-    What cannot be read is None.
+    memory: bytes on that GPU.
+    started: seconds since the epoch.
+    container: id of the container it runs in.
     """
 
     pid: int
@@ -80,11 +85,14 @@ class Process:
 
     @property
     def identity(self) -> tuple[int, float | None]:
-        """A pid alone is given to another process sooner or later."""
+        """Distinguishes this process from a later one with the same pid."""
         return self.pid, self.started
 
     def describe(self, containers: Mapping[str, str]) -> str:
-        """``pid 48121 (sglang::scheduler_TP3, container ci-h200-2)``. containers: id → name, those of the engine."""
+        """Return e.g. ``pid 48121 (sglang::scheduler_TP3, container ci-h200-2)``.
+
+        containers: id → name of the engine's containers.
+        """
         known = [self.name or "its name cannot be read"]
         if self.container:
             known.append(f"container {containers.get(self.container) or self.container[:12] + ' of another engine'}")
@@ -92,70 +100,85 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One GPU. used and total in bytes. processes: None where it cannot be known who holds it."""
+class GpuUsage:
+    """One GPU at one moment. used and total in bytes; None where the driver does not report a value.
+
+    processes: None where the driver does not list them.
+    """
 
     index: int
     uuid: str
     name: str
     used: int | None
     total: int | None
-    processes: tuple[Process, ...] | None
+    processes: tuple[GpuProcess, ...] | None
 
 
 @dataclass(frozen=True)
-class Look:
-    """What NVML says at one moment. absent: why it says nothing. notes: what it does not say, one sentence each."""
+class GpuSnapshot:
+    """All GPUs at one moment, by NVML.
 
-    gpus: tuple[Gpu, ...] = ()
+    absent: why there is no data at all.
+    notes: which values are missing and why, one sentence each.
+    """
+
+    gpus: tuple[GpuUsage, ...] = ()
     absent: str | None = None
     notes: tuple[str, ...] = ()
 
-    def chosen(self, devices: Sequence[int] | None, count: int) -> Look:
-        """Of the GPUs those that a container with these devices, or with this number of them, gets: the engine hands
-        out the first ones.
+    def chosen(self, devices: Sequence[int] | None, count: int) -> GpuSnapshot:
+        """Return only the GPUs of a container with these devices; devices None: with the first `count`, as the engine
+        assigns them.
         """
-        wanted = range(count) if devices is None else devices
-        return replace(self, gpus=tuple(gpu for gpu in self.gpus if gpu.index in wanted))
+        indices = range(count) if devices is None else devices
+        return replace(self, gpus=tuple(gpu for gpu in self.gpus if gpu.index in indices))
 
-    def gpu(self, uuid: str) -> Gpu | None:
+    def gpu(self, uuid: str) -> GpuUsage | None:
         return next((gpu for gpu in self.gpus if gpu.uuid == uuid), None)
 
 
 class Nvml:
-    """The driver's management library, opened at the first look. Nothing here raises: what NVML cannot say is said.
+    """The driver's management library, opened by the first snapshot. Never raises: `GpuSnapshot.absent` has the reason.
 
-    absent: a reason to not even try. initial: whether this is the initial PID namespace, where every pid that NVML
-    names means what it says; None = find out.
+    absent: a reason not to try at all.
+    initial: whether this is the initial PID namespace, where the pids that NVML reports are ours; None: find out.
+    timeout: seconds for one snapshot.
     """
 
-    def __init__(self, absent: str | None = None, *, initial: bool | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, absent: str | None = None, *, initial: bool | None = None, timeout: float = SNAPSHOT_TIMEOUT
+    ) -> None:
         self._absent = absent
         self._initial = _in_initial_namespace() if initial is None else initial
-        self._patience = patience
+        self._timeout = timeout
         self._is_open = False
 
-    def look(self, *, hurried: Callable[[], bool] = lambda: False) -> Look:
-        """Every GPU of this machine, now. A driver that does not answer in time is not asked again. hurried: whether
-        somebody wants to go, who does not wait for one that hangs.
+    def snapshot(self, *, hurried: Callable[[], bool] = lambda: False) -> GpuSnapshot:
+        """Return all GPUs of this machine as they are now. After one timeout the driver is not called again.
+
+        hurried: whether the run is being cancelled; a driver that hangs is then not waited for.
         """
         if self._absent is None:
             began = time.monotonic()
-            found = _within(self._patience, self._ask, hurried)
-            if found is not None:
-                return found
-            self._absent = f"NVML gave no answer for {time.monotonic() - began:.0f} s"
-        return Look(absent=self._absent)
+            try:
+                snapshot = _within(self._timeout, self._read, hurried)
+            except Exception as error:  # noqa: BLE001 - whatever a driver does, the run goes on without its data
+                self._absent = f"NVML failed: {type(error).__name__}: {error}"
+            else:
+                if snapshot is not None:
+                    return snapshot
+                self._absent = f"NVML gave no answer for {time.monotonic() - began:.0f} s"
+        return GpuSnapshot(absent=self._absent)
 
     def close(self) -> None:
-        """Lets go of the driver. May be called twice."""
+        """Close the driver's library. May be called twice."""
         if self._is_open and self._absent is None:
             self._is_open = False
-            _within(min(self._patience, _SHUT), self._shut)
+            _within(min(self._timeout, _CLOSE_TIMEOUT), self._shut)
 
-    # --- in a thread of its own ---
+    # --- in a background thread ---
 
-    def _ask(self) -> Look:
+    def _read(self) -> GpuSnapshot:
         try:
             import pynvml
 
@@ -164,16 +187,16 @@ class Nvml:
                 self._is_open = True
             count = pynvml.nvmlDeviceGetCount()
         except ImportError:
-            return Look(absent="the Python package nvidia-ml-py is not installed")
+            return GpuSnapshot(absent="the Python package nvidia-ml-py is not installed")
         except pynvml.NVMLError as error:
             missing = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
-            return Look(absent="there is no NVML here (libnvidia-ml.so.1)" if missing else f"NVML says: {error}")
+            return GpuSnapshot(absent="there is no NVML here (libnvidia-ml.so.1)" if missing else f"NVML: {error}")
         notes: list[str] = []
         gpus = [gpu for index in range(count) if (gpu := _read_gpu(pynvml, index, notes))]
-        return self._without_strangers(gpus, notes)
+        return self._with_known_pids(gpus, notes)
 
-    def _without_strangers(self, gpus: Sequence[Gpu], notes: list[str]) -> Look:
-        """In a PID namespace of our own a pid of NVML's may be nobody, or somebody else: then none of them counts."""
+    def _with_known_pids(self, gpus: Sequence[GpuUsage], notes: list[str]) -> GpuSnapshot:
+        """Drop the processes if NVML's pids do not exist in our PID namespace: any of them may then be another one."""
         if not self._initial:
             pids = {process.pid for gpu in gpus for process in gpu.processes or ()}
             if all(Path("/proc", str(pid)).exists() for pid in pids):
@@ -181,7 +204,7 @@ class Nvml:
             else:
                 notes.append("inside a PID namespace, which lacks processes that NVML names: only memory counts")
                 gpus = [replace(gpu, processes=None) for gpu in gpus]
-        return Look(tuple(gpus), notes=tuple(notes))
+        return GpuSnapshot(tuple(gpus), notes=tuple(notes))
 
     @staticmethod
     def _shut() -> bool:
@@ -192,51 +215,49 @@ class Nvml:
         return True
 
 
-def _read_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu | None:
+def _read_gpu(nvml: Any, index: int, notes: list[str]) -> GpuUsage | None:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
     except nvml.NVMLError as error:
-        notes.append(f"GPU {index} cannot be asked: {error}")
+        notes.append(f"GPU {index} cannot be read: {error}")
         return None
     used = total = processes = None
     try:
         memory = _read_memory(nvml, handle)
         used, total = int(memory.used), int(memory.total)
     except nvml.NVMLError as error:
-        notes.append(f"GPU {index} does not say how much of its memory is in use: {error}")
+        notes.append(f"GPU {index} does not report its memory in use: {error}")
     try:
         running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
         processes = tuple(_process(one.pid, one.usedGpuMemory) for one in running)
     except nvml.NVMLError as error:
-        notes.append(f"GPU {index} does not say who holds it: {error}")
-    return Gpu(index, uuid, name, used, total, processes)
+        notes.append(f"GPU {index} does not list its processes: {error}")
+    return GpuUsage(index, uuid, name, used, total, processes)
 
 
 def _read_memory(nvml: Any, handle: Any) -> Any:
-    """Without what the driver reserves, where the driver is new enough to tell it apart (R510)."""
+    """Return the memory in use without the driver's own, if the driver is new enough to separate them (R510)."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     except nvml.NVMLError:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
 
 
-def _process(pid: int, memory: int | None) -> Process:
+def _process(pid: int, memory: int | None) -> GpuProcess:
     import psutil
 
     name = started = None
     with contextlib.suppress(psutil.Error, OSError):
         process = psutil.Process(pid)
         started = process.create_time()
-        # A process names itself as it likes; a terminal shall not do as it likes.
+        # A process chooses its own name: control characters must not reach the terminal.
         name = "".join(letter if letter.isprintable() else "?" for letter in process.name()) or None
-    return Process(pid, memory, name, started, container_of(pid))
+    return GpuProcess(pid, memory, name, started, container_of(pid))
 
 
 def container_of(pid: int, proc: Path = Path("/proc")) -> str | None:
-    """The id of the container that a process runs in, by its control group; None outside of one, or where that
-    cannot be read.
-    """
+    """Return the id of the container that a process runs in, by its control group; None outside of one or unknown."""
     try:
         found = _CONTAINER_ID.findall((proc / str(pid) / "cgroup").read_text(errors="replace"))
     except OSError:
@@ -253,11 +274,8 @@ def _in_initial_namespace() -> bool:
 
 
 def _within(seconds: float, call: Callable[[], T], hurried: Callable[[], bool] = lambda: False) -> T | None:
-    """What the call returns, or None when it takes longer; it then goes on in its thread for as long as it likes."""
-    box: list[T] = []
-    thread = threading.Thread(target=lambda: box.append(call()), name="nvml", daemon=True)
-    thread.start()
-    limit, least = Deadline(seconds), Deadline(_LEAST)
-    while thread.is_alive() and not limit.over and not (least.over and hurried()):
-        thread.join(limit.within(0.05).left())
-    return box[0] if box else None
+    """Return `call()`'s result, or None if it takes longer; it then continues in its thread."""
+    attempt, limit, least = Attempt(call), Deadline(seconds), Deadline(_LEAST_WAIT)
+    while attempt.running and not limit.expired and not (least.expired and hurried()):
+        attempt.join(limit.within(0.05).left())
+    return None if attempt.running else attempt.result()

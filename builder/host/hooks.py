@@ -1,10 +1,9 @@
-"""The operator's own commands around a run: ``[gpus] acquire`` takes this machine out of service, ``release`` puts it
-back.
+"""The operator's commands around a run: ``[gpus] acquire`` takes this machine out of service, ``release`` puts it back.
 
-Every acquire gets its release, exactly once and whatever happens. What is owed is on disk before acquire starts,
-beside the lease file, and goes when release has succeeded; a builder that was killed leaves it there, and the next
-sweep, which proves by the lease that the owner is dead, does what is written. A command of a builder that was killed
-is ended within seconds, so that an acquire does not go on beside its own release.
+Every acquire gets its release exactly once, whatever happens. The release is recorded on disk before acquire starts, in
+the lease's directory, and the record is removed when release has succeeded. A builder that was killed leaves its record
+behind, and the next sweep, which proves by the lease that the owner is dead, runs the release. A hook of a builder that
+was killed is ended within seconds, so that an acquire never runs at the same time as its own release.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -21,18 +19,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from builder import files, flock
-from builder.engine.lease import DEBT
 from builder.host.deadlines import Deadline
+from builder.processes import end_group
 
-#: Lines of a hook's output that a failure shows again.
+#: In a lease's directory: the release that its owner has recorded. The directory is kept until it has run.
+PENDING_RELEASE = "release.json"
+
+#: How many of the last lines of a hook's output a failure shows again.
 _TAIL = 20
 #: Seconds between SIGTERM and SIGKILL for a hook that takes too long.
 _GRACE = 2.0
-#: Longer lines of a hook are cut into several.
-_LINE = 8192
+#: A longer line of a hook's output is cut. Bytes.
+_LONGEST_LINE = 8192
 
-#: The line ($1) beside a guard of its process group, which gets a newline on stdin when the line has ended, and
-#: end-of-file when the builder is dead: then the line is ended as the builder would have ended it.
+#: Runs the command line ($1) together with a guard in its process group. The guard reads a newline from stdin when the
+#: command has ended, and end-of-file when the builder is dead: then it ends the group as the builder would have done.
 _GUARDED = f"""
 exec 3<&0 </dev/null
 ( {{ trap '' HUP INT TERM
@@ -50,7 +51,12 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Hooks:
-    """Command lines, for /bin/sh. run_id: what they find in WARM_CACHE_RUN. timeout: seconds for each line."""
+    """Command lines for /bin/sh.
+
+    run_id: value of WARM_CACHE_RUN in their environment.
+    timeout: seconds for each line.
+    directory: their working directory; / if it is missing.
+    """
 
     lines: tuple[str, ...]
     run_id: str
@@ -59,8 +65,8 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """What went wrong with one line, as a sentence, and what it said last."""
+class HookFailure:
+    """One command line that failed. tail: the last lines of its output."""
 
     text: str
     tail: tuple[str, ...]
@@ -71,33 +77,36 @@ def run(
     environ: Mapping[str, str],
     show: Show,
     *,
-    all_of_them: bool = False,
+    keep_going: bool = False,
     hurried: Callable[[], bool] = lambda: False,
-) -> Failure | None:
-    """Runs the lines one after the other, and returns the first failure. The first failure is the end of it, unless
-    ``all_of_them``. ``hurried`` ends a line before its time-out.
+) -> HookFailure | None:
+    """Run the command lines one after the other; return the first failure.
+
+    show: prints one line of output.
+    keep_going: run the remaining lines after a failure.
+    hurried: polled; once it returns true, the running line is ended before its timeout.
     """
     first = None
     for line in hooks.lines:
         failure = _run_line(line, hooks, environ, show, hurried)
         first = first or failure
-        if failure is not None and not all_of_them:
+        if failure is not None and not keep_going:
             break
     return first
 
 
 def _run_line(
     line: str, hooks: Hooks, environ: Mapping[str, str], show: Show, hurried: Callable[[], bool]
-) -> Failure | None:
+) -> HookFailure | None:
     show(f"$ {line}")
     tail: deque[str] = deque(maxlen=_TAIL)
 
-    def said(text: str) -> None:
+    def emit(text: str) -> None:
         tail.append(text)
         show(text)
 
     with contextlib.ExitStack() as held:
-        # Only we have the end that writes, and the kernel closes it when we are no more.
+        # Only this process has the writing end, so the kernel closes it when this process dies.
         reader, writer = os.pipe()
         held.callback(os.close, writer)
         try:
@@ -108,110 +117,99 @@ def _run_line(
                 stdin=reader,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                # A terminal's Ctrl-C is for the builder, which ends its hooks in order.
+                # A terminal's Ctrl-C must reach the builder only, which ends its hooks in order.
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            return Failure(f"{line!r} cannot be started: {error}", ())
+            return HookFailure(f"{line!r} cannot be started: {error}", ())
         finally:
             os.close(reader)
         limit = Deadline(hooks.timeout)
         try:
-            _follow(process, said, lambda: limit.over or hurried())
+            _follow(process, emit, lambda: limit.expired or hurried())
         finally:
             stopped = process.poll() is None
             if stopped:
-                _end(process)
+                end_group(process, _GRACE)
             if process.stdout is not None:
                 process.stdout.close()
         with contextlib.suppress(OSError):
             os.write(writer, b"\n")
     if stopped:
-        why = f"did not end within {hooks.timeout:.0f} s" if limit.over else "was interrupted"
-        return Failure(f"{line!r} {why}", tuple(tail))
+        why = f"did not end within {hooks.timeout:.0f} s" if limit.expired else "was interrupted"
+        return HookFailure(f"{line!r} {why}", tuple(tail))
     if process.returncode:
-        last = f": {tail[-1]}" if tail else ", and said nothing"
-        return Failure(f"{line!r} ended with status {process.returncode}{last}", tuple(tail))
+        last = f": {tail[-1]}" if tail else ", without output"
+        return HookFailure(f"{line!r} ended with status {process.returncode}{last}", tuple(tail))
     return None
 
 
-def _follow(process: subprocess.Popen[bytes], said: Show, enough: Callable[[], bool]) -> None:
-    """Passes on what it says until it ends. What it leaves in the background may keep the pipe: that is no output of
-    its own.
-    """
+def _follow(process: subprocess.Popen[bytes], emit: Show, stop: Callable[[], bool]) -> None:
+    """Pass on the output until the process ends. A background process that keeps the pipe open is not waited for."""
     assert process.stdout is not None
     pipe = process.stdout.fileno()
     poller = select.poll()
     poller.register(pipe, select.POLLIN)
     rest, is_open = b"", True
-    while not enough():
-        over = process.poll() is not None
-        ready = bool(poller.poll(0 if over else 50)) if is_open else False
+    while not stop():
+        ended = process.poll() is not None
+        ready = bool(poller.poll(0 if ended else 50)) if is_open else False
         if ready:
-            data = os.read(pipe, _LINE)
+            data = os.read(pipe, _LONGEST_LINE)
             if not data:
                 is_open = False
                 poller.unregister(pipe)
             *lines, rest = (rest + data).split(b"\n")
-            if len(rest) >= _LINE:
+            if len(rest) >= _LONGEST_LINE:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                said(line.decode(errors="replace").rstrip("\r"))
-        elif over:
+                emit(line.decode(errors="replace").rstrip("\r"))
+        elif ended:
             break
         elif not is_open:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.05)
     if rest:
-        said(rest.decode(errors="replace"))
+        emit(rest.decode(errors="replace"))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-            break
-    # Whoever ignored the first signal in the group goes as well.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+# --- the pending release ---------------------------------------------------------------------------------------------
 
 
-# --- what is owed ----------------------------------------------------------------------------------------------------
+def record_pending_release(directory: Path, release: Hooks) -> None:
+    """Record in a lease's directory that this release must run even if this process dies. Raises OSError."""
+    files.write_atomically(directory / PENDING_RELEASE, json.dumps(asdict(release)).encode())
 
 
-def owe(directory: Path, release: Hooks) -> None:
-    """Writes down, in a lease's directory, what has to be done even if this process does not live to do it."""
-    files.write_atomically(directory / DEBT, json.dumps(asdict(release)).encode("ascii"))
+def clear_pending_release(directory: Path) -> None:
+    """Remove the record: the release has run."""
+    (directory / PENDING_RELEASE).unlink(missing_ok=True)
 
 
-def settled(directory: Path) -> None:
-    """Nothing is owed any more."""
-    (directory / DEBT).unlink(missing_ok=True)
+def run_pending_release(directory: Path, environ: Mapping[str, str], show: Show) -> HookFailure | None:
+    """Run the release that the dead owner of this lease directory recorded; return what failed. Raises OSError.
 
-
-def settle(directory: Path, environ: Mapping[str, str], show: Show) -> Failure | None:
-    """Does what the dead owner of this directory owes. Two who come at once do it once. Raises OSError."""
+    A kernel lock on the record makes concurrent sweeps run it once.
+    """
     with contextlib.ExitStack() as held:
         try:
-            descriptor = flock.open_lock(directory / DEBT)
+            descriptor = flock.open_lock(directory / PENDING_RELEASE)
         except FileNotFoundError:
             return None
         held.callback(os.close, descriptor)
         if not flock.try_lock(descriptor):
-            return Failure("another builder is at it", ())
+            return HookFailure("another builder is running it", ())
         if not os.fstat(descriptor).st_nlink:
             return None
         release = _read(descriptor)
-        failure = run(release, environ, show, all_of_them=True) if release else None
+        failure = run(release, environ, show, keep_going=True) if release else None
         if failure is None:
-            settled(directory)
+            clear_pending_release(directory)
         return failure
 
 
 def _read(descriptor: int) -> Hooks | None:
-    """None for what nobody can do anything with."""
+    """Return the recorded release; None for a record that is damaged."""
     with os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace") as file:
         try:
             data = json.load(file)

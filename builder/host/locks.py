@@ -1,4 +1,7 @@
-"""Kernel locks on files that are never unlinked: how long one builder waits for another, and what it says meanwhile."""
+"""Waiting for kernel locks that other builders hold: how long, and what is printed meanwhile.
+
+The locks are on files that are never unlinked: a lock on a name that was replaced would exclude nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from builder.flock import holder, try_lock
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
 
+#: Seconds between two attempts to take a lock, and the longest delay before a cancellation is noticed.
+_RETRY, _NOTICE = 0.2, 0.05
+
 
 def open_lock(path: Path) -> int:
     """Return a descriptor of an existing lock file. Raises OSError, and PreflightError for what cannot be a lock."""
@@ -20,8 +26,12 @@ def open_lock(path: Path) -> int:
         raise PreflightError(f"{path} {error.strerror}") from None
 
 
-class Patience:
-    """A wait for other builders, however many locks it is for: ``seconds`` from now on. say: where people look."""
+class LockWait:
+    """One wait for other builders, for however many locks; its time runs from construction on.
+
+    seconds: for all locks together.
+    say: prints a line for people.
+    """
 
     def __init__(self, seconds: float, *, say: Callable[[str], None], cancel: Cancel) -> None:
         self._seconds = seconds
@@ -29,20 +39,22 @@ class Patience:
         self._say = say
         self._cancel = cancel
 
-    def take(self, descriptor: int, *, doing: str, busy: str) -> None:
-        """Locks this file, waiting while another builder has it, and saying for whom: ``doing`` is what that one
-        does. Raises BusyError, which begins with ``busy``, when it still has it in the end.
+    def acquire(self, descriptor: int, *, holder_action: str, busy: str) -> None:
+        """Lock this file exclusively, waiting while another builder holds it. Raises BusyError, Interrupted.
+
+        holder_action: what the other builder does with it, for the line that is printed once (``holds GPU 3``).
+        busy: what is unavailable, for the error (``GPU 3 is in use``).
         """
-        told = False
+        announced = False
         while not try_lock(descriptor):
             self._cancel.check()
-            if not told:
-                self._say(f"waiting for {holder(descriptor)}, which {doing}")
-                told = True
-            if self._limit.over:
-                raise self.exhausted(f"{busy} by {holder(descriptor)}")
-            poll(lambda: self._cancel.is_set, self._limit.within(0.2), every=0.05)
+            if not announced:
+                self._say(f"waiting for {holder(descriptor)}, which {holder_action}")
+                announced = True
+            if self._limit.expired:
+                raise self.timeout_error(f"{busy} by {holder(descriptor)}")
+            poll(lambda: self._cancel.is_set, self._limit.within(_RETRY), every=_NOTICE)
 
-    def exhausted(self, what: str) -> BusyError:
-        """The end of it."""
-        return BusyError(f"{what}, still after {self._seconds:.0f} s. Wait for it, or raise --lock-timeout.")
+    def timeout_error(self, problem: str) -> BusyError:
+        """Return the error for a wait that took too long. problem: ``GPU 3 is in use by pid 7``."""
+        return BusyError(f"{problem}, still after {self._seconds:.0f} s. Wait for it, or raise --lock-timeout.")

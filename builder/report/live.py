@@ -59,7 +59,7 @@ class LiveProgress:
             self._screen.close()
         if self._thread is not None:
             last = Deadline(_LAST)
-            while self._thread.is_alive() and not last.over and not self._console.hurried:
+            while self._thread.is_alive() and not last.expired and not self._console.hurried:
                 self._thread.join(last.within(FRAME).left())
             if self._thread.is_alive() and self._screen is not None:
                 self._console.give_up()

@@ -64,7 +64,7 @@ def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterat
             yield
         return
     try:
-        executor.context.patience().take(descriptor, doing=lock.waiting_message, busy=lock.busy_message)
+        executor.context.lock_wait().acquire(descriptor, holder_action=lock.waiting_message, busy=lock.busy_message)
         yield
     finally:
         os.close(descriptor)
@@ -131,18 +131,18 @@ class _Holder:
                 limit, reported = Deadline(run.lock_timeout), True
                 if not poll(self._is_settled, limit.within(_SAY_AFTER), every=0.02):
                     self._context.console.say(f"waiting for {lock.owner_description}, which {lock.waiting_message}")
-            if limit.over or (starting.over and not reported):
-                raise self._context.patience().exhausted(f"{lock.busy_message} by {lock.owner_description}")
+            if limit.expired or (starting.expired and not reported):
+                raise self._context.lock_wait().timeout_error(f"{lock.busy_message} by {lock.owner_description}")
             poll(self._is_settled, limit.within(0.2), every=0.02)
 
     def end(self) -> None:
         """Release the lock. The container has been removed when this returns."""
-        failure, hurried = self._failure, self._context.cancel.times
+        failure, hurried = self._failure, self._context.cancel.requests
         self._cancel.set(signal.SIGTERM)
         while self._thread.is_alive():
             self._thread.join(0.05)
-            if self._context.cancel.times > hurried:
-                hurried = self._context.cancel.times
+            if self._context.cancel.requests > hurried:
+                hurried = self._context.cancel.requests
                 self._cancel.set(signal.SIGTERM)
         if failure is not None and self._locked.is_set():
             self._context.report.warnings.append(f"{self._lock.name} was lost on the way: {failure.message}")

@@ -24,7 +24,7 @@ from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.client import ContainerSpec, Engine, Mount
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
-from builder.host.cancel import REMOVE, Cancel
+from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
 
 #: What decides whether a task is warm, without the entries themselves.
@@ -189,14 +189,14 @@ class CacheRoot:
         try:
             # A signal must not come between the creation and the knowledge of it.
             with self._cancel.shield(), _proof_of_death(lease, unless=EngineRefusedError):
-                container = self._cancel.answer(lambda: self._create(spec), f"to create {spec.name}")
+                container = self._cancel.call_with_deadline(lambda: self._create(spec), f"create {spec.name}")
             self._cancel.check()
             yield container
         finally:
             if container is not None:
                 with self._cancel.shield(), _proof_of_death(lease):
                     remove = functools.partial(self._engine.remove, container)
-                    self._cancel.answer(remove, f"to remove {spec.name}", by=REMOVE)
+                    self._cancel.call_with_deadline(remove, f"remove {spec.name}", within=REMOVE_WITHIN)
 
     def _create(self, spec: ContainerSpec) -> str | None:
         """None where the engine's host has no such directory."""

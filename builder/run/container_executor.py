@@ -18,11 +18,11 @@ from builder.cache.environment import Described
 from builder.cache.toolchain import Record
 from builder.engine.client import Engine, Image
 from builder.engine.images import identity, warmup_image
-from builder.engine.lease import Lease, Swept, debts, sweep
+from builder.engine.lease import Lease, Swept, has_pending_releases, sweep
 from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
-from builder.host.cancel import ANSWER
-from builder.host.gpus import Look, Nvml
+from builder.host.cancel import ANSWER_WITHIN
+from builder.host.gpus import GpuSnapshot, Nvml
 from builder.run import preflight
 from builder.run.cache_root import CacheRoot
 from builder.run.context import Context
@@ -225,7 +225,7 @@ class ContainerExecutor:
         found = sweep(
             self.engine,
             options.state_dir,
-            settle=functools.partial(gpu_reservation.run_pending_release, self.context),
+            run_release=functools.partial(gpu_reservation.run_pending_release, self.context),
             drain=functools.partial(leftovers.drain, self.engine, directory=options.log_dir),
         )
         for swept in found:
@@ -234,7 +234,7 @@ class ContainerExecutor:
         return found
 
     def sweep_pending(self) -> None:
-        if debts(self.context.options.state_dir):
+        if has_pending_releases(self.context.options.state_dir):
             self.sweep()
 
     def run_lock(self) -> contextlib.AbstractContextManager[None]:
@@ -255,15 +255,17 @@ class ContainerExecutor:
         self._stack.callback(nvml.close)
         return nvml
 
-    def look(self) -> Look:
+    def look(self) -> GpuSnapshot:
         """Return the state of the GPUs that this manifest's containers get."""
         wanted = self.context.manifest.gpus
-        return self.nvml.look(hurried=lambda: self.context.cancel.is_due(ANSWER)).chosen(wanted.devices, wanted.count)
+        return self.nvml.snapshot(hurried=lambda: self.context.cancel.is_due(ANSWER_WITHIN)).chosen(
+            wanted.devices, wanted.count
+        )
 
     def container_names(self) -> Mapping[str, str]:
         """Return id → name of every container of this engine, and of those that ran for this invocation."""
         with contextlib.suppress(EngineLostError):
-            found = self.context.cancel.answer(lambda: self.engine.containers([]), "for its containers")
+            found = self.context.cancel.call_with_deadline(lambda: self.engine.containers([]), "list its containers")
             return {one.id: one.name for one in found} | self.ran
         return self.ran
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from builder.host.cancel import Cancel
     from builder.host.deadlines import Deadline
-    from builder.host.locks import Patience
+    from builder.host.locks import LockWait
     from builder.manifest.load import Manifest
     from builder.report.console import Console
     from builder.report.results import Report
@@ -42,11 +42,11 @@ class Context:
     budget: Deadline  # began when the invocation did
     run_id: str  # in names of containers, and in the markers that this run writes
 
-    def patience(self) -> Patience:
+    def lock_wait(self) -> LockWait:
         """Return how long this run waits for other builders, from now on."""
-        from builder.host.locks import Patience
+        from builder.host.locks import LockWait
 
-        return Patience(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.cancel)
+        return LockWait(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.cancel)
 
     def log_path(self, label: str) -> Path:
         """Return the path of a task's log, in a directory that exists. Raises UsageError where it cannot be made."""

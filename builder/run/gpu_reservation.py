@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from builder.errors import DeferredError, GpusHeldError, PreflightError, Problem
 from builder.host import gpu_locks, hooks
 from builder.host.deadlines import Deadline, poll
-from builder.host.gpus import Gpu, Look, Process
+from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
 from builder.run import preflight
 from builder.run.context import Context
 from builder.run.plan import Item
@@ -89,7 +89,7 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
     for item in items:
         names.update({str(gpu["uuid"]): f"GPU {gpu.get('index')}" for gpu in item.record["gpus"] if gpu.get("uuid")})
     for lock, what in {gpu_locks.SERVICE: "this machine", **names}.items():
-        with gpu_locks.at_once(lock) as free:
+        with gpu_locks.try_lock(lock) as free:
             if not free:
                 yield f"another builder has {what}"
 
@@ -123,7 +123,7 @@ def reserved(executor: ContainerExecutor, items: Sequence[Item]) -> Iterator[Gpu
             stack.callback(executor.nvml.close)
         if work and context.manifest.gpus.count:
             warn = context.report.warnings.append
-            stack.enter_context(gpu_locks.locked(reservation.names(work[0]), context.patience(), warn))
+            stack.enter_context(gpu_locks.locked(reservation.names(work[0]), context.lock_wait(), warn))
         if work:
             # Who had these locks until now may have been killed, and its containers still be there.
             executor.sweep()
@@ -147,7 +147,7 @@ def _out_of_service(executor: ContainerExecutor) -> Iterator[None]:
         hooks.Hooks(lines, context.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
     )
     debt = executor.lease.path.parent
-    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, context.patience(), context.report.warnings.append):
+    with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, context.lock_wait(), context.report.warnings.append):
         _owe(debt, release)
         try:
             context.console.say("taking this machine out of service:")
@@ -174,7 +174,7 @@ def _working_directory(executor: ContainerExecutor) -> str:
 
 def _owe(debt: Path, release: hooks.Hooks) -> None:
     try:
-        hooks.owe(debt, release)
+        hooks.record_pending_release(debt, release)
     except OSError as error:
         raise PreflightError(
             f"cannot write down in {debt} that this machine has to be put back into service: {error.strerror}"
@@ -187,16 +187,16 @@ def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> N
     cancel = context.cancel
     with cancel.shield():
         context.console.say("putting this machine back into service:")
-        times = cancel.times
+        times = cancel.requests
         failure = hooks.run(
             release,
             context.options.environ,
             functools.partial(context.console.log, "hook"),
-            all_of_them=True,
-            hurried=lambda: cancel.times > max(1, times),
+            keep_going=True,
+            hurried=lambda: cancel.requests > max(1, times),
         )
         if failure is None:
-            hooks.settled(debt)
+            hooks.clear_pending_release(debt)
         else:
             context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
 
@@ -206,11 +206,13 @@ def run_pending_release(context: Context, directory: Path) -> bool:
 
     False while another builder has the machine out of service.
     """
-    with gpu_locks.at_once(gpu_locks.SERVICE) as free:
+    with gpu_locks.try_lock(gpu_locks.SERVICE) as free:
         if not free:
             return False
         context.console.say("putting this machine back into service, for a builder that was killed:")
-        failure = hooks.settle(directory, context.options.environ, functools.partial(context.console.log, "hook"))
+        failure = hooks.run_pending_release(
+            directory, context.options.environ, functools.partial(context.console.log, "hook")
+        )
         if failure is not None:
             context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
         return failure is None
@@ -223,8 +225,8 @@ def run_pending_release(context: Context, directory: Path) -> bool:
 class Held:
     """A GPU that is not free again. extra: bytes in use beyond what was before; why: where NVML does not know it."""
 
-    gpu: Gpu
-    processes: tuple[Process, ...] = ()
+    gpu: GpuUsage
+    processes: tuple[GpuProcess, ...] = ()
     extra: int = 0
     why: str = ""
 
@@ -257,7 +259,7 @@ class GpuReservation:
         while True:
             look = self._look()
             problems = list(preflight.busy(look, executor.container_names, *remedy))
-            if not problems or limit.over or executor.context.options.allow_busy:
+            if not problems or limit.expired or executor.context.options.allow_busy:
                 break
             executor.context.cancel.wait(_EVERY)
             executor.context.cancel.check()
@@ -287,7 +289,7 @@ class GpuReservation:
         """
         executor = self._executor
         has_some = executor.context.manifest.gpus.count if devices is None else devices
-        before, ran = self._look(devices) if has_some else Look(), len(executor.ran)
+        before, ran = self._look(devices) if has_some else GpuSnapshot(), len(executor.ran)
         yield
         if len(executor.ran) == ran or not before.gpus:
             return
@@ -325,7 +327,7 @@ class GpuReservation:
             before = entry["free_again_seconds"] or 0.0
             entry["free_again_seconds"] = None if seconds is None else round(max(before, seconds), 3)
 
-    def _held(self, before: Look) -> list[Held]:
+    def _held(self, before: GpuSnapshot) -> list[Held]:
         now = self._executor.look()
         found = []
         for was in before.gpus:
@@ -336,7 +338,7 @@ class GpuReservation:
                 found.append(held)
         return found
 
-    def _compare(self, was: Gpu, gpu: Gpu) -> Held | None:
+    def _compare(self, was: GpuUsage, gpu: GpuUsage) -> Held | None:
         known = {process.identity for process in was.processes or ()}
         others = [process for process in gpu.processes or () if self._is_somebody_elses(process)]
         new = [process for process in gpu.processes or () if process.identity not in known]
@@ -349,7 +351,7 @@ class GpuReservation:
             return Held(gpu, tuple(new), extra)
         return None
 
-    def _is_somebody_elses(self, process: Process) -> bool:
+    def _is_somebody_elses(self, process: GpuProcess) -> bool:
         """One that is ending has no start time any more, and is ours rather than not."""
         return process.started is not None and process.container not in self._executor.ran
 
@@ -368,7 +370,7 @@ class GpuReservation:
         who = ", ".join(process.describe(names) for process in held.processes)
         return f"GPU {held.gpu.index} is held by {who}, with {memory}"
 
-    def _look(self, devices: tuple[int, ...] | None = None) -> Look:
+    def _look(self, devices: tuple[int, ...] | None = None) -> GpuSnapshot:
         """A look, and once per run what it cannot say."""
         look = self._executor.look()
         if devices is not None:

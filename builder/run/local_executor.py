@@ -27,7 +27,7 @@ from builder.cache.environment import IMAGE_VARIABLE
 from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import BudgetError, PreflightError, TasksError, UsageError
 from builder.host.deadlines import Deadline
-from builder.host.locks import Patience, open_lock
+from builder.host.locks import LockWait, open_lock
 from builder.job import JOB_VARIABLE, Job
 from builder.manifest.load import Manifest
 from builder.processes import describe_status
@@ -98,9 +98,9 @@ class _Run:
         self.seen = replace(self.seen, missing="")
         descriptor = open_lock(layout.run_lock(self.seen.root))
         try:
-            patience = Patience(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.call.cancel)
+            wait = LockWait(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.call.cancel)
             root = self.seen.root
-            patience.take(descriptor, doing=f"works on {root}", busy=f"{root} is in use")
+            wait.acquire(descriptor, holder_action=f"works on {root}", busy=f"{root} is in use")
             # Another builder may have finished while this one waited.
             self._warm(self._todo(judged(self.call, self.seen)))
         finally:
@@ -129,7 +129,7 @@ class _Run:
             self.console.say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
         processes.become_subreaper()
         for number, item in enumerate(items, start=1):
-            if self.budget.over:
+            if self.budget.expired:
                 break
             with self.console.group(f"[{number}/{len(items)}] {item.task.label}"):
                 self._settle(self._task(item, logs))
@@ -244,7 +244,7 @@ class _Run:
 
     def _conclude(self) -> None:
         report = self.call.report
-        if report.count("cold") and self.budget.over:
+        if report.count("cold") and self.budget.expired:
             raise BudgetError(
                 f"the budget ended with {report.count('cold')} of {counted(len(report.tasks), 'task')} still cold; "
                 "what is finished stays warm, run again to go on"
@@ -311,9 +311,9 @@ class Program:
             while process.poll() is None:
                 if wait(0.05):
                     ended = "cancelled"
-                elif task.over:
+                elif task.expired:
                     ended = "timeout"
-                elif budget.over:
+                elif budget.expired:
                     ended = "budget"
                 elif time.monotonic() - self._heard > silence:
                     ended = "silence"

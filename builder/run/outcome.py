@@ -116,7 +116,7 @@ def raise_unless_warm(context: Context) -> None:
     """Raise the one error that sums up the run, unless every task is warm."""
     report = context.report
     total, cold = counted(len(report.tasks), "task"), report.count("cold")
-    expired = context.budget.over
+    expired = context.budget.expired
     if cold and (expired or any(task.short_of_budget and task.state == "cold" for task in report.tasks)):
         raise BudgetError(
             f"the budget {'ended' if expired else 'is used as far as it goes,'} with {cold} of {total} still cold; "

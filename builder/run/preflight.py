@@ -13,7 +13,7 @@ from builder.cache.toolchain import Record
 from builder.engine.client import Engine
 from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
-from builder.host.gpus import Look, Process
+from builder.host.gpus import GpuProcess, GpuSnapshot
 from builder.manifest.load import Manifest
 
 #: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
@@ -95,11 +95,11 @@ def _count_and_names(manifest: Manifest, names: list[str]) -> Iterator[Problem]:
 
 
 def busy(
-    look: Look, containers: Callable[[], Mapping[str, str]], remedy: str = "Stop it, set [gpus] acquire, or"
+    look: GpuSnapshot, containers: Callable[[], Mapping[str, str]], remedy: str = "Stop it, set [gpus] acquire, or"
 ) -> Iterator[Problem]:
     """GPUs that somebody has, by process where one can be named. containers: id → name, asked for when needed."""
     remedy = f"{remedy} pass --allow-busy."
-    held: dict[Process, list[int]] = {}
+    held: dict[GpuProcess, list[int]] = {}
     for gpu in look.gpus:
         for process in gpu.processes or ():
             held.setdefault(replace(process, memory=None), []).append(gpu.index)

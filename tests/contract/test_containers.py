@@ -46,7 +46,7 @@ class Bench:
     def over(self, container: str) -> State:
         def ended() -> State | None:
             state = self.engine.state(container)
-            return state if state.over else None
+            return state if state.finished else None
 
         state = poll(ended, Deadline(10), every=0.02)
         assert state, "it did not end"
@@ -90,7 +90,7 @@ def frames(data: bytes) -> dict[int, bytes]:
 def test_created_container_is_not_running(bench: Bench) -> None:
     container = bench.create(leave(3))
     assert bench.engine.state(container).status == "created"
-    assert not bench.engine.state(container).over
+    assert not bench.engine.state(container).finished
     bench.engine.start(container)
     assert bench.over(container).exit_code == 3
 

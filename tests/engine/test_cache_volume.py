@@ -211,7 +211,7 @@ def test_builder_killed_lock_container_ends(user: Volume) -> None:
         assert len(ids) == 2
         builder.send(signal.SIGKILL)
         builder.end(5)
-        wait_for(lambda: all(engine.state(container).over for container in ids), 5, "the end of both containers")
+        wait_for(lambda: all(engine.state(container).finished for container in ids), 5, "the end of both containers")
     user.manifest(shapes())
     ended = user.run("warm", "--lock-timeout", "5s")
     assert ended.status == 0

@@ -286,7 +286,7 @@ def test_builder_killed_container_ends_and_sweep_removes_it(workshop: Workshop) 
         killed = time.monotonic()
         builder.wait()
     (container,) = workshop.ids()
-    assert poll(lambda: workshop.engine.state(container).over, Deadline(5), every=0.01), "it outlived its builder"
+    assert poll(lambda: workshop.engine.state(container).finished, Deadline(5), every=0.01), "it outlived its builder"
     assert time.monotonic() - killed < 5
     assert workshop.engine.state(container).exit_code == 70
     swept = sweep(workshop.engine, state)

@@ -186,7 +186,7 @@ def test_engine_stopped_for_good_is_engine_lost(own: Cli, own_engine: OwnEngine,
     own_engine.up(LIVE)  # which lets alone what still runs
     with own.engine() as engine:
         (container,) = own.containers(engine)
-        assert poll(lambda: engine.state(container).over, Deadline(5), every=0.05), "it outlived its builder"
+        assert poll(lambda: engine.state(container).finished, Deadline(5), every=0.05), "it outlived its builder"
         assert engine.state(container).exit_code == 70
     assert own.run("sweep").status == 0
     are_warm(own, [])
@@ -212,7 +212,7 @@ def test_builder_killed_without_engine_next_run_sweeps(own: Cli, own_engine: Own
     own_engine.up(LIVE)
     with own.engine() as engine:
         (container,) = own.containers(engine)
-        wait_for(lambda: engine.state(container).over, 10, "the engine's notice of it")
+        wait_for(lambda: engine.state(container).finished, 10, "the engine's notice of it")
         assert engine.state(container).exit_code == 70
     assert own.run("sweep").status == 0
     are_warm(own, [])
@@ -258,7 +258,7 @@ def test_attachment_of_stdin_ends_with_the_engine(own: Cli, own_engine: OwnEngin
         swept = own.start("sweep").end()
         assert "its lease file cannot be seen from here; it ends by its own lifetime" in swept.said
         assert engine.state(container).status == "running"
-        wait_for(lambda: engine.state(container).over, 30, "the end of its lifetime")
+        wait_for(lambda: engine.state(container).finished, 30, "the end of its lifetime")
         assert engine.state(container).exit_code == 71
     assert own.run("sweep").status == 0
     aftermath.clean()
@@ -409,7 +409,7 @@ def ends_by_its_lease(cli: Cli, aftermath: Aftermath) -> None:
     """Its one container, whose builder has ended."""
     with cli.engine() as engine:
         (container,) = cli.containers(engine)
-        assert poll(lambda: engine.state(container).over, Deadline(5), every=0.05), "it outlived its builder"
+        assert poll(lambda: engine.state(container).finished, Deadline(5), every=0.05), "it outlived its builder"
         aftermath.clean()
         assert engine.state(container).exit_code == 70
 

@@ -189,7 +189,7 @@ def test_gpu_lost_during_run_ends_run(cli: GpuCli) -> None:
     cli.driver.say("nvmlDeviceGetHandleByIndex", 15, gpu=1)
     cli.go()
     ended = running.end()
-    assert ended.status == 13 and "GPU 1 does not answer (GPU 1 cannot be asked: GPU is lost)" in ended.said
+    assert ended.status == 13 and "GPU 1 does not answer (GPU 1 cannot be read: GPU is lost)" in ended.said
 
 
 def test_gpu_memory_within_tolerance_is_released(cli: GpuCli) -> None:
@@ -238,7 +238,7 @@ def test_nvml_gaps_are_reported_once(cli: GpuCli) -> None:
     cli.driver.say("nvmlDeviceGetComputeRunningProcesses", 3)
     ended = cli.ended()
     assert ended.status == 0, ended.said
-    assert ended.said.count("GPUs: GPU 1 does not say who holds it: Not Supported") == 1
+    assert ended.said.count("GPUs: GPU 1 does not list its processes: Not Supported") == 1
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------

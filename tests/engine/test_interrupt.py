@@ -150,7 +150,7 @@ def test_builder_killed_container_ends_and_next_run_sweeps(stubborn: Cli, afterm
         builder.send(signal.SIGKILL)
         assert builder.end(SECONDS).status == -signal.SIGKILL
         assert stubborn.lock_is_free()
-        wait_for(lambda: engine.state(container).over, SECONDS, "the end of the container")
+        wait_for(lambda: engine.state(container).finished, SECONDS, "the end of the container")
         aftermath.clean()
         assert engine.state(container).exit_code == 70
     assert not stubborn.markers()

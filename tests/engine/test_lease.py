@@ -26,7 +26,7 @@ def test_sweep_container_of_dead_builder_is_removed(workshop: Workshop, kind: st
     if kind != "created":
         workshop.engine.start(container)
     if kind == "exited":
-        assert poll(lambda: workshop.engine.state(container).over, Deadline(10), every=0.02)
+        assert poll(lambda: workshop.engine.state(container).finished, Deadline(10), every=0.02)
     swept = [found for found in sweep(workshop.engine, workshop.directory, grace=1) if found.name == spec.name]
     assert [(found.removed, found.why) for found in swept] == [(True, "its builder is gone")]
     assert workshop.left() == []

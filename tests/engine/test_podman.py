@@ -115,7 +115,7 @@ def test_podman_builder_killed_container_ends(cli: Cli, engine: Engine) -> None:
     (container,) = cli.containers(engine)
     builder.send(signal.SIGKILL)
     builder.end()
-    wait_for(lambda: engine.state(container).over, 5, "the container's own end")
+    wait_for(lambda: engine.state(container).finished, 5, "the container's own end")
     assert engine.state(container).exit_code == 70
     assert cli.run("sweep").status == 0
     assert cli.containers(engine) == []

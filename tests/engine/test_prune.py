@@ -115,7 +115,7 @@ def test_prune_killed_leaves_valid_root(cli: Cli, made: Generations) -> None:
     prune.send(signal.SIGKILL)
     prune.process.wait()
     with cli.engine() as engine:
-        wait_for(lambda: all(engine.state(one).over for one in cli.containers(engine)), 20, "its container's end")
+        wait_for(lambda: all(engine.state(one).finished for one in cli.containers(engine)), 20, "its container's end")
     assert unvouched(cli.root) == []
     assert cli.start("check").end().status == 0
     cli.run("sweep")

@@ -73,7 +73,7 @@ def test_refresh_when_idle_waits_for_gpu_process_and_lock(
         driver.hold((1, sleeper.pid, 71 * GB))
         deferred(cli, f"GPU 1 is held by pid {sleeper.pid} (sleep)")
         driver.hold()
-        lock = gpu_locks.lock_file(gpu_locks.usable()[0], driver.uuids[0])
+        lock = gpu_locks.open_lock_file(gpu_locks.usable_directories()[0], driver.uuids[0])
         assert try_lock(lock)
         deferred(cli, "another builder has GPU 0")
         when_free(cli, "another builder has GPU 0", lambda: os.close(lock))

@@ -159,7 +159,7 @@ def test_several_errors_exit_status_is_engine_lost(machine: GpuCli, proxy: Proxy
     proxy.hang = False
     with machine.engine() as engine:
         (container,) = machine.containers(engine)
-        wait_for(lambda: engine.state(container).over, SECONDS, "the end by the lease")
+        wait_for(lambda: engine.state(container).finished, SECONDS, "the end by the lease")
     assert machine.run("sweep").status == 0
 
 
@@ -192,7 +192,7 @@ def test_builder_killed_all_its_containers_end(cli: Cli) -> None:
         assert len(containers) == 2
         builder.send(signal.SIGKILL)
         builder.end(SECONDS)
-        wait_for(lambda: all(engine.state(found).over for found in containers), SECONDS, "the end of both")
+        wait_for(lambda: all(engine.state(found).finished for found in containers), SECONDS, "the end of both")
     cli.manifest(command("quick", READY))
     assert cli.warm().task("quick")["state"] == "warmed"
 

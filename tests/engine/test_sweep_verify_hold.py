@@ -377,7 +377,7 @@ def test_hold_killed_removes_its_container(cli: Cli, held: Running) -> None:
         (container,) = cli.containers(engine)
         held.send(signal.SIGKILL)
         held.process.wait()
-        wait_for(lambda: engine.state(container).over, 5, "the holder's end")
+        wait_for(lambda: engine.state(container).finished, 5, "the holder's end")
         assert engine.state(container).exit_code == 70
     (cli.place / "go").touch()
     lines(cli, "sweep")

@@ -461,7 +461,7 @@ def test_env_job_hits_every_kernel(warmed: Cli, engine: Engine) -> None:
     container = engine.create(spec)
     try:
         engine.start(container)
-        wait_for(lambda: engine.state(container).over, 30, "the end of the job")
+        wait_for(lambda: engine.state(container).finished, 30, "the end of the job")
         log = b"".join(part for _, part in engine.log_frames(container, follow=False)).decode()
         assert engine.state(container).exit_code == 0, log
         assert "finished successfully." in log

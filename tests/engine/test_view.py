@@ -123,7 +123,7 @@ class Job:
     def run(self) -> str:
         """To its end, which is a good one; what it said."""
         self.engine.start(self.id)
-        wait_for(lambda: self.engine.state(self.id).over, 60, "the end of the job")
+        wait_for(lambda: self.engine.state(self.id).finished, 60, "the end of the job")
         log = b"".join(part for _, part in self.engine.log_frames(self.id, follow=False)).decode()
         assert self.engine.state(self.id).exit_code == 0, log
         return log

@@ -531,9 +531,9 @@ def test_signals_are_handled_only_meanwhile() -> None:
         assert cancel.signum == signal.SIGTERM
         with cancel.shield():
             os.kill(os.getpid(), signal.SIGINT)
-        assert cancel.times == 2
+        assert cancel.requests == 2
     os.kill(os.getpid(), signal.SIGTERM)  # what it came to is told first
-    assert cancel.times == 2
+    assert cancel.requests == 2
     signals.restore()
     assert [signal.getsignal(number) for number in known] == before
 

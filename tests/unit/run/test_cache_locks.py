@@ -17,7 +17,7 @@ import pytest
 from builder import flock
 from builder.errors import BusyError, Interrupted
 from builder.host.cancel import Cancel
-from builder.host.locks import Patience
+from builder.host.locks import LockWait
 from builder.run import cache_locks
 from builder.run.container_executor import ContainerExecutor
 
@@ -28,7 +28,7 @@ class Here:
     def __init__(self, root: Path | None, seconds: float = 0.2) -> None:
         self.said: list[str] = []
         self.context: Any = SimpleNamespace(
-            cancel=Cancel(), patience=lambda: Patience(seconds, say=self.said.append, cancel=self.context.cancel)
+            cancel=Cancel(), lock_wait=lambda: LockWait(seconds, say=self.said.append, cancel=self.context.cancel)
         )
         self.root_name = str(root)
         self.direct_root = lambda: root

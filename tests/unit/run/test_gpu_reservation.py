@@ -11,22 +11,22 @@ import pytest
 
 from builder.errors import GpusHeldError
 from builder.host.cancel import Cancel
-from builder.host.gpus import Gpu, Look, Process
+from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
 from builder.manifest.load import GpusSpec
 from builder.run.gpu_reservation import TOLERANCE, GpuReservation
 
 OURS, THEIRS = "0" * 64, "f" * 64
 GB = 10**9
 
-IDLE = Gpu(0, "GPU-0", "NVIDIA H200", 4 << 20, 150 * GB, ())
-SERVER = Process(77, 70 * GB, "sglang::scheduler_TP0", 5.0, OURS)
-STRANGER = Process(88, 9 * GB, "python3", 6.0, THEIRS)
+IDLE = GpuUsage(0, "GPU-0", "NVIDIA H200", 4 << 20, 150 * GB, ())
+SERVER = GpuProcess(77, 70 * GB, "sglang::scheduler_TP0", 5.0, OURS)
+STRANGER = GpuProcess(88, 9 * GB, "python3", 6.0, THEIRS)
 
 
 class FakeExecutor:
     """The GPUs and the context of an executor. `look` returns these in turn, and the last one from then on."""
 
-    def __init__(self, looks: Sequence[Look], *, allow_busy: bool = False, timeout: float = 0.0) -> None:
+    def __init__(self, looks: Sequence[GpuSnapshot], *, allow_busy: bool = False, timeout: float = 0.0) -> None:
         self._looks = list(looks)
         self.said: list[str] = []
         self.ran: dict[str, str] = {}
@@ -38,16 +38,19 @@ class FakeExecutor:
             report=SimpleNamespace(gpus=[{"uuid": "GPU-0", "free_again_seconds": None}], warnings=[], extra={}),
         )
 
-    def look(self) -> Look:
+    def look(self) -> GpuSnapshot:
         return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
 
     def container_names(self) -> dict[str, str]:
         return {**self.ran, THEIRS: "ci-h200-2"}
 
 
-def task(*after: Gpu | Look, before: Gpu = IDLE, ran: bool = True, **more: Any) -> FakeExecutor:
+def task(*after: GpuUsage | GpuSnapshot, before: GpuUsage = IDLE, ran: bool = True, **more: Any) -> FakeExecutor:
     """One task, with these looks after it."""
-    looks = [Look((before,)), *(look if isinstance(look, Look) else Look((look,)) for look in after)]
+    looks = [
+        GpuSnapshot((before,)),
+        *(look if isinstance(look, GpuSnapshot) else GpuSnapshot((look,)) for look in after),
+    ]
     executor = FakeExecutor(looks, **more)
     with GpuReservation(executor).free_after("model-tp8"):  # type: ignore[arg-type]
         if ran:
@@ -55,7 +58,7 @@ def task(*after: Gpu | Look, before: Gpu = IDLE, ran: bool = True, **more: Any) 
     return executor
 
 
-def holding(*processes: Process, used: int | None = None) -> Gpu:
+def holding(*processes: GpuProcess, used: int | None = None) -> GpuUsage:
     return replace(IDLE, processes=processes, used=used or sum(process.memory or 0 for process in processes))
 
 
@@ -115,15 +118,15 @@ def test_somebody_new_is_blamed_unless_that_is_allowed() -> None:
     task(holding(STRANGER), allow_busy=True)
 
 
-@pytest.mark.parametrize("ending", [SERVER, Process(77, 70 * GB)], ids=["it lives", "it is ending"])
-def test_what_is_ours_has_to_go_whatever_is_allowed(ending: Process) -> None:
+@pytest.mark.parametrize("ending", [SERVER, GpuProcess(77, 70 * GB)], ids=["it lives", "it is ending"])
+def test_what_is_ours_has_to_go_whatever_is_allowed(ending: GpuProcess) -> None:
     with pytest.raises(GpusHeldError, match="pid 77"):
         task(holding(ending, STRANGER), before=holding(STRANGER), allow_busy=True)
 
 
 def test_a_driver_that_stops_answering_is_no_free_gpu() -> None:
     with pytest.raises(GpusHeldError, match=r"GPU 0 does not answer \(NVML gave no answer for 20 s\)"):
-        task(Look(absent="NVML gave no answer for 20 s"))
+        task(GpuSnapshot(absent="NVML gave no answer for 20 s"))
 
 
 def test_nothing_ran_and_nothing_is_waited_for() -> None:
@@ -131,7 +134,7 @@ def test_nothing_ran_and_nothing_is_waited_for() -> None:
 
 
 def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
-    absent = Look(absent="there is no NVML here (libnvidia-ml.so.1)")
+    absent = GpuSnapshot(absent="there is no NVML here (libnvidia-ml.so.1)")
     executor = FakeExecutor([absent])
     reservation = GpuReservation(executor)  # type: ignore[arg-type]
     for container in (OURS, THEIRS):
@@ -144,7 +147,11 @@ def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
 def test_a_task_beside_others_answers_for_its_own_gpus_alone() -> None:
     """Its neighbour has just begun, on the other GPU."""
     mine, other = replace(IDLE, index=4, uuid="GPU-4"), IDLE
-    looks = [Look((other, mine)), Look((holding(STRANGER), holding_on(mine, SERVER))), Look((holding(STRANGER), mine))]
+    looks = [
+        GpuSnapshot((other, mine)),
+        GpuSnapshot((holding(STRANGER), holding_on(mine, SERVER))),
+        GpuSnapshot((holding(STRANGER), mine)),
+    ]
     executor = FakeExecutor(looks, timeout=20)
     with GpuReservation(executor).free_after("half", (4,)):  # type: ignore[arg-type]
         executor.ran[OURS] = "warm-cache-1-run-half"
@@ -154,5 +161,5 @@ def test_a_task_beside_others_answers_for_its_own_gpus_alone() -> None:
     assert len(executor.said) == 1, "a task without GPUs has none to give back"
 
 
-def holding_on(gpu: Gpu, *processes: Process) -> Gpu:
+def holding_on(gpu: GpuUsage, *processes: GpuProcess) -> GpuUsage:
     return replace(gpu, processes=processes, used=sum(process.memory or 0 for process in processes))

@@ -13,7 +13,7 @@ import pytest
 from builder.engine.client import Engine, Image
 from builder.errors import EngineRefusedError, Problem
 from builder.host import gpus
-from builder.host.gpus import HostGpus
+from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage, HostGpus
 from builder.manifest.load import Manifest, load
 from builder.run import preflight
 
@@ -148,3 +148,37 @@ def test_a_refusal_of_a_mount_is_the_problem_of_whose_mount_it_is(write: Write, 
         assert problem == Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
     assert preflight.no_source(manifest, EngineRefusedError(f"{begin}/elsewhere")) is None
     assert preflight.no_driver(manifest, EngineRefusedError("no space left on device")) is None
+
+
+# --- GPUs in use ---
+
+GB = 10**9
+ID, OUTER = "4" * 64, "7" * 64
+
+
+def usage(index: int, *processes: GpuProcess, used: int = 0, unknown: bool = False) -> GpuUsage:
+    return GpuUsage(index, f"GPU-{index}", "NVIDIA H200", used, 150 * GB, None if unknown else processes)
+
+
+def test_busy_names_every_process_on_the_gpus() -> None:
+    scheduler = GpuProcess(48121, 71 * GB, "sglang::scheduler_TP3", 5.0, ID)
+    stranger = GpuProcess(9, 2 * GB, "python3", 6.0, OUTER)
+    its_other = GpuProcess(48121, 5, "sglang::scheduler_TP3", 5.0, ID)
+    found = GpuSnapshot((usage(3, scheduler, used=71 * GB), usage(4, its_other, stranger)))
+    texts = [(str(problem)) for problem in preflight.busy(found, lambda: {ID: "ci-h200-2"})]
+    remedy = "Stop it, set [gpus] acquire, or pass --allow-busy."
+    assert texts == [
+        f"GPUs: GPUs 3, 4 are held by pid 48121 (sglang::scheduler_TP3, container ci-h200-2). {remedy}",
+        f"GPUs: GPU 4 is held by pid 9 (python3, container {OUTER[:12]} of another engine). {remedy}",
+    ]
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_busy_memory_without_process_is_a_problem(unknown: bool) -> None:
+    found = GpuSnapshot((usage(0, used=900 << 20, unknown=unknown), usage(1, used=71 * GB, unknown=unknown)))
+    (problem,) = preflight.busy(found, dict)
+    assert problem.text == "GPU 1 has 71.0 GB in use by a process that cannot be seen from here."
+
+
+def test_busy_idle_gpus_need_no_container_names() -> None:
+    assert list(preflight.busy(GpuSnapshot((usage(0), usage(1, used=4 << 20))), lambda: pytest.fail("asked"))) == []
