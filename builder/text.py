@@ -5,27 +5,46 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Controls of terminals, ends of lines, and what turns the direction of writing around.
+#: Controls of terminals, ends of lines, and characters that change the direction of writing.
 _HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: The same without tabs and Unicode's separators of lines.
+_NOT_SHOWN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
 
 def printable(text: str) -> str:
-    """The text on one line that every terminal and JSON reader takes: controls and undecodable bytes as escapes."""
+    """Return the text on one line, for any terminal and JSON reader: controls and undecodable bytes as escapes."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def duration(seconds: float | None) -> str:
-    """``3:41`` or ``1:02:03``; an en dash for None."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def readable(text: str) -> str:
+    """Return the text without terminal sequences; other controls, newlines among them, as U+FFFD. Tabs stay."""
+    if "\x1b" in text:
+        text = _ESCAPES.sub("", text)
+    return _NOT_SHOWN.sub("\ufffd", text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return at most `limit` characters of the text, and an ellipsis where it has more."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def sentence(text: str) -> str:
+    """Return the text with a full stop at its end."""
+    text = text.rstrip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 task``, ``2 tasks``, ``2 entries``."""
+    if number == 1:
+        return f"{number} {noun}"
+    return f"{number} {re.sub('(?<![aeiou])y$', 'ie', noun)}s"
 
 
 def size(count: float) -> str:
-    """Bytes for people, decimal units."""
+    """Return bytes in decimal units: ``51.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -33,27 +52,17 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def age(seconds: float) -> str:
-    """For people, in one unit."""
-    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 task``, ``2 tasks``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def sentence(text: str) -> str:
-    """With a stop at its end."""
-    text = text.rstrip()
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+def duration(seconds: float | None) -> str:
+    """Return ``3:41`` or ``1:02:03``; an en dash for None."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def span(seconds: float) -> str:
-    """``40 s``, ``3 min``, ``2.5 h``: as exact as an estimate is."""
+    """Return ``40 s``, ``3 min``, ``2.5 h``: an estimate, rounded to its accuracy."""
     if seconds < 90:
         return f"{max(1, round(seconds / 5) * 5 if seconds >= 10 else round(seconds))} s"
     if seconds < 5400:
@@ -61,32 +70,19 @@ def span(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def clock(seconds: float) -> str:
-    """``3:41`` or ``1:02:03``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def age(seconds: float) -> str:
+    """Return a past duration in one unit: ``3 d``, ``2 h``, ``5 min``, ``7 s``."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` where something known is close to the word, else everything known."""
+    """Return ``did you mean 'x'?`` where a known name is close to the word, else all known names."""
     import difflib  # only where something is wrong already
 
     names = sorted(known)
     lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     return f"did you mean {lower[close[0]]!r}?" if close else "known: " + ", ".join(names)
-
-
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-
-
-#: Control characters of terminals, and those that turn the direction of writing around.
-_NOT_SHOWN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def readable(text: str) -> str:
-    """The text without terminal sequences; other control characters, newlines among them, as U+FFFD. Tabs stay."""
-    if "\x1b" in text:
-        text = _ESCAPES.sub("", text)
-    return _NOT_SHOWN.sub("\ufffd", text)

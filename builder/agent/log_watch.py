@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 
 from builder.task import Shape
+from builder.text import shortened
 
 INFORM_BYTES = 16 << 10  # of a chunk, for rows that inform; more comes only in a flood
 
@@ -182,5 +183,4 @@ def _last_line(text: bytes) -> str:
 
 def _readable(line: bytes) -> str:
     """At most 300 characters of a line, for a reason that people read."""
-    text = " ".join(line[:1200].decode("utf-8", "replace").split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    return shortened(" ".join(line[:1200].decode("utf-8", "replace").split()), 300)

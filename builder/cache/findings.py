@@ -17,7 +17,7 @@ from pathlib import Path
 from builder.cache.families import Family
 from builder.files import listing, matches
 from builder.task import Shape
-from builder.text import printable
+from builder.text import printable, shortened
 
 #: What can have become of something: an entry that was not there and is valid now; one that is valid and holds other
 #: bytes than before; one that was valid and no longer is; one that is gone; whatever else was left there.
@@ -110,9 +110,8 @@ def foremost(found: Sequence[Finding], most: int) -> list[Finding]:
 
 
 def short(name: str) -> str:
-    """For people, on a line: what a job calls its files may be anything."""
-    text = printable(name)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
+    """Return the name of a job's file on one short line."""
+    return shortened(printable(name), _LONGEST)
 
 
 def shape_of_lock(name: str) -> Shape | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from builder.cache.survey import Dir, Holdings, Mark, Memo, Object
 from builder.job import PrunePolicy
+from builder.text import age, counted, size
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def decide(
         for place, name, entry in choice.loose(choice.places()):
             if now - entry.used >= policy.older_than:
                 goes.setdefault(place, {})[name] = entry
-    after = _by_size(choice, goes)
+    after = _bysize(choice, goes)
     named = {mark.image for mark in held.marks} | {memo.image for memo in held.memos}
     kept = {mark.image for mark in choice.kept} | {memo.image for memo in choice.kept_memos()} | {policy.image}
     return Plan(
@@ -145,9 +146,9 @@ def decide(
 def _by_age(choice: _Choice) -> None:
     limit = choice.policy.older_than
     for mark in choice.held.marks if limit is not None else ():
-        age = choice.now - mark.used
-        if limit is not None and age >= limit:
-            choice.drop(mark, f"not used for {_days(age)}")
+        idle = choice.now - mark.used
+        if limit is not None and idle >= limit:
+            choice.drop(mark, f"not used for {age(idle)}")
 
 
 def _by_count(choice: _Choice) -> None:
@@ -159,10 +160,10 @@ def _by_count(choice: _Choice) -> None:
         if mark.toolchain not in newer:
             newer.append(mark.toolchain)
         if newer.index(mark.toolchain) >= keep:
-            choice.drop(mark, f"{keep} newer toolchain{'' if keep == 1 else 's'} of the task")
+            choice.drop(mark, f"{counted(keep, 'newer toolchain')} of the task")
 
 
-def _by_size(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
+def _bysize(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
     """Until the root is small enough, what was used longest ago; the size that comes of it."""
     limit = None if choice.held.newer else choice.policy.max_size
     while True:
@@ -187,7 +188,7 @@ def _by_size(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
         if oldest is None:
             return after
         for mark in oldest[1]:
-            choice.drop(mark, f"used longest ago of what is over {_size(limit)}")
+            choice.drop(mark, f"used longest ago of what is over {size(limit)}")
 
 
 def _oldest_generation(choice: _Choice) -> tuple[float, list[Mark]] | None:
@@ -236,10 +237,10 @@ def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterato
             stays = choice.pinned.get(place, "")
             yield Step("family", f"{family}/{key}", why, item.bytes, family, key, stays)
     for (family, key), entries in sorted(goes.items()):
-        size = sum(entry.bytes for entry in entries.values())
+        freed = sum(entry.bytes for entry in entries.values())
         why = f"{len(entries)} entries that no kept marker lists" if len(entries) > 1 else "no kept marker lists it"
         name = f"{family}/{key}" if len(entries) > 1 else f"{family}/{key}/{next(iter(entries))}"
-        yield Step("entries", name, why, size, family, key, names=tuple(sorted(entries)))
+        yield Step("entries", name, why, freed, family, key, names=tuple(sorted(entries)))
 
 
 def _left(choice: _Choice, after: int) -> Iterator[str]:
@@ -252,19 +253,7 @@ def _left(choice: _Choice, after: int) -> Iterator[str]:
         more = f" and {len(places) - 1} more stay" if len(places) > 1 else " stays"
         yield f"{places[0]}{more}, with what vouches for it: {why}"
     if choice.held.beside:
-        yield f"{_size(choice.held.beside)} more are held by generations and views alone; sweep removes what nobody has"
+        yield f"{size(choice.held.beside)} more are held by generations and views alone; sweep removes what nobody has"
     limit = choice.policy.max_size
     if limit is not None and after > limit:
-        yield f"{_size(after)} stay, more than the {_size(limit)} wanted: it is needed, in use, or was used just now"
-
-
-def _days(seconds: float) -> str:
-    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.0f} h"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+        yield f"{size(after)} stay, more than the {size(limit)} wanted: it is needed, in use, or was used just now"

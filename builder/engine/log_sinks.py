@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from builder.text import readable
+from builder.text import readable, shortened
 
 #: A longer line is cut into lines of this size. Bytes.
 MAX_LINE = 1 << 20
@@ -210,5 +210,4 @@ class Display:
 
 def show(line: bytes) -> str:
     """One line for people: decoded, harmless, not endless."""
-    text = readable(line[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace"))
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+    return shortened(readable(line[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace")), _SHOWN_CHARACTERS)

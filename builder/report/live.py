@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from builder.host.deadlines import Deadline
 from builder.report.console import Console
 from builder.report.progress import TaskProgress
-from builder.text import clock
+from builder.text import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,7 +84,7 @@ class LiveProgress:
         while not self._finished.wait(self._every):
             running, summary = self.frame()
             if running:
-                lines = [f"  ▸ {clock(time.monotonic() - self._began)}: {summary}"]
+                lines = [f"  ▸ {duration(time.monotonic() - self._began)}: {summary}"]
                 self._console.say("\n".join([*lines, *(f"  ▸ {task.line()}" for task in running)]))
 
 
@@ -157,7 +157,7 @@ class _Screen:
 
     def _rows(self) -> tuple[list[tuple[str, ...]], str]:
         running, summary = self._frame()
-        return [(one.label, one.where, clock(one.seconds), "   ".join(one.parts())) for one in running], summary
+        return [(one.label, one.where, duration(one.seconds), "   ".join(one.parts())) for one in running], summary
 
     def _table(self) -> Table:
         from rich.table import Table

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from builder.text import clock, readable, span
+from builder.text import duration, readable, span
 
 #: A rate is measured over the last so many seconds.
 _WINDOW = 30.0
@@ -126,4 +126,4 @@ class TaskProgress:
 
     def line(self) -> str:
         """Return all parts as one log line."""
-        return f"{self.label}: {', '.join([*self.parts(), f'{clock(self.seconds)} so far'])}"
+        return f"{self.label}: {', '.join([*self.parts(), f'{duration(self.seconds)} so far'])}"

@@ -93,7 +93,6 @@ def verify(executor: ContainerExecutor, said: Namespace) -> None:
         columns = ("family", "key", "entry", "problem")
         context.console.table(columns, [[row[name] for name in columns] for row in bad])
     of = f"{counted(entries, 'entry')} in {counted(directories, 'family directory')}"
-    of = of.replace("entrys", "entries").replace("directorys", "directories")
     if bad:
         remedy = (
             "see above why they stay" if repair else "run warm-cache verify --repair, so that they are compiled again"
