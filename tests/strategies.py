@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -174,3 +174,15 @@ def chunked(data: bytes, sizes: Sequence[int]) -> list[bytes]:
         chunks.append(data[at : at + sizes[number % len(sizes)]])
         at += len(chunks[-1])
     return chunks
+
+
+R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
+
+
+def attempt(read: Callable[[], R], refusal: type[E]) -> tuple[R | None, E | None]:
+    """Return what was read, or the documented refusal; both are right. Any other exception fails the test."""
+    try:
+        return read(), None
+    except refusal as error:
+        return None, error
