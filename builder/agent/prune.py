@@ -20,48 +20,12 @@ from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import layout, removal, survey, toolchain, usage, view_records
 from builder.cache.families import directory
-from builder.cache.retention import Plan, Step, decide
-from builder.cache.survey import Dir
+from builder.cache.retention import PrunePlan, PruneStep, plan
 from builder.events import FAILED, WARMED
-from builder.job import Job, PrunePolicy
+from builder.job import Job
 
 #: Below the root: what is being deleted.
 PRUNED = "aside/pruned"
-
-
-def plan(root: Path, policy: PrunePolicy, *, job_max: float, now: float) -> Plan:
-    """What goes, with what cannot go now. Reads only; a lock is taken for the moment of asking for it."""
-    held = survey.survey(root)
-    pinned: dict[Dir, str] = {}
-    while True:
-        found = decide(held, policy, job_max=job_max, now=now, pinned=pinned)
-        refused = {
-            place: refusal
-            for step in found.steps
-            if step.family and (place := (step.family, step.key)) not in pinned
-            if (refusal := _refusal(root, step, job_max, now))
-        }
-        if not refused:
-            break
-        pinned.update(refused)
-    if found.steps and removal.is_held(root):
-        # While somebody uses the cache no part of it goes, markers included.
-        steps = tuple(replace(step, stays=removal.HELD) for step in found.steps)
-        return replace(found, steps=steps, after=held.bytes, images=frozenset())
-    return found
-
-
-def _refusal(root: Path, step: Step, job_max: float, now: float) -> str | None:
-    """Of a whole directory; of entries, whose own times have been looked at, only what the locks say."""
-    with removal.may_remove(
-        root,
-        step.family,
-        step.key,
-        job_max=job_max if step.kind == "family" else 0.0,
-        now=now,
-        create=False,
-    ) as refusal:
-        return refusal
 
 
 def prune(job: Job, output: Output, guard: Guard) -> int:
@@ -96,7 +60,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
     return WARMED
 
 
-def _tell(output: Output, event: str, step: Step) -> None:
+def _tell(output: Output, event: str, step: PruneStep) -> None:
     output.event(
         event,
         kind=step.kind,
@@ -109,7 +73,7 @@ def _tell(output: Output, event: str, step: Step) -> None:
     )
 
 
-def _total(output: Output, found: Plan, freed: int) -> None:
+def _total(output: Output, found: PrunePlan, freed: int) -> None:
     output.event(
         "freed",
         before=found.before,
@@ -124,7 +88,7 @@ def _total(output: Output, found: Plan, freed: int) -> None:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def _do(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
+def _do(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
     """The step as it came out, and the bytes that it freed."""
     try:
         if step.kind == "marker":
@@ -149,12 +113,12 @@ def _drop_marker(root: Path, name: str) -> None:
         path.parent.rmdir()
 
 
-def _drop_memo(root: Path, step: Step) -> None:
+def _drop_memo(root: Path, step: PruneStep) -> None:
     """Of the file's records those of this toolchain; with the last of them the file."""
     toolchain.drop_memos(root / step.name, step.key)
 
 
-def _drop_family(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
+def _drop_family(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
     path = Path(directory(str(root), step.family, step.key))
     with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now) as refusal:
         if refusal:
@@ -164,7 +128,7 @@ def _drop_family(root: Path, step: Step, job: Job, now: float) -> tuple[Step, in
     return step, _delete(apart)
 
 
-def _drop_entries(root: Path, step: Step, job: Job, now: float) -> tuple[Step, int]:
+def _drop_entries(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
     base = Path(directory(str(root), step.family, step.key))
     freed, stays = 0, ""
     for name in step.names:

@@ -1,26 +1,28 @@
-"""What of a cache root may go by policy: a decision from markers, memos, times and sizes alone.
+"""What of a cache root a policy removes: a decision from markers, memos, times and sizes; nothing is deleted here.
 
-Markers are the roots, entries the objects. What the image of the manifest needs never goes. Of the rest, markers go by
-age and by count; family directories that nothing kept refers to go with them; and where the root is still too large,
-what was used longest ago goes next, be it entries that no kept marker lists or a whole toolchain. `reclaim` does it.
+Markers are the roots, entries the objects. What the image of the manifest needs stays. Other markers are dropped by age
+and by count, and with them the family directories that nothing kept refers to. Where the root is still too large, the
+least recently used is dropped next: entries that no kept marker lists, or a whole toolchain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from builder.cache.survey import Dir, Holdings, Mark, Memo, Object
+from builder.cache import removal
+from builder.cache.survey import Dir, Holdings, Mark, Memo, Object, survey
 from builder.job import PrunePolicy
 from builder.text import age, counted, size
 
 
 @dataclass(frozen=True)
-class Step:
-    """Something that goes, or would. kind: ``marker``, ``memo``, ``family`` (a whole directory) or ``entries``.
+class PruneStep:
+    """One removal. kind: ``marker``, ``memo``, ``family`` (a whole directory) or ``entries``.
 
-    name: below the root, for people. bytes: that it frees. why: it goes. stays: why it does not, all the same.
-    names: of the entries.
+    name: below the root, for people. why: the reason for the removal. bytes: what it frees. stays: why it is not
+    removed after all; "" where it is. names: of the entries.
     """
 
     kind: str
@@ -34,13 +36,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """before: bytes of the root; after: when all steps are done. left: what keeps it from less, one sentence each.
+class PrunePlan:
+    """before, after: bytes of the root before the first and after the last step.
 
-    images: of the markers and memos that go; kept_images: of those that stay.
+    left: what keeps the root larger, one sentence each. images: of the markers and memos that are removed.
+    kept_images: of those that stay.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[PruneStep, ...]
     before: int
     after: int
     left: tuple[str, ...] = ()
@@ -48,9 +51,41 @@ class Plan:
     kept_images: frozenset[str] = frozenset()
 
 
+def plan(root: Path, policy: PrunePolicy, *, job_max: float, now: float) -> PrunePlan:
+    """Return what this policy removes, with what cannot be removed now.
+
+    Reads only; locks are tried for a moment. job_max: seconds that a test job may last. now: seconds since the epoch.
+    """
+    held = survey(root)
+    pinned: dict[Dir, str] = {}
+    while True:
+        found = decide(held, policy, job_max=job_max, now=now, pinned=pinned)
+        refused = {
+            place: refusal
+            for step in found.steps
+            if step.family and (place := (step.family, step.key)) not in pinned
+            if (refusal := _refusal(root, step, job_max, now))
+        }
+        if not refused:
+            break
+        pinned.update(refused)
+    if found.steps and removal.is_held(root):
+        # While a test job holds the cache no part of it is removed, markers included.
+        steps = tuple(replace(step, stays=removal.HELD) for step in found.steps)
+        return replace(found, steps=steps, after=held.bytes, images=frozenset())
+    return found
+
+
+def _refusal(root: Path, step: PruneStep, job_max: float, now: float) -> str | None:
+    """Return why this may not be removed now; of entries, whose own times are known, by the locks alone."""
+    age_limit = job_max if step.kind == "family" else 0.0
+    with removal.may_remove(root, step.family, step.key, job_max=age_limit, now=now, create=False) as refusal:
+        return refusal
+
+
 @dataclass
 class _Choice:
-    """Which markers go, and why; everything else follows from that."""
+    """Which markers are dropped, and why; everything else follows from that."""
 
     held: Holdings
     policy: PrunePolicy
@@ -62,13 +97,13 @@ class _Choice:
         self.dropped: dict[str, str] = {}
         self.needed = {mark.path for mark in self.held.marks if self._serves(mark)}
         self.current = {memo.toolchain for memo in self.held.memos if memo.image == self.policy.image}
-        # What cannot be removed keeps the markers that vouch for it: they hold for as long as it is there.
+        # A directory that cannot be removed keeps the markers that claim it: they stay true as long as it exists.
         self.stuck = {
             mark.path: why for mark in self.held.marks for place in mark.dirs if (why := self.pinned.get(place))
         }
 
     def _serves(self, mark: Mark) -> bool:
-        """Whether the current image's tasks, or any that the manifest has, stand on this marker."""
+        """Return whether tasks of the current image, or of the manifest, need this marker."""
         if mark.folder not in self.policy.folders and mark.task not in self.policy.tasks:
             return False
         return any(all(keys.get(family) == key for family, key in mark.keys.items()) for keys in self.policy.keys)
@@ -82,8 +117,9 @@ class _Choice:
         return [mark for mark in self.held.marks if mark.path not in self.dropped]
 
     def generations(self) -> set[str]:
-        """Toolchains that a marker is kept for, and the current ones. What is kept only because the current image
-        stands on it as well is no reason to keep the rest of its own toolchain.
+        """Return the toolchains of kept markers, and the current ones.
+
+        A marker that is kept only because the current image needs it too does not keep the rest of its own toolchain.
         """
         return self.current | {mark.toolchain for mark in self.kept if mark.path not in self.needed}
 
@@ -92,12 +128,12 @@ class _Choice:
         return [
             memo
             for memo in self.held.memos
-            # A young one was probed for a warm-up that has yet to write its markers.
+            # A young memo was probed for a warm-up that has not written its markers yet.
             if memo.toolchain in generations or self.now - memo.written < self.job_max
         ]
 
     def places(self) -> set[Dir]:
-        """Family directories that something kept refers to."""
+        """Return the family directories that a kept marker or memo, or the policy, refers to."""
         found = {place for keys in self.policy.keys for place in keys.items()}
         for memo in self.kept_memos():
             found |= set(memo.keys.items())
@@ -106,7 +142,7 @@ class _Choice:
         return found
 
     def loose(self, places: set[Dir]) -> Iterator[tuple[Dir, str, Object]]:
-        """Entries in directories that stay, which no kept marker lists and nobody has used for job_max."""
+        """Yield entries of directories that stay, which no kept marker lists and no process has used for job_max."""
         listed: dict[Dir, set[str]] = {}
         for mark in self.kept:
             for family, names in mark.entries.items():
@@ -120,8 +156,8 @@ class _Choice:
 
 def decide(
     held: Holdings, policy: PrunePolicy, *, job_max: float, now: float, pinned: Mapping[Dir, str] | None = None
-) -> Plan:
-    """What goes by this policy. pinned: directories that cannot be removed now, and why."""
+) -> PrunePlan:
+    """Return what this policy removes. pinned: directories that cannot be removed now, and why."""
     choice = _Choice(held, policy, job_max, now, pinned or {})
     _by_age(choice)
     _by_count(choice)
@@ -133,7 +169,7 @@ def decide(
     after = _bysize(choice, goes)
     named = {mark.image for mark in held.marks} | {memo.image for memo in held.memos}
     kept = {mark.image for mark in choice.kept} | {memo.image for memo in choice.kept_memos()} | {policy.image}
-    return Plan(
+    return PrunePlan(
         steps=tuple(_steps(choice, goes)),
         before=held.bytes,
         after=after,
@@ -152,7 +188,7 @@ def _by_age(choice: _Choice) -> None:
 
 
 def _by_count(choice: _Choice) -> None:
-    """Of each task, the newest so many toolchains."""
+    """Keep the newest toolchains of each task, as many as the policy has."""
     keep = choice.policy.keep
     tasks: dict[str, list[str]] = {}
     for mark in sorted(choice.held.marks, key=lambda mark: mark.written, reverse=True):
@@ -164,12 +200,12 @@ def _by_count(choice: _Choice) -> None:
 
 
 def _bysize(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
-    """Until the root is small enough, what was used longest ago; the size that comes of it."""
+    """Drop the least recently used until the root is small enough; return its size then."""
     limit = None if choice.held.newer else choice.policy.max_size
     while True:
         places = choice.places()
         for place in [place for place in goes if place not in places]:
-            del goes[place]  # goes as a whole
+            del goes[place]  # removed as a whole
         after = choice.held.bytes - _freed(choice, places, goes)
         if limit is None or after <= limit:
             return after
@@ -188,11 +224,11 @@ def _bysize(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
         if oldest is None:
             return after
         for mark in oldest[1]:
-            choice.drop(mark, f"used longest ago of what is over {size(limit)}")
+            choice.drop(mark, f"least recently used, and the root is over {size(limit)}")
 
 
 def _oldest_generation(choice: _Choice) -> tuple[float, list[Mark]] | None:
-    """The toolchain that was used longest ago, of those that may go."""
+    """Return the least recently used toolchain of those that may be dropped, with its last use."""
     found: dict[str, list[Mark]] = {}
     for mark in choice.kept:
         if mark.path not in choice.needed and mark.path not in choice.stuck:
@@ -202,7 +238,7 @@ def _oldest_generation(choice: _Choice) -> tuple[float, list[Mark]] | None:
 
 
 def _used(choice: _Choice, mark: Mark) -> float:
-    """Also by what was done in directories that are this toolchain's alone."""
+    """Return the last use of a marker, or of directories that only its toolchain has."""
     alone = [
         choice.held.dirs[place].used
         for place in mark.dirs & choice.held.dirs.keys()
@@ -220,40 +256,40 @@ def _may_go(choice: _Choice, place: Dir, places: set[Dir]) -> bool:
     return place not in places and place not in choice.pinned and not choice.held.newer
 
 
-def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterator[Step]:
-    """In the order in which they are done: what vouches first."""
+def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterator[PruneStep]:
+    """Yield the removals in their order: markers and memos first."""
     for mark in choice.held.marks:
         if mark.path in choice.dropped:
-            yield Step("marker", mark.path, choice.dropped[mark.path])
+            yield PruneStep("marker", mark.path, choice.dropped[mark.path])
     kept = choice.kept_memos()
     for memo in choice.held.memos:
         if memo not in kept:
-            yield Step("memo", memo.path, "its toolchain is not kept", key=memo.toolchain)
+            yield PruneStep("memo", memo.path, "its toolchain is not kept", key=memo.toolchain)
     places = choice.places()
     for place, item in sorted(choice.held.dirs.items()):
         if place not in places and not choice.held.newer:
             family, key = place
             why = "no kept marker or memo refers to it"
             stays = choice.pinned.get(place, "")
-            yield Step("family", f"{family}/{key}", why, item.bytes, family, key, stays)
+            yield PruneStep("family", f"{family}/{key}", why, item.bytes, family, key, stays)
     for (family, key), entries in sorted(goes.items()):
         freed = sum(entry.bytes for entry in entries.values())
         why = f"{len(entries)} entries that no kept marker lists" if len(entries) > 1 else "no kept marker lists it"
         name = f"{family}/{key}" if len(entries) > 1 else f"{family}/{key}/{next(iter(entries))}"
-        yield Step("entries", name, why, freed, family, key, names=tuple(sorted(entries)))
+        yield PruneStep("entries", name, why, freed, family, key, names=tuple(sorted(entries)))
 
 
 def _left(choice: _Choice, after: int) -> Iterator[str]:
     for path, problem in sorted(choice.held.strangers.items()):
         yield f"{path} is left alone: {problem}"
     if choice.held.newer:
-        yield "a newer builder's marker is here, and what it needs cannot be told: no kernels are removed"
+        yield "a newer builder's marker is here, and what it needs is unknown: no kernels are removed"
     for why in sorted(set(choice.pinned.values())):
         places = [f"{family}/{key}" for (family, key), reason in sorted(choice.pinned.items()) if reason == why]
         more = f" and {len(places) - 1} more stay" if len(places) > 1 else " stays"
-        yield f"{places[0]}{more}, with what vouches for it: {why}"
+        yield f"{places[0]}{more}, with the markers for it: {why}"
     if choice.held.beside:
-        yield f"{size(choice.held.beside)} more are held by generations and views alone; sweep removes what nobody has"
+        yield f"{size(choice.held.beside)} more are held by generations and views alone; sweep removes unused ones"
     limit = choice.policy.max_size
     if limit is not None and after > limit:
-        yield f"{size(after)} stay, more than the {size(limit)} wanted: it is needed, in use, or was used just now"
+        yield f"{size(after)} stay, more than the limit of {size(limit)}: it is needed, in use, or was used just now"

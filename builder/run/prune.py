@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from builder.agent import prune as reclaim
-from builder.cache.retention import Plan
+from builder.cache import retention
+from builder.cache.retention import PrunePlan
 from builder.job import PrunePolicy
 from builder.run import cache_locks, maintenance, policy, upkeep
 from builder.run import image_cleanup as images
@@ -74,7 +74,7 @@ def look(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
     if direct is None:
         in_container(executor, wanted, outcome)
         return
-    found = reclaim.plan(direct, wanted, job_max=context.manifest.cache.job_max, now=time.time())
+    found = retention.plan(direct, wanted, job_max=context.manifest.cache.job_max, now=time.time())
     _take(outcome, found)
 
 
@@ -109,7 +109,7 @@ def in_container(executor: ContainerExecutor, wanted: PrunePolicy, outcome: Outc
     maintenance.run(executor, "prune", hear, ContainerRequest(prune=wanted))
 
 
-def _take(outcome: Outcome, found: Plan) -> None:
+def _take(outcome: Outcome, found: PrunePlan) -> None:
     for step in found.steps:
         row = asdict(step)
         outcome.rows.append(

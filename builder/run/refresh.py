@@ -15,8 +15,8 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from builder.agent import prune as reclaim
-from builder.cache.retention import Plan as Pruning
+from builder.cache import retention
+from builder.cache.retention import PrunePlan
 from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError, Problem, UsageError
 from builder.flock import holder, try_lock
 from builder.host.locks import open_lock
@@ -183,9 +183,9 @@ def tidy(executor: ContainerExecutor, limits: Limits, story: Tale) -> None:
         _prune(executor, limits, story)
 
 
-def _planned(executor: ContainerExecutor, limits: Limits, root: Path, plan: Plan) -> Pruning:
+def _planned(executor: ContainerExecutor, limits: Limits, root: Path, plan: Plan) -> PrunePlan:
     wanted = policy.policy(executor, limits, plan, dry_run=True)
-    return reclaim.plan(root, wanted, job_max=executor.context.manifest.cache.job_max, now=time.time())
+    return retention.plan(root, wanted, job_max=executor.context.manifest.cache.job_max, now=time.time())
 
 
 def _prune(executor: ContainerExecutor, limits: Limits, story: Tale) -> None:

@@ -68,7 +68,7 @@ THIRD_PARTY = {
 NOT_YET = {
     "builder.cache.toolchain", "builder.cache.view_records",
     "builder.report.audit", "builder.run.here",
-    "builder.run.prune", "builder.run.refresh", "builder.run.views",
+    "builder.run.views",
 }  # fmt: skip
 
 

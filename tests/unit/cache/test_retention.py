@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from builder.agent import prune
-from builder.cache import generations, layout, marker_files, markers, toolchain, usage
+from builder.cache import generations, layout, marker_files, markers, retention, toolchain, usage
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
-from builder.cache.retention import Plan
+from builder.cache.retention import PrunePlan
 from builder.job import PrunePolicy
 from tests.generations import DAY, Generations, image, record, task, unvouched
 from tests.program import Program, Result
@@ -39,8 +38,8 @@ def policy(made: Generations, current: int, tasks: tuple[str, ...] = ("a", "b"),
     )
 
 
-def planned(made: Generations, wanted: PrunePolicy, *, job_max: float = 0.0) -> Plan:
-    return prune.plan(made.root, wanted, job_max=job_max, now=time.time())
+def planned(made: Generations, wanted: PrunePolicy, *, job_max: float = 0.0) -> PrunePlan:
+    return retention.plan(made.root, wanted, job_max=job_max, now=time.time())
 
 
 def pruned(program: Program, wanted: PrunePolicy, *, job_max: float = 0.0) -> Result:
