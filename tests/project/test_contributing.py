@@ -17,7 +17,7 @@ FOR_CONTRIBUTORS = [ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md
 PLANNED = {ROOT / "builder" / "docs" / "architecture.md"}
 
 
-def test_private_methods_of_docker_py() -> None:
+def test_contributing_names_private_methods_of_docker_py() -> None:
     """pyproject.toml excludes docker-py 8, and README.md gives the number of private methods as the reason."""
     api_client = importlib.import_module("docker").APIClient
     source = (ROOT / "builder" / "engine" / "client.py").read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ SHOW = ("sh", "-c", "echo $DOCKER_HOST; exit 7")
 @pytest.mark.parametrize(
     ("environ", "host"), [({"DOCKER_HOST": "tcp://there:1"}, "tcp://there:1"), ({}, "unix:///from/the/context.sock")]
 )
-def test_an_engine_that_answers_is_used_and_named(run: Run, tmp_path: Path, environ: dict[str, str], host: str) -> None:
+def test_engine_script_uses_answering_engine(run: Run, tmp_path: Path, environ: dict[str, str], host: str) -> None:
     done = run("run", str(tmp_path / "engine"), *SHOW, fakes=SOMEBODY, **environ)
     assert (done.returncode, done.stdout.strip()) == (7, host)
     assert not (tmp_path / "engine").exists()
@@ -63,7 +63,7 @@ def test_an_engine_that_answers_is_used_and_named(run: Run, tmp_path: Path, envi
         ),
     ],
 )
-def test_one_sentence_says_what_is_missing(
+def test_engine_script_names_what_is_missing(
     run: Run, tmp_path: Path, fakes: dict[str, str], environ: dict[str, str], said: str
 ) -> None:
     done = run("run", str(tmp_path / "engine"), *SHOW, fakes={**NOBODY, **fakes}, **environ)
@@ -75,13 +75,13 @@ def test_one_sentence_says_what_is_missing(
 
 
 @pytest.mark.parametrize("arguments", [(), ("up",), ("run", "dir"), ("sideways", "dir")])
-def test_usage(run: Run, arguments: tuple[str, ...]) -> None:
+def test_engine_script_without_arguments_prints_usage(run: Run, arguments: tuple[str, ...]) -> None:
     done = run(*arguments, fakes=NOBODY)
     assert done.returncode == 2
     assert "engine.sh run DIR CMD..." in done.stderr
 
 
-def test_down_where_nothing_runs_is_fine_and_kills_nobody(run: Run, tmp_path: Path) -> None:
+def test_engine_script_down_without_engine_succeeds(run: Run, tmp_path: Path) -> None:
     """A pid file that names another process (pids are used again) must not end it."""
     folder = tmp_path / "engine"
     folder.mkdir()
@@ -90,6 +90,6 @@ def test_down_where_nothing_runs_is_fine_and_kills_nobody(run: Run, tmp_path: Pa
     assert not (folder / "guardian.pid").exists()
 
 
-def test_kill_where_nothing_runs_is_said(run: Run, tmp_path: Path) -> None:
+def test_engine_script_kill_without_engine_is_refused(run: Run, tmp_path: Path) -> None:
     done = run("kill", str(tmp_path / "engine"), fakes=NOBODY)
     assert (done.returncode, done.stderr) == (1, f"error: no engine runs in {tmp_path}/engine\n")

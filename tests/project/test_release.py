@@ -66,18 +66,18 @@ class TestNotes:
         return tmp_path
 
     @pytest.mark.parametrize(("kind", "name"), [("tag", TAG), ("branch", "main")])
-    def test_notes_are_the_section_of_the_version(self, place: Path, kind: str, name: str) -> None:
+    def test_release_notes_are_section_of_version(self, place: Path, kind: str, name: str) -> None:
         done = run(script("build", "notes"), place, REF_TYPE=kind, REF_NAME=name)
         assert done.returncode == 0, done.stdout + done.stderr
         assert (place / "dist" / "notes.md").read_text().strip() == "### Added\n\n- what there is to say"
         assert (place / "dist" / "tag").read_text() == f"{TAG}\n"
 
-    def test_refused_when_the_tag_is_not_the_version(self, place: Path) -> None:
+    def test_release_refused_when_tag_is_not_version(self, place: Path) -> None:
         done = run(script("build", "notes"), place, REF_TYPE="tag", REF_NAME="v9.9.9")
         assert done.returncode == 1
         assert "the tag is v9.9.9" in done.stdout
 
-    def test_refused_when_the_changelog_lacks_the_version(self, place: Path) -> None:
+    def test_release_refused_when_changelog_lacks_version(self, place: Path) -> None:
         (place / "CHANGELOG.md").write_text(NOTES.replace(f"## [{__version__}]", "## [9.9.9]"))
         done = run(script("build", "notes"), place, REF_TYPE="branch", REF_NAME="main")
         assert done.returncode == 1
@@ -106,20 +106,20 @@ class TestPublish:
         return done, [line for line in log.read_text().splitlines() if line.startswith("release")]
 
     @pytest.mark.parametrize("tagged", ["", COMMIT])
-    def test_the_wheel_and_the_sdist_become_a_release(self, tmp_path: Path, tagged: str) -> None:
+    def test_release_attaches_wheel_and_sdist(self, tmp_path: Path, tagged: str) -> None:
         done, releases = self.publish(tmp_path, tagged)
         assert done.returncode == 0, done.stdout + done.stderr
         (words,) = (line.split() for line in releases)
         assert words[:5] == ["release", "create", TAG, "--target", COMMIT]
         assert words[-2:] == ["dist/w.whl", "dist/s.tar.gz"]
 
-    def test_refused_when_another_commit_has_the_tag(self, tmp_path: Path) -> None:
+    def test_release_refused_when_tag_is_on_other_commit(self, tmp_path: Path) -> None:
         done, releases = self.publish(tmp_path, OTHER)
         assert done.returncode == 1
         assert OTHER in done.stdout
         assert releases == []
 
-    def test_a_longer_tag_is_another_one(self, tmp_path: Path) -> None:
+    def test_release_longer_tag_is_ignored(self, tmp_path: Path) -> None:
         done, releases = self.publish(tmp_path, OTHER, f"{TAG}-rc1")
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(releases) == 1

@@ -30,7 +30,7 @@ def python_in_root(code: str, **environ: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_in_container_program_runs_alone(tmp_path: Path) -> None:
+def test_agent_files_run_alone(tmp_path: Path) -> None:
     """With nothing but itself beside it, as in the warm-up image: no site-packages, no host side."""
     for pattern in AGENT_FILES:
         for path in BUILDER.glob(pattern):
@@ -45,14 +45,14 @@ def test_the_in_container_program_runs_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_the_command_line_is_cheap() -> None:
+def test_importing_cli_loads_no_third_party_package() -> None:
     heavy = ("docker", "requests", "rich", "psutil", "tenacity", "pynvml")
     loaded = python_in_root(f"import sys, builder.cli.main; print([m for m in {heavy} if m in sys.modules])")
     assert loaded == "[]"
 
 
 class TestDockerFolder:
-    def test_it_is_no_package(self) -> None:
+    def test_docker_folder_is_no_package(self) -> None:
         found = [path for path in (ROOT / "docker").rglob("__init__.py") if ".demo" not in path.parts]
         assert found == []
 
@@ -63,20 +63,20 @@ class TestDockerFolder:
         assert Path(file).name == "__init__.py"
         assert ROOT / "docker" not in Path(file).parents
 
-    def test_nothing_in_it_is_named_like_a_part_of_docker_py(self) -> None:
+    def test_docker_folder_names_hide_no_docker_py_module(self) -> None:
         parts = python_in_root(
             "import docker, pkgutil; print(*[m.name for m in pkgutil.iter_modules(docker.__path__)])"
         )
         names = {path.name.split(".")[0] for path in (ROOT / "docker").iterdir()}
         assert names.isdisjoint(parts.split())
 
-    def test_the_dockerfile_is_what_the_builder_expects(self) -> None:
+    def test_dockerfile_begins_with_base_argument(self) -> None:
         lines = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").splitlines()
         instructions = [line for line in lines if line and line[0].isupper()]
         assert instructions[:2] == ["ARG SERVING_IMAGE", "FROM ${SERVING_IMAGE}"]
 
 
-def test_the_top_level_is_as_prescribed() -> None:
+def test_top_level_is_as_prescribed() -> None:
     if shutil.which("git") and (ROOT / ".git").exists():
         done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
         names = {line.split("/")[0] for line in done.stdout.splitlines()}

@@ -47,20 +47,20 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_systemd_understands_every_line(installed: Path) -> None:
+def test_systemd_units_are_valid(installed: Path) -> None:
     done = verify(installed)
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "warm-cache" in line]
     assert (done.returncode, ours) == (0, []), done.stderr
 
 
-def test_systemd_would_have_seen_a_mistake(installed: Path) -> None:
+def test_systemd_mistake_is_found(installed: Path) -> None:
     unit = installed / "warm-cache-refresh.service"
     unit.write_text(unit.read_text() + "NoSuchWord=yes\n")
     done = verify(installed)
     assert "NoSuchWord" in done.stderr
 
 
-def test_what_they_say_is_true_of_the_program() -> None:
+def test_systemd_units_match_the_program() -> None:
     assert values(SERVICE, "ExecStart") == ["/usr/local/bin/warm-cache refresh"]
     known = {f"WARM_CACHE_{option.upper().replace('-', '_')}" for option in VERBS["refresh"].options}
     said = [value.partition("=")[0] for value in values(SERVICE, "Environment")]

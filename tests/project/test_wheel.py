@@ -43,7 +43,7 @@ def test_wheel_holds_the_package_its_data_and_the_dockerfile(wheel: Path) -> Non
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"builder"}
 
 
-def test_the_console_script_and_the_python_versions(wheel: Path) -> None:
+def test_wheel_metadata_has_script_and_python_versions(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(info).decode()
@@ -53,7 +53,7 @@ def test_the_console_script_and_the_python_versions(wheel: Path) -> None:
     assert "Classifier: Typing :: Typed" in metadata
 
 
-def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+def test_sdist_makes_same_wheel(wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(build("sdist", ROOT, tmp_path)) as archive:
         names = archive.getnames()
         archive.extractall(tmp_path / "source")
@@ -64,7 +64,7 @@ def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
         assert first.namelist() == second.namelist()
 
 
-def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_works_without_checkout(wheel: Path, tmp_path: Path) -> None:
     """From the wheel's own files, with the checkout out of reach: profiles load, and the Dockerfile is found."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

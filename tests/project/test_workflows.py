@@ -40,7 +40,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", named([*FILES, *FORMS]))
-def test_it_is_what_github_reads(path: Path) -> None:
+def test_workflow_is_valid_by_schema(path: Path) -> None:
     """By the schemas that GitHub's editors use, out of the linter's own wheel."""
     schema = f"vendor.{SCHEMAS.get(path.name) or SCHEMAS[path.parent.name]}"
     done = subprocess.run(
@@ -50,7 +50,7 @@ def test_it_is_what_github_reads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", named(FILES))
-def test_its_scripts_are_good_shell(path: Path) -> None:
+def test_workflow_scripts_pass_shellcheck(path: Path) -> None:
     scripts = [step["run"] for step in steps(path) if "run" in step]
     for script in scripts:
         done = subprocess.run(
@@ -65,7 +65,7 @@ def test_its_scripts_are_good_shell(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", named(FILES))
-def test_foreign_actions_and_expressions_are_known(path: Path) -> None:
+def test_workflow_actions_and_expressions_are_known(path: Path) -> None:
     for step in steps(path):
         if "uses" in step:
             assert step["uses"].startswith("./") or re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"])
@@ -113,7 +113,7 @@ def test_checkouts_keep_no_token() -> None:
                 assert step["with"] == {"persist-credentials": False}, path.name
 
 
-def test_what_the_action_passes_on_is_what_the_program_knows() -> None:
+def test_action_options_exist_in_program() -> None:
     text = ACTION.read_text(encoding="utf-8")
     options = set(re.findall(r"given ([a-z-]+) ", text))
     assert {"manifest", "on-cold", "budget", "when-idle"} <= options
@@ -130,17 +130,17 @@ def test_what_the_action_passes_on_is_what_the_program_knows() -> None:
         ("!(vars.B == 'b') || 'it''s'", "it's"),
     ],
 )
-def test_expressions_mean_what_the_runner_makes_of_them(text: str, value: object) -> None:
+def test_workflow_expressions_evaluate_as_on_runner(text: str, value: object) -> None:
     names = Context({"vars.B": "b", "github.event_name": "pull_request_target"})
     assert Expression(names, {}).value(text) == value
 
 
-def test_an_unknown_name_in_an_expression_is_an_error() -> None:
+def test_workflow_unknown_name_is_error() -> None:
     with pytest.raises(KeyError, match=r"inputs\.modus"):
         Expression(Context(), {}).value("inputs.modus == 'check'")
 
 
-def test_a_file_of_outputs_holds_entries_and_nothing_else() -> None:
+def test_output_file_parses_entries_only() -> None:
     assert entries("a=b=c\nd<<end-1\nx\ny=z\nend-1\n") == {"a": "b=c", "d": "x\ny=z"}
     with pytest.raises(AssertionError, match="not an entry"):
         entries("a=1\nplain text\n")
