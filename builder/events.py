@@ -1,76 +1,334 @@
 """The protocol on the container's stdout: JSON lines behind a prefix that carries the run's nonce.
 
-A line counts as an event only if it begins with ``@warmup <nonce> `` and the rest parses as a JSON object with a known
-``event``. Anything else, a broken event included, is log.
+A line is an event only if it begins with ``@warmup <nonce> `` and the rest is a JSON object of one of the classes here:
+``event`` has its wire name, the other keys are its fields. Any other line is log, a malformed event included.
 
-Events and their fields:
-
-- start: pid, lease ("flock" or "stdin"), family_keys {family: key}, toolchain (digest)
-- phase: phase (a short word or two for people)
-- progress: done, total, unit
-- entries: families {family: valid entries}, added {family: new since the start}
-- locked: path (modes ``lock``, ``views`` and ``hold``: that lock is held from now on)
-- toolchain: record (what `toolchain.probe` found)
-- swept: family, key, path, why (one per leftover or invalid entry moved aside)
-- removed: family, key, path (mode ``sweep``: gone for good, after it has lain aside for longer than a job may last;
-  without family and key: views and generations that nobody has)
-- kept: family, key, path, why (mode ``sweep``: would go, and may not)
-- checked: family, key, entries (mode ``verify``: how many were looked at; one per family directory)
-- bad: family, key, entry, problem (mode ``verify``: an entry that is not valid, and was not moved)
-- pruned: kind (marker, memo, family, entries), path, family, key, bytes, why, stays ("" for what went, or would: mode
-  ``prune``); planned: the same, of a dry run
-- freed: before, after (bytes of the root, now and as planned), freed (bytes that were deleted), left [text], images,
-  kept_images [ids] (mode ``prune``, once)
-- holding: family, key, entries, invalid, bytes (mode ``status``, one per family directory)
-- used: path, time (mode ``status``, one per marker: when it was last of use, in seconds since the epoch)
-- described: family, key, written, factors (mode ``families``, one per family directory)
-- sample: metric, value, labels {name: value} (mode ``survey``)
-- omitted: family, key, why (mode ``view-create``: a family directory that the generation does not have)
-- view: view, generation, created, engine (mode ``view-create``); and bytes, files, idle (mode ``view-list``)
-- generation: id, asked, bytes, files, views [name] (mode ``view-list``)
-- finding: the fields of `findings.Finding` (mode ``view-audit``: one thing that the job changed)
-- audited: used, asked [shape], counts {kind: n}, seconds, truncated (mode ``view-audit``: all of it together)
-- recorded: file (below the checkout), record and its fields as `recording.encode` has them (mode ``record``)
-- verdict: state (warmed, failed, partial, skipped, stopped), reason, entries {family: n} of the families it claims,
-  added {family: n} and added_bytes {family: bytes} of any family, loaded (the weights, or null), proof,
-  second_pass_added, shapes [str], marker (path below the root, or null), unusable (the root is, for every task alike),
-  seconds
-- end: stdout, stderr: bytes this program wrote to each, this line not included. Always the last line.
+Times are seconds since the epoch, durations seconds, sizes bytes. Paths are relative to the cache root or, where a
+family and its key are given, to that family directory.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
-#: Exit status of the program by what its verdict says; modes without a verdict end with one of the first two.
+from builder.typed_json import from_object
+
+#: Exit status of the program by the state of its verdict; modes without a verdict end with one of the first two.
 WARMED, FAILED, PARTIAL, SKIPPED = 0, 20, 21, 22
 
-NAMES = frozenset(
-    {"start", "phase", "progress", "entries", "locked", "toolchain", "swept", "removed", "kept", "checked", "bad"}
-    | {"pruned", "planned", "freed", "holding", "used", "described", "sample", "omitted", "view", "generation"}
-    | {"finding", "audited", "recorded", "verdict", "end"}
-)
+_KINDS: dict[str, type[Event]] = {}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events. wire_name: the value of the key ``event``."""
+
+    wire_name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, *, wire: str) -> None:
+        cls.wire_name = wire
+        _KINDS[wire] = cls
+
+
+# --- every mode ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase(Event, wire="phase"):
+    """What the program does from now on, in a few words for people."""
+
+    phase: str
+
+
+@dataclass(frozen=True)
+class End(Event, wire="end"):
+    """The last line. Bytes that the program wrote to each stream, this line not included."""
+
+    stdout: int
+    stderr: int
+
+
+@dataclass(frozen=True)
+class Locked(Event, wire="locked"):
+    """Modes ``lock``, ``views`` and ``hold``: the lock at `path` is held from now on."""
+
+    path: str
+
+
+# --- probing and warming ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToolchainProbed(Event, wire="toolchain"):
+    """The toolchain record of this environment (`cache.toolchain`)."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Started(Event, wire="start"):
+    """The environment is probed; the task starts."""
+
+    pid: int
+    lease: Literal["flock", "stdin", "none"]  # what ends the program when the builder dies
+    family_keys: Mapping[str, str]
+    toolchain: str  # digest
+
+
+@dataclass(frozen=True)
+class Progress(Event, wire="progress"):
+    """How far the current phase is."""
+
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class EntryCounts(Event, wire="entries"):
+    """Entries by family, counted and not validated."""
+
+    families: Mapping[str, int]
+    added: Mapping[str, int]  # since the pass began
+
+
+@dataclass(frozen=True)
+class Quarantined(Event, wire="swept"):
+    """A leftover or an invalid entry was moved aside."""
+
+    family: str
+    key: str
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Verdict(Event, wire="verdict"):
+    """The outcome of a task."""
+
+    state: Literal["warmed", "failed", "partial", "skipped", "stopped"] = "failed"
+    reason: str = ""
+    entries: Mapping[str, int] = field(default_factory=dict)  # valid ones, of the families that the task claims
+    added: Mapping[str, int] = field(default_factory=dict)  # entries, of any family
+    added_bytes: Mapping[str, int] = field(default_factory=dict)
+    loaded: str | None = None  # the weights; None: the recipe loads none
+    proof: str | None = None
+    second_pass_added: int | None = None  # entries
+    shapes: tuple[str, ...] = ()  # of the first pass
+    marker: str | None = None  # path below the root
+    unusable: bool = False  # the cache root is, for every task
+    seconds: float = 0.0
+
+
+# --- sweep, verify, prune --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removed(Event, wire="removed"):
+    """Something was deleted from the quarantine; with no family and key, an unused view or generation."""
+
+    family: str
+    key: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Kept(Event, wire="kept"):
+    """Something would be deleted, and may not be."""
+
+    family: str
+    key: str
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class BadEntry(Event, wire="bad"):
+    """Mode ``verify``: an entry is not valid, and was not moved."""
+
+    family: str
+    key: str
+    entry: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Checked(Event, wire="checked"):
+    """Mode ``verify``: a family directory is done."""
+
+    family: str
+    key: str
+    entries: int
+
+
+@dataclass(frozen=True)
+class Pruned(Event, wire="pruned"):
+    """Mode ``prune``: one step was done, or refused."""
+
+    kind: str  # marker, memo, family or entries
+    path: str
+    family: str
+    key: str
+    bytes: int
+    why: str
+    stays: str = ""  # why nothing was removed
+
+
+@dataclass(frozen=True)
+class Planned(Pruned, wire="planned"):
+    """Mode ``prune``, dry run: one step that would be done, or refused."""
+
+
+@dataclass(frozen=True)
+class Freed(Event, wire="freed"):
+    """Mode ``prune``, once: the sum."""
+
+    before: int  # bytes of the root
+    after: int  # bytes of the root when every step is done
+    freed: int  # bytes that were deleted
+    left: tuple[str, ...] = ()  # what keeps the root above its limit, one sentence each
+    images: tuple[str, ...] = ()  # identities that no marker or memo names any more
+    kept_images: tuple[str, ...] = ()  # identities that are still named
+
+
+# --- what the root holds ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FamilyContents(Event, wire="holding"):
+    """Mode ``status``: one family directory."""
+
+    family: str
+    key: str
+    entries: int
+    invalid: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MarkerUsed(Event, wire="used"):
+    """Mode ``status``: when a marker was last used."""
+
+    path: str
+    time: float
+
+
+@dataclass(frozen=True)
+class FamilyDescribed(Event, wire="described"):
+    """Mode ``families``: one family directory, with the factors that its key stands for, where they are known."""
+
+    family: str
+    key: str
+    written: float = 0.0
+    factors: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class MetricSample(Event, wire="sample"):
+    """Mode ``survey``: one number about the root."""
+
+    metric: str
+    value: float
+    labels: Mapping[str, str]
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FamilyOmitted(Event, wire="omitted"):
+    """Mode ``view-create``: a family directory is not in the view's generation."""
+
+    family: str
+    key: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ViewState(Event, wire="view"):
+    """Modes ``view-create`` and ``view-list``: one view. Without a readable record only its name and size are known."""
+
+    view: str
+    generation: str = ""  # what it lies upon
+    created: float = 0.0
+    engine: str = ""  # id of the engine that has its volume
+    bytes: int = 0  # of the files that the job wrote
+    files: int = 0
+    idle: float = 0.0  # seconds since the last write
+
+
+@dataclass(frozen=True)
+class GenerationState(Event, wire="generation"):
+    """Mode ``view-list``: one generation."""
+
+    id: str
+    asked: float  # when a view was last made of it
+    bytes: int
+    files: int
+    views: tuple[str, ...]  # names of the views that lie upon it
+
+
+@dataclass(frozen=True)
+class AuditFinding(Event, wire="finding"):
+    """Mode ``view-audit``: one thing that the job changed; the fields of `cache.findings.Finding`."""
+
+    family: str
+    key: str
+    kind: str
+    path: str
+    detail: str = ""
+    bytes: int = 0
+    began: float = 0.0
+    ended: float = 0.0
+    shape: str = ""
+
+
+@dataclass(frozen=True)
+class Audited(Event, wire="audited"):
+    """Mode ``view-audit``, once: the sum of all findings, of which only the foremost are events."""
+
+    used: int  # entries that were hit
+    asked: tuple[tuple[str, int, int, int], ...]  # shapes whose lock was taken: kernel, N, K, groups
+    counts: Mapping[str, int]  # findings by kind
+    seconds: float  # in which something was compiled
+    truncated: str = ""  # why there may be more
+
+
+# --- recording launches ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LaunchRecorded(Event, wire="recorded"):
+    """Mode ``record``: one record of a test file, as `recording.from_mapping` reads it. file: below the checkout."""
+
+    file: str
+    record: Mapping[str, Any]
+
+
+# --- the codec -------------------------------------------------------------------------------------------------------
 
 
 def prefix(nonce: str) -> bytes:
-    """What an event line begins with."""
+    """Return what an event line begins with."""
     return f"@warmup {nonce} ".encode("ascii")
 
 
-def encode(nonce: str, event: str, **fields: Any) -> bytes:
-    """One event line, newline included."""
-    return prefix(nonce) + json.dumps({"event": event, **fields}, separators=(",", ":")).encode("ascii") + b"\n"
+def encode(nonce: str, event: Event) -> bytes:
+    """Return the event's line, newline included."""
+    data = {"event": event.wire_name, **{each.name: getattr(event, each.name) for each in fields(event)}}
+    return prefix(nonce) + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-def decode(line: bytes, nonce: str) -> dict[str, Any] | None:
-    """The event in this line (with or without its newline), or None when it is log. Never raises."""
+def decode(line: bytes, nonce: str) -> Event | None:
+    """Return the event in this line (with or without its newline), or None if the line is log. Never raises."""
     start = prefix(nonce)
     if not line.startswith(start):
         return None
     try:
-        event = json.loads(line[len(start) :])
-    except (ValueError, RecursionError):
+        data = json.loads(line[len(start) :])
+        return from_object(_KINDS[data.pop("event")], data, "event")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    name = event.get("event") if isinstance(event, dict) else None
-    return event if isinstance(name, str) and name in NAMES else None

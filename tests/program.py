@@ -9,15 +9,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from builder import events
+from builder.events import Event, Verdict
 from builder.job import JOB_VARIABLE, Job
 from builder.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "docker" / "stand-in" / "tiny"
 NONCE = "4f0e2d6c"
+
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Result:
     seconds: float
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         return [event for line in self.stdout.split(b"\n") if (event := events.decode(line, NONCE))]
 
     @property
@@ -41,11 +44,18 @@ class Result:
         )
 
     @property
-    def verdict(self) -> dict[str, Any]:
-        return self.all("verdict")[-1]
+    def verdict(self) -> Verdict:
+        return self.all(Verdict)[-1]
 
-    def all(self, name: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == name]
+    @property
+    def marker(self) -> str:
+        """The marker's path below the root."""
+        path = self.verdict.marker
+        assert path is not None, self.verdict
+        return path
+
+    def all(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if type(event) is kind]
 
 
 class Running:
@@ -68,8 +78,8 @@ class Running:
     def stdout(self) -> bytes:
         return self._files[0].read_bytes()
 
-    def has(self, name: str) -> bool:
-        return any(event["event"] == name for event in Result(0, self.stdout, b"", 0.0).events)
+    def has(self, kind: type[Event]) -> bool:
+        return any(isinstance(event, kind) for event in Result(0, self.stdout, b"", 0.0).events)
 
     def end(self, seconds: float = 30) -> Result:
         """Waits for the end; kills what does not end by itself, and fails."""

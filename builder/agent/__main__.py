@@ -11,8 +11,10 @@ import os
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+from builder import events
 from builder.agent import maintenance, prune, simulated_gpu
 from builder.agent.guard import Guard, Stopped, end
 from builder.agent.output import Output
@@ -74,9 +76,8 @@ def main() -> int:
 
         for line in traceback.format_exc().splitlines():
             output.say(line)
-        output.event(
-            "verdict", state="failed", reason=f"defect in the in-container program: {type(error).__name__}: {error}"
-        )
+        reason = f"defect in the in-container program: {type(error).__name__}: {error}"
+        output.event(events.Verdict(state="failed", reason=reason))
         status = FAILED
     output.end()
     return status
@@ -92,7 +93,7 @@ def _probe(job: Job, output: Output) -> int:
             output.say(str(why))
             return FAILED
         record = toolchain.probe(environ=environ, mount=job.mount, image=job.image)
-    output.event("toolchain", record=record)
+    output.event(events.ToolchainProbed(record))
     try:
         layout.prepare(root)
         write_memo(root, job, record, env)
@@ -113,7 +114,7 @@ def _record(job: Job, output: Output, guard: Guard) -> int:
         output.say(f"{job.record}: {error}")
         return FAILED
     launch_recorder.record(
-        request, lambda file, record: output.event("recorded", file=file.path, **fields_of(record)), guard.check
+        request, lambda file, record: output.event(events.LaunchRecorded(file.path, fields_of(record))), guard.check
     )
     return 0
 
@@ -125,12 +126,12 @@ def _lock(job: Job, output: Output, guard: Guard) -> int:
         if exclusive:
             layout.prepare(root)
         path = LOCKS[job.mode](root)
-        output.event("phase", phase=f"waiting for the {path.stem} lock")
+        output.event(events.Phase(f"waiting for the {path.stem} lock"))
         guard.acquire(path, exclusive=exclusive)
     except (layout.LayoutError, OSError) as error:
         output.say(str(error))
         return FAILED
-    output.event("locked", path=str(path.relative_to(job.mount)))
+    output.event(events.Locked(str(path.relative_to(job.mount))))
     hold = threading.Event()
     while True:
         hold.wait(0.1)
@@ -149,7 +150,7 @@ def _say_lifetime(job: Job, output: Output, warming: Warming | None) -> None:
     reason = f"the container's lifetime of {job.lifetime:.0f} s is over"
     output.say(reason)
     if warming is not None:
-        output.event("verdict", **{**vars(warming.verdict), "state": "failed", "reason": reason})
+        output.event(replace(warming.verdict, state="failed", reason=reason))
     output.end()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from builder.agent.output import Output
 from builder.cache.families import FAMILY
+from builder.events import EntryCounts
 
 SECONDS = 5.0  # between two `entries` events
 LIMIT = 50_000  # files of one family; a number for people need not be larger
@@ -31,7 +32,7 @@ class Counter:
         if any(count > self._said[name] for name, count in counts.items()):
             self._said = counts
             added = {name: max(0, count - self._first[name]) for name, count in counts.items()}
-            self._output.event("entries", families=counts, added=added)
+            self._output.event(EntryCounts(counts, added))
 
     def _counts(self) -> dict[str, int]:
         return {name: _count(FAMILY[name].layout, directory) for name, directory in self._directories.items()}

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from builder import flock
 from builder.job import Job
@@ -49,7 +49,7 @@ class Guard:
         self._signum = 0
         self._signalled = 0.0
         self._wake, self._ring = -1, -1
-        self.mode = "none"
+        self.mode: Literal["flock", "stdin", "none"] = "none"
 
     def start(self) -> str:
         """Arms everything; returns the lease's mode: ``flock``, ``stdin`` or ``none``. For the main thread."""

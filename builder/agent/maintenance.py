@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from builder import events
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import environment, inventory, layout, removal, view_records
@@ -26,9 +27,9 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
     for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=time.time()):
         guard.check()
         if stays is None:
-            output.event("removed", family=family, key=key, path=path)
+            output.event(events.Removed(family, key, path))
         else:
-            output.event("kept", family=family, key=key, path=path, why=stays)
+            output.event(events.Kept(family, key, path, stays))
     view_records.sweep(root, job, output, guard)
     return WARMED
 
@@ -44,8 +45,8 @@ def verify(job: Job, output: Output, guard: Guard) -> int:
             _move_aside(root, place, output)
         entries, bad = bad_entries(place, now=time.time())
         for name, problem in sorted(bad.items()):
-            output.event("bad", family=place.family.name, key=place.key, entry=name, problem=problem)
-        output.event("checked", family=place.family.name, key=place.key, entries=entries)
+            output.event(events.BadEntry(place.family.name, place.key, name, problem))
+        output.event(events.Checked(place.family.name, place.key, entries))
     return WARMED
 
 
@@ -53,9 +54,9 @@ def status(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``status``: what every family directory holds, and when every marker was last of use."""
     for held in contents(Path(job.mount)):
         guard.check()
-        output.event("holding", **vars(held))
+        output.event(events.FamilyContents(**vars(held)))
     for mark in holdings.marks(Path(job.mount))[0]:
-        output.event("used", path=mark.path, time=mark.used)
+        output.event(events.MarkerUsed(mark.path, mark.used))
     return WARMED
 
 
@@ -63,7 +64,7 @@ def families(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``families``: which family directories there are, and what each is for."""
     for each in environment.described(Path(job.mount)):
         guard.check()
-        output.event("described", **vars(each))
+        output.event(events.FamilyDescribed(**vars(each)))
     return WARMED
 
 
@@ -71,7 +72,7 @@ def survey(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``survey``: what the root holds, as metrics."""
     for name, value, labels in holdings.samples(Path(job.mount)):
         guard.check()
-        output.event("sample", metric=name, value=value, labels=labels)
+        output.event(events.MetricSample(name, value, labels))
     return WARMED
 
 
@@ -86,4 +87,4 @@ def _move_aside(root: Path, place: FamilyDirectory, output: Output) -> None:
         mount=place.mount(),
     )
     for path, why in moved:
-        output.event("swept", family=name, key=place.key, path=path, why=why)
+        output.event(events.Quarantined(name, place.key, path, why))

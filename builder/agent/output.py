@@ -11,7 +11,6 @@ import os
 import re
 import threading
 from collections.abc import Iterable
-from typing import Any
 
 from builder import events
 
@@ -95,11 +94,11 @@ class Output:
             if not self._closed:
                 self._write(STDERR, self._redactor.mask(f"warm-cache: {text}\n".encode("utf-8", "replace")))
 
-    def event(self, name: str, **fields: Any) -> None:
-        """One event line (events.py)."""
+    def event(self, event: events.Event) -> None:
+        """Write one event line."""
         with self._lock:
             if not self._closed:
-                self._event(name, fields)
+                self._event(event)
 
     def end(self) -> None:
         """The last line: byte counts. Whatever is written after it is dropped."""
@@ -108,11 +107,11 @@ class Output:
                 return
             if self._mid_line:
                 self._write(STDOUT, b"\n")
-            self._event("end", {"stdout": self.written[STDOUT], "stderr": self.written[STDERR]})
+            self._event(events.End(self.written[STDOUT], self.written[STDERR]))
             self._closed = True
 
-    def _event(self, name: str, fields: dict[str, Any]) -> None:
-        line = self._redactor.mask(events.encode(self._nonce, name, **fields))
+    def _event(self, event: events.Event) -> None:
+        line = self._redactor.mask(events.encode(self._nonce, event))
         self._write(STDOUT, b"\n" + line if self._mid_line else line)
 
     def _write(self, stream: int, data: bytes) -> None:

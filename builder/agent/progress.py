@@ -6,6 +6,7 @@ import time
 
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
+from builder.events import Phase, Progress
 
 TICK_SECONDS = 1.0  # between two phase or progress events
 
@@ -23,14 +24,14 @@ class Ticker:
         watch = self._watch
         if watch.crash and not self._crash_said:
             self._crash_said = True
-            self._output.event("phase", phase=f"crashed: {watch.crash.name}")
+            self._output.event(Phase(f"crashed: {watch.crash.name}"))
         if watch.phase != self._phase and now - self._said_phase >= TICK_SECONDS:
             self._phase, self._said_phase = watch.phase, now
-            self._output.event("phase", phase=watch.phase)
+            self._output.event(Phase(watch.phase))
         done = watch.done
         if done is not None and done != self._done and now - self._said_done >= TICK_SECONDS:
             self._done, self._said_done = done, now
-            self._output.event("progress", done=done[0], total=done[1], unit=done[2])
+            self._output.event(Progress(*done))
 
     def finish(self) -> None:
         """Says what the throttle held back."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from builder import files, text
+from builder import events, files, text
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import layout, removal, survey, toolchain, usage, view_records
@@ -37,7 +37,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
     if policy.dry_run:
         found = plan(root, policy, job_max=job.job_max, now=now)
         for step in found.steps:
-            _tell(output, "planned", step)
+            output.event(_event(events.Planned, step))
         _total(output, found, 0)
         return WARMED
     layout.prepare(root)
@@ -48,11 +48,11 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
         guard.check()
         done, size = (step, 0) if step.stays else _do(root, step, job, now)
         freed += size
-        _tell(output, "pruned", replace(done, bytes=step.bytes if done.stays else size))
+        output.event(_event(events.Pruned, replace(done, bytes=step.bytes if done.stays else size)))
     for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=now):
         guard.check()
         if stays is None:
-            output.event("removed", family=family, key=key, path=path)
+            output.event(events.Removed(family, key, path))
     for mark in survey.marks(root)[0]:
         if mark.folder in policy.folders:
             usage.stamp(root, mark.path)
@@ -60,9 +60,8 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
     return WARMED
 
 
-def _tell(output: Output, event: str, step: PruneStep) -> None:
-    output.event(
-        event,
+def _event(kind: type[events.Pruned], step: PruneStep) -> events.Pruned:
+    return kind(
         kind=step.kind,
         path=text.printable(step.name),
         family=step.family,
@@ -75,13 +74,14 @@ def _tell(output: Output, event: str, step: PruneStep) -> None:
 
 def _total(output: Output, found: PrunePlan, freed: int) -> None:
     output.event(
-        "freed",
-        before=found.before,
-        after=found.after,
-        freed=freed,
-        left=list(found.left),
-        images=sorted(found.images),
-        kept_images=sorted(found.kept_images),
+        events.Freed(
+            before=found.before,
+            after=found.after,
+            freed=freed,
+            left=tuple(found.left),
+            images=tuple(sorted(found.images)),
+            kept_images=tuple(sorted(found.kept_images)),
+        )
     )
 
 

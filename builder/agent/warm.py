@@ -14,9 +14,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from builder import events
 from builder.agent import dummy_weights, recipes, simulated_gpu
 from builder.agent import model_shapes as shapes
 from builder.agent.compile_lock import Beside
@@ -36,25 +38,8 @@ from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
 from builder.task import Task
 
-STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED}
-
-
-@dataclass
-class Verdict:
-    """The fields of the `verdict` event (events.py)."""
-
-    state: str = "failed"
-    reason: str = ""
-    entries: dict[str, int] = field(default_factory=dict)
-    added: dict[str, int] = field(default_factory=dict)
-    added_bytes: dict[str, int] = field(default_factory=dict)
-    loaded: str | None = None
-    proof: str | None = None
-    second_pass_added: int | None = None
-    shapes: list[str] = field(default_factory=list)
-    marker: str | None = None
-    unusable: bool = False
-    seconds: float = 0.0
+State = Literal["warmed", "failed", "partial", "skipped", "stopped"]
+STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED, "stopped": FAILED}
 
 
 @dataclass(frozen=True)
@@ -84,42 +69,44 @@ class Warming:
         self._locks: dict[str, int] = {}
         self._beside = Beside(self._root, guard, output, active=job.beside)
         self._watches: list[Watch] = []
-        self.verdict = Verdict()
+        self.verdict = events.Verdict()
 
     def run(self) -> int:
         """Exit status of the program. Emits every event except the last one."""
-        verdict = self.verdict
         try:
-            self._warm()
-            verdict.state = "warmed"
-        except model_store.Skipped as skipped:
-            verdict.state, verdict.reason = "skipped", str(skipped)
-        except Partial as partial:
-            verdict.state, verdict.reason = "partial", str(partial)
-        except (Failed, layout.LayoutError, simulated_gpu.Impossible) as failed:
-            verdict.state, verdict.reason = "failed", str(failed)
-            verdict.unusable = isinstance(failed, layout.LayoutError)
-        except OSError as error:
-            verdict.state, verdict.reason = "failed", f"{error.filename or self._root}: {error.strerror or error}"
-            verdict.unusable = error.errno == errno.EROFS
-        except Stopped as stopped:
-            self.say("stopped", str(stopped))
-            return 128 + stopped.signum
+            status = self._run()
         finally:
             self._leave()
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
-        self.say(verdict.state, verdict.reason)
-        return STATUS[verdict.state]
-
-    def say(self, state: str, reason: str) -> None:
-        """The `verdict` event, with the counts of this moment."""
-        verdict = self.verdict
-        verdict.state, verdict.reason, verdict.seconds = state, reason, round(time.monotonic() - self._begun, 3)
-        verdict.shapes = self._shapes()
-        if self._before and not verdict.entries:
+        seconds = round(time.monotonic() - self._begun, 3)
+        self.verdict = replace(self.verdict, seconds=seconds, shapes=self._shapes())
+        if self._before and not self.verdict.entries:
             self._count(self._scan(), only=self._candidates())
-        self._output.event("verdict", **vars(verdict))
+        self._output.event(self.verdict)
+        return status
+
+    def _run(self) -> int:
+        """Warm, and put the outcome into the verdict. Returns the exit status."""
+        try:
+            self._warm()
+            return self._conclude("warmed", self.verdict.reason)
+        except model_store.Skipped as skipped:
+            return self._conclude("skipped", str(skipped))
+        except Partial as partial:
+            return self._conclude("partial", str(partial))
+        except (Failed, layout.LayoutError, simulated_gpu.Impossible) as failed:
+            return self._conclude("failed", str(failed), unusable=isinstance(failed, layout.LayoutError))
+        except OSError as error:
+            reason = f"{error.filename or self._root}: {error.strerror or error}"
+            return self._conclude("failed", reason, unusable=error.errno == errno.EROFS)
+        except Stopped as stopped:
+            self._conclude("stopped", str(stopped))
+            return 128 + stopped.signum
+
+    def _conclude(self, state: State, reason: str, *, unusable: bool = False) -> int:
+        self.verdict = replace(self.verdict, state=state, reason=reason, unusable=unusable)
+        return STATUS[state]
 
     def _warm(self) -> None:
         task = self._task
@@ -134,13 +121,7 @@ class Warming:
         environ = simulated_gpu.environment({**os.environ, **task.env}, self._temporary)
         record = toolchain.probe(environ=environ, mount=self._job.mount, image=self._job.image)
         self._keys = toolchain.family_keys(record)
-        self._output.event(
-            "start",
-            pid=os.getpid(),
-            lease=self._guard.mode,
-            family_keys=self._keys,
-            toolchain=toolchain.digest(self._keys),
-        )
+        self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
         self._guard.check()
         self._prepare_families(record)
         self._beside.begin()
@@ -150,24 +131,23 @@ class Warming:
         environ.update(families.environment(self._job.mount, self._keys))
         self._before = self._scan()
         done = self._compile(recipe, environ)
-        self.verdict.proof, self.verdict.reason = done.proof, done.doubt
         pretended = record["observed"]["pretended"]
-        if pretended:
-            self.verdict.proof = markers.PRETENDED
+        proof = markers.PRETENDED if pretended else done.proof
+        self.verdict = replace(self.verdict, proof=proof, reason=done.doubt)
         marker = markers.build(
             task,
             record=record,
             config_digest=digest,
             claims=done.claims,
             entries={name: sorted(done.used[name]) for name in done.claims},
-            proof=self.verdict.proof,
+            proof=proof,
             second_pass_added=self.verdict.second_pass_added,
             shapes=self._shapes(),
             observed=self._observed(done, pretended),
         )
-        self.verdict.reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
+        reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
         self._guard.check()
-        self.verdict.marker = markers.publish(self._root, marker)
+        self.verdict = replace(self.verdict, reason=reason, marker=markers.publish(self._root, marker))
 
     def _compile(self, recipe: Recipe, environ: Mapping[str, str]) -> Proven:
         """Both passes; with dummy weights and then with real ones, where the task leaves the choice to the proof."""
@@ -175,7 +155,7 @@ class Warming:
         if not recipe.needs_model:
             return self._passes(recipe, environ, self._with_shapes(environ))
         if task.load != "weights":
-            self.verdict.loaded = dummy_weights.describe(task)
+            self.verdict = replace(self.verdict, loaded=dummy_weights.describe(task))
             try:
                 return self._passes(recipe, environ, self._with_dummies(environ))
             except (Failed, Partial) as failed:
@@ -184,7 +164,7 @@ class Warming:
                 why = f"{dummy_weights.describe(task)} did not do: {failed}"
             self._phase("falling back to weights")
             self._output.say(f"falling back to weights, because {why}")
-        self.verdict.loaded = "weights"
+        self.verdict = replace(self.verdict, loaded="weights")
         task = replace(task, load="weights")
         try:
             if why:
@@ -269,7 +249,7 @@ class Warming:
                 older_than=inventory.IN_PROGRESS,
             )
             for path, why in moved:
-                self._output.event("swept", family=family.name, key=key, path=path, why=why)
+                self._output.event(events.Quarantined(family.name, key, path, why))
 
     def _claim(
         self, recipe: Recipe, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]
@@ -336,7 +316,7 @@ class Warming:
             f"{name}/{entry}" for name in claims for entry in sorted(inventory.recompiled(after[name], again[name]))
         ]
         lost = [f"{name}/{entry}" for name in claims for entry in sorted(after[name].valid - again[name].valid)]
-        self.verdict.second_pass_added = len(grown)
+        self.verdict = replace(self.verdict, second_pass_added=len(grown))
         self._count(again, only=claims)
         if grown:
             noun = "entry" if len(grown) == 1 else "entries"
@@ -372,23 +352,27 @@ class Warming:
         others it is not, and only those families count.
         """
         counted = only if self._beside.active else list(found)
-        self.verdict.entries = {name: len(found[name].valid) for name in only if found[name].valid}
+        entries = {name: len(found[name].valid) for name in only if found[name].valid}
         added = {name: inventory.added(self._before[name], found[name]) for name in counted}
-        self.verdict.added = {name: len(new) for name, new in added.items() if new or name in self.verdict.entries}
-        self.verdict.added_bytes = {
-            name: sum(found[name].entries[entry].bytes for entry in new) for name, new in added.items() if new
-        }
+        self.verdict = replace(
+            self.verdict,
+            entries=entries,
+            added={name: len(new) for name, new in added.items() if new or name in entries},
+            added_bytes={
+                name: sum(found[name].entries[entry].bytes for entry in new) for name, new in added.items() if new
+            },
+        )
 
-    def _shapes(self) -> list[str]:
+    def _shapes(self) -> tuple[str, ...]:
         """What the first pass went over, as far as it came."""
-        return [str(shape) for shape in self._watches[0].shapes] if self._watches else []
+        return tuple(str(shape) for shape in self._watches[0].shapes) if self._watches else ()
 
     def _directory(self, family: str) -> Path:
         return Path(families.directory(self._job.mount, family, self._keys[family]))
 
     def _phase(self, phase: str) -> None:
         self._guard.check()
-        self._output.event("phase", phase=phase)
+        self._output.event(events.Phase(phase))
 
     def _weigh(self, done: Proven) -> dict[str, int]:
         """Bytes of the entries that the marker lists: what the next warm-up under other keys will need again."""

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder import files, text
+from builder import events, files, text
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import generations, layout, overlay_audit
@@ -101,13 +101,13 @@ def create(job: Job, output: Output, guard: Guard) -> int:
             output.say(f"the view {name} belongs to another engine ({text.printable(theirs.engine)}): drop it there")
             return FAILED
         generations.remove(place, home(root))  # without a volume: what a killed builder left
-    output.event("phase", phase="looking for what is new")
+    output.event(events.Phase("looking for what is new"))
     generation, omitted = generations.publish(root, check=guard.check)
     record = Record(name, generation, time.time(), engine)
     _make(root, record)
     for left in omitted:
-        output.event("omitted", **dataclasses.asdict(left))
-    output.event("view", **dataclasses.asdict(record))
+        output.event(events.FamilyOmitted(**vars(left)))
+    output.event(events.ViewState(**vars(record)))
     return WARMED
 
 
@@ -137,7 +137,7 @@ def drop(job: Job, output: Output, guard: Guard) -> int:
     place = home(root) / name
     if os.path.lexists(place):
         generations.remove(place, home(root))
-        output.event("removed", family="", key="", path=f"views/{name}")
+        output.event(events.Removed("", "", f"views/{name}"))
     generations.remove_unfinished(home(root))
     return WARMED
 
@@ -150,14 +150,14 @@ def look(job: Job, output: Output, guard: Guard) -> int:
     for name, record in sorted(found.items()):
         if wanted in (None, name):
             size, files_there, touched = _sized(home(root) / name / "upper", guard.check)
-            fields = {} if record is None else dataclasses.asdict(record)
-            idle = time.time() - max(touched, record.created if record else 0.0)
-            output.event("view", **{**fields, "view": name}, bytes=size, files=files_there, idle=idle)
+            state = events.ViewState(**vars(record)) if record else events.ViewState(name)
+            idle = time.time() - max(touched, state.created)
+            output.event(dataclasses.replace(state, bytes=size, files=files_there, idle=idle))
     for generation in generations.known(root) if wanted is None else ():
         size, count, _ = _sized(generations.tree(root, generation), guard.check)
         status = generations.tree(root, generation).lstat()
-        users = sorted(name for name, record in found.items() if record and record.generation == generation)
-        output.event("generation", id=generation, asked=status.st_mtime, bytes=size, files=count, views=users)
+        users = tuple(sorted(name for name, record in found.items() if record and record.generation == generation))
+        output.event(events.GenerationState(generation, status.st_mtime, size, count, users))
     return WARMED
 
 
@@ -175,14 +175,14 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
         if name in keep:
             continue
         if record is not None and record.engine != engine:
-            output.event("kept", family="", key="", path=f"views/{name}", why="another engine has its volume")
+            output.event(events.Kept("", "", f"views/{name}", "another engine has its volume"))
         else:
             generations.remove(home(root) / name, home(root))
-            output.event("removed", family="", key="", path=f"views/{name}")
+            output.event(events.Removed("", "", f"views/{name}"))
     for generation in _needless(root, spare=1):
         guard.check()
         generations.remove(generations.tree(root, generation), generations.home(root))
-        output.event("removed", family="", key="", path=f"generations/{generation}")
+        output.event(events.Removed("", "", f"generations/{generation}"))
 
 
 def forget(root: Path, guard: Guard) -> None:
@@ -226,14 +226,15 @@ def inspect(job: Job, output: Output, guard: Guard) -> int:
 def tell(found: Audit, output: Output) -> None:
     """The findings as events; more than anybody reads are only counted."""
     for finding in foremost(found.findings, MOST_TOLD):
-        output.event("finding", **dataclasses.asdict(finding))
+        output.event(events.AuditFinding(**vars(finding)))
     output.event(
-        "audited",
-        used=found.used,
-        asked=[[shape.kernel, shape.n, shape.k, shape.groups] for shape in found.asked[:MOST_TOLD]],
-        counts={kind: found.count(kind) for kind in KINDS},
-        seconds=found.seconds,
-        truncated=found.truncated,
+        events.Audited(
+            used=found.used,
+            asked=tuple((shape.kernel, shape.n, shape.k, shape.groups) for shape in found.asked[:MOST_TOLD]),
+            counts={kind: found.count(kind) for kind in KINDS},
+            seconds=found.seconds,
+            truncated=found.truncated,
+        )
     )
 
 

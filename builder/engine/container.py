@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from builder.engine.api import Containers, ContainerSpec, State
 from builder.engine.errors import NotFoundError
@@ -25,6 +25,7 @@ from builder.engine.lease import LABEL_LEASE, Lease
 from builder.engine.log_pump import GIVE_UP, EventCallback, Pump
 from builder.engine.log_sinks import Sinks
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError
+from builder.events import Event, Verdict
 from builder.host.cancel import LEAST_WAIT, REMOVE_WITHIN, STOP_WITHIN, Cancel
 from builder.host.deadlines import Attempt, Deadline, poll
 from builder.job import JOB_VARIABLE, Job
@@ -66,10 +67,10 @@ class Outcome:
     """
 
     ended: Ended
-    verdict: dict[str, Any] | None
+    verdict: Verdict | None
     exit_code: int | None
     oom: bool
-    events: list[dict[str, Any]]
+    events: list[Event]
     tail: list[str]
     seconds: float
     log_path: Path | None
@@ -123,7 +124,7 @@ def run_container(
     state = life.state
     return Outcome(
         ended=ended,
-        verdict=next((event for event in reversed(pump.events) if event["event"] == "verdict"), None),
+        verdict=next((event for event in reversed(pump.events) if isinstance(event, Verdict)), None),
         exit_code=state.exit_code if state and state.finished else None,
         oom=bool(state and state.oom_killed),
         events=pump.events,

@@ -12,21 +12,19 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from builder import events
 from builder.engine.api import STDERR, STDOUT, Attachment, Containers
 from builder.engine.errors import NotFoundError
 from builder.engine.log_resume import Received, Resume
-from builder.engine.log_sinks import Display, Lines, LogFile, Sinks, Tail
+from builder.engine.log_sinks import MARKS, Display, Lines, LogFile, Sinks, Tail
 from builder.engine.streams import BrokenFramesError, Demux
 from builder.errors import BuilderError, EngineLostError
+from builder.events import Event
 from builder.host.deadlines import Attempt, Deadline, poll
 
-EventCallback = Callable[[Mapping[str, Any]], None]
-
-MARKS = {STDOUT: "out", STDERR: "err"}
+EventCallback = Callable[[Event], None]
 
 _BUFFER = 1 << 20
 #: Up to this many received bytes the whole stored log is read for a proof; beyond, where nothing broke, its tail.
@@ -66,10 +64,10 @@ class Pump:
         self._ended = False
         self._stopped = threading.Event()
         self._whole = True
-        self._end: tuple[Mapping[str, Any], int] | None = None
-        self._grown: dict[str, float] = {}
+        self._end: tuple[events.End, int] | None = None
+        self._grown: dict[str, int] = {}
         self._read_end, self._write_end = os.pipe()
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.problems: list[str] = []
         self.complete = False
         self.last_output = time.monotonic()
@@ -247,8 +245,7 @@ class Pump:
             return False
         event, size = self._end
         out, err = (self._received[stream].bytes for stream in (STDOUT, STDERR))
-        counted = event.get("stdout"), event.get("stderr")
-        return counted == (out - size, err)
+        return (event.stdout, event.stderr) == (out - size, err)
 
     def _has_same_tail(self) -> bool:
         """Whether the last entries of the stored log are the last that arrived, in every stream that they belong to."""
@@ -317,13 +314,13 @@ class Pump:
         found = region.find(b"\n" + self._prefix, at)
         return found + 1 if found >= 0 else -1
 
-    def _take_event(self, event: dict[str, Any], size: int) -> None:
-        name = event["event"]
-        if name == "end":
+    def _take_event(self, event: Event, size: int) -> None:
+        if isinstance(event, events.End):
             self._end = (event, size)
-        if self._has_grown(name, event):
+        if self._has_grown(event):
             self.last_output = time.monotonic()
-        if name in ("progress", "entries") and self.events and self.events[-1]["event"] == name:
+        repeats = isinstance(event, (events.Progress, events.EntryCounts))
+        if repeats and self.events and type(self.events[-1]) is type(event):
             # A day of progress would fill the memory, and only the last one matters.
             self.events[-1] = event
         else:
@@ -332,23 +329,23 @@ class Pump:
             try:
                 self._on_event(event)
             except Exception as error:  # noqa: BLE001 - whoever listens must not stop the draining
-                self.problems.append(f"handling the event {name!r} failed: {type(error).__name__}: {error}")
+                self.problems.append(f"handling the event {event.wire_name!r} failed: {type(error).__name__}: {error}")
 
-    def _has_grown(self, name: str, event: Mapping[str, Any]) -> bool:
+    def _has_grown(self, event: Event) -> bool:
         """Whether the event is a sign of life: more was done, or more entries are there, than ever before in this
         phase.
         """
-        if name == "phase":
-            self._grown.clear()
-        counts: Mapping[str, Any] = {}
-        if name == "progress":
-            unit = event.get("unit")
-            counts = {f"progress {unit if isinstance(unit, str) else ''}": event.get("done")}
-        elif name == "entries" and isinstance(event.get("families"), dict):
-            counts = {f"entries {family}": count for family, count in event["families"].items()}
+        counts: dict[str, int] = {}
+        match event:
+            case events.Phase():
+                self._grown.clear()
+            case events.Progress():
+                counts = {f"progress {event.unit}": event.done}
+            case events.EntryCounts():
+                counts = {f"entries {family}": count for family, count in event.families.items()}
         grown = False
         for key, count in counts.items():
-            if isinstance(count, (int, float)) and count > self._grown.get(key, 0):
+            if count > self._grown.get(key, 0):
                 self._grown[key] = count
                 grown = True
         return grown

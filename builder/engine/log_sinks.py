@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from builder.engine.api import STDERR, STDOUT
 from builder.text import readable, shortened
+
+#: What every line of the log file begins with, by stream.
+MARKS = {STDOUT: "out", STDERR: "err"}
 
 #: A longer line is cut into lines of this size. Bytes.
 MAX_LINE = 1 << 20

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from builder.engine.api import Containers, Found
 from builder.engine.errors import NotFoundError
-from builder.engine.log_pump import MARKS
-from builder.engine.log_sinks import Lines, LogFile
+from builder.engine.log_sinks import MARKS, Lines, LogFile
 from builder.errors import BuilderError
 
 #: Of its log so many lines. Whoever was killed wrote down all that came before.

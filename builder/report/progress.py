@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from builder import events
 from builder.text import duration, readable, span
 
 #: A rate is measured over the last so many seconds.
@@ -46,19 +46,15 @@ class TaskProgress:
         self._kernels = 0
         self._history: deque[tuple[float, float, str]] = deque(maxlen=256)
 
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """An event of its container. What is not as the protocol says is ignored."""
-        match event.get("event"):
-            case "phase":
-                self._enter(readable(str(event.get("phase"))))
-            case "progress":
-                done, total, unit = event.get("done"), event.get("total"), event.get("unit")
-                if isinstance(done, (int, float)) and isinstance(total, (int, float)) and total > 0:
-                    self._take(float(done), float(total), readable(str(unit)))
-            case "entries":
-                added = event.get("added")
-                counts = added.values() if isinstance(added, dict) else ()
-                self._kernels = sum(count for count in counts if isinstance(count, int))
+    def on_event(self, event: events.Event) -> None:
+        """Take an event of the task's container into account."""
+        match event:
+            case events.Phase():
+                self._enter(readable(event.phase))
+            case events.Progress() if event.total > 0:
+                self._take(float(event.done), float(event.total), readable(event.unit))
+            case events.EntryCounts():
+                self._kernels = sum(event.added.values())
                 if self._done is None:
                     self._history.append((self._clock(), float(self._kernels), "kernels"))
 

@@ -11,10 +11,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from builder import events
 from builder.engine.container import Deadlines
 from builder.errors import BuilderError, DefectError, EngineLostError, PreflightError, Problem
 from builder.events import FAILED
@@ -173,8 +174,9 @@ class _Holder:
             message = f"the container that holds {lock.name} {describe(outcome)}"
             self._failure = EngineLostError(message, notes=outcome.tail)
 
-    def _on_event(self, event: Mapping[str, Any]) -> None:
-        if event.get("event") == "locked":
-            self._locked.set()
-        elif event.get("event") == "phase":
-            self._waiting.set()
+    def _on_event(self, event: events.Event) -> None:
+        match event:
+            case events.Locked():
+                self._locked.set()
+            case events.Phase():
+                self._waiting.set()

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder.cache import environment, toolchain
 from builder.cache.environment import Described
@@ -29,7 +29,6 @@ from builder.run.context import Context
 from builder.run.executor import Allocation, Execution, Reservation, Watcher
 from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.task import Task
-from builder.text import printable
 
 if TYPE_CHECKING:
     from builder.run.schedule import Capacity
@@ -179,19 +178,12 @@ class ContainerExecutor:
         root = self.cache.direct()
         if root is not None:
             return list(environment.described(root))
+        from builder.events import Event, FamilyDescribed
         from builder.run import maintenance
 
-        found: list[Described] = []
-
-        def on_event(event: Mapping[str, Any]) -> None:
-            factors = event.get("factors")
-            if event.get("event") == "described":
-                family, key = (printable(str(event.get(name))) for name in ("family", "key"))
-                known = factors if isinstance(factors, dict) else None
-                found.append(Described(family, key, float(event.get("written") or 0.0), known))
-
-        maintenance.run(self, "families", on_event)
-        return found
+        found: list[Event] = []
+        maintenance.run(self, "families", found.append)
+        return [Described(**maintenance.row(event)) for event in found if isinstance(event, FamilyDescribed)]
 
     # --- around a run ------------------------------------------------------------------------------------------------
 
@@ -295,6 +287,7 @@ class ContainerExecutor:
 
     def probe(self, env: ProbeEnv) -> Record:
         """Return the toolchain record that a container finds. It also lays out the cache root and writes the memo."""
+        from builder.events import ToolchainProbed
         from builder.run import container_job
 
         self.prepare()
@@ -302,7 +295,7 @@ class ContainerExecutor:
             self.context.console.say(f"created {self.cache.name}")
         outcome = container_job.run_probe(self, env, PROBE_TIMEOUT)
         self.context.cancel.check()
-        records: list[Any] = [event.get("record") for event in outcome.events if event.get("event") == "toolchain"]
+        records = [event.record for event in outcome.events if isinstance(event, ToolchainProbed)]
         found = [record for record in records if toolchain.sound(record)]
         ref = self.context.manifest.image.ref
         if not found:
@@ -311,7 +304,7 @@ class ContainerExecutor:
                 problem = Problem("image", f"{ref} cannot run python3, which it needs: {why}.")
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
             raise BuilderError(f"the probe of {ref} reported nothing: {why}", notes=outcome.tail)
-        record: Record = found[-1]
+        record: Record = dict(found[-1])
         problems = list(preflight.seen_problems(self.context.manifest, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)

@@ -18,6 +18,7 @@ from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.client import ContainerSpec, Mount
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
+from builder.engine.log_pump import EventCallback
 from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
@@ -49,7 +50,7 @@ class ContainerRequest:
     devices: tuple[int, ...] | None = None  # GPUs by index; None: all of the manifest's
     cancel: Cancel | None = None  # ends it; None: the invocation's
     display: Callable[[str, str], None] | None = None  # gets each line of its log: stream, line
-    on_event: Callable[[Mapping[str, Any]], None] | None = None
+    on_event: EventCallback | None = None
     budget: Deadline | None = None
     concurrent: bool = False  # other tasks of this run may compile at the same time
     repair: bool = False  # mode verify: quarantine bad entries

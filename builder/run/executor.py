@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from builder.cache.environment import Described
     from builder.cache.toolchain import Record
+    from builder.events import Event, Verdict
     from builder.host.cancel import Cancel
     from builder.report.progress import TaskProgress
     from builder.run.context import Context
@@ -43,7 +44,7 @@ class Watcher:
     """Receives what a task's program writes, while it runs. Called from other threads; must not wait."""
 
     on_line: Callable[[str, str], None]  # stream (``out``, ``err``), line
-    on_event: Callable[[Mapping[str, Any]], None]
+    on_event: Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Execution:
     """How the program of one task ended, in a container or here. `outcome` makes a result of it."""
 
     ended: Ended
-    verdict: Mapping[str, Any] | None  # None: the program ended before it had one
+    verdict: Verdict | None  # None: the program ended before it had one
     succeeded: bool  # exit status 0
     how: str  # for people: ``the container ended with status 1``
     oom: bool  # the kernel killed something for memory

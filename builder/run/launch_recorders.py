@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder import processes
 from builder.errors import PreflightError, UsageError
+from builder.events import Event
 from builder.host.deadlines import Deadline
 from builder.job import Job
 from builder.manifest.load import Manifest
@@ -51,7 +52,7 @@ class InContainer:
 
     executor: ContainerExecutor
 
-    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
+    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
         from builder.engine.api import Mount
         from builder.engine.container import Deadlines
         from builder.run import container_job
@@ -93,7 +94,7 @@ class InChild:
 
     call: Call
 
-    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
+    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
         from builder.run.local_executor import Program
 
         processes.become_subreaper()

@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from builder import files
+from builder.events import Event, LaunchRecorded
 from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, decode, encode, from_mapping
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ _RESTARTS = 8
 class Recorder(Protocol):
     """Something that runs a request. on_event: is called with each of its events; returns why it ended early, or ""."""
 
-    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str: ...
+    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str: ...
 
 
 @dataclass
@@ -71,11 +72,10 @@ def record(request: Request, recorder: Recorder, store: Store | None) -> list[Fi
         workers = request.workers if attempt == 0 else 1
         names = {file.path: file for file in missing}
 
-        def on_event(event: Mapping[str, Any], names: Mapping[str, TestFile] = names) -> None:
-            if event.get("event") == "recorded" and event.get("file") in names:
-                fields = {name: value for name, value in event.items() if name not in ("event", "file")}
+        def on_event(event: Event, names: Mapping[str, TestFile] = names) -> None:
+            if isinstance(event, LaunchRecorded) and event.file in names:
                 with contextlib.suppress(ValueError):
-                    results[names[str(event["file"])]].add(from_mapping(fields))
+                    results[names[event.file]].add(from_mapping(event.record))
 
         why = recorder(replace(request, files=tuple(missing), workers=workers), on_event)
         left = [file for file in missing if not results[file].finished]

@@ -35,7 +35,7 @@ from builder.report.console import Console
 from builder.report.results import TaskResult
 from builder.run.call import Call
 from builder.run.here import Surroundings, judged, look
-from builder.run.outcome import ENDED_EARLY, counts
+from builder.run.outcome import ENDED_EARLY
 from builder.run.plan import Item, Plan, result_of
 from builder.text import counted, duration, printable
 
@@ -190,33 +190,28 @@ class _Run:
             },
         )
 
-    def _tell(self, event: Mapping[str, Any]) -> None:
-        match event.get("event"):
-            case "phase":
-                self.console.say(f"  ▸ {printable(str(event.get('phase')))}")
-            case "swept":
-                what = f"{event.get('family')}/{event.get('path')}: {event.get('why')}"
-                self.console.say(f"  ▸ moved aside {printable(what)}")
+    def _tell(self, event: events.Event) -> None:
+        match event:
+            case events.Phase():
+                self.console.say(f"  ▸ {printable(event.phase)}")
+            case events.Quarantined():
+                self.console.say(f"  ▸ moved aside {printable(f'{event.family}/{event.path}: {event.why}')}")
 
     def _judge(self, item: Item, ended: str, program: Program) -> TaskResult:
         """Only a marker of this run that holds on disk makes a task warmed, whatever the program said."""
-        verdict = program.verdict or {}
-        numbers: dict[str, Any] = {
-            "entries": counts(verdict.get("entries")),
-            "added": counts(verdict.get("added")),
-            "proof": verdict.get("proof"),
-        }
+        verdict = program.verdict or events.Verdict()
+        numbers: dict[str, Any] = {"entries": verdict.entries, "added": verdict.added, "proof": verdict.proof}
         if ended in ENDED_EARLY:
             state, reason = ENDED_EARLY[ended]
             if state == "cold" and item.warm:  # forced, and what it had is there still
                 state = "warm"
             return result_of(item, state, reason.format(task=item.task), **numbers)
         how = describe_status(program.status)
-        if not verdict:
+        if program.verdict is None:
             return result_of(item, "failed", f"the program ended with {how} and gave no verdict", **numbers)
-        state, reason = str(verdict.get("state")), printable(str(verdict.get("reason") or ""))
-        if state != "warmed":
-            state = state if state in ("partial", "skipped") else "failed"
+        reason = printable(verdict.reason)
+        if verdict.state != "warmed":
+            state = "failed" if verdict.state == "stopped" else verdict.state
             return result_of(item, state, reason, **numbers)
         if program.status != 0:
             return result_of(item, "failed", f"its verdict is warmed, but the program ended with {how}", **numbers)
@@ -269,7 +264,7 @@ class Program:
         job: Job,
         environ: Mapping[str, str],
         show: Callable[[str, str], None],
-        on_event: Callable[[Mapping[str, Any]], None],
+        on_event: Callable[[events.Event], None],
         log: Path,
     ) -> None:
         self._job = job
@@ -281,7 +276,7 @@ class Program:
         self._heard = time.monotonic()
         self.file = LogFile(log)
         self.tail = Tail()
-        self.verdict: dict[str, Any] | None = None
+        self.verdict: events.Verdict | None = None
         self.status: int | None = None
         self.problems: list[str] = []
 
@@ -379,7 +374,7 @@ class Program:
         event = events.decode(line.rstrip(b"\n"), self._job.nonce)
         if event is None:
             return False
-        if event["event"] == "verdict":
+        if isinstance(event, events.Verdict):
             self.verdict = event
         try:
             self._on_event(event)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from builder.engine.container import Deadlines
 from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
-from builder.events import FAILED, WARMED
+from builder.events import FAILED, WARMED, Event
 from builder.run import container_job
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import NOTHING_ELSE, ContainerRequest, describe
@@ -16,8 +16,6 @@ from builder.text import printable
 
 #: A root of a terabyte on a slow disk; a container that says nothing for so long hangs. Seconds.
 TIMEOUT = 3600.0
-
-Event = Mapping[str, Any]
 
 
 def run(
@@ -53,6 +51,6 @@ def is_there(executor: ContainerExecutor) -> bool:
     return False
 
 
-def row(event: Event, *names: str) -> dict[str, str]:
-    """These fields of an event, fit to be shown; without family and key it is about the root."""
-    return {name: printable(str(event.get(name, ""))) for name in ("family", "key", *names)}
+def row(event: Event) -> dict[str, Any]:
+    """Return the event's fields, with texts made printable."""
+    return {name: printable(value) if isinstance(value, str) else value for name, value in vars(event).items()}

@@ -17,6 +17,7 @@ from typing import Any
 
 from builder.cache import survey
 from builder.errors import BuilderError, DefectError, Interrupted
+from builder.events import Event, MetricSample
 from builder.manifest.load import Manifest
 from builder.report import metrics, webhook
 from builder.run import maintenance
@@ -61,11 +62,10 @@ class Tale:
             elif by_container:
                 maintenance.run(executor, "survey", self._hear)
 
-    def _hear(self, event: maintenance.Event) -> None:
-        name, number, labels = event.get("metric"), event.get("value"), event.get("labels")
-        if event.get("event") == "sample" and name in metrics.HOLDINGS and isinstance(labels, dict):
-            told = {str(label): printable(str(text)) for label, text in labels.items()}
-            self.held.append((str(name), float(number or 0), told))
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, MetricSample) and event.metric in metrics.HOLDINGS:
+            labels = {label: printable(text) for label, text in event.labels.items()}
+            self.held.append((event.metric, event.value, labels))
 
 
 @contextlib.contextmanager

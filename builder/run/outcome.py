@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
+from builder.events import Verdict
 from builder.report.results import Report, TaskResult
 from builder.report.task_output import TaskOutput
 from builder.run.context import Context
@@ -27,13 +28,6 @@ ENDED_EARLY = {
 }
 
 
-def counts(value: object) -> dict[str, int]:
-    """Return a family → number table of an event, whatever the event holds."""
-    if not isinstance(value, dict):
-        return {}
-    return {str(name): number for name, number in value.items() if isinstance(number, int)}
-
-
 def result_of_execution(executor: Executor, item: Item, execution: Execution) -> TaskResult:
     """Return the result of a task whose program has ended."""
     result = _judge(executor, item, execution)
@@ -44,13 +38,13 @@ def result_of_execution(executor: Executor, item: Item, execution: Execution) ->
 
 
 def _judge(executor: Executor, item: Item, execution: Execution) -> TaskResult:
-    verdict = execution.verdict or {}
+    verdict = execution.verdict or Verdict()
     numbers: dict[str, Any] = {
-        "entries": counts(verdict.get("entries")),
-        "added": counts(verdict.get("added")),
-        "added_bytes": counts(verdict.get("added_bytes")),
-        "loaded": readable(str(verdict.get("loaded") or "")),
-        "proof": verdict.get("proof"),
+        "entries": verdict.entries,
+        "added": verdict.added,
+        "added_bytes": verdict.added_bytes,
+        "loaded": readable(verdict.loaded or ""),
+        "proof": verdict.proof,
     }
     if execution.ended in ENDED_EARLY:
         state, reason = ENDED_EARLY[execution.ended]
@@ -62,11 +56,11 @@ def _judge(executor: Executor, item: Item, execution: Execution) -> TaskResult:
         return result_of(item, state, reason.format(task=item.task), short_of_budget=short, **numbers)
     if execution.verdict is None:
         return result_of(item, "failed", f"{execution.how} and gave no verdict", **numbers)
-    state, reason = str(verdict.get("state")), readable(str(verdict.get("reason") or ""))
-    if execution.oom and state != "warmed":
+    reason = readable(verdict.reason)
+    if execution.oom and verdict.state != "warmed":
         reason = f"out of memory inside the container; {reason}"
-    if state != "warmed":
-        state = state if state in ("partial", "skipped") else "failed"
+    if verdict.state != "warmed":
+        state = "failed" if verdict.state == "stopped" else verdict.state
         return result_of(item, state, reason, **numbers)
     if not execution.succeeded:
         return result_of(item, "failed", f"its verdict is warmed, but {execution.how}", **numbers)
@@ -83,7 +77,7 @@ def raise_if_fatal(execution: Execution, result: TaskResult) -> None:
     """Raise what ends the whole run: a lost engine, or a cache root that no task can use."""
     if execution.ended == "lost":
         raise EngineLostError(f"the engine was lost while {result.label} ran")
-    if execution.verdict and execution.verdict.get("unusable") is True:
+    if execution.verdict and execution.verdict.unusable:
         raise PreflightError(CANNOT_RUN, [Problem("cache", sentence(result.reason))])
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from builder.engine.api import Volume
 from builder.engine.lease import LABEL
 from builder.errors import EngineRefusedError
+from builder.events import Event, ViewState
 from builder.run import cache_locks, maintenance
 from builder.run.container_executor import ContainerExecutor
-from builder.run.maintenance import Event
 
 #: Labels of a view's volume: its name, and the cache root that it is a view of.
 LABEL_VIEW, LABEL_ROOT = LABEL + "view", LABEL + "view-of"
@@ -46,10 +46,8 @@ def swept(executor: ContainerExecutor) -> Iterator[Mapping[str, Any]]:
     """
     with cache_locks.views(executor):
         mine = {volume.labels[LABEL_VIEW]: volume.name for volume in volumes(executor)}
-        idle = {}
-        for event in looked(executor) if mine else ():
-            if event.get("event") == "view":
-                idle[str(event.get("view"))] = float(event.get("idle") or 0.0)
+        found = looked(executor) if mine else []
+        idle = {event.view: event.idle for event in found if isinstance(event, ViewState)}
         keep = []
         for job, volume in mine.items():
             if executor.engine.users(volume) or idle.get(job, float("inf")) < executor.context.manifest.cache.job_max:

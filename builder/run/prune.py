@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from builder import events
 from builder.cache import retention
 from builder.cache.retention import PrunePlan
 from builder.job import PrunePolicy
@@ -17,8 +18,6 @@ from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.run.policy import Limits
 from builder.text import counted, printable, size
-
-Event = Mapping[str, Any]
 
 #: For people: what one step is about.
 _KINDS = {"marker": "marker", "memo": "memo", "family": "kernels", "entries": "kernels", "image": "image"}
@@ -87,24 +86,19 @@ def carry_out(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> 
 def in_container(executor: ContainerExecutor, wanted: PrunePolicy, outcome: Outcome) -> None:
     """What the container said on its way, also where it did not come to its end."""
 
-    def hear(event: Event) -> None:
-        match event.get("event"):
-            case "pruned" | "planned":
+    def hear(event: events.Event) -> None:
+        match event:
+            case events.Pruned():  # and Planned
+                outcome.rows.append(maintenance.row(event))
+            case events.Removed():
                 outcome.rows.append(
-                    {name: printable(str(event.get(name, ""))) for name in ("kind", "path", "family", "key", "why")}
-                    | {"bytes": int(event.get("bytes") or 0), "stays": printable(str(event.get("stays") or ""))}
-                )
-            case "removed":
-                outcome.rows.append(
-                    {"kind": "aside", "path": printable(str(event.get("path", ""))), "family": "", "key": ""}
+                    {"kind": "aside", "path": printable(event.path), "family": "", "key": ""}
                     | {"why": "lay aside for longer than a job may last", "bytes": 0, "stays": ""}
                 )
-            case "freed":
-                outcome.before, outcome.after = int(event.get("before") or 0), int(event.get("after") or 0)
-                outcome.freed = int(event.get("freed") or 0)
-                outcome.left += [printable(str(text)) for text in event.get("left") or ()]
-                outcome.images = frozenset(map(str, event.get("images") or ()))
-                outcome.kept_images = frozenset(map(str, event.get("kept_images") or ()))
+            case events.Freed():
+                outcome.before, outcome.after, outcome.freed = event.before, event.after, event.freed
+                outcome.left += map(printable, event.left)
+                outcome.images, outcome.kept_images = frozenset(event.images), frozenset(event.kept_images)
 
     maintenance.run(executor, "prune", hear, ContainerRequest(prune=wanted))
 

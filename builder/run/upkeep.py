@@ -10,13 +10,14 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping
 
+from builder import events
 from builder.cache.inventory import bad_entries
 from builder.cache.layout import claimable_directories
 from builder.errors import ColdError
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
-from builder.run.maintenance import Event, row
+from builder.run.maintenance import row
 from builder.text import counted
 
 
@@ -29,19 +30,19 @@ def sweep(executor: ContainerExecutor, _said: Namespace) -> None:
     kept: list[dict[str, str]] = []
     context.report.extra.update(containers=containers, swept=swept, removed=removed, kept=kept)
 
-    def hear(event: Event) -> None:
-        match event.get("event"):
-            case "swept":
-                swept.append(row(event, "path", "why"))
+    def hear(event: events.Event) -> None:
+        match event:
+            case events.Quarantined():
+                swept.append(row(event))
                 context.console.say(f"moved aside {_place(swept[-1], 'path')}: {swept[-1]['why']}")
-            case "removed":
-                removed.append(row(event, "path"))
+            case events.Removed():
+                removed.append(row(event))
                 why = (
                     "it lay aside for longer than a job may last" if removed[-1]["family"] else "nobody has it any more"
                 )
                 context.console.say(f"removed {removed[-1]['path']}: {why}")
-            case "kept":
-                kept.append(row(event, "path", "why"))
+            case events.Kept():
+                kept.append(row(event))
                 context.console.say(f"left {kept[-1]['path']}: {kept[-1]['why']}")
 
     if not is_there(executor):
@@ -60,17 +61,17 @@ def verify(executor: ContainerExecutor, said: Namespace) -> None:
     bad: list[dict[str, str]] = []
     moved: list[dict[str, str]] = []
 
-    def hear(event: Event) -> None:
+    def hear(event: events.Event) -> None:
         nonlocal entries, directories
-        match event.get("event"):
-            case "swept":
-                moved.append(row(event, "path", "why"))
+        match event:
+            case events.Quarantined():
+                moved.append(row(event))
                 context.console.say(f"moved aside {_place(moved[-1], 'path')}: {moved[-1]['why']}")
-            case "bad":
-                bad.append(row(event, "entry", "problem"))
-            case "checked":
+            case events.BadEntry():
+                bad.append(row(event))
+            case events.Checked():
                 directories += 1
-                entries += int(event.get("entries") or 0)
+                entries += event.entries
 
     there, repair = is_there(executor), bool(said.repair)
     if there and repair:
@@ -82,10 +83,9 @@ def verify(executor: ContainerExecutor, said: Namespace) -> None:
         with executor.cache.view() as root:
             for place in claimable_directories(root):
                 found, problems = bad_entries(place, now=time.time())
-                shared = {"family": place.family.name, "key": place.key}
                 for name, problem in sorted(problems.items()):
-                    hear({"event": "bad", **shared, "entry": name, "problem": problem})
-                hear({"event": "checked", **shared, "entries": found})
+                    hear(events.BadEntry(place.family.name, place.key, name, problem))
+                hear(events.Checked(place.family.name, place.key, found))
     context.report.extra.update(entries=entries, bad=bad, repaired=moved)
     if not there:
         return

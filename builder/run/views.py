@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from builder import events
 from builder.cache import view_records
 from builder.cache.findings import KINDS, Audit, Finding, proposal
 from builder.cli.commands.check import printed
@@ -31,12 +32,12 @@ from builder.errors import (
     Problem,
     UsageError,
 )
+from builder.events import Event
 from builder.report import audit
 from builder.report.console import Console
 from builder.run import cache_locks, maintenance, overlay
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
-from builder.run.maintenance import Event
 from builder.task import Shape
 from builder.text import age, did_you_mean, printable, size
 
@@ -93,17 +94,19 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
     tasks = context.manifest.tasks
     text, document = (printed(executor, tasks, form, mounts) for form in ("docker", "json"))
-    told: dict[str, Any] = {}
+    generation = ""
 
     def hear(event: Event) -> None:
-        if event.get("event") == "view":
-            told.update(event)
-        elif event.get("event") == "omitted":
-            omitted = maintenance.row(event, "why")
-            context.report.warnings.append(
-                f"{omitted['family']}/{omitted['key']} is not in the view: {omitted['why']}. What a job needs of it is "
-                "compiled in the view"
-            )
+        nonlocal generation
+        match event:
+            case events.ViewState():
+                generation = event.generation
+            case events.FamilyOmitted():
+                omitted = maintenance.row(event)
+                context.report.warnings.append(
+                    f"{omitted['family']}/{omitted['key']} is not in the view: {omitted['why']}. What a job needs of "
+                    "it is compiled in the view"
+                )
 
     with cache_locks.views(executor):
         _make_room(executor, job, volume, replace)
@@ -112,7 +115,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
         try:
             executor.engine.create_volume(
                 volume,
-                options=_options(place, str(told["generation"]), job),
+                options=_options(place, generation, job),
                 labels={overlay.LABEL_VIEW: job, overlay.LABEL_ROOT: executor.cache.name},
             )
             _prove(executor, volume)
@@ -125,7 +128,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
     if cold:
         context.report.warnings.append(f"cold, so that a job compiles it in its view: {', '.join(cold)}")
     context.report.text = text
-    generation = printable(str(told["generation"]))
+    generation = printable(generation)
     context.report.extra.update(job=job, volume=volume, generation=generation, docker=json.loads(document))
     context.console.say(f"the view {job} of {executor.cache.name} lies on generation {generation}, volume {volume}")
 
@@ -175,8 +178,8 @@ def _make_room(executor: ContainerExecutor, job: str, volume: str, replace: bool
 
     def hear(event: Event) -> None:
         nonlocal written
-        if event.get("event") == "view":
-            written += int(event.get("files") or 0)
+        if isinstance(event, events.ViewState):
+            written += event.files
 
     if not replace:
         maintenance.run(executor, "view-list", hear, ContainerRequest(view={"name": job}))
@@ -211,40 +214,21 @@ def _audited(executor: ContainerExecutor, job: str) -> Audit:
     found = Audit()
 
     def hear(event: Event) -> None:
-        if event.get("event") == "finding":
-            found.findings.append(_finding(event))
-        elif event.get("event") == "audited":
-            found.used = int(event.get("used") or 0)
-            found.asked = [
-                Shape(str(row[0]), int(row[1]), int(row[2]), int(row[3])) for row in event.get("asked") or ()
-            ]
-            found.truncated = printable(str(event.get("truncated") or ""))
-            counts = event.get("counts") or {}
-            found.counts = {kind: int(counts.get(kind) or 0) for kind in KINDS}
-            found.took = float(event.get("seconds") or 0.0)
-            if (told := found.count(*KINDS)) > len(found.findings):
-                context.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
+        match event:
+            case events.AuditFinding():
+                found.findings.append(Finding(**maintenance.row(event)))
+            case events.Audited():
+                found.used = event.used
+                found.asked = [Shape(*row) for row in event.asked]
+                found.truncated = printable(event.truncated)
+                found.counts = {kind: event.counts.get(kind, 0) for kind in KINDS}
+                found.took = event.seconds
+                if (told := found.count(*KINDS)) > len(found.findings):
+                    context.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
 
     mount = Mount(source=volume, target=view_records.MERGED, kind="volume", read_only=True)
     maintenance.run(executor, "view-audit", hear, ContainerRequest(view={"name": job}, mounts=(mount,)))
     return found
-
-
-def _finding(event: Event) -> Finding:
-    def text(name: str) -> str:
-        return printable(str(event.get(name) or ""))
-
-    return Finding(
-        family=text("family"),
-        key=text("key"),
-        kind=text("kind"),
-        path=text("path"),
-        detail=text("detail"),
-        bytes=int(event.get("bytes") or 0),
-        began=float(event.get("began") or 0.0),
-        ended=float(event.get("ended") or 0.0),
-        shape=text("shape"),
-    )
 
 
 def _unknown(executor: ContainerExecutor, job: str) -> UsageError:
@@ -263,7 +247,7 @@ def _drop(executor: ContainerExecutor, job: str) -> None:
         _remove(executor, job, volume)
         gone: list[Event] = []
         maintenance.run(executor, "view-drop", gone.append, ContainerRequest(view={"name": job}))
-    if not there and not any(event.get("event") == "removed" for event in gone):
+    if not there and not any(isinstance(event, events.Removed) for event in gone):
         raise _unknown(executor, job)
     context.report.extra["job"] = job
     context.console.say(f"the view {job} is gone")
@@ -289,14 +273,14 @@ def _list(executor: ContainerExecutor) -> None:
     if maintenance.is_there(executor):
         volumes = {volume.labels[overlay.LABEL_VIEW]: volume.name for volume in overlay.volumes(executor)}
         for event in overlay.looked(executor):
-            if event.get("event") == "generation":
-                generations.append(_generation(event))
-            elif event.get("event") == "view":
-                name = printable(str(event.get("view")))
-                volume = volumes.pop(name, None)
-                users = [user.name for user in executor.engine.users(volume)] if volume else []
-                rows.append(_row(event, name, users, "" if volume else "unfinished: it has no volume here"))
-        rows += [_row({}, name, [], "its layers are gone: drop it") for name in volumes]
+            match event:
+                case events.GenerationState():
+                    generations.append(_generation(event))
+                case events.ViewState():
+                    volume = volumes.pop(event.view, None)
+                    users = [user.name for user in executor.engine.users(volume)] if volume else []
+                    rows.append(_row(event, users, "" if volume else "unfinished: it has no volume here"))
+        rows += [_row(events.ViewState(name), [], "its layers are gone: drop it") for name in volumes]
     context.report.extra.update(views=rows, generations=generations)
     console = Console(text := io.StringIO(), terminal=False)
     now = time.time()
@@ -331,23 +315,23 @@ def _list(executor: ContainerExecutor) -> None:
     context.report.text = text.getvalue().rstrip("\n")
 
 
-def _row(event: Event, name: str, users: list[str], note: str) -> dict[str, Any]:
+def _row(view: events.ViewState, users: list[str], note: str) -> dict[str, Any]:
     return {
-        "name": name,
-        "created": float(event.get("created") or 0.0),
-        "generation": printable(str(event.get("generation") or "")),
-        "bytes": int(event.get("bytes") or 0),
-        "files": int(event.get("files") or 0),
+        "name": printable(view.view),
+        "created": view.created,
+        "generation": printable(view.generation),
+        "bytes": view.bytes,
+        "files": view.files,
         "used_by": users,
         "note": note,
     }
 
 
-def _generation(event: Event) -> dict[str, Any]:
+def _generation(generation: events.GenerationState) -> dict[str, Any]:
     return {
-        "id": printable(str(event.get("id"))),
-        "asked": float(event.get("asked") or 0.0),
-        "bytes": int(event.get("bytes") or 0),
-        "files": int(event.get("files") or 0),
-        "views": [printable(str(name)) for name in event.get("views") or ()],
+        "id": printable(generation.id),
+        "asked": generation.asked,
+        "bytes": generation.bytes,
+        "files": generation.files,
+        "views": [printable(name) for name in generation.views],
     }

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
+from builder import events
 from builder.cache import toolchain
 from builder.report.progress import TaskProgress
 from builder.report.task_output import TaskOutput, open_output
@@ -83,12 +83,11 @@ def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate]) 
         say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
 
 
-def show(progress: TaskProgress, output: TaskOutput, event: Mapping[str, Any]) -> None:
+def show(progress: TaskProgress, output: TaskOutput, event: events.Event) -> None:
     """Show an event of the task's program to people, between the lines of its log."""
-    progress.hear(event)
-    match event.get("event"):
-        case "phase":
-            output.remark(printable(str(event.get("phase"))))
-        case "swept":
-            what = f"{event.get('family')}/{event.get('path')}: {event.get('why')}"
-            output.remark(f"moved aside {printable(what)}")
+    progress.on_event(event)
+    match event:
+        case events.Phase():
+            output.remark(printable(event.phase))
+        case events.Quarantined():
+            output.remark(f"moved aside {printable(f'{event.family}/{event.path}: {event.why}')}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from builder import sglang_args
+from builder import events, sglang_args
 from builder.agent import dummy_weights
 from builder.agent.dummy_weights import TooFewLayersError, few_layers
 from builder.errors import UsageError
@@ -152,9 +152,9 @@ def test_dummies_that_do_are_enough(program: Program) -> None:
     (program.model / "model.safetensors").unlink()
     done = program.run(dummy(program))
     assert done.status == 0, done.verdict
-    assert (done.verdict["loaded"], done.verdict["proof"]) == ("dummy weights, 4 layers", "verified")
+    assert (done.verdict.loaded, done.verdict.proof) == ("dummy weights, 4 layers", "verified")
     assert b'"first_k_dense_replace": 3' in done.stderr
-    assert marker(program, done.verdict["marker"])["observed"]["loaded"] == "dummy weights, 4 layers"
+    assert marker(program, done.marker)["observed"]["loaded"] == "dummy weights, 4 layers"
 
 
 @pytest.mark.parametrize(
@@ -172,18 +172,18 @@ def test_dummies_that_do_not_do_are_followed_by_weights(
     (program.model / "config.json").write_text(json.dumps(DEEPSEEK))
     done = program.run(dummy(program, play, **fields))
     verdict = done.verdict
-    assert (done.status, verdict["loaded"], verdict["proof"]) == (0, "weights", "verified"), verdict
-    assert verdict["reason"].startswith("with weights, because dummy weights, ") and why in verdict["reason"]
+    assert (done.status, verdict.loaded, verdict.proof) == (0, "weights", "verified"), verdict
+    assert verdict.reason.startswith("with weights, because dummy weights, ") and why in verdict.reason
     assert b"num_threads" in done.stderr, "the loader's configuration is back"
-    found = marker(program, verdict["marker"])
+    found = marker(program, done.marker)
     assert found["observed"]["loaded"] == "weights"
     assert found["coverage"]["load"] == "dummy-then-weights"
-    assert "falling back to weights" in [event["phase"] for event in done.all("phase")]
+    assert "falling back to weights" in [event.phase for event in done.all(events.Phase)]
 
 
 def test_a_task_that_wants_nothing_but_dummies_fails_with_them(program: Program) -> None:
     done = program.run(dummy(program, "crash-exit-0@dummy", load="dummy"))
-    assert (done.status, done.verdict["loaded"], done.verdict["marker"]) == (20, "dummy weights, 4 layers", None)
+    assert (done.status, done.verdict.loaded, done.verdict.marker) == (20, "dummy weights, 4 layers", None)
     assert b"falling back" not in done.log
 
 
@@ -200,8 +200,8 @@ def test_both_reasons_are_given_where_weights_do_not_do_either(
     if not checkpoint:
         (program.model / "model.safetensors").unlink()
     done = program.run(dummy(program, play))
-    assert (done.status, done.verdict["marker"]) == (20, None)
-    assert said in done.verdict["reason"] and "Scheduler hit an exception" in done.verdict["reason"]
+    assert (done.status, done.verdict.marker) == (20, None)
+    assert said in done.verdict.reason and "Scheduler hit an exception" in done.verdict.reason
 
 
 def test_what_a_config_should_not_hold() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from builder import events
 from builder.cache.families import FAMILIES, FAMILY
 from tests.program import Program
 
@@ -30,17 +31,17 @@ def test_a_server_warms_every_family_and_the_verdict_counts_entries_and_bytes(pr
     outside = {path for path in program.place.rglob("*") if program.root not in path.parents}
     done = program.run(program.task("all-families", recipe="serve"))
     verdict = done.verdict
-    assert (done.status, verdict["proof"]) == (0, "verified"), verdict
+    assert (done.status, verdict.proof) == (0, "verified"), verdict
     claimable = {family.name for family in FAMILIES if family.claimable}
-    assert verdict["added"].keys() == verdict["added_bytes"].keys() == verdict["entries"].keys() == claimable
-    marker = json.loads((program.root / verdict["marker"]).read_text())
+    assert verdict.added.keys() == verdict.added_bytes.keys() == verdict.entries.keys() == claimable
+    marker = json.loads((program.root / done.marker).read_text())
     for name, entries in marker["entries"].items():
-        assert verdict["added"][name] == len(entries) > 0, name
+        assert verdict.added[name] == len(entries) > 0, name
         base = program.root / name / marker["keys"][name]
         paths = [
             path for entry in entries for path in ([base / entry], (base / entry).rglob("*"))[(base / entry).is_dir()]
         ]
-        assert verdict["added_bytes"][name] == sum(path.stat().st_size for path in paths), name
+        assert verdict.added_bytes[name] == sum(path.stat().st_size for path in paths), name
     assert list(program.root.glob("cuda/*/0/1/0123")), "the driver's own cache is there as well, and claimed by nobody"
     assert not probes(program)
     made = {path.name for path in program.place.rglob("*") if program.root not in path.parents} - {
@@ -54,7 +55,7 @@ def test_a_server_warms_every_family_and_the_verdict_counts_entries_and_bytes(pr
 def test_what_a_recipe_does_not_claim_is_counted_as_well(program: Program) -> None:
     code = "import os, pathlib; pathlib.Path(os.environ['TILELANG_CACHE_DIR'], 'x').write_bytes(b'abc')"
     verdict = program.run(program.command(code, families=())).verdict
-    assert (verdict["entries"], verdict["added"], verdict["added_bytes"]) == ({}, {"tilelang": 1}, {"tilelang": 3})
+    assert (verdict.entries, verdict.added, verdict.added_bytes) == ({}, {"tilelang": 1}, {"tilelang": 3})
 
 
 @pytest.mark.parametrize(("how", "status"), [("", 0), ("fail", 20), ("wait", 143)])
@@ -86,8 +87,8 @@ def test_a_probe_stays_for_whoever_may_be_reading_it_and_leaves_with_the_next_ru
 
 
 def test_a_probe_leaves_with_a_sweep(program: Program) -> None:
-    start = program.run(program.command("pass")).all("start")[0]
+    start = program.run(program.command("pass")).all(events.Started)[0]
     family = FAMILY["sglang_cache"].name
-    (program.root / family / start["family_keys"][family] / PROBE).write_text("{}")
+    (program.root / family / start.family_keys[family] / PROBE).write_text("{}")
     assert program.run(None, mode="sweep").status == 0
     assert not probes(program)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder import processes
+from builder import events, processes
 from builder.agent import guard
 from builder.cache import layout
 from tests.agent.test_process import alive
@@ -46,7 +46,7 @@ def child_of(program: Program, until: Until) -> int:
 
 
 def lease_mode(running: Running, until: Until) -> str:
-    until(lambda: running.has("start"), what="the start event")
+    until(lambda: running.has(events.Started), what="the start event")
     return running.stdout.partition(b'"lease":"')[2].partition(b'"')[0].decode()
 
 
@@ -85,16 +85,16 @@ def test_without_a_lock_that_proves_something_stdin_is_the_lease(
 
 def test_by_hand_there_is_no_lease(program: Program) -> None:
     done = program.run(program.command("pass"))
-    assert done.all("start")[0]["lease"] == "none"
+    assert done.all(events.Started)[0].lease == "none"
     assert done.status == 0
 
 
 def test_the_lifetime_is_the_last_line(program: Program) -> None:
     done = program.run(program.command(STUBBORN), lifetime=0.7)
     assert done.status == guard.LIFETIME_OVER
-    assert done.verdict["state"] == "failed"
-    assert "lifetime" in done.verdict["reason"]
-    assert done.events[-1]["event"] == "end"
+    assert done.verdict.state == "failed"
+    assert "lifetime" in done.verdict.reason
+    assert isinstance(done.events[-1], events.End)
     assert not alive(int((program.place / "pid").read_text()))
 
 
@@ -110,10 +110,10 @@ def test_a_signal_stops_a_stubborn_child_within_the_grace(
     running.process.send_signal(signum)
     assert running.process.wait(2.0) == 128 + signum
     done = running.end()
-    assert done.verdict["state"] == "stopped"
-    assert done.verdict["marker"] is None
-    assert done.verdict["entries"] == {}
-    assert done.events[-1]["event"] == "end"
+    assert done.verdict.state == "stopped"
+    assert done.verdict.marker is None
+    assert done.verdict.entries == {}
+    assert isinstance(done.events[-1], events.End)
 
 
 def test_a_signal_in_mid_sweep_reports_what_there_is(program: Program, until: Until) -> None:
@@ -123,24 +123,24 @@ def test_a_signal_in_mid_sweep_reports_what_there_is(program: Program, until: Un
     running.process.send_signal(signal.SIGTERM)
     done = running.end(5)
     assert done.status == 143
-    assert done.verdict["entries"]["deep_gemm"] == done.verdict["added"]["deep_gemm"] >= 1
-    assert done.verdict["shapes"]
+    assert done.verdict.entries["deep_gemm"] == done.verdict.added["deep_gemm"] >= 1
+    assert done.verdict.shapes
     assert not list(program.root.glob("markers/*/*"))
 
 
 def test_the_run_lock_is_held_until_a_signal_and_the_next_one_waits(program: Program, until: Until) -> None:
     first = program.start(None, mode="lock")
-    until(lambda: first.has("locked"), what="the first lock")
+    until(lambda: first.has(events.Locked), what="the first lock")
     second = program.start(None, mode="lock")
     third = program.start(None, mode="lock")
     with layout.run_lock(program.root).open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     until(lambda: Path(f"/proc/{third.process.pid}/task").is_dir() and alive(third.process.pid))
-    assert not second.has("locked")
+    assert not second.has(events.Locked)
     first.process.terminate()
     assert first.end().status == 143
-    until(lambda: second.has("locked") or third.has("locked"), what="the next lock")
-    held, waiting = (second, third) if second.has("locked") else (third, second)
+    until(lambda: second.has(events.Locked) or third.has(events.Locked), what="the next lock")
+    held, waiting = (second, third) if second.has(events.Locked) else (third, second)
     until(lambda: b"builder.agent" in Path(f"/proc/{waiting.process.pid}/cmdline").read_bytes())
     waiting.process.terminate()  # a signal reaches one that waits, too
     held.process.terminate()
@@ -149,7 +149,7 @@ def test_the_run_lock_is_held_until_a_signal_and_the_next_one_waits(program: Pro
 
 def test_the_lock_ends_with_the_lease(program: Program, lease: tuple[Path, int], until: Until) -> None:
     running = program.start(None, mode="lock", lease=str(lease[0]))
-    until(lambda: running.has("locked"), what="the lock")
+    until(lambda: running.has(events.Locked), what="the lock")
     os.ftruncate(lease[1], 0)  # the content is read once: only the lock counts
     fcntl.flock(lease[1], fcntl.LOCK_UN)
     assert running.process.wait(1.0) == guard.LEASE_ENDED

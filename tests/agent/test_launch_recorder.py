@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from builder import events
 from builder.job import Job
 from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, from_mapping
 from tests.checkout import Checkout
@@ -64,11 +64,9 @@ def record(checkout: Checkout, tmp_path: Path) -> Recorder:
         )
         found = Recorded(status=done.returncode, output=(done.stdout + done.stderr).decode(errors="replace"))
         for line in done.stdout.splitlines():
-            if line.startswith(f"@warmup {NONCE} ".encode()):
-                event = json.loads(line.partition(b" ")[2].partition(b" ")[2])
-                if event["event"] == "recorded":
-                    fields = {key: value for key, value in event.items() if key not in ("event", "file")}
-                    found.records.setdefault(event["file"], []).append(from_mapping(fields))
+            event = events.decode(line, NONCE)
+            if isinstance(event, events.LaunchRecorded):
+                found.records.setdefault(event.file, []).append(from_mapping(event.record))
         return found
 
     return run
@@ -347,7 +345,7 @@ def test_a_file_starts_no_process_and_reaches_nobody(checkout: Checkout, record:
                 except OSError:
                     pass
         libc.system(b"touch " + (os.environ["TMPDIR"] + "/started").encode())
-        print("@warmup 4f0e2d6c " + json.dumps({"event": "recorded", "file": "x"}))
+        print("@warmup 4f0e2d6c " + json.dumps({"event": "recorded", "file": "x", "record": {"record": "launch"}}))
         sys.__stdout__.write("x" * (1 << 20))
         try:
             socket.create_connection(("127.0.0.1", 22), timeout=1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from builder import events
 from builder.cache import markers, toolchain
 from builder.cache.model_store import config_digest
 from builder.job import JOB_VARIABLE, Job
@@ -61,19 +62,19 @@ def test_a_job_reads_the_same_in_every_locale(program: Program) -> None:
     for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
         done = program.run(task, environ=locale)
         assert done.status == 0, done.stderr
-        assert json.loads((program.root / done.verdict["marker"]).read_text())["coverage"]["model"] == "é模"
+        assert json.loads((program.root / done.marker).read_text())["coverage"]["model"] == "é模"
 
 
 def test_a_run_without_a_task_is_refused(program: Program) -> None:
     done = program.run(None)
     assert done.status == 2
-    assert done.events[-1]["event"] == "end"
+    assert isinstance(done.events[-1], events.End)
 
 
 def test_probe_tells_the_toolchain_and_remembers_it(program: Program) -> None:
     done = program.run(None, mode="probe")
     assert done.status == 0
-    record = done.all("toolchain")[0]["record"]
+    record = done.all(events.ToolchainProbed)[0].record
     assert toolchain.sound(record)
     assert record["sglang"]["version"] == "0.5.23"
     assert record["factors"]["deep_gemm"].startswith("0.2.3.post2 ")
@@ -85,7 +86,7 @@ def test_probe_tells_the_toolchain_and_remembers_it(program: Program) -> None:
 def test_probe_of_a_root_that_cannot_be_written_still_tells(program: Program) -> None:
     program.root.write_text("a file")
     done = program.run(None, mode="probe")
-    assert done.all("toolchain")
+    assert done.all(events.ToolchainProbed)
     assert done.status == 20
     assert b"cannot be written" in done.stderr
 
@@ -98,11 +99,11 @@ def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
     done = program.run(task)
     assert done.status == 0
     verdict = done.verdict
-    assert (verdict["state"], verdict["reason"], verdict["proof"]) == ("warmed", "", "verified")
-    assert verdict["added"] == verdict["entries"]
-    assert verdict["added"]["deep_gemm"] > 8
-    assert verdict["second_pass_added"] == 0
-    assert len(verdict["shapes"]) == 3
+    assert (verdict.state, verdict.reason, verdict.proof) == ("warmed", "", "verified")
+    assert verdict.added == verdict.entries
+    assert verdict.added["deep_gemm"] > 8
+    assert verdict.second_pass_added == 0
+    assert len(verdict.shapes) == 3
     judged = markers.judge(
         program.root,
         task,
@@ -110,14 +111,14 @@ def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
         config_digest=config_digest(program.place, task.model, None)[0],
         strict=True,
     )
-    assert (judged.state, judged.path) == ("warm", verdict["marker"])
-    assert [event["event"] for event in done.events[-2:]] == ["verdict", "end"]
+    assert (judged.state, judged.path) == ("warm", verdict.marker)
+    assert [type(event) for event in done.events[-2:]] == [events.Verdict, events.End]
 
 
 def test_what_the_builder_observed_is_in_the_marker_as_it_was_sent(program: Program) -> None:
     observed = {"run": "20261124-093647-ab12", "builder": "0.1.0", "host": "h é", "nested": {"a": [1, None]}}
     done = program.run(program.command("pass"), observed=observed)
-    found = json.loads((program.root / done.verdict["marker"]).read_text())["observed"]
+    found = json.loads((program.root / done.marker).read_text())["observed"]
     assert {name: found[name] for name in observed} == observed
     assert found["image"] == "sha256:0f1e"
 
@@ -125,25 +126,25 @@ def test_what_the_builder_observed_is_in_the_marker_as_it_was_sent(program: Prog
 def test_the_next_run_adds_nothing_and_still_knows_what_it_used(program: Program) -> None:
     first = program.run(program.task()).verdict
     again = program.run(program.task()).verdict
-    assert (again["state"], again["added"]) == ("warmed", {"deep_gemm": 0})
-    assert again["entries"] == first["entries"]
+    assert (again.state, again.added) == ("warmed", {"deep_gemm": 0})
+    assert again.entries == first.entries
     (marker,) = marker_files(program)
-    assert len(json.loads(marker.read_text())["entries"]["deep_gemm"]) == first["entries"]["deep_gemm"]
+    assert len(json.loads(marker.read_text())["entries"]["deep_gemm"]) == first.entries["deep_gemm"]
 
 
 def test_another_task_does_not_claim_what_it_did_not_use(program: Program) -> None:
     program.run(program.task())
     fewer = program.run(program.task(label="other", recipe="shapes", argv=(), shapes=(SHAPE,), m_values=(1, 64)))
-    assert fewer.verdict["entries"]["deep_gemm"] > 2
-    marker = json.loads((program.root / fewer.verdict["marker"]).read_text())
+    assert fewer.verdict.entries["deep_gemm"] > 2
+    marker = json.loads((program.root / fewer.marker).read_text())
     assert len(marker["entries"]["deep_gemm"]) == 2
 
 
 def test_serve_warms_what_requests_need_and_a_second_server_finds_it(program: Program) -> None:
     done = program.run(program.task(recipe="serve", argv=("--tp", "8", "--dp", "2"), requests=((4, 2), (600, 2))))
-    assert done.verdict["reason"] == ""
-    assert done.verdict["proof"] == "verified"
-    assert done.verdict["added"]["triton"] == 2
+    assert done.verdict.reason == ""
+    assert done.verdict.proof == "verified"
+    assert done.verdict.added["triton"] == 2
     assert done.stderr.count(b"Uvicorn running on") == 2
     assert done.stderr.count(b"SIGTERM received") == 2
     assert b"crashed with exit code" not in done.stderr  # its workers were not signalled behind its back
@@ -151,14 +152,14 @@ def test_serve_warms_what_requests_need_and_a_second_server_finds_it(program: Pr
 
 def test_serve_may_settle_for_steady(program: Program) -> None:
     done = program.run(program.task(recipe="serve", verify="steady"))
-    assert (done.status, done.verdict["proof"], done.verdict["second_pass_added"]) == (0, "steady", None)
+    assert (done.status, done.verdict.proof, done.verdict.second_pass_added) == (0, "steady", None)
     assert done.stderr.count(b"Uvicorn running on") == 1
 
 
 def test_shapes_go_over_the_list_of_the_servers_flags(program: Program) -> None:
     argv = ("--dp", "8", "--enable-dp-attention")
     done = program.run(program.task(recipe="shapes", argv=argv, shapes=(SHAPE,)))
-    assert done.verdict["proof"] == "verified"
+    assert done.verdict.proof == "verified"
     assert done.stdout.count(b"num_groups=1 over 1024 Ms") == 2
     assert done.log.count(b"warm-cache shapes: all 1 shapes done in ") == 2
     assert b"sweep" not in done.stdout + done.stderr
@@ -168,8 +169,8 @@ def test_a_command_is_run_again_and_claims_what_it_needs(program: Program) -> No
     code = "from triton.cache import compile_kernel; compile_kernel('k', 'x'); print('KERNELS READY')"
     task = program.task(recipe="command", argv=("python3", "-c", code), success="^KERNELS READY$")
     done = program.run(task)
-    assert done.verdict["added"] == {"triton": 1}
-    assert done.verdict["proof"] == "verified"
+    assert done.verdict.added == {"triton": 1}
+    assert done.verdict.proof == "verified"
     assert done.stdout.count(b"KERNELS READY") == 2
 
 
@@ -190,20 +191,20 @@ def test_a_builder_that_works_in_place_proves_nothing_by_making_no_new_name(
         "if sys.argv[1] == 'False' or not kernel.exists(): kernel.write_text('// kernel')\n"
     )
     done = program.run(program.command(code, str(hit), families=("tvm_ffi",)))
-    assert done.verdict["reason"] == reason
-    assert (done.status, done.verdict["proof"]) == ((0, "verified") if hit else (20, None))
+    assert done.verdict.reason == reason
+    assert (done.status, done.verdict.proof) == ((0, "verified") if hit else (20, None))
     assert bool(marker_files(program)) == hit
 
 
 def test_a_command_that_claims_nothing_runs_once(program: Program) -> None:
     done = program.run(program.command("print('done')"))
-    assert (done.verdict["proof"], done.verdict["state"]) == ("nothing-claimed", "warmed")
+    assert (done.verdict.proof, done.verdict.state) == ("nothing-claimed", "warmed")
     assert done.log.count(b"done\n") == 1
 
 
 def test_an_inventory_may_be_enough(program: Program) -> None:
     done = program.run(program.task(verify="inventory"))
-    assert (done.verdict["proof"], done.verdict["second_pass_added"]) == ("inventory", None)
+    assert (done.verdict.proof, done.verdict.second_pass_added) == ("inventory", None)
     assert b"warm-cache shapes:" not in done.stdout
 
 
@@ -245,10 +246,10 @@ def test_an_inventory_may_be_enough(program: Program) -> None:
 )
 def test_no_marker_without_proof(program: Program, play: str, status: int, state: str, reason: str) -> None:
     done = program.run(program.task(play))
-    assert (done.status, done.verdict["state"]) == (status, state)
-    assert done.verdict["reason"].startswith(reason)
-    assert done.verdict["marker"] is None
-    assert done.events[-1]["event"] == "end"
+    assert (done.status, done.verdict.state) == (status, state)
+    assert done.verdict.reason.startswith(reason)
+    assert done.verdict.marker is None
+    assert isinstance(done.events[-1], events.End)
     assert not marker_files(program)
 
 
@@ -256,7 +257,7 @@ def test_no_marker_without_proof(program: Program, play: str, status: int, state
 def test_noise_and_litter_do_no_harm(program: Program, play: str) -> None:
     environ = {"SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1", "TINY_PLAY": play, "TINY_LINES": "50000"}
     done = program.run(program.task(env=environ))
-    assert (done.status, done.verdict["proof"]) == (0, "verified")
+    assert (done.status, done.verdict.proof) == (0, "verified")
     assert done.stdout.count(b"flood ") == (50_000 if play == "flood" else 0)
 
 
@@ -270,7 +271,7 @@ def test_success_with_old_kernels_only_is_no_success(program: Program) -> None:
     program.run(program.task(label="other"))
     done = program.run(program.task("no-kernels"))
     assert done.status == 20
-    assert "none of its" in done.verdict["reason"]
+    assert "none of its" in done.verdict.reason
     assert len(marker_files(program)) == 1
 
 
@@ -287,15 +288,15 @@ def test_a_sweep_over_other_ms_proves_less(program: Program) -> None:
     (package / "__init__.py").write_text(f"__path__.append({site + '/sglang'!r})\n")
     (package / "compile_deep_gemm.py").write_text(code)
     done = program.run(program.task(), environ={"PYTHONPATH": f"{program.place / 'other'}:{ROOT}:{site}"})
-    assert (done.status, done.verdict["proof"]) == (0, "inventory")
-    assert "300 Ms" in done.verdict["reason"]
-    assert json.loads((program.root / done.verdict["marker"]).read_text())["proof"] == "inventory"
+    assert (done.status, done.verdict.proof) == (0, "inventory")
+    assert "300 Ms" in done.verdict.reason
+    assert json.loads((program.root / done.marker).read_text())["proof"] == "inventory"
 
 
 def test_a_shape_that_fails_makes_the_task_partial(program: Program) -> None:
     done = program.run(program.task(recipe="shapes", argv=(), shapes=(SHAPE, Shape("NO_SUCH_KIND", 1, 1))))
-    assert (done.status, done.verdict["state"]) == (21, "partial")
-    assert "1 of 2 shapes done (first: <NO_SUCH_KIND>" in done.verdict["reason"]
+    assert (done.status, done.verdict.state) == (21, "partial")
+    assert "1 of 2 shapes done (first: <NO_SUCH_KIND>" in done.verdict.reason
     assert not marker_files(program)
 
 
@@ -308,8 +309,8 @@ def test_a_worker_that_is_killed_is_named_with_its_shape_and_the_rest_goes_on(pr
     environ = {"TINY_PLAY": "dies-at-contig", "TINY_COMPILE_SECONDS": "0.2"}
     task = program.task(env=environ, recipe="shapes", argv=(), shapes=shapes, m_values=(64, 128), workers=workers)
     done = program.run(task)
-    assert (done.status, done.verdict["state"]) == (21, "partial")
-    reason = done.verdict["reason"]
+    assert (done.status, done.verdict.state) == (21, "partial")
+    reason = done.verdict.reason
     assert reason.startswith(f"3 of 4 shapes done (first: <{CONTIG.kernel}> N=64, K=128, num_groups=32: its worker was")
     assert "killed by SIGKILL" in reason
     assert (b"[worker 2] " in done.log) == (workers == 3), "who says what is told where there are several"
@@ -320,10 +321,10 @@ def test_workers_make_the_same_entries_and_one_bar(program: Program) -> None:
     shapes = tuple(Shape("GEMM_NT_F8F8BF16", 64 * number, 128) for number in range(1, 7))
     task = program.task(recipe="shapes", argv=(), shapes=shapes, workers=3)
     done = program.run(task)
-    assert (done.status, done.verdict["proof"], done.verdict["second_pass_added"]) == (0, "verified", 0)
-    bars = done.all("progress")
-    assert {bar["total"] for bar in bars} == {6 * 2560}, "all shapes together, from the first word on"
-    assert bars[-1]["done"] == 6 * 2560
+    assert (done.status, done.verdict.proof, done.verdict.second_pass_added) == (0, "verified", 0)
+    bars = done.all(events.Progress)
+    assert {bar.total for bar in bars} == {6 * 2560}, "all shapes together, from the first word on"
+    assert bars[-1].done == 6 * 2560
     assert b"DeepGEMM warmup:" not in done.stdout + done.stderr
     assert b"all 6 shapes done" in done.log and b"by 3 workers" in done.log and b"by 1 worker" in done.log
     names = {path.name for path in program.root.glob("deep_gemm/*/cache/*")}
@@ -348,7 +349,7 @@ def test_every_worker_has_a_gpu_of_its_own(program: Program) -> None:
 def test_a_server_that_dies_before_it_is_healthy(program: Program) -> None:
     done = program.run(program.task("exit-4", recipe="serve"))
     assert done.status == 20
-    assert done.verdict["reason"].startswith("the server ended before it was healthy: exit status 4")
+    assert done.verdict.reason.startswith("the server ended before it was healthy: exit status 4")
 
 
 @pytest.mark.parametrize(
@@ -357,13 +358,13 @@ def test_a_server_that_dies_before_it_is_healthy(program: Program) -> None:
 def test_a_command_needs_its_evidence(program: Program, success: str, reason: str) -> None:
     done = program.run(program.command("print('not READY')", success=success))
     assert done.status == 20
-    assert done.verdict["reason"].startswith(reason)
+    assert done.verdict.reason.startswith(reason)
 
 
 def test_a_family_that_the_task_requires_must_hold_something(program: Program) -> None:
     done = program.run(program.command("pass", families=("triton",)))
     assert done.status == 20
-    assert done.verdict["reason"].startswith("triton is required and it holds no valid entry")
+    assert done.verdict.reason.startswith("triton is required and it holds no valid entry")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_a_family_that_the_task_requires_must_hold_something(program: Program) -
 def test_a_task_that_makes_no_sense_says_so(program: Program, fields: dict[str, Any], reason: str) -> None:
     done = program.run(program.task(**fields))
     assert done.status == 20
-    assert done.verdict["reason"] == reason
+    assert done.verdict.reason == reason
     assert b"Traceback" not in done.stderr
 
 
@@ -387,7 +388,7 @@ def test_a_root_that_cannot_be_written_fails_the_task(program: Program) -> None:
     program.root.write_text("a file")
     done = program.run(program.task())
     assert done.status == 20
-    assert "cannot be written" in done.verdict["reason"]
+    assert "cannot be written" in done.verdict.reason
     assert b"Traceback" not in done.stderr
 
 
@@ -398,8 +399,8 @@ def test_a_root_that_cannot_be_written_fails_the_task(program: Program) -> None:
 def test_a_task_without_its_model_is_skipped(program: Program, missing: str) -> None:
     (program.model / missing).unlink()
     done = program.run(program.task())
-    assert (done.status, done.verdict["state"]) == (22, "skipped")
-    assert str(program.model) in done.verdict["reason"]
+    assert (done.status, done.verdict.state) == (22, "skipped")
+    assert str(program.model) in done.verdict.reason
 
 
 def test_dummy_weights_need_no_checkpoint(program: Program) -> None:
@@ -420,9 +421,9 @@ def test_a_link_of_the_store_that_leads_nowhere_is_no_checkpoint(program: Progra
     (home / "snapshots" / "abc" / "model.safetensors").symlink_to("/nowhere/model.safetensors")
     task = program.task(model="org/name")
     environ = {"HF_HOME": str(program.place / "hf")}
-    assert program.run(task, environ=environ).verdict["state"] == "skipped"
+    assert program.run(task, environ=environ).verdict.state == "skipped"
     (home / "snapshots" / "abc" / "more.bin").write_text("weights")
-    assert program.run(task, environ=environ).verdict["state"] == "warmed"
+    assert program.run(task, environ=environ).verdict.state == "warmed"
 
 
 def test_a_store_that_may_be_written_may_be_empty(program: Program) -> None:
@@ -438,7 +439,7 @@ def test_what_a_child_sees(program: Program) -> None:
     env = {"TRITON_CACHE_DIR": "/elsewhere", "MINE": "1", "HF_HUB_OFFLINE": "0"}
     done = program.run(program.command(code, env=env))
     seen = json.loads((program.place / "environ").read_text())
-    key = done.all("start")[0]["family_keys"]["triton"]
+    key = done.all(events.Started)[0].family_keys["triton"]
     assert seen["TRITON_CACHE_DIR"] == f"{program.root}/triton/{key}"
     assert (seen["MINE"], seen["HF_HUB_OFFLINE"], seen["PYTHONUNBUFFERED"]) == ("1", "0", "1")
     assert JOB_VARIABLE not in seen
@@ -448,8 +449,8 @@ def test_what_a_child_sees(program: Program) -> None:
 
 
 def test_leftovers_and_host_specific_files_leave(program: Program) -> None:
-    start = program.run(program.command("pass")).all("start")[0]
-    keys = start["family_keys"]
+    start = program.run(program.command("pass")).all(events.Started)[0]
+    keys = start.family_keys
     build = program.root / "deep_gemm" / keys["deep_gemm"] / "tmp" / "7-dead"
     build.mkdir(parents=True)
     young = build.with_name("8-alive")
@@ -461,7 +462,7 @@ def test_leftovers_and_host_specific_files_leave(program: Program) -> None:
     host = program.root / "sglang_cache" / keys["sglang_cache"] / "gpu_p2p_access_cache_for_0,1.json"
     host.write_text("{}")
     done = program.run(program.task())
-    assert {(event["family"], event["path"]) for event in done.all("swept")} == {
+    assert {(event.family, event.path) for event in done.all(events.Quarantined)} == {
         ("deep_gemm", "tmp/7-dead"),
         ("deep_gemm", "cache/k.00000000000000000000000000000000"),
     }
@@ -481,13 +482,13 @@ def test_the_families_are_locked_shared_while_it_runs(program: Program) -> None:
         "print(len(paths), *(sum(bool(refused(p, kind)) for p in paths) for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH)))"
     )
     done = program.run(program.command(code))
-    count = len(done.all("start")[0]["family_keys"])
+    count = len(done.all(events.Started)[0].family_keys)
     assert f"{count} {count} 0\n".encode() in done.log
 
 
 def test_a_foreign_root_full_of_garbage_does_no_harm(program: Program) -> None:
-    start = program.run(program.command("pass")).all("start")[0]
-    for family, key in start["family_keys"].items():
+    start = program.run(program.command("pass")).all(events.Started)[0]
+    for family, key in start.family_keys.items():
         folder = program.root / family / key
         (folder / "cache").mkdir(exist_ok=True)
         (folder / "cache" / "what.json").write_bytes(b"\xff")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from builder import events
 from builder.cache import layout
 from builder.cache.inventory import bad_entries
 from builder.cache.layout import family_directories
@@ -69,7 +70,7 @@ def test_sweep_moves_what_a_kill_left_in_every_key_and_nothing_else(program: Pro
     before = contents(foreign(root))
     done = program.run(None, mode="sweep")
     assert done.status == 0
-    assert {(event["family"], event["key"], event["path"]) for event in done.all("swept")} == {
+    assert {(event.family, event.key, event.path) for event in done.all(events.Quarantined)} == {
         ("deep_gemm", KEYS[0], "tmp/4711-dead"),
         ("deep_gemm", KEYS[1], "tmp/4711-dead"),
         ("torch_extensions", KEYS[0], "ext/lock"),
@@ -79,22 +80,22 @@ def test_sweep_moves_what_a_kill_left_in_every_key_and_nothing_else(program: Pro
     assert contents(foreign(root)) == before
     assert len(list((root / "aside").glob("*/*"))) == 4
     again = program.run(None, mode="sweep")
-    assert (again.status, again.all("swept"), again.all("removed")) == (0, [], [])
+    assert (again.status, again.all(events.Quarantined), again.all(events.Removed)) == (0, [], [])
 
 
 def test_sweep_removes_what_lay_aside_for_longer_than_a_job_lasts_unless_somebody_holds(
     program: Program, root: Path
 ) -> None:
     program.run(None, mode="sweep")
-    assert program.run(None, mode="sweep", job_max=60.0).all("removed") == []
+    assert program.run(None, mode="sweep", job_max=60.0).all(events.Removed) == []
     with layout.hold_lock(root).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         done = program.run(None, mode="sweep", job_max=0.0)
-        assert done.all("removed") == []
-        assert {event["why"] for event in done.all("kept")} == {"a test job holds the cache"}
-        assert len(done.all("kept")) == 4
+        assert done.all(events.Removed) == []
+        assert {event.why for event in done.all(events.Kept)} == {"a test job holds the cache"}
+        assert len(done.all(events.Kept)) == 4
     done = program.run(None, mode="sweep", job_max=0.0)
-    assert {event["family"] for event in done.all("removed")} == {"deep_gemm", "torch_extensions", "inductor"}
+    assert {event.family for event in done.all(events.Removed)} == {"deep_gemm", "torch_extensions", "inductor"}
     assert list((root / "aside").glob("*/*")) == []
 
 
@@ -112,21 +113,21 @@ def test_verify_names_every_bad_entry_and_moves_none(program: Program, root: Pat
     before = contents([root])
     done = program.run(None, mode="verify")
     assert done.status == 0
-    assert {(event["family"], event["key"], event["entry"]): event["problem"] for event in done.all("bad")} == {
+    assert {(event.family, event.key, event.entry): event.problem for event in done.all(events.BadEntry)} == {
         ("inductor", KEYS[1], "ab/cut.so"): "cut.so is cut: 4 bytes, less than an ELF header",
         ("inductor", KEYS[1], "ab/young.so"): f"young.so is empty {YOUNG}",
     }
-    assert {event["family"]: event["entries"] for event in done.all("checked")}["inductor"] == 2
+    assert {event.family: event.entries for event in done.all(events.Checked)}["inductor"] == 2
     assert contents([root]) == before
 
 
 def test_verify_repairs_by_moving_aside_and_says_what_is_left(program: Program, root: Path) -> None:
     done = program.run(None, mode="verify", repair=True)
     assert done.status == 0
-    assert ("inductor", "ab/cut.so") in {(event["family"], event["path"]) for event in done.all("swept")}
-    assert [event["entry"] for event in done.all("bad")] == ["ab/young.so"]
+    assert ("inductor", "ab/cut.so") in {(event.family, event.path) for event in done.all(events.Quarantined)}
+    assert [event.entry for event in done.all(events.BadEntry)] == ["ab/young.so"]
     aged(root / "inductor" / KEYS[1] / "ab" / "young.so")
-    assert program.run(None, mode="verify", repair=True).all("bad") == []
+    assert program.run(None, mode="verify", repair=True).all(events.BadEntry) == []
 
 
 def test_each_key_is_judged_by_the_mount_it_was_made_for(program: Program) -> None:
@@ -144,7 +145,7 @@ def test_each_key_is_judged_by_the_mount_it_was_made_for(program: Program) -> No
     entry("3" * 16, "/jit", "/other")
     entry("4" * 16, None, "/whatever")
     done = program.run(None, mode="verify")
-    assert [event["key"] for event in done.all("bad")] == ["3" * 16]
+    assert [event.key for event in done.all(events.BadEntry)] == ["3" * 16]
 
 
 def test_a_directory_that_cannot_be_listed_is_bad(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,7 @@ def test_the_hold_is_shared_ends_with_its_holder_and_makes_no_root(
     layout.prepare(program.root)
     held = [program.start(None, mode="hold") for _ in range(2)]
     for one in held:
-        until(lambda one=one: one.has("locked"), what="the hold")
+        until(lambda one=one: one.has(events.Locked), what="the hold")
     with layout.hold_lock(program.root).open() as lock:
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -44,11 +44,7 @@ def test_every_byte_of_both_streams_arrives_in_order(program: Program) -> None:
 def test_the_last_line_counts_the_bytes_before_it(program: Program) -> None:
     done = program.run(program.command("import sys; print('out', end=''); print('err', file=sys.stderr)"))
     last = done.stdout.splitlines(keepends=True)[-1]
-    assert events.decode(last, NONCE) == {
-        "event": "end",
-        "stdout": len(done.stdout) - len(last),
-        "stderr": len(done.stderr),
-    }
+    assert events.decode(last, NONCE) == events.End(len(done.stdout) - len(last), len(done.stderr))
 
 
 def test_the_beginning_of_a_line_is_shown_before_its_end_comes(program: Program, until: Until) -> None:
@@ -74,7 +70,7 @@ def test_a_line_in_progress_is_ended_before_an_event(program: Program, until: Un
 def test_a_log_without_end_is_cut_and_fails_the_task(program: Program) -> None:
     done = program.run(program.task(recipe="command", argv=("yes", "y" * 99), families=()), log_limit=1_000_000)
     assert done.status == 20
-    assert "log limit" in done.verdict["reason"]
+    assert "log limit" in done.verdict.reason
     assert 1_000_000 < len(done.stdout) < 4_000_000
 
 
@@ -85,8 +81,8 @@ print("[stamp] Load weight begin. avail mem=1 GB", file=sys.stderr)
 sys.stderr.write("\rLoading safetensors checkpoint shards:  50% Completed | 4/8 [00:01<00:01,  4.0it/s]\r")
 """
     done = program.run(program.command(code))
-    assert {"event": "phase", "phase": "loading weights"} in done.events
-    assert done.all("progress") == [{"event": "progress", "done": 4, "total": 8, "unit": "shards"}]
+    assert events.Phase("loading weights") in done.events
+    assert done.all(events.Progress) == [events.Progress(done=4, total=8, unit="shards")]
 
 
 def test_a_line_that_poses_as_an_event_does_not_know_the_nonce(program: Program) -> None:
@@ -95,7 +91,7 @@ def test_a_line_that_poses_as_an_event_does_not_know_the_nonce(program: Program)
     )
     done = program.run(program.command(code))
     assert b"[]\n" in done.stdout
-    assert len(done.all("verdict")) == 1
+    assert len(done.all(events.Verdict)) == 1
 
 
 # Secrets
@@ -137,7 +133,7 @@ def test_no_stream_and_no_event_ever_shows_a_secret(program: Program) -> None:
     assert token.encode() not in done.stdout + done.stderr
     assert MASK in done.stdout
     assert MASK in done.stderr
-    assert "***" in done.verdict["reason"] or "Scheduler" in done.verdict["reason"]
+    assert "***" in done.verdict.reason or "Scheduler" in done.verdict.reason
 
 
 # The end
@@ -155,7 +151,7 @@ def test_a_crash_line_fails_the_task_whatever_follows(program: Program, then: st
     )
     done = program.run(program.command(code), grace=1.5)
     assert done.status == 20
-    assert done.verdict["reason"].startswith('crash: "Scheduler hit an exception"')
+    assert done.verdict.reason.startswith('crash: "Scheduler hit an exception"')
     assert done.seconds < 8
     assert done.stderr.endswith(b"ValueError: no")
 
@@ -191,14 +187,14 @@ while len(open("pids", "a+").read() or open("pids").read().split()) < 4:
 def test_a_failed_command_says_how_it_ended(program: Program, code: str, reason: str) -> None:
     done = program.run(program.command(code))
     assert done.status == 20
-    assert done.verdict["reason"] == reason
+    assert done.verdict.reason == reason
 
 
 @pytest.mark.parametrize("argv", [("no-such-program",), ("/",), ("a\0b",)])
 def test_a_command_that_cannot_start_says_why(program: Program, argv: tuple[str, ...]) -> None:
     done = program.run(program.task(recipe="command", argv=argv, families=()))
     assert done.status == 20
-    assert done.verdict["reason"].startswith("cannot start ")
+    assert done.verdict.reason.startswith("cannot start ")
     assert b"Traceback" not in done.stderr
 
 

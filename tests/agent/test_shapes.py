@@ -184,16 +184,16 @@ def test_shapes_of_markers_and_config_are_warmed_without_a_server(program: Progr
     done = program.run(task)
     assert done.status == 0, done.verdict
     of_markers = model_shapes.of_markers(program.root, str(program.model))
-    assert set(map(Shape.parse, done.verdict["shapes"])) == V3_TP8 | {Shape(DENSE, 64, 64), *of_markers}
-    assert f"{len(done.verdict['shapes'])} shapes, ".encode() in done.stderr
+    assert set(map(Shape.parse, done.verdict.shapes)) == V3_TP8 | {Shape(DENSE, 64, 64), *of_markers}
+    assert f"{len(done.verdict.shapes)} shapes, ".encode() in done.stderr
 
 
 def test_no_marker_and_a_foreign_config_are_reasons(program: Program) -> None:
     done = program.run(program.task(recipe="shapes", shapes_from=("markers",)))
-    assert (done.status, done.verdict["state"]) == (20, "failed")
-    assert "left a marker that names shapes: warm it once with compile-deep-gemm, or" in done.verdict["reason"]
+    assert (done.status, done.verdict.state) == (20, "failed")
+    assert "left a marker that names shapes: warm it once with compile-deep-gemm, or" in done.verdict.reason
     done = program.run(program.task(recipe="shapes", shapes_from=("config",)))
-    assert done.verdict["reason"].startswith("config.json is of type None, and shapes are only known for Deepseek")
+    assert done.verdict.reason.startswith("config.json is of type None, and shapes are only known for Deepseek")
     (program.model / "config.json").unlink()
     done = program.run(program.task(recipe="shapes", shapes_from=("config",)))
-    assert (done.status, done.verdict["state"]) == (22, "skipped")
+    assert (done.status, done.verdict.state) == (22, "skipped")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from builder import events
 from builder.cache import marker_files, markers, toolchain
 from builder.cache.coverage import coverage
 from builder.cli.commands.check import common_env
@@ -105,10 +106,10 @@ def test_the_marker_says_so_and_strict_never_takes_it(program: Program, stub: di
     task = shapes_task(program, env={PRETEND_VARIABLE: "H200"})
     done = program.run(task, environ=stub)
     assert done.status == 0, done.verdict
-    assert (done.verdict["proof"], done.verdict["second_pass_added"]) == ("pretended", 0)
+    assert (done.verdict.proof, done.verdict.second_pass_added) == ("pretended", 0)
     said = "compiled without a GPU (pretended H200): experimental, not proven on hardware"
-    assert done.verdict["reason"] == said
-    path = program.root / done.verdict["marker"]
+    assert done.verdict.reason == said
+    path = program.root / done.marker
     marker = json.loads(path.read_text())
     assert (marker["observed"]["compiled-on"], marker["observed"]["pretended"]) == ("no GPU", "H200")
     read = marker_files.read(path)
@@ -120,8 +121,8 @@ def test_the_marker_says_so_and_strict_never_takes_it(program: Program, stub: di
     assert (judged.state, judged.marker) == ("warm", read)
     assert markers.judge(program.root, real, record=record, config_digest=None, strict=True).reason == "unverified"
 
-    assert program.run(real).verdict["proof"] == "verified"
-    assert program.run(task, environ=stub).verdict["marker"] == done.verdict["marker"], "beside the real one's"
+    assert program.run(real).verdict.proof == "verified"
+    assert program.run(task, environ=stub).verdict.marker == done.verdict.marker, "beside the real one's"
     judged = markers.judge(program.root, real, record=record, config_digest=None, strict=True)
     assert judged.state == "warm" and judged.marker is not None
     assert markers.reservation(judged.marker) == "" and judged.marker.observed.others["compiled-on"] == "GPU"
@@ -131,9 +132,9 @@ def test_an_image_that_cannot_compile_the_stub_driver_is_a_reason(program: Progr
     (program.place / "tools" / "cc").write_text("#!/bin/sh\necho 'x.c:1: error: no such thing' >&2\nexit 1\n")
     task = shapes_task(program, env={PRETEND_VARIABLE: "H200"})
     done = program.run(task, environ=stub)
-    assert (done.status, done.verdict["state"]) == (20, "failed")
-    assert done.verdict["reason"].startswith("the stub driver cannot be compiled")
-    assert done.verdict["reason"].endswith("x.c:1: error: no such thing")
+    assert (done.status, done.verdict.state) == (20, "failed")
+    assert done.verdict.reason.startswith("the stub driver cannot be compiled")
+    assert done.verdict.reason.endswith("x.c:1: error: no such thing")
     done = program.run(task, mode="probe", environ=stub)
-    assert done.status == 20 and not done.all("toolchain")
+    assert done.status == 20 and not done.all(events.ToolchainProbed)
     assert b"x.c:1: error: no such thing" in done.stderr

@@ -19,6 +19,7 @@ import pytest
 from builder.cli import main
 from builder.engine import images, log_pump
 from builder.engine.client import Engine
+from builder.events import Event
 from tests.bench.measuring import CLI, environment, in_turn, milliseconds, quietly, show, write_down
 
 pytestmark = [pytest.mark.bench, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -152,8 +153,8 @@ class Moments:
             patch.setattr(Engine, name, self._around(name, getattr(Engine, name)))
         take: Callable[..., None] = log_pump.Pump._take_event
 
-        def heard(pump: Any, event: dict[str, Any], size: int) -> None:
-            self.add(f"event {event['event']}")
+        def heard(pump: Any, event: Event, size: int) -> None:
+            self.add(f"event {event.wire_name}")
             take(pump, event, size)
 
         patch.setattr(log_pump.Pump, "_take_event", heard)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from builder import events
 from builder.engine import container as life
 from builder.engine import log_pump
 from builder.engine.client import Engine, Mount
@@ -48,8 +49,8 @@ event("end", stdout=size, stderr=errors)
 """
     )
     check(outcome, "exited", 0)
-    assert outcome.verdict == {"event": "verdict", "state": "warmed", "reason": ""}
-    assert [heard["event"] for heard in workshop.heard] == ["phase", "verdict", "end"]
+    assert outcome.verdict == events.Verdict(state="warmed")
+    assert [type(event) for event in workshop.heard] == [events.Phase, events.Verdict, events.End]
     assert workshop.log() == {"out": b"compiling\n", "err": b"done\n"}
     assert sorted(outcome.tail) == ["compiling", "done"]
     assert outcome.log_path == workshop.log_path
@@ -103,7 +104,7 @@ threading.Event().wait()
 """,
     )
     check(outcome, "timeout", 143)
-    assert outcome.verdict == {"event": "verdict", "state": "stopped"}
+    assert outcome.verdict == events.Verdict(state="stopped")
     assert workshop.log()["out"] == b"ready\nstopping\n"
 
 

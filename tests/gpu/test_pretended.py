@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from builder import events
 from builder.job import JOB_VARIABLE, Job
 from builder.task import PRETEND_VARIABLE, Shape, Task
 from tests.program import NONCE, ROOT, Result
@@ -55,7 +56,7 @@ def run(root: Path, task: Task) -> Result:
     env = {**os.environ, JOB_VARIABLE: job}
     done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=1500)
     found = Result(done.returncode, done.stdout, done.stderr, 0.0)
-    assert done.returncode == 0, (found.all("verdict"), done.stdout[-3000:], done.stderr[-3000:])
+    assert done.returncode == 0, (found.all(events.Verdict), done.stdout[-3000:], done.stderr[-3000:])
     return found
 
 
@@ -112,6 +113,6 @@ def test_gpu_shape_sweep_finds_all_prebuilt(cuda: ctypes.CDLL, made: tuple[Path,
     before = kernels(made[1]).keys()
     done = run(made[1], replace(TASK, gpus=1))
     assert kernels(made[1]).keys() == before
-    assert done.verdict["proof"] == "verified" and done.verdict["second_pass_added"] == 0
+    assert done.verdict.proof == "verified" and done.verdict.second_pass_added == 0
     (path,) = [path for path in made[1].glob("markers/shapes-*/*.json") if "pretended" not in path.name]
     assert json.loads(path.read_text())["observed"]["compiled-on"] == "GPU"

@@ -51,6 +51,14 @@ def test_importing_cli_loads_no_third_party_package() -> None:
     assert loaded == "[]"
 
 
+def test_check_imports_no_protocol() -> None:
+    """A warm check reads files: it needs neither the job nor the events, nor what runs a container."""
+    names = ("events", "job", "typed_json", "agent.__main__", "engine.container", "engine.log_pump")
+    code = "import sys, builder.cli.main, builder.cli.commands.check"
+    loaded = python_in_root(f"{code}; print([m for m in {names} if f'builder.{{m}}' in sys.modules])")
+    assert loaded == "[]"
+
+
 class TestDockerFolder:
     def test_docker_folder_is_no_package(self) -> None:
         found = [path for path in (ROOT / "docker").rglob("__init__.py") if ".demo" not in path.parts]

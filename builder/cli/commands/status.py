@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from builder import text
+from builder import events, text
 from builder.cache import inventory, marker_files, markers, toolchain, usage
 from builder.cli.commands.hold import PATH as HOLD
 from builder.engine.lease import LABEL
@@ -117,13 +117,13 @@ def _held(executor: ContainerExecutor) -> tuple[list[dict[str, Any]], dict[str, 
         found += [vars(held) for held in inventory.contents(direct)]
     else:
         used = told = {}
-        names = ("family", "key", "entries", "invalid", "bytes")
 
-        def hear(event: Mapping[str, Any]) -> None:
-            if event.get("event") == "holding" and all(name in event for name in names):
-                found.append({name: event[name] for name in names})
-            elif event.get("event") == "used":
-                told[str(event.get("path"))] = float(event.get("time") or 0.0)
+        def hear(event: events.Event) -> None:
+            match event:
+                case events.FamilyContents():
+                    found.append(dict(vars(event)))
+                case events.MarkerUsed():
+                    told[event.path] = event.time
 
         maintenance.run(executor, "status", hear)
     return sorted(found, key=lambda held: (held["family"], held["key"])), used

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from builder import events
 from builder.cache import generations, layout, marker_files, markers, retention, toolchain, usage
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
@@ -71,10 +72,10 @@ def test_of_each_task_the_newest_toolchains_stay(program: Program, made: Generat
         toolchain.memo_path(made.root, image(number)).name for number in (3, 4)
     ]
     assert unvouched(made.root) == []
-    total = done.all("freed")[0]
-    assert total["freed"] > 0
-    assert total["images"] == [image(1), image(2)]
-    assert pruned(program, policy(made, 4)).all("pruned") == []
+    total = done.all(events.Freed)[0]
+    assert total.freed > 0
+    assert total.images == (image(1), image(2))
+    assert pruned(program, policy(made, 4)).all(events.Pruned) == []
 
 
 def test_what_the_images_task_needs_stays_whoever_compiled_it(program: Program, made: Generations) -> None:
@@ -123,7 +124,7 @@ def test_entries_that_nobody_lists_go_by_age_and_never_a_young_one(program: Prog
     assert not old.exists()
     assert young.is_dir()
     assert made.place(1, "inductor").is_dir()
-    assert [(event["kind"], event["path"]) for event in done.all("pruned")] == [
+    assert [(event.kind, event.path) for event in done.all(events.Pruned)] == [
         ("entries", f"deep_gemm/{made.key(1)}/cache/other.1")
     ]
     assert unvouched(made.root) == []
@@ -141,7 +142,7 @@ def test_the_least_recently_used_goes_until_it_fits(program: Program, made: Gene
     assert made.markers() == ["a@2", "a@3", "a@4"]
     assert not made.place(1).exists()
     assert not loose.exists()  # used between the first and the second
-    assert done.all("freed")[0]["after"] <= before - 450_000
+    assert done.all(events.Freed)[0].after <= before - 450_000
     after = planned(made, wanted)
     assert after.before <= before - 450_000
     assert found.after - 100_000 < after.before <= found.after  # markers and memos are not foretold
@@ -152,7 +153,7 @@ def test_it_never_goes_below_what_is_needed_and_says_so(program: Program, made: 
     made.warmed(2, ["a", "b"], days=40)
     done = pruned(program, policy(made, 2, max_size=1))
     assert made.markers() == ["a@2", "b@2"]
-    assert "more than the 1 B wanted" in done.all("freed")[0]["left"][0]
+    assert "more than the 1 B wanted" in done.all(events.Freed)[0].left[0]
 
 
 def test_what_was_touched_within_a_job_stays_and_its_markers_vouch_for_it(program: Program, made: Generations) -> None:
@@ -161,8 +162,8 @@ def test_what_was_touched_within_a_job_stays_and_its_markers_vouch_for_it(progra
     made.warmed(2, ["a"], days=40)
     done = pruned(program, policy(made, 2, keep=1), job_max=3600.0)
     assert made.markers() == ["a@1", "a@2"]
-    assert done.all("pruned") == []
-    assert "a job may last 3600 s" in " ".join(done.all("freed")[0]["left"])
+    assert done.all(events.Pruned) == []
+    assert "a job may last 3600 s" in " ".join(done.all(events.Freed)[0].left)
 
 
 @pytest.mark.parametrize("which", ["hold", "family"])
@@ -177,7 +178,7 @@ def test_locks_are_respected(program: Program, made: Generations, which: str) ->
         assert made.place(1).is_dir()
         assert made.place(1, "inductor").is_dir()
     why = "a test job holds the cache" if which == "hold" else f"a warm-up works in deep_gemm/{made.key(1)}"
-    assert why in " ".join(done.all("freed")[0]["left"])
+    assert why in " ".join(done.all(events.Freed)[0].left)
     pruned(program, policy(made, 2, keep=1))
     assert made.markers() == ["a@2"]
     assert not made.place(1).exists()
@@ -194,10 +195,10 @@ def test_a_dry_run_says_the_same_and_changes_nothing(program: Program, made: Gen
     assert digest(made.root) == before
     from_outside = planned(made, policy(made, 3, **limits))
     assert digest(made.root) == before
-    told = [(event["kind"], event["path"], event["bytes"]) for event in dry.all("planned")]
+    told = [(event.kind, event.path, event.bytes) for event in dry.all(events.Planned)]
     assert told == [(step.kind, step.name, step.bytes) for step in from_outside.steps]
     done = pruned(program, policy(made, 3, **limits))
-    assert [event["path"] for event in done.all("pruned")] == [path for _, path, _ in told]
+    assert [event.path for event in done.all(events.Pruned)] == [path for _, path, _ in told]
     assert (made.root / "theirs").is_dir()
 
 
@@ -217,7 +218,7 @@ def test_whatever_lies_there_crashes_nothing_and_a_newer_marker_keeps_its_kernel
     newer.write_text('{"schema": 2}')
     done = pruned(program, policy(made, 2, keep=1))
     assert made.place(1).is_dir()
-    assert "no kernels are removed" in " ".join(done.all("freed")[0]["left"])
+    assert "no kernels are removed" in " ".join(done.all(events.Freed)[0].left)
     newer.unlink()
     pruned(program, policy(made, 2, keep=1))
     assert not made.place(1).exists()

@@ -350,8 +350,19 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         made.engine.remove(container, force=True)
 
 
-def event(name: str, **fields: Any) -> bytes:
-    return events.encode(NONCE, name, **fields)
+def line(event: events.Event) -> bytes:
+    return events.encode(NONCE, event)
+
+
+VERDICT = line(events.Verdict(state="warmed"))
+
+
+def progress(done: int) -> bytes:
+    return line(events.Progress(done=done, total=9, unit="kernels"))
+
+
+def counts(**families: int) -> bytes:
+    return line(events.EntryCounts(families, {}))
 
 
 def test_everything_arrives_and_the_last_line_without_newline_too(bench: Bench) -> None:
@@ -364,43 +375,52 @@ def test_everything_arrives_and_the_last_line_without_newline_too(bench: Bench) 
 
 
 def test_events_are_heard_and_kept_out_of_the_log(bench: Bench) -> None:
-    lines = b"one\n" + event("phase", phase="x") + b"two\n" + event("verdict", state="warmed") + b"three\n"
+    lines = b"one\n" + line(events.Phase("x")) + b"two\n" + VERDICT + b"three\n"
     pump = bench.run(out(lines[:20]), out(lines[20:]), leave(0))
     assert bench.log()["out"] == b"one\ntwo\nthree\n"
-    assert [heard["event"] for heard in bench.heard] == ["phase", "verdict"]
+    assert bench.heard == [events.Phase("x"), events.Verdict(state="warmed")]
     assert pump.events == bench.heard
 
 
 @pytest.mark.parametrize(
-    "line",
+    "text",
     [
         b"@warmup other " + b'{"event":"verdict"}\n',
-        b" " + event("verdict"),
+        b" " + VERDICT,
         b"@warmup cafe {not json\n",
         b'@warmup cafe {"event":"unknown"}\n',
+        b'@warmup cafe {"event":"phase"}\n',
+        b'@warmup cafe {"event":"phase","phase":1}\n',
+        b'@warmup cafe {"event":"phase","phase":"x","more":1}\n',
+        b'@warmup cafe {"event":"progress","done":1.5,"total":2,"unit":"x"}\n',
+        b'@warmup cafe {"event":"end","stdout":true,"stderr":0}\n',
+        b'@warmup cafe {"event":"end","stdout":99999999999999999999,"stderr":0}\n',
+        b'@warmup cafe {"event":"entries","families":{"triton":"3"},"added":{}}\n',
+        b'@warmup cafe {"event":"verdict","state":"fine"}\n',
+        b'@warmup cafe {"event":"verdict","seconds":NaN}\n',
         b"@warmup cafe []\n",
     ],
 )
-def test_what_only_looks_like_an_event_is_log(bench: Bench, line: bytes) -> None:
-    pump = bench.run(out(b"before\n" + line + b"after\n"), leave(0))
-    assert bench.log()["out"] == b"before\n" + line + b"after\n"
+def test_malformed_event_is_log(bench: Bench, text: bytes) -> None:
+    pump = bench.run(out(b"before\n" + text + b"after\n"), leave(0))
+    assert bench.log()["out"] == b"before\n" + text + b"after\n"
     assert pump.events == []
 
 
 def test_stderr_has_no_events(bench: Bench) -> None:
-    assert bench.run(err(event("verdict")), leave(0)).events == []
+    assert bench.run(err(VERDICT), leave(0)).events == []
 
 
 def test_counted_bytes_prove_the_log_without_reading_it_again(bench: Bench) -> None:
-    data, errors = b"x\n" * 1000 + event("phase", phase="p"), b"y\r" * 10
-    pump = bench.run(out(data), err(errors), out(event("end", stdout=len(data), stderr=len(errors))), leave(0))
+    data, errors = b"x\n" * 1000 + line(events.Phase("p")), b"y\r" * 10
+    pump = bench.run(out(data), err(errors), out(line(events.End(len(data), len(errors)))), leave(0))
     assert pump.complete
     assert "log_frames" not in bench.engine.calls
 
 
-@pytest.mark.parametrize("counts", [(5, 0), (2, 1), ("2", 0), (None, None)])
-def test_a_count_that_differs_proves_nothing(bench: Bench, counts: tuple[Any, Any]) -> None:
-    pump = bench.run(out(b"x\n"), out(event("end", stdout=counts[0], stderr=counts[1])), leave(0))
+@pytest.mark.parametrize("end", [events.End(5, 0), events.End(2, 1)])
+def test_a_count_that_differs_proves_nothing(bench: Bench, end: events.End) -> None:
+    pump = bench.run(out(b"x\n"), out(line(end)), leave(0))
     assert "log_frames" in bench.engine.calls
     assert pump.complete
     assert bench.log()["out"] == b"x\n"
@@ -460,7 +480,7 @@ def test_a_listener_that_raises_does_not_stop_the_draining(bench: Bench) -> None
     def listen(heard: Any) -> None:
         raise RuntimeError("no")
 
-    pump = bench.run(out(event("phase", phase="x") + b"after\n"), leave(0), on_event=listen)
+    pump = bench.run(out(line(events.Phase("x")) + b"after\n"), leave(0), on_event=listen)
     assert bench.log()["out"] == b"after\n"
     assert pump.problems == ["handling the event 'phase' failed: RuntimeError: no"]
 
@@ -484,24 +504,22 @@ def test_signs_of_life(bench: Bench) -> None:
     assert feed(pump, b"log\n")
     assert feed(pump, b"part of a line")
     assert feed(pump, b"\n")
-    assert not feed(pump, event("start", pid=1))
-    assert feed(pump, event("progress", done=1, total=9, unit="kernels"))
-    assert not feed(pump, event("progress", done=1, total=9, unit="kernels"))
-    assert feed(pump, event("progress", done=2, total=9, unit="kernels"))
-    assert feed(pump, event("entries", families={"triton": 3}))
-    assert not feed(pump, event("entries", families={"triton": 3, "cuda": 0}))
-    assert feed(pump, event("entries", families={"triton": 3, "cuda": 1}))
-    assert not feed(pump, event("entries", families="garbage"))
-    assert not feed(pump, event("progress", done="many"))
-    assert not feed(pump, event("phase", phase="again"))
-    assert feed(pump, event("progress", done=1, total=9, unit="kernels"))
-    half = event("progress", done=1, total=9, unit="kernels")
+    assert not feed(pump, line(events.Started(1, "flock", {}, "t")))
+    assert feed(pump, progress(1))
+    assert not feed(pump, progress(1))
+    assert feed(pump, progress(2))
+    assert feed(pump, counts(triton=3))
+    assert not feed(pump, counts(triton=3, cuda=0))
+    assert feed(pump, counts(triton=3, cuda=1))
+    assert not feed(pump, line(events.Phase("again")))
+    assert feed(pump, progress(1))
+    half = progress(1)
     assert not feed(pump, half[:20])
     assert not feed(pump, half[20:])
     pump.finish(Deadline(1), ran=False)
 
 
 def test_a_day_of_progress_is_one_event(bench: Bench) -> None:
-    lines = b"".join(event("progress", done=number, total=9999, unit="kernels") for number in range(5000))
-    pump = bench.run(out(lines + event("verdict", state="warmed")), leave(0))
-    assert [(kept["event"], kept.get("done")) for kept in pump.events] == [("progress", 4999), ("verdict", None)]
+    lines = b"".join(map(progress, range(5000)))
+    pump = bench.run(out(lines + VERDICT), leave(0))
+    assert pump.events == [events.Progress(4999, 9, "kernels"), events.Verdict(state="warmed")]

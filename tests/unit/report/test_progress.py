@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from builder.events import EntryCounts, Event, Phase, Progress
 from builder.host.deadlines import Deadline, poll
 from builder.report import live as display
 from builder.report.console import Console
@@ -24,21 +25,21 @@ class Watched(TaskProgress):
         self.now = 100.0
         super().__init__("V3-tp8", "gpus 0-7", clock=lambda: self.now, **more)
 
-    def after(self, seconds: float, event: str, **fields: Any) -> Watched:
+    def after(self, seconds: float, event: Event) -> Watched:
         self.now += seconds
-        self.hear({"event": event, **fields})
+        self.on_event(event)
         return self
 
 
 def test_phases_shapes_kernels_and_rates() -> None:
     task = Watched(expected=200.0, shapes=19)
     assert task.parts() == ["starting", "about 3 min left"]
-    task.after(1, "phase", phase="loading weights").after(1, "progress", done=3, total=8, unit="shards")
+    task.after(1, Phase("loading weights")).after(1, Progress(done=3, total=8, unit="shards"))
     assert task.parts() == ["loading weights", "3/8 shards", "about 3 min left"]
-    task.after(98, "phase", phase="DeepGEMM 11: GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1")
-    task.after(0, "entries", families={"deep_gemm": 400}, added={"deep_gemm": 312})
+    task.after(98, Phase("DeepGEMM 11: GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"))
+    task.after(0, EntryCounts({"deep_gemm": 400}, {"deep_gemm": 312}))
     for done in (1000, 2000, 3000):
-        task.after(10, "progress", done=done, total=16384, unit="Ms")
+        task.after(10, Progress(done=done, total=16384, unit="Ms"))
     assert task.parts() == ["DeepGEMM 11/19 shapes", "3000/16384 Ms", "312 kernels", "100/s", "about 70 s left"]
     task.now += 200
     assert task.parts()[-1] == "longer than expected"
@@ -48,39 +49,26 @@ def test_phases_shapes_kernels_and_rates() -> None:
 def test_where_the_bar_is_the_whole_the_rate_tells_what_is_left() -> None:
     task = Watched(expected=9999.0, parts=())
     for done in (0, 100, 200):
-        task.after(5, "progress", done=done, total=1000, unit="Ms")
+        task.after(5, Progress(done=done, total=1000, unit="Ms"))
     assert task.left == pytest.approx(40.0)
 
 
 def test_a_rate_is_that_of_the_last_half_minute() -> None:
     task = Watched()
-    task.after(0, "progress", done=0, total=10**6, unit="Ms")
+    task.after(0, Progress(done=0, total=10**6, unit="Ms"))
     for number in range(1, 61):
-        task.after(1, "progress", done=number if number <= 30 else 30 + (number - 30) * 50, total=10**6, unit="Ms")
+        task.after(1, Progress(done=number if number <= 30 else 30 + (number - 30) * 50, total=10**6, unit="Ms"))
     assert task.parts()[-1] == "50.0/s"
-    task.after(1, "progress", done=5, total=777, unit="Ms")
+    task.after(1, Progress(done=5, total=777, unit="Ms"))
     assert task.parts()[-1] == "5/777 Ms", "another shape, another rate"
 
 
-@pytest.mark.parametrize(
-    "event",
-    [
-        {},
-        {"event": "progress"},
-        {"event": "progress", "done": "3", "total": None, "unit": []},
-        {"event": "progress", "done": 3, "total": 0, "unit": "x"},
-        {"event": "entries", "added": {"a": "b"}},
-        {"event": "entries", "added": 7},
-    ],
-)
-def test_an_event_that_says_nothing_changes_nothing(event: dict[str, Any]) -> None:
-    task = Watched()
-    task.hear(event)
-    assert task.parts() == ["starting"]
+def test_progress_without_total_changes_nothing() -> None:
+    assert Watched().after(0, Progress(done=3, total=0, unit="x")).parts() == ["starting"]
 
 
 def test_no_phase_draws_on_a_terminal() -> None:
-    assert Watched().after(0, "phase", phase="\x1b[2Jx\r\n").parts() == ["x\ufffd\ufffd"]
+    assert Watched().after(0, Phase("\x1b[2Jx\r\n")).parts() == ["x\ufffd\ufffd"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +155,7 @@ def test_a_narrow_terminal_shows_what_a_task_does_and_not_only_its_name(monkeypa
     monkeypatch.setenv("COLUMNS", "40")
     stream = io.StringIO()
     task = TaskProgress("a-model-with-a-name-that-goes-on-and-on-and-on-tp8", "gpus 0-3")
-    task.hear({"event": "phase", "phase": "weights"})
+    task.on_event(Phase("weights"))
     with LiveProgress(Console(stream, terminal=True), lambda: "0 of 1 tasks done") as live:
         live.add(task)
         poll(lambda: "tasks done" in stream.getvalue(), Deadline(10), 0.01)

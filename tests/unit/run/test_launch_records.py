@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from builder import events
+from builder.events import Event, LaunchRecorded
 from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, fields_of
 from builder.run.launch_records import FileRecords, Store, record
 
@@ -19,9 +19,10 @@ def launch(file: TestFile) -> Launch:
     return Launch("TestIt.test_it", f"{file.path}:1", "server", f"org/{file.path}", (), ())
 
 
-def event_of(path: str, each: Record) -> dict[str, Any]:
+def event_of(path: str, each: Record) -> Event:
     """As it comes out of a line of JSON."""
-    event: dict[str, Any] = json.loads(json.dumps({"event": "recorded", "file": path, **fields_of(each)}))
+    event = events.decode(events.encode("n", LaunchRecorded(path, fields_of(each))), "n")
+    assert event is not None
     return event
 
 
@@ -32,7 +33,7 @@ class Recorder:
         self.deadly, self.listed = deadly, listed
         self.asked: list[tuple[TestFile, ...]] = []
 
-    def __call__(self, request: Request, on_event: Callable[[Mapping[str, Any]], None]) -> str:
+    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
         self.asked.append(request.files)
         for file in request.files:
             if file in self.deadly:
@@ -41,7 +42,7 @@ class Recorder:
             for each in (launch(file), end):
                 on_event(event_of(file.path, each))
         on_event(event_of("test/other.py", launch(A)))
-        on_event({"event": "recorded", "file": A.path, "record": "launch"})
+        on_event(LaunchRecorded(A.path, {"record": "launch"}))
         return ""
 
 
