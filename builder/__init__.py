@@ -1,3 +1,3 @@
-"""Containerised warm-up of sglang's JIT caches: see README.md for what it does, run.py for the story of a run."""
+"""Containerised warm-up of sglang's JIT caches: README.md has what it does, docs/architecture.md how it is built."""
 
 __version__ = "0.1.0"

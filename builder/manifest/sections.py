@@ -215,7 +215,7 @@ class ContainerSpecs:
         '["HF_TOKEN"]',
     )
     log_limit: int = key(
-        size, 2 << 30, "Size in bytes of a task's log, after which the rest of its output is dropped.", '"512MiB"'
+        size, 2 << 30, "Size in bytes of a task's log at which it ends, and the task fails.", '"512MiB"'
     )
 
 
