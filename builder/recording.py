@@ -48,7 +48,7 @@ class Request:
     files: tuple[TestFile, ...]
     gpu: str = "H200"
     seconds_per_test: float = 15.0
-    seconds_per_file: float = 45.0
+    seconds_per_file: float = 90.0
     memory: int = 2 << 30
     workers: int = 2
 

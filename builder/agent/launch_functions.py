@@ -23,8 +23,8 @@ _MOST_SETS = 16
 class Session(Protocol):
     """What functions report to."""
 
-    test: str
-
+    def running(self, test: str, kind: type | None) -> None: ...
+    def described(self, error: BaseException) -> str: ...
     def problem(self, state: State, test: str, location: str, why: str) -> None: ...
     def location_of(self, error: BaseException) -> str: ...
     def location_of_definition(self, value: object) -> str: ...
@@ -117,7 +117,7 @@ def _bound(kind: type, function: Callable[..., Any]) -> Callable[..., Any]:
 def _run(
     test: str, function: Any, call: Callable[..., Any], marked: list[Any], fixtures: dict[str, Any], session: Session
 ) -> None:
-    session.test = test
+    session.running(test, next((each for each in marked if isinstance(each, type)), None))
     place = session.location_of_definition(function)
     marks = [mark for each in marked for mark in _marks(each)]
     reason = next((why for mark in marks if (why := _skip_reason(mark)) is not None), None)
@@ -137,8 +137,7 @@ def _run(
         except unittest.SkipTest as skip:
             session.problem("not-understood" if MARK.search(str(skip)) else "skipped", test, place, str(skip))
         except BaseException as error:  # noqa: BLE001 - a test may raise anything
-            why = f"it raised {type(error).__name__}: {error}"
-            session.problem("failed", test, session.location_of(error), why)
+            session.problem("failed", test, session.location_of(error), session.described(error))
         finally:
             session.disarm()
 

@@ -53,7 +53,7 @@ def record_file(request: Request, file: TestFile, descriptor: int, scratch: str)
     try:
         session.run()
     except BaseException as error:  # noqa: BLE001 - a test file may raise anything
-        session.problem("not-understood", "", session.location_of(error), f"it raised {_described(error)}")
+        session.problem("not-understood", "", session.location_of(error), session.described(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
     send(session.end())
     leave(0)
@@ -74,6 +74,7 @@ class _Session:
         self._read: dict[str, None] = {}
         self._listed = False
         self.test = ""
+        self._kind: type | None = None
 
     def run(self) -> None:
         self._prepare()
@@ -140,11 +141,22 @@ class _Session:
         )
 
     def location_of(self, error: BaseException) -> str:
-        """Return where in the test file, or else in the checkout, this was raised."""
+        """Return where in the test file this was raised; of what another file raised, where the test's class is."""
         frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, SyntaxError) and error.filename:
             frames.append((error.filename, error.lineno or 1))
-        return self._place(frames[::-1])
+        return self._in_test_file(frames[::-1])
+
+    def described(self, error: BaseException) -> str:
+        """Return what was raised, with its place where that is in another file of the checkout."""
+        frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        place = self._place(frames[::-1])
+        other = f" in {place}" if not place.startswith(f"{self._file.path}:") else ""
+        return f"it raised {_described(error)}{other}"
+
+    def running(self, test: str, kind: type | None) -> None:
+        """Note what runs from now on. kind: its class."""
+        self.test, self._kind = test, kind
 
     def location_of_definition(self, value: object) -> str:
         """Return where a class or function is defined."""
@@ -161,7 +173,14 @@ class _Session:
 
     def _here(self) -> str:
         frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe(1))]
-        return self._place(frames)
+        return self._in_test_file(frames)
+
+    def _in_test_file(self, frames: Sequence[tuple[str, int]]) -> str:
+        line = next((line for name, line in frames if name == self._path), None)
+        if line is not None:
+            return f"{self._file.path}:{line}"
+        place = self.location_of_definition(self._kind) if self._kind is not None else ""
+        return place if place.startswith(f"{self._file.path}:") else f"{self._file.path}:1"
 
     def _place(self, frames: Sequence[tuple[str, int]]) -> str:
         for wanted in (self._path, ""):
@@ -214,7 +233,7 @@ class _Session:
     def _in_thread(self, error: Any) -> None:
         if error.exc_value is not None:
             place = self.location_of(error.exc_value)
-            self.problem("failed", self.test, place, f"a thread raised {_described(error.exc_value)}")
+            self.problem("failed", self.test, place, f"in a thread {self.described(error.exc_value)}")
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[0], str):
@@ -249,7 +268,7 @@ class _Result(unittest.TestResult):
 
     def startTest(self, test: unittest.TestCase) -> None:  # noqa: N802 - unittest's name
         super().startTest(test)
-        self._session.test = label(test)
+        self._session.running(label(test), type(test))
         self._session.arm()
 
     def stopTest(self, test: unittest.TestCase) -> None:  # noqa: N802
@@ -258,7 +277,7 @@ class _Result(unittest.TestResult):
 
     def addError(self, test: Any, err: Any) -> None:  # noqa: N802
         error = err[1]
-        why = "it took too long" if isinstance(error, TestTimeoutError) else f"it raised {_described(error)}"
+        why = "it took too long" if isinstance(error, TestTimeoutError) else self._session.described(error)
         self._session.problem("failed", label(test), self._session.location_of(error), why)
 
     def addFailure(self, test: Any, err: Any) -> None:  # noqa: N802
@@ -300,7 +319,7 @@ class _Suite(unittest.TestSuite):
             )
 
     def _limited(self, fixture: str, kind: type, call: Callable[[], None]) -> None:
-        self.session.test = f"{kind.__name__}.{fixture}"
+        self.session.running(f"{kind.__name__}.{fixture}", kind)
         self.session.arm()
         try:
             call()

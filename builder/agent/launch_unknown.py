@@ -85,7 +85,7 @@ class Unknown:
         return _AsyncOnce(self)
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        yield from ()
+        yield  # other tasks of the loop get their turn
         return self
 
     def __getitem__(self, key: object) -> Any:

@@ -60,10 +60,10 @@ class Compared:
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """Return the launches of each test once, however often it repeats them."""
+    """Return the launches of each test of a file once, however often it repeats them."""
     found: dict[object, Launch] = {}
     for launch in launches:
-        found.setdefault(replace(launch, location=""), launch)
+        found.setdefault(replace(launch, location=launch.location.rpartition(":")[0]), launch)
     return list(found.values())
 
 

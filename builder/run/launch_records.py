@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,14 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 #: What of the program decides what is recorded.
 _RECORDER = ("agent/launch_*.py", "agent/confinement.py", "recording.py")
 _LARGEST = 16 << 20
+#: Names of what launches, in sglang and in its ``test_utils.py`` of 2026-08-22; a file without any launches nothing.
+_LAUNCHERS = re.compile(
+    rb"popen_launch|launch_(pd_)?server|\b(Async)?Engine\b|SRTRunner|\bRuntime\(|sglang[ \"', ]+serve\b"
+    rb"|bench_one_batch|offline_throughput|run_bench|run_(score|embeddings)_benchmark|run_and_check_memory_leak"
+    rb"|run_mmlu_test|run_mulit_request_test|ModelLaunchSettings"
+)
+#: Modules that every test file reads, and that hold the launchers themselves.
+_COMMON = ("python/sglang/test/test_utils.py", "python/sglang/test/run_eval.py", "python/sglang/srt/environ.py")
 #: Times that the recorder is started again after a file has ended it.
 _RESTARTS = 8
 
@@ -47,6 +56,18 @@ class FileRecords:
     @property
     def finished(self) -> bool:
         return self.end is not None or self.broken
+
+    def may_launch(self, checkout: str) -> bool:
+        """Return False where neither the file nor a helper that it read names a launcher, so that none is missed."""
+        if self.end is None or self.launches:
+            return True
+        for name in dict.fromkeys((self.file.path, *self.end.read)):
+            try:
+                if name not in _COMMON and _LAUNCHERS.search(files.read_bytes(str(Path(checkout, name)), _LARGEST)):
+                    return True
+            except files.UnreadableError:
+                return True
+        return False
 
     def add(self, record: Record) -> None:
         if isinstance(record, Launch):
@@ -132,7 +153,7 @@ class Store:
         names = dict.fromkeys([records.file.path, *records.end.read, *records.end.absent])
         if any(name.startswith("/") or ".." in name.split("/") for name in names):
             return
-        end = FileEnd(len(records.launches), (), (), listed=False)
+        end = replace(records.end, absent=())
         kept: list[Record] = [*records.launches, *records.problems, end]
         document = {
             "digests": {name: self._digest(request, name) for name in names},

@@ -82,6 +82,17 @@ def test_names_no_unneeded_task_when_a_test_failed(verb: Verb) -> None:
     assert [each["state"] for each in document["not_understood"]] == ["failed"]
 
 
+def test_exits_0_when_a_test_without_launchers_failed(verb: Verb) -> None:
+    verb.checkout.test("test_one.py", ONE)
+    kernel = "import torch\nregister_cuda_ci(est_time=9, stage='base-c', runner_config='8-gpu-h200')\n"
+    kernel = f"from sglang.test.ci.ci_register import register_cuda_ci\n{kernel}def test_it():\n    1 / 0\n"
+    verb.checkout.test("test_kernel.py", kernel, head="")
+    status, document = verb("--suite", SUITE, "--manifest", verb.manifest)
+    assert status == 0
+    assert [each["state"] for each in document["problems"]] == ["failed"]
+    assert document["unneeded"] == ["stale"]
+
+
 def test_exits_10_when_no_task_covers_a_launch(verb: Verb) -> None:
     verb.checkout.test("test_two.py", ONE.replace("org/one", "org/two"))
     status, document = verb("--suite", SUITE, "--manifest", verb.manifest)

@@ -19,7 +19,10 @@ from builder.run import launch_recorders, launch_records
 from builder.run.call import Call
 from builder.text import counted
 
+#: Seconds that the engine has to answer.
 _CONTAINER_SECONDS = 60.0
+#: States of tests that may launch more than was recorded.
+_UNCLEAR = ("failed", "not-understood")
 
 
 def in_container(call: Call) -> None:
@@ -54,9 +57,12 @@ def _import_tests(call: Call, *, here: bool) -> None:
     recorded = from_tests.distinct(launch for each in records for launch in each.launches)
     launches, unknown = from_tests.known(recorded)
     problems = [*selection.problems, *(problem for each in records for problem in each.problems), *unknown]
+    # Of what names no launcher, nothing can be missed.
+    harmless = {problem for each in records if not each.may_launch(request.checkout) for problem in each.problems}
     if not launches and not problems:
         raise UsageError(f"no test in {counted(len(request.files), 'file')} launches a server")
-    _report(call, manifest, update, launches, problems, selection)
+    unclear = [each for each in problems if each.state in _UNCLEAR and each not in harmless]
+    _report(call, manifest, update, launches, problems, unclear, selection)
 
 
 def _report(
@@ -65,9 +71,9 @@ def _report(
     update: Path | None,
     launches: Sequence[Launch],
     problems: Sequence[Problem],
+    unclear: Sequence[Problem],
     selection: suites.Selection,
 ) -> None:
-    unclear = [each for each in problems if each.state in ("failed", "not-understood")]
     extra: dict[str, Any] = {
         "launches": [_document(launch) for launch in launches],
         "problems": [vars(each) for each in problems],

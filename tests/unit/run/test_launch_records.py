@@ -123,3 +123,22 @@ def test_store_ignores_damaged_record(request_: Request, tmp_path: Path, damage:
 def test_store_that_cannot_be_written_costs_nothing(request_: Request, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert len(launches(record(request_, Recorder(), Store(tmp_path / "file")))) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "may"),
+    [
+        ("import torch\nassert torch.ones(2)\n", False),
+        ("import torch\nEngine(model_path='org/m')\n", True),
+        ("COMMAND = ['sglang', 'serve']\n", True),
+    ],
+)
+def test_may_launch_false_when_no_source_names_a_launcher(tmp_path: Path, source: str, may: bool) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.py").write_text(source)
+    records = FileRecords(A, end=FileEnd(0, (A.path, "python/sglang/test/test_utils.py"), (), listed=False))
+    assert records.may_launch(str(tmp_path)) == may
+
+
+def test_may_launch_true_when_file_did_not_end(tmp_path: Path) -> None:
+    assert FileRecords(A).may_launch(str(tmp_path))
