@@ -35,12 +35,18 @@ _FIRST_PID = 1 << 22  # PID_MAX_LIMIT of Linux: no process has this number or a 
 #: Modules that serve a model (after ``python -m``), and those that load one to measure it.
 _SERVERS = ("sglang.launch_server", "sglang.launch_pd_server", "sglang.srt.entrypoints.http_server")
 _BENCHES = re.compile(r"sglang\.(bench_|benchmark\.)(one_batch|offline_throughput|one_batch_server|latency)\w*")
+#: Functions of ``sglang.test`` that evaluate a server, or download what it is evaluated with.
+_MEASUREMENTS = ("run_eval", "get_input_ids")
 _LOCATED = ("--model-path", "--model", "--host", "--port", "--lb-host", "--lb-port", "--api-key")
 
 
-def install(launched: Launched, other_program: Callable[[str], None]) -> None:
-    """Replace what starts processes, waits or asserts. other_program: called with a command that may launch unseen."""
+def install(launched: Launched, other_program: Callable[[str], None], scratch: str, checkout: str) -> None:
+    """Replace what starts processes, waits or asserts.
+
+    other_program: called with a command that may launch unseen; scratch: the folder that stands in the place of /tmp.
+    """
     random.seed(0)
+    _temporary_files(scratch, checkout)
     _clock()
     _processes(launched, other_program)
     _multiprocessing()
@@ -110,8 +116,13 @@ def patch_module(module: types.ModuleType, launched: Launched) -> None:
     if module.__name__ == "sglang.test.nightly_utils" and "NightlyBenchmarkRunner" in names:
         # The file that a benchmark writes, which is not run.
         names["NightlyBenchmarkRunner"].load_benchmark_results = lambda *_args, **_kwargs: ([Unknown("result")], True)
-    if module.__name__.startswith("sglang.test.") and callable(names.get("run_eval")):
-        names["run_eval"] = lambda *_args, **_kwargs: Unknown("run_eval()")
+    for name in _MEASUREMENTS:
+        if module.__name__.startswith("sglang.test.") and callable(names.get(name)):
+            names[name] = _unknown_result(name)
+
+
+def _unknown_result(name: str) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: Unknown(f"{name}()")
 
 
 def _bench(launched: Launched, name: str) -> Callable[..., Any]:
@@ -365,6 +376,29 @@ def _clock() -> None:
 
     threading.Event.wait = short_wait  # type: ignore[method-assign]
     threading.Thread.join = short_join  # type: ignore[method-assign]
+
+
+def _temporary_files(scratch: str, checkout: str) -> None:
+    """Let paths below /tmp lie in the file's own folder, so that no run finds what an earlier one left."""
+
+    def moved(path: Any) -> Any:
+        text = os.fspath(path) if isinstance(path, os.PathLike) else path
+        if isinstance(text, str) and text.startswith("/tmp/") and not text.startswith((scratch, checkout)):  # noqa: S108
+            return f"{scratch}/{text[5:]}"
+        return path
+
+    def moving(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+            return original(moved(path), *args, **kwargs)
+
+        setattr(module, name, call)
+
+    for name in ("stat", "lstat", "mkdir", "open", "listdir", "scandir", "remove", "unlink", "rmdir", "access"):
+        moving(os, name)
+    for module in (builtins, io):
+        moving(module, "open")
 
 
 def _text() -> None:

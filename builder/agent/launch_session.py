@@ -29,6 +29,8 @@ TEMPORARY = "TEMPORARY"
 #: Variables that no launch depends on: set by an evaluation's client, in the test's process.
 _CLIENTS = re.compile(r"OPENAI_\w+")
 _WHY = 300
+#: Audit events of system calls that change a file or folder by its path; links are made from their second one.
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.chmod", "os.chown")
 
 
 class TestTimeoutError(BaseException):
@@ -217,7 +219,7 @@ class _Session:
         self._names |= {"pytest": launch_functions.module()}
         launch_unknown.answer = launch_facts.lookup(self._names)
         launch_unknown.on_guess = self.guessed
-        launch_patches.install(self.launched, self.other_program)
+        launch_patches.install(self.launched, self.other_program, self._scratch, self._modules.checkout)
         sys.meta_path.insert(0, self._modules)
         sys.path[:] = [each for each in sys.path if "site-packages" not in each and "dist-packages" not in each]
         sys.argv = [self._path]
@@ -236,12 +238,26 @@ class _Session:
             self.problem("failed", self.test, place, f"in a thread {self.described(error.exc_value)}")
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
+        """Note what is read of the checkout, and refuse to change anything outside of the file's own folder."""
         if event == "open" and isinstance(args[0], str):
-            path = os.path.normpath(os.path.join(self._scratch, args[0]))
-            if self._relative(path):
+            flags = args[2] if isinstance(args[2], int) else 0
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                self._may_change(args[0])
+            elif self._relative(path := self._absolute(args[0])):
                 self._read[path] = None
-        elif event in ("os.listdir", "os.scandir") and isinstance(args[0], str) and self._relative(args[0]):
-            self._listed = True
+        elif event in ("os.listdir", "os.scandir") and isinstance(args[0], str):
+            self._listed = self._listed or bool(self._relative(self._absolute(args[0])))
+        elif event in _CHANGES:
+            for path in args[:2]:
+                if isinstance(path, str):
+                    self._may_change(path)
+
+    def _absolute(self, path: str) -> str:
+        return os.path.normpath(os.path.join(self._scratch, path))
+
+    def _may_change(self, path: str) -> None:
+        if not self._absolute(path).startswith((self._scratch, "/dev/")):
+            raise PermissionError(f"a test changes {path}, which is not its own")
 
     @contextlib.contextmanager
     def _alarm(self) -> Iterator[None]:

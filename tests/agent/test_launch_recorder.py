@@ -364,3 +364,27 @@ def test_a_file_starts_no_process_and_reaches_nobody(checkout: Checkout, record:
     (launch,) = found.launches(name)
     assert launch.argv == ("False", "ConnectionRefusedError")
     assert len(found.output) < 10_000
+
+
+def test_files_below_tmp_are_the_run_s_own(checkout: Checkout, record: Recorder, tmp_path: Path) -> None:
+    name = checkout.test(
+        "test_files.py",
+        f"""
+        class TestFiles(CustomTestCase):
+            def test_it(self):
+                found = os.path.exists("/tmp/warm-cache-test-of-files/x")
+                os.makedirs("/tmp/warm-cache-test-of-files", exist_ok=True)
+                with open("/tmp/warm-cache-test-of-files/x", "w") as stream:
+                    stream.write("x")
+                popen_launch_server("org/it", "u", 9, other_args=[str(found)])
+
+            def test_outside(self):
+                open("{checkout.root}/new", "w")
+        """,
+    )
+    for _ in range(2):
+        found = record(name)
+        assert [each.argv for each in found.launches(name)] == [("False",)]
+        assert [each.test for each in found.problems(name)] == ["TestFiles.test_outside"]
+    assert not Path("/tmp/warm-cache-test-of-files").exists()
+    assert not (checkout.root / "new").exists()
