@@ -153,7 +153,7 @@ def test_it_never_goes_below_what_is_needed_and_says_so(program: Program, made: 
     made.warmed(2, ["a", "b"], days=40)
     done = pruned(program, policy(made, 2, max_size=1))
     assert made.markers() == ["a@2", "b@2"]
-    assert "more than the 1 B wanted" in done.all(events.Freed)[0].left[0]
+    assert "more than the limit of 1 B" in done.all(events.Freed)[0].left[0]
 
 
 def test_what_was_touched_within_a_job_stays_and_its_markers_vouch_for_it(program: Program, made: Generations) -> None:
