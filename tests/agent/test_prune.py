@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import generations, layout, marker_files, markers, retention, toolchain, usage
+from builder.cache import generations, layout, retention, toolchain, usage
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
 from builder.cache.retention import PrunePlan
@@ -101,19 +101,6 @@ def test_what_nobody_uses_goes_after_its_time(program: Program, made: Generation
     usage.stamp(made.root, str(used.relative_to(made.root)))
     pruned(program, policy(made, 4, older_than=14 * DAY, keep=9))
     assert made.markers() == ["a@2"]
-
-
-def test_a_reader_leaves_its_time_where_there_are_access_times(made: Generations) -> None:
-    if not usage.has_access_times(made.root):
-        pytest.skip("this file system is mounted without access times")
-    known = made.warmed(1, ["a"], days=20)
-    (path,) = made.root.glob("markers/*/*.json")
-    marker, written = str(path.relative_to(made.root)), path.stat().st_mtime
-    assert time.time() - usage.last(made.root, marker, written) > 19 * DAY
-    assert marker_files.read(path)  # anybody's look at it
-    assert time.time() - usage.last(made.root, marker, written) > 19 * DAY
-    assert markers.judge(made.root, task("a"), record=known, config_digest=None).state == "warm"
-    assert time.time() - usage.last(made.root, marker, written) < DAY
 
 
 def test_entries_that_nobody_lists_go_by_age_and_never_a_young_one(program: Program, made: Generations) -> None:
