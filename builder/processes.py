@@ -33,22 +33,22 @@ def descendants(root: int | None = None) -> set[int]:
     return found
 
 
-def kill_descendants(*, seconds: float = 5.0, spare: Iterable[int] = ()) -> bool:
+def kill_descendants(*, seconds: float = 5.0, spare: Iterable[int] = (), leave: Iterable[int] = ()) -> bool:
     """SIGKILL to all descendants, again for what they started meanwhile, until none lives. False when some remain.
 
-    ``spare`` are direct children whose status somebody else reaps; they are killed, and never waited for here.
+    spare: direct children whose status another thread reaps; they are killed, and never waited for here.
+    leave: processes that are not killed, nor anything below them.
     """
     limit = time.monotonic() + seconds
-    spared = set(spare)
+    spared, kept = set(spare), set(leave)
     while True:
-        left = descendants()
-        for pid in left:
+        for pid in (left := _descendants_except(kept)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in left - spared:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        alive = {pid for pid in descendants() if _state(pid) not in ("Z", "X", "")}
+        alive = {pid for pid in _descendants_except(kept) if _state(pid) not in ("Z", "X", "")}
         if not alive:
             return True
         if time.monotonic() > limit:
@@ -73,6 +73,14 @@ def shell_status(status: int) -> int:
     """Return the exit status that a shell reports for a wait status: 128 + N for signal N."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _descendants_except(kept: set[int]) -> set[int]:
+    """Return all descendants but these and what is below them."""
+    found = descendants() - kept
+    for pid in kept:
+        found -= descendants(pid)
+    return found
 
 
 def reap(spare: Iterable[int] = ()) -> None:

@@ -60,6 +60,8 @@ def main() -> int:
             status = warming.run()
         elif job.mode == "probe":
             status = _probe(job, output)
+        elif job.mode == "toolchain":
+            status = _toolchain(job, output)
         elif job.mode == "record":
             status = _record(job, output, guard)
         elif job.mode in LOCKS:
@@ -101,6 +103,14 @@ def _probe(job: Job, output: Output) -> int:
         # The record is known all the same; a root that cannot be written is the next step's trouble, and named there.
         output.say(str(error))
         return FAILED
+    return 0
+
+
+def _toolchain(job: Job, output: Output) -> int:
+    """Report the toolchain of this process's own environment, real GPUs included. Writes nothing to the root."""
+    environ = {**os.environ, **({} if job.task is None else job.task.env)}
+    record = toolchain.probe(environ=environ, mount=job.mount, image=job.image)
+    output.event(events.ToolchainProbed(record))
     return 0
 
 

@@ -155,7 +155,7 @@ class Dispatcher:
             self._allocate(item, RunningTask(start.task, start.devices, start.task.seconds))
 
     def _allocate(self, item: Item, running: RunningTask) -> None:
-        task, keep_going = item.task, len(running.devices) == len(self._capacity.devices)
+        task, all_gpus = item.task, len(running.devices) == len(self._capacity.devices)
         estimate = self._estimates[task.label]
         progress = TaskProgress(
             task.label,
@@ -164,12 +164,12 @@ class Dispatcher:
             shapes=len(task.shapes),
             parts=() if task.recipe == "shapes" else PARTS,
         )
-        where = f"  {_named(running.devices)}" if running.devices and not keep_going else ""
+        where = f"  {_named(running.devices)}" if running.devices and not all_gpus else ""
         allocation = Allocation(
             title=f"[{self._started}/{self._count}] {task.label}{where}",
             # A task without GPUs still sees them: its kernels are for them.
-            visible_gpus=None if keep_going or not task.gpus else running.devices,
-            reserved_gpus=None if keep_going else running.devices,
+            visible_gpus=None if all_gpus or not task.gpus else running.devices,
+            reserved_gpus=None if all_gpus else running.devices,
             concurrent=self._concurrent,
             progress=progress,
             cancel=self._context.cancel,

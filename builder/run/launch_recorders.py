@@ -95,7 +95,8 @@ class InChild:
     call: Call
 
     def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
-        from builder.run.local_executor import Program
+        from builder.run.executor import Watcher
+        from builder.run.local_job import AgentProcess
 
         processes.become_subreaper()
         with tempfile.TemporaryDirectory(prefix="warm-cache-request-") as folder:
@@ -111,14 +112,15 @@ class InChild:
                 record=str(path),
             )
             environ = child_environment(self.call.environ)
-            program = Program(job, environ, lambda _mark, _text: None, on_event, Path(folder, "log"))
+            watcher = Watcher(lambda _stream, _line: None, on_event)
+            program = AgentProcess(job, environ, watcher, Path(folder, "log"))
             with self.call.cancel.shield():
                 ended = program.run(
                     task=Deadline(lifetime),
                     silence=2 * request.seconds_per_file + 30.0,
                     budget=Deadline(None),
                     grace=_GRACE,
-                    wait=self.call.cancel.wait,
+                    cancel=self.call.cancel,
                 )
             self.call.cancel.check()
             tail = program.tail.lines()

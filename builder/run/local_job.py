@@ -1,0 +1,258 @@
+"""Runs the agent as a child of this process, with its log, its events and its end.
+
+Nothing of it outlives this process: the child has the other end of a pipe for its lease, so that it ends all that it
+started within a second of our death, and we adopt what it might leave (a subreaper) and end that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder import __version__, events, processes
+from builder.cache.toolchain import Record, sound
+from builder.engine.log_sinks import Display, Lines, LogFile, Tail
+from builder.errors import BuilderError, PreflightError
+from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline
+from builder.job import JOB_VARIABLE, Job
+from builder.processes import describe_status
+from builder.run.context import Context
+from builder.run.executor import Allocation, Ended, Execution, Watcher
+from builder.task import Task
+
+#: Seconds that the program gets to end by itself after a cancellation: a cancelled CI step has 7.5 s in all.
+CANCEL_GRACE = 3.0
+#: Seconds for a probe, which takes less than one: the rest is for a slow disk.
+PROBE_TIMEOUT = 120.0
+#: The program, with no word in the environment of what it starts, and with nothing of this directory on its path.
+_START = (
+    "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
+    "runpy.run_module('builder.agent', run_name='__main__')"
+)
+_COMMAND = [sys.executable, "-c", _START, str(Path(__file__).resolve().parents[2])]
+_CHUNK = 1 << 16
+
+#: Agents of this process that run now. Held while one starts, and while one is ended with everything below it.
+_running: set[int] = set()
+_starting = threading.Lock()
+
+
+def run_task(
+    context: Context,
+    root: Path,
+    image: Mapping[str, Any],
+    task: Task,
+    allocation: Allocation,
+    watcher: Watcher,
+) -> Execution:
+    """Run one task's program to its end, and to the end of all that it started.
+
+    image: ``id`` and ``labels`` of the serving image that this environment was made of.
+    """
+    began, spec, environ = time.monotonic(), context.manifest, dict(context.options.environ)
+    job = Job(
+        mode="run",
+        nonce=os.urandom(8).hex(),
+        mount=str(root),
+        image=image,
+        task=task,
+        lifetime=task.timeout + spec.run.grace + spec.run.start,
+        grace=spec.run.grace,
+        log_limit=spec.container.log_limit,
+        workdir=str(Path.cwd()),
+        secrets=tuple(name for name in spec.container.secrets if environ.get(name)),
+        beside=allocation.concurrent,
+        observed={
+            "host": socket.gethostname(),
+            "builder": __version__,
+            "image": "this environment",
+            "run": context.run_id,
+        },
+    )
+    if allocation.visible_gpus is not None:
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(environ, allocation.visible_gpus))
+    agent = AgentProcess(job, environ, watcher, context.log_path(task.label))
+    with context.cancel.shield():
+        ended = agent.run(
+            task=Deadline(task.timeout),
+            silence=task.silence,
+            budget=context.budget,
+            grace=spec.run.grace,
+            cancel=allocation.cancel,
+        )
+    context.report.warnings += [f"{task.label}: {text}" if allocation.concurrent else text for text in agent.problems]
+    return Execution(
+        ended=ended,
+        verdict=agent.verdict,
+        succeeded=agent.status == 0,
+        how=f"the program ended with {describe_status(agent.status)}",
+        oom=False,
+        seconds=time.monotonic() - began,
+        log=agent.file.path,
+        tail=agent.tail.lines(),
+    )
+
+
+def visible_gpus(environ: Mapping[str, str], devices: Sequence[int]) -> list[str]:
+    """Return names of these devices for CUDA_VISIBLE_DEVICES; they count among those that are visible here."""
+    here = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return [here[index] if index < len(here) else str(index) for index in devices]
+
+
+def probe(environ: Mapping[str, str], root: Path, image: Mapping[str, Any], env: Mapping[str, str]) -> Record:
+    """Return the toolchain record of this environment. Writes nothing.
+
+    env: the task's own variables. image: ``id`` and ``labels``, as far as they are known.
+    """
+    task = Task(label="probe", model="", recipe="command", env=dict(env))
+    job = Job(mode="toolchain", nonce=os.urandom(8).hex(), mount=str(root), image=image, task=task)
+    lease, ours = os.pipe()
+    try:
+        done = subprocess.run(
+            _COMMAND,
+            env={**environ, JOB_VARIABLE: job.to_json()},
+            stdin=lease,
+            check=False,
+            capture_output=True,
+            timeout=PROBE_TIMEOUT,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PreflightError(f"this machine can't run it: {sys.executable}: {error}") from None
+    finally:
+        os.close(lease)
+        os.close(ours)
+    for line in done.stdout.splitlines():
+        event = events.decode(line, job.nonce)
+        if isinstance(event, events.ToolchainProbed) and sound(event.record):
+            return dict(event.record)
+    tail = done.stderr.decode("utf-8", "replace").splitlines()[-20:]
+    status = describe_status(done.returncode)
+    raise BuilderError(f"the probe of this environment reported nothing: it ended with {status}", notes=tail)
+
+
+class AgentProcess:
+    """The in-container program, once. Its lines go to the watcher and to a file, its events to the watcher.
+
+    problems: what went wrong around it, one sentence each.
+    """
+
+    def __init__(self, job: Job, environ: Mapping[str, str], watcher: Watcher, log: Path) -> None:
+        self._job = job
+        self._environ = environ
+        self._on_event = watcher.on_event
+        self._prefix = events.prefix(job.nonce)
+        self._display = Display(watcher.on_line)
+        self._lock = threading.Lock()  # two streams, one log
+        self._last_output = time.monotonic()
+        self.file = LogFile(log)
+        self.tail = Tail()
+        self.verdict: events.Verdict | None = None
+        self.status: int | None = None
+        self.problems: list[str] = []
+
+    def run(self, *, task: Deadline, silence: float, budget: Deadline, grace: float, cancel: Cancel) -> Ended:
+        """Run it until it ends, or has to; return why it was ended. silence, grace: seconds."""
+        self.file.open()
+        self._display.open()
+        process = self._start()
+        pumps = [
+            threading.Thread(target=self._pump, args=(stream, mark), daemon=True)
+            for stream, mark in ((process.stdout, "out"), (process.stderr, "err"))
+        ]
+        ended: Ended = "exited"
+        try:
+            for pump in pumps:
+                pump.start()
+            while process.poll() is None:
+                if cancel.wait(0.05):
+                    ended = "cancelled"
+                elif task.expired:
+                    ended = "timeout"
+                elif budget.expired:
+                    ended = "budget"
+                elif time.monotonic() - self._last_output > silence:
+                    ended = "silence"
+                else:
+                    continue
+                break
+        finally:
+            self._end(process, min(grace, CANCEL_GRACE) if ended == "cancelled" else grace + 1)
+            for pump in pumps:
+                pump.join(5.0)
+            self._display.close(1.0)
+            self.file.close()
+        self.problems += [problem for problem in (self.file.problem, self._display.problem) if problem]
+        return ended
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            with _starting:
+                process = subprocess.Popen(
+                    _COMMAND,
+                    env={**self._environ, JOB_VARIABLE: self._job.to_json()},
+                    stdin=subprocess.PIPE,  # never written to: that our end is open is the lease
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                )
+                _running.add(process.pid)
+        except OSError as error:
+            raise PreflightError(f"this machine can't run it: {sys.executable}: {error.strerror}") from None
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes], grace: float) -> None:
+        """SIGTERM, after `grace` seconds SIGKILL, then SIGKILL to everything that it left."""
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+        if process.poll() is None:
+            process.kill()
+        self.status = process.wait()
+        # A living agent adopts the orphans of its own task. So what is below us, and below no other agent, is ours.
+        with _starting:
+            _running.discard(process.pid)
+            if not processes.kill_descendants(leave=_running):
+                self.problems.append("a process of the warm-up could not be ended")
+        if process.stdin is not None:
+            process.stdin.close()
+
+    def _pump(self, stream: Any, mark: str) -> None:
+        lines = Lines()
+        while data := os.read(stream.fileno(), _CHUNK):
+            self._last_output = time.monotonic()
+            self._take(mark, lines.feed(data))
+        self._take(mark, lines.last())
+        stream.close()
+
+    def _take(self, mark: str, region: bytes) -> None:
+        if mark == "out" and self._prefix in region:
+            region = b"".join(line for line in region.splitlines(keepends=True) if not self._is_event(line))
+        if region:
+            with self._lock:
+                self.file.write(mark, region)
+                self.tail.add(region)
+            self._display.add(mark, region)
+
+    def _is_event(self, line: bytes) -> bool:
+        event = events.decode(line.rstrip(b"\n"), self._job.nonce)
+        if event is None:
+            return False
+        if isinstance(event, events.Verdict):
+            self.verdict = event
+        try:
+            self._on_event(event)
+        except Exception as error:  # noqa: BLE001 - whatever it is, draining goes on
+            self.problems.append(f"showing an event failed: {type(error).__name__}: {error}")
+        return True
