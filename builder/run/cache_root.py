@@ -1,8 +1,7 @@
-"""The cache root as the builder sees it: read directly where it can be, through the engine elsewhere.
+"""Reads the cache root from the host: directly where possible, elsewhere through the engine.
 
-Through the engine means: one container, created and never started, whose archive endpoint reads the mounted root. So a
-directory, a named volume and a remote engine are one case for everything above this module: a path below which the
-layout lies.
+Through the engine: one container, created and never started, whose archive endpoint reads the mounted root. So a
+directory, a named volume and a remote engine are the same for all callers: a path that has the layout below it.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Pr
 from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
 
-#: What decides whether a task is warm, without the entries themselves.
+#: What decides whether a task is warm, besides the entries.
 INDEX = ("layout.json", "images", "markers")
 
-#: Seconds after which a container that is read through, and never started, is nobody's any more.
+#: Seconds after which a sweep may remove a container that was created for reading.
 READ_LIFETIME = 3600.0
 
 
 class CacheRoot:
-    """Reads one cache root. Nothing is opened before it is asked for."""
+    """Reads one cache root. Nothing is opened before it is needed."""
 
     def __init__(
         self, manifest: Manifest, engine: Engine, *, image: str, lease: Callable[[], Lease], cancel: Cancel
@@ -48,21 +47,19 @@ class CacheRoot:
 
     @property
     def name(self) -> str:
-        """For people: the directory, or ``volume NAME``."""
+        """The directory, or ``volume NAME``, for people."""
         cache = self._manifest.cache
         return str(cache.root) if cache.root else f"volume {cache.volume}"
 
     def mount(self) -> Mount:
-        """How a container gets the root."""
+        """Return the mount by which a container gets the root."""
         cache = self._manifest.cache
         if cache.root:
             return Mount(source=str(cache.root), target=cache.mount)
         return Mount(source=str(cache.volume), target=cache.mount, kind="volume")
 
     def direct(self) -> Path | None:
-        """The root, where this process can read it itself: a directory beside an engine on this machine, in which
-        nothing that matters is closed to us.
-        """
+        """Return the root where this process can read it: a directory on the engine's machine, readable to us."""
         root = self._manifest.cache.root
         if root is None or not self._engine.local or not root.is_dir():
             return None
@@ -71,18 +68,14 @@ class CacheRoot:
         return None if any(map(_is_closed, (str(root), *known, *inside))) else root
 
     def exists(self) -> bool:
-        """False where there is certainly no such root; true also for a directory on another machine, which only a
-        mount can tell.
-        """
+        """Return False where the root certainly does not exist; True also for a directory on another machine."""
         root = self._manifest.cache.root
         if root is None:
             return self._engine.has_volume(str(self._manifest.cache.volume))
         return root.is_dir() if self._engine.local else True
 
     def create(self) -> bool:
-        """Makes a missing root directory (the leaf only: a typo in the path must not become a tree). True if it made
-        one.
-        """
+        """Make a missing root directory, not its parents (a typo must not become a tree); return whether it did."""
         root = self._manifest.cache.root
         if root is None or self.exists():
             return False
@@ -94,10 +87,10 @@ class CacheRoot:
 
     @contextlib.contextmanager
     def view(self, *, entries: bool = True, keys: Collection[tuple[str, str]] | None = None) -> Iterator[Path]:
-        """A path below which layout, memos and markers lie, and the entries that the markers list.
+        """Yield a path with layout, memos and markers below it, and the entries that the markers list.
 
-        Direct, it is the root itself. Through the engine it is a private copy that goes with the context: of the whole
-        family directories that markers claim (``entries``), or of those among them that are asked for (family, key).
+        Direct, it is the root itself. Through the engine it is a private copy, removed with the context.
+        entries: copy the family directories that markers claim; keys: only those of these (family, key).
         """
         direct = self.direct()
         if direct is not None:
@@ -116,9 +109,7 @@ class CacheRoot:
 
     @contextlib.contextmanager
     def store_view(self, models: Iterable[str]) -> Iterator[Path | None]:
-        """The model store (HF_HOME), or a copy of what identifies these models: refs and config.json. None without a
-        store.
-        """
+        """Yield the model store (HF_HOME), or a copy of these models' refs and config.json; None without a store."""
         store = self._manifest.models.store
         if store is None:
             yield None
@@ -132,8 +123,9 @@ class CacheRoot:
                 yield copy
 
     def prove(self, volume: str) -> None:
-        """Reads through this volume as a job would have it in the root's place. Raises EngineRefusedError where the
-        engine cannot mount it, or nothing of the root is seen in it.
+        """Read through this volume, mounted as a job mounts it in place of the root.
+
+        Raises EngineRefusedError where the engine cannot mount it, or the root is not visible in it.
         """
         with self._reader(volume=volume) as container:
             path = f"{self._manifest.cache.mount}/layout.json"
@@ -144,7 +136,7 @@ class CacheRoot:
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
-        """A private directory that goes with the context."""
+        """Yield a private directory, removed with the context."""
         with self._copying():
             scratch = tempfile.TemporaryDirectory(prefix="warm-cache-view-")
         with scratch as name:
@@ -152,7 +144,7 @@ class CacheRoot:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """What keeps this machine from holding a copy is the machine's trouble, and said."""
+        """Raise PreflightError where this machine cannot hold a copy."""
         try:
             yield
         except OSError as error:
@@ -163,8 +155,9 @@ class CacheRoot:
 
     @contextlib.contextmanager
     def _reader(self, *, store: bool = False, volume: str | None = None) -> Iterator[str | None]:
-        """A created container with the root (or the model store, or a volume instead of the root) mounted read-only, or
-        None where the engine has no such directory yet.
+        """Yield a created container with the root mounted read-only; None where the engine has no such directory.
+
+        store: mount the model store instead; volume: mount this volume instead.
         """
         mount = self.mount()
         if store:
@@ -187,19 +180,19 @@ class CacheRoot:
         )
         container: str | None = None
         try:
-            # A signal must not come between the creation and the knowledge of it.
-            with self._cancel.shield(), _proof_of_death(lease, unless=EngineRefusedError):
+            # No signal between the creation and the assignment of its id.
+            with self._cancel.shield(), _lease_kept_unless_confirmed(lease, unless=EngineRefusedError):
                 container = self._cancel.call_with_deadline(lambda: self._create(spec), f"create {spec.name}")
             self._cancel.check()
             yield container
         finally:
             if container is not None:
-                with self._cancel.shield(), _proof_of_death(lease):
+                with self._cancel.shield(), _lease_kept_unless_confirmed(lease):
                     remove = functools.partial(self._engine.remove, container)
                     self._cancel.call_with_deadline(remove, f"remove {spec.name}", within=REMOVE_WITHIN)
 
     def _create(self, spec: ContainerSpec) -> str | None:
-        """None where the engine's host has no such directory."""
+        """Return the container; None where the engine's host has no such directory."""
         try:
             return self._engine.create(spec)
         except EngineRefusedError as error:
@@ -231,9 +224,7 @@ class CacheRoot:
                     shutil.move(str(file), copy / snapshot / "config.json")
 
     def _unpack(self, container: str, source: str, target: Path) -> None:
-        """What lies at source, below target. Regular files and directories only: a link or a device never leaves the
-        cache.
-        """
+        """Unpack `source` below `target`. Regular files and directories only, no link or device."""
         try:
             stream = self._engine.archive(container, source)
         except EngineRefusedError as error:
@@ -241,7 +232,7 @@ class CacheRoot:
                 return
             raise
         try:
-            # Closed here on every way out: an archive that nobody reads to its end keeps the engine from removing.
+            # Closed on every exit: the engine cannot remove the container while an archive of it is open.
             with contextlib.closing(stream), tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
                 for member in tar:
                     _extract(tar, member, target)
@@ -250,7 +241,7 @@ class CacheRoot:
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """One member, below target."""
+    """Unpack one member below target."""
     path = _inside(target, member.name)
     if path is None:
         return
@@ -259,7 +250,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> Non
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if member.islnk():
-        # Another name of a file that came before it.
+        # Another name of an earlier file.
         original = _inside(target, member.linkname)
         if original is not None and original.is_file():
             shutil.copy2(original, path)
@@ -270,15 +261,16 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> Non
 
 
 def _inside(target: Path, name: str) -> Path | None:
-    """Where a member of this name lies below target; None for one that would lie elsewhere."""
+    """Return the path of a member of this name below target; None where it would be outside."""
     place = PurePosixPath(name)
     return None if place.is_absolute() or ".." in place.parts else target / place
 
 
 @contextlib.contextmanager
-def _proof_of_death(lease: Lease, *, unless: type[BuilderError] | tuple[()] = ()) -> Iterator[None]:
-    """A container whose creation or removal was not confirmed may be there, or still come: then the lease's file stays,
-    by which the next sweep knows that nobody wants it. unless: an answer after which there is none.
+def _lease_kept_unless_confirmed(lease: Lease, *, unless: type[BuilderError] | tuple[()] = ()) -> Iterator[None]:
+    """Keep the lease's file where a creation or removal was not confirmed: the next sweep then removes the container.
+
+    unless: errors after which no container exists.
     """
     try:
         yield
@@ -310,7 +302,7 @@ class _Reader:
 
 
 def _is_closed(path: str) -> bool:
-    """Whether something is there that this process may not read. A link that leads nowhere is nothing."""
+    """Return whether something exists there that this process may not read. A dangling link does not exist."""
     try:
         folder = stat.S_ISDIR(Path(path).stat().st_mode)
     except PermissionError:
@@ -321,7 +313,7 @@ def _is_closed(path: str) -> bool:
 
 
 def _claimed(copy: Path) -> set[str]:
-    """Family directories that any readable marker claims, as ``family/key``."""
+    """Return family directories that any readable marker claims, as ``family/key``."""
     found = set()
     for path in copy.glob("markers/*/*.json"):
         marker = marker_files.read(path)

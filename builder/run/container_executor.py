@@ -46,11 +46,11 @@ class ContainerExecutor:
 
     context: Context
     engine: Engine
-    #: Containers that ran for this invocation, id → name; they are gone.
+    #: Containers that ran for this invocation and were removed, id → name.
     ran: dict[str, str] = field(default_factory=dict)
     #: Whether a container of a dead builder was removed.
     swept: bool = False
-    #: Whether the engine was asked for the serving image: before that, nothing is known about the cache either.
+    #: Whether the serving image was looked up: before that, nothing is known about the cache either.
     has_image: bool = False
     _prepared: bool = False
     _lease: Lease | None = None

@@ -246,7 +246,7 @@ def _store(manifest: Manifest) -> tuple[Mount, ...]:
 
 
 def _devices(manifest: Manifest, devices: tuple[int, ...] | None) -> int | tuple[str, ...]:
-    """Return what the engine is asked for: GPUs by index where some are named, else their number."""
+    """Return the GPUs to request from the engine: indices where some are named, else their number."""
     chosen = manifest.gpus.devices if devices is None else devices
     return tuple(str(index) for index in chosen) if chosen is not None else manifest.gpus.count
 

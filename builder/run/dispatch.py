@@ -1,8 +1,8 @@
 """Runs the tasks of a run, several at the same time where the machine has room.
 
 One thread per task; the main thread only decides what starts next. What ends a run early (a signal, the budget, an
-engine that is lost, GPUs that a task does not free) starts no more tasks, and every running task comes to its own end
-first: each ends its own container or process, so that a failure of one leaves none of another.
+engine that is lost, GPUs that a task does not free) starts no more tasks, and every running task ends
+first: each removes its own container or process, so that a failure of one leaves none of another.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def wait_until_idle(executor: ContainerExecutor, seconds: float, items: Sequence
 def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) -> Iterator[str]:
     """Yield why the machine is not idle, one sentence each.
 
-    Where the driver can be asked, every process on a GPU counts. Elsewhere every container of this engine that was
+    With NVML every process on a GPU counts. Elsewhere every container of this engine that was
     given GPUs counts, although it may be between two jobs.
     items: the GPUs' UUIDs come from their toolchain records where the driver does not name them.
     """
@@ -84,7 +84,7 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
             yield problem.text.rstrip(".")
     else:
         for name in gpu_containers(executor):
-            yield f"container {name} has GPUs, and who computes on them cannot be asked ({look.absent})"
+            yield f"container {name} has GPUs, and which processes use them cannot be known ({look.absent})"
     names = {gpu.uuid: f"GPU {gpu.index}" for gpu in look.gpus}
     for item in items:
         names.update({str(gpu["uuid"]): f"GPU {gpu.get('index')}" for gpu in item.record["gpus"] if gpu.get("uuid")})
@@ -95,7 +95,7 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
 
 
 def gpu_containers(executor: ContainerExecutor) -> Iterator[str]:
-    """Names of the running containers of this engine that were given GPUs."""
+    """Yield names of the running containers of this engine that were given GPUs."""
     ask = executor.engine.ask
     for entry in ask("cannot list containers", "GET", "/containers/json") or ():
         doing = f"cannot look at {entry['Id'][:12]}"
@@ -119,13 +119,13 @@ def reserved(executor: ContainerExecutor, items: Sequence[Item]) -> Iterator[Gpu
     with contextlib.ExitStack() as stack:
         if work:
             stack.enter_context(_out_of_service(executor))
-            # Whoever is put back into service may want to reset a GPU, and an open driver keeps it from that.
+            # The release command may reset a GPU, which an open driver prevents.
             stack.callback(executor.nvml.close)
         if work and context.manifest.gpus.count:
             warn = context.report.warnings.append
             stack.enter_context(gpu_locks.locked(reservation.names(work[0]), context.lock_wait(), warn))
         if work:
-            # Who had these locks until now may have been killed, and its containers still be there.
+            # The last owner of these locks may have been killed, and its containers still run.
             executor.sweep()
         if work and context.manifest.gpus.count:
             reservation.refuse_busy()
@@ -164,7 +164,7 @@ def _out_of_service(executor: ContainerExecutor) -> Iterator[None]:
 
 
 def _working_directory(executor: ContainerExecutor) -> str:
-    """Where the operator's commands run: where the builder does, as long as that is there."""
+    """Return where the operator's commands run: in the builder's directory, or in / if that was removed."""
     try:
         return str(Path.cwd())
     except OSError as error:
@@ -177,12 +177,12 @@ def _owe(debt: Path, release: hooks.Hooks) -> None:
         hooks.record_pending_release(debt, release)
     except OSError as error:
         raise PreflightError(
-            f"cannot write down in {debt} that this machine has to be put back into service: {error.strerror}"
+            f"cannot record in {debt} that this machine has to be put back into service: {error.strerror}"
         ) from error
 
 
 def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> None:
-    """Also after a signal, and in spite of it. A second one ends the wait; what is owed then stays owed."""
+    """Put the machine back into service, also after a signal. A second signal ends the wait; it then stays pending."""
     context = executor.context
     cancel = context.cancel
     with cancel.shield():
@@ -223,38 +223,38 @@ def run_pending_release(context: Context, directory: Path) -> bool:
 
 @dataclass(frozen=True)
 class Held:
-    """A GPU that is not free again. extra: bytes in use beyond what was before; why: where NVML does not know it."""
+    """A GPU that is not free again."""
 
     gpu: GpuUsage
     processes: tuple[GpuProcess, ...] = ()
-    extra: int = 0
-    why: str = ""
+    extra: int = 0  # bytes in use beyond those in use before the task
+    why: str = ""  # set where NVML does not answer for it
 
 
 class GpuReservation:
-    """What a run knows about the GPUs of its containers."""
+    """The GPUs of a run's containers: checks that they are free before it, and again after each task."""
 
     def __init__(self, executor: ContainerExecutor) -> None:
         self._executor = executor
-        self._said: set[str] = set()
-        self._saying = threading.Lock()
+        self._reported: set[str] = set()
+        self._reporting = threading.Lock()
 
     def names(self, item: Item) -> dict[str, str]:
-        """Of the GPUs' locks: UUID → name for people. Where NVML says nothing the probe did, in a container."""
+        """Return UUID → name for people, for the GPUs' locks. Without NVML the probe's."""
         look = self._look()
         found = [(gpu.index, gpu.uuid) for gpu in look.gpus]
         if not found:
             record = item.record.get("gpus") or ()
             found = [(gpu.get("index", 0), str(gpu["uuid"])) for gpu in record if gpu.get("uuid")]
         if not found:
-            self._say("they have no UUIDs here, and are not locked against other builders")
+            self._report_once("they have no UUIDs here, and are not locked against other builders")
         return {uuid: f"GPU {index} ({uuid})" for index, uuid in found}
 
     def refuse_busy(self) -> None:
-        """Raises PreflightError with everybody who holds one of them; a warning where that is allowed."""
+        """Raise PreflightError with every process that uses one of the GPUs; warn instead if the options allow it."""
         executor = self._executor
         remedy = ["[gpus] acquire did not free it: stop it, or"] if executor.context.manifest.gpus.acquire else []
-        # What was swept has ended, and its GPUs are free in a moment.
+        # The GPUs of a swept container are free in a moment.
         limit = Deadline(executor.context.manifest.gpus.release_timeout if executor.swept else 0.0)
         while True:
             look = self._look()
@@ -281,11 +281,11 @@ class GpuReservation:
 
     @contextlib.contextmanager
     def free_after(self, label: str, devices: tuple[int, ...] | None = None) -> Iterator[None]:
-        """After what happens inside, which is the task of this label, its GPUs are as free as they were before.
-        devices: which these are, None: all of this run's. Other tasks may run on others meanwhile.
+        """Wait after this context, the task of this label, until its GPUs are as free as before.
 
-        Raises GpusHeldError when they are not within ``[gpus] release_timeout``: whatever came next would run out of
-        memory. Somebody who wants to end the run does not wait for them.
+        Raises GpusHeldError when they are not within ``[gpus] release_timeout``: the next server would run out of
+        memory. After a cancellation it does not wait.
+        devices: the task's GPUs; None: all of the run's. Other tasks may use others meanwhile.
         """
         executor = self._executor
         has_some = executor.context.manifest.gpus.count if devices is None else devices
@@ -321,7 +321,7 @@ class GpuReservation:
         executor.context.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
 
     def _report(self, freed: dict[str, float]) -> None:
-        """The longest wait of all tasks; None for a GPU that is not free yet."""
+        """Report the longest wait of all tasks; None for a GPU that is not free yet."""
         for entry in self._executor.context.report.gpus:
             seconds = freed.get(entry["uuid"])
             before = entry["free_again_seconds"] or 0.0
@@ -340,23 +340,23 @@ class GpuReservation:
 
     def _compare(self, was: GpuUsage, gpu: GpuUsage) -> Held | None:
         known = {process.identity for process in was.processes or ()}
-        others = [process for process in gpu.processes or () if self._is_somebody_elses(process)]
+        others = [process for process in gpu.processes or () if self._is_foreign(process)]
         new = [process for process in gpu.processes or () if process.identity not in known]
         extra = gpu.used - was.used if gpu.used is not None and was.used is not None else 0
         if self._executor.context.options.allow_busy:
-            # Who shares a GPU cannot tell whose memory it is that grows.
+            # Where a GPU is shared, memory that grows may be another process's.
             new = [process for process in new if process not in others]
             extra = 0 if known or others else extra
         if new or extra > TOLERANCE:
             return Held(gpu, tuple(new), extra)
         return None
 
-    def _is_somebody_elses(self, process: GpuProcess) -> bool:
-        """One that is ending has no start time any more, and is ours rather than not."""
+    def _is_foreign(self, process: GpuProcess) -> bool:
+        """A process that is ending has no start time any more; it is taken for ours."""
         return process.started is not None and process.container not in self._executor.ran
 
     def _texts(self, found: Sequence[Held]) -> list[str]:
-        """For people, one sentence each. The engine is asked once for the names of containers, if it has to be."""
+        """Return one sentence for each, for people. At most one request to the engine, for names."""
         names = self._executor.container_names() if any(held.processes for held in found) else {}
         return [self._text(held, names) for held in found]
 
@@ -371,20 +371,22 @@ class GpuReservation:
         return f"GPU {held.gpu.index} is held by {who}, with {memory}"
 
     def _look(self, devices: tuple[int, ...] | None = None) -> GpuSnapshot:
-        """A look, and once per run what it cannot say."""
+        """Return the state of the GPUs; report once per run what cannot be known about them."""
         look = self._executor.look()
         if devices is not None:
             look = look.chosen(devices, 0)
         if look.absent is not None:
             self._executor.context.report.extra["gpus_reason"] = look.absent
-            self._say(f"{look.absent}; who holds them, and whether they are free again after a task, is not checked")
+            self._report_once(
+                f"{look.absent}; which processes use them, and whether they are free after a task, is not checked"
+            )
         for note in look.notes:
-            self._say(note)
+            self._report_once(note)
         return look
 
-    def _say(self, text: str) -> None:
-        with self._saying:
-            known = text in self._said
-            self._said.add(text)
+    def _report_once(self, text: str) -> None:
+        with self._reporting:
+            known = text in self._reported
+            self._reported.add(text)
         if not known:
             self._executor.context.console.say(f"GPUs: {text}")

@@ -158,7 +158,7 @@ class LocalExecutor:
     def prepare(self) -> None:
         """Lay out the root. Raises PreflightError where this process could not write markers there.
 
-        Containers of test jobs get the markers read-only: their jobs may add kernels, and must not vouch for any.
+        Containers of test jobs get the markers read-only: their jobs may add kernels, and no markers.
         """
         if self.image.id is None:
             raise UsageError(

@@ -220,7 +220,7 @@ class AgentProcess:
         if process.poll() is None:
             process.kill()
         self.status = process.wait()
-        # A living agent adopts the orphans of its own task. So what is below us, and below no other agent, is ours.
+        # A running agent adopts the orphans of its task: all our descendants outside other agents are this one's.
         with _starting:
             _running.discard(process.pid)
             if not processes.kill_descendants(leave=_running):
@@ -253,6 +253,6 @@ class AgentProcess:
             self.verdict = event
         try:
             self._on_event(event)
-        except Exception as error:  # noqa: BLE001 - whatever it is, draining goes on
+        except Exception as error:  # noqa: BLE001 - no error may stop the draining
             self.problems.append(f"showing an event failed: {type(error).__name__}: {error}")
         return True

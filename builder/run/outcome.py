@@ -1,6 +1,6 @@
-"""What became of a task and of a run: said once, for containers and for `--here`.
+"""Decides what became of a task and of a run, for containers and for `--here`.
 
-Only a marker of this run that holds on disk makes a task warmed, whatever its program reported.
+Only a marker of this run that holds on disk makes a task warmed, whatever its program reports.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENDED_EARLY = {
 
 
 def result_of_execution(executor: Executor, item: Item, execution: Execution) -> TaskResult:
-    """Return the result of a task whose program has ended."""
+    """Return the result of a task after the end of its program."""
     result = _judge(executor, item, execution)
     result.seconds = execution.seconds
     result.log = str(execution.log) if execution.log else None

@@ -1,6 +1,4 @@
-"""Tasks × markers → warm, or cold for a named reason. Reads only; decides nothing that a marker and the disk do not
-say.
-"""
+"""Compares tasks with markers: warm, or cold for a named reason. Reads only."""
 
 from __future__ import annotations
 
@@ -21,13 +19,13 @@ ProbeEnv = tuple[tuple[str, str], ...]
 
 
 def probe_env(task: Task) -> ProbeEnv:
-    """The part of a task's environment that changes what a probe sees (another nvcc, another preload)."""
+    """Return the variables of a task that change what a probe finds (another nvcc, another preload)."""
     return tuple(sorted((name, value) for name, value in task.env.items() if name in toolchain.PROBE_ENV))
 
 
 @dataclass(frozen=True)
 class Item:
-    """One task and what the cache says about it."""
+    """One task and its judgement by the cache."""
 
     task: Task
     record: Record
@@ -41,7 +39,7 @@ class Item:
 
     @property
     def key(self) -> str:
-        """Names the task's marker directory."""
+        """The digest that names the task's marker directory."""
         return coverage_digest(coverage(self.task, record=self.record, config_digest=self.config_digest))
 
 
@@ -73,7 +71,7 @@ def make_plan(
     store: Path | None,
     strict: bool = False,
 ) -> Plan:
-    """Judges every task against the cache root (or a copy of its index) at ``root``."""
+    """Judge every task by the cache root (or a copy of its index) at ``root``."""
     return Plan(tuple(_item(task, records[probe_env(task)], root, store, strict) for task in tasks))
 
 

@@ -51,7 +51,7 @@ def to_do(context: Context, plan: Plan) -> tuple[Item, ...]:
 
 
 def warm_task(executor: Executor, gpus: Reservation, item: Item, allocation: Allocation) -> None:
-    """Run one task, from its title to the moment when its GPUs are free again. In a thread of its own."""
+    """Run one task, from its title to the moment when its GPUs are free again. Called in the task's thread."""
     report, label = executor.context.report, item.task.label
     opened = open_output(executor.context.console, allocation.title, label, concurrent=allocation.concurrent)
     with opened as output, gpus.free_after(label, allocation.reserved_gpus):

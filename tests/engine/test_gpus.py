@@ -228,7 +228,9 @@ def test_nvml_missing_is_reported(cli: GpuCli, tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_bytes(b"")
     ended = cli.ended(environ={"LD_LIBRARY_PATH": str(tmp_path)})
     assert ended.status == 0, ended.said
-    assert ended.said.count("GPUs: there is no NVML here (libnvidia-ml.so.1); who holds them, and whether") == 1
+    assert (
+        ended.said.count("GPUs: there is no NVML here (libnvidia-ml.so.1); which processes use them, and whether") == 1
+    )
     assert ended.document["gpus"] == []
     assert ended.document["gpus_reason"] == "there is no NVML here (libnvidia-ml.so.1)"
 
