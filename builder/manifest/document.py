@@ -1,9 +1,9 @@
-"""A TOML file as people wrote it: typed reading that collects every problem, each with the line it is on.
+"""A manifest's text as a document: typed reading that collects every problem, each with its line.
 
 A Python 3.10 that has nothing installed cannot read TOML. For it, and for programs, the same document may be JSON.
 
-Reading never stops at the first mistake: a value that is wrong is recorded as a problem and read as the default, so
-that one run shows all of them. Whoever reads asks `Reader.problems` at the end.
+Reading does not stop at the first mistake: a wrong value is recorded as a problem and read as the default, so that one
+run shows all problems. After reading, `Document.problems` has them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ else:
 
         HAS_TOML = True
     except ImportError:
-        try:  # every pip of such a Python brings one along, and a test job has a pip
+        try:  # every pip of such a Python contains one, and a test job has a pip
             from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
 
             HAS_TOML = True
@@ -44,8 +44,8 @@ TO_JSON = (
 )
 
 T = TypeVar("T")
-D = TypeVar("D")  # of a default, which may be None
-Path = tuple[Any, ...]  # of keys; a table of an array of tables is its position
+D = TypeVar("D")  # a default, which may be None
+Path = tuple[Any, ...]  # keys from the root; a number for a table of an array
 
 _KEY = r"""[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
 _DOTTED = rf"(?:{_KEY})(?:[ \t]*\.[ \t]*(?:{_KEY}))*"
@@ -61,7 +61,7 @@ def _split(dotted: str) -> list[str]:
 
 
 def find_lines(text: str) -> dict[Path, int]:
-    """The line (from 1) of every table and key of a valid TOML text. Keys of inline tables are not listed."""
+    """Return the line (from 1) of every table and key of a valid TOML text, without keys of inline tables."""
     lines: dict[Path, int] = {}
     counts: dict[Path, int] = {}
     table: Path = ()
@@ -99,19 +99,19 @@ def find_lines(text: str) -> dict[Path, int]:
 
 
 def _refusal(text: str, error: ValueError | RecursionError) -> tuple[int, str]:
-    """The line where a text is no TOML, and why."""
+    """Return the line where a text is no TOML, and why it is none."""
     at = re.search(r"\(at line (\d+)", str(error))
     if isinstance(error, RecursionError):
         return text.count("\n") + 1, "nested too deeply"
     if not isinstance(error, tomllib.TOMLDecodeError):
-        # Python refuses to read decimal numbers of thousands of digits, and does not say where.
+        # Python reads no decimal number of thousands of digits, and its error has no line.
         longest = max(re.finditer(r"[0-9_]+", text), key=lambda found: len(found[0]))
         return text.count("\n", 0, longest.start()) + 1, "a number of too many digits"
     return int(at[1]) if at else text.count("\n") + 1, printable(re.sub(r" \(at .*", "", str(error)))
 
 
 def _json(name: str, text: str) -> dict[str, Any]:
-    """A TOML document never begins with a brace. Raises UsageError with the line where this is no JSON."""
+    """Parse a document that begins with a brace, as TOML never does. Raises UsageError with the line of the mistake."""
     try:
         data: dict[str, Any] = json.loads(text)
     except RecursionError:
@@ -124,7 +124,7 @@ def _json(name: str, text: str) -> dict[str, Any]:
 
 
 def _oversized(data: Any) -> Iterator[Path]:
-    """Where integers stand that do not fit into 64 bits: TOML promises no more, and neither do those who read them."""
+    """Yield the paths of integers that do not fit into 64 bits, the most that TOML and JSON readers guarantee."""
     todo: list[tuple[Path, Any]] = [((), data)]
     while todo:
         path, value = todo.pop()
@@ -138,7 +138,7 @@ def _oversized(data: Any) -> Iterator[Path]:
 
 @dataclass
 class Document:
-    """A parsed file. name: how messages call it."""
+    """A parsed file. name: its name in messages."""
 
     name: str
     data: dict[str, Any]
@@ -147,7 +147,7 @@ class Document:
 
     @classmethod
     def parse(cls, name: str, raw: bytes) -> Document:
-        """Raises UsageError with the line where this is no TOML."""
+        """Parse TOML or JSON. Raises UsageError with the line of the mistake."""
         try:
             text = raw.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
@@ -177,7 +177,7 @@ class Document:
         return document
 
     def location(self, path: Path) -> str:
-        """``FILE:LINE`` of what is at this path, or of the nearest thing around it."""
+        """Return ``FILE:LINE`` of the value at this path, or of the nearest table around it."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.name}:{self.lines.get(path, 1)}"
@@ -189,7 +189,7 @@ class Document:
         return Table(self, (), self.data)
 
     def in_order(self) -> list[Problem]:
-        """The problems by line; those of other places (options) last."""
+        """Return the problems by line; those of options last."""
         prefix = f"{self.name}:"
 
         def line(problem: Problem) -> float:
@@ -200,7 +200,7 @@ class Document:
 
 @dataclass
 class Table:
-    """One table of the document. Every read names a key; `finish` reports those that nobody read."""
+    """One table of the document. Each read names a key; `finish` reports the keys that were not read."""
 
     document: Document
     path: Path
@@ -214,7 +214,10 @@ class Table:
         self.document.add_problem(self.path if key is None else (*self.path, key), text, remedy)
 
     def read(self, key: str, convert: Callable[[Any], T], default: D) -> T | D:
-        """The value, converted. ``convert`` raises ValueError with what is wanted and what was found."""
+        """Return the converted value; the default where it is missing or wrong.
+
+        convert: raises ValueError with what was expected and what was found.
+        """
         self.known[key] = None
         if key not in self.data:
             return default
@@ -230,11 +233,11 @@ class Table:
         return self.read(key, convert, default)
 
     def table(self, key: str) -> Table:
-        """The table at this key; an empty one where there is none."""
+        """Return the table at this key; an empty one where there is none."""
         return Table(self.document, (*self.path, key), self.read(key, a_table, {}))
 
     def tables(self, key: str) -> list[Table]:
-        """The array of tables at this key."""
+        """Return the tables of the array at this key."""
         rows = self.read(key, list_of(a_table, f"[[{key}]]"), ())
         return [Table(self.document, (*self.path, key, index), row) for index, row in enumerate(rows)]
 

@@ -13,7 +13,7 @@ from builder.errors import Problem
 from builder.manifest.document import Document, Table
 from builder.manifest.values import Kind
 
-S = TypeVar("S")  # a dataclass whose fields are keys
+S = TypeVar("S")  # a dataclass of keys
 T = TypeVar("T")
 D = TypeVar("D")  # a default, which may be None
 

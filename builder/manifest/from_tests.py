@@ -68,7 +68,7 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def known(launches: Iterable[Launch]) -> tuple[list[Launch], list[Problem]]:
-    """Return the launches whose every word that a kernel may depend on is known, and a problem for each other one."""
+    """Return the launches without unknown words that a kernel may depend on, and a problem for each other one."""
     found, problems = [], []
     for launch in launches:
         why = _unknown(launch)
@@ -120,24 +120,24 @@ def differences(launch: Launch, task: Task) -> tuple[str, ...]:
     """What the task has otherwise than the launch, flag by flag, then variable by variable; empty: it covers it."""
     wanted, given = flags_of(launch.argv), flags_of(task.argv)
     given = {_same_option(name, wanted): value for name, value in given.items()}
-    told = []
+    found = []
     for name in sorted(wanted.keys() | given.keys()):
         want, have = wanted.get(name), given.get(name)
         if want is not None and _TEMPORARY in want:
             continue
         if have is None:
-            told.append(f"{name} {want}".rstrip() + " is missing")
+            found.append(f"{name} {want}".rstrip() + " is missing")
         elif want is None:
-            told.append(f"{name} {have}".rstrip() + " is not in the test")
+            found.append(f"{name} {have}".rstrip() + " is not in the test")
         elif want != have:
-            told.append(f"{name} is {have or 'without value'}, in the test {want or 'without value'}")
+            found.append(f"{name} is {have or 'without value'}, in the test {want or 'without value'}")
     for variable, value in environment_of(launch):
         have = task.env.get(variable)
         if have is None:
-            told.append(f"{variable}={value} is missing")
+            found.append(f"{variable}={value} is missing")
         elif _switch(have) != _switch(value):
-            told.append(f"{variable} is {have}, in the test {value}")
-    return tuple(told)
+            found.append(f"{variable} is {have}, in the test {value}")
+    return tuple(found)
 
 
 def flags_of(argv: Iterable[str]) -> dict[str, str]:
@@ -192,15 +192,16 @@ def as_manifest(launches: Sequence[Launch], paths: Sequence[str]) -> str:
 
 
 def as_tasks(launches: Sequence[Launch], gpus: int) -> list[str]:
-    """A ``[[task]]`` for every launch; those that differ in nothing that a kernel depends on share one. gpus: what a
-    task has that says nothing of it.
+    """Return a ``[[task]]`` for every launch; launches that are the same for kernels share one.
+
+    gpus: the number that a task has by default.
     """
-    told: dict[tuple[object, ...], list[Launch]] = {}
+    same_launches: dict[tuple[object, ...], list[Launch]] = {}
     for launch in launches:
         key = (launch.model, tuple(sorted(flags_of(launch.argv).items())), tuple(environment_of(launch)))
-        told.setdefault(key, []).append(launch)
+        same_launches.setdefault(key, []).append(launch)
     blocks = []
-    for same in told.values():
+    for same in same_launches.values():
         launch = same[0]
         tests = dict.fromkeys(f"# {printable(each.location)} {printable(each.test)}" for each in same)
         lines = [*tests, "[[task]]", f"model = {_toml(launch.model)}"]
@@ -249,7 +250,7 @@ def as_text(
 
 
 def describe(problem: Problem) -> str:
-    """One line for a test whose launches are not, or not all, recorded."""
+    """Return one line for a test of which not all launches are recorded."""
     name = f" {problem.test}" if problem.test else ""
     state = problem.state.replace("-", " ")
     return printable(_UNKNOWN.sub(r"\1", f"{state}: {problem.location}{name}: {problem.why or 'no reason is given'}"))

@@ -1,6 +1,6 @@
-"""The manifest: which image to warm, where the cache is, and the tasks. TOML in, frozen values out.
+"""Loads a manifest: from a file or a packaged profile, with the overrides of the command line, as frozen values.
 
-Every problem is reported at once, with its line and, where a name is unknown, the one that was probably meant.
+Every problem is reported at once, with its line and, for an unknown name, the known one that is closest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """path: what messages call it."""
+    """A manifest as the program uses it. path: its name in messages."""
 
     path: str
     image: ImageSpec
@@ -62,9 +62,9 @@ def load(
     overrides: Overrides = Overrides(),
     only: Sequence[str] = (),
 ) -> Manifest:
-    """The manifest in this file, or the packaged profile of this name; of its tasks those that ``only`` selects.
+    """Return the manifest of this file, or the packaged profile of this name.
 
-    Raises UsageError, with every problem, when it cannot be read or is wrong.
+    only: selects tasks, as `select` does. Raises UsageError with every problem.
     """
     name, raw = _read_profile(profile) if profile is not None else _read_file(Path(path or ""))
     document = Document.parse(name, raw)
@@ -75,7 +75,7 @@ def load(
 
 
 def cache_of(location: str) -> CacheSpec:
-    """The cache that this option names, where there is no manifest. Raises UsageError."""
+    """Return the cache that ``--cache`` names, for use without a manifest. Raises UsageError."""
     document = Document.parse("--cache", b"")
     spec = read_cache(document.root().table("cache"), OverrideReader(document, Overrides(cache=location)))
     if document.problems:
@@ -84,15 +84,15 @@ def cache_of(location: str) -> CacheSpec:
 
 
 def profiles() -> list[str]:
-    """Names of the packaged profiles."""
+    """Return the names of the packaged profiles."""
     folder = importlib.resources.files("builder") / "profiles"
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
 def select(manifest: Manifest, only: Sequence[str]) -> Manifest:
-    """The manifest with those tasks whose label, model or model's last part equals or matches (``*``) one of these.
+    """Return the manifest with the tasks that a pattern matches by label, model or the model's last part.
 
-    Nothing asked for is everything. Raises UsageError for every pattern that selects nothing.
+    only: names or globs, in any case; empty: every task. Raises UsageError for each pattern that selects nothing.
     """
     if not only:
         return manifest
@@ -110,7 +110,7 @@ def select(manifest: Manifest, only: Sequence[str]) -> Manifest:
             problems.append(Problem("--only", f"no task of {manifest.path} matches {pattern!r};", hint))
         chosen |= found
     if problems:
-        raise UsageError("nothing to do for what --only asks for", problems)
+        raise UsageError("--only selects nothing", problems)
     return replace(manifest, tasks=tuple(task for task in manifest.tasks if task.label in chosen))
 
 
@@ -157,7 +157,7 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
 
 
 def _with_lifetime(manifest: Manifest, root: Table) -> Manifest:
-    """The last line of defence must come after every other one: unless given, it is longer than the run can be."""
+    """Set the lifetime, unless it is given, to more than the run can take: it is the last of all deadlines."""
     run = manifest.run
     longest = max((task.timeout for task in manifest.tasks), default=0.0)
     table = root.table("run")

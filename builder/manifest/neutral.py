@@ -1,4 +1,4 @@
-"""Options and variables of a server that no kernel depends on, so that a launch is covered whatever they say.
+"""Options and variables of a server that no kernel depends on, which are ignored when a launch is compared with a task.
 
 Names and meanings are those of ``sglang/srt/server_args.py`` of 0.5.23 and of upstream's tree of 2026-08-22
 (d315eb7250). What decides a shape, a backend, a dtype, a parallelism or how a batch is made up is not in here.

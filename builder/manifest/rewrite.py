@@ -16,7 +16,7 @@ from builder.text import printable
 def replace_tasks(text: str, keep: Callable[[int], bool], added: Sequence[str]) -> str:
     """Return a manifest's text without the tasks that are not kept, and with more after the last one.
 
-    keep: says of a task's number, from 0, whether it stays; added: whole ``[[task]]`` tables. Comments directly above a
+    keep: True for the number, from 0, of a task that stays; added: whole ``[[task]]`` tables. Comments directly above a
     table belong to it. Raises UsageError for a text that is no TOML manifest of ``[[task]]`` tables.
     """
     document = Document.parse("manifest", text.encode())
@@ -83,7 +83,7 @@ def _with_comments(lines: Sequence[str], start: int) -> int:
 
 
 def _check(before: Document, text: str) -> None:
-    """Raise DefectError unless the text says what it said, tasks aside."""
+    """Raise DefectError unless everything but the tasks has the same values as before."""
     after = Document.parse("manifest", text.encode())
     others = [{name: value for name, value in each.data.items() if name != "task"} for each in (before, after)]
     if others[0] != others[1]:

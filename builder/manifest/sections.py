@@ -126,7 +126,7 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """The serving image whose kernels are compiled."""
+    """The serving image, and changes to it for the warm-up image."""
 
     ref: str = key(
         reference,
@@ -327,7 +327,7 @@ def read_gpus(table: Table, overrides: OverrideReader) -> GpusSpec:
     if gpus.devices is not None and not table.has("count"):
         gpus = replace(gpus, count=len(gpus.devices))
     if gpus.pretend is not None and (gpus.count or gpus.devices):
-        table.add_problem("pretend", "pretend is for a machine whose GPUs are not used:", "set count = 0.")
+        table.add_problem("pretend", "pretend compiles without GPUs:", "set count = 0.")
     if gpus.devices is not None and gpus.count != len(gpus.devices):
         table.add_problem("devices", f"devices names {len(gpus.devices)} GPUs, and count is {gpus.count}.")
     return gpus

@@ -2,7 +2,7 @@
 
 A registration is a call at the top of a file, ``register_cuda_ci(est_time, suite, nightly, disabled, stage=…,
 runner_config=…)``, and is read without running the file, as upstream's own ``ci_register.py`` does: its arguments are
-literals, and a suite's name is ``{stage}-test-{runner_config}``, or else what ``suite`` says.
+literals, and a suite's name is ``{stage}-test-{runner_config}``, or else the argument ``suite``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Registration:
 @dataclass(frozen=True)
 class Selection:
     """The files of a suite. checkout: the folder with ``python/sglang/test``; passed_over: files of other suites;
-    problems: files that are disabled, or whose registration is not understood.
+    problems: files that are disabled, or with a registration that is not understood.
     """
 
     checkout: Path
@@ -92,8 +92,9 @@ def select(paths: Sequence[str], suite: str | None) -> Selection:
 
 
 def read(source: bytes) -> tuple[list[Registration], bool]:
-    """Return a file's registrations for CUDA, and whether it has others. Raises ValueError for one whose arguments are
-    no literals, and what `ast.parse` raises.
+    """Return a file's registrations for CUDA, and whether it has others.
+
+    Raises ValueError for arguments that are no literals, and what `ast.parse` raises.
     """
     if b"register_" not in source:
         return [], False

@@ -81,7 +81,7 @@ def _arguments(groups: Mapping[str, tuple[str, ...]]) -> Callable[[Any], tuple[s
 
 
 def _environment(table: Table, base: Mapping[str, str] | None) -> Callable[[Any], dict[str, str]]:
-    """Return a converter for env that merges it into `base`. Every wrong variable is a problem of its own line."""
+    """Return a converter for env that merges it into `base`. Each wrong variable is a problem with its own line."""
 
     def convert(value: Any) -> dict[str, str]:
         env = dict(base or {})
