@@ -1,4 +1,4 @@
-"""[args]: words that several tasks share, and what is said where a name is wrong."""
+"""[args]: arguments that several tasks share, and the message for a wrong name."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def read(path: Path, argv: str, head: str = HEAD) -> tuple[str, ...]:
     return load(path).tasks[0].argv
 
 
-def test_a_name_stands_for_its_words(tmp_path: Path) -> None:
+def test_argv_with_group_name_is_expanded(tmp_path: Path) -> None:
     argv = read(tmp_path / "m.toml", '["--a", "@both", "--b", "@@tp", "@", "x@tp"]')
     assert argv == ("--a", "--tp", "8", "--dp", "8", "--b", "@tp", "@", "x@tp")
 
 
 @pytest.mark.parametrize(
-    ("head", "argv", "said"),
+    ("head", "argv", "expected"),
     [
         (HEAD, '["--a", "@tpp"]', "m.toml:9: argv: item 2: no group 'tpp' is in [args] above this (did you"),
         ("\n".join(HEAD.splitlines()[:3]) + "\n", '["@tp"]', "m.toml:6: argv: item 1: no group 'tp' is in [args]"),
@@ -39,14 +39,14 @@ def test_a_name_stands_for_its_words(tmp_path: Path) -> None:
         (HEAD + 'one = "--tp"\n', "[]", "m.toml:7: one: expected a list of arguments, found a string: '--tp'."),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, head: str, argv: str, said: str) -> None:
+def test_group_that_is_wrong_is_reported_with_its_line(tmp_path: Path, head: str, argv: str, expected: str) -> None:
     with pytest.raises(UsageError) as caught:
         read(tmp_path / "m.toml", argv, head)
     found = [str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems]
-    assert len(found) == 1 and found[0].startswith(said), found
+    assert len(found) == 1 and found[0].startswith(expected), found
 
 
-def test_what_a_group_brings_is_checked_like_the_tasks_own_words(tmp_path: Path) -> None:
+def test_argv_with_secret_from_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         read(tmp_path / "m.toml", '["@key"]', HEAD + 'key = ["--api-key", "x"]\n')
     assert "argv holds --api-key" in str(caught.value.problems[0])

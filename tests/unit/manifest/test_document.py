@@ -7,7 +7,7 @@ from textwrap import dedent
 from builder.manifest.document import find_lines
 
 
-def test_lines_of_everything_a_text_can_hold() -> None:
+def test_find_lines_of_every_form_of_key() -> None:
     text = dedent('''\
         a = """
         b = 1

@@ -23,12 +23,12 @@ from builder.task import Task
         (["--tp", "2", "--tp", "4"], "m-tp4"),
     ],
 )
-def test_parallelism(argv: list[str], label: str) -> None:
+def test_label_has_parallelism_above_one(argv: list[str], label: str) -> None:
     assert labels([Task(label="", model="org/m", recipe="serve", argv=tuple(argv))]) == [label]
 
 
 @pytest.mark.parametrize("model", ["../../etc", "a/..", "/", "ü b/c d", "x" * 300, "a/b\nc"])
-def test_safe_as_a_file_name(model: str) -> None:
+def test_label_of_any_model_is_a_safe_file_name(model: str) -> None:
     (label,) = labels([Task(label="", model=model, recipe="serve")])
     assert label
     assert len(label) < 100
@@ -36,12 +36,12 @@ def test_safe_as_a_file_name(model: str) -> None:
     assert not label.startswith((".", "-"))
 
 
-def test_told_apart_by_recipe() -> None:
+def test_labels_of_one_model_differ_by_recipe() -> None:
     both = [Task(label="", model="org/m", recipe=recipe) for recipe in ("serve", "compile-deep-gemm")]
     assert labels(both) == ["m-serve", "m-compile-deep-gemm"]
 
 
-def test_told_apart_whatever_the_order() -> None:
+def test_labels_in_any_order_are_the_same() -> None:
     several = [Task(label="", model="a/m", recipe="serve", env={"A": str(n)}) for n in range(20)]
     several += [Task(label="", model="b/M", recipe="serve"), Task(label="", model="c/other", recipe="serve")]
     named = dict(zip((repr(task) for task in several), labels(several), strict=True))
@@ -51,7 +51,7 @@ def test_told_apart_whatever_the_order() -> None:
     assert dict(zip((repr(task) for task in shuffled), labels(shuffled), strict=True)) == named
 
 
-def test_deadlines_do_not_change_a_label() -> None:
+def test_label_does_not_depend_on_deadlines() -> None:
     slow, fast = (
         [Task(label="", model="a/m", recipe="serve", revision=revision, timeout=timeout) for revision in ("x", "y")]
         for timeout in (1.0, 2.0)

@@ -1,4 +1,4 @@
-"""The manifest: what is accepted, what is refused, where, and with which hint."""
+"""The manifest: what is accepted, and what is refused, with which location and remedy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def only_problem(path: Path, overrides: Overrides = Overrides()) -> str:
 
 
 class TestGood:
-    def test_defaults(self, write: Write) -> None:
+    def test_load_minimal_manifest_has_defaults(self, write: Write) -> None:
         manifest = load(write(HEAD + TASK))
         assert manifest.cache.root == Path("/data/jit")
         assert (manifest.cache.volume, manifest.cache.mount, manifest.cache.job_max) == (None, "/jit", 21600)
@@ -71,7 +71,7 @@ class TestGood:
             600,
         )
 
-    def test_the_example_of_every_section(self, write: Write) -> None:
+    def test_load_manifest_with_every_section(self, write: Write) -> None:
         manifest = load(
             write("""\
                 schema = 1
@@ -138,7 +138,9 @@ class TestGood:
         assert (first.requests, first.families, first.timeout) == (((1, 2),), ("triton", "deep_gemm"), 90)
         assert (second.shapes, second.m_values, second.gpus) == ((Shape("GEMM_NT_F8F8BF16", 4096, 7168),), (64, 128), 4)
 
-    def test_overrides_come_first(self, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_load_with_overrides_prefers_them(
+        self, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         path = write(HEAD + TASK + 'timeout = "5m"\n')
         manifest = load(
@@ -151,21 +153,21 @@ class TestGood:
         volume = load(path, overrides=Overrides(cache="volume:jit"))
         assert (volume.cache.root, volume.cache.volume) == (None, "jit")
 
-    def test_families_may_be_empty(self, write: Write) -> None:
+    def test_load_accepts_empty_families(self, write: Write) -> None:
         (task,) = load(write(HEAD + TASK + 'recipe = "command"\nargv = ["true"]\nsuccess = "x"\nfamilies = []\n')).tasks
         assert task.families == ()
 
-    def test_the_lifetime_outlasts_the_run(self, write: Write) -> None:
+    def test_lifetime_default_is_longer_than_the_run(self, write: Write) -> None:
         tasks_ = "".join(f'[[task]]\nmodel = "org/m{n}"\ntimeout = "1h"\n' for n in range(5))
         assert load(write(HEAD + tasks_)).run.lifetime > 5 * 3600
         assert load(write(HEAD + '[run]\nbudget = "30m"\n' + tasks_)).run.lifetime == 7200
 
     @pytest.mark.parametrize("name", profiles())
-    def test_profiles_are_good(self, name: str) -> None:
+    def test_load_profile_has_tasks(self, name: str) -> None:
         manifest = load(profile=name, overrides=Overrides(cache="/c"))
         assert len(manifest.tasks) >= 2
 
-    def test_the_h200_profile_warms_what_the_tests_launch(self) -> None:
+    def test_h200_profile_has_the_models_of_the_tests(self) -> None:
         manifest = load(profile="h200")
         assert (manifest.gpus.count, manifest.gpus.name) == (8, "H200")
         labels = [task.label for task in manifest.tasks]
@@ -174,15 +176,15 @@ class TestGood:
         assert {"DeepSeek-V3-0324-tp8", "MiMo-V2-Flash-tp4-dp2", "MiMo-V2.5-tp8-dp2"} <= set(labels)
         assert all("--speculative-num-draft-tokens" in task.argv for task in manifest.tasks)
 
-    def test_the_recipes_are_those_of_the_program(self) -> None:
+    def test_recipes_are_those_of_the_agent(self) -> None:
         assert set(KNOWN_RECIPES) == set(RECIPES)
 
 
 class TestBad:
-    """One problem each: (what the file says, what is said about it, with the line)."""
+    """One problem each: the text of the file, and the message about it."""
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "expected"),
         [
             (HEAD.replace("schema = 1\n", "") + TASK, "m.toml:1: the file needs 'schema'."),
             (HEAD.replace("= 1", "= 2", 1) + TASK, "m.toml:1: schema 2 is not known to this builder; it reads schema 1."),
@@ -236,10 +238,10 @@ class TestBad:
             (HEAD + "[defaults]\ntimout = 3\n" + TASK, "m.toml:7: [defaults] has no key 'timout'; did you mean 'timeout'?"),
         ],
     )  # fmt: skip
-    def test_says_what_and_where(self, write: Write, text: str, said: str) -> None:
-        assert only_problem(write(text)).startswith(said)
+    def test_load_bad_value_reports_line_and_remedy(self, write: Write, text: str, expected: str) -> None:
+        assert only_problem(write(text)).startswith(expected)
 
-    def test_a_flood_of_gpus_is_refused_before_it_is_counted(self, write: Write) -> None:
+    def test_devices_with_millions_of_gpus_are_refused_quickly(self, write: Write) -> None:
         path = write(HEAD + f"[gpus]\ndevices = '{','.join(['0-999'] * 300_000)}'\n" + TASK)
         began = time.monotonic()
         said = only_problem(path)
@@ -247,21 +249,21 @@ class TestBad:
         assert said.startswith("m.toml:7: devices: expected at least one GPU, and every GPU once") and len(said) < 300
 
     @pytest.mark.parametrize("name", ["HF_TOKEN", "MY_PASSWORD", "aws_secret", "OPENAI_API_KEY", "X_CREDENTIALS"])
-    def test_secrets_are_refused_and_not_repeated(self, write: Write, name: str) -> None:
+    def test_env_with_secret_name_is_refused_without_its_value(self, write: Write, name: str) -> None:
         said = only_problem(write(HEAD + TASK + f"env = {{ {name} = 'pssst' }}\n"))
         assert said.startswith(f"m.toml:8: env: {name} is a secret")
         assert "pssst" not in said
 
-    def test_a_secret_pasted_elsewhere_is_not_repeated(self, write: Write) -> None:
+    def test_secret_in_another_key_is_not_repeated(self, write: Write) -> None:
         value = "hf_" + "a" * 30
         for line in (f"argv = ['{value}']", f"env = {{ A = '{value}' }}"):
             assert value not in only_problem(write(HEAD + TASK + line))
         assert value not in only_problem(write(HEAD + f"[container]\nsecrets = ['{value}']\n" + TASK))
 
-    def test_switches_that_only_look_like_secrets_pass(self, write: Write) -> None:
+    def test_env_with_harmless_token_switch_is_accepted(self, write: Write) -> None:
         load(write(HEAD + TASK + "env = { SGLANG_MAX_TOKENS = '1', DG_TOKENIZER = 'x' }\n"))
 
-    def test_everything_at_once_in_order(self, write: Write) -> None:
+    def test_load_reports_all_problems_by_line(self, write: Write) -> None:
         path = write(
             "schema = 1\nnope = 1\n[image]\nref = 1\n[cache]\nmount = 'x'\n[[task]]\nmodel = 2\ntimeout = 'x'\n"
         )
@@ -269,26 +271,26 @@ class TestBad:
         assert lines == sorted(lines)
         assert set(lines) == {2, 4, 5, 6, 8, 9}
 
-    def test_no_image_and_no_cache(self, write: Write) -> None:
+    def test_load_without_image_and_cache_needs_options(self, write: Write) -> None:
         texts = [problem.text for problem in problems(write("schema = 1\n" + TASK))]
         assert texts == ["there is no image:", "there is no cache:"]
         load(write("schema = 1\n" + TASK), overrides=Overrides(image="x", cache="/c"))
 
-    def test_bad_overrides_name_the_option(self, write: Write) -> None:
+    def test_bad_override_is_reported_at_its_option(self, write: Write) -> None:
         path = write(HEAD + TASK)
         overrides = Overrides(budget="never", cache="volume:!", lock_timeout="x")
         places = {problem.place for problem in problems(path, overrides)}
         assert places == {"--budget", "--cache", "--lock-timeout"}
 
-    def test_a_task_that_is_no_table(self, write: Write) -> None:
+    def test_task_that_is_no_table_is_refused(self, write: Write) -> None:
         assert only_problem(write("task = 3\n" + HEAD)).startswith("m.toml:1: task: expected a list of [[task]]")
 
 
 class TestUnreadable:
-    def test_missing(self, tmp_path: Path) -> None:
+    def test_load_missing_file_is_refused(self, tmp_path: Path) -> None:
         assert "No such file" in str(problems(tmp_path / "none.toml")[0])
 
-    def test_directory(self, tmp_path: Path) -> None:
+    def test_load_directory_is_refused(self, tmp_path: Path) -> None:
         assert "directory" in str(problems(tmp_path)[0])
 
     @pytest.mark.parametrize(
@@ -302,25 +304,25 @@ class TestUnreadable:
             (b"a = " + b"[" * 5000, 1, ""),
         ],
     )
-    def test_not_toml(self, tmp_path: Path, raw: bytes, line: int, text: str) -> None:
+    def test_parse_invalid_text_reports_its_line(self, tmp_path: Path, raw: bytes, line: int, text: str) -> None:
         path = tmp_path / "m.toml"
         path.write_bytes(raw)
         (problem,) = problems(path)
         assert text in problem.text
         assert problem.place == f"{path}:{line}"
 
-    def test_a_byte_order_mark_and_carriage_returns_are_fine(self, tmp_path: Path) -> None:
+    def test_parse_accepts_byte_order_mark_and_carriage_returns(self, tmp_path: Path) -> None:
         path = tmp_path / "m.toml"
         path.write_bytes(b"\xef\xbb\xbf" + (HEAD + TASK).replace("\n", "\r\n").encode())
         assert len(load(path).tasks) == 1
 
-    def test_unknown_profile(self) -> None:
+    def test_load_unknown_profile_suggests_a_known_one(self) -> None:
         with pytest.raises(UsageError) as caught:
             load(profile="h20")
         assert "did you mean 'h200'?" in str(caught.value.problems[0])
 
     @given(st.binary(max_size=200))
-    def test_no_bytes_give_anything_but_a_usage_error(self, raw: bytes) -> None:
+    def test_parse_any_bytes_raises_nothing_but_usage_error(self, raw: bytes) -> None:
         with contextlib.suppress(UsageError):
             Document.parse("m", raw)
 
@@ -338,13 +340,13 @@ class TestSelect:
             (["glm-5-fp8-tp8", "mimo*"], ["GLM-5-FP8-tp8", "MiMo-V2-Flash-tp4-dp2", "MiMo-V2.5-tp8-dp2"]),
         ],
     )
-    def test_by_model_last_part_label_and_pattern(self, h200: Manifest, only: list[str], labels: list[str]) -> None:
+    def test_select_by_model_last_part_label_or_glob(self, h200: Manifest, only: list[str], labels: list[str]) -> None:
         assert [task.label for task in select(h200, only).tasks] == labels
 
-    def test_nothing_asked_for_is_everything(self, h200: Manifest) -> None:
+    def test_select_without_patterns_returns_everything(self, h200: Manifest) -> None:
         assert select(h200, []) is h200
 
-    def test_what_matches_nothing_is_said_with_a_near_match(self, h200: Manifest) -> None:
+    def test_select_pattern_without_match_suggests_names(self, h200: Manifest) -> None:
         with pytest.raises(UsageError) as caught:
             select(h200, ["GLM-5-FP8", "DeepSeek-V3.1", "nothing-like-it-at-all"])
         first, second = caught.value.problems

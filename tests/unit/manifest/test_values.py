@@ -11,14 +11,14 @@ from builder.manifest import values
     ("text", "seconds"),
     [("20m", 1200), ("1h30m", 5400), ("45s", 45), ("1d", 86400), ("7", 7), ("1.5h", 5400), (3, 3), (0.5, 0.5)],
 )
-def test_durations(text: object, seconds: float) -> None:
+def test_duration_is_read_in_seconds(text: object, seconds: float) -> None:
     assert values.seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text", ["", " ", "m", "1x", "-1s", "1m 2h", "inf", float("inf"), float("nan"), -1, True, None, [], "٣m"]
 )
-def test_no_durations(text: object) -> None:
+def test_duration_of_another_form_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="duration"):
         values.seconds(text)
 
@@ -36,11 +36,11 @@ def test_no_durations(text: object) -> None:
         ("3b", 3),
     ],
 )
-def test_sizes(text: object, size: int) -> None:
+def test_size_is_read_in_bytes(text: object, size: int) -> None:
     assert values.size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "g", "1x", "-1", -1, 1.5, True, None])
-def test_no_sizes(text: object) -> None:
+def test_size_of_another_form_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="size"):
         values.size(text)
