@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from builder import events
 from builder.events import Event, Verdict
-from builder.job import JOB_VARIABLE, Job
+from builder.job import JOB_VARIABLE, Job, ServingImage
 from builder.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ class Program:
             "mode": "run",
             "nonce": NONCE,
             "mount": str(self.root),
-            "image": {"id": "sha256:0f1e", "labels": {}},
+            "image": ServingImage("sha256:0f1e"),
             "workdir": str(self.place),
             "grace": 2.0,
         }

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +67,7 @@ class Warming:
         self._keys: dict[str, str] = {}
         self._before: dict[str, Inventory] = {}
         self._locks: dict[str, int] = {}
-        self._beside = Beside(self._root, guard, output, active=job.beside)
+        self._beside = Beside(self._root, guard, output, active=job.concurrent)
         self._watches: list[Watch] = []
         self.verdict = events.Verdict()
 
@@ -382,10 +382,10 @@ class Warming:
         }
 
     def _observed(self, done: Proven, pretended: str | None) -> Observed:
-        sent = dict(self._job.observed)
+        origin = {} if self._job.observed is None else asdict(self._job.observed)
         return Observed(
-            run=sent.get("run"),
-            image=self._job.image.get("id"),
+            run=origin.get("run"),
+            image=self._job.image.id,
             loaded=self.verdict.loaded,
             seconds=round(time.monotonic() - self._begun, 3),
             gpus=self._task.gpus,
@@ -393,8 +393,8 @@ class Warming:
             added_bytes=dict(self.verdict.added_bytes),
             pretended=pretended,
             others={
-                **sent,
-                "host": sent.get("host") or socket.gethostname(),
+                "host": socket.gethostname(),
+                **origin,
                 "time": int(time.time()),
                 "compiled-on": "no GPU" if pretended else "GPU",
             },
@@ -403,6 +403,5 @@ class Warming:
 
 def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False) -> None:
     """Remembers the record for the image, where it has an id. Raises OSError."""
-    image_id = job.image.get("id")
-    if isinstance(image_id, str) and image_id:
-        toolchain.write_memo(root, image_id, record, env=env, known=known)
+    if job.image.id:
+        toolchain.write_memo(root, job.image.id, record, env=env, known=known)

@@ -28,12 +28,15 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder import files
 from builder.agent import compilers, packages
 from builder.cache.families import FAMILIES, FAMILY, PACKAGES, TABLE_VERSION
 from builder.task import PRETEND_VARIABLE
+
+if TYPE_CHECKING:
+    from builder.job import ServingImage
 
 Record = dict[str, Any]
 SCHEMA = 1
@@ -98,7 +101,7 @@ def probe(
     *,
     environ: Mapping[str, str],
     mount: str,
-    image: Mapping[str, Any],
+    image: ServingImage,
     inherited: Mapping[str, str] | None = None,
 ) -> Record:
     """The record of the environment that this process runs in. Takes a few tenths of a second, plus what cuInit takes.
@@ -111,7 +114,7 @@ def probe(
     tools = compilers.start_all(environ, None if triton is None else triton.place)
     devices = compilers.start([sys.executable, "-I", "-S", "-c", _DEVICES], environ)
 
-    image_id = _text(image.get("id"))
+    image_id = image.id or None
     commit = _commit(environ, image)
     build = f"commit {commit}" if commit else (f"image {image_id}" if image_id else None)
     sglang = packages.find("sglang")
@@ -334,15 +337,10 @@ def _devices(text: str | None, problems: list[str]) -> dict[str, Any]:
         return {"gpus": [], "driver": None}
 
 
-def _commit(environ: Mapping[str, str], image: Mapping[str, Any]) -> str | None:
+def _commit(environ: Mapping[str, str], image: ServingImage) -> str | None:
     """The commit that sglang was built from: what the image says of itself, else where it was installed from."""
-    labels = image.get("labels")
-    said = [
-        environ.get("SGLANG_BUILD_COMMIT"),
-        *(labels.get(name) for name in _COMMIT_LABELS if isinstance(labels, dict)),
-    ]
-    for value in said:
-        if isinstance(value, str) and value.strip() not in ("", "unknown"):
+    for value in (environ.get("SGLANG_BUILD_COMMIT"), *map(image.labels.get, _COMMIT_LABELS)):
+        if value and value.strip() not in ("", "unknown"):
             return value.strip()
     return packages.commit("sglang")
 

@@ -28,12 +28,10 @@ from builder.agent.output import Output
 from builder.cache import generations, layout, overlay_audit
 from builder.cache.findings import KINDS, Audit, foremost
 from builder.events import FAILED, WARMED
-from builder.job import Job
+from builder.job import MERGED, Job
 
 #: What a view may be called: it becomes part of a volume's name and of mount options.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,62}")
-#: Where a container that audits a view has it.
-MERGED = "/run/warm-cache-view"
 
 SCHEMA = 1
 #: Findings that are told one by one; the others are only counted.
@@ -88,13 +86,13 @@ def below(root: Path, path: Path) -> str | None:
 
 def create(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``view-create``: the newest state as a generation, and empty layers above it. Tells the generation."""
-    root, name = Path(job.mount), str(job.view.get("name"))
+    root, name = Path(job.mount), job.view.name
     layout.prepare(root)
     guard.acquire(layout.generations_lock(root), exclusive=True)
     home(root).mkdir(exist_ok=True)
     generations.remove_unfinished(generations.home(root))
     generations.remove_unfinished(home(root))
-    place, engine = home(root) / name, str(job.view.get("engine"))
+    place, engine = home(root) / name, job.view.engine
     if os.path.lexists(place):
         theirs = _read(place)
         if theirs is not None and theirs.engine != engine:
@@ -132,7 +130,7 @@ def _make(root: Path, record: Record) -> None:
 
 def drop(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``view-drop``: the layers of one view go. Its volume is gone already."""
-    root, name = Path(job.mount), str(job.view.get("name"))
+    root, name = Path(job.mount), job.view.name
     guard.acquire(layout.generations_lock(root), exclusive=True)
     place = home(root) / name
     if os.path.lexists(place):
@@ -146,14 +144,14 @@ def look(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``view-list``: every view and every generation, with sizes and times."""
     root = Path(job.mount)
     found = records(root)
-    wanted = job.view.get("name")
+    wanted = job.view.name
     for name, record in sorted(found.items()):
-        if wanted in (None, name):
+        if wanted in ("", name):
             size, files_there, touched = _sized(home(root) / name / "upper", guard.check)
             state = events.ViewState(**vars(record)) if record else events.ViewState(name)
             idle = time.time() - max(touched, state.created)
             output.event(dataclasses.replace(state, bytes=size, files=files_there, idle=idle))
-    for generation in generations.known(root) if wanted is None else ():
+    for generation in generations.known(root) if not wanted else ():
         size, count, _ = _sized(generations.tree(root, generation), guard.check)
         status = generations.tree(root, generation).lstat()
         users = tuple(sorted(name for name, record in found.items() if record and record.generation == generation))
@@ -165,10 +163,10 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
     """Views without a volume, and generations that nobody has: part of mode ``sweep``, where the builder says which
     views have volumes and holds the lock that keeps others from making some.
     """
-    if "keep" not in job.view:
+    if job.view.keep is None:
         return
     guard.acquire(layout.generations_lock(root), exclusive=True)
-    keep, engine = set(job.view["keep"]), str(job.view.get("engine"))
+    keep, engine = set(job.view.keep), job.view.engine
     for folder in (home(root), generations.home(root)):
         generations.remove_unfinished(folder)
     for name, record in records(root).items():
@@ -207,7 +205,7 @@ def _needless(root: Path, *, spare: int) -> list[str]:
 
 def inspect(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``view-audit``: what the job did to its view, finding by finding."""
-    root, name = Path(job.mount), str(job.view.get("name"))
+    root, name = Path(job.mount), job.view.name
     record = _read(home(root) / name)
     if record is None or not generations.tree(root, record.generation).is_dir():
         output.say(f"the view {name} is not whole: its record or its generation is gone. Drop it")

@@ -22,6 +22,7 @@ from builder.events import FAILED
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
 from builder.host.locks import open_lock
+from builder.job import Mode
 from builder.run import container_job
 from builder.run.container_job import ContainerRequest, describe
 from builder.task import Task
@@ -78,7 +79,7 @@ def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterat
 class ContainerLock:
     """A lock, and the words for it."""
 
-    mode: str  # of the agent: ``lock``, ``views`` or ``hold``
+    mode: Mode  # of the agent: ``lock``, ``views`` or ``hold``
     name: str  # for people
     owner_description: str  # what else may hold it: ``another builder``
     waiting_message: str  # what that one does with it: ``works on /data/jit``

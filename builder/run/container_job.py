@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder import __version__
 from builder.cache.model_store import STORE_MOUNT as STORE
@@ -22,7 +22,7 @@ from builder.engine.log_pump import EventCallback
 from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import JOB_VARIABLE, Job, PrunePolicy
+from builder.job import JOB_VARIABLE, Job, Mode, PrunePolicy, RunOrigin, ServingImage, ViewRequest
 from builder.manifest.load import Manifest
 from builder.run import preflight
 from builder.run.executor import Allocation, Execution, Watcher
@@ -55,7 +55,7 @@ class ContainerRequest:
     concurrent: bool = False  # other tasks of this run may compile at the same time
     repair: bool = False  # mode verify: quarantine bad entries
     prune: PrunePolicy | None = None  # mode prune
-    view: Mapping[str, Any] = field(default_factory=dict)  # modes of views
+    view: ViewRequest = field(default_factory=ViewRequest)  # modes of views
     record: str = ""  # mode record: path of the launch recorder's request in the container
     mounts: tuple[Mount, ...] = ()  # besides the cache root
 
@@ -97,7 +97,7 @@ def run_probe(executor: ContainerExecutor, env: ProbeEnv, timeout: float) -> Out
 
 def run(
     executor: ContainerExecutor,
-    mode: str,
+    mode: Mode,
     task: Task,
     deadlines: Deadlines,
     request: ContainerRequest = ContainerRequest(),
@@ -143,7 +143,7 @@ def _labelled(problem: str, spec: ContainerSpec, task: Task, request: ContainerR
     return f"{task.label}: {problem}" if request.concurrent and spec.name not in problem else problem
 
 
-def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadlines, request: ContainerRequest) -> Job:
+def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlines, request: ContainerRequest) -> Job:
     context = executor.context
     manifest, lease = context.manifest, executor.lease
     secrets = manifest.container.secrets if mode in COMPILES else ()
@@ -151,7 +151,7 @@ def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadline
         mode=mode,
         nonce=lease.nonce,
         mount=manifest.cache.mount,
-        image={"id": executor.identity, "digests": list(executor.serving.digests), "labels": executor.serving.labels},
+        image=ServingImage(executor.identity, executor.serving.labels),
         task=task,
         lease=lease.target,
         lifetime=deadlines.task + deadlines.grace + manifest.run.start,
@@ -161,16 +161,11 @@ def _job(executor: ContainerExecutor, mode: str, task: Task, deadlines: Deadline
         secrets=tuple(name for name in secrets if context.options.environ.get(name)),
         job_max=manifest.cache.job_max,
         repair=request.repair,
-        beside=request.concurrent,
+        concurrent=request.concurrent,
         prune=request.prune,
         view=request.view,
         record=request.record,
-        observed={
-            "host": socket.gethostname(),
-            "builder": __version__,
-            "image": executor.serving.ref,
-            "run": context.run_id,
-        },
+        observed=RunOrigin(socket.gethostname(), __version__, executor.serving.ref, context.run_id),
     )
 
 

@@ -23,6 +23,7 @@ from builder.cli.commands.check import blame_cold, common_env, explained, famili
 from builder.errors import ColdError, UsageError
 from builder.manifest.load import Manifest
 from builder.report.results import TaskResult
+from builder.run import local_job
 from builder.run.call import Call
 from builder.run.plan import Plan, ProbeEnv, make_plan, probe_env
 from builder.task import PRETEND_VARIABLE, Task
@@ -123,7 +124,7 @@ def look(call: Call) -> Surroundings:
     manifest = call.manifest() if call.names_a_manifest else None
     root, environ = _root(call, manifest), call.environ
     image = environment.said(root, call.said.image, environ.get(environment.IMAGE_VARIABLE))
-    known = {"id": image.id, "labels": {"ai.sglang.build.commit": image.commit}} if image else {}
+    known = local_job.serving_image(image)
     records: dict[ProbeEnv, Record] = {}
     for wanted in sorted({probe_env(task) for task in manifest.tasks} if manifest else {()}):
         own = {name: value for name, value in wanted if name != PRETEND_VARIABLE}  # the GPUs here are what counts here

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from builder import files, processes
 from builder.cache import environment, layout, model_store, toolchain
@@ -79,11 +78,8 @@ class LocalExecutor:
         """Return records of this environment, probed once for each environment that tasks have."""
         wanted = {probe_env(task) for task in (tasks or self.context.manifest.tasks)} or {()}
         for env in sorted(wanted - self._records.keys()):
-            known: dict[str, Any] = {}
-            if image := self._image:
-                known = {"id": image.id, "labels": {"ai.sglang.build.commit": image.commit} if image.commit else {}}
             own = {name: value for name, value in env if name != PRETEND_VARIABLE}  # only the GPUs here count
-            record = local_job.probe(self._environ, self.root, known, own)
+            record = local_job.probe(self._environ, self.root, local_job.serving_image(self._image), own)
             if self._image is None:
                 self._image = environment.recognised(self.root, record)
             self._records[env] = environment.of_image(record, self._image)
@@ -208,10 +204,8 @@ class LocalExecutor:
         processes.become_subreaper()
 
     def execute(self, item: Item, allocation: Allocation, watcher: Watcher) -> Execution:
-        image = self.image
-        labels = {"ai.sglang.build.commit": image.commit} if image.commit else {}
-        known = {"id": image.id, "labels": labels}
-        return local_job.run_task(self.context, self.root, known, item.task, allocation, watcher)
+        image = local_job.serving_image(self.image)
+        return local_job.run_task(self.context, self.root, image, item.task, allocation, watcher)
 
 
 class _NoReservation:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__, events, processes
+from builder.cache.environment import Image
 from builder.cache.toolchain import Record, sound
 from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import BuilderError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import JOB_VARIABLE, Job
+from builder.job import JOB_VARIABLE, Job, RunOrigin, ServingImage
 from builder.processes import describe_status
 from builder.run.context import Context
 from builder.run.executor import Allocation, Ended, Execution, Watcher
@@ -47,17 +48,24 @@ _running: set[int] = set()
 _starting = threading.Lock()
 
 
+def serving_image(image: Image | None) -> ServingImage:
+    """Return what is known of this environment's image, as a job has it."""
+    if image is None:
+        return ServingImage()
+    return ServingImage(image.id, {"ai.sglang.build.commit": image.commit} if image.commit else {})
+
+
 def run_task(
     context: Context,
     root: Path,
-    image: Mapping[str, Any],
+    image: ServingImage,
     task: Task,
     allocation: Allocation,
     watcher: Watcher,
 ) -> Execution:
     """Run one task's program to its end, and to the end of all that it started.
 
-    image: ``id`` and ``labels`` of the serving image that this environment was made of.
+    image: that this environment was made of.
     """
     began, spec, environ = time.monotonic(), context.manifest, dict(context.options.environ)
     job = Job(
@@ -71,13 +79,8 @@ def run_task(
         log_limit=spec.container.log_limit,
         workdir=str(Path.cwd()),
         secrets=tuple(name for name in spec.container.secrets if environ.get(name)),
-        beside=allocation.concurrent,
-        observed={
-            "host": socket.gethostname(),
-            "builder": __version__,
-            "image": "this environment",
-            "run": context.run_id,
-        },
+        concurrent=allocation.concurrent,
+        observed=RunOrigin(socket.gethostname(), __version__, "this environment", context.run_id),
     )
     if allocation.visible_gpus is not None:
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(environ, allocation.visible_gpus))
@@ -109,10 +112,10 @@ def visible_gpus(environ: Mapping[str, str], devices: Sequence[int]) -> list[str
     return [here[index] if index < len(here) else str(index) for index in devices]
 
 
-def probe(environ: Mapping[str, str], root: Path, image: Mapping[str, Any], env: Mapping[str, str]) -> Record:
+def probe(environ: Mapping[str, str], root: Path, image: ServingImage, env: Mapping[str, str]) -> Record:
     """Return the toolchain record of this environment. Writes nothing.
 
-    env: the task's own variables. image: ``id`` and ``labels``, as far as they are known.
+    env: the task's own variables. image: as far as it is known.
     """
     task = Task(label="probe", model="", recipe="command", env=dict(env))
     job = Job(mode="toolchain", nonce=os.urandom(8).hex(), mount=str(root), image=image, task=task)

@@ -8,6 +8,7 @@ from typing import Any
 from builder.engine.container import Deadlines
 from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
 from builder.events import FAILED, WARMED, Event
+from builder.job import Mode
 from builder.run import container_job
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import NOTHING_ELSE, ContainerRequest, describe
@@ -19,7 +20,7 @@ TIMEOUT = 3600.0
 
 
 def run(
-    executor: ContainerExecutor, mode: str, hear: Callable[[Event], None], request: ContainerRequest = NOTHING_ELSE
+    executor: ContainerExecutor, mode: Mode, hear: Callable[[Event], None], request: ContainerRequest = NOTHING_ELSE
 ) -> None:
     """This mode to its end, and what it told. Raises what kept it from ending well."""
     context = executor.context

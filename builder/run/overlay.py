@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from builder.engine.api import Volume
 from builder.engine.lease import LABEL
 from builder.errors import EngineRefusedError
 from builder.events import Event, ViewState
+from builder.job import ViewRequest
 from builder.run import cache_locks, maintenance
 from builder.run.container_executor import ContainerExecutor
 
@@ -40,7 +40,7 @@ def looked(executor: ContainerExecutor) -> list[Event]:
 
 
 @contextlib.contextmanager
-def swept(executor: ContainerExecutor) -> Iterator[Mapping[str, Any]]:
+def swept(executor: ContainerExecutor) -> Iterator[ViewRequest]:
     """Removes the volumes of views that no container has, and that nobody wrote to for longer than a job may last. What
     the sweep's container is told: which views still have a volume, so that the others' layers may go.
     """
@@ -57,4 +57,4 @@ def swept(executor: ContainerExecutor) -> Iterator[Mapping[str, Any]]:
                 executor.engine.remove_volume(volume)
             except EngineRefusedError:
                 keep.append(job)  # a job was faster
-        yield {"keep": keep, "engine": engine_id(executor)}
+        yield ViewRequest(engine=engine_id(executor), keep=tuple(keep))

@@ -33,6 +33,7 @@ from builder.errors import (
     UsageError,
 )
 from builder.events import Event
+from builder.job import MERGED, ViewRequest
 from builder.report import audit
 from builder.report.console import Console
 from builder.run import cache_locks, maintenance, overlay
@@ -110,7 +111,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
 
     with cache_locks.views(executor):
         _make_room(executor, job, volume, replace)
-        order = {"name": job, "engine": overlay.engine_id(executor)}
+        order = ViewRequest(job, overlay.engine_id(executor))
         maintenance.run(executor, "view-create", hear, ContainerRequest(view=order))
         try:
             executor.engine.create_volume(
@@ -182,7 +183,7 @@ def _make_room(executor: ContainerExecutor, job: str, volume: str, replace: bool
             written += event.files
 
     if not replace:
-        maintenance.run(executor, "view-list", hear, ContainerRequest(view={"name": job}))
+        maintenance.run(executor, "view-list", hear, ContainerRequest(view=ViewRequest(job)))
         if written or executor.engine.users(volume):
             raise UsageError(
                 f"there is a view {job} already, and it was used. Choose another name, pass --replace, or drop it: "
@@ -226,8 +227,8 @@ def _audited(executor: ContainerExecutor, job: str) -> Audit:
                 if (told := found.count(*KINDS)) > len(found.findings):
                     context.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
 
-    mount = Mount(source=volume, target=view_records.MERGED, kind="volume", read_only=True)
-    maintenance.run(executor, "view-audit", hear, ContainerRequest(view={"name": job}, mounts=(mount,)))
+    mount = Mount(source=volume, target=MERGED, kind="volume", read_only=True)
+    maintenance.run(executor, "view-audit", hear, ContainerRequest(view=ViewRequest(job), mounts=(mount,)))
     return found
 
 
@@ -246,7 +247,7 @@ def _drop(executor: ContainerExecutor, job: str) -> None:
         there = executor.engine.volume(volume) is not None
         _remove(executor, job, volume)
         gone: list[Event] = []
-        maintenance.run(executor, "view-drop", gone.append, ContainerRequest(view={"name": job}))
+        maintenance.run(executor, "view-drop", gone.append, ContainerRequest(view=ViewRequest(job)))
     if not there and not any(isinstance(event, events.Removed) for event in gone):
         raise _unknown(executor, job)
     context.report.extra["job"] = job

@@ -17,7 +17,7 @@ import pytest
 from builder import events
 from builder.cache import markers, toolchain
 from builder.cache.model_store import config_digest
-from builder.job import JOB_VARIABLE, Job
+from builder.job import JOB_VARIABLE, Job, RunOrigin
 from builder.task import Shape, Task
 from tests.program import ROOT, Program
 
@@ -116,10 +116,10 @@ def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
 
 
 def test_what_the_builder_observed_is_in_the_marker_as_it_was_sent(program: Program) -> None:
-    observed = {"run": "20261124-093647-ab12", "builder": "0.1.0", "host": "h é", "nested": {"a": [1, None]}}
+    observed = RunOrigin(host="h é", builder="0.1.0", image="org/image:tag", run="20261124-093647-ab12")
     done = program.run(program.command("pass"), observed=observed)
     found = json.loads((program.root / done.marker).read_text())["observed"]
-    assert {name: found[name] for name in observed} == observed
+    assert (found["host"], found["builder"], found["run"]) == ("h é", "0.1.0", "20261124-093647-ab12")
     assert found["image"] == "sha256:0f1e"
 
 

@@ -35,7 +35,8 @@ begun = time.perf_counter()
 import builder.agent.__main__
 loaded = time.perf_counter()
 from builder.cache import toolchain
-toolchain.probe(environ=dict(os.environ), mount="/jit", image={"id": "sha256:0", "labels": {}})
+from builder.job import ServingImage
+toolchain.probe(environ=dict(os.environ), mount="/jit", image=ServingImage("sha256:0"))
 print(json.dumps([loaded - begun, time.perf_counter() - loaded]))
 """
 

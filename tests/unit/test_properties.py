@@ -36,7 +36,7 @@ from builder.engine.log_sinks import Lines, Sinks
 from builder.engine.streams import BrokenFramesError, Demux
 from builder.errors import EngineLostError
 from builder.host.deadlines import Deadline
-from builder.job import Job
+from builder.job import Job, RunOrigin, ServingImage
 from builder.report.console import Console
 from builder.task import Shape, Task
 from tests.fakes import FakeContainer
@@ -161,11 +161,11 @@ JOB = Job(
     mode="run",
     nonce=NONCE,
     mount="/jit",
-    image={"id": "sha256:1", "labels": {"a": "b"}},
+    image=ServingImage("sha256:1", {"a": "b"}),
     task=dataclasses.replace(TASK, shapes=(Shape("GEMM_A", 1, 2, 3),), m_values=(1, 2), families=("triton",)),
     lease="/lease",
     secrets=("HF_TOKEN",),
-    observed={"host": "h"},
+    observed=RunOrigin("h", "0", "i", "r"),
 )
 
 

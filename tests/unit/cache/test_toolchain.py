@@ -18,6 +18,7 @@ from builder.agent import compilers, gpu_probe, packages
 from builder.cache import toolchain
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.toolchain import Record
+from builder.job import ServingImage
 
 IMAGE = "sha256:" + "a" * 64
 SOON = time.monotonic() + 3600
@@ -346,9 +347,7 @@ def test_probe_names_every_factor_and_imports_nothing_heavy(tmp_path: Path) -> N
     nvcc = tool(tmp_path / "cuda/bin/nvcc", "echo nvcc: NVIDIA; echo release 13.0")
     cxx = tool(tmp_path / "bin/clang", 'echo "clang 18 $2"; echo Target')
     environ = {"PATH": os.environ["PATH"], "CUDA_HOME": str(tmp_path / "cuda"), "CXX": f"{cxx} -flag"}
-    made = toolchain.probe(
-        environ=environ, mount="/jit/", image={"id": IMAGE, "labels": {"ai.sglang.build.commit": "abc"}}
-    )
+    made = toolchain.probe(environ=environ, mount="/jit/", image=ServingImage(IMAGE, {"ai.sglang.build.commit": "abc"}))
     assert toolchain.sound(json.loads(json.dumps(made)))
     assert {factor for family in FAMILIES for factor in family.factors} <= set(made["factors"])
     factors = made["factors"]
@@ -362,7 +361,7 @@ def test_probe_names_every_factor_and_imports_nothing_heavy(tmp_path: Path) -> N
 
 def test_unknown_is_no_commit() -> None:
     environ = {"PATH": "/nowhere", "SGLANG_BUILD_COMMIT": "unknown"}
-    made = toolchain.probe(environ=environ, mount="/jit", image={})
+    made = toolchain.probe(environ=environ, mount="/jit", image=ServingImage())
     assert made["sglang"]["commit"] is None
     assert made["factors"]["image"] is None
     assert made["factors"]["nvcc"] is None or Path("/usr/local/cuda/bin/nvcc").exists()
@@ -371,7 +370,7 @@ def test_unknown_is_no_commit() -> None:
 def test_devices_are_asked_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     # A driver that crashes its process is a problem noted and no facts.
     monkeypatch.setattr(toolchain, "_DEVICES", "import os; os.kill(os.getpid(), 11)")
-    made = toolchain.probe(environ={"PATH": "/nowhere"}, mount="/jit", image={})
+    made = toolchain.probe(environ={"PATH": "/nowhere"}, mount="/jit", image=ServingImage())
     assert made["gpus"] == []
     assert made["observed"]["problems"] == ["GPU facts: status -11"]
 
