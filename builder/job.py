@@ -19,7 +19,7 @@ JOB_VARIABLE = "WARM_CACHE_JOB"
 
 SCHEMA = 1
 
-#: What the program is to do. ``probe``: find out the toolchain, lay out the root and write the memo. ``toolchain``: find
+#: What the program is to do. ``probe``: find out the toolchain, prepare the root, write the memo. ``toolchain``: find
 #: it out, and write nothing. ``run``: warm one task. ``lock``, ``views``, ``hold``: hold one lock until the end.
 #: ``record``: record what test files launch. The others work on a whole cache root.
 Mode = Literal[
