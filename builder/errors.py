@@ -55,15 +55,15 @@ class DefectError(BuilderError):
 class Problem:
     """One thing that is wrong and what to do about it.
 
-    place: where it is (``manifest.toml:12``, ``disk``, ``GPUs``); text: what was found; remedy: what would be right.
+    location: where it is (``manifest.toml:12``, ``disk``, ``GPUs``); text: what was found; remedy: what would be right.
     """
 
-    place: str
+    location: str
     text: str
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.text}" + (f" {self.remedy}" if self.remedy else "")
+        return f"{self.location}: {self.text}" + (f" {self.remedy}" if self.remedy else "")
 
 
 class ProblemsError(BuilderError):

@@ -233,9 +233,11 @@ class _Invocation:
         except UsageError as error:
             if not error.problems:
                 raise
-            problems = [Problem(places.get(each.place, each.place), each.text, each.remedy) for each in error.problems]
+            problems = [
+                Problem(places.get(each.location, each.location), each.text, each.remedy) for each in error.problems
+            ]
             message = error.message
-            if all(each.place in places for each in error.problems):
+            if all(each.location in places for each in error.problems):
                 message = str(problems[0]) if len(problems) == 1 else "options cannot be used as they are"
             raise UsageError(message, problems) from None
 
@@ -349,9 +351,10 @@ class _Invocation:
         problems = error.problems if isinstance(error, ProblemsError) else ()
         if problems and error.message != str(problems[0]):
             lines.append(f"error: {error.message} ({counted(len(problems), 'problem')}):")
-            width = max(len(problem.place) for problem in problems)
+            width = max(len(problem.location) for problem in problems)
             lines += [
-                f"  {problem.place:<{width}}  " + sentence(f"{problem.text} {problem.remedy}") for problem in problems
+                f"  {problem.location:<{width}}  " + sentence(f"{problem.text} {problem.remedy}")
+                for problem in problems
             ]
             if error.exit_code == 12:
                 lines.append("To see the program work without GPUs (from a checkout): make demo.")
@@ -367,7 +370,7 @@ class _Invocation:
         )
         stream.say("\n".join(lines))
         self.console.stuck = self.console.stuck or stream.stuck
-        reasons = [f"{problem.place}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
+        reasons = [f"{problem.location}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
         self.console.annotate("warm-cache", "\n".join([error.message, *reasons]))
 
 

@@ -193,7 +193,7 @@ class Document:
         prefix = f"{self.name}:"
 
         def line(problem: Problem) -> float:
-            return int(problem.place[len(prefix) :]) if problem.place.startswith(prefix) else float("inf")
+            return int(problem.location[len(prefix) :]) if problem.location.startswith(prefix) else float("inf")
 
         return sorted(self.problems, key=line)
 

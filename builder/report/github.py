@@ -89,7 +89,7 @@ def summary(report: Report, status: int, error: BuilderError | None) -> str:
         lines += [f"**{text(error.message)}** (exit {status})", ""]
         if isinstance(error, ProblemsError):
             lines += [
-                f"- {text(problem.place)}: {text(f'{problem.text} {problem.remedy}')}" for problem in error.problems
+                f"- {text(problem.location)}: {text(f'{problem.text} {problem.remedy}')}" for problem in error.problems
             ]
             lines.append("")
     lines += [f"⚠️ {text(warning)}\n" for warning in report.warnings]

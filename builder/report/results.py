@@ -134,7 +134,7 @@ class Report:
             data["error"] = {"message": error.message}
             if isinstance(error, ProblemsError):
                 data["error"]["problems"] = [
-                    {"place": problem.place, "text": problem.text, "remedy": problem.remedy}
+                    {"place": problem.location, "text": problem.text, "remedy": problem.remedy}
                     for problem in error.problems
                 ]
         # GitHub's runner takes ##[ for a command anywhere in a line; escaped, the document means the same.

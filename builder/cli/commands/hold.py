@@ -75,7 +75,7 @@ def held(
         except BuilderError as error:
             cancel.check()
             problems = error.problems if isinstance(error, ProblemsError) else ()
-            why = "; ".join([error.message, *(f"{problem.place}: {problem.text}" for problem in problems)])
+            why = "; ".join([error.message, *(f"{problem.location}: {problem.text}" for problem in problems)])
             console.say(f"warning: the cache is not held: {why}. The command runs all the same.")
         yield
 

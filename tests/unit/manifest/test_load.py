@@ -267,7 +267,7 @@ class TestBad:
         path = write(
             "schema = 1\nnope = 1\n[image]\nref = 1\n[cache]\nmount = 'x'\n[[task]]\nmodel = 2\ntimeout = 'x'\n"
         )
-        lines = [int(problem.place.rpartition(":")[2]) for problem in problems(path)]
+        lines = [int(problem.location.rpartition(":")[2]) for problem in problems(path)]
         assert lines == sorted(lines)
         assert set(lines) == {2, 4, 5, 6, 8, 9}
 
@@ -279,7 +279,7 @@ class TestBad:
     def test_bad_override_is_reported_at_its_option(self, write: Write) -> None:
         path = write(HEAD + TASK)
         overrides = Overrides(budget="never", cache="volume:!", lock_timeout="x")
-        places = {problem.place for problem in problems(path, overrides)}
+        places = {problem.location for problem in problems(path, overrides)}
         assert places == {"--budget", "--cache", "--lock-timeout"}
 
     def test_task_that_is_no_table_is_refused(self, write: Write) -> None:
@@ -309,7 +309,7 @@ class TestUnreadable:
         path.write_bytes(raw)
         (problem,) = problems(path)
         assert text in problem.text
-        assert problem.place == f"{path}:{line}"
+        assert problem.location == f"{path}:{line}"
 
     def test_parse_accepts_byte_order_mark_and_carriage_returns(self, tmp_path: Path) -> None:
         path = tmp_path / "m.toml"

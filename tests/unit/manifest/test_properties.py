@@ -172,8 +172,8 @@ def read_manifest(place: Path, raw: bytes, overrides: Overrides = Overrides()) -
         for problem in refused.problems:
             assert harmless(str(problem)), str(problem)
             assert problem.text
-            found = re.fullmatch(re.escape(str(path)) + r":([1-9]\d*)|--[a-z-]+", problem.place)
-            assert found, problem.place
+            found = re.fullmatch(re.escape(str(path)) + r":([1-9]\d*)|--[a-z-]+", problem.location)
+            assert found, problem.location
             assert int(found[1] or 1) <= raw.count(b"\n") + 1
     if manifest is not None:
         assert_usable(manifest)
@@ -253,7 +253,7 @@ def test_select_any_pattern_selects_or_is_refused(place: Path, only: list[str]) 
     selected, refused = attempt(lambda: select(manifest, only), UsageError)
     if refused is not None:
         assert refused.problems
-        assert all(problem.place == "--only" and harmless(str(problem)) for problem in refused.problems)
+        assert all(problem.location == "--only" and harmless(str(problem)) for problem in refused.problems)
     if selected is not None:
         assert {task.label for task in selected.tasks} <= {task.label for task in manifest.tasks}
 

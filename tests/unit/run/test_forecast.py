@@ -58,7 +58,7 @@ def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
     held = survey.survey(made.root).bytes
     monkeypatch.setattr(survey, "survey", lambda _: SimpleNamespace(bytes=held + (100 << 30)))
     (found,) = forecast.space_problems(made.root, None, forecast.Space(int(9.8e9), 1, 1))
-    assert found.place == "disk"
+    assert found.location == "disk"
     assert found.text == f"{made.root} has 3.1 GB free, and what this warm-up will add took 9.8 GB last time."
     assert found.remedy == "Free space, or run: warm-cache prune --max-size 93G"
     assert list(forecast.space_problems(made.root, None, forecast.Space(int(3e9), 1, 1))) == []

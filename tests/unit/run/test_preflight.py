@@ -67,7 +67,7 @@ def test_everything_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.Mo
     host(monkeypatch, None)
     manifest = write(cache=tmp_path / "no" / "cache", gpus='count = 8\nname = "H200"', models=tmp_path / "no-models")
     problems = found(manifest, Here(image=False))
-    assert [problem.place for problem in problems] == ["image", "GPUs", "cache", "models"]
+    assert [problem.location for problem in problems] == ["image", "GPUs", "cache", "models"]
     assert all(problem.remedy for problem in problems)
     assert problems[0].remedy == "Run: docker pull tiny:1, or: warm-cache warm --pull."
     assert problems[1].text == "8 × H200 wanted, none found: no NVIDIA driver is loaded on this machine."
@@ -99,7 +99,7 @@ def test_of_another_machine_only_the_image_is_known(write: Write, tmp_path: Path
     manifest = write(cache=tmp_path / "no" / "cache", gpus="count = 8", models=tmp_path / "no-models")
     assert found(manifest, Here(local=False)) == []
     (problem,) = found(manifest, Here(local=False, image=False))
-    assert problem.place == "image"
+    assert problem.location == "image"
 
 
 def test_a_root_that_is_no_directory(write: Write, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
     (problem,) = found(write())
-    assert (problem.place, problem.text) == (
+    assert (problem.location, problem.text) == (
         "disk",
         f"{tmp_path}/cache has 0.1 GB free, at least 0.5 GB are needed.",
     )
@@ -135,7 +135,7 @@ def test_a_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_refusal_of_gpus_is_a_problem_of_gpus(write: Write, message: str, text: str) -> None:
     problem = preflight.no_driver(write(gpus='count = 8\nname = "H200"'), EngineRefusedError(message))
     assert problem is not None
-    assert problem.place == "GPUs"
+    assert problem.location == "GPUs"
     assert problem.text.startswith("8 × H200 wanted")
     assert text in problem.text
 
