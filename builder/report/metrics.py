@@ -30,7 +30,7 @@ GAUGES: Mapping[str, str] = {
 STATES = ("warm", "warmed", "cold", "failed", "partial", "skipped")
 SUCCESS = "refresh_last_success_timestamp_seconds"
 #: Gauges of the contents of the cache, as opposed to what a run did.
-HOLDINGS = ("entries", "entries_size_bytes", "size_bytes", "filesystem_free_bytes")
+CONTENTS = ("entries", "entries_size_bytes", "size_bytes", "filesystem_free_bytes")
 
 _LIMIT = 4 << 20
 

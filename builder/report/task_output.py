@@ -51,7 +51,7 @@ class _GroupedOutput(TaskOutput):
         super().__init__(console, self._keep)
         self._lines: deque[str] = deque(maxlen=KEPT)
         self._dropped = 0
-        self._lock = threading.Lock()  # its log comes from another thread than the rest
+        self._lock = threading.Lock()  # log lines and everything else are added by two threads
         self._results: list[str] = []
         self._annotations: list[tuple[str, str]] = []
 

@@ -63,7 +63,7 @@ class Tale:
                 maintenance.run(executor, "survey", self._hear)
 
     def _hear(self, event: Event) -> None:
-        if isinstance(event, MetricSample) and event.metric in metrics.HOLDINGS:
+        if isinstance(event, MetricSample) and event.metric in metrics.CONTENTS:
             labels = {label: printable(text) for label, text in event.labels.items()}
             self.held.append((event.metric, event.value, labels))
 
@@ -115,7 +115,7 @@ def _write(call: Call, manifest: Manifest, path: Path, story: Tale, status: int,
     named = os.path.abspath(call.said.manifest) if call.said.manifest else manifest.path
     samples = metrics.Samples({"manifest": named, "cache": report.cache})
     before = metrics.before(path)
-    samples.keep(before, (metrics.SUCCESS, *metrics.HOLDINGS))
+    samples.keep(before, (metrics.SUCCESS, *metrics.CONTENTS))
     samples.add("refresh_last_run_timestamp_seconds", now)
     if status == 0:
         samples.add(metrics.SUCCESS, now)

@@ -244,15 +244,15 @@ class TestBad:
     def test_devices_with_millions_of_gpus_are_refused_quickly(self, write: Write) -> None:
         path = write(HEAD + f"[gpus]\ndevices = '{','.join(['0-999'] * 300_000)}'\n" + TASK)
         began = time.monotonic()
-        said = only_problem(path)
+        message = only_problem(path)
         assert time.monotonic() - began < 5, "300 million GPUs take a minute and the machine's memory"
-        assert said.startswith("m.toml:7: devices: expected at least one GPU, and every GPU once") and len(said) < 300
+        assert message.startswith("m.toml:7: devices: expected at least one GPU, and every GPU once") and len(message) < 300
 
     @pytest.mark.parametrize("name", ["HF_TOKEN", "MY_PASSWORD", "aws_secret", "OPENAI_API_KEY", "X_CREDENTIALS"])
     def test_env_with_secret_name_is_refused_without_its_value(self, write: Write, name: str) -> None:
-        said = only_problem(write(HEAD + TASK + f"env = {{ {name} = 'pssst' }}\n"))
-        assert said.startswith(f"m.toml:8: env: {name} is a secret")
-        assert "pssst" not in said
+        message = only_problem(write(HEAD + TASK + f"env = {{ {name} = 'pssst' }}\n"))
+        assert message.startswith(f"m.toml:8: env: {name} is a secret")
+        assert "pssst" not in message
 
     def test_secret_in_another_key_is_not_repeated(self, write: Write) -> None:
         value = "hf_" + "a" * 30

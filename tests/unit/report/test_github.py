@@ -1,4 +1,4 @@
-"""What GitHub's runner is told. Texts come from pull requests: none of them becomes markup or another output."""
+"""Files for GitHub's runner. Texts come from pull requests: none of them becomes markup or another output."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def environ(tmp_path: Path) -> Mapping[str, str]:
         (("cold",), 17, BuilderError("never idle"), "deferred"),
     ],
 )
-def test_the_state_is_one_word(
+def test_state_of_a_run_is_one_word(
     environ: Mapping[str, str], states: tuple[str, ...], status: int, error: BuilderError | None, state: str
 ) -> None:
     assert github.write_files(report(*states), status, error, environ) == []
-    said = entries(Path(environ["GITHUB_OUTPUT"]).read_text())
-    assert said == {"state": state, "toolchain": "4be1c0a97d21f3e8"}
+    found = entries(Path(environ["GITHUB_OUTPUT"]).read_text())
+    assert found == {"state": state, "toolchain": "4be1c0a97d21f3e8"}
     assert f"warm-cache check: {state}" in Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
 
 
-def test_the_summary_has_the_table() -> None:
+def test_summary_has_the_table() -> None:
     text = github.summary(report("warm", "failed", verb="warm"), 11, TasksError("1 failed of 2 tasks"))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "| task | state | time | entries | verified | note |"
@@ -60,20 +60,20 @@ def test_the_summary_has_the_table() -> None:
     assert "**1 failed of 2 tasks** (exit 11)" in text
 
 
-def test_hostile_text_is_text() -> None:
+def test_text_with_markup_is_escaped() -> None:
     found = report("failed")
     found.tasks[0].label = found.tasks[0].reason = found.cache = found.image_ref = HOSTILE
     found.warnings.append(HOSTILE)
     text = github.summary(found, 11, TasksError(HOSTILE))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 3 and all(row.count("|") == 7 for row in rows)
-    told = re.sub(r"&#\d+;", "", text)
+    plain = re.sub(r"&#\d+;", "", text)
     for sign in ("<", ">", "`", "[", "]", "@", "http:", "https:", "www.", "_", "\\", "\x1b", "\u202e"):
-        assert sign not in told, sign
+        assert sign not in plain, sign
     assert [line for line in text.splitlines() if line.startswith(("#", "::"))] == ["### ❌ warm-cache check: failed"]
 
 
-def test_a_long_run_fits_into_a_summary() -> None:
+def test_summary_of_many_tasks_is_cut() -> None:
     found = report(*["failed"] * 3000)
     for task in found.tasks:
         task.reason = HOSTILE * 500
@@ -81,17 +81,17 @@ def test_a_long_run_fits_into_a_summary() -> None:
 
 
 @pytest.mark.parametrize("value", ["plain", "two\nlines", "a\nEVIL=1\n", "end\r\nx", ""])
-def test_no_value_becomes_another_variable(value: str) -> None:
+def test_variable_with_newlines_stays_one_variable(value: str) -> None:
     assert entries(github.variable("NAME", value)).keys() == {"NAME"}
 
 
-def test_nothing_is_written_for_anybody_else(environ: Mapping[str, str], tmp_path: Path) -> None:
+def test_write_files_outside_github_writes_nothing(environ: Mapping[str, str], tmp_path: Path) -> None:
     assert github.write_files(report("warm"), 0, None, {**environ, "GITHUB_ACTIONS": ""}) == []
     github.write_files(report("warm", verb="explain"), 0, None, environ)
     assert list(tmp_path.iterdir()) == [] or not any(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_docker_arguments_are_an_output() -> None:
+def test_outputs_of_env_are_docker_arguments() -> None:
     found = report(verb="env")
     found.text = "--mount type=bind,src=/a,dst=/jit -e A=b"
     assert github.outputs(found, 0, None) == {"docker-args": found.text}
@@ -99,6 +99,6 @@ def test_docker_arguments_are_an_output() -> None:
     assert github.outputs(found, 0, None) == {}
 
 
-def test_a_file_that_cannot_be_written_is_a_warning(environ: Mapping[str, str], tmp_path: Path) -> None:
+def test_write_files_that_cannot_be_written_are_warnings(environ: Mapping[str, str], tmp_path: Path) -> None:
     (problem,) = github.write_files(report("warm"), 0, None, {**environ, "GITHUB_OUTPUT": str(tmp_path)})
     assert problem.startswith("GITHUB_OUTPUT could not be written: ")

@@ -18,7 +18,7 @@ def sample(text: str, name: str) -> list[tuple[dict[str, str], float]]:
     return [(dict(one.labels), one.value) for family in families for one in family.samples if one.name == name]
 
 
-def test_labels_are_escaped_and_types_are_said(tmp_path: Path) -> None:
+def test_samples_have_escaped_labels_and_types(tmp_path: Path) -> None:
     samples = metrics.Samples({"manifest": NASTY, "cache": "/data"})
     samples.add("refresh_tasks", 2, state="warm")
     samples.add("refresh_duration_seconds", 1.5)
@@ -33,14 +33,14 @@ def test_labels_are_escaped_and_types_are_said(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.prom"]
 
 
-def test_what_a_run_cannot_tell_is_taken_over_from_its_own_file(tmp_path: Path) -> None:
+def test_samples_not_measured_are_kept_from_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "m.prom"
     first = metrics.Samples({"cache": "/data"})
     first.add(metrics.SUCCESS, 1000)
     first.add("entries", 7, family="triton")
     metrics.write(path, first)
     second = metrics.Samples({"cache": "/data"})
-    second.keep(metrics.before(path), (metrics.SUCCESS, *metrics.HOLDINGS))
+    second.keep(metrics.before(path), (metrics.SUCCESS, *metrics.CONTENTS))
     second.add("refresh_exit_code", 11)
     metrics.write(path, second)
     text = path.read_text()
@@ -51,7 +51,7 @@ def test_what_a_run_cannot_tell_is_taken_over_from_its_own_file(tmp_path: Path) 
     assert sample(other.text(), f"warm_cache_{metrics.SUCCESS}") == []
 
 
-def test_nothing_is_made_where_a_path_was_mistyped(tmp_path: Path) -> None:
+def test_write_below_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no such directory"):
         metrics.write(tmp_path / "typo" / "m.prom", metrics.Samples({}))
     assert list(tmp_path.iterdir()) == []

@@ -38,3 +38,11 @@ def test_table_with_styles_colours_states_and_nothing_else() -> None:
 
 def test_table_narrower_than_possible_still_draws() -> None:
     assert tables.table(COLUMNS, ROWS, width=1)
+
+
+def test_families_are_sorted_with_sign_and_size() -> None:
+    counts = {"triton": 3, "deep_gemm": 518, "quack": 0}
+    assert tables.families(counts, "+") == "+518 deep_gemm, +3 triton"
+    sizes = {"triton": 40_100, "deep_gemm": 51_200_000}
+    assert tables.families(counts, "+", sizes) == "+518 deep_gemm (51.2 MB), +3 triton (40.1 kB)"
+    assert tables.families({}) == "–"

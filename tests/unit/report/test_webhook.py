@@ -14,7 +14,7 @@ from builder.report import webhook
 
 @pytest.fixture
 def dripping() -> Iterator[str]:
-    """The URL of a server whose answer comes byte by byte, and never ends."""
+    """The URL of a server that answers byte by byte, without end."""
     server = socket.create_server(("127.0.0.1", 0))
     over = threading.Event()
 
@@ -34,14 +34,14 @@ def dripping() -> Iterator[str]:
     server.close()
 
 
-def test_an_answer_that_never_ends_is_given_up(dripping: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_post_with_an_endless_answer_is_given_up(dripping: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook, "ALTOGETHER", 0.5)
     began = time.monotonic()
     assert webhook.post(dripping, {}) == "127.0.0.1 did not answer in time"
     assert time.monotonic() - began < 5
 
 
-def test_a_name_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_post_with_a_stuck_name_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
 
     def hang(*_: object, **__: object) -> list[object]:

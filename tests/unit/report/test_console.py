@@ -1,0 +1,125 @@
+"""The console: tables, groups and annotations, in a pipe, on a terminal and in GitHub Actions."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from builder.report.console import Console
+from builder.report.results import TaskResult
+from builder.report.tables import TASK_COLUMNS, task_table
+
+
+def console(**options: Any) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(stream, terminal=options.pop("terminal", False), **options), stream
+
+
+RESULTS = [
+    TaskResult(
+        "V3-tp8",
+        "deepseek-ai/V3",
+        "0a",
+        "warm",
+        entries={"deep_gemm": 412},
+        proof="verified",
+        verified=True,
+        since="2026-11-23",
+    ),
+    TaskResult(
+        "V3.2-tp8",
+        "deepseek-ai/V3.2",
+        "0b",
+        "warmed",
+        seconds=221.0,
+        added={"deep_gemm": 518},
+        proof="verified",
+        verified=True,
+    ),
+    TaskResult(
+        "Flash-tp4",
+        "x/Flash",
+        "0c",
+        "failed",
+        'crash: "Scheduler hit an exception"',
+        seconds=52.2,
+        proof="verified",
+        verified=True,
+        log="logs/Flash-tp4.log",
+    ),
+]
+
+
+def test_table_in_a_pipe_has_one_line_a_task_and_no_colour() -> None:
+    out, stream = console()
+    out.table(TASK_COLUMNS, task_table(RESULTS))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert "\x1b" not in stream.getvalue()
+    assert lines[1].split() == ["V3-tp8", "warm", "–", "412", "deep_gemm", "yes", "since", "2026-11-23"]
+    assert lines[2].split() == ["V3.2-tp8", "warmed", "3:41", "+518", "deep_gemm", "0", "new"]
+    assert lines[0].split() == ["task", "state", "time", "entries", "verified", "note"]
+    assert lines[3].endswith('  –         crash: "Scheduler hit an exception"')
+
+
+def test_table_on_a_terminal_fits_its_width() -> None:
+    stream = io.StringIO()
+    Console(stream, terminal=True, width=80).table(TASK_COLUMNS, task_table(RESULTS))
+    assert "\x1b[" in stream.getvalue()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert max(map(len, plain)) <= 80
+
+
+def test_group_and_annotation_in_github_escape_their_text() -> None:
+    out, stream = console(github=True)
+    with out.group("task\n::error::not ours"):
+        out.log("out", "::set-output name=x::y")
+        out.log("err", "##[error]no")
+    out.annotate("task: a, b", "50%\nof it")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "::group::task%0A::error::not ours"
+    assert lines[1] == "  │ ::set-output name=x::y"
+    assert lines[2] == "  ┃ ## [error]no"
+    assert lines[3:] == ["::endgroup::", "::error title=task%3A a%2C b::50%25%0Aof it"]
+
+
+def test_text_in_github_is_never_a_command() -> None:
+    out, stream = console(github=True)
+    foreign = TaskResult("::x", "org/x", "0d", "failed", "##[error]no")
+    out.table(TASK_COLUMNS, task_table([foreign]))
+    out.say("crash\n  ::error::no\r::error::no\n\u3000::error::no")
+    out.say("a::b")
+    with out.group("##[group]x"):
+        out.annotate("##[y]", "##[error]z")
+    lines = re.split("[\r\n]", stream.getvalue())
+    assert [line for line in lines if line.lstrip().startswith("::")] == [
+        "::group::## [group]x",
+        "::error title=## [y]::## [error]z",
+        "::endgroup::",
+    ]
+    assert "##[" not in stream.getvalue()
+    assert "  : :error::no" in lines and "a::b" in lines
+
+
+def test_annotation_outside_github_writes_nothing() -> None:
+    out, stream = console()
+    with out.group("title"):
+        out.annotate("title", "text")
+    assert stream.getvalue() == "title\n"
+
+
+def test_say_on_a_closed_stream_ends_the_display_only() -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    out = Console(Broken(), terminal=False)
+    out.say("one")
+    out.say("two")
+    assert out.closed
+
+
+def test_terminal_in_github_has_no_live_lines() -> None:
+    assert Console(io.StringIO(), terminal=True).terminal is not None
+    assert Console(io.StringIO(), terminal=True, github=True).terminal is None

@@ -1,0 +1,31 @@
+"""Output of a task among the output of others."""
+
+from __future__ import annotations
+
+import io
+
+from builder.report.console import Console
+from builder.report.task_output import KEPT, open_output
+
+
+def test_output_in_github_of_a_concurrent_task_is_one_group() -> None:
+    stream = io.StringIO()
+    console = Console(stream, terminal=False, github=True)
+    with open_output(console, "[1/2] a", "a", concurrent=True) as output:
+        for number in range(KEPT + 5):
+            output.log("out", f"::error::{number}")
+        output.finish("a: failed: why")
+        output.annotate("a failed", "why")
+        console.say("another line")
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == ["[1/2] a begins", "another line", "::group::[1/2] a"]
+    assert lines[3:5] == ["the first 5 lines are in the log file only", "  │ ::error::5"]
+    assert lines[-3:] == ["::endgroup::", "a: failed: why", "::error title=a failed::why"]
+
+
+def test_output_elsewhere_of_a_concurrent_task_labels_each_line() -> None:
+    stream = io.StringIO()
+    with open_output(Console(stream, terminal=False), "[1/2] a", "a", concurrent=True) as output:
+        output.log("err", "x")
+        output.remark("second pass")
+    assert stream.getvalue() == "[1/2] a\n  ┃ a: x\n  ▸ a: second pass\n"
