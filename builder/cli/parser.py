@@ -1,20 +1,21 @@
-"""From a command line to what was said: a verb, its options and arguments, and the variables that stand for options.
+"""Parse a command line and the WARM_CACHE_ variables into a verb and its frozen dataclass of arguments.
 
-A flag wins over the environment. Whatever is wrong is a UsageError that names where it was said.
+A flag takes precedence over a variable. Every mistake is a UsageError that names the flag or the variable.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import shutil
 import textwrap
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from builder import __version__
-from builder.cli.options import OPTIONS, STATUSES, VERBS, Verb, statuses
+from builder.cli.options import OPTIONS, STATUSES, VERBS, Args, Verb, statuses
 from builder.errors import UsageError
 from builder.text import did_you_mean
 
@@ -23,14 +24,21 @@ SWITCHES = {
     **dict.fromkeys(("1", "true", "yes", "y", "on"), True),
     **dict.fromkeys(("0", "false", "no", "n", "off", ""), False),
 }
-#: Options that the program asks about for every verb, whether it has them or not.
-SHARED_VALUES = ("manifest", "profile", "cache", "image", "models")
-#: No line of a help text is longer.
+#: Columns of the longest line of a help text.
 WIDTH = 80
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line."""
+
+    verb: str | None  # None: there was none, or an unknown one
+    args: Args  # the verb's own dataclass, if the command line is right
+    warnings: tuple[str, ...] = ()  # about the environment
+
+
 class CommandLineError(UsageError):
-    """The words themselves are wrong. usage: how they would be right."""
+    """A command line that does not parse. usage: the verb's usage line."""
 
     def __init__(self, message: str, verb: str | None) -> None:
         super().__init__(message)
@@ -38,7 +46,7 @@ class CommandLineError(UsageError):
 
 
 def usage(verb: str | None) -> str:
-    """One line."""
+    """Return the usage line of a verb, or of the program."""
     if verb is None:
         return "warm-cache VERB [option ...]"
     words = VERBS[verb]
@@ -52,7 +60,7 @@ def usage(verb: str | None) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would end the process; --help and --version still do."""
+    """Raises UsageError where argparse would exit; --help and --version still raise SystemExit."""
 
     def __init__(self, verb: str | None = None, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, usage=usage(verb), **keywords)
@@ -63,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
         text = text.replace("-v/--verbose: ", "--verbose: ")
         option, _, what = text.partition(": ")
         if what == "expected one argument":
-            text = f"{option} wants a value"
+            text = f"{option} needs a value"
         elif what.startswith("ignored explicit argument"):
             text = f"{option} takes no value"
         elif text.startswith("the following arguments are required: "):
@@ -75,7 +83,7 @@ class _Parser(argparse.ArgumentParser):
         raise CommandLineError(text, self.verb)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # nobody there to read it
+        with contextlib.suppress(OSError, AttributeError):  # stdout is closed or full
             super()._print_message(message, file)
 
 
@@ -89,13 +97,14 @@ def _filled(text: str) -> str:
 
 
 def top(fill: Callable[[str, argparse.ArgumentParser], None] | None = None) -> argparse.ArgumentParser:
-    """The help of the whole; it knows the verbs by name only. fill: what more each of them gets, for who completes
-    words.
+    """Return the parser of the program's own help, which knows the verbs by name only.
+
+    fill: is called with the name and the parser of each verb, and may add options to it.
     """
     parser = _Parser(
         prog="warm-cache",
         description=_filled(
-            "Compile every JIT kernel that sglang's test jobs will ask for into a persistent cache, prove it, and "
+            "Compile every JIT kernel that sglang's test jobs will need into a persistent cache, prove it, and "
             "leave nothing behind."
         ),
         epilog=f"example: {VERBS['warm'].example}\n\n{STATUSES}",
@@ -110,7 +119,7 @@ def top(fill: Callable[[str, argparse.ArgumentParser], None] | None = None) -> a
 
 
 def parser(name: str) -> argparse.ArgumentParser:
-    """The options of this verb."""
+    """Return the parser of a verb."""
     verb = VERBS[name]
     found = _Parser(
         name,
@@ -124,14 +133,12 @@ def parser(name: str) -> argparse.ArgumentParser:
             ]
         ),
     )
-    add_words(found, verb)
+    add_options(found, verb)
     return found
 
 
-def add_words(parser: argparse.ArgumentParser, verb: Verb) -> list[argparse.Action]:
-    """Gives a parser the verb's arguments and options. Which values those may have is looked at later, with the
-    environment's (`_check`).
-    """
+def add_options(parser: argparse.ArgumentParser, verb: Verb) -> list[argparse.Action]:
+    """Add the verb's arguments and options to a parser, without choices: `_check` has them, for variables too."""
     added = []
     for argument in verb.arguments:
         nargs = {(True, False): "+", (True, True): "*", (False, True): "?"}.get((argument.many, argument.optional))
@@ -143,40 +150,44 @@ def add_words(parser: argparse.ArgumentParser, verb: Verb) -> list[argparse.Acti
     return added
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
-    """Everything that was said, by flags and by the environment; `sources` tells which options came from a variable.
-
-    Raises UsageError, and SystemExit after --help and --version.
-    """
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
+    """Return the verb and its arguments. Raises UsageError, and SystemExit after --help and --version."""
     words, command = _split(argv)
     name = _verb(words)
-    said, rest = parser(name).parse_known_intermixed_args(
-        words[1:], Namespace(verb=name, command=command, sources={}, json=False, **dict.fromkeys(SHARED_VALUES))
-    )
+    found, rest = parser(name).parse_known_intermixed_args(words[1:])
     if rest:
         raise CommandLineError(_surplus(name, rest), name)
-    _take(said, environ)
-    _check(said)
-    said.misspelt = misspelt(environ)
-    return said
+    verb, values = VERBS[name], vars(found)
+    sources = _add_variables(verb, values, environ)
+    _check(name, values, sources)
+    if verb.needs == "command":
+        values["command"] = command
+    given = {name: value for name, value in values.items() if value is not None}
+    fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return CommandLine(name, _dataclass(name)(**fixed, sources=sources), tuple(misspelt(environ)))
 
 
-def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> Namespace:
-    """What can be known of a command line that is wrong: the verb, if there is one, and whether JSON is wanted."""
+def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
+    """Return what is known of a command line that is wrong: the verb, if there is one, and whether JSON is wanted."""
     words, _ = _split(argv)
     verb = words[0] if words and words[0] in VERBS else None
     switch = SWITCHES.get(environ.get(f"{ENVIRONMENT}JSON", "").strip().lower(), False)
     owner = verb is not None and VERBS[verb].needs == "command"  # stdout is the command's
-    return Namespace(verb=verb, json="--json" in words or (switch and not owner), verbose=False, sources={})
+    return CommandLine(verb, Args(json="--json" in words or (switch and not owner)))
 
 
-def place(said: Namespace, option: str) -> str:
-    """Where an option's value came from: the flag, or the variable."""
-    return str(said.sources.get(option, f"--{option}"))
+def module(verb: str) -> Any:
+    """Return the module of a verb, which is loaded with the verb's first use: a check need not load all others."""
+    return importlib.import_module(f"builder.cli.commands.{verb.replace('-', '_')}")
+
+
+def _dataclass(verb: str) -> Callable[..., Args]:
+    found: Callable[..., Args] = getattr(module(verb), verb.title().replace("-", "") + "Args")
+    return found
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own words and the wrapped command's, which begins after the first ``--`` and is nobody's to interpret."""
+    """Return the words of this program, and those of a wrapped command, which follow the first ``--``."""
     words = list(argv)
     verb = VERBS.get(words[0]) if words else None
     at = words.index("--") if verb and verb.needs == "command" and "--" in words else len(words)
@@ -221,17 +232,18 @@ def _close(word: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else ""
 
 
-def _take(said: Namespace, environ: Mapping[str, str]) -> None:
-    """What the environment says, where no flag does."""
-    chosen = said.manifest is not None or said.profile is not None
-    for option in VERBS[said.verb].options:
+def _add_variables(verb: Verb, values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Add the values that variables give to options without a flag. Return the variables used, by option."""
+    sources: dict[str, str] = {}
+    chosen = bool(values.get("manifest") is not None or values.get("profile") is not None)
+    for option in verb.options:
         name = option.replace("-", "_")
         variable = ENVIRONMENT + name.upper()
         value: Any = environ.get(variable)
-        if not value or getattr(said, name) not in (None, False):
+        if not value or values[name] not in (None, False):
             continue
         if option in ("manifest", "profile") and chosen:
-            continue  # a flag wins over the environment, also over the other way to say it
+            continue  # a flag takes precedence, also over the other way to name a manifest
         action = OPTIONS[option].get("action")
         if action == "store_true":
             word = value.strip().lower()
@@ -240,12 +252,13 @@ def _take(said: Namespace, environ: Mapping[str, str]) -> None:
             value = SWITCHES[word]
         elif action == "append":
             value = [part.strip() for part in value.split(",")]
-        setattr(said, name, value)
-        said.sources[option] = variable
+        values[name] = value
+        sources[option] = variable
+    return sources
 
 
 def misspelt(environ: Mapping[str, str]) -> list[str]:
-    """Variables that are no option's and look like one's, a sentence each. Others with the prefix may be anybody's."""
+    """Return a sentence for each variable that resembles an option's; others may be of other programs."""
     known = {option.replace("-", "_").upper() for option in OPTIONS}
     strange = {name.removeprefix(ENVIRONMENT) for name in environ if name.startswith(ENVIRONMENT)} - known
     if not strange:
@@ -254,36 +267,37 @@ def misspelt(environ: Mapping[str, str]) -> list[str]:
 
     close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in sorted(strange)}
     return [
-        f"{ENVIRONMENT}{name} is no option's variable, and is not read; did you mean {ENVIRONMENT}{near[0]}?"
-        for name, near in close.items()
-        if near
+        f"{ENVIRONMENT}{name} is no option's variable, and is not read; did you mean {ENVIRONMENT}{matches[0]}?"
+        for name, matches in close.items()
+        if matches
     ]
 
 
-def _check(said: Namespace) -> None:
-    for option in VERBS[said.verb].options:
-        value, where = getattr(said, option.replace("-", "_")), place(said, option)
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str):
-                continue
+def _check(name: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Raise UsageError for a value that is not UTF-8, or none of its choices."""
+    for option in VERBS[name].options:
+        location = sources.get(option, f"--{option}")
+        for text in _texts(values[option.replace("-", "_")]):
             if not _is_text(text):
-                raise UsageError(f"{where}: {text!r} is not valid UTF-8, and cannot be used")
+                raise UsageError(f"{location}: {text!r} is not valid UTF-8, and cannot be used")
             choices = OPTIONS[option].get("choices")
             if choices and text not in choices:
-                message = f"{where} is {text!r}: one of {', '.join(choices)} is wanted"
-                raise UsageError(message) if option in said.sources else CommandLineError(message, said.verb)
-    for argument in VERBS[said.verb].arguments:
-        value = getattr(said, argument.name)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not _is_text(text):
+                message = f"{location} is {text!r}: one of {', '.join(choices)} is wanted"
+                raise UsageError(message) if option in sources else CommandLineError(message, name)
+    for argument in VERBS[name].arguments:
+        for text in _texts(values[argument.name]):
+            if not _is_text(text):
                 raise UsageError(f"{argument.metavar}: {text!r} is not valid UTF-8, and cannot be used")
-            if argument.choices and text is not None and text not in argument.choices:
-                message = f"{argument.metavar} is {text!r}: {did_you_mean(text, argument.choices)}"
-                raise CommandLineError(message, said.verb)
+            if argument.choices and text not in argument.choices:
+                raise CommandLineError(f"{argument.metavar} is {text!r}: {did_you_mean(text, argument.choices)}", name)
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
 
 
 def _is_text(value: str) -> bool:
-    """Bytes that are not UTF-8 come as lone surrogates."""
+    """Return whether a value is valid UTF-8: other bytes are lone surrogates in it."""
     try:
         value.encode()
     except UnicodeEncodeError:

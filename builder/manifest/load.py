@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.resources
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,21 @@ def cache_of(location: str) -> CacheSpec:
     if document.problems:
         raise UsageError(f"--cache {location} cannot be used", document.in_order())
     return spec
+
+
+def without_tasks(image: str = "") -> Manifest:
+    """Return a manifest that names an image and nothing else, for use where no manifest is named."""
+    return Manifest(
+        path="",
+        image=ImageSpec(ref=image),
+        cache=CacheSpec(root=Path(tempfile.gettempdir())),
+        models=ModelsSpec(),
+        container=ContainerSpecs(),
+        gpus=GpusSpec(count=0),
+        run=RunSpec(),
+        refresh=RefreshSpec(),
+        tasks=(),
+    )
 
 
 def profiles() -> list[str]:

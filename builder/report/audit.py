@@ -1,22 +1,13 @@
-"""What a job did in spite of the warm cache, for people and machines; and the audit that needs no engine.
-
-``audit --here --before FILE`` notes what the cache holds, ``--after FILE`` compares: for runner containers, whose jobs
-work on the mounted cache itself. Both load the standard library alone.
-"""
+"""Findings of an audit, for people and machines: what a job compiled although the cache is warm."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from builder import files
-from builder.cache import findings, snapshot
+from builder.cache import findings
 from builder.cache.findings import KINDS, Audit
-from builder.cache.layout import FamilyDirectory, claimable_directories
-from builder.errors import ColdError, PreflightError, UsageError
-from builder.run.call import Call
+from builder.errors import ColdError
 
 #: Findings that are listed for people; the document has more.
 MOST_LISTED = 40
@@ -28,55 +19,6 @@ _SAID = {
     "deleted": "deleted",
     "foreign": "left there, and no entry",
 }
-
-
-def elsewhere(_call: Call) -> None:
-    """Without --here nothing says which cache is meant."""
-    raise UsageError(
-        "audit compares the cache of the environment that it runs in with what it was: pass --here and --before FILE "
-        "or --after FILE. What a job did to a view: warm-cache view audit JOB"
-    )
-
-
-def here(call: Call) -> None:
-    """Writes a snapshot, or compares with one. Raises ColdError with --fail-on-jit when anything was compiled."""
-    said = call.said
-    if bool(said.before) == bool(said.after):
-        raise UsageError("audit --here wants --before FILE, ahead of the job, or --after FILE, behind it")
-    places = _places(call)
-    if said.before:
-        document = json.dumps(snapshot.take(places)).encode("ascii")
-        try:
-            files.replace_file(Path(said.before), document)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--before: cannot write {said.before!r}: {files.why(error)}") from None
-        call.report.extra["snapshot"] = said.before
-        call.console.say(f"noted what {len(places)} family directories hold")
-        return
-    try:
-        found = snapshot.compare(snapshot.read(Path(said.after)), places)
-    except snapshot.SnapshotError as error:
-        raise UsageError(f"--after: {error}") from None
-    call.report.extra["audit"] = document_of(found)
-    call.report.text = None if said.json else text_of(found, "the job")
-    judge(found, "the job", said.fail_on_jit)
-
-
-def _places(call: Call) -> list[FamilyDirectory]:
-    if call.said.cache:
-        root = call.cache().root
-        if root is None:
-            raise UsageError("--cache: audit --here looks at a directory: name the one that the cache is mounted at")
-        if not root.is_dir():
-            raise PreflightError(f"there is no cache at {root}")
-        return list(claimable_directories(root))
-    places = snapshot.in_environment(call.environ)
-    if not places:
-        raise UsageError(
-            "which cache? No variable of a family (SGLANG_DG_CACHE_DIR, TRITON_CACHE_DIR, …) is set here: pass "
-            "--cache DIR, or set what warm-cache env prints"
-        )
-    return places
 
 
 def judge(found: Audit, who: str, fail_on_jit: bool) -> None:

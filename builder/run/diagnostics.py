@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -70,7 +69,7 @@ class Facts:
     proc: Path = Path("/proc")
 
 
-def doctor(executor: ContainerExecutor, _said: Namespace) -> None:
+def doctor(executor: ContainerExecutor) -> None:
     """Says what was found, and raises PreflightError with every problem that keeps a run from starting. Where there is
     none, a container has the last word about the GPUs.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,37 +13,20 @@ from typing import TYPE_CHECKING
 from builder import processes
 from builder.errors import PreflightError, UsageError
 from builder.events import Event
+from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import Job
-from builder.manifest.load import Manifest
-from builder.manifest.sections import CacheSpec, ContainerSpecs, GpusSpec, ImageSpec, ModelsSpec, RefreshSpec, RunSpec
 from builder.recording import Request
 from builder.run.launch_records import child_environment, total_seconds
 from builder.task import Task
 
 if TYPE_CHECKING:
-    from builder.run.call import Call
     from builder.run.container_executor import ContainerExecutor
 
 #: Where a container finds the checkout and the request.
 _CHECKOUT, _REQUEST = "/checkout", "/warm-cache-request.json"
 _GRACE = 2.0
 _LABEL = "import-tests"
-
-
-def manifest_of_image(ref: str) -> Manifest:
-    """Return a manifest that names an image and nothing else; its cache is never looked at."""
-    return Manifest(
-        path="--image",
-        image=ImageSpec(ref=ref),
-        cache=CacheSpec(root=Path(tempfile.gettempdir())),
-        models=ModelsSpec(),
-        container=ContainerSpecs(),
-        gpus=GpusSpec(count=0),
-        run=RunSpec(),
-        refresh=RefreshSpec(),
-        tasks=(),
-    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,8 @@ class InContainer:
 class InChild:
     """Runs requests in a process of this environment, for refs that are trusted. Raises PreflightError, Interrupted."""
 
-    call: Call
+    environ: Mapping[str, str]
+    cancel: Cancel
 
     def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
         from builder.run.executor import Watcher
@@ -111,18 +95,18 @@ class InChild:
                 grace=_GRACE,
                 record=str(path),
             )
-            environ = child_environment(self.call.environ)
+            environ = child_environment(self.environ)
             watcher = Watcher(lambda _stream, _line: None, on_event)
             program = AgentProcess(job, environ, watcher, Path(folder, "log"))
-            with self.call.cancel.shield():
+            with self.cancel.shield():
                 ended = program.run(
                     task=Deadline(lifetime),
                     silence=2 * request.seconds_per_file + 30.0,
                     budget=Deadline(None),
                     grace=_GRACE,
-                    cancel=self.call.cancel,
+                    cancel=self.cancel,
                 )
-            self.call.cancel.check()
+            self.cancel.check()
             tail = program.tail.lines()
         if ended == "exited" and program.status == 0:
             return ""

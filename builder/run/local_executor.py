@@ -23,15 +23,14 @@ from builder.cache.toolchain import Record
 from builder.errors import PreflightError, UsageError
 from builder.host.locks import open_lock
 from builder.run import local_job
-from builder.run.call import Call
 from builder.run.context import Context
 from builder.run.executor import Allocation, Execution, Reservation, Watcher
 from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.run.schedule import Capacity
 from builder.task import PRETEND_VARIABLE, Task
 
-#: Where the cache root is mounted by default.
-MOUNT = "/jit"
+#: Where the cache is mounted, if neither a manifest nor --cache names the place.
+MOUNT = Path("/jit")
 #: How to name the image.
 NAMING = f"Start the container with what `warm-cache env` prints, which sets {IMAGE_VARIABLE}, or pass --image sha256:…"
 
@@ -213,29 +212,3 @@ class _NoReservation:
 
     def free_after(self, label: str, devices: tuple[int, ...] | None = None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
-
-
-def warm(call: Call) -> None:
-    """Makes every task warm, here. Raises what keeps it from that; the report is complete either way."""
-    import tempfile
-
-    from builder.host.deadlines import Deadline
-    from builder.run import warm as runner
-    from builder.run.context import Options
-    from builder.run.here import _root
-
-    manifest, said = call.manifest(), call.said
-    run_id = os.urandom(6).hex()
-    logs = Path(said.log_dir).absolute() if said.log_dir else Path(tempfile.gettempdir(), f"warm-cache-logs-{run_id}")
-    options = Options(log_dir=logs, state_dir=logs, environ=call.environ, force=said.force, strict=said.strict)
-    context = Context(
-        manifest=manifest,
-        options=options,
-        console=call.console,
-        report=call.report,
-        cancel=call.cancel,
-        budget=Deadline(manifest.run.budget),
-        run_id=run_id,
-    )
-    with call.signals():
-        runner.warm(LocalExecutor(context, _root(call, manifest), said.image))

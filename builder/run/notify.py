@@ -6,7 +6,6 @@ It is told on every way out, once, and nothing about the telling changes the out
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import time
@@ -18,21 +17,22 @@ from typing import Any
 from builder.cache import survey
 from builder.errors import BuilderError, DefectError, Interrupted
 from builder.events import Event, MetricSample
-from builder.manifest.load import Manifest
 from builder.report import metrics, webhook
 from builder.run import maintenance
-from builder.run.call import Call
 from builder.run.container_executor import ContainerExecutor
+from builder.run.context import Context
 from builder.text import counted, printable
 
 
 @dataclass(frozen=True)
 class Settings:
-    """metrics: the file; when_idle: seconds to wait, None: not at all; webhook: a URL, which may hold a secret."""
+    """How a refresh waits, and where its outcome is sent."""
 
-    metrics: Path | None
-    when_idle: float | None
-    webhook: str | None = field(repr=False)
+    metrics: Path | None  # the file
+    series: str  # label ``manifest`` of all metrics
+    when_idle: float | None  # seconds to wait for an idle machine; None: do not wait
+    webhook: str | None = field(repr=False)  # a URL, which may hold a secret
+    may_wait: bool = False  # for another builder on the same cache
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Tale:
 
 
 @contextlib.contextmanager
-def told(call: Call, manifest: Manifest, settings: Settings) -> Iterator[Tale]:
-    """Tells it when the context ends, however that comes."""
+def notified(context: Context, settings: Settings) -> Iterator[Tale]:
+    """Write the metrics and post the webhook when the block ends, however it ends."""
     story, began = Tale(), time.monotonic()
     error: BaseException | None = None
     try:
@@ -79,9 +79,9 @@ def told(call: Call, manifest: Manifest, settings: Settings) -> Iterator[Tale]:
         error = raised
         raise
     finally:
-        with call.cancel.shield():
-            status = _status(call, error)
-            call.report.extra["refresh"] = {
+        with context.cancel.shield():
+            status = _status(context, error)
+            context.report.extra["refresh"] = {
                 "image_before": story.before,
                 "registry_digest": story.digest,
                 "pulled": story.pulled,
@@ -90,18 +90,18 @@ def told(call: Call, manifest: Manifest, settings: Settings) -> Iterator[Tale]:
             }
             seconds = time.monotonic() - began
             if settings.metrics is not None:
-                _write(call, manifest, settings.metrics, story, status, seconds)
+                _write(context, settings, settings.metrics, story, status, seconds)
             if settings.webhook is not None:
-                document = summary(call, manifest, story, status, seconds, error)
-                failure = webhook.post(settings.webhook, document, hurried=call.cancel.is_set)
+                document = summary(context, story, status, seconds, error)
+                failure = webhook.post(settings.webhook, document, hurried=context.cancel.is_set)
                 if failure:
-                    call.report.warnings.append(f"the webhook did not take it: {failure}")
+                    context.report.warnings.append(f"the webhook did not take it: {failure}")
 
 
-def _status(call: Call, error: BaseException | None) -> int:
+def _status(context: Context, error: BaseException | None) -> int:
     """The exit status that the command line will make of it."""
-    if call.cancel.signum is not None:
-        return Interrupted(call.cancel.signum).exit_code
+    if context.cancel.signum is not None:
+        return Interrupted(context.cancel.signum).exit_code
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(signal.SIGINT).exit_code
     if isinstance(error, BuilderError):
@@ -109,11 +109,9 @@ def _status(call: Call, error: BaseException | None) -> int:
     return 0 if error is None else DefectError.exit_code
 
 
-def _write(call: Call, manifest: Manifest, path: Path, story: Tale, status: int, seconds: float) -> None:
-    report, now = call.report, time.time()
-    # One manifest is one series, from wherever it was named.
-    named = os.path.abspath(call.said.manifest) if call.said.manifest else manifest.path
-    samples = metrics.Samples({"manifest": named, "cache": report.cache})
+def _write(context: Context, settings: Settings, path: Path, story: Tale, status: int, seconds: float) -> None:
+    report, now = context.report, time.time()
+    samples = metrics.Samples({"manifest": settings.series, "cache": report.cache})
     before = metrics.before(path)
     samples.keep(before, (metrics.SUCCESS, *metrics.CONTENTS))
     samples.add("refresh_last_run_timestamp_seconds", now)
@@ -136,10 +134,10 @@ def _write(call: Call, manifest: Manifest, path: Path, story: Tale, status: int,
 
 
 def summary(
-    call: Call, manifest: Manifest, story: Tale, status: int, seconds: float, error: BaseException | None
+    context: Context, story: Tale, status: int, seconds: float, error: BaseException | None
 ) -> Mapping[str, Any]:
     """The webhook's document. text: the sentence that chat services show."""
-    report = call.report
+    report, manifest = context.report, context.manifest
     states = {state: report.count(state) for state in metrics.STATES if report.count(state)}
     sums = ", ".join(f"{number} {state}" for state, number in states.items()) or counted(0, "task")
     host = socket.gethostname()

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from builder import events
-from builder.cache import retention
+from builder.cache import retention, toolchain
+from builder.cache.coverage import coverage
+from builder.cache.marker_files import folder_name
 from builder.cache.retention import PrunePlan
 from builder.job import PrunePolicy
-from builder.run import cache_locks, maintenance, policy, upkeep
+from builder.run import cache_locks, maintenance, upkeep
 from builder.run import image_cleanup as images
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
-from builder.run.policy import Limits
+from builder.run.plan import Plan
 from builder.text import counted, printable, size
 
 #: For people: what one step is about.
 _KINDS = {"marker": "marker", "memo": "memo", "family": "kernels", "entries": "kernels", "image": "image"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be removed."""
+
+    keep: int  # toolchains of each task
+    older_than: float | None  # seconds without use
+    max_size: int | None  # bytes of the cache root
+    images: bool  # also serving images that have a tag
 
 
 @dataclass
@@ -41,10 +52,30 @@ class Outcome:
         return [row for row in self.rows if not row["stays"]]
 
 
-def prune(executor: ContainerExecutor, said: Namespace) -> None:
-    """Removes what the policy lets go, or says what it would remove; and what that frees."""
-    limits = policy.limits(executor, said)
-    dry_run = bool(said.dry_run)
+def policy(executor: ContainerExecutor, limits: Limits, plan: Plan | None, *, dry_run: bool) -> PrunePolicy:
+    """Return the policy: the limits, and what the manifest's image needs, which is never removed.
+
+    plan: of all tasks; None where it is unknown what the image needs, because it was never used with this cache.
+    """
+    items = plan.items if plan is not None else ()
+    keys = {toolchain.digest(found): found for found in (toolchain.family_keys(item.record) for item in items)}
+    return PrunePolicy(
+        keep=limits.keep,
+        older_than=limits.older_than,
+        max_size=limits.max_size,
+        image=executor.identity,
+        keys=tuple(keys.values()),
+        folders=tuple(
+            folder_name(item.task.label, coverage(item.task, record=item.record, config_digest=item.config_digest))
+            for item in items
+        ),
+        tasks=tuple(item.task.label for item in items if item.config_problem),
+        dry_run=dry_run,
+    )
+
+
+def prune(executor: ContainerExecutor, limits: Limits, *, dry_run: bool) -> None:
+    """Remove what the limits do not keep, or report what would be removed."""
     if not upkeep.is_there(executor):
         return
     outcome = Outcome()
@@ -68,7 +99,7 @@ def look(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
         outcome.left.append(
             f"{context.manifest.image.ref} was never warmed here; a dry run cannot tell what it needs, prune can"
         )
-    wanted = policy.policy(executor, limits, executor.plan(tasks) if known else None, dry_run=True)
+    wanted = policy(executor, limits, executor.plan(tasks) if known else None, dry_run=True)
     direct = executor.cache.direct()
     if direct is None:
         in_container(executor, wanted, outcome)
@@ -79,7 +110,7 @@ def look(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
 
 def carry_out(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
     """Under the run lock, which the caller holds."""
-    wanted = policy.policy(executor, limits, executor.plan(executor.context.manifest.tasks), dry_run=False)
+    wanted = policy(executor, limits, executor.plan(executor.context.manifest.tasks), dry_run=False)
     in_container(executor, wanted, outcome)
 
 

@@ -11,60 +11,34 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from builder.cache import retention
 from builder.cache.retention import PrunePlan
-from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError, Problem, UsageError
+from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError
 from builder.flock import holder, try_lock
 from builder.host.locks import open_lock
-from builder.manifest.values import a_string, seconds
-from builder.report.webhook import checked
-from builder.run import cache_locks, forecast, gpu_reservation, image_cleanup, notify, policy, prune, upkeep, warm
-from builder.run.call import Call
+from builder.run import cache_locks, forecast, gpu_reservation, image_cleanup, prune, upkeep, warm
 from builder.run.container_executor import ContainerExecutor
 from builder.run.notify import Settings, Tale
 from builder.run.plan import Plan
-from builder.run.policy import Limits, given
+from builder.run.prune import Limits
 from builder.text import size
 
 
-def refresh(call: Call) -> None:
-    """Raises what `warm` raises, DeferredError where the machine never became idle, and BusyError at once where another
-    builder has the cache.
-    """
-    manifest = call.manifest()
-    settings = _settings(call)
-    with call.signals(), notify.told(call, manifest, settings) as story, call.connect(manifest, 60.0) as executor:
-        limits = policy.limits(executor, call.said)
-        try:
-            _refresh(executor, call.said, settings, limits, story)
-        finally:
-            story.look(executor, by_container=settings.metrics is not None)
+def refresh(executor: ContainerExecutor, settings: Settings, limits: Limits, story: Tale) -> None:
+    """Do each step that there is something to do for. Raises what `warm` raises, DeferredError and BusyError."""
+    try:
+        _refresh(executor, settings, limits, story)
+    finally:
+        story.look(executor, by_container=settings.metrics is not None)
 
 
-def _settings(call: Call) -> Settings:
-    said, spec = call.said, call.manifest().refresh
-    problems: list[Problem] = []
-    found = Settings(
-        metrics=given(said, "metrics", _path, spec.metrics, problems),
-        when_idle=given(said, "when-idle", seconds, spec.when_idle, problems),
-        webhook=checked(said.webhook, str(said.sources.get("webhook", "--webhook"))),
-    )
-    if problems:
-        raise UsageError("options cannot be used as they are", problems)
-    return found
-
-
-def _path(value: object) -> Path:
-    return Path(os.path.abspath(a_string(value)))
-
-
-def _refresh(executor: ContainerExecutor, said: Namespace, settings: Settings, limits: Limits, story: Tale) -> None:
+def _refresh(executor: ContainerExecutor, settings: Settings, limits: Limits, story: Tale) -> None:
     context = executor.context
-    refuse_overlap(executor, said)
+    if not settings.may_wait:
+        refuse_overlap(executor)
     executor.sweep()
     waited = False
     if has_moved(executor, story):
@@ -73,20 +47,18 @@ def _refresh(executor: ContainerExecutor, said: Namespace, settings: Settings, l
         executor.engine.pull(context.manifest.image.ref, context.console.say)
         story.pulled = True
     if not waited and not executor.remembers(context.manifest.tasks):
-        waited = _wait(
-            executor, settings, story
-        )  # it was never here, so it is cold, and nobody needs a probe to say so
+        waited = _wait(executor, settings, story)  # it was never used here: it is cold, and that needs no probe
     plan = executor.plan(context.manifest.tasks)
     context.report.set_tasks(plan.results())
     if plan.cold:
         if not waited:
             _wait(executor, settings, story, plan)
         make_room(executor, limits, plan, story)
-        warm.warm(executor, said)
+        warm.warm(executor)
         story.warmed = True
     tidy(executor, limits, story)
     if story.warmed or story.freed:
-        upkeep.sweep(executor, said)  # leftovers, and generations that no view has any more
+        upkeep.sweep(executor)  # leftovers, and generations that no view uses any more
 
 
 def _wait(executor: ContainerExecutor, settings: Settings, story: Tale, plan: Plan | None = None) -> bool:
@@ -96,13 +68,13 @@ def _wait(executor: ContainerExecutor, settings: Settings, story: Tale, plan: Pl
     return True
 
 
-def refuse_overlap(executor: ContainerExecutor, said: Namespace) -> None:
+def refuse_overlap(executor: ContainerExecutor) -> None:
     """Two refreshes at once are one too many: the second says so at once, unless it was told to wait.
 
     Only where the lock's file can be seen from here; elsewhere the run lock itself is waited for, as `warm` does.
     """
     root = executor.context.manifest.cache.root
-    if said.lock_timeout is not None or root is None or not executor.engine.local:
+    if root is None or not executor.engine.local:
         return
     with contextlib.suppress(OSError):
         descriptor = open_lock(root / cache_locks.RUN)
@@ -184,7 +156,7 @@ def tidy(executor: ContainerExecutor, limits: Limits, story: Tale) -> None:
 
 
 def _planned(executor: ContainerExecutor, limits: Limits, root: Path, plan: Plan) -> PrunePlan:
-    wanted = policy.policy(executor, limits, plan, dry_run=True)
+    wanted = prune.policy(executor, limits, plan, dry_run=True)
     return retention.plan(root, wanted, job_max=executor.context.manifest.cache.job_max, now=time.time())
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from argparse import Namespace
 from collections.abc import Mapping
 
 from builder import events
@@ -21,7 +20,7 @@ from builder.run.maintenance import row
 from builder.text import counted
 
 
-def sweep(executor: ContainerExecutor, _said: Namespace) -> None:
+def sweep(executor: ContainerExecutor) -> None:
     """Ends containers of dead owners, moves unsafe leftovers aside, and removes what has lain there long enough."""
     context = executor.context
     containers = [dataclasses.asdict(container) for container in executor.sweep()]
@@ -53,7 +52,7 @@ def sweep(executor: ContainerExecutor, _said: Namespace) -> None:
     context.console.say(f"{executor.cache.name}: {len(swept)} moved aside, {len(removed)} removed{more}")
 
 
-def verify(executor: ContainerExecutor, said: Namespace) -> None:
+def verify(executor: ContainerExecutor, *, repair: bool) -> None:
     """Every entry of every family directory. Raises ColdError when any is bad; with repair, when any is still bad."""
     context = executor.context
     entries = 0
@@ -73,7 +72,7 @@ def verify(executor: ContainerExecutor, said: Namespace) -> None:
                 directories += 1
                 entries += event.entries
 
-    there, repair = is_there(executor), bool(said.repair)
+    there = is_there(executor)
     if there and repair:
         with cache_locks.held(executor):
             maintenance.run(executor, "verify", hear, ContainerRequest(repair=True))

@@ -12,15 +12,12 @@ import contextlib
 import io
 import json
 import time
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from builder import events
-from builder.cache import view_records
-from builder.cache.findings import KINDS, Audit, Finding, proposal
-from builder.cli.commands.check import printed
+from builder.cache.findings import KINDS, Audit, Finding
 from builder.engine.api import Mount
 from builder.errors import (
     CANNOT_RUN,
@@ -34,9 +31,8 @@ from builder.errors import (
 )
 from builder.events import Event
 from builder.job import MERGED, ViewRequest
-from builder.report import audit
 from builder.report.console import Console
-from builder.run import cache_locks, maintenance, overlay
+from builder.run import cache_locks, job_environment, maintenance, overlay
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.task import Shape
@@ -49,43 +45,11 @@ _MOST_OPTIONS = 4000
 _PLAIN = "redirect_dir=off,metacopy=off,index=off"
 
 
-def view(executor: ContainerExecutor, said: Namespace) -> None:
-    """One action on one view, or the list of all."""
-    context = executor.context
-    action, job = said.action, said.job
-    if action == "list":
-        if job is not None:
-            raise UsageError(f"view list takes no JOB, found {job!r}")
-        return _list(executor)
-    if job is None:
-        raise UsageError(f"view {action} wants a JOB: the name of the view")
-    if not view_records.NAME.fullmatch(job):
-        raise UsageError(
-            f"JOB is {job!r}: 2 to 63 letters, digits, dots, dashes and underscores are wanted, the first a letter "
-            "or digit"
-        )
-    if action == "create":
-        return _create(executor, job, bool(said.replace))
-    if action == "drop":
-        return _drop(executor, job)
-    found = _audited(executor, job)
-    context.report.extra["audit"] = audit.document_of(found)
-    who = f"the job {job}"
-    if action == "promote":
-        text = proposal(found, job)
-        context.report.extra["promote"] = text
-        context.report.text = text or None
-        if not text:
-            context.console.say(f"{who} compiled nothing that a manifest could cover")
-    elif not said.json:
-        context.report.text = audit.text_of(found, who)
-    return audit.judge(found, who, bool(said.fail_on_jit))
-
-
 # --- create ----------------------------------------------------------------------------------------------------------
 
 
-def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
+def create(executor: ContainerExecutor, job: str, *, replace: bool) -> None:
+    """Make a view, and report the arguments of docker run that give it to a job."""
     context = executor.context
     cache = context.manifest.cache
     # Whatever can be wrong is found before anything is made.
@@ -93,8 +57,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
         raise ColdError(f"{executor.cache.name} does not exist: nothing is warm there yet")
     volume, place = overlay.volume_name(executor, job), _place(executor)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
-    tasks = context.manifest.tasks
-    text, document = (printed(executor, tasks, form, mounts) for form in ("docker", "json"))
+    text, document = (job_environment.render(executor, form, mounts) for form in ("docker", "json"))
     generation = ""
 
     def hear(event: Event) -> None:
@@ -206,7 +169,7 @@ def _prove(executor: ContainerExecutor, volume: str) -> None:
 # --- audit, drop, list -----------------------------------------------------------------------------------------------
 
 
-def _audited(executor: ContainerExecutor, job: str) -> Audit:
+def audited(executor: ContainerExecutor, job: str) -> Audit:
     context = executor.context
     volume = overlay.volume_name(executor, job)
     context.report.cache = executor.cache.name
@@ -238,7 +201,7 @@ def _unknown(executor: ContainerExecutor, job: str) -> UsageError:
     return UsageError(f"there is no view {job!r} of {executor.cache.name}; {hint}")
 
 
-def _drop(executor: ContainerExecutor, job: str) -> None:
+def drop(executor: ContainerExecutor, job: str) -> None:
     context = executor.context
     volume = overlay.volume_name(executor, job)
     if not maintenance.is_there(executor):
@@ -267,7 +230,7 @@ def _remove(executor: ContainerExecutor, job: str, volume: str) -> None:
         ) from error
 
 
-def _list(executor: ContainerExecutor) -> None:
+def show(executor: ContainerExecutor) -> None:
     context = executor.context
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from builder.run.plan import Item, Plan, result_of
 from builder.text import counted, printable, size
 
 
-def warm(executor: Executor, _args: object = None) -> None:
+def warm(executor: Executor) -> None:
     """Make every task warm. Raises what prevents that; the report is complete either way."""
     context = executor.context
     tasks = context.manifest.tasks

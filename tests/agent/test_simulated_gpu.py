@@ -11,9 +11,9 @@ import pytest
 from builder import events
 from builder.cache import marker_files, markers, toolchain
 from builder.cache.coverage import coverage
-from builder.cli.commands.check import common_env
 from builder.errors import UsageError
 from builder.manifest import load
+from builder.run.job_environment import common_env
 from builder.task import PRETEND_VARIABLE, Shape, Task
 from tests.program import Program
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from builder.cli import main as cli_module
+from builder.cli import invocation
 from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
 from builder.host.deadlines import Deadline
@@ -205,7 +205,7 @@ def test_task_finished_before_budget_stays_warm(
     def clock() -> float:
         return 10.0 if log.exists() and "at it" in log.read_text() else 0.0
 
-    monkeypatch.setattr(cli_module, "Deadline", lambda _: Deadline(5.0, clock=clock))
+    monkeypatch.setattr(invocation, "Deadline", lambda _: Deadline(5.0, clock=clock))
     status = cli.here("warm", "--json")
     document = json.loads(capfd.readouterr().out)
     assert (status, document["exit"]) == (14, 14)

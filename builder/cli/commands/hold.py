@@ -12,8 +12,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
+from builder.cli.invocation import Invocation
+from builder.cli.options import ManifestArgs
 from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
 from builder.flock import try_lock
 from builder.host import foreground
@@ -23,7 +26,6 @@ from builder.host.locks import open_lock
 from builder.manifest.load import CacheSpec
 from builder.report.console import Console
 from builder.run import cache_locks
-from builder.run.call import Call
 from builder.run.container_executor import ContainerExecutor
 
 #: Below the cache root; `layout.prepare` makes the file.
@@ -36,23 +38,29 @@ _SAY_AFTER = 0.5
 PATIENCE = 10.0
 
 
-def hold(call: Call) -> int:
-    """Runs the command under the hold. Returns the command's exit status."""
-    said, environ = call.said, call.environ
-    if not said.command:
+@dataclass(frozen=True, kw_only=True)
+class HoldArgs(ManifestArgs):
+    """Arguments of `hold`."""
+
+    command: tuple[str, ...] = ()
+
+
+def run(args: HoldArgs, invocation: Invocation) -> int:
+    """Run the command while the cache is held. Return the command's exit status."""
+    if not args.command:
         raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
-    manifest = call.manifest() if call.names_a_manifest or not said.cache else None
-    # A job's own choices, before this program makes its own.
+    manifest = None if args.cache and not args.names_manifest else invocation.manifest()
+    # The signals that the job ignores, before this program has handlers of its own.
     ignored = [signum for signum in foreground.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
     holding = held(
-        manifest.cache if manifest else call.cache(),
-        here=manifest is None or (environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
-        connect=(lambda: call.connect(manifest, PATIENCE)) if manifest else None,
-        console=call.console,
-        cancel=call.cancel,
+        manifest.cache if manifest else invocation.cache(str(args.cache)),
+        here=manifest is None or (invocation.environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
+        connect=(lambda: invocation.connected(invocation.context(manifest), PATIENCE)) if manifest else None,
+        console=invocation.console,
+        cancel=invocation.cancel,
     )
-    with call.signals(), holding:
-        return foreground.run(said.command, environ, ignored=ignored)
+    with invocation.signals.handled(), holding:
+        return foreground.run(args.command, invocation.environ, ignored=ignored)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,18 @@ process of this environment.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.cli.invocation import Invocation
+from builder.cli.options import ManifestArgs
 from builder.errors import ColdError, UsageError
 from builder.manifest import from_tests, rewrite, suites
-from builder.manifest.load import Manifest, load
+from builder.manifest.load import Manifest, load, without_tasks
 from builder.recording import Launch, Problem, Request
 from builder.run import launch_recorders, launch_records
-from builder.run.call import Call
 from builder.text import counted
 
 #: Seconds that the engine has to answer.
@@ -25,26 +27,28 @@ _CONTAINER_SECONDS = 60.0
 _UNCLEAR = ("failed", "not-understood")
 
 
-def in_container(call: Call) -> None:
-    """Record in a container of the serving image: `import_tests`."""
-    _import_tests(call, here=False)
+@dataclass(frozen=True, kw_only=True)
+class ImportTestsArgs(ManifestArgs):
+    """Arguments of `import-tests`."""
+
+    paths: tuple[str, ...]
+    suite: str | None = None
+    gpu: str | None = None
+    update: str | None = None
+    records: str | None = None
+    pull: bool = False
+    here: bool = False
 
 
-def in_child(call: Call) -> None:
-    """Record in a process of this environment: `import_tests`."""
-    _import_tests(call, here=True)
-
-
-def _import_tests(call: Call, *, here: bool) -> None:
+def run(args: ImportTestsArgs, invocation: Invocation) -> None:
     """Print a manifest, compare with the one that is named, or update one.
 
     Raises ColdError where no task covers a launch or something is not understood; UsageError where nothing is launched.
     """
-    args = call.said
     update = Path(args.update) if args.update else None
-    if update is not None and call.names_a_manifest:
+    if update is not None and args.names_manifest:
         raise UsageError("--update and --manifest or --profile exclude each other: it is compared with what it updates")
-    manifest = _updated(update) if update is not None else call.manifest() if call.names_a_manifest else None
+    manifest = _updated(update) if update is not None else invocation.named_manifest()
     selection = suites.select(args.paths, args.suite)
     request = Request(
         checkout=str(selection.checkout),
@@ -52,8 +56,8 @@ def _import_tests(call: Call, *, here: bool) -> None:
         gpu=args.gpu or "H200",
         workers=launch_records.workers(),
     )
-    with call.signals(), _recorder(call, manifest, here=here) as recorder:
-        records = launch_records.record(request, recorder, _store(call))
+    with invocation.signals.handled(), _recorder(args, invocation, manifest) as recorder:
+        records = launch_records.record(request, recorder, _store(args, invocation.environ))
     recorded = from_tests.distinct(launch for each in records for launch in each.launches)
     launches, unknown = from_tests.known(recorded)
     problems = [*selection.problems, *(problem for each in records for problem in each.problems), *unknown]
@@ -62,11 +66,12 @@ def _import_tests(call: Call, *, here: bool) -> None:
     if not launches and not problems:
         raise UsageError(f"no test in {counted(len(request.files), 'file')} launches a server")
     unclear = [each for each in problems if each.state in _UNCLEAR and each not in harmless]
-    _report(call, manifest, update, launches, problems, unclear, selection)
+    _report(args, invocation, manifest, update, launches, problems, unclear, selection)
 
 
 def _report(
-    call: Call,
+    args: ImportTestsArgs,
+    invocation: Invocation,
     manifest: Manifest | None,
     update: Path | None,
     launches: Sequence[Launch],
@@ -81,9 +86,9 @@ def _report(
     }
     compared: list[from_tests.Compared] = []
     if manifest is None:
-        call.report.text = from_tests.as_manifest(launches, call.said.paths)
+        invocation.report.text = from_tests.as_manifest(launches, args.paths)
         for problem in problems:
-            call.console.say(from_tests.describe(problem))
+            invocation.console.say(from_tests.describe(problem))
     else:
         compared, unneeded = from_tests.compare(launches, manifest.tasks)
         # A launch that was not recorded may need any task.
@@ -100,11 +105,11 @@ def _report(
         extra["unneeded"] = unneeded
         others = f" ({selection.passed_over} of other suites passed over)" if selection.passed_over else ""
         counts = f"{counted(len(selection.files), 'file')}{others}"
-        call.report.text = from_tests.as_text(compared, unneeded, problems, manifest.path, counts)
+        invocation.report.text = from_tests.as_text(compared, unneeded, problems, manifest.path, counts)
         if update is not None:
-            _update(call, update, manifest, compared, unneeded)
+            _update(invocation, update, manifest, compared, unneeded)
             compared = []
-    call.report.extra |= extra
+    invocation.report.extra |= extra
     cold = [each for each in compared if not each.covered]
     parts = [f"{len(cold)} of {len(compared)} launches covered by no task"] if cold else []
     if unclear:
@@ -115,7 +120,11 @@ def _report(
 
 
 def _update(
-    call: Call, path: Path, manifest: Manifest, compared: Sequence[from_tests.Compared], unneeded: Sequence[str]
+    invocation: Invocation,
+    path: Path,
+    manifest: Manifest,
+    compared: Sequence[from_tests.Compared],
+    unneeded: Sequence[str],
 ) -> None:
     """Rewrite the tasks of a manifest: what covers a launch stays as it is written, what covers none goes, and what is
     missing is added. While something is not understood, none goes.
@@ -128,8 +137,8 @@ def _update(
     if result != text:
         rewrite.write(path, result)
     kept = len(manifest.tasks) - len(going)
-    call.console.say(f"{path}: {counted(kept, 'task')} kept, {len(added)} added, {len(going)} removed")
-    call.report.extra["updated"] = {"kept": kept, "added": len(added), "removed": len(going)}
+    invocation.console.say(f"{path}: {counted(kept, 'task')} kept, {len(added)} added, {len(going)} removed")
+    invocation.report.extra["updated"] = {"kept": kept, "added": len(added), "removed": len(going)}
 
 
 def _updated(path: Path) -> Manifest:
@@ -140,27 +149,29 @@ def _updated(path: Path) -> Manifest:
 
 
 @contextlib.contextmanager
-def _recorder(call: Call, manifest: Manifest | None, *, here: bool) -> Iterator[launch_records.Recorder]:
-    if here:
-        yield launch_recorders.InChild(call)
+def _recorder(
+    args: ImportTestsArgs, invocation: Invocation, manifest: Manifest | None
+) -> Iterator[launch_records.Recorder]:
+    if args.here:
+        yield launch_recorders.InChild(invocation.environ, invocation.cancel)
         return
     if manifest is None:
-        if not call.said.image:
+        if not args.image:
             raise UsageError(
                 "which serving image? Pass --image REF, or a manifest that names one; for a checkout whose code is "
                 "trusted, --here needs none"
             )
-        manifest = launch_recorders.manifest_of_image(call.said.image)
-    with call.connect(manifest, _CONTAINER_SECONDS) as executor:
+        manifest = without_tasks(args.image)
+    with invocation.connected(invocation.context(manifest, pull=args.pull), _CONTAINER_SECONDS) as executor:
         yield launch_recorders.InContainer(executor)
 
 
-def _store(call: Call) -> launch_records.Store | None:
+def _store(args: ImportTestsArgs, environ: Mapping[str, str]) -> launch_records.Store | None:
     """Return where records of earlier runs are kept: --records, else this user's cache directory."""
-    chosen = call.said.records
+    chosen = args.records
     if chosen is not None:
         return launch_records.Store(Path(chosen)) if chosen else None
-    base = call.environ.get("XDG_CACHE_HOME") or (call.environ.get("HOME") and f"{call.environ['HOME']}/.cache")
+    base = environ.get("XDG_CACHE_HOME") or (environ.get("HOME") and f"{environ['HOME']}/.cache")
     return launch_records.Store(Path(base, "warm-cache", "launches")) if base else None
 
 

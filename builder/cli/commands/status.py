@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -14,6 +13,8 @@ from typing import Any
 from builder import events, text
 from builder.cache import inventory, marker_files, markers, toolchain, usage
 from builder.cli.commands.hold import PATH as HOLD
+from builder.cli.invocation import Invocation
+from builder.cli.options import ManifestArgs
 from builder.engine.lease import LABEL
 from builder.flock import holders
 from builder.run import cache_locks, maintenance, overlay
@@ -25,7 +26,18 @@ _MODES = {"hold": "holds the cache", "views": "makes or drops a view", "run": "w
 _BUILDER, _HOLDER = "works on the cache", "holds the cache"
 
 
-def status(executor: ContainerExecutor, _said: Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class StatusArgs(ManifestArgs):
+    """Arguments of `status`."""
+
+
+def run(args: StatusArgs, invocation: Invocation) -> None:
+    """Report what the cache holds, how old it is, what uses it, and what it cost."""
+    with invocation.containers(invocation.context(invocation.manifest())) as executor:
+        status(executor)
+
+
+def status(executor: ContainerExecutor) -> None:
     """Families by key with entries and bytes, every marker with age, last use and price, and who uses the root now."""
     context = executor.context
     found = _Found()

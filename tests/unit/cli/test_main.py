@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from builder import __main__
+from builder.cli import invocation, parser
 from builder.cli import main as cli
 from builder.cli import options as words
-from builder.cli import parser
 from builder.cli.commands import check
+from builder.cli.options import ManifestArgs
+from builder.cli.signals import Signals
 from builder.errors import (
     BuilderError,
     BusyError,
@@ -93,11 +95,11 @@ class Bench:
         self.monkeypatch = monkeypatch
         self.executors: list[ContainerExecutor] = []
         self.tasks: list[str] = []
-        monkeypatch.setattr(cli, "Engine", NoEngine)
+        monkeypatch.setattr(invocation, "Engine", NoEngine)
         self.act(lambda executor, tasks: None)
 
     def act(self, act: Act) -> None:
-        def recorded(executor: ContainerExecutor, _said: Namespace) -> None:
+        def recorded(executor: ContainerExecutor, _on_cold: str | None) -> None:
             self.executors.append(executor)
             self.tasks = [task.model for task in executor.context.manifest.tasks]
             act(executor, executor.context.manifest.tasks)
@@ -145,7 +147,7 @@ def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureF
         (["check", "--zzz"], "error: there is no option '--zzz'; see: warm-cache check --help. Exit 2."),
         (["check", "--force"], "error: --force is no option of check, but of warm. Exit 2."),
         (["check", "all"], "usage: warm-cache check [option ...]\nerror: check takes no argument 'all'. Exit 2."),
-        (["check", "--cache"], "error: --cache wants a value. Exit 2."),
+        (["check", "--cache"], "error: --cache needs a value. Exit 2."),
         (["check", "--strict=1"], "error: --strict takes no value. Exit 2."),
         (["env", "--format", "yaml"], "error: --format is 'yaml': one of docker, shell, github, json is wanted. Exit"),
         (["hold", "pytest"], "error: hold takes no argument 'pytest'; the command follows after two dashes. Exit 2."),
@@ -197,9 +199,22 @@ def test_every_example_is_a_command_line(verb: str) -> None:
     typed = words.VERBS[verb].example.replace("$(", "").replace(")", "").partition("warm-cache ")[2].split()
     if verb == "env":
         typed = typed[: typed.index("lmsysorg/sglang:v0.5.23")]
-    said = parser.parse(typed, {})
-    assert said.verb == verb
-    assert said.profile or said.cache or words.VERBS[verb].needs == "nothing"
+    line = parser.parse(typed, {})
+    assert line.verb == verb
+    assert words.VERBS[verb].needs == "nothing" or (
+        isinstance(line.args, ManifestArgs) and (line.args.profile or line.args.cache)
+    )
+
+
+@pytest.mark.parametrize("name", words.VERBS)
+def test_args_have_one_field_per_option_and_argument(name: str) -> None:
+    verb = words.VERBS[name]
+    cls = getattr(parser.module(name), name.title().replace("-", "") + "Args")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    options = {option.replace("-", "_") for option in verb.options} | {each.name for each in verb.arguments}
+    assert options <= fields
+    assert fields - options <= {"sources", "json", "models", "command"}
+    assert cls.__dataclass_params__.frozen
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -372,13 +387,13 @@ def test_where_logs_and_leases_go(bench: Bench, tmp_path: Path, monkeypatch: pyt
     options = bench.executors[-1].context.options
     assert options.state_dir == tmp_path / "run", "a mount's source is absolute"
     assert options.log_dir.parent == tmp_path / "state" / "warm-cache" / "logs"
-    assert cli.LOG_NAME.fullmatch(options.log_dir.name)
+    assert invocation.LOG_NAME.fullmatch(options.log_dir.name)
     assert options.log_dir.name.endswith(bench.executors[-1].context.run_id[:6])
 
 
 def test_logs_of_the_newest_runs_stay(bench: Bench, tmp_path: Path) -> None:
     logs = tmp_path / "warm-cache" / "logs"
-    old = [f"20250101-{number:06d}-abcdef" for number in range(cli.LOGS_KEPT + 3)]
+    old = [f"20250101-{number:06d}-abcdef" for number in range(invocation.LOGS_KEPT + 3)]
     foreign = ["20240101-000000", "mine", "20240101-000000-abcdef.txt"]
     for name in (*old, *foreign):
         (logs / name).mkdir(parents=True)
@@ -474,7 +489,7 @@ def warm_tasks(**more: Any) -> Act:
 
 def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(act: Act) -> str:
-        monkeypatch.setattr(warm, "warm", lambda executor, _said: act(executor, executor.context.manifest.tasks))
+        monkeypatch.setattr(warm, "warm", lambda executor: act(executor, executor.context.manifest.tasks))
         bench.run("warm")
         return bench.capsys.readouterr().out
 
@@ -523,8 +538,8 @@ def test_signals_are_handled_only_meanwhile() -> None:
     known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
     before = [signal.getsignal(number) for number in known]
     cancel = Cancel()
-    signals = cli._Signals(cancel)
-    with signals.heard():
+    signals = Signals(cancel)
+    with signals.handled():
         assert signal.getsignal(signal.SIGTSTP) is signal.SIG_IGN
         with pytest.raises(Interrupted, match="SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -541,8 +556,8 @@ def test_signals_are_handled_only_meanwhile() -> None:
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        signals = cli._Signals(Cancel())
-        with signals.heard():
+        signals = Signals(Cancel())
+        with signals.handled():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         signals.restore()
     finally:

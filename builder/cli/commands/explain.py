@@ -1,0 +1,112 @@
+"""The verb `explain`: why each task is warm or cold, and what the cache has for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from builder import text
+from builder.cache import environment, families
+from builder.cache.coverage import brief
+from builder.cache.environment import Standing
+from builder.cli.invocation import Invocation
+from builder.cli.options import ManifestArgs
+from builder.report.console import Console
+from builder.report.results import Report
+from builder.run.job_environment import judge
+from builder.run.local_executor import LocalExecutor
+from builder.run.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainArgs(ManifestArgs):
+    """Arguments of `explain`."""
+
+    only: tuple[str, ...] = ()
+    strict: bool = False
+    here: bool = False
+
+
+def run(args: ExplainArgs, invocation: Invocation) -> None:
+    """Report what differs from the nearest marker for each task, and from the nearest directory for each family."""
+    console, report = invocation.console, invocation.report
+    if args.here:
+        local = invocation.local(invocation.named_manifest(only=args.only), strict=args.strict)
+        plan = judge(local)
+        show_here(local, everything=True)
+        show_tasks(console, report, plan)
+        return
+    context = invocation.context(invocation.manifest(only=args.only), strict=args.strict)
+    with invocation.containers(context) as executor:
+        plan = judge(executor)
+        show_tasks(console, report, plan)
+        if plan is not None:
+            standings = environment.compare(executor.described(), plan.items[0].record)
+            show_families(console, report, standings, standings)
+
+
+def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
+    """Report for every task what differs from the nearest marker."""
+    explained = []
+    for index, result in enumerate(report.tasks):
+        judgement = plan.items[index].judgement if plan else None
+        because = f", because {result.reason}" if result.reason else f", since {result.since}"
+        if result.reservation:
+            because += f"; {result.reservation}"
+        console.say(f"{result.label}: {result.state}{because}")
+        differences = list(judgement.differences) if judgement else []
+        if differences:
+            console.table(("factor", "marker", "now"), [[str(cell) for cell in row] for row in differences])
+        explained.append(
+            {
+                "label": result.label,
+                "state": result.state,
+                "reason": result.reason,
+                "reservation": result.reservation or None,
+                "marker": judgement.path if judgement else None,
+                "factors": [dict(zip(("factor", "marker", "now"), row, strict=True)) for row in differences],
+            }
+        )
+    report.extra["explain"] = explained
+
+
+def show_families(console: Console, report: Report, standings: Sequence[Standing], shown: Sequence[Standing]) -> None:
+    """Report how each family's directory compares with this environment. shown: the rows of the table."""
+    report.extra["families"] = [
+        {
+            "family": each.family,
+            "state": each.state,
+            "key": each.key,
+            "nearest": each.nearest,
+            "factors": [dict(zip(("factor", "was", "is"), row, strict=True)) for row in each.rows],
+        }
+        for each in standings
+    ]
+    if shown:
+        rows = [[each.family, each.state, each.key or "–", _against(each)] for each in shown]
+        console.table(("family", "state", "key", "against the nearest one"), rows, styles={})
+
+
+def show_here(local: LocalExecutor, *, everything: bool) -> list[Standing]:
+    """Report the families of this environment, and return them. everything: show also those that the cache has."""
+    console, report = local.context.console, local.context.report
+    standings = local.families()
+    shown = [standing for standing in standings if everything or standing.state != "found"]
+    show_families(console, report, standings, [] if local.missing_root() else shown)
+    image = local.image
+    if everything or any(standing.state == "unknown" for standing in shown):
+        console.say(f"image {image.id[:19]}… ({image.how})" if image.id else f"image unknown: {image.how}")
+    cold = any(task.state == "cold" for task in report.tasks)
+    for problem in local.record["observed"]["problems"] if cold or everything else ():
+        console.say(f"  ▸ {text.printable(problem)}")
+    return standings
+
+
+def _against(standing: Standing) -> str:
+    """Return what differs from the nearest directory, and whether that one can be shared at all."""
+    texts = []
+    for factor, was, now in standing.rows:
+        before, after = brief(was, now)
+        texts.append(f"{factor} was {before} is {after}")
+    bound = standing.state == "differs" and not families.FAMILY[standing.family].shared
+    return "; ".join(texts) + (" (belongs to one image: never shared)" if bound else "")

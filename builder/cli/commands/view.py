@@ -1,0 +1,76 @@
+"""The verb `view`: writable views of the warm cache for test jobs, and what jobs changed in theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from builder.cache import view_records
+from builder.cache.findings import proposal
+from builder.cli.invocation import Invocation
+from builder.cli.options import ManifestArgs
+from builder.errors import UsageError
+from builder.report import audit
+from builder.run import views
+from builder.run.container_executor import ContainerExecutor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewArgs(ManifestArgs):
+    """Arguments of `view`."""
+
+    action: str
+    job: str | None = None
+    replace: bool = False
+    fail_on_jit: bool = False
+    lock_timeout: str | None = None
+
+
+def run(args: ViewArgs, invocation: Invocation) -> None:
+    """Carry out one action on one view, or list all views."""
+    manifest = invocation.manifest(lock_timeout=args.lock_timeout)
+    if args.action == "list" and args.job is not None:
+        raise UsageError(f"view list takes no JOB, found {args.job!r}")
+    job = "" if args.action == "list" else _checked(args.action, args.job)
+    with invocation.containers(invocation.context(manifest)) as executor:
+        match args.action:
+            case "create":
+                views.create(executor, job, replace=args.replace)
+            case "audit":
+                _audit(executor, job, args)
+            case "promote":
+                _promote(executor, job, args)
+            case "drop":
+                views.drop(executor, job)
+            case _:
+                views.show(executor)
+
+
+def _checked(action: str, job: str | None) -> str:
+    """Return the name of the view. Raises UsageError where none is given, or it is not a name."""
+    if job is None:
+        raise UsageError(f"view {action} needs a JOB: the name of the view")
+    if not view_records.NAME.fullmatch(job):
+        raise UsageError(
+            f"JOB is {job!r}: 2 to 63 letters, digits, dots, dashes and underscores are wanted, the first a letter "
+            "or digit"
+        )
+    return job
+
+
+def _audit(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
+    """Report what the job compiled. Raises ColdError with --fail-on-jit if it compiled anything."""
+    found, report = views.audited(executor, job), executor.context.report
+    report.extra["audit"] = audit.document_of(found)
+    report.text = None if args.json else audit.text_of(found, f"the job {job}")
+    audit.judge(found, f"the job {job}", args.fail_on_jit)
+
+
+def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
+    """Print the lines of a manifest that would cover what the job compiled. Raises ColdError as `_audit` does."""
+    found, report = views.audited(executor, job), executor.context.report
+    report.extra["audit"] = audit.document_of(found)
+    report.extra["promote"] = text = proposal(found, job)
+    report.text = text or None
+    if not text:
+        executor.context.console.say(f"the job {job} compiled nothing that a manifest could cover")
+    audit.judge(found, f"the job {job}", args.fail_on_jit)

@@ -1,0 +1,53 @@
+"""The verb `warm`: compile what is cold, in containers, or with --here in this environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from builder.cli.invocation import Invocation
+from builder.cli.options import ManifestArgs
+from builder.run import warm
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmArgs(ManifestArgs):
+    """Arguments of `warm`."""
+
+    only: tuple[str, ...] = ()
+    force: bool = False
+    strict: bool = False
+    allow_busy: bool = False
+    budget: str | None = None
+    timeout: str | None = None
+    silence: str | None = None
+    lock_timeout: str | None = None
+    pull: bool = False
+    log_dir: str | None = None
+    here: bool = False
+
+
+def run(args: WarmArgs, invocation: Invocation) -> None:
+    """Make every task of the manifest warm. Raises what prevented it; the report is complete either way."""
+    manifest = invocation.manifest(
+        only=args.only,
+        budget=args.budget,
+        timeout=args.timeout,
+        silence=args.silence,
+        lock_timeout=args.lock_timeout,
+    )
+    if args.here:
+        local = invocation.local(manifest, force=args.force, strict=args.strict, log_dir=args.log_dir)
+        with invocation.signals.handled():
+            warm.warm(local)
+        return
+    context = invocation.context(
+        manifest,
+        log_dir=args.log_dir,
+        pull=args.pull,
+        force=args.force,
+        strict=args.strict,
+        allow_busy=args.allow_busy,
+        creates=True,
+    )
+    with invocation.containers(context) as executor:
+        warm.warm(executor)

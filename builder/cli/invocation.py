@@ -1,0 +1,210 @@
+"""What a verb gets besides its arguments: output, signals, and the ways to a manifest and to an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.cli.options import VERBS, Args, ManifestArgs
+from builder.cli.signals import Signals
+from builder.engine.client import Engine
+from builder.errors import EngineLostError, EngineTimeoutError, Problem, UsageError
+from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline
+from builder.manifest.load import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select, without_tasks
+from builder.report.console import Console
+from builder.report.results import Report
+from builder.run import preflight
+from builder.run.container_executor import ContainerExecutor
+from builder.run.context import Context, Options
+from builder.text import printable
+
+if TYPE_CHECKING:
+    from builder.run.local_executor import LocalExecutor
+
+#: Name of a run's log directory in the default place: its start, and its run id.
+LOG_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+#: Number of log directories that are kept there.
+LOGS_KEPT = 50
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One run of one verb."""
+
+    verb: str
+    args: Args
+    environ: Mapping[str, str]
+    console: Console
+    report: Report
+    cancel: Cancel
+    signals: Signals
+    run_id: str = field(default_factory=lambda: os.urandom(6).hex())
+
+    def manifest(self, *, only: Sequence[str] = (), **limits: str | None) -> Manifest:
+        """Return the named manifest. Raises UsageError with every problem, and where none or two are named.
+
+        only: models or labels of the tasks wanted, all by default. limits: names and values of `Overrides`.
+        """
+        args = self._manifest_args()
+        if not args.manifest and not args.profile:
+            raise UsageError(f"which manifest? Pass --manifest FILE or --profile NAME ({', '.join(profiles())})")
+        if args.manifest and args.profile:
+            ways = f"{args.location('manifest')} {args.manifest} and {args.location('profile')} {args.profile}"
+            raise UsageError(f"{ways} exclude each other")
+        overrides = Overrides(image=args.image, cache=args.cache, models=args.models, **limits)
+        with self._problems_located():
+            manifest = load(args.manifest, profile=args.profile, overrides=overrides)
+            self.report.image_ref, cache = manifest.image.ref, manifest.cache
+            self.report.cache = str(cache.root) if cache.root else f"volume {cache.volume}"
+            return select(manifest, only)
+
+    def named_manifest(self, *, only: Sequence[str] = (), **limits: str | None) -> Manifest | None:
+        """Return the named manifest as `manifest` does, or None where none is named."""
+        return self.manifest(only=only, **limits) if self._manifest_args().names_manifest else None
+
+    def cache(self, place: str) -> CacheSpec:
+        """Return the cache that ``--cache`` names. Raises UsageError."""
+        with self._problems_located():
+            return cache_of(place)
+
+    def context(
+        self,
+        manifest: Manifest,
+        *,
+        log_dir: str | None = None,
+        pull: bool = False,
+        force: bool = False,
+        strict: bool = False,
+        allow_busy: bool = False,
+        creates: bool = False,
+    ) -> Context:
+        """Return the context of a run. log_dir: None for the default place; the rest as in `Options`."""
+        chosen = _absolute(log_dir, self.args.location("log-dir")) if log_dir else self.default_log_dir
+        options = Options(
+            log_dir=chosen,
+            state_dir=_absolute(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "XDG_RUNTIME_DIR"),
+            environ=self.environ,
+            pull=pull,
+            force=force,
+            strict=strict,
+            allow_busy=allow_busy,
+            creates=creates,
+        )
+        return Context(
+            manifest=manifest,
+            options=options,
+            console=self.console,
+            report=self.report,
+            cancel=self.cancel,
+            budget=Deadline(manifest.run.budget),
+            run_id=self.run_id,
+        )
+
+    @contextlib.contextmanager
+    def containers(self, context: Context) -> Iterator[ContainerExecutor]:
+        """Handle signals, connect to the engine, and give a way to run containers on it. Raises PreflightError."""
+        with self.signals.handled(), self.connected(context) as executor:
+            yield executor
+
+    @contextlib.contextmanager
+    def connected(self, context: Context, timeout: float = 60.0) -> Iterator[ContainerExecutor]:
+        """Give a way to run containers on the engine. timeout: seconds for each of its answers."""
+        engine = Engine(self.environ.get("DOCKER_HOST") or None, timeout)
+        with contextlib.closing(engine):
+            try:
+                engine.connect()
+            except EngineTimeoutError:
+                raise
+            except EngineLostError as error:
+                raise preflight.without_engine(context.manifest, engine.url, error) from error
+            # Everything loaded so far is used to the end. Excluding it from collections, and from the one at exit,
+            # saves a tenth of a check's time.
+            gc.freeze()
+            with ContainerExecutor(context, engine) as executor:
+                yield executor
+
+    def local(
+        self, manifest: Manifest | None, *, force: bool = False, strict: bool = False, log_dir: str | None = None
+    ) -> LocalExecutor:
+        """Return a way to run tasks in this environment, on the cache where it is mounted here. Raises UsageError.
+
+        manifest: None for one without tasks. log_dir: None for a new directory in the temporary one.
+        """
+        from builder.run import local_executor  # only --here needs it
+
+        args = self._manifest_args()
+        root: Path | None = Path(manifest.cache.mount) if manifest else local_executor.MOUNT
+        if args.cache:
+            root = (manifest.cache if manifest else self.cache(args.cache)).root
+        if root is None:
+            raise UsageError(f"--cache {args.cache}: with --here, the directory is wanted where the cache is mounted")
+        logs = log_dir or str(Path(tempfile.gettempdir(), f"warm-cache-logs-{self.run_id}"))
+        context = self.context(manifest or without_tasks(), log_dir=logs, force=force, strict=strict)
+        return local_executor.LocalExecutor(context, root, args.image)
+
+    @functools.cached_property
+    def default_log_dir(self) -> Path:
+        """Return this run's log directory in the default place; the first log makes it."""
+        return self._state_home() / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.run_id[:6]}"
+
+    def prune_logs(self) -> None:
+        """If this run wrote logs in the default place, remove all but the newest runs' logs there."""
+        if not self.default_log_dir.is_dir():
+            return
+        with contextlib.suppress(OSError):
+            directory = self.default_log_dir.parent
+            runs = sorted(path for path in directory.iterdir() if LOG_NAME.fullmatch(path.name))
+            for path in runs[:-LOGS_KEPT]:
+                shutil.rmtree(path, ignore_errors=True)  # does not follow links
+
+    def _manifest_args(self) -> ManifestArgs:
+        assert isinstance(self.args, ManifestArgs), f"{self.verb} has no options that name a manifest"
+        return self.args
+
+    @contextlib.contextmanager
+    def _problems_located(self) -> Iterator[None]:
+        """Give problems of an option's value the location where the value was given, instead of the manifest's."""
+        places = {f"--{option}": self.args.location(option) for option in VERBS[self.verb].options}
+        if "--manifest" in places:
+            path = printable(self._manifest_args().manifest or "")
+            places[path] = f"{places['--manifest']} {path}"
+        try:
+            yield
+        except UsageError as error:
+            if not error.problems:
+                raise
+            problems = [
+                Problem(places.get(each.location, each.location), each.text, each.remedy) for each in error.problems
+            ]
+            message = error.message
+            if all(each.location in places for each in error.problems):
+                message = str(problems[0]) if len(problems) == 1 else "options cannot be used as they are"
+            raise UsageError(message, problems) from None
+
+    def _state_home(self) -> Path:
+        """Return the directory above the default logs: the temporary one where there is no HOME, as in cron jobs."""
+        base = self.environ.get("XDG_STATE_HOME", "")
+        if not base.startswith("/"):
+            base = ""
+            with contextlib.suppress(RuntimeError):
+                base = str(Path.home() / ".local" / "state")
+        return Path(base or tempfile.gettempdir()) / "warm-cache"
+
+
+def _absolute(path: str, location: str) -> Path:
+    """Return the absolute path. Raises UsageError with the location of the value if the working directory is gone."""
+    try:
+        return Path(path).absolute()
+    except OSError as error:
+        raise UsageError(f"{location}: {path} is relative to a directory that was removed ({error.strerror})") from None
