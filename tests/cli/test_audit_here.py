@@ -86,12 +86,12 @@ def test_what_changed_between_is_named(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--here"], "wants --before FILE, ahead of the job, or --after FILE"),
-        (["--here", "--before", "a", "--after", "b"], "wants --before FILE"),
+        (["--here"], "needs --before FILE, ahead of the job, or --after FILE"),
+        (["--here", "--before", "a", "--after", "b"], "needs --before FILE"),
         (["--before", "a"], "pass --here"),
         (["--here", "--before", "/no/such/folder\0/x"], "--before: "),
         (["--here", "--after", "/no/such/file"], "--after: /no/such/file is missing"),
-        (["--here", "--cache", "volume:xyz", "--before", "a"], "looks at a directory"),
+        (["--here", "--cache", "volume:xyz", "--before", "a"], "audit --here needs a directory"),
     ],
 )
 def test_wrong_words(words: list[str], said: str, environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

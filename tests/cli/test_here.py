@@ -289,7 +289,7 @@ def test_every_variable_that_sglang_reads_is_printed(warmed: Job, version: str) 
 
 
 def test_docker_arguments_are_not_for_who_is_inside(warmed: Job) -> None:
-    assert "--format docker is for who starts a container" in warmed.run("env", "--format", "docker", status=2)[1]
+    assert "--format docker starts a container" in warmed.run("env", "--format", "docker", status=2)[1]
 
 
 def test_nothing_is_printed_where_there_is_no_cache(job: Job) -> None:

@@ -398,7 +398,7 @@ def test_view_with_impossible_arguments_is_refused(user: Views) -> None:
     assert not user.root.exists()
     for words, said in (
         (["create", "../x"], "2 to 63 letters"),
-        (["create"], "wants a JOB"),
+        (["create"], "needs a JOB"),
         (["list", "job"], "takes no JOB"),
         (["audit", "nobody"], "there is no view 'nobody'"),
         (["drop", "nobody"], "there is no view 'nobody'"),
