@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from builder import events
-from builder.agent import maintenance, prune, simulated_gpu
+from builder.agent import maintenance, probe, prune, simulated_gpu
 from builder.agent.guard import Guard, Stopped, end
 from builder.agent.output import Output
 from builder.agent.warm import Warming, write_memo
-from builder.cache import layout, toolchain, view_records
+from builder.cache import layout, view_records
 from builder.events import FAILED
 from builder.job import JOB_VARIABLE, Job
 from builder.recording import Request, fields_of
@@ -94,7 +94,7 @@ def _probe(job: Job, output: Output) -> int:
         except simulated_gpu.Impossible as why:
             output.say(str(why))
             return FAILED
-        record = toolchain.probe(environ=environ, mount=job.mount, image=job.image)
+        record = probe.probe(environ=environ, mount=job.mount, image=job.image)
     output.event(events.ToolchainProbed(record))
     try:
         layout.prepare(root)
@@ -109,7 +109,7 @@ def _probe(job: Job, output: Output) -> int:
 def _toolchain(job: Job, output: Output) -> int:
     """Report the toolchain of this process's own environment, real GPUs included. Writes nothing to the root."""
     environ = {**os.environ, **({} if job.task is None else job.task.env)}
-    record = toolchain.probe(environ=environ, mount=job.mount, image=job.image)
+    record = probe.probe(environ=environ, mount=job.mount, image=job.image)
     output.event(events.ToolchainProbed(record))
     return 0
 

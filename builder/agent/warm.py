@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from builder import events
-from builder.agent import dummy_weights, recipes, simulated_gpu
+from builder.agent import dummy_weights, probe, recipes, simulated_gpu
 from builder.agent import model_shapes as shapes
 from builder.agent.compile_lock import Beside
 from builder.agent.counter import Counter
@@ -119,7 +119,7 @@ class Warming:
         layout.prepare(self._root)
         self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
         environ = simulated_gpu.environment({**os.environ, **task.env}, self._temporary)
-        record = toolchain.probe(environ=environ, mount=self._job.mount, image=self._job.image)
+        record = probe.probe(environ=environ, mount=self._job.mount, image=self._job.image)
         self._keys = toolchain.family_keys(record)
         self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
         self._guard.check()

@@ -9,8 +9,8 @@ The record is JSON::
      "switches": {variable: text},                     # that every process there has, a task's own not among them
      "observed": {"driver", "python", "problems": [text], "pretended": a GPU that is not there, or null}}
 
-What is absent is null, never guessed: an absent compiler is another toolchain than any compiler. Versions come from
-installed metadata and from ``--version``, GPU facts from libcuda and NVML; importing torch would take seconds.
+`agent.probe` makes it. What is absent is null, never guessed: an absent compiler is another toolchain than any
+compiler.
 
 The memo (``<root>/images/<image id>.json``) keeps records, so that a host that knows the image id asks no container.
 """
@@ -19,29 +19,21 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import importlib.machinery
 import json
-import os
 import posixpath
 import re
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder import files
-from builder.agent import compilers, packages
-from builder.cache.families import FAMILIES, FAMILY, PACKAGES, TABLE_VERSION
+from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION
 from builder.task import PRETEND_VARIABLE
-
-if TYPE_CHECKING:
-    from builder.job import ServingImage
 
 Record = dict[str, Any]
 SCHEMA = 1
 
-#: Variables of a task's environment that change what `probe` sees; a memo holds only where these are the same.
+#: Variables of a task's environment that change what a probe sees; a memo holds only where these are the same.
 PROBE_ENV: tuple[str, ...] = (
     "CUDA_DEVICE_ORDER",
     "CUDA_HOME",
@@ -89,68 +81,8 @@ INERT: tuple[str, ...] = (
 )
 _PLACES = frozenset(variable for family in FAMILIES for variable, _ in family.env)
 
-_COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")
 _MEMO_LIMIT = 4 << 20
 _MEMO_KEEP = 16
-
-_ROOT = str(Path(__file__).resolve().parents[2])
-_DEVICES = f"import sys; sys.path.insert(0, {_ROOT!r}); from builder.agent import gpu_probe; gpu_probe.main()"
-
-
-def probe(
-    *,
-    environ: Mapping[str, str],
-    mount: str,
-    image: ServingImage,
-    inherited: Mapping[str, str] | None = None,
-) -> Record:
-    """The record of the environment that this process runs in. Takes a few tenths of a second, plus what cuInit takes.
-
-    environ: the environment that the task's processes will have. mount: the cache root as they see it. image: ``id``
-    and ``labels`` of the serving image, as far as they are known. inherited: the environment without the task's own
-    variables (default: this process's), of which the record keeps the switches.
-    """
-    triton = packages.find("triton")
-    tools = compilers.start_all(environ, None if triton is None else triton.place)
-    devices = compilers.start([sys.executable, "-I", "-S", "-c", _DEVICES], environ)
-
-    image_id = image.id or None
-    commit = _commit(environ, image)
-    build = f"commit {commit}" if commit else (f"image {image_id}" if image_id else None)
-    sglang = packages.find("sglang")
-    factors: dict[str, str | None] = {name: packages.identity(names, build) for name, names in PACKAGES.items()}
-    factors.update(packages.deep_gemm(build))
-    factors["torch_cuda"] = _torch_cuda()
-    factors.update(_host_abi())
-    factors.update(mount=posixpath.normpath(mount), image=image_id)
-
-    problems: list[str] = []
-    until = time.monotonic() + compilers.SECONDS
-    found = _devices(compilers.finish(devices, until, "GPU facts", problems), problems)
-    gpus = found["gpus"]
-    factors["compute_capability"] = _all(gpus, "compute_capability")
-    factors["sm_count"] = _all(gpus, "sm_count")
-    factors["gpu_name"] = _all(gpus, "name")
-    factors["driver"] = found["driver"]
-    texts = {name: compilers.finish(process, until, name, problems) for name, process in tools.items()}
-    factors["nvcc"] = texts.get("nvcc")
-    factors["deep_gemm_nvcc"] = texts["deep_gemm_nvcc"] if "deep_gemm_nvcc" in tools else texts.get("nvcc")
-    factors["host_compiler"] = (texts.get("host_compiler") or "").split("\n", 1)[0] or None
-    factors["ptxas"] = "\n".join(text for name in compilers.PTXAS if (text := texts.get(name))) or None
-
-    return {
-        "schema": SCHEMA,
-        "factors": {name: factors[name] for name in sorted(factors)},
-        "gpus": gpus,
-        "sglang": {"version": sglang.version if sglang else None, "commit": commit},
-        "switches": switches(os.environ if inherited is None else inherited),
-        "observed": {
-            "driver": found["driver"],
-            "python": sys.version.split()[0],
-            "problems": problems,
-            "pretended": environ.get(PRETEND_VARIABLE),
-        },
-    }
 
 
 def switches(environ: Mapping[str, str]) -> dict[str, str]:
@@ -189,7 +121,7 @@ def digest(keys: Mapping[str, str]) -> str:
 
 def gpu_model(record: Record) -> str | None:
     """The GPU models of a record in the words that `read_memo` compares; "" for no GPU, None for nameless ones."""
-    names = _all(record["gpus"], "name")
+    names = distinct(record["gpus"], "name")
     return names if names is not None else (None if record["gpus"] else "")
 
 
@@ -223,7 +155,7 @@ def memo_path(root: Path, image_id: str) -> Path:
 def read_memo(
     root: Path, image_id: str, *, mount: str, gpus: str | None, driver: str | None, env: Mapping[str, str]
 ) -> Record | None:
-    """The record that `probe` would make in this image, if it was made before; None where that cannot be told.
+    """The record that a probe would make in this image, if it was made before; None where that cannot be told.
 
     gpus: names of the GPU models that the host sees, sorted and joined by ", " ("" for none); driver: its version.
     None = the host cannot see it: not compared, nor is what the container could not see. env: the task's environment;
@@ -324,52 +256,7 @@ def _probe_env(env: Mapping[str, str]) -> dict[str, str]:
     return {name: env[name] for name in PROBE_ENV if name in env}
 
 
-# What `probe` reads
-
-
-def _devices(text: str | None, problems: list[str]) -> dict[str, Any]:
-    try:
-        found = json.loads((text or "{}").splitlines()[-1])
-        problems.extend(found.get("problems", ()))
-        return {"gpus": list(found.get("gpus", ())), "driver": found.get("driver")}
-    except (ValueError, AttributeError, TypeError):
-        problems.append("GPU facts: unintelligible answer")
-        return {"gpus": [], "driver": None}
-
-
-def _commit(environ: Mapping[str, str], image: ServingImage) -> str | None:
-    """The commit that sglang was built from: what the image says of itself, else where it was installed from."""
-    for value in (environ.get("SGLANG_BUILD_COMMIT"), *map(image.labels.get, _COMMIT_LABELS)):
-        if value and value.strip() not in ("", "unknown"):
-            return value.strip()
-    return packages.commit("sglang")
-
-
-def _torch_cuda() -> str | None:
-    """The CUDA version that torch was built with, from the text of ``torch/version.py``."""
-    package = packages.find("torch")
-    if package is None:
-        return None
-    try:
-        text = files.read_bytes(f"{package.place}/torch/version.py", 1 << 16).decode("utf-8", "replace")
-    except files.UnreadableError:
-        return None
-    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-    return found[1] if found else None
-
-
-def _host_abi() -> dict[str, str | None]:
-    try:
-        libc = os.confstr("CS_GNU_LIBC_VERSION")
-    except (ValueError, OSError):
-        import platform  # the host reads records and never comes here
-
-        libc = " ".join(platform.libc_ver()).strip()
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]  # ".cpython-312-x86_64-linux-gnu.so"
-    return {"libc": libc or None, "machine": os.uname().machine or None, "python_abi": suffix.split(".")[1]}
-
-
-def _all(gpus: Iterable[Mapping[str, Any]], field: str) -> str | None:
+def distinct(gpus: Iterable[Mapping[str, Any]], field: str) -> str | None:
     """The different values among the GPUs, sorted: a mixed machine is a toolchain of its own."""
     return ", ".join(sorted({str(gpu[field]) for gpu in gpus if gpu.get(field)})) or None
 

@@ -34,9 +34,9 @@ import json, os, time
 begun = time.perf_counter()
 import builder.agent.__main__
 loaded = time.perf_counter()
-from builder.cache import toolchain
+from builder.agent import probe
 from builder.job import ServingImage
-toolchain.probe(environ=dict(os.environ), mount="/jit", image=ServingImage("sha256:0"))
+probe.probe(environ=dict(os.environ), mount="/jit", image=ServingImage("sha256:0"))
 print(json.dumps([loaded - begun, time.perf_counter() - loaded]))
 """
 

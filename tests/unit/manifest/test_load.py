@@ -246,7 +246,10 @@ class TestBad:
         began = time.monotonic()
         message = only_problem(path)
         assert time.monotonic() - began < 5, "300 million GPUs take a minute and the machine's memory"
-        assert message.startswith("m.toml:7: devices: expected at least one GPU, and every GPU once") and len(message) < 300
+        assert (
+            message.startswith("m.toml:7: devices: expected at least one GPU, and every GPU once")
+            and len(message) < 300
+        )
 
     @pytest.mark.parametrize("name", ["HF_TOKEN", "MY_PASSWORD", "aws_secret", "OPENAI_API_KEY", "X_CREDENTIALS"])
     def test_env_with_secret_name_is_refused_without_its_value(self, write: Write, name: str) -> None:

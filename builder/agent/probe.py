@@ -1,0 +1,214 @@
+"""Find out what the kernels of this environment depend on: a toolchain record (`cache.toolchain`).
+
+Versions come from installed metadata and from ``--version``, GPU facts from libcuda and NVML in a process of their own.
+Nothing is imported that takes long: torch would take seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import os
+import posixpath
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder import files
+from builder.agent import packages
+from builder.cache.families import PACKAGES
+from builder.cache.toolchain import SCHEMA, Record, distinct, switches
+from builder.job import ServingImage
+from builder.task import PRETEND_VARIABLE
+
+#: Seconds that a compiler, or the GPU driver, may take to answer.
+SECONDS = 20.0
+
+#: Assemblers of Triton: the second one from compute capability 9.0 (Triton 3.9) or 10.0 (before) on.
+PTXAS = ("ptxas", "ptxas-blackwell")
+
+_COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")
+_ROOT = str(Path(__file__).resolve().parents[2])
+_GPU_FACTS = f"import sys; sys.path.insert(0, {_ROOT!r}); from builder.agent import gpu_probe; gpu_probe.main()"
+
+
+def probe(
+    *,
+    environ: Mapping[str, str],
+    mount: str,
+    image: ServingImage,
+    inherited: Mapping[str, str] | None = None,
+) -> Record:
+    """Return the record of the environment that this process runs in.
+
+    Takes a few tenths of a second, plus the time of cuInit.
+
+    environ: the environment that the task's processes will have.
+    mount: the cache root as they see it.
+    inherited: the environment without the task's own variables, for the record's switches; None: this process's.
+    """
+    triton = packages.find("triton")
+    compilers = start_compilers(environ, None if triton is None else triton.place)
+    gpu_facts = start([sys.executable, "-I", "-S", "-c", _GPU_FACTS], environ)
+
+    commit = _commit(environ, image)
+    build = f"commit {commit}" if commit else (f"image {image.id}" if image.id else None)
+    sglang = packages.find("sglang")
+    factors: dict[str, str | None] = {name: packages.identity(names, build) for name, names in PACKAGES.items()}
+    factors.update(packages.deep_gemm(build))
+    factors["torch_cuda"] = _torch_cuda()
+    factors.update(_host_abi())
+    factors.update(mount=posixpath.normpath(mount), image=image.id or None)
+
+    problems: list[str] = []
+    until = time.monotonic() + SECONDS
+    gpus, driver = _gpus(finish(gpu_facts, until, "GPU facts", problems), problems)
+    factors["compute_capability"] = distinct(gpus, "compute_capability")
+    factors["sm_count"] = distinct(gpus, "sm_count")
+    factors["gpu_name"] = distinct(gpus, "name")
+    factors["driver"] = driver
+    texts = {name: finish(process, until, name, problems) for name, process in compilers.items()}
+    factors["nvcc"] = texts.get("nvcc")
+    factors["deep_gemm_nvcc"] = texts["deep_gemm_nvcc"] if "deep_gemm_nvcc" in compilers else texts.get("nvcc")
+    factors["host_compiler"] = (texts.get("host_compiler") or "").split("\n", 1)[0] or None
+    factors["ptxas"] = "\n".join(text for name in PTXAS if (text := texts.get(name))) or None
+
+    return {
+        "schema": SCHEMA,
+        "factors": {name: factors[name] for name in sorted(factors)},
+        "gpus": gpus,
+        "sglang": {"version": sglang.version if sglang else None, "commit": commit},
+        "switches": switches(os.environ if inherited is None else inherited),
+        "observed": {
+            "driver": driver,
+            "python": sys.version.split()[0],
+            "problems": problems,
+            "pretended": environ.get(PRETEND_VARIABLE),
+        },
+    }
+
+
+# --- compilers -------------------------------------------------------------------------------------------------------
+
+
+def start_compilers(environ: Mapping[str, str], site: str | None) -> dict[str, subprocess.Popen[str] | None]:
+    """Start ``--version`` of every compiler, all at once: in turn they would take most of the probe's time.
+
+    site: the folder that Triton is installed in.
+    """
+    path = environ.get("PATH")
+    commands: dict[str, list[str]] = {}
+    # The order of DeepGEMM (cuda_helpers.py), torch (cpp_extension.py) and tvm-ffi.
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc" if home else None, shutil.which("nvcc", path=path), "/usr/local/cuda/bin/nvcc"]
+    if nvcc := _first_executable(candidates):
+        commands["nvcc"] = [nvcc]
+    if own := environ.get("DG_JIT_NVCC_COMPILER"):
+        commands["deep_gemm_nvcc"] = [own]
+    try:
+        compiler = shlex.split(environ.get("CXX") or "c++")
+    except ValueError:
+        compiler = []
+    if compiler and shutil.which(compiler[0], path=path):
+        commands["host_compiler"] = compiler
+    for name in PTXAS:
+        # Triton falls back to the one in its wheel if the one in the variable cannot be run.
+        named = environ.get(f"TRITON_{name.upper().replace('-', '_')}_PATH")
+        if ptxas := _first_executable([named, f"{site}/triton/backends/nvidia/bin/{name}" if site else None]):
+            commands[name] = [ptxas]
+    return {name: start([*command, "--version"], environ) for name, command in commands.items()}
+
+
+def _first_executable(paths: Iterable[str | None]) -> str | None:
+    return next((path for path in paths if path and Path(path).is_file() and os.access(path, os.X_OK)), None)
+
+
+def start(command: list[str], environ: Mapping[str, str]) -> subprocess.Popen[str] | None:
+    """Start a command in a session of its own; None if it cannot be started."""
+    try:
+        return subprocess.Popen(
+            command,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def finish(process: subprocess.Popen[str] | None, until: float, name: str, problems: list[str]) -> str | None:
+    """Return what the process printed; None, and a problem added, if it failed.
+
+    until: (monotonic) when the process is killed, with all that it started.
+    """
+    if process is None:
+        problems.append(f"{name}: cannot be run")
+        return None
+    with process:
+        try:
+            text, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            problems.append(f"{name}: no answer in {SECONDS:.0f} s")
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
+    if process.returncode:
+        problems.append(f"{name}: status {process.returncode}")
+        return None
+    return text.strip() or None
+
+
+# --- GPUs, image, libraries ------------------------------------------------------------------------------------------
+
+
+def _gpus(text: str | None, problems: list[str]) -> tuple[list[dict[str, Any]], str | None]:
+    """Read the answer of `gpu_probe`: its GPUs, and the driver's version."""
+    try:
+        found = json.loads((text or "{}").splitlines()[-1])
+        problems.extend(found.get("problems", ()))
+        return list(found.get("gpus", ())), found.get("driver")
+    except (ValueError, AttributeError, TypeError):
+        problems.append("GPU facts: unintelligible answer")
+        return [], None
+
+
+def _commit(environ: Mapping[str, str], image: ServingImage) -> str | None:
+    """Return the commit that sglang was built from: as the image declares it, or as it was installed."""
+    for value in (environ.get("SGLANG_BUILD_COMMIT"), *map(image.labels.get, _COMMIT_LABELS)):
+        if value and value.strip() not in ("", "unknown"):
+            return value.strip()
+    return packages.commit("sglang")
+
+
+def _torch_cuda() -> str | None:
+    """Return the CUDA version that torch was built with, from the text of ``torch/version.py``."""
+    package = packages.find("torch")
+    if package is None:
+        return None
+    try:
+        text = files.read_bytes(f"{package.place}/torch/version.py", 1 << 16).decode("utf-8", "replace")
+    except files.UnreadableError:
+        return None
+    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _host_abi() -> dict[str, str | None]:
+    try:
+        libc = os.confstr("CS_GNU_LIBC_VERSION")
+    except (ValueError, OSError):
+        import platform  # slow to import
+
+        libc = " ".join(platform.libc_ver()).strip()
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]  # ".cpython-312-x86_64-linux-gnu.so"
+    return {"libc": libc or None, "machine": os.uname().machine or None, "python_abi": suffix.split(".")[1]}

@@ -1,0 +1,253 @@
+"""Identity of installed packages, and facts about GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.agent import gpu_probe, packages
+
+
+def install(
+    site: Path, name: str, version: str, rows: str = "", *, direct_url: Any = None, metadata: bool = True
+) -> None:
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    if metadata:
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if rows:
+        (info / "RECORD").write_text(rows)
+    if direct_url is not None:
+        (info / "direct_url.json").write_text(direct_url if isinstance(direct_url, str) else json.dumps(direct_url))
+
+
+def identity(site: Path, name: str = "thing", build: str | None = "image x") -> str | None:
+    return packages.identity([name], build, [str(site)])
+
+
+# Packages
+
+
+PIP = """../../../bin/thing,sha256:AAAA,200
+thing-1.0.dist-info/INSTALLER,sha256=zuu,4
+thing-1.0.dist-info/METADATA,sha256=mm,10
+thing-1.0.dist-info/RECORD,,
+thing/__init__.py,sha256=aa,10
+thing/__pycache__/__init__.cpython-312.pyc,,
+"thing/with,comma.py",sha256=bb,11
+"""
+UV = """thing/__init__.py,sha256=aa,10
+"thing/with,comma.py",sha256=bb,11
+thing-1.0.dist-info/METADATA,sha256=mm,10
+thing-1.0.dist-info/INSTALLER,sha256=uuu,2
+thing-1.0.dist-info/REQUESTED,sha256=e3b0,0
+thing-1.0.dist-info/uv_cache.json,sha256=cc,3
+../../../bin/thing,sha256=BBBB,210
+thing-1.0.dist-info/RECORD,,
+"""
+
+
+def test_pip_and_uv_installs_of_one_wheel_are_the_same(tmp_path: Path) -> None:
+    install(tmp_path / "pip", "thing", "1.0", PIP)
+    install(tmp_path / "uv", "thing", "1.0", UV)
+    assert identity(tmp_path / "pip") == identity(tmp_path / "uv")
+    assert (identity(tmp_path / "pip") or "").startswith("1.0 ")
+
+
+@pytest.mark.parametrize("change", [("sha256=bb", "sha256=bc"), ("thing/__init__", "thing/__main__"), ("1.0", "1.1")])
+def test_other_content_or_version_is_another_package(tmp_path: Path, change: tuple[str, str]) -> None:
+    install(tmp_path / "a", "thing", "1.0", PIP)
+    install(tmp_path / "b", "thing", "1.1" if change[0] == "1.0" else "1.0", PIP.replace(*change))
+    assert identity(tmp_path / "a") != identity(tmp_path / "b")
+
+
+def test_absent_is_null_not_a_guess(tmp_path: Path) -> None:
+    assert identity(tmp_path) is None
+    assert packages.identity(["a", "b"], None, [str(tmp_path / "nowhere")]) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "direct_url"),
+    [
+        ("thing/__init__.py,sha256=aa,1\n", {"url": "file:///src", "dir_info": {"editable": True}}),
+        ("__editable__.thing-1.0.pth,sha256=aa,1\n__editable___thing_1_0_finder.py,sha256=bb,1\n", None),
+        ("_thing_editable.py,sha256=aa,1\n_thing_editable.pth,sha256=bb,1\n", None),
+        ("_editable_impl_thing.pth,sha256=aa,1\n", None),
+    ],
+)
+def test_an_editable_install_is_its_build(tmp_path: Path, rows: str, direct_url: Any) -> None:
+    install(tmp_path, "thing", "1.0", rows, direct_url=direct_url)
+    assert identity(tmp_path, build="commit abc") == "1.0 editable, commit abc"
+    assert identity(tmp_path, build=None) == "1.0 editable, build unknown"
+
+
+def test_without_a_record_the_build_is_all_there_is(tmp_path: Path) -> None:
+    install(tmp_path, "thing", "1.0")
+    assert identity(tmp_path, build="image x") == "1.0 without RECORD, image x"
+
+
+def test_a_pth_of_a_wheel_is_no_editable_install(tmp_path: Path) -> None:
+    # nvidia-cutlass-dsl 4.8.0 holds nothing but such a file; its compiler is in the libs.
+    install(tmp_path, "nvidia-cutlass-dsl", "4.8.0", "nvidia_cutlass_dsl_packages.pth,sha256=zH,116\n")
+    install(tmp_path, "nvidia-cutlass-dsl-libs-base", "4.8.0", "nvidia_cutlass_dsl/a.so,sha256=aa,1\n")
+    names = ["nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-cu13"]
+    one = packages.identity(names, None, [str(tmp_path)]) or ""
+    assert "editable" not in one
+    assert "nvidia-cutlass-dsl-libs-base 4.8.0 " in one
+    install(tmp_path, "nvidia-cutlass-dsl-libs-cu13", "4.8.0", "nvidia_cutlass_dsl/b.so,sha256=aa,1\n")
+    assert packages.identity(names, None, [str(tmp_path)]) != one
+
+
+@pytest.mark.parametrize(
+    "garbage", ['"', "\0\0", "a", ",,,\n,,", "é\udcff".encode("utf-8", "surrogateescape").decode("latin-1")]
+)
+def test_a_garbage_record_is_no_crash(tmp_path: Path, garbage: str) -> None:
+    install(tmp_path, "thing", "1.0", garbage, direct_url="[[not json")
+    assert (identity(tmp_path) or "").startswith("1.0 ")
+
+
+def test_a_distribution_without_metadata_is_absent(tmp_path: Path) -> None:
+    install(tmp_path, "thing", "1.0", PIP, metadata=False)
+    assert identity(tmp_path) is None
+
+
+NEW = "deep_gemm/__init__.py,sha256=aa,1\ndeep_gemm/include/deep_jit/jit.hpp,sha256=bb,1\n"
+OLD = "deep_gemm/__init__.py,sha256=aa,1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "rows", "form"),
+    [
+        ("sgl-deep-gemm", "0.2.0", OLD, "deep_jit"),
+        ("sgl-deep-gemm", "0.2.3.post2", NEW, "deep_jit"),
+        ("sgl-deep-gemm", "0.10.0", NEW, "deep_jit"),
+        ("sgl-deep-gemm", "0.1.7", OLD, "jit"),
+        ("deep-gemm", "2.1.1+abc", OLD, "jit"),
+        ("deep-gemm", "3.0", NEW, "deep_jit"),
+        ("sgl-kernel", "0.3.9", OLD, "jit"),
+    ],
+)
+def test_deep_gemm_and_its_format(tmp_path: Path, name: str, version: str, rows: str, form: str) -> None:
+    install(tmp_path, name, version, rows)
+    found = packages.deep_gemm(None, [str(tmp_path)])
+    assert found["deep_gemm_format"] == form
+    assert version in (found["deep_gemm"] or "")
+    # The old format has its install path in every key.
+    assert found["deep_gemm_path"] == (f"{tmp_path}/deep_gemm" if form == "jit" else None)
+
+
+def test_a_kernel_package_without_deep_gemm_is_not_deep_gemm(tmp_path: Path) -> None:
+    install(tmp_path, "sgl-kernel", "0.4.0", "sgl_kernel/__init__.py,sha256=aa,1\n")
+    assert set(packages.deep_gemm(None, [str(tmp_path)]).values()) == {None}
+
+
+def test_the_own_wheel_wins(tmp_path: Path) -> None:
+    install(tmp_path, "sgl-kernel", "0.3.9", OLD)
+    install(tmp_path, "sgl-deep-gemm", "0.2.5", NEW)
+    assert (packages.deep_gemm(None, [str(tmp_path)])["deep_gemm"] or "").startswith("0.2.5 ")
+
+
+def test_the_commit_of_a_vcs_install(tmp_path: Path) -> None:
+    install(
+        tmp_path, "sglang", "0.5.24", OLD, direct_url={"url": "x", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}
+    )
+    assert packages.commit("sglang", [str(tmp_path)]) == "c0ffee"
+    assert packages.commit("other", [str(tmp_path)]) is None
+
+
+# GPUs
+
+
+class FakeCuda:
+    """libcuda with two devices; functions that are not named are not there, as in an old driver."""
+
+    def __init__(self, *, init: int = 0, count: int = 2, without: tuple[str, ...] = ()) -> None:
+        self.init, self.count, self.without = init, count, without
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        found: dict[str, Callable[..., Any]] = {
+            "cuInit": lambda flags: self.init,
+            "cuDeviceGetCount": lambda count: self._set(count, self.count),
+            "cuDeviceGet": self._set,
+            "cuDeviceGetAttribute": lambda value, which, device: self._set(value, {16: 132, 75: 9, 76: 0}[which]),
+            "cuDeviceGetName": self._name,
+            "cuDeviceTotalMem_v2": lambda memory, device: self._set(memory, 1 << 37),
+            "cuDeviceGetUuid": lambda raw, device: ctypes.memset(raw, 0x11, 16) and 0,
+        }
+        if name not in found or name in self.without:
+            raise AttributeError(name)
+        return found[name]
+
+    @staticmethod
+    def _set(reference: Any, value: int) -> int:
+        reference._obj.value = value
+        return 0
+
+    @staticmethod
+    def _name(buffer: Any, size: int, device: Any) -> int:
+        buffer.value = b"NVIDIA H200"
+        return 0
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, library: FakeCuda | None) -> dict[str, Any]:
+    monkeypatch.setattr(gpu_probe, "_library", lambda name: library if name == "libcuda.so.1" else None)
+    monkeypatch.setattr(gpu_probe, "_DRIVER_FILES", ())
+    return gpu_probe.facts()
+
+
+def test_gpu_facts_from_libcuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gpus(monkeypatch, FakeCuda())
+    assert [gpu["index"] for gpu in found["gpus"]] == [0, 1]
+    assert found["gpus"][0] == {
+        "index": 0,
+        "uuid": "GPU-11111111-1111-1111-1111-111111111111",
+        "name": "NVIDIA H200",
+        "compute_capability": "9.0",
+        "sm_count": 132,
+        "memory_bytes": 1 << 37,
+    }
+    assert found["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("library", "count", "problem"),
+    [
+        (None, 0, None),
+        (FakeCuda(init=100), 0, None),
+        (FakeCuda(init=802), 0, "cuInit: status 802"),
+        (FakeCuda(without=("cuInit",)), 0, "cuInit: status None"),
+        (FakeCuda(count=-5), 0, None),
+        (FakeCuda(without=("cuDeviceGetCount",)), 0, "cuDeviceGetCount: status None"),
+    ],
+)
+def test_no_gpu_in_all_its_forms(
+    monkeypatch: pytest.MonkeyPatch, library: FakeCuda | None, count: int, problem: str | None
+) -> None:
+    found = gpus(monkeypatch, library)
+    assert len(found["gpus"]) == count
+    assert found["problems"] == ([] if problem is None else [problem])
+
+
+def test_a_stub_that_answers_nothing_is_absent_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = FakeCuda(
+        count=1, without=("cuDeviceGetName", "cuDeviceGetUuid", "cuDeviceTotalMem_v2", "cuDeviceGetAttribute")
+    )
+    (gpu,) = gpus(monkeypatch, stub)["gpus"]
+    assert {name: value for name, value in gpu.items() if name != "index"} == dict.fromkeys(
+        ("uuid", "name", "compute_capability", "sm_count", "memory_bytes")
+    )
+
+
+def test_the_driver_from_the_kernel_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    published = tmp_path / "version"
+    published.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version: gcc 12.2.0\n"
+    )
+    monkeypatch.setattr(gpu_probe, "_library", lambda name: None)
+    monkeypatch.setattr(gpu_probe, "_DRIVER_FILES", (str(tmp_path / "gone"), str(published)))
+    assert gpu_probe.facts()["driver"] == "570.133.20"
