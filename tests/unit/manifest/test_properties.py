@@ -18,7 +18,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.cache import coverage
@@ -207,11 +207,11 @@ def test_manifest_of_garbage_is_refused(place: Path, raw: bytes) -> None:
     assert read_manifest(place, raw) is None
 
 
-def test_manifest_cut_at_any_byte_is_refused_or_whole(place: Path) -> None:
+def test_manifest_cut_short_is_refused_or_whole(place: Path) -> None:
     raw = MANIFEST.encode()
     whole = read_manifest(place, raw)
     assert whole is not None
-    for size in range(len(raw)):
+    for size in range(0, len(raw), 1 if EXAMPLES > 100 else 3):
         cut = read_manifest(place, raw[:size])
         assert cut is None or len(cut.tasks) <= len(whole.tasks), size
 
@@ -324,8 +324,8 @@ def tasks(draw: st.DrawFn) -> Task:
 CLAIMABLE = [family.name for family in FAMILIES if family.claimable]
 
 
-@FUZZ
-@given(st.lists(tasks(), max_size=4, unique_by=digest))
+@settings(FUZZ, max_examples=max(1, EXAMPLES // 3))
+@given(st.lists(tasks(), max_size=3, unique_by=digest))
 def test_tasks_written_to_a_manifest_and_a_job_are_read_back(place: Path, wanted: list[Task]) -> None:
     head = "schema = 1\nimage.ref = 'x'\ncache.volume = 'xy'\ngpus.count = 0\n"
     raw = (head + ("".join(map(toml_task, wanted)) or "task = []\n")).encode()
