@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from builder import events
-from builder.agent import maintenance, probe, prune, simulated_gpu
+from builder.agent import maintenance, probe, prune, simulated_gpu, views
 from builder.agent.guard import Guard, Stopped, end
 from builder.agent.output import Output
 from builder.agent.warm import Warming, write_memo
-from builder.cache import layout, view_records
+from builder.cache import layout
 from builder.events import FAILED
 from builder.job import JOB_VARIABLE, Job
 from builder.recording import Request, fields_of
@@ -36,7 +36,7 @@ UPKEEP = {
     "status": maintenance.status,
     "families": maintenance.families,
     "survey": maintenance.survey,
-    **view_records.MODES,
+    **views.MODES,
 }
 
 

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 from builder import events
+from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
-from builder.cache import environment, inventory, layout, removal, view_records
+from builder.cache import environment, inventory, layout, removal
 from builder.cache import survey as holdings
 from builder.cache.inventory import bad_entries, contents
 from builder.cache.layout import FamilyDirectory, claimable_directories
@@ -30,7 +31,7 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
             output.event(events.Removed(family, key, path))
         else:
             output.event(events.Kept(family, key, path, stays))
-    view_records.sweep(root, job, output, guard)
+    views.sweep(root, job, output, guard)
     return WARMED
 
 

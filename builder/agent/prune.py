@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from builder import events, files, text
+from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
-from builder.cache import layout, removal, survey, toolchain, usage, view_records
+from builder.cache import layout, removal, survey, toolchain, usage
 from builder.cache.families import directory
 from builder.cache.retention import PrunePlan, PruneStep, plan
 from builder.events import FAILED, WARMED
@@ -41,7 +42,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
         _total(output, found, 0)
         return WARMED
     layout.prepare(root)
-    view_records.forget(root, guard)
+    views.remove_generations(root, guard)
     freed = sum(_delete(path) for path in _leftovers(root))
     found = plan(root, policy, job_max=job.job_max, now=now)
     for step in found.steps:

@@ -64,11 +64,6 @@ THIRD_PARTY = {
     "builder.cli.commands.completion": "shtab",
 }
 
-#: Modules with imports against the arrows, still to be mended.
-NOT_YET = {
-    "builder.cache.view_records",
-}  # fmt: skip
-
 
 def package(name: str) -> str:
     """The package of a module of ours; the modules at the top are the ground."""
@@ -93,7 +88,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         for name in imports(path)
         if name.startswith("builder.") and not {package(name), ".".join(name.split(".")[1:3])} & allowed
     ]
-    assert bool(strayed) == (dotted(path) in NOT_YET), f"{path} imports {strayed}"
+    assert strayed == []
 
 
 @pytest.mark.parametrize("path", named([path for path in ALONE if path != BUILDER / "__main__.py"]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from builder.agent import views
 from builder.cache import generations, inventory, layout, removal, view_records
 from builder.cache.families import FAMILY
 from builder.cache.generations import Omitted
@@ -191,13 +192,13 @@ def test_whoever_wants_room_forgets_every_generation_that_no_view_has(root: Path
     record = view_records.home(root) / "pr-1" / "view.json"
     record.write_text(f'{{"schema": 1, "view": "pr-1", "generation": "{used.name}", "created": 1.5, "engine": "E"}}')
     guard: Any = Free()
-    view_records.forget(root, guard)
+    views.remove_generations(root, guard)
     assert generations.known(root) == [used.name]
     record.write_text("garbage")
-    view_records.forget(root, guard)
+    views.remove_generations(root, guard)
     assert generations.known(root) == [used.name], "nobody can tell what that view has below it"
     generations.remove(record.parent, view_records.home(root))
-    view_records.forget(root, guard)
+    views.remove_generations(root, guard)
     assert generations.known(root) == []
     assert inventory.scan(FAMILY["deep_gemm"], root / "deep_gemm" / KEY).valid
 
