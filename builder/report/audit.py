@@ -11,8 +11,8 @@ from builder.errors import ColdError
 
 #: Findings that are listed for people; the document has more.
 MOST_LISTED = 40
-#: What each kind is called in a list.
-_SAID = {
+#: Title of each kind of finding in a list.
+_TITLES = {
     "compiled": "compiled in spite of the cache",
     "rewritten": "compiled again, or written over",
     "damaged": "damaged",
@@ -21,25 +21,26 @@ _SAID = {
 }
 
 
-def judge(found: Audit, who: str, fail_on_jit: bool) -> None:
-    """Raises ColdError where --fail-on-jit was said and something was compiled, or may have been."""
-    if fail_on_jit and (found.jit or found.truncated):
-        what = f"compiled {_entries(found.jit)} in spite of the cache" if found.jit else found.truncated
-        raise ColdError(f"{who} {what}" if found.jit else f"{who} cannot be judged: {what}")
-
-
-def text_of(found: Audit, who: str) -> str:
-    """For people: the sum of it, then one line a finding."""
+def raise_if_compiled(found: Audit, job: str) -> None:
+    """Raise ColdError if the job compiled something, or may have. job: its name in sentences, ``the job x``."""
+    if found.jit:
+        raise ColdError(f"{job} compiled {_entries(found.jit)} in spite of the cache")
     if found.truncated:
-        return f"{who} cannot be judged: {found.truncated}"
+        raise ColdError(f"{job} cannot be judged: {found.truncated}")
+
+
+def text_of(found: Audit, job: str) -> str:
+    """Return a sum for people, then one line for each finding. job: its name in sentences."""
+    if found.truncated:
+        return f"{job} cannot be judged: {found.truncated}"
     lines = []
     if found.jit:
         lines.append(
-            f"{who} compiled {_entries(found.jit)} in spite of the cache, in about {found.seconds:.0f} s "
+            f"{job} compiled {_entries(found.jit)} in spite of the cache, in about {found.seconds:.0f} s "
             "(between the first and the last write of their files)"
         )
     else:
-        lines.append(f"{who} compiled nothing")
+        lines.append(f"{job} compiled nothing")
     lines[0] += f"; it hit {_entries(found.used)}" if found.used else ""
     for kind in KINDS:
         of_kind = [finding for finding in found.findings if finding.kind == kind]
@@ -47,9 +48,9 @@ def text_of(found: Audit, who: str) -> str:
             place = f"{finding.family}/{finding.key}/{finding.path}" if finding.family else finding.path
             more = f" ({finding.shape})" if finding.shape else ""
             why = f": {finding.detail}" if finding.detail else ""
-            lines.append(f"  {_SAID[kind]}: {place}{more}{why}")
+            lines.append(f"  {_TITLES[kind]}: {place}{more}{why}")
         if (more_of_kind := found.count(kind) - len(of_kind[:MOST_LISTED])) > 0:
-            lines.append(f"  {_SAID[kind]}: {more_of_kind} more; --json lists {_listed(found, kind)}")
+            lines.append(f"  {_TITLES[kind]}: {more_of_kind} more; --json lists {_listed(found, kind)}")
     shapes = sorted({finding.shape for finding in found.findings if finding.shape})
     if shapes:
         lines.append("  shapes: " + "; ".join(shapes))
@@ -57,7 +58,7 @@ def text_of(found: Audit, who: str) -> str:
 
 
 def document_of(found: Audit) -> dict[str, Any]:
-    """For machines."""
+    """Return the findings as they are in the JSON document."""
     return {
         "jit": found.jit,
         "seconds": round(found.seconds, 3),
@@ -74,8 +75,8 @@ def _row(finding: findings.Finding) -> Mapping[str, Any]:
 
 
 def _listed(found: Audit, kind: str) -> str:
-    told = sum(finding.kind == kind for finding in found.findings)
-    return "them" if told == found.count(kind) else f"{told} of them"
+    listed = sum(finding.kind == kind for finding in found.findings)
+    return "them" if listed == found.count(kind) else f"{listed} of them"
 
 
 def _entries(number: int) -> str:

@@ -63,7 +63,8 @@ def _compare(path: str, places: list[FamilyDirectory], args: AuditArgs, invocati
         raise UsageError(f"--after: {error}") from None
     invocation.report.extra["audit"] = audit.document_of(found)
     invocation.report.text = None if args.json else audit.text_of(found, "the job")
-    audit.judge(found, "the job", args.fail_on_jit)
+    if args.fail_on_jit:
+        audit.raise_if_compiled(found, "the job")
 
 
 def _places(args: AuditArgs, invocation: Invocation) -> list[FamilyDirectory]:

@@ -62,7 +62,8 @@ def _audit(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
     found, report = views.audited(executor, job), executor.context.report
     report.extra["audit"] = audit.document_of(found)
     report.text = None if args.json else audit.text_of(found, f"the job {job}")
-    audit.judge(found, f"the job {job}", args.fail_on_jit)
+    if args.fail_on_jit:
+        audit.raise_if_compiled(found, f"the job {job}")
 
 
 def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
@@ -73,4 +74,5 @@ def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
     report.text = text or None
     if not text:
         executor.context.console.say(f"the job {job} compiled nothing that a manifest could cover")
-    audit.judge(found, f"the job {job}", args.fail_on_jit)
+    if args.fail_on_jit:
+        audit.raise_if_compiled(found, f"the job {job}")
