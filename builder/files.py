@@ -1,4 +1,4 @@
-"""Reading, listing and writing below a cache root that anybody may have written to.
+"""Reading, listing and writing below a cache root that any user of the machine may have written to.
 
 Reading never blocks on a FIFO, never follows a symlink and never takes in more than a limit. Writing is all or nothing.
 """
@@ -18,7 +18,7 @@ UNREADABLE = "is unreadable"
 
 
 class UnreadableError(Exception):
-    """A file that cannot be used; the text says why, without the path. ``missing``: it is not there at all."""
+    """A file that cannot be used. The message is the reason, without the path. missing: it does not exist."""
 
     def __init__(self, why: str, *, missing: bool = False) -> None:
         super().__init__(why)
@@ -26,15 +26,15 @@ class UnreadableError(Exception):
 
 
 def why(error: BaseException) -> str:
-    """An operating system's refusal in its own words, without the path."""
+    """Return the operating system's message of an error, without the path."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def open_regular(path: str) -> tuple[int, int]:
-    """A descriptor for reading and the size of a regular file. Raises UnreadableError for anything else.
+    """Return a descriptor for reading and the size of a regular file. Raises UnreadableError for anything else.
 
     O_NONBLOCK because opening a FIFO for reading would wait for a writer; a device or socket never passes the check.
-    Looking at a file is no use of it: where that is ours to say (the owner's), its access time stays as it was.
+    Checking a file is no use of it: its access time stays as it was, where this process owns it.
     """
     try:
         fd = _open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -59,7 +59,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def read_bytes(path: str, limit: int) -> bytes:
-    """The whole file. Raises UnreadableError, also when it is larger than `limit` bytes."""
+    """Return the whole file. Raises UnreadableError, also when it is larger than `limit` bytes."""
     fd, size = open_regular(path)
     try:
         if size > limit:
@@ -75,7 +75,7 @@ def read_bytes(path: str, limit: int) -> bytes:
 
 
 def read_json(path: str, limit: int) -> Any:
-    """The document in the file. Raises UnreadableError, also for what is not JSON or nested beyond reason."""
+    """Return the document in the file. Raises UnreadableError, also for what is not JSON or nested too deeply."""
     data = read_bytes(path, limit)
     if not data:
         raise UnreadableError("is empty")
@@ -86,7 +86,7 @@ def read_json(path: str, limit: int) -> Any:
 
 
 def listing(path: str) -> list[os.DirEntry[str]] | None:
-    """What is in a directory, sorted; nothing where there is none; None where it cannot be read."""
+    """Return the items of a directory by name; none where it does not exist; None where it cannot be read."""
     try:
         with os.scandir(path) as items:
             return sorted(items, key=lambda item: item.name)
@@ -97,8 +97,10 @@ def listing(path: str) -> list[os.DirEntry[str]] | None:
 
 
 def walk(base: str, skip: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
-    """Everything below, not through symlinks, without what matches `skip`: (name, item), or (name, None) for a
-    directory that cannot be read."""
+    """Yield everything below: (name, item), or (name, None) for a directory that cannot be read.
+
+    Follows no symlinks. skip: patterns of names that are left out, with all below them.
+    """
     stack = [""]
     while stack:
         above = stack.pop()
@@ -114,7 +116,7 @@ def walk(base: str, skip: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[st
 
 
 def is_dir(item: os.DirEntry[str]) -> bool:
-    """A directory itself, not a link to one."""
+    """Return whether this is a directory itself, not a link to one."""
     try:
         return item.is_dir(follow_symlinks=False)
     except OSError:
@@ -122,12 +124,12 @@ def is_dir(item: os.DirEntry[str]) -> bool:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether one path component matches any of these shell patterns."""
+    """Return whether one path component matches any of these shell patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """The file holds `data` or what it held before, also after a crash of the machine. Raises OSError.
+    """Replace the file's content, whole or not at all, also across a crash of the machine. Raises OSError.
 
     The parent directory is made when it is missing. A failure leaves no temporary file behind; a kill may leave one,
     whose name ends in ``.tmp`` and which nothing ever reads.
@@ -158,8 +160,9 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`write_atomically` for a path that somebody named, who may have named anything: a link leads to its file, a
-    directory that is missing is not made, and what is no regular file (``/dev/null``, a pipe) stays. Raises OSError.
+    """Call `write_atomically` for a path from the command line, which may be anything. Raises OSError.
+
+    A link leads to its file, a missing directory is not made, and anything but a regular file stays as it is.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():

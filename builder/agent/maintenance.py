@@ -25,7 +25,7 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
         guard.check()
         _move_aside(root, place, output)
         removal.clear_host_specific(root, place.family.name, place.key)
-    for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=time.time()):
+    for family, key, path, stays in removal.clear_quarantine(root, job_max=job.job_max, now=time.time()):
         guard.check()
         if stays is None:
             output.event(events.Removed(family, key, path))
@@ -82,7 +82,7 @@ def _move_aside(root: Path, place: FamilyDirectory, output: Output) -> None:
     moved = inventory.sweep(
         place.family,
         place.path,
-        layout.aside(root, name, place.key),
+        layout.quarantine(root, name, place.key),
         now=time.time(),
         older_than=inventory.IN_PROGRESS,
         mount=place.mount(),

@@ -50,7 +50,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
         done, size = (step, 0) if step.stays else _do(root, step, job, now)
         freed += size
         output.event(_event(events.Pruned, replace(done, bytes=step.bytes if done.stays else size)))
-    for family, key, path, stays in removal.clear_aside(root, job_max=job.job_max, now=now):
+    for family, key, path, stays in removal.clear_quarantine(root, job_max=job.job_max, now=now):
         guard.check()
         if stays is None:
             output.event(events.Removed(family, key, path))

@@ -244,7 +244,7 @@ class Warming:
             moved = inventory.sweep(
                 family,
                 self._directory(family.name),
-                layout.aside(self._root, family.name, key),
+                layout.quarantine(self._root, family.name, key),
                 now=time.time(),
                 older_than=inventory.IN_PROGRESS,
             )

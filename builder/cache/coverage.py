@@ -1,6 +1,6 @@
-"""What a task asks for: the factors that name its marker, and the words for how two askings differ.
+"""What a task covers: the factors that name its marker, and how two of them differ, in words.
 
-A change of coverage asks for the task again. It never moves a family's directory, so it costs only what is missing.
+A change of coverage makes the task cold. It never moves a family's directory, so only missing entries are compiled.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from builder.cache.toolchain import Record
 from builder.task import PRETEND_VARIABLE, Task
 from builder.text import printable
 
-#: Raise a recipe's number when what it makes compile changes: its tasks are then asked for again.
+#: Raise a recipe's number when what it compiles changes: its tasks are then cold.
 RECIPE_VERSIONS: Mapping[str, int] = {"compile-deep-gemm": 1, "serve": 1, "shapes": 1, "command": 1}
 
-#: Recipes whose kernels depend on the model's config.json.
+#: Recipes with kernels that depend on the model's config.json.
 NEEDS_CONFIG = frozenset({"compile-deep-gemm", "serve"})
 
-#: What of a task changes what its recipe makes compile. Time-outs and the kind of proof do not.
+#: Fields of a task that change what its recipe compiles. Time-outs and the kind of proof do not.
 _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "compile-deep-gemm": ("load", "layers", "m_values"),
     "serve": ("load", "layers", "requests"),
@@ -37,9 +37,9 @@ _NUMBER = re.compile(r"-\.?\d")
 
 
 def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
-    """The coverage factors in the order in which a difference is named; JSON types only, so it survives a file."""
+    """Return the coverage factors, in the order in which a difference is named; JSON types only."""
     sglang = record["sglang"]
-    # Where a model's argv goes to sglang's own parser the order of options means nothing; a command's may.
+    # sglang's own parser ignores the order of a server's options; a command's argv may depend on it.
     argv = list(task.argv) if task.recipe == "command" else normalise_argv(task.argv)
     factors: dict[str, Any] = {
         "sglang": sglang["version"],
@@ -68,32 +68,30 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
 
 
 def needs_config(task: Task) -> bool:
-    """Whether the task's kernels depend on the model's config.json."""
+    """Return whether the task's kernels depend on the model's config.json."""
     return task.recipe in NEEDS_CONFIG or "config" in task.shapes_from
 
 
 def _environment(task: Task, record: Record) -> dict[str, str]:
-    """The task's variables over the switches that every process of its environment has. For which GPU kernels are
-    compiled, and how, is the toolchain's to tell.
-    """
+    """Return the task's variables over the switches of its environment, without those of the toolchain."""
     variables = {**record.get("switches", {}), **task.env}
     return {name: value for name, value in sorted(variables.items()) if name != PRETEND_VARIABLE}
 
 
 def _in_image(task: Task, record: Record) -> str | None:
-    """What stands for the config.json of a model that lies in the image."""
+    """Return what represents the config.json of a model in the image."""
     in_image = needs_config(task) and is_directory(task.model)
     return f"in the image {record['factors'].get('image')}" if in_image else None
 
 
 def coverage_digest(factors: Mapping[str, Any]) -> str:
-    """12 hex digits: equal exactly where every factor is."""
+    """Return 12 hex digits that are equal exactly where every factor is."""
     text = json.dumps(factors, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
 
 
 def normalise_argv(argv: Iterable[str]) -> list[str]:
-    """One spelling for argvs that mean the same to an option parser.
+    """Return one spelling for all argvs that mean the same to an option parser.
 
     ``--a=b`` becomes ``--a b``, and ``--tp-size`` becomes ``--tp``; options are sorted by name, with their values
     behind them; repeated options keep their order, because the last one wins; what stands before the first option stays
@@ -125,7 +123,7 @@ def _is_option(word: str) -> bool:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(factor, was, is) for every factor that differs, in words; variables of the environment one by one."""
+    """Return (factor, was, is) for every factor that differs, in words; environment variables one by one."""
     before, after = _flat(was), _flat(now)
     return [
         (printable(name) or "(no name)", describe(before.get(name)), describe(after.get(name)))
@@ -135,7 +133,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[st
 
 
 def describe(value: Any) -> str:
-    """A factor's value in words, on as many lines as it has."""
+    """Return a factor's value in words, on as many lines as it has."""
     if value is None:
         return "absent"
     if isinstance(value, str):
@@ -149,7 +147,7 @@ def describe(value: Any) -> str:
 
 
 def brief(was: str, now: str, limit: int = 100) -> tuple[str, str]:
-    """Both values as far as they differ: of several lines the different ones, of long values the different part."""
+    """Return both values as far as they differ: of lines the different ones, of long values the different part."""
     lines = was.split("\n"), now.split("\n")
     if max(map(len, lines)) > 1:
         was = " / ".join(line for line in lines[0] if line not in lines[1]) or was.replace("\n", " / ")

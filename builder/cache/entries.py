@@ -27,7 +27,7 @@ _TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdg
 
 _ELF_MAGIC = b"\x7fELF"
 
-#: By whether the file is a 64-bit one, from elf.h; what is not wanted is skipped. Header: where the segments and the
+#: By whether the file is a 64-bit one, from elf.h; other fields are skipped. Header: where the segments and the
 #: sections are, then size and number of each. Row of a table: kind, offset and length of what it describes.
 _HEADER = {True: "32xQQ6xHHHH2x", False: "28xII6xHHHH2x"}
 _SECTION = {True: "4xI16xQQ24x", False: "4xI8xII16x"}
@@ -40,7 +40,7 @@ _SHT_NOBITS = 8
 
 def _deep_gemm_names(family: Family, base: str) -> Iterator[str]:
     for item in listing(f"{base}/cache") or ():
-        # <name>.<hash>: a directory without a dot (lost+found) is nobody's entry.
+        # <name>.<hash>: a directory without a dot (lost+found) is no entry.
         if "." in item.name[1:] and not matches(item.name, family.transient) and is_dir(item):
             yield f"cache/{item.name}"
 
@@ -59,7 +59,7 @@ def _file_names(family: Family, base: str) -> Iterator[str]:
             yield name
 
 
-#: Lists the names of a layout's entries: (family, its directory) -> names from that directory.
+#: Functions that list the names of a layout's entries: (family, its directory) -> names from that directory.
 NAMES: Mapping[str, Callable[[Family, str], Iterator[str]]] = {
     "deep_gemm": _deep_gemm_names,
     "triton": _triton_names,
@@ -71,7 +71,7 @@ NAMES: Mapping[str, Callable[[Family, str], Iterator[str]]] = {
 
 
 def problem_of(family: Family, base: str, name: str, mount: str | None) -> str | None:
-    """What is wrong with an entry, naming the file; None when it is valid; MISSING when there is none of that name."""
+    """Return what is wrong with an entry, naming the file; None when it is valid; MISSING when it does not exist."""
     path = f"{base}/{name}"
     try:
         mode = os.lstat(path).st_mode
@@ -157,7 +157,7 @@ def _group_problems(family: Family, base: str, name: str, group: str, mount: str
         else:
             here = place == posixpath.normpath(f"{base}/{name}/{child}") or place.endswith(below + child)
         if not here:
-            # Every other child says the same.
+            # All other children have the same problem.
             return [*problems, f"{group} points to {recorded[:300]}, not here: it was made under another mount path"]
         if problem := _file_problem(f"{base}/{name}/{child}", child):
             problems.append(problem)
@@ -165,7 +165,7 @@ def _group_problems(family: Family, base: str, name: str, group: str, mount: str
 
 
 def _file_problem(path: str, name: str) -> str | None:
-    """For a file of any kind: regular, not empty, and sound ELF when its name or its first bytes say ELF."""
+    """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's."""
     label = printable(name.rpartition("/")[2])
     if name.endswith(_ELF_SUFFIXES):
         return elf_problem(path, label)
@@ -188,7 +188,7 @@ def _file_problem(path: str, name: str) -> str | None:
 
 
 def elf_problem(path: str, label: str) -> str | None:
-    """Return what is wrong with an ELF file, beginning with `label`; None when it is as long as its tables say.
+    """Return what is wrong with an ELF file, beginning with `label`; None when it is as long as its tables require.
 
     Only the header and the two tables are read: a cache holds gigabytes, and every check reads a marker's entries.
     """
@@ -243,7 +243,7 @@ def _tables(fd: int, size: int) -> str | None:
         if end > size:
             return f"is cut: {size} of {end} bytes"
         rows = struct.iter_unpack(f"{order}{row}{step - least}x", os.pread(fd, count * step, at))
-        # A row of kind NULL says nothing, and a section of kind NOBITS takes no room in the file.
+        # A row of kind NULL describes nothing, and a section of kind NOBITS takes no room in the file.
         nobits = _SHT_NOBITS if what == "section" else None
         ends = [offset if kind == nobits else offset + length for kind, offset, length in rows if kind]
         if not ends:
@@ -263,15 +263,17 @@ def _finished(family: Family, path: str) -> list[os.DirEntry[str]] | None:
 
 
 def size_and_times(family: Family, base: str, name: str) -> tuple[int, int, int]:
-    """Bytes of an entry's files; the mtime in ns of its ``.committed``, which a hit touches (0: it has none); and the
-    newest mtime in ns of its other files, which only compiling changes (0: a use does as well, or it cannot be told).
+    """Return bytes, use and writing of an entry, times in nanoseconds.
+
+    use: mtime of its ``.committed``, which a hit touches; 0 without one.
+    writing: newest mtime of its other files, which only compiling changes; 0 where a use changes it too.
     """
     path, size, used, written = f"{base}/{name}", 0, 0, 0
     try:
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode):
-            told = not matches(name.rpartition("/")[2], family.rewritten)
-            return status.st_size, 0, status.st_mtime_ns if told else 0
+            steady = not matches(name.rpartition("/")[2], family.rewritten)
+            return status.st_size, 0, status.st_mtime_ns if steady else 0
         for item in listing(path) or ():
             found = item.stat(follow_symlinks=False)
             size += found.st_size if stat.S_ISREG(found.st_mode) else 0

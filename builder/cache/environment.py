@@ -1,8 +1,7 @@
-"""The environment that this process runs in, compared with what lies in a cache root: which image it is, and per family
-whether its kernels would be found, or what differs.
+"""This process's environment against a cache root: which image it is, and which families' kernels it would find.
 
-Inside a container nothing says which image it was made of. What can be known is taken: what whoever started it said, or
-a memo whose image has the same build commit and the same value of every other factor. Otherwise it is unknown, and so
+A container does not show the image it was made of. It is taken from the id that was passed at its start, or from the
+memo of an image with the same build commit and the same value of every other factor. Otherwise it is unknown, and so
 are the families that belong to one image. Reads only; never raises for what it finds.
 """
 
@@ -20,7 +19,7 @@ from builder.cache.coverage import differences
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION, Family
 from builder.cache.toolchain import Record
 
-#: Says in a container which image's caches are its own. `warm-cache env` prints it for the image that it speaks of.
+#: Names, in a container, the image that its caches belong to. `warm-cache env` prints it with the image's id.
 IMAGE_VARIABLE = "WARM_CACHE_IMAGE_ID"
 #: The factor that families of one image alone have.
 IMAGE = "image"
@@ -31,38 +30,39 @@ Row = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Image:
-    """id: as the builder on the host calls it, or None. how: by what it is known, or why it is not."""
+class ImageIdentity:
+    """id: the builder's on the host, or None. how: how it is known, or why it is not, for people."""
 
     id: str | None
     how: str
     commit: str | None = None
 
 
-def said(root: Path, *names: str | None) -> Image | None:
-    """The image that somebody named by its id; None where nobody did. A memo knows what its labels say of it."""
+def named_image(root: Path, *names: str | None) -> ImageIdentity | None:
+    """Return the image of the first of these names that is an id, with its commit from a memo; None without one."""
     for name in names:
         if name and _ID.fullmatch(name):
             commits = [record["sglang"]["commit"] for known, record in toolchain.known_images(root) if known == name]
-            return Image(name, "it was named", commits[0] if commits else None)
+            return ImageIdentity(name, "it was named", commits[0] if commits else None)
     return None
 
 
-def recognised(root: Path, record: Record) -> Image:
-    """The one image that the memos below `root` can mean by this record, which was made without knowing its image."""
+def recognised(root: Path, record: Record) -> ImageIdentity:
+    """Return the only image among the memos below `root` that fits this record, which has no image."""
     commit = record["sglang"]["commit"]
     alike = sorted({name for name, known in toolchain.known_images(root) if _alike(known, record)})
     if commit is None:
-        return Image(None, "nothing here says which build of sglang this is")
+        return ImageIdentity(None, "nothing here says which build of sglang this is")
+    build = f"build {text.printable(commit)[:40]}"
     if not alike:
-        return Image(None, f"the cache knows no image of build {text.printable(commit)[:40]} with these packages")
+        return ImageIdentity(None, f"the cache knows no image of {build} with these packages")
     if len(alike) > 1:
-        return Image(None, f"the cache knows {len(alike)} images of build {text.printable(commit)[:40]}")
-    return Image(alike[0], f"the only one known of build {text.printable(commit)[:40]}", commit)
+        return ImageIdentity(None, f"the cache knows {len(alike)} images of {build}")
+    return ImageIdentity(alike[0], f"the only one known of {build}", commit)
 
 
-def of_image(record: Record, image: Image) -> Record:
-    """The record as it is in this image."""
+def of_image(record: Record, image: ImageIdentity) -> Record:
+    """Return the record as it is in this image."""
     factors = {**record["factors"], IMAGE: image.id}
     sglang = {**record["sglang"], "commit": record["sglang"]["commit"] or image.commit}
     return {**record, "factors": factors, "sglang": sglang}
@@ -78,9 +78,9 @@ def _alike(known: Record, record: Record) -> bool:
 class Standing:
     """One family in this environment.
 
-    state: ``found``, its directory is there; ``differs``, only directories of other keys are; ``absent``, nothing of it
-    is there; ``unknown``, it belongs to an image, and which one this is cannot be told. key: None where unknown.
-    nearest: the key that differs least, with what differs: (factor, was, is).
+    state: ``found``: its directory exists; ``differs``: only directories of other keys do; ``absent``: there is none;
+    ``unknown``: it belongs to an image, and this image is unknown. key: None where unknown.
+    nearest: the key that differs least. rows: what differs from it: (factor, was, is).
     """
 
     family: str
@@ -92,9 +92,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Described:
-    """One family directory that is there. written: when what it is for was said, in seconds since the epoch; factors:
-    what its key stands for, None where nothing says so.
-    """
+    """One existing family directory. written: time of its record. factors: what its key stands for, None if unknown."""
 
     family: str
     key: str
@@ -103,7 +101,7 @@ class Described:
 
 
 def compare(known: Sequence[Described], record: Record) -> list[Standing]:
-    """Every family that a task may vouch for, in the table's order, with the directories that are there."""
+    """Return every claimable family, in the table's order, against the directories that exist."""
     return [
         _standing([each for each in known if each.family == family.name], family, record)
         for family in FAMILIES
@@ -112,7 +110,7 @@ def compare(known: Sequence[Described], record: Record) -> list[Standing]:
 
 
 def described(root: Path) -> Iterator[Described]:
-    """Every directory of every family that a task may vouch for, and what it is for."""
+    """Yield every directory of every claimable family, with what its key stands for."""
     # A link to a directory is one for its users.
     for directory in layout.family_directories(root, links=True):
         if directory.family.claimable:
@@ -120,8 +118,8 @@ def described(root: Path) -> Iterator[Described]:
             yield Described(*directory.name, record.written, record.factors)
 
 
-def keys(record: Record) -> dict[str, str]:
-    """The key of every family whose key is known: without the image's, those of one image are left out."""
+def known_keys(record: Record) -> dict[str, str]:
+    """Return the key of every family; without an image, not those of families that belong to one."""
     return {name: key for name, key in toolchain.family_keys(record).items() if not _unknown(record, FAMILY[name])}
 
 

@@ -26,7 +26,7 @@ TABLE_VERSION = 1
 #: Families that hold host ``.so`` or ``.o`` files depend on what those link against.
 HOST_ABI = ("libc", "machine", "python_abi")
 
-#: Package factors: the distributions whose installed content is the factor's value, all that are present.
+#: Package factors: the value is the installed content of these distributions, all that are present.
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "triton": ("triton",),
@@ -43,7 +43,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "tilelang": ("tilelang",),
 }
 
-#: Where DeepGEMM comes from, the first that has it: its wheel, upstream's, or sgl-kernel (sglang <= 0.5.11).
+#: Distributions with DeepGEMM, the first that is present counts: its wheel, upstream's, sgl-kernel (sglang <= 0.5.11).
 DEEP_GEMM_PACKAGES = ("sgl-deep-gemm", "deep-gemm", "sgl-kernel")
 
 #: Names of files and directories, at any depth, that are never entries: locks, and what is still being written.
@@ -63,7 +63,7 @@ TRANSIENT = (
 )
 
 #: Names of files, in families whose entries are files, that a mere use writes to: FlashInfer logs every load, and ninja
-#: every build that had something to do, beside what it made. Their times tell nothing.
+#: every build that had something to do, next to what it made. Their times mean nothing.
 REWRITTEN = ("*.log", ".ninja_log", ".ninja_deps")
 
 _ABANDONED = "abandoned by a process that was killed"
@@ -77,16 +77,16 @@ class Family:
     factors: names of factors in the toolchain record.
     layout: how entries are recognised: ``deep_gemm`` | ``triton`` | ``files``.
     shared: images with equal factors may use one directory. Where not, ``image`` is among the factors.
-    claimable: a task may vouch for it. Where not, the driver manages it and nothing in it is ever moved.
+    claimable: a task may claim it in its marker. Where not, the driver manages it and nothing in it is ever moved.
     transient: shell patterns of one path component that are never entries.
     leftovers: (pattern, why it is unsafe or useless); a pattern with a slash is matched from the family's directory
     on, component by component, one without is matched against the name at any depth.
     host_specific: names, directly in the family's directory, that are true on one host only: never entries.
-    whole: patterns of directories that are published by one rename, so that they are moved aside only as a whole.
+    whole: patterns of directories that are published by one rename, so that they are quarantined only as a whole.
     rewritten: names of files that a mere use writes anew, so that a new time is no sign of a compilation.
-    renamed: every file of an entry comes by rename and is never written again, so that another name (a hard link) of it
-    stays as it is. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of
-    the others: ninja, quack and torch's loader write in place, and nobody has looked at the rest.
+    renamed: every file of an entry is published by rename and never written again, so that a hard link of it stays as
+    it is. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of the others:
+    ninja, quack and torch's loader write in place, and the rest was not examined.
     """
 
     name: str
@@ -193,7 +193,7 @@ FAMILIES: tuple[Family, ...] = (
         env=(("TORCH_EXTENSIONS_DIR", ""),),
         factors=("image", "torch", *HOST_ABI),
         shared=False,
-        # torch's FileBaton is the file's existence, so a lock whose owner was killed is waited for without end.
+        # torch's FileBaton is the file's existence, so the lock of a killed owner is waited for without end.
         leftovers=(("lock", "lock file whose owner is gone: every later loader waits for it forever"),),
     ),
     Family(

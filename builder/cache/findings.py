@@ -1,8 +1,8 @@
-"""What a job did to the cache that it was given: findings, the shapes that it asked for, and what it probably cost.
+"""What a job did to its cache: findings, the shapes that it used, and the time that compiling probably took.
 
-Two ways lead to findings: `audit` reads the upper layer of a view, `snapshot` compares two inventories of one place.
-Everything here comes from files that an untrusted job may have written, times included: it is an estimate of what an
-honest job did, printable whatever it holds.
+`overlay_audit` reads findings from the upper layer of a view, `snapshot` from two inventories of one directory. An
+untrusted job may have written every file and every time they are read from: they are an estimate of what an honest job
+did, and printable in any case.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from builder.files import listing, matches
 from builder.task import Shape
 from builder.text import printable, shortened
 
-#: What can have become of something: an entry that was not there and is valid now; one that is valid and holds other
-#: bytes than before; one that was valid and no longer is; one that is gone; whatever else was left there.
+#: compiled: a new valid entry. rewritten: a valid entry with other bytes than before. damaged: an entry that was valid.
+#: deleted: an entry that no longer exists. foreign: any other file that the job left.
 KINDS = ("compiled", "rewritten", "damaged", "deleted", "foreign")
-#: The kinds that mean that something was compiled in spite of the cache.
+#: The kinds that show a compilation which the cache did not avoid.
 JIT = ("compiled", "rewritten")
 
 #: sglang's lock around the warm-up of one DeepGEMM shape, below the family's directory (sglang 0.5.20 and later).
@@ -33,10 +33,10 @@ _SERVER = 'A task with the job\'s server covers them:\n# [[task]], model = "…"
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One thing that a job changed. path: from the family's directory, or from the root where no family is known.
+    """One change by a job. path: from the family's directory, or from the root where no family is known.
 
-    bytes: of the entry as it is now. began, ended: seconds since the epoch, the first and the last write of its files,
-    0.0 where nothing tells. shape: of DeepGEMM, where the times of sglang's locks tell.
+    bytes: of the entry as it is now. began, ended: first and last write of its files, in seconds since the epoch; 0.0
+    where unknown. shape: of DeepGEMM, where the times of sglang's locks show it.
     """
 
     family: str
@@ -52,9 +52,11 @@ class Finding:
 
 @dataclass
 class Audit:
-    """findings: all of them. used: entries that the job hit, by their stamps. asked: shapes whose lock it took.
-    truncated: why there may be more than is listed, or "". counts, took: how many of each kind, and seconds, where
-    `findings` are only the foremost.
+    """All that is known of one job.
+
+    used: number of entries that the job hit, by their stamps. asked: shapes by the locks that it took. truncated:
+    why there may be more than is listed, or "". counts, took: number per kind, and seconds, where `findings` are
+    only a part.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -71,14 +73,14 @@ class Audit:
 
     @property
     def jit(self) -> int:
-        """How many entries were compiled in spite of the cache."""
+        """Number of entries that were compiled although there was a cache."""
         return self.count(*JIT)
 
     @property
     def seconds(self) -> float:
-        """The time in which somebody was compiling: from the first to the last write of each entry (of each directory,
-        where entries are single files), what overlaps counted once. Start-up of compilers and what came to nothing are
-        not in it.
+        """Seconds of compiling: from the first to the last write of each entry, overlaps counted once.
+
+        Of single files, per directory. Start-up of compilers and failed compilations are not included.
         """
         if self.took is not None:
             return self.took
@@ -98,15 +100,15 @@ class Audit:
 
 
 def foremost(found: Sequence[Finding], most: int) -> list[Finding]:
-    """So many of them, of every kind and family in turn: a job that leaves thousands of one kind hides no other."""
+    """Return at most so many findings, of every kind and family in turn, so that no kind hides another."""
     ranks: dict[tuple[str, str], int] = {}
     ranked = []
     for finding in found:
         group = finding.kind, finding.family
         ranks[group] = rank = ranks.get(group, 0) + 1
         ranked.append((rank, KINDS.index(finding.kind), finding))
-    told = [finding for _, _, finding in sorted(ranked, key=lambda one: one[:2])[:most]]
-    return sorted(told, key=lambda finding: KINDS.index(finding.kind))
+    chosen = [finding for _, _, finding in sorted(ranked, key=lambda one: one[:2])[:most]]
+    return sorted(chosen, key=lambda finding: KINDS.index(finding.kind))
 
 
 def short(name: str) -> str:
@@ -115,27 +117,31 @@ def short(name: str) -> str:
 
 
 def shape_of_lock(name: str) -> Shape | None:
-    """The shape that this lock's name, below a DeepGEMM directory, is about."""
+    """Return the shape in the name of a lock below a DeepGEMM directory; None for another name."""
     found = _LOCK.fullmatch(name.removeprefix("locks/")) if name.startswith("locks/") else None
     return Shape(found[1], int(found[2]), int(found[3]), int(found[4])) if found else None
 
 
 def with_shapes(findings: Iterable[Finding], locks: Sequence[tuple[float, Shape]]) -> list[Finding]:
-    """DeepGEMM entries with the shape whose lock was taken last before their first write. locks: (taken, shape)."""
+    """Return the findings, DeepGEMM's with the shape of the last lock before their first write.
+
+    locks: (time at which it was taken, shape).
+    """
     ordered = sorted(locks)
-    told = []
+    chosen = []
     for finding in findings:
         before = [shape for taken, shape in ordered if taken <= finding.began]
         if finding.family == "deep_gemm" and finding.kind in JIT and before:
-            told.append(replace(finding, shape=str(before[-1])))
+            chosen.append(replace(finding, shape=str(before[-1])))
         else:
-            told.append(finding)
-    return told
+            chosen.append(finding)
+    return chosen
 
 
 def span(family: Family, path: Path, *, earliest: float, latest: float) -> tuple[int, float, float]:
-    """Bytes, and first and last write, of an entry's files; both times within these, because anybody can set them.
-    Stamps, which a hit touches, do not count.
+    """Return bytes, first and last write of an entry's files; stamps, which a hit touches, do not count.
+
+    earliest, latest: limits of both times, because every user can set them.
     """
     size, times = 0, []
     for item in _files(path):
@@ -162,16 +168,15 @@ def _files(path: Path) -> Sequence[os.DirEntry[str] | Path]:
 
 
 def proposal(audit: Audit, name: str) -> str:
-    """TOML to append to a manifest, so that the next warm-up makes what this job had to. Lines, never entries: nothing
-    that an untrusted job made is taken over.
+    """Return TOML to append to a manifest, so that the next warm-up compiles what this job had to.
 
-    A shape is proposed where it is known which ones were compiled; where that is known of some entries only, every
-    shape that the job asked for. For what no shape describes a comment says what is missing.
+    Never entries: nothing that an untrusted job made is used. Shapes are proposed where it is known which ones were
+    compiled; where that is known of some entries only, every shape that the job used. Comments name what is missing.
     """
     found = [finding for finding in audit.findings if finding.kind in JIT]
     gemm = [finding for finding in found if finding.family == "deep_gemm"]
-    told = {finding.shape for finding in gemm}
-    shapes = sorted(told) if "" not in told else sorted({*map(str, audit.asked), *told} - {""})
+    chosen = {finding.shape for finding in gemm}
+    shapes = sorted(chosen) if "" not in chosen else sorted({*map(str, audit.asked), *chosen} - {""})
     lines: list[str] = []
     if shapes and gemm:
         lines += [

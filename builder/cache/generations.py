@@ -1,13 +1,13 @@
-"""Generations: what a cache root held at one moment, complete and never changed again, for views to lie upon.
+"""Generations: immutable, complete copies of a cache root at one moment, as lower layers of views.
 
 ``<root>/generations/<id>/`` has the layout of the root: every valid entry of every family, family records, memos and
-markers. It is built beside its place and published by one rename. The id is a digest of names, sizes and times of what
-is in it, so that a root in which nothing is new has one generation, however often it is asked for.
+markers. It is built under a temporary name and published by one rename. The id is a digest of names, sizes and times of
+its files, so that an unchanged root has one generation, however many views are made.
 
-A file that its maker publishes by rename (`Family.renamed`) gets another name here and costs nothing; a file that may
-be written in place would change under a view, so it is copied (once: the next generation takes it from this one). A
-family of that kind is not read while somebody compiles into it: then the newest generation's word is taken again, or
-the family is left out, and said.
+A file that its program publishes by rename (`Family.renamed`) gets a hard link here and costs nothing; a file that may
+be written in place would change under a view, so it is copied (once: the next generation links to this copy). A family
+of that kind is not read while a process compiles into it: its state in the newest generation is used again, or the
+family is omitted and reported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
 class _ChangedError(Exception):
-    """Something was moved or written while it was read."""
+    """A file was moved or written while it was read."""
 
 
 @dataclass(frozen=True)
@@ -53,35 +53,37 @@ class Omitted:
 
 @dataclass(frozen=True)
 class _File:
-    """One file of a generation. link: another name is enough; told: its time tells something about its content."""
+    """One file of a generation. link: a hard link is enough. dated: a new time is a sign of new content."""
 
     name: str
     source: str
     size: int
     time_ns: int
     link: bool
-    told: bool
+    dated: bool
 
     @property
     def stamp(self) -> bool:
-        """Whether it is one of DeepGEMM's stamps, which a hit touches: empty, and a time that changes."""
+        """Whether it is one of DeepGEMM's stamps, which a hit touches: empty, with a time that changes."""
         return self.name.endswith(f"/{STAMP}")
 
     def is_like(self, status: os.stat_result) -> bool:
-        """Whether a file of this status is the one that was listed, as far as that tells."""
+        """Return whether a file of this status is probably the one that was listed."""
         return status.st_size == self.size and (self.stamp or status.st_mtime_ns == self.time_ns)
 
 
 def home(root: Path) -> Path:
+    """Return the directory of all generations."""
     return root / "generations"
 
 
 def tree(root: Path, generation: str) -> Path:
+    """Return the directory of one generation."""
     return home(root) / generation
 
 
 def known(root: Path) -> list[str]:
-    """Ids of all generations, the newest last."""
+    """Return the ids of all generations, the newest last."""
     found = [item for item in listing(str(home(root))) or () if ID.fullmatch(item.name) and is_dir(item)]
     return [
         item.name for item in sorted(found, key=lambda item: (item.stat(follow_symlinks=False).st_mtime_ns, item.name))
@@ -89,8 +91,9 @@ def known(root: Path) -> list[str]:
 
 
 def publish(root: Path, *, check: Callable[[], None]) -> tuple[str, list[Omitted]]:
-    """The id of a generation that equals the root now, made where there is none yet. For the one who holds
-    `layout.generations_lock`; check is called now and then, and may raise. Raises OSError.
+    """Return the id of a generation that equals the root now; make it where there is none yet. Raises OSError.
+
+    The caller holds `layout.generations_lock`. check: called from time to time, may raise.
     """
     home(root).mkdir(exist_ok=True)
     newest = next(reversed(known(root)), None)
@@ -107,21 +110,22 @@ def publish(root: Path, *, check: Callable[[], None]) -> tuple[str, list[Omitted
                     if attempt == _TRIES - 1:
                         raise OSError(errno.EBUSY, "it is being written to all the time", str(root)) from None
                     continue
-        os.utime(place)  # the newest is the one that was asked for last
+        os.utime(place)  # the newest is the one that was requested last
         return generation, omitted
     raise AssertionError("unreachable")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What a killed process was making here, or removing. For the one who holds `layout.generations_lock`."""
+    """Remove what a killed process was making or removing here. The caller holds `layout.generations_lock`."""
     for item in listing(str(folder)) or ():
         if item.name.startswith(".") and item.name.endswith(".tmp"):
             remove(Path(item.path), folder)
 
 
 def remove(path: Path, folder: Path) -> None:
-    """Deletes a tree that may be of any depth and size: never by a path longer than a few parts, never through a link.
-    folder: on the same file system. Raises OSError.
+    """Delete a tree of any depth and size: never by a path longer than a few parts, never through a link.
+
+    folder: for temporary names, on the same file system. Raises OSError.
     """
     flat = folder / f".{os.urandom(8).hex()}.tmp"
     flat.mkdir(mode=0o700)
@@ -146,7 +150,7 @@ def remove(path: Path, folder: Path) -> None:
 
 
 def _some(directory: Path) -> list[os.DirEntry[str]]:
-    """A part of what is in it, none when there is nothing."""
+    """Return a part of a directory's items; none when it is empty."""
     with os.scandir(directory) as items:
         return list(itertools.islice(items, _BATCH))
 
@@ -179,10 +183,10 @@ def _family(
 ) -> Iterator[_File]:
     base = root
     if not _locked(layout.family_lock(root, family.name, key), family.renamed, locks):
-        # Somebody compiles here, or removes. What the newest generation has of it was whole.
+        # Another process compiles or removes here. What the newest generation has of it is whole.
         before = tree(root, newest) if newest else None
         if before is None or not (before / family.name / key).is_dir():
-            omitted.append(Omitted(family.name, key, "somebody works in it, and no earlier generation has it"))
+            omitted.append(Omitted(family.name, key, "another process works in it, and no earlier generation has it"))
             return
         base = before
     place = base / family.name / key
@@ -200,12 +204,12 @@ def _family(
                     size=status.st_size,
                     time_ns=status.st_mtime_ns,
                     link=(family.renamed or base != root) and not stamp,
-                    told=not stamp and not matches(file, family.rewritten),
+                    dated=not stamp and not matches(file, family.rewritten),
                 )
 
 
 def _below(base: Path, name: str) -> list[str]:
-    """The file of this name, or the names of all files below the directory of this name."""
+    """Return the name of a file, or the names of all files below a directory."""
     status = _status(base / name)
     if status is not None:
         return [name]
@@ -213,14 +217,14 @@ def _below(base: Path, name: str) -> list[str]:
 
 
 def _plain(root: Path, name: str) -> Iterator[_File]:
-    """A file of ours: always published by rename."""
+    """Yield a file of this program, which always publishes by rename."""
     status = _status(root / name)
     if status is not None:
-        yield _File(name, str(root / name), status.st_size, status.st_mtime_ns, link=True, told=True)
+        yield _File(name, str(root / name), status.st_size, status.st_mtime_ns, link=True, dated=True)
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of a regular file; None for anything else."""
+    """Return the status of a regular file; None for anything else."""
     try:
         status = path.lstat()
     except (OSError, ValueError):
@@ -238,8 +242,8 @@ def _locked(path: Path, shared: bool, locks: contextlib.ExitStack) -> bool:
 def _digest(files: list[_File]) -> str:
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        told = f"{file.size} {file.time_ns}" if file.told else "-"
-        total.update(f"{file.name}\0{told}\n".encode("utf-8", "surrogateescape"))
+        state = f"{file.size} {file.time_ns}" if file.dated else "-"
+        total.update(f"{file.name}\0{state}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()[:16]
 
 
@@ -267,7 +271,7 @@ def _build(root: Path, place: Path, files: list[_File], newest: str | None, chec
 
 
 def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
-    """The directories that lead to a file, with the modes and owners that they have in the root."""
+    """Make the directories that lead to a file, with the modes and owners that they have in the root."""
     if name in made:
         return
     _directories(root, new, name.rpartition("/")[0], made)
@@ -278,7 +282,7 @@ def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
 
 
 def _put(file: _File, target: Path, before: Path | None) -> None:
-    earlier = _status(before / file.name) if before is not None and (file.told or file.stamp) else None
+    earlier = _status(before / file.name) if before is not None and (file.dated or file.stamp) else None
     same = earlier is not None and file.is_like(earlier)
     sources = [file.source] if file.link else []
     sources += [f"{before}/{file.name}"] if same else []
@@ -310,7 +314,7 @@ def _copy(file: _File, target: Path) -> None:
         if file.size:
             os.fsync(writer.fileno())
         status = os.fstat(source)
-    if file.told and not file.is_like(status):
+    if file.dated and not file.is_like(status):
         raise _ChangedError
     _like(target, status)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -1,11 +1,11 @@
-"""Entries on disk: list them, judge them, tell what is new, move aside what a killed process left.
+"""Entries of family directories: list and check them, compare two inventories, quarantine leftovers.
 
 An entry is valid when it is self-consistent: its files are all there, its JSON parses and its ELF files are as long as
 their own tables say. It is never compared with a recorded size or digest, because recompiles are not byte-identical.
 
 A cache root is written by programs that know nothing of this one, and may hold anything. Nothing found there raises:
-symlinks are not followed, FIFOs never waited for, and what cannot be read is an entry with a problem. Names keep their
-undecodable bytes as Python's surrogate escapes; problems are always printable.
+symlinks are not followed, FIFOs are not waited for, and what cannot be read is an entry with a problem. Names keep
+their undecodable bytes as Python's surrogate escapes; problems are always printable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from builder.cache.layout import FamilyDirectory, family_directories
 from builder.files import UNREADABLE, is_dir, listing, matches, walk, why
 from builder.text import printable
 
-#: Seconds for which somebody may not write to a thing and still be at work on it.
+#: Seconds without a write after which a file is no longer in progress.
 IN_PROGRESS = 600.0
 
 
@@ -43,9 +43,12 @@ _NAME = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One compile result. name: posix, from the family's directory. bytes: of all its files. used_ns: mtime of the
-    stamp that a hit touches, 0 where the family has none. written_ns: newest mtime of its other files, 0 where that
-    says nothing. problem: why it is not valid, naming the file."""
+    """One compile result.
+
+    name: posix, from the family's directory. bytes: of all its files. used_ns: mtime of the stamp that a hit touches, 0
+    where the family has none. written_ns: newest mtime of its other files, 0 where a use changes it too. problem: why
+    it is not valid, naming the file.
+    """
 
     name: str
     bytes: int
@@ -77,7 +80,7 @@ class Inventory:
 
 
 def scan(family: Family, directory: Path, *, mount: str | None = None) -> Inventory:
-    """Every entry in the family's directory; none where there is no such directory.
+    """Return every entry in the family's directory; none where there is no such directory.
 
     mount: the cache root as its users see it. Where it is not given, an absolute path within an entry counts as right
     when it ends in this family, key and entry.
@@ -87,13 +90,13 @@ def scan(family: Family, directory: Path, *, mount: str | None = None) -> Invent
     for name in NAMES[family.layout](family, base):
         size, used_ns, written_ns = size_and_times(family, base, name)
         problem = problem_of(family, base, name, mount)
-        if problem != MISSING:  # gone between listing and looking
+        if problem != MISSING:  # removed between listing and reading
             entries[name] = Entry(name, size, used_ns, written_ns, problem)
     return Inventory(entries)
 
 
 def check(family: Family, directory: Path, name: str, *, mount: str | None = None) -> str | None:
-    """The problem of one named entry, or None when it is valid. ``missing`` when there is no such entry.
+    """Return the problem of one named entry, or None when it is valid; ``missing`` when there is no such entry.
 
     Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
     """
@@ -103,17 +106,20 @@ def check(family: Family, directory: Path, name: str, *, mount: str | None = Non
 
 
 def weigh(family: Family, directory: Path, name: str) -> int:
-    """Bytes of one entry's files; 0 where there is none."""
+    """Return the bytes of one entry's files; 0 where there is none."""
     return size_and_times(family, str(directory), name)[0]
 
 
 def added(before: Inventory, after: Inventory) -> set[str]:
-    """Entries that are valid now and were not before."""
+    """Return the names of entries that are valid now and were not before."""
     return set(after.valid - before.valid)
 
 
 def used(before: Inventory, after: Inventory) -> set[str]:
-    """Valid entries that are new, or whose stamp a hit has touched; without stamps nothing tells: every valid entry."""
+    """Return the names of valid entries that are new or have a changed stamp.
+
+    Families without stamps return every valid entry.
+    """
     return {
         name
         for name in after.valid
@@ -124,8 +130,10 @@ def used(before: Inventory, after: Inventory) -> set[str]:
 
 
 def recompiled(before: Inventory, after: Inventory) -> set[str]:
-    """Entries that are valid at both times and were written in between: builders that work in place, and caches that
-    never hit, make no new name."""
+    """Return the names of entries that are valid at both times and were written in between.
+
+    Builders that work in place, and caches that never hit, make no new name.
+    """
     return {
         name
         for name in before.valid & after.valid
@@ -135,16 +143,15 @@ def recompiled(before: Inventory, after: Inventory) -> set[str]:
 
 
 def sweep(
-    family: Family, directory: Path, aside: Path, *, now: float, older_than: float, mount: str | None = None
+    family: Family, directory: Path, quarantine: Path, *, now: float, older_than: float, mount: str | None = None
 ) -> list[tuple[str, str]]:
-    """Renames leftovers and invalid entries into `aside`, so that they are compiled anew. Deletes nothing.
+    """Rename leftovers and invalid entries into `quarantine`, so that they are compiled anew. Deletes nothing.
 
-    What may be a build in progress (leftovers, files written in place) moves only when nobody has written to it, at any
+    What may be a build in progress (leftovers, files written in place) is moved only when it was not written to, at any
     depth, for `older_than` seconds before `now` (seconds since the epoch, as file times are). An entry that its program
-    publishes by one rename was never seen half-made: invalid, it is damaged, and moves at once; its age would tell
-    nothing anyway, because hits touch it. Each move is one rename within a file system: readers see the whole or
-    nothing. Returns (path from the family's directory, why); what could not be moved says so in its why. mount: as in
-    `scan`.
+    publishes by one rename was never visible half-made: invalid, it is damaged, and is moved at once; its age has no
+    meaning, because hits touch it. Each move is one rename within a file system: readers see the whole or nothing.
+    Returns (path from the family's directory, why, with the error of a failed move). mount: as in `scan`.
     """
     if not family.claimable:
         return []
@@ -152,7 +159,7 @@ def sweep(
     doomed = {name: (reason, True) for name, reason in _leftovers(family, base)}
     for name, problem in scan(family, directory, mount=mount).invalid.items():
         if UNREADABLE in problem:
-            continue  # somebody else's file may be good
+            continue  # another user's file may be good
         whole = _whole(family, name)
         reason = problem if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
         doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
@@ -162,10 +169,10 @@ def sweep(
         if newest is None or newest > now - older_than:
             continue
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            # A fresh name each time: renaming onto something would delete it.
+            quarantine.mkdir(parents=True, exist_ok=True)
+            # A new name each time: renaming onto an existing one would delete it.
             tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            (directory / name).rename(aside / f"{family.name}-{directory.name}-{tag}-{os.urandom(16).hex()}")
+            (directory / name).rename(quarantine / f"{family.name}-{directory.name}-{tag}-{os.urandom(16).hex()}")
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -176,7 +183,7 @@ def sweep(
 
 
 def may_be_in_progress(family: Family, directory: Path, name: str, problem: str, *, now: float) -> bool:
-    """Whether this invalid entry may be one that is just being made, so that `sweep` leaves it for now."""
+    """Return whether this invalid entry may be in progress, so that `sweep` leaves it for now."""
     if UNREADABLE in problem or _whole(family, name) != name or not _may_be_in_progress(family, problem):
         return False
     newest = _newest(f"{directory}/{name}")
@@ -184,7 +191,7 @@ def may_be_in_progress(family: Family, directory: Path, name: str, problem: str,
 
 
 def remove_host_specific(family: Family, directory: Path) -> list[str]:
-    """Deletes the files that are true on this host alone; their names. Other users of the root must never read them."""
+    """Delete the files that are true on this host alone, which no other host may read; return their names."""
     removed = []
     for item in listing(str(directory)) or ():
         if matches(item.name, family.host_specific) and not item.is_dir(follow_symlinks=False):
@@ -257,7 +264,7 @@ def _glob(base: str, above: str, patterns: list[str]) -> Iterator[str]:
 
 
 def _whole(family: Family, name: str) -> str:
-    """The directory that has to move as a whole with this entry, or the entry itself."""
+    """Return the directory that must move as a whole with this entry, or the entry itself."""
     parts = name.split("/")
     for depth, part in enumerate(parts, 1):
         if matches(part, family.whole):
@@ -266,12 +273,12 @@ def _whole(family: Family, name: str) -> str:
 
 
 def _may_be_in_progress(family: Family, problem: str) -> bool:
-    """Whether an invalid entry can be one that is just being made."""
+    """Return whether an invalid entry of this family can be in progress."""
     return {"deep_gemm": False, "triton": problem == NO_GROUP, "files": True}[family.layout]
 
 
 def _newest(path: str) -> float | None:
-    """The latest mtime of a file or of anything in a directory; None where that cannot be told."""
+    """Return the latest mtime of a file or of anything in a directory; None where it is unknown."""
     try:
         status = os.lstat(path)
         newest = status.st_mtime

@@ -1,7 +1,7 @@
-"""What lies at the top of a cache root, apart from the families, and who holds which lock.
+"""Names in a cache root: its layout file, locks, quarantine and family directories.
 
 ``layout.json`` names the schema of the layout and gives the root an identity; ``locks/`` holds files that are locked
-with flock and never unlinked: a file that is removed while somebody waits for it would let two holders in.
+with flock and never unlinked.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _RECORD_LIMIT = 1 << 20
 
 
 class LayoutError(Exception):
-    """The cache root cannot be used. The message says what was seen and what to do."""
+    """The cache root cannot be used. The message has what was found and what to do."""
 
 
 def prepare(root: Path) -> str:
-    """Makes the layout where it is missing and returns the root's identity. Safe to run by several at once.
+    """Make the layout where it is missing and return the root's identity. Safe to run by several at once.
 
-    Raises LayoutError for a root that a newer version wrote, that cannot be written, or that is somebody else's
-    directory: a slip in a path must not lay a cache out in it.
+    Raises LayoutError for a root that a newer version wrote, that cannot be written, or that is another program's
+    directory: a typing error in a path must not create a cache in it.
     """
     if stranger := foreign(root):
         raise LayoutError(f"{root} is no cache root, and not empty ({stranger} is in it). Use an empty directory.")
@@ -62,7 +62,7 @@ def prepare(root: Path) -> str:
 
 
 def foreign(root: Path) -> str | None:
-    """Something in this directory that shows that it is no cache root, by name; None in a root, or where one can be."""
+    """Return a name in this directory that shows that it is no cache root; None in a root or an empty directory."""
     own = {"lost+found", "aside", "used", "generations", "views", *FOLDERS, *FAMILY}
     names = [item.name for item in files.listing(str(root)) or ()]
     if "layout.json" in names:
@@ -74,37 +74,37 @@ def foreign(root: Path) -> str | None:
 
 
 def run_lock(root: Path) -> Path:
-    """One warm-up run per cache root at a time: the run (or a container on its behalf) holds this exclusively."""
+    """Return the lock of a warm-up run, one per root: the run (or a container on its behalf) holds it exclusively."""
     return root / "locks" / "run.lock"
 
 
 def hold_lock(root: Path) -> Path:
-    """Held shared by who uses the cache and says so (`warm-cache hold`), exclusively by who removes from it."""
+    """Return the lock that `warm-cache hold` has shared, and each removal exclusively."""
     return root / "locks" / "hold.lock"
 
 
 def compiling_lock(root: Path) -> Path:
-    """Held shared by every task of a run that has several at once, exclusively by one that has to be undisturbed."""
+    """Return the lock that concurrent tasks of a run hold shared, and a task that must be alone exclusively."""
     return root / "locks" / "compiling.lock"
 
 
 def views_lock(root: Path) -> Path:
-    """One at a time makes, drops or sweeps views: the builder (or a container on its behalf) holds this exclusively."""
+    """Return the lock for making, dropping or sweeping views: the builder (or its container) holds it exclusively."""
     return root / "locks" / "views.lock"
 
 
 def generations_lock(root: Path) -> Path:
-    """Held exclusively by the one container that makes or removes generations, or what lies below ``views``."""
+    """Return the lock of the container that makes or removes generations or views; it holds it exclusively."""
     return root / "locks" / "generations.lock"
 
 
 def family_lock(root: Path, family: str, key: str) -> Path:
-    """Held shared by everybody who compiles into this family's directory, exclusively by who removes from it."""
+    """Return the lock that each compilation into this family's directory holds shared, each removal exclusively."""
     return root / "locks" / f"{family}-{key}.lock"
 
 
-def aside(root: Path, family: str, key: str) -> Path:
-    """Where leftovers of a family go: on the same file system, so that moving them is one rename."""
+def quarantine(root: Path, family: str, key: str) -> Path:
+    """Return the directory for leftovers of a family: on the same file system, so that moving them is one rename."""
     return root / "aside" / f"{family}-{key}"
 
 
@@ -179,7 +179,7 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _create(path: Path, document: Mapping[str, Any]) -> None:
-    """Publishes a file that must not exist yet: of two writers the first wins, and both then read the same."""
+    """Publish a file that must not exist yet: of two writers the first wins, and both then read the same."""
     sibling = path.with_name(f".{path.name}.{os.urandom(16).hex()}.tmp")
     try:
         _write(sibling, document)
@@ -190,7 +190,7 @@ def _create(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The layout file, or None where it is missing or garbage (a machine that lost power leaves an empty file)."""
+    """Return the layout file; None where it is missing or garbage (a machine that lost power leaves an empty file)."""
     try:
         found = files.read_json(str(path), 1 << 16)
     except files.UnreadableError:

@@ -79,7 +79,7 @@ class Marker:
 
 
 @dataclass(frozen=True)
-class Found:
+class MarkerFile:
     """A file where a marker should be: the marker, or why it is none.
 
     path: below the root, printable. folder: name of its directory. written: its mtime. newer: the only problem is that
@@ -115,12 +115,12 @@ def folder_name(label: str, factors: Mapping[str, Any]) -> str:
     return f"{_label(label)}-{coverage_digest(factors)}"
 
 
-def folder(root: Path, name: str) -> list[Found]:
+def folder(root: Path, name: str) -> list[MarkerFile]:
     """Return every marker file of one directory, most recent first."""
     base = root / "markers" / name
     items = files.listing(str(base))
     if items is None:
-        return [Found(f"markers/{name}", name, 0.0, None, "the directory cannot be read")]
+        return [MarkerFile(f"markers/{name}", name, 0.0, None, "the directory cannot be read")]
     found = []
     for item in items:
         if item.name.endswith(".json") and not item.name.startswith("."):
@@ -132,21 +132,21 @@ def folder(root: Path, name: str) -> list[Found]:
     return sorted(found, key=lambda item: item.written, reverse=True)
 
 
-def every(root: Path) -> Iterator[Found]:
+def every(root: Path) -> Iterator[MarkerFile]:
     """Yield every marker file below `root`, directory by directory."""
     for item in files.listing(str(root / "markers")) or ():
         if files.is_dir(item):
             yield from folder(root, item.name)
 
 
-def neighbours(root: Path, label: str) -> list[Found]:
+def neighbours(root: Path, label: str) -> list[MarkerFile]:
     """Return every marker of this label, of any coverage."""
     pattern = re.compile(re.escape(_label(label)) + "-[0-9a-f]{12}")
     folders = [item.name for item in files.listing(str(root / "markers")) or () if pattern.fullmatch(item.name)]
     return [found for name in folders for found in folder(root, name)]
 
 
-def duplicates(root: Path, name: str) -> list[Found]:
+def duplicates(root: Path, name: str) -> list[MarkerFile]:
     """Return the markers of other labels with the coverage of those in the directory of this name."""
     suffix = name[name.rindex("-") :]
     names = [item.name for item in files.listing(str(root / "markers")) or ()]
@@ -158,14 +158,14 @@ def _label(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+=@-]+", "-", label).lstrip(".-")[:120] or "task"
 
 
-def _found(path: Path, folder: str, written: float) -> Found:
+def _found(path: Path, folder: str, written: float) -> MarkerFile:
     shown = text.printable(f"markers/{folder}/{path.name}")
     try:
-        return Found(shown, folder, written, _parsed(files.read_json(str(path), _LIMIT)))
+        return MarkerFile(shown, folder, written, _parsed(files.read_json(str(path), _LIMIT)))
     except files.UnreadableError as error:
-        return Found(shown, folder, written, None, f"it {error}")
+        return MarkerFile(shown, folder, written, None, f"it {error}")
     except _NotAMarkerError as error:
-        return Found(shown, folder, written, None, str(error), error.newer)
+        return MarkerFile(shown, folder, written, None, str(error), error.newer)
 
 
 # The format

@@ -18,7 +18,7 @@ from builder.cache import inventory, marker_files, toolchain, usage
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import MISSING
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
-from builder.cache.marker_files import Claim, Found, Marker, Observed, folder_name
+from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, folder_name
 from builder.cache.toolchain import Record
 from builder.task import Task
 from builder.text import printable
@@ -66,7 +66,7 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
     found = [_sufficient(item, task) for item in marker_files.folder(root, name)]
     good = [(item, item.marker) for item in found if item.marker is not None]
     same = [(item, marker) for item, marker in good if marker.coverage == now]
-    # What a real GPU proved goes before what was made without one since.
+    # What a real GPU proved has priority over newer markers that were made without one.
     same.sort(key=lambda pair: pair[1].proof == PRETENDED)
     cold = [_against_disk(root, item, marker, record, strict) for item, marker in same if _has_keys(marker, keys)]
     for judgement in cold:
@@ -178,7 +178,7 @@ def _required(task: Task) -> tuple[str, ...] | None:
     return ("deep_gemm",) if task.recipe in ("compile-deep-gemm", "shapes") else None
 
 
-def _sufficient(item: Found, task: Task) -> Found:
+def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:
     """Return the marker, unless it claims less than the task requires, or a family without an entry.
 
     No run writes such a marker, and all that it lists could be there while nothing is compiled.
@@ -197,7 +197,7 @@ def _sufficient(item: Found, task: Task) -> Found:
     return item
 
 
-def _against_disk(root: Path, item: Found, marker: Marker, record: Record, strict: bool) -> Judgement:
+def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, strict: bool) -> Judgement:
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
     for family, claim in marker.claims.items():
@@ -220,7 +220,7 @@ def _against_disk(root: Path, item: Found, marker: Marker, record: Record, stric
     return Judgement("warm", marker=marker, path=item.path)
 
 
-def _against_toolchain(item: Found, marker: Marker, record: Record, keys: Mapping[str, str]) -> Judgement:
+def _against_toolchain(item: MarkerFile, marker: Marker, record: Record, keys: Mapping[str, str]) -> Judgement:
     rows: list[Row] = []
     for family, claim in marker.claims.items():
         if keys[family] == claim.key:
@@ -246,7 +246,7 @@ def difference(row: Row) -> str:
 
 
 def _expected(task: Task, keys: Mapping[str, str]) -> str | None:
-    """The name of the marker that the task would write, where that can be told before it has run."""
+    """Return the name of the marker that the task would write; None where only its run shows it."""
     claims = _required(task)
     if claims is None or any(family not in keys for family in claims):
         return None

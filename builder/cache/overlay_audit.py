@@ -1,12 +1,12 @@
-"""What a job did to its view: the upper layer, read against the generation below it and the two as the job sees them.
+"""What a job did to its view: the upper layer against the generation below it and the merged view.
 
-The upper layer belongs to a job that nobody trusts. It is walked once, without following a link and within a budget;
-what it holds is opened only when it is a regular file, and nothing in it is an exception. A layer with more in it than
-the budget is not judged, and said to be so.
+The upper layer belongs to an untrusted job. It is walked once, without following a link and within a budget; only
+regular files in it are opened, and nothing in it raises. A layer with more files than the budget is reported as such
+and not judged.
 
 A deletion is a device in the upper layer, and a directory that was deleted and made again hides what is below by an
-attribute that only a privileged reader sees. So nothing here interprets the overlay's own marks: whatever lies in the
-generation in a directory that the upper layer has as well, and is not in the merged view, was deleted.
+attribute that only a privileged reader sees. So nothing here interprets the overlay's own marks: in a directory that
+the upper layer has as well, whatever the generation has and the merged view has not was deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, w
 from builder.files import UnreadableError, matches, open_regular
 from builder.task import Shape
 
-#: Things in an upper layer that are looked at.
+#: Files and directories of an upper layer that are read.
 BUDGET = 200_000
 #: Files that a use of the cache writes to at the top of a root.
 _OURS = re.compile(r"locks/[^/]+\.lock")
@@ -36,8 +36,10 @@ _LONG = 256
 
 @dataclass(frozen=True)
 class Layers:
-    """The directories of a view. lower: the generation; upper: what the job wrote; merged: what the job sees, where it
-    is mounted for us. mount: where the job has it. created: of the view, seconds since the epoch.
+    """The directories of a view.
+
+    lower: the generation. upper: what the job wrote. merged: what the job sees, as it is mounted in this process.
+    mount: where the job has it. created: of the view, seconds since the epoch.
     """
 
     lower: Path
@@ -49,10 +51,10 @@ class Layers:
 
 @dataclass
 class _Touched:
-    """What the upper layer has of one family directory: files (name from there → status), and names that are gone."""
+    """What the upper layer has of one family directory. files: status by name. deleted: names of files."""
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
 
 
 class _TooMuchError(Exception):
@@ -60,7 +62,10 @@ class _TooMuchError(Exception):
 
 
 def audit(layers: Layers, *, now: float, check: Callable[[], None], budget: int = BUDGET) -> Audit:
-    """Everything that the job changed. now: seconds since the epoch. check is called now and then, and may raise."""
+    """Return everything that the job changed.
+
+    now: seconds since the epoch. check: called from time to time, may raise.
+    """
     found = Audit()
     places: dict[tuple[str, str], _Touched] = {}
     try:
@@ -84,7 +89,7 @@ def audit(layers: Layers, *, now: float, check: Callable[[], None], budget: int 
 
 
 def _walk(base: Path, budget: int, check: Callable[[], None]) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Everything below: (name, status, or None for a directory that cannot be read). Raises _TooMuchError."""
+    """Yield everything below: (name, status, or None for an unreadable directory). Raises _TooMuchError."""
     stack, seen = [""], 0
     while stack:
         above = stack.pop()
@@ -124,7 +129,7 @@ def _sort(
     places: dict[tuple[str, str], _Touched],
     found: Audit,
 ) -> None:
-    """Puts one thing of the upper layer where it belongs: to a family's directory, or among the findings."""
+    """Add one file of the upper layer to its family directory, or to the findings."""
     family, _, rest = name.partition("/")
     key, _, below = rest.partition("/")
     at_home = family in FAMILY and is_key(key)
@@ -137,7 +142,7 @@ def _sort(
             _lost(layers, gone, places, found)
         return
     if _is_whiteout(status):
-        return  # its directory is in the upper layer as well, and tells
+        return  # found by its directory, which is in the upper layer as well
     if touched is not None and below:
         touched.files[below] = status
     elif not _OURS.fullmatch(name) and not _equal(layers.lower / name, layers.upper / name, status):
@@ -147,7 +152,7 @@ def _sort(
 
 
 def _missing(layers: Layers, name: str) -> list[str]:
-    """What the generation has in this directory, and the job sees no more, or sees something else in its place."""
+    """Return what the generation has in this directory and the merged view has not, or has as another kind."""
     try:
         lower = sorted(item.name for item in (layers.lower / name).iterdir())
     except OSError:
@@ -164,7 +169,7 @@ def _missing(layers: Layers, name: str) -> list[str]:
 
 
 def _lost(layers: Layers, name: str, places: dict[tuple[str, str], _Touched], found: Audit) -> None:
-    """Something of the generation that is gone: of a family's directory, a whole one, or something of ours."""
+    """Add a deleted file or directory of the generation to its family directory, or to the findings."""
     parts = name.split("/")
     if parts[0] not in FAMILY:
         found.findings.append(Finding("", "", "deleted", short(name)))
@@ -174,13 +179,13 @@ def _lost(layers: Layers, name: str, places: dict[tuple[str, str], _Touched], fo
     for key in keys:
         if is_key(key):
             touched = places.setdefault((parts[0], key), _Touched())
-            touched.gone.update(_files_below(family / key, "/".join(parts[2:])))
+            touched.deleted.update(_files_below(family / key, "/".join(parts[2:])))
         else:
             found.findings.append(Finding("", "", "deleted", short(f"{parts[0]}/{key}")))
 
 
 def _files_below(place: Path, name: str) -> Iterator[str]:
-    """Names of all files at or below this, in a generation, which is ours and of no great depth."""
+    """Yield the names of all files at or below this, in a generation, which is trusted and of little depth."""
     start = place / name if name else place
     if not start.is_dir():
         yield name
@@ -200,9 +205,9 @@ class _Place:
         self._mount, self._created, self._now = layers.mount, layers.created, now
 
     def judge(self, touched: _Touched, found: Audit, check: Callable[[], None]) -> Iterator[Finding]:
-        """Every entry that was touched, and what is none."""
+        """Yield findings about every entry that was touched, and about files that belong to none."""
         entries: dict[str, set[str]] = {}
-        for name in {*touched.files, *touched.gone}:
+        for name in {*touched.files, *touched.deleted}:
             if self._is_transient(name):
                 continue
             entry = self._entry(name)
@@ -232,7 +237,7 @@ class _Place:
             return self._finding("damaged" if before else "foreign", entry, after), False
         if not before:
             return self._made("compiled", entry), False
-        lost = names & touched.gone - touched.files.keys()
+        lost = names & touched.deleted - touched.files.keys()
         if lost:
             return self._finding("damaged", entry, f"{short(min(lost).rpartition('/')[2])} is gone"), False
         # Stamps and logs are written by a mere use.
@@ -254,7 +259,7 @@ class _Place:
         return Finding(self._family.name, self._key, kind, short(name), detail, **more)  # type: ignore[arg-type]
 
     def _entry(self, name: str) -> str | None:
-        """The entry that a file of this name is part of; None for what can be part of none."""
+        """Return the entry that a file of this name is part of; None for one that can be part of none."""
         parts = name.split("/")
         match self._family.layout:
             case "deep_gemm":
@@ -265,7 +270,7 @@ class _Place:
                 return name
 
     def _is_transient(self, name: str) -> bool:
-        """Locks, builds in progress, and what is true on one host only."""
+        """Return whether the name is of a lock, a build in progress, or a file that is true on one host only."""
         parts = name.split("/")
         family = self._family
         return any(matches(part, family.transient) for part in parts) or (
@@ -296,7 +301,7 @@ def _kind_of(status: os.stat_result | None) -> str:
 
 
 def _equal(lower: Path, upper: Path, status: os.stat_result | None) -> bool:
-    """Whether a file of the upper layer has the bytes that the generation has; its times say nothing."""
+    """Return whether a file of the upper layer has the bytes of the generation's; times have no meaning."""
     if status is None or not stat.S_ISREG(status.st_mode):
         return False
     with contextlib.ExitStack() as stack:

@@ -31,7 +31,7 @@ from builder.cache import inventory, layout, view_records
 from builder.cache.families import FAMILY, KEY, directory
 from builder.files import is_dir, listing, walk, why
 
-#: What `inventory.sweep` calls the things it moves; anything else that lies there is somebody else's.
+#: Names that `inventory.sweep` gives to what it moves; other files there are left alone.
 _MOVED = re.compile(rf"(?P<family>[a-z_]+)-(?P<key>{KEY})-[0-9a-f]{{12}}-[0-9a-f]{{32}}")
 _MOUNTS = Path("/proc/self/mountinfo")
 HELD = "a test job holds the cache"
@@ -49,11 +49,13 @@ def may_remove(
     mounts: Path = _MOUNTS,
     create: bool = True,
 ) -> Iterator[str | None]:
-    """Why something of this family may not be removed now, or None: it may, until the context ends.
+    """Yield why something of this family may not be removed now, or None: it may, until the context ends.
 
-    what: the file or directory in question, by default the family's whole directory. job_max: seconds that a test job
-    may last. now: seconds since the epoch, as file times are; a time after it counts as just now. create: lock files
-    that are missing are made; without, nothing is written, and nobody holds what is not there. Never raises OSError.
+    what: the file or directory in question, by default the family's whole directory.
+    job_max: seconds that a test job may last.
+    now: seconds since the epoch, as file times are; a time after it counts as just now.
+    create: make missing lock files; without, nothing is written, and a missing lock counts as free.
+    Never raises OSError.
     """
     what = Path(directory(str(root), family, key)) if what is None else what
     with contextlib.ExitStack() as locks:
@@ -66,17 +68,17 @@ def may_remove(
 
 
 def is_held(root: Path) -> bool:
-    """Whether somebody says now that the cache is in use. Writes nothing."""
+    """Return whether a process holds the cache now. Writes nothing."""
     with contextlib.ExitStack() as locks:
         return _refused(locks, layout.hold_lock(root), HELD, create=False) is not None
 
 
-def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str, str, str, str | None]]:
-    """Removes what was moved aside and may go: (family, key, path below the root, why it stays or None: it is gone).
+def clear_quarantine(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str, str, str, str | None]]:
+    """Remove what is in quarantine for long enough; yield (family, key, path below the root, why it stays or None).
 
-    What has been aside for less than job_max is passed over in silence: that is no refusal, only not its time yet.
+    Younger than job_max is no refusal, so nothing is yielded for it.
     """
-    for family, key, path in _aside(root):
+    for family, key, path in _quarantined(root):
         name = str(path.relative_to(root))
         if _used(path, job_max, now) is not None:
             continue
@@ -86,10 +88,10 @@ def clear_aside(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str
 
 
 def clear_host_specific(root: Path, family: str, key: str) -> list[str]:
-    """Removes what is true on this host alone, however new it is; the names of what went.
+    """Remove the files that are true on this host alone, whatever their age; return their names.
 
-    sglang writes such a file, waits for its other ranks, and reads it: whoever is in between must not find it gone.
-    So it stays while somebody else works in the family or holds the cache, and goes with the last one, or the next.
+    sglang writes such a file, waits for its other ranks, and reads it, and must not find it removed in between. So it
+    stays while another process works in the family or holds the cache, and the last of them, or the next, removes it.
     """
     with contextlib.ExitStack() as locks:
         refusal = _busy(locks, root, family, key)
@@ -97,7 +99,7 @@ def clear_host_specific(root: Path, family: str, key: str) -> list[str]:
         return [] if refusal else inventory.remove_host_specific(FAMILY[family], place)
 
 
-def _aside(root: Path) -> Iterator[tuple[str, str, Path]]:
+def _quarantined(root: Path) -> Iterator[tuple[str, str, Path]]:
     for folder in listing(str(root / "aside")) or ():
         for item in listing(folder.path) or () if is_dir(folder) else ():
             named = _MOVED.fullmatch(item.name)
@@ -106,7 +108,7 @@ def _aside(root: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def remove(path: Path) -> str | None:
-    """Deletes it; what was in the way, or None."""
+    """Delete a file or a tree; return why it could not be deleted, or None."""
     try:
         if stat.S_ISDIR(path.lstat().st_mode):
             shutil.rmtree(path)
@@ -120,14 +122,14 @@ def remove(path: Path) -> str | None:
 
 
 def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str, create: bool = True) -> str | None:
-    """Takes both locks exclusively, or says who has one."""
+    """Take both locks exclusively, or return which one is held."""
     return _refused(
         locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create
     ) or _refused(locks, layout.hold_lock(root), HELD, create)
 
 
 def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = True) -> str | None:
-    """Takes the lock exclusively, or says who has it (or why nobody can)."""
+    """Take the lock exclusively, or return `held`, or why no process can take it."""
     try:
         descriptor = flock.open_lock(path, create=create)
         locks.callback(os.close, descriptor)
@@ -141,16 +143,16 @@ def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = 
 def _used(what: Path, job_max: float, now: float) -> str | None:
     touched = _touched(what)
     if touched is None:
-        return "nobody can tell when it was last touched"
+        return "it is not known when it was last touched"
     age = max(0.0, now - touched)
     return f"it was touched {age:.0f} s ago, and a job may last {job_max:.0f} s" if age < job_max else None
 
 
 def _touched(what: Path) -> float | None:
-    """The latest time at which it or anything in it was modified or moved; None where that cannot be told.
+    """Return the latest time at which it or anything in it was modified or moved; None where that is unknown.
 
-    Of a file in a directory only its own time of modification counts: whatever moves it changes the directory, and a
-    generation that gives it another name, or takes one away, is no use of it.
+    Of a file in a directory only its own time of modification counts: moving it changes the directory, and a generation
+    that gives it another name, or removes one, is no use of it.
     """
     try:
         status = os.lstat(what)
@@ -174,7 +176,7 @@ def _recorded(root: Path, what: Path) -> str | None:
 
 
 def _viewed(what: Path, mounts: Path) -> str | None:
-    """Whether an overlay, of those that this process can see, has it (or what it lies in, or a part) below."""
+    """Return which overlay, of those that this process can see, has it, a parent or a part of it as a lower layer."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -195,5 +197,5 @@ def _viewed(what: Path, mounts: Path) -> str | None:
 
 
 def _unescaped(text: str) -> str:
-    """A path as the kernel writes it into mountinfo: octal escapes for blanks and backslashes."""
+    """Return a path from mountinfo without the kernel's octal escapes for blanks and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -77,7 +77,7 @@ def plan(root: Path, policy: PrunePolicy, *, job_max: float, now: float) -> Prun
 
 
 def _refusal(root: Path, step: PruneStep, job_max: float, now: float) -> str | None:
-    """Return why this may not be removed now; of entries, whose own times are known, by the locks alone."""
+    """Return why this may not be removed now; of entries by the locks alone, for their times are known already."""
     age_limit = job_max if step.kind == "family" else 0.0
     with removal.may_remove(root, step.family, step.key, job_max=age_limit, now=now, create=False) as refusal:
         return refusal
@@ -119,7 +119,7 @@ class _Choice:
     def generations(self) -> set[str]:
         """Return the toolchains of kept markers, and the current ones.
 
-        A marker that is kept only because the current image needs it too does not keep the rest of its own toolchain.
+        A marker that is kept only because the current image needs it too does not keep the rest of its toolchain.
         """
         return self.current | {mark.toolchain for mark in self.kept if mark.path not in self.needed}
 
@@ -288,8 +288,8 @@ def _left(choice: _Choice, after: int) -> Iterator[str]:
         places = [f"{family}/{key}" for (family, key), reason in sorted(choice.pinned.items()) if reason == why]
         more = f" and {len(places) - 1} more stay" if len(places) > 1 else " stays"
         yield f"{places[0]}{more}, with the markers for it: {why}"
-    if choice.held.beside:
-        yield f"{size(choice.held.beside)} more are held by generations and views alone; sweep removes unused ones"
+    if choice.held.view_bytes:
+        yield f"{size(choice.held.view_bytes)} more are held by generations and views alone; sweep removes unused ones"
     limit = choice.policy.max_size
     if limit is not None and after > limit:
         yield f"{size(after)} stay, more than the limit of {size(limit)}: it is needed, in use, or was used just now"

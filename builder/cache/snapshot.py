@@ -1,7 +1,7 @@
-"""The audit without an engine: what family directories held before a job and hold after it, by inventory alone.
+"""The audit without an engine: family directories before and after a job, compared by inventory alone.
 
-For runner containers, whose jobs work on the mounted cache itself. It sees less than the audit of a view: an entry that
-was written anew is told by its time, and what is no entry is only counted where it looks like a broken one.
+For runner containers, with jobs that work on the mounted cache itself. It finds less than the audit of a view: a
+rewritten entry shows only by its time, and other files count only where they look like a broken entry.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _LIMIT = 256 << 20
 
 
 class SnapshotError(Exception):
-    """The snapshot cannot be used. The message says why."""
+    """The snapshot cannot be used. The message is the reason."""
 
 
 def in_environment(environ: Mapping[str, str]) -> list[FamilyDirectory]:
-    """The directories that a process with this environment uses, of the families whose variable is set."""
+    """Return the directories that a process with this environment uses, of the families with a variable that is set."""
     found = []
     for family in FAMILIES:
         value = environ.get(family.env[0][0], "")
@@ -38,12 +38,12 @@ def in_environment(environ: Mapping[str, str]) -> list[FamilyDirectory]:
 
 
 def take(wanted: list[FamilyDirectory]) -> dict[str, Any]:
-    """What these directories hold now: a JSON document for `compare`."""
+    """Return what these directories hold now: a JSON document for `compare`."""
     return {"schema": SCHEMA, "taken": time.time(), "places": [_taken(place) for place in wanted]}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The document that `take` made. Raises SnapshotError."""
+    """Return a document that `take` made. Raises SnapshotError."""
     try:
         document = files.read_json(str(path), _LIMIT)
     except files.UnreadableError as error:
@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compare(before: Mapping[str, Any], wanted: list[FamilyDirectory]) -> Audit:
-    """What has changed since, in the directories of the snapshot and in these."""
+    """Return what has changed since, in the directories of the snapshot and in these."""
     found, locks = Audit(), []
     then, began = dict(_places(before)), float(before["taken"])
     for place in dict.fromkeys([*then, *wanted]):

@@ -1,7 +1,7 @@
-"""What a cache root holds, as one who has to decide what may go sees it: markers, memos, family directories, bytes.
+"""What a cache root holds, as `retention` needs it: markers, memos, family directories, bytes and last uses.
 
 Markers and memos are the roots, entries the objects. Reads only, follows no link, and never raises for what it finds.
-Sizes are what the file system has allotted, each file once however many names it has.
+Sizes are allocated blocks; a file with several names counts once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from builder.cache.entries import NAMES
 from builder.cache.families import FAMILY, directory
 from builder.cache.layout import family_directories
 
-#: Layouts whose entries stand alone, so that one of them may go without the others.
+#: Layouts with independent entries, so that one of them may be removed without the others.
 ALONE = ("deep_gemm", "triton")
 
-#: Directories of the root whose content comes and goes with views.
+#: Directories of the root that belong to views.
 VIEWS = ("generations", "views")
 
 _MEMO_LIMIT = 4 << 20
@@ -32,8 +32,10 @@ Dir = tuple[str, str]  # family, key
 
 @dataclass(frozen=True)
 class Mark:
-    """A marker. path: below the root. toolchain: of the run that wrote it. keys, entries: by claimed family. image: id
-    of the one it ran in. written, used: seconds since the epoch.
+    """A marker. path: below the root. folder: name of its directory. task: its label, for people.
+
+    toolchain: of the run that wrote it. keys, entries: by claimed family. image: id of the image of that run, or "".
+    written, used: seconds since the epoch.
     """
 
     path: str
@@ -64,7 +66,7 @@ class Memo:
 
 @dataclass(frozen=True)
 class Object:
-    """Something on disk. bytes: allotted; used: when it was last of use, in seconds since the epoch."""
+    """A file or a tree. bytes: allocated. used: time of the last use, in seconds since the epoch."""
 
     bytes: int
     used: float
@@ -72,9 +74,11 @@ class Object:
 
 @dataclass(frozen=True)
 class Holdings:
-    """strangers: markers that this program cannot read, with the reason; newer: one of them is of another schema, so
-    that nobody knows what it needs. dirs, entries: by family and key; entries only of families whose entries stand
-    alone. bytes: of the root, without what only generations and views hold (beside).
+    """All that a root holds.
+
+    strangers: reason by path of markers that this program cannot read. newer: one of them has another schema, so that
+    its needs are unknown. dirs, entries: by family and key; entries only of layouts in ALONE. bytes: of the root,
+    without what only generations and views hold, which is `view_bytes`.
     """
 
     marks: tuple[Mark, ...]
@@ -84,17 +88,17 @@ class Holdings:
     dirs: Mapping[Dir, Object]
     entries: Mapping[Dir, Mapping[str, Object]]
     bytes: int
-    beside: int = 0
+    view_bytes: int = 0
 
 
 def survey(root: Path) -> Holdings:
-    """Everything, once."""
+    """Return what the root holds, from one walk."""
     accessed = usage.has_access_times(root)
     found, strangers = marks(root)
     measure = _Measure(accessed)
     dirs: dict[Dir, Object] = {}
     entries: dict[Dir, dict[str, Object]] = {}
-    total, beside = 0, 0
+    total, view_bytes = 0, 0
     apart = set()
     for each in family_directories(root):
         path, family = str(each.path), each.family
@@ -102,10 +106,10 @@ def survey(root: Path) -> Holdings:
         dirs[each.name], entries[each.name] = measure.split(path, names)
         total += dirs[each.name].bytes
         apart.add(path)
-    # What generations hold by other names of the same files comes last.
+    # Generations hold other names of the same files, so they are measured last.
     for item in sorted(files.listing(str(root)) or (), key=lambda item: item.name in VIEWS):
         size = measure.of(item.path, apart).bytes
-        total, beside = (total, beside + size) if item.name in VIEWS else (total + size, beside)
+        total, view_bytes = (total, view_bytes + size) if item.name in VIEWS else (total + size, view_bytes)
     return Holdings(
         marks=tuple(found),
         memos=tuple(memos(root)),
@@ -114,12 +118,12 @@ def survey(root: Path) -> Holdings:
         dirs=dirs,
         entries=entries,
         bytes=total,
-        beside=beside,
+        view_bytes=view_bytes,
     )
 
 
 def marks(root: Path) -> tuple[list[Mark], list[tuple[str, str, bool]]]:
-    """Every marker; and of what only lies where one should be: path, problem, and whether another schema is all."""
+    """Return every marker, and of other files in their place (path, problem, whether only the schema is another)."""
     readable, strangers = [], []
     for found in marker_files.every(root):
         if found.marker is None:
@@ -129,7 +133,7 @@ def marks(root: Path) -> tuple[list[Mark], list[tuple[str, str, bool]]]:
     return readable, strangers
 
 
-def _mark(root: Path, found: marker_files.Found, marker: marker_files.Marker) -> Mark:
+def _mark(root: Path, found: marker_files.MarkerFile, marker: marker_files.Marker) -> Mark:
     return Mark(
         path=found.path,
         folder=found.folder,
@@ -144,7 +148,7 @@ def _mark(root: Path, found: marker_files.Found, marker: marker_files.Marker) ->
 
 
 def memos(root: Path) -> Iterator[Memo]:
-    """Every record of every image's memo that this program understands."""
+    """Yield every record of every image's memo that this program understands."""
     for item in files.listing(str(root / "images")) or ():
         if not item.name.endswith(".json") or item.name.startswith("."):
             continue
@@ -164,7 +168,7 @@ def memos(root: Path) -> Iterator[Memo]:
 
 @dataclass
 class _Measure:
-    """Adds up what lies somewhere. A file with several names counts where it is met first."""
+    """Adds up trees. A file with several names counts where it is met first. accessed: access times count as use."""
 
     accessed: bool
     _seen: set[tuple[int, int]] = field(default_factory=set)
@@ -176,7 +180,7 @@ class _Measure:
             return Object(0, 0.0)
 
     def split(self, base: str, names: list[str]) -> tuple[Object, dict[str, Object]]:
-        """A family's directory, and each of its entries by itself."""
+        """Return the measure of a family directory, and of each of its entries."""
         entries = {name: self.of(f"{base}/{name}") for name in names}
         apart = {f"{base}/{name}" for name in names}
         rest = self._walk(base, os.lstat(base), apart)
@@ -197,7 +201,7 @@ class _Measure:
                 except OSError:
                     continue
                 size += self._count(status)
-                # Whoever lists a directory accesses it; that is no use of what is in it.
+                # Listing a directory changes its access time, and is no use of its content.
                 is_dir = stat.S_ISDIR(status.st_mode)
                 used = max(used, usage.touched(status, accessed=self.accessed and not is_dir))
                 if is_dir:
@@ -213,14 +217,15 @@ class _Measure:
 
 
 def count(root: Path, place: Dir) -> int:
-    """How many entries a family's directory has, valid or not."""
+    """Return the number of entries in a family directory, valid or not."""
     family, base = FAMILY[place[0]], directory(str(root), *place)
     return sum(1 for _ in NAMES[family.layout](family, base))
 
 
 def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
-    """What a cache root holds, as metrics: name, value, labels. A family directory counts for every toolchain that uses
-    it.
+    """Yield what a cache root holds as metrics: name, value, labels.
+
+    A family directory counts for every toolchain that uses it.
     """
     found = survey(root)
     users: dict[Dir, set[str]] = {}
@@ -233,5 +238,5 @@ def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
             labels = {"family": place[0], "key": place[1], "toolchain": name}
             yield "entries", entries, labels
             yield "entries_size_bytes", item.bytes, labels
-    yield "size_bytes", found.bytes + found.beside, {}
+    yield "size_bytes", found.bytes + found.view_bytes, {}
     yield "filesystem_free_bytes", shutil.disk_usage(root).free, {}

@@ -1,11 +1,11 @@
-"""When a marker, or an entry, was last of use to somebody.
+"""When a marker, or an entry, was last used.
 
-Who warms writes a stamp beside nothing else: ``used/<marker's folder>/<marker's name>``, whose mtime is the moment. Who
-only reads (`warm-cache check`, `env`) reads that stamp, so that the file system notes the access, where it is mounted
-to do so; no other reader opens it, and no listing or copy of markers does. What test jobs do shows at the entries:
+A warm-up writes a stamp for its marker: ``used/<marker's folder>/<marker's name>``, with the time of use as its mtime.
+Readers without write access (`warm-cache check`, `env`) read that stamp, so that its access time shows the use where
+the mount records access times; listings and copies of markers never open it. Use by test jobs shows in the entries:
 DeepGEMM's own hits touch ``.committed``, and a read is an access.
 
-Access times are as the mount gives them: ``relatime`` is right to a day, ``noatime`` says nothing.
+Access times are as exact as the mount has them: to a day with ``relatime``, absent with ``noatime``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ FOLDER = "used"
 
 
 def stamp_path(root: Path, marker: str) -> Path:
-    """Of the marker at this path below the root."""
+    """Return the stamp of the marker at this path below the root."""
     return root / FOLDER / Path(marker).relative_to("markers")
 
 
 def stamp(root: Path, marker: str) -> None:
-    """Notes a use, for whoever may write. What cannot be written is nothing that a warm-up fails for."""
+    """Record a use by writing. Never raises OSError: no warm-up fails for a stamp."""
     path = stamp_path(root, marker)
     with contextlib.suppress(OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def stamp(root: Path, marker: str) -> None:
 
 
 def note(root: Path, marker: str) -> None:
-    """Notes a use by reading alone."""
+    """Record a use by reading alone. Never raises OSError."""
     with contextlib.suppress(OSError, ValueError):
         descriptor = os.open(stamp_path(root, marker), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -46,7 +46,7 @@ def note(root: Path, marker: str) -> None:
 
 
 def last(root: Path, marker: str, written: float) -> float:
-    """When the marker was last of use, in seconds since the epoch; not before it was written."""
+    """Return the time of the marker's last use, in seconds since the epoch; at least `written`."""
     with contextlib.suppress(OSError, ValueError):
         status = os.lstat(stamp_path(root, marker))
         return max(written, status.st_mtime, status.st_atime)
@@ -54,7 +54,7 @@ def last(root: Path, marker: str, written: float) -> float:
 
 
 def forget(root: Path, marker: str) -> None:
-    """With the marker goes its stamp."""
+    """Remove the stamp of a marker that is removed."""
     path = stamp_path(root, marker)
     with contextlib.suppress(OSError):
         path.unlink()
@@ -63,12 +63,12 @@ def forget(root: Path, marker: str) -> None:
 
 
 def touched(status: os.stat_result, *, accessed: bool) -> float:
-    """When a file was last of use. accessed: its access time says something. Giving it another name is no use."""
+    """Return the time of a file's last use. accessed: count its access time. A new hard link is no use."""
     return max(status.st_mtime, status.st_atime if accessed else 0.0)
 
 
 def has_access_times(root: Path) -> bool:
-    """Whether the mount that the root lies on notes accesses."""
+    """Return whether the mount of the root records access times."""
     try:
         return not os.statvfs(root).f_flag & os.ST_NOATIME
     except OSError:

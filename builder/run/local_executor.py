@@ -17,7 +17,7 @@ from pathlib import Path
 
 from builder import files, processes
 from builder.cache import environment, layout, model_store, toolchain
-from builder.cache.environment import IMAGE_VARIABLE, Described, Image, Standing
+from builder.cache.environment import IMAGE_VARIABLE, Described, ImageIdentity, Standing
 from builder.cache.markers import Judgement, difference
 from builder.cache.toolchain import Record
 from builder.errors import PreflightError, UsageError
@@ -41,7 +41,7 @@ class LocalExecutor:
     def __init__(self, context: Context, root: Path, named_image: str | None = None) -> None:
         self.context, self.root = context, root
         self._environ = context.options.environ
-        self._image = environment.said(root, named_image, self._environ.get(IMAGE_VARIABLE))
+        self._image = environment.named_image(root, named_image, self._environ.get(IMAGE_VARIABLE))
         self._records: dict[ProbeEnv, Record] = {}
         report = context.report
         report.image_ref, report.cache = "this environment", str(root)
@@ -53,7 +53,7 @@ class LocalExecutor:
     # --- this environment --------------------------------------------------------------------------------------------
 
     @property
-    def image(self) -> Image:
+    def image(self) -> ImageIdentity:
         """The image that this environment was made of, as far as that can be known."""
         self.records(())
         assert self._image is not None
@@ -85,7 +85,7 @@ class LocalExecutor:
         report = self.context.report
         assert self._image is not None
         report.image_id, report.extra["image_known"] = self._image.id, self._image.how
-        report.toolchain = toolchain.digest(environment.keys(next(iter(self._records.values()))))
+        report.toolchain = toolchain.digest(environment.known_keys(next(iter(self._records.values()))))
         return self._records
 
     def _other_python(self) -> str | None:

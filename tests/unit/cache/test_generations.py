@@ -118,7 +118,7 @@ def test_a_family_that_is_being_written_in_place_is_taken_from_the_newest_genera
         fcntl.flock(lock, fcntl.LOCK_SH)
         fcntl.flock(two, fcntl.LOCK_SH)
         generation, omitted = generations.publish(root, check=lambda: None)
-        assert omitted == [Omitted("quack", KEY, "somebody works in it, and no earlier generation has it")]
+        assert omitted == [Omitted("quack", KEY, "another process works in it, and no earlier generation has it")]
         assert not (generations.tree(root, generation) / "quack" / KEY).exists()
         assert (generations.tree(root, generation) / "triton" / KEY).exists(), "it is published by rename"
     whole = published(root)
@@ -167,7 +167,7 @@ def test_nothing_that_a_view_has_below_it_may_be_removed(root: Path) -> None:
     assert refusal("triton", KEY, place) == said
     assert refusal("triton", KEY, generations.home(root)) == said
     assert refusal("deep_gemm", "f" * 16) is None, "made after the generation"
-    aside = layout.aside(root, "triton", KEY)
+    aside = layout.quarantine(root, "triton", KEY)
     aside.mkdir(parents=True)
     assert refusal("triton", KEY, aside) is None
     (view / "view.json").write_text("garbage")
@@ -196,7 +196,7 @@ def test_whoever_wants_room_forgets_every_generation_that_no_view_has(root: Path
     assert generations.known(root) == [used.name]
     record.write_text("garbage")
     views.remove_generations(root, guard)
-    assert generations.known(root) == [used.name], "nobody can tell what that view has below it"
+    assert generations.known(root) == [used.name], "it is unknown what that view has as its lower layer"
     generations.remove(record.parent, view_records.home(root))
     views.remove_generations(root, guard)
     assert generations.known(root) == []

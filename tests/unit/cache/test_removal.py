@@ -99,7 +99,7 @@ def test_what_a_view_has_below_stays(root: Path, lower: str, seen: bool) -> None
 
 def test_what_cannot_be_judged_stays(root: Path) -> None:
     with removal.may_remove(root, "triton", "f" * 16, job_max=0, now=time.time()) as found:
-        assert found == "nobody can tell when it was last touched"
+        assert found == "it is not known when it was last touched"
 
 
 def moved_aside(root: Path) -> Path:
@@ -107,14 +107,14 @@ def moved_aside(root: Path) -> Path:
     entry = root / "deep_gemm" / KEY / "cache" / f"kernel.{'0' * 32}"
     entry.mkdir(parents=True)
     (entry / "kernel.cu").write_text("half")
-    aside = layout.aside(root, "deep_gemm", KEY)
+    aside = layout.quarantine(root, "deep_gemm", KEY)
     assert inventory.sweep(FAMILY["deep_gemm"], root / "deep_gemm" / KEY, aside, now=time.time(), older_than=600)
     (found,) = aside.iterdir()
     return found
 
 
 def cleared(root: Path, *, job_max: float = HOUR, later: float = 2 * HOUR) -> list[tuple[str, str, str, str | None]]:
-    return list(removal.clear_aside(root, job_max=job_max, now=time.time() + later))
+    return list(removal.clear_quarantine(root, job_max=job_max, now=time.time() + later))
 
 
 def test_aside_is_cleared_of_what_lay_there_long_enough(root: Path) -> None:
