@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__, events, processes
-from builder.cache.environment import Image
+from builder.cache.environment import ImageIdentity
 from builder.cache.toolchain import Record, sound
 from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import BuilderError, PreflightError
@@ -48,7 +48,7 @@ _running: set[int] = set()
 _starting = threading.Lock()
 
 
-def serving_image(image: Image | None) -> ServingImage:
+def serving_image(image: ImageIdentity | None) -> ServingImage:
     """Return what is known of this environment's image, as a job has it."""
     if image is None:
         return ServingImage()

@@ -50,7 +50,7 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
     job_environment.judge(local)
     variables = {
         **(job_environment.common_env(manifest.tasks) if manifest else {}),
-        **families.environment(str(local.root), environment.keys(local.record)),
+        **families.environment(str(local.root), environment.known_keys(local.record)),
     }
     unknown = [standing.family for standing in standings if standing.key is None]
     if unknown:
