@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TextIO
 
 from builder.host.deadlines import Deadline
@@ -45,7 +46,7 @@ class LiveProgress:
 
     def __enter__(self) -> LiveProgress:
         terminal = self._console.terminal
-        if terminal is not None:
+        if terminal is not None and find_spec("rich"):  # not installed inside a test job
             self._screen = _Screen(self._console, terminal, self.frame)
             self._console.above(self._screen.take)
         target = self._beat if self._screen is None else self._screen.run

@@ -72,3 +72,12 @@ def test_live_lines_on_a_narrow_terminal_show_the_phase(monkeypatch: pytest.Monk
         poll(lambda: "tasks done" in stream.getvalue(), Deadline(10), 0.01)
     assert "gpus 0-3" in stream.getvalue()
     assert "0:00 weights" in stream.getvalue()
+
+
+def test_terminal_without_rich_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As inside a test job, where nothing is installed for this program."""
+    monkeypatch.setattr(display, "find_spec", lambda _: None)
+    console = Console(stream := io.StringIO(), terminal=True)
+    with LiveProgress(console, lambda: "0 of 1 tasks done"):
+        console.say("a line")
+    assert stream.getvalue() == "a line\n"

@@ -1,4 +1,4 @@
-"""Whether the next warm-up fits: learned from markers, said before it begins."""
+"""Expected space of the next warm-up, from markers."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def item(name: str, number: int) -> Item:
     return Item(task(name), record(number), None, None, Judgement("cold", "no-marker"))
 
 
-def test_a_new_toolchain_needs_it_all_again_and_what_tasks_share_once(made: Generations) -> None:
+def test_space_under_new_keys_counts_shared_entries_once(made: Generations) -> None:
     found = forecast.expected_space(made.root, [item("a", 2), item("b", 2), item("unknown", 2)])
     assert (found.known, found.of) == (2, 3)
     assert found.bytes == round(NEED * 5 / 6)  # of three entries each, one is the same
 
 
-def test_under_the_same_keys_it_is_all_there(made: Generations) -> None:
+def test_space_under_known_keys_is_zero(made: Generations) -> None:
     assert forecast.expected_space(made.root, [item("a", 1), item("b", 1)]).bytes == 0
     shutil.rmtree(made.place(1))
     assert forecast.expected_space(made.root, [item("a", 1)]).bytes == 3000
 
 
 @pytest.mark.parametrize("wrong", [None, [], *({"deep_gemm": one} for one in ("much", -5, True, 1 << 60))])
-def test_what_lies_about_in_markers_tells_nothing(made: Generations, wrong: object) -> None:
+def test_space_that_is_no_number_is_ignored(made: Generations, wrong: object) -> None:
     for path in made.root.glob("markers/*/*.json"):
         marker = json.loads(path.read_text())
         marker["observed"] = {"bytes": wrong, "added_bytes": wrong}
@@ -51,9 +51,7 @@ def test_what_lies_about_in_markers_tells_nothing(made: Generations, wrong: obje
     assert forecast.expected_space(made.root, [item("a", 2), item("b", 2)]).bytes == 0
 
 
-def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
-    made: Generations, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_disk_is_a_problem_with_the_prune_that_helps(made: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(3.1e9)))
     held = survey.survey(made.root).bytes
     monkeypatch.setattr(survey, "survey", lambda _: SimpleNamespace(bytes=held + (100 << 30)))
@@ -64,14 +62,14 @@ def test_a_disk_that_is_too_small_is_said_with_the_command_that_helps(
     assert list(forecast.space_problems(made.root, None, forecast.Space(int(3e9), 1, 1))) == []
 
 
-def test_a_budget_that_is_too_small_as_well(made: Generations) -> None:
+def test_small_max_size_is_a_problem(made: Generations) -> None:
     held = survey.survey(made.root).bytes
     (found,) = forecast.space_problems(made.root, held + 10, forecast.Space(11, 1, 1))
     assert "that [cache] max_size allows" in found.text
     assert list(forecast.space_problems(made.root, held + 11, forecast.Space(11, 1, 1))) == []
 
 
-def test_room_is_made_for_what_comes(made: Generations) -> None:
+def test_target_size_leaves_room_for_cold_tasks(made: Generations) -> None:
     held = survey.survey(made.root).bytes
     cold = [item("a", 2), item("b", 2)]
     assert forecast.target_size(made.root, cold, None) is None

@@ -1,4 +1,4 @@
-"""How long a task will take, from the nearest marker there is."""
+"""Expected run times, from the nearest marker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def record(sglang: str = "0.5.23", **factors: str) -> Record:
 
 
 def seen(root: Path, task: Task, seconds: Any, made: Record | None = None, written: float = 1.0) -> Path:
-    """A marker of an earlier run that took so long."""
+    """Write a marker of an earlier run of this many seconds."""
     known: dict[str, Any] = {"claims": [], "entries": {}, "proof": "nothing-claimed", "second_pass_added": None}
     marker = markers.build(
         task, record=made or record(), config_digest=None, shapes=[], observed=Observed(seconds=seconds), **known
@@ -48,11 +48,11 @@ def expected(root: Path, task: Task = TASK) -> Estimate:
     return expected_seconds(root, plan.items)[task.label]
 
 
-def test_nothing_known_is_the_time_out_and_no_promise(tmp_path: Path) -> None:
+def test_seconds_without_markers_are_the_time_out(tmp_path: Path) -> None:
     assert expected(tmp_path) == Estimate(900.0, False, TIME_OUT)
 
 
-def test_the_nearest_marker_counts_and_among_equals_the_newest(tmp_path: Path) -> None:
+def test_seconds_are_those_of_the_nearest_newest_marker(tmp_path: Path) -> None:
     other = replace(TASK, label="other", model="org/other")
     for name, seconds in (("x", 100.0), ("y", 300.0), ("z", 500.0)):
         seen(tmp_path, replace(other, label=name, model=name), seconds)
@@ -68,18 +68,18 @@ def test_the_nearest_marker_counts_and_among_equals_the_newest(tmp_path: Path) -
     assert expected(tmp_path) == Estimate(30.0, True, "the same task")
 
 
-def test_what_others_took_is_no_more_than_the_time_out(tmp_path: Path) -> None:
+def test_seconds_of_other_tasks_are_capped_by_the_time_out(tmp_path: Path) -> None:
     seen(tmp_path, replace(TASK, label="other", model="org/other"), 5000.0)
     assert expected(tmp_path).seconds == 900.0
 
 
 @pytest.mark.parametrize("seconds", [None, "60", True, -1, 0, 1e300, {}, [1]])
-def test_a_number_that_is_none_tells_nothing(tmp_path: Path, seconds: object) -> None:
+def test_seconds_that_are_no_number_are_ignored(tmp_path: Path, seconds: object) -> None:
     seen(tmp_path, TASK, seconds)
     assert expected(tmp_path).source == TIME_OUT
 
 
-def test_garbage_tells_nothing(tmp_path: Path) -> None:
+def test_unreadable_markers_are_ignored(tmp_path: Path) -> None:
     path = seen(tmp_path, TASK, 60.0)
     marker = json.loads(path.read_text())
     for number, text in enumerate(("", "[" * 100_000, json.dumps({**marker, "observed": 3}), json.dumps([marker]))):
