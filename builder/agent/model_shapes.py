@@ -115,7 +115,7 @@ class _Server:
     def __init__(self, config: Mapping[str, Any], argv: Sequence[str], environ: Mapping[str, str]) -> None:
         self._argv = argv
         self._config = {**config, **_overrides(argv)}
-        self._names = {word.partition("=")[0] for word in argv}
+        self._names = sglang_args.names(argv)
         self._refuse_foreign(environ)
         self._architecture = self._known_architecture()
         self._refuse_other_weights()

@@ -6,11 +6,9 @@ A change of coverage makes the task cold. It never moves a family's directory, s
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from builder import sglang_args
@@ -33,14 +31,12 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
     "command": ("success",),
 }
 
-_NUMBER = re.compile(r"-\.?\d")
-
 
 def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
     """Return the coverage factors, in the order in which a difference is named; JSON types only."""
     sglang = record["sglang"]
     # sglang's own parser ignores the order of a server's options; a command's argv may depend on it.
-    argv = list(task.argv) if task.recipe == "command" else normalise_argv(task.argv)
+    argv = list(task.argv) if task.recipe == "command" else sglang_args.normalised(task.argv)
     factors: dict[str, Any] = {
         "sglang": sglang["version"],
         "sglang commit": sglang["commit"],
@@ -88,38 +84,6 @@ def coverage_digest(factors: Mapping[str, Any]) -> str:
     """Return 12 hex digits that are equal exactly where every factor is."""
     text = json.dumps(factors, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
-
-
-def normalise_argv(argv: Iterable[str]) -> list[str]:
-    """Return one spelling for all argvs that mean the same to an option parser.
-
-    ``--a=b`` becomes ``--a b``, and ``--tp-size`` becomes ``--tp``; options are sorted by name, with their values
-    behind them; repeated options keep their order, because the last one wins; what stands before the first option stays
-    in front, ``--`` and what follows it at the end. A value that would look like an option (``--a=--b``) keeps its
-    equals sign.
-    """
-    words = list(argv)
-    rest = words[words.index("--") :] if "--" in words else []
-    words = words[: len(words) - len(rest)]
-    front: list[str] = []
-    groups: list[list[str]] = []
-    for word in words:
-        if _is_option(word):
-            name, equals, value = word.partition("=")
-            name = sglang_args.SPELLING.get(name, name)
-            groups.append(
-                [name, value] if word.startswith("--") and equals and not _is_option(value) else [name + equals + value]
-            )
-        elif groups:
-            groups[-1].append(word)
-        else:
-            front.append(word)
-    groups.sort(key=lambda group: group[0].partition("=")[0])
-    return [*front, *itertools.chain.from_iterable(groups), *rest]
-
-
-def _is_option(word: str) -> bool:
-    return word.startswith("-") and word != "-" and not _NUMBER.match(word)
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from builder import sglang_args
 from builder.manifest import neutral
 from builder.recording import Launch, Problem
-from builder.sglang_args import SPELLING
 from builder.task import Task
 from builder.text import printable
 
@@ -142,18 +142,10 @@ def differences(launch: Launch, task: Task) -> tuple[str, ...]:
 
 def flags_of(argv: Iterable[str]) -> dict[str, str]:
     """Options of a server and their values, each in one spelling; of a repeated one the last, as with argparse."""
-    found: dict[str, list[str]] = {}
-    name = ""
-    for word in argv:
-        if word.startswith("--"):
-            option, equals, value = word.partition("=")
-            name = SPELLING.get(option, option)
-            found[name] = [value] if equals else []
-        elif name:
-            found[name].append(word)
-    ranks = found.pop("--attn-dp-size", None)
-    if ranks not in (None, ["1"]):  # 0.5.23's word for both
-        found |= {"--dp": ranks or [], "--enable-dp-attention": []}
+    found = {option.name: option.values for option in sglang_args.split(argv)[1]}
+    ranks = found.pop(sglang_args.ATTENTION_DP[0], None)
+    if ranks not in (None, ("1",)):  # of 0.5.23, for both
+        found |= {sglang_args.DATA_PARALLEL[0]: ranks or (), sglang_args.DP_ATTENTION: ()}
     return {
         name: " ".join(map(_plain, values)) for name, values in found.items() if not neutral.is_neutral_option(name)
     }
@@ -217,17 +209,13 @@ def as_tasks(launches: Sequence[Launch], gpus: int) -> list[str]:
 
 def _argv_lines(argv: Sequence[str]) -> list[str]:
     """An option and its values on each line. A word that begins with @ would be the name of a group."""
-    lines: list[list[str]] = []
-    skip = False
-    for word in argv:
-        option = word.partition("=")[0]
-        if word.startswith("--"):
-            skip = neutral.differs_from_run_to_run(SPELLING.get(option, option))
-            lines += [] if skip else [[]]
-        if not skip:
-            lines = lines or [[]]
-            lines[-1].append(_toml(f"@{word}" if word.startswith("@") and word != "@" else word))
-    return [", ".join(line) for line in lines if not any(_TEMPORARY in word for word in line)]
+    front, options, rest = sglang_args.split(argv)
+    kept = [option.words for option in options if not neutral.differs_from_run_to_run(option.name)]
+    lines = [line for line in (front, *kept, rest) if line and not any(_TEMPORARY in word for word in line)]
+    return [
+        ", ".join(_toml(f"@{word}" if word.startswith("@") and word != "@" else word) for word in line)
+        for line in lines
+    ]
 
 
 def as_text(

@@ -16,16 +16,6 @@ from typing import Any
 from builder import sglang_args
 from builder.task import Task
 
-#: Options that give a degree of parallelism, by its short name.
-PARALLELISM = {
-    "tp": sglang_args.TENSOR_PARALLEL,
-    "pp": sglang_args.PIPELINE_PARALLEL,
-    "dp": (*sglang_args.DATA_PARALLEL, *sglang_args.ATTENTION_DP),
-    "ep": sglang_args.EXPERT_PARALLEL,
-}
-#: Degrees from here on are mistakes.
-_TOO_MANY = 10_000
-
 
 def labels(tasks: Sequence[Task]) -> list[str]:
     """Return one label per task, all different, each the same for every order of the tasks."""
@@ -47,12 +37,6 @@ def content(task: Task) -> str:
     if task.recipe == "shapes":
         ignored["gpus"] = 0  # what is compiled does not depend on the number of workers
     return json.dumps({**vars(task), **ignored}, sort_keys=True, default=vars)
-
-
-def degree(argv: Sequence[str], name: str) -> int:
-    """Return the degree of tp, pp, dp or ep that argv sets; 1 where it sets none."""
-    found = sglang_args.number(argv, PARALLELISM[name], 1)
-    return found if 0 < found < _TOO_MANY else 1
 
 
 def _with_suffixes(
@@ -78,5 +62,7 @@ def _with_suffixes(
 
 def _plain_label(task: Task) -> str:
     parts = [re.sub(r"[^A-Za-z0-9._-]+", "-", task.model.rstrip("/").rpartition("/")[2]).strip("-.")[:64] or "task"]
-    parts += [f"{name}{found}" for name in PARALLELISM if (found := degree(task.argv, name)) > 1]
+    parts += [
+        f"{name}{found}" for name in sglang_args.PARALLELISM if (found := sglang_args.degree(task.argv, name)) > 1
+    ]
     return "-".join(parts)

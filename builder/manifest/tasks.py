@@ -12,7 +12,7 @@ from builder import sglang_args
 from builder.cache.families import FAMILIES
 from builder.manifest.document import Table
 from builder.manifest.fields import OverrideReader, keys_of, read
-from builder.manifest.labels import content, degree, labels
+from builder.manifest.labels import content, labels
 from builder.manifest.sections import GpusSpec
 from builder.manifest.task_keys import EXAMPLE_SHAPE, RECIPES, SERVERS, Defaults, TaskTable
 from builder.manifest.values import SECRET_NAME, SECRET_VALUE, VARIABLE, Kind, a_table, an_argument, describe, list_of
@@ -170,7 +170,7 @@ def _has_valid_recipe(table: Table) -> bool:
 
 
 def _check_argv(table: Table, task: Task, _gpus: GpusSpec) -> None:
-    names = [argument.partition("=")[0] for argument in task.argv]
+    names = sglang_args.names(task.argv)
     if task.recipe in SERVERS:
         for option in _MODEL_OPTIONS:
             if option in names:
@@ -198,7 +198,7 @@ def _is_object(text: str) -> bool:
 def _check_gpus(table: Table, task: Task, gpus: GpusSpec) -> None:
     if task.gpus > gpus.count:
         table.add_problem("gpus", f"the task needs {task.gpus} GPUs, and [gpus] count is {gpus.count}.")
-    needed = degree(task.argv, "tp") * degree(task.argv, "pp")
+    needed = sglang_args.degree(task.argv, "tp") * sglang_args.degree(task.argv, "pp")
     if 0 < task.gpus < needed and task.recipe in SERVERS:
         where = "gpus" if table.has("gpus") else "argv"
         table.add_problem(where, f"tp × pp is {needed}, and the task has {task.gpus} GPUs.")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from builder import sglang_args
 from builder.agent import recipes, shape_worker
 from builder.agent.log_watch import Watch
 from builder.agent.server import _tokens
@@ -158,47 +156,6 @@ def test_a_megabyte_of_flood_hides_nothing_that_counts() -> None:
     )
     assert seen.shapes
     assert seen.crash
-
-
-# flags.py
-
-
-def test_an_option_is_found_in_both_spellings_and_the_last_one_counts() -> None:
-    assert sglang_args.value(["--port", "1", "--port=2"], sglang_args.PORT) == "2"
-    assert sglang_args.value(["--port"], sglang_args.PORT) is None
-    assert sglang_args.number(["--port", "x"], sglang_args.PORT, 7) == 7
-
-
-def test_dummy_weights_drop_the_loader_configuration_and_keep_other_overrides() -> None:
-    argv = [
-        "--tp",
-        "8",
-        "--model-loader-extra-config",
-        '{"a": 1}',
-        '--json-model-override-args={"b": 2}',
-        "--load-format=auto",
-    ]
-    words = sglang_args.with_dummy_weights(argv, {"num_hidden_layers": 4})
-    assert sglang_args.value(words, sglang_args.LOADER_CONFIG) is None
-    assert sglang_args.value(words, sglang_args.LOAD_FORMAT) == "dummy"
-    assert json.loads(sglang_args.value(words, sglang_args.OVERRIDES) or "") == {"b": 2, "num_hidden_layers": 4}
-    assert words[:2] == ["--tp", "8"]
-    assert sglang_args.value(sglang_args.with_dummy_weights(argv, {}), sglang_args.OVERRIDES) == '{"b": 2}'
-
-
-@pytest.mark.parametrize(
-    ("argv", "size"),
-    [
-        ([], 8192),
-        (["--chunked-prefill-size", "4096"], 4096),
-        (["--dp", "8", "--enable-dp-attention"], 1024),
-        (["--dp", "8"], 8192),
-        (["--attn-dp-size", "8"], 1024),
-        (["--chunked-prefill-size=-1", "--dp-size=2", "--enable-dp-attention"], -1),
-    ],
-)
-def test_dp_attention_divides_the_chunked_prefill_size(argv: list[str], size: int) -> None:
-    assert sglang_args.chunked_prefill_size(argv, 8192) == size
 
 
 # serving.py

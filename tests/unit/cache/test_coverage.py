@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from builder.cache import coverage, model_store
 from builder.cache.toolchain import Record
@@ -45,50 +43,6 @@ def test_a_model_in_the_image_is_identified_by_the_image(tmp_path: Path, model: 
         return coverage.coverage(task, record=made, config_digest=None)["config.json"]
 
     assert config(record(image="a")) == config(record(image="a")) != config(record(image="b"))
-
-
-@pytest.mark.parametrize(
-    ("argv", "normal"),
-    [
-        ("", ""),
-        ("--tp 8 --dp 2", "--dp 2 --tp 8"),
-        ("--tp=8 --dp=2", "--dp 2 --tp 8"),
-        ("--flag --tp 8", "--flag --tp 8"),
-        ("--bs 4 2 1 --a", "--a --bs 4 2 1"),
-        ("--x 2 --a --x 1", "--a --x 2 --x 1"),
-        ("--x=1 --x=2", "--x 1 --x 2"),
-        ("front --b --a", "front --a --b"),
-        ("--seed -1 --a", "--a --seed -1"),
-        ("--seed=-1 --a", "--a --seed -1"),
-        ("--a=--b", "--a=--b"),
-        ("--b --a=--c", "--a=--c --b"),
-        ("--b -- --a", "--b -- --a"),
-        ("-v --a -", "--a - -v"),
-        ("--json={\"a\":=1}", "--json {\"a\":=1}"),
-        ("--a=", "--a "),
-    ],
-)  # fmt: skip
-def test_normalise_argv(argv: str, normal: str) -> None:
-    wanted = normal.split(" ") if normal else []
-    assert coverage.normalise_argv(argv.split(" ") if argv else []) == wanted
-    assert coverage.normalise_argv(wanted) == wanted
-
-
-@given(
-    options=st.lists(st.tuples(st.sampled_from("abcd"), st.lists(st.sampled_from("123"), max_size=2)), max_size=6),
-    data=st.data(),
-)
-def test_order_means_nothing_but_among_repeats(options: list[tuple[str, list[str]]], data: st.DataObject) -> None:
-    first: dict[str, list[list[str]]] = {}
-    for name, values in options:
-        first.setdefault(name, []).append(values)
-    order = data.draw(st.permutations([name for name, _ in options]))
-    shuffled = [(name, first[name].pop(0)) for name in order]
-
-    def spell(pairs: list[tuple[str, list[str]]]) -> list[str]:
-        return [word for name, values in pairs for word in (f"--{name}", *values)]
-
-    assert coverage.normalise_argv(spell(options)) == coverage.normalise_argv(spell(shuffled))
 
 
 def test_long_values_are_shown_where_they_differ() -> None:

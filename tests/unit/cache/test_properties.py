@@ -287,14 +287,6 @@ def test_a_difference_of_any_two_factors_can_be_said(was: dict[str, Any], now: d
             assert len(text) <= 102
 
 
-@FUZZ
-@given(st.lists(st.one_of(st.sampled_from(["--a", "--a=b", "-x", "-1", "--", "--a=--b", "c"]), texts), max_size=8))
-def test_argv_is_normalised_once_and_for_all(argv: list[str]) -> None:
-    once = coverage.normalise_argv(argv)
-    assert coverage.normalise_argv(once) == once
-    assert "".join(sorted("".join(argv).replace("=", ""))) == "".join(sorted("".join(once).replace("=", "")))
-
-
 # --- entries and ELF files ---
 
 
