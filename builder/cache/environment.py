@@ -17,7 +17,7 @@ from builder import text
 from builder.cache import layout, toolchain
 from builder.cache.coverage import differences
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION, Family
-from builder.cache.toolchain import Record
+from builder.cache.toolchain import Record, Sglang
 
 #: Names, in a container, the image that its caches belong to. `warm-cache env` prints it with the image's id.
 IMAGE_VARIABLE = "WARM_CACHE_IMAGE_ID"
@@ -64,7 +64,7 @@ def recognised(root: Path, record: Record) -> ImageIdentity:
 def of_image(record: Record, image: ImageIdentity) -> Record:
     """Return the record as it is in this image."""
     factors = {**record["factors"], IMAGE: image.id}
-    sglang = {**record["sglang"], "commit": record["sglang"]["commit"] or image.commit}
+    sglang: Sglang = {**record["sglang"], "commit": record["sglang"]["commit"] or image.commit}
     return {**record, "factors": factors, "sglang": sglang}
 
 

@@ -25,7 +25,6 @@ ALONE = ("deep_gemm", "triton")
 #: Directories of the root that belong to views.
 VIEWS = ("generations", "views")
 
-_MEMO_LIMIT = 4 << 20
 
 Dir = tuple[str, str]  # family, key
 
@@ -153,17 +152,12 @@ def memos(root: Path) -> Iterator[Memo]:
         if not item.name.endswith(".json") or item.name.startswith("."):
             continue
         try:
-            document = files.read_json(item.path, _MEMO_LIMIT)
             written = item.stat(follow_symlinks=False).st_mtime
-        except (files.UnreadableError, OSError):
+        except OSError:
             continue
-        found = document.get("memos") if isinstance(document, dict) else None
-        image = document.get("image") if isinstance(document, dict) else None
-        for memo in found if isinstance(found, list) else ():
-            record = memo.get("record") if isinstance(memo, dict) else None
-            if record is not None and toolchain.sound(record) and isinstance(image, str):
-                keys = toolchain.family_keys(record)
-                yield Memo(f"images/{item.name}", image, keys, toolchain.digest(keys), written)
+        for memo in toolchain.memos_in(Path(item.path)):
+            keys = toolchain.family_keys(memo.record)
+            yield Memo(f"images/{item.name}", memo.image, keys, toolchain.digest(keys), written)
 
 
 @dataclass

@@ -23,15 +23,46 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 from builder import files
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION
 from builder.task import PRETEND_VARIABLE
 
-Record = dict[str, Any]
 SCHEMA = 1
+
+
+class Sglang(TypedDict):
+    """The serving framework of a record."""
+
+    version: str | None
+    commit: str | None
+
+
+class RecordObserved(TypedDict, total=False):
+    """What a probe saw besides the factors. problems: in words. pretended: name of a simulated GPU."""
+
+    driver: str | None
+    python: str
+    problems: list[str]
+    pretended: str | None
+
+
+class _Switches(TypedDict, total=False):
+    switches: dict[str, str]  # earlier versions did not record them
+
+
+class Record(_Switches):
+    """A toolchain record as JSON holds it; `sound` checks what was read."""
+
+    schema: int
+    factors: dict[str, str | None]
+    gpus: list[dict[str, Any]]
+    sglang: Sglang
+    observed: RecordObserved
+
 
 #: Variables of a task's environment that change what a probe sees; a memo holds only where these are the same.
 PROBE_ENV: tuple[str, ...] = (
@@ -86,7 +117,7 @@ _MEMO_KEEP = 16
 
 
 def switches(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of this environment that may change what is compiled, but for those that say where it goes."""
+    """Return the variables of this environment that may change what is compiled, without those of cache paths."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -99,157 +130,173 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def family_factors(record: Record, family: str) -> dict[str, str | None]:
-    """The factors of one family, in the table's order."""
+    """Return the factors of one family, in the table's order."""
     factors = record["factors"]
     return {name: factors.get(name) for name in FAMILY[family].factors}
 
 
 def family_key(record: Record, family: str) -> str:
-    """16 hex digits that name the family's directory: equal exactly where every factor is equal."""
+    """Return 16 hex digits that name the family's directory: equal exactly where every factor is equal."""
     return _digest([family, TABLE_VERSION, family_factors(record, family)])
 
 
 def family_keys(record: Record) -> dict[str, str]:
-    """The key of every family."""
+    """Return the key of every family."""
     return {family.name: family_key(record, family.name) for family in FAMILIES}
 
 
 def digest(keys: Mapping[str, str]) -> str:
-    """16 hex digits over these family keys, in any order: for people, and for file names of markers."""
+    """Return 16 hex digits over these family keys, in any order: for people, and for file names of markers."""
     return _digest(dict(keys))
 
 
 def gpu_model(record: Record) -> str | None:
-    """The GPU models of a record in the words that `read_memo` compares; "" for no GPU, None for nameless ones."""
+    """Return the GPU models of a record as `read_memo` compares them; "" for no GPU, None for nameless ones."""
     names = distinct(record["gpus"], "name")
     return names if names is not None else (None if record["gpus"] else "")
 
 
-def sound(record: Any) -> bool:
-    """Whether a document read from disk or from a container has the shape of a record of this schema."""
+def sound(record: Any) -> TypeGuard[Record]:
+    """Return whether a document read from disk or from a container is a record of this schema."""
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         return False
-    factors, gpus, sglang = record.get("factors"), record.get("gpus"), record.get("sglang")
-    switched = record.get("switches", {})  # which earlier versions did not record
+    gpus, sglang, observed = record.get("gpus"), record.get("sglang"), record.get("observed")
     return (
-        isinstance(factors, dict)
-        and all(isinstance(name, str) and isinstance(value, (str, type(None))) for name, value in factors.items())
+        _texts(record.get("factors"), (str, type(None)))
         and isinstance(gpus, list)
         and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), (str, type(None))) for gpu in gpus)
         and isinstance(sglang, dict)
         and all(name in sglang and isinstance(sglang[name], (str, type(None))) for name in ("version", "commit"))
-        and isinstance(switched, dict)
-        and all(isinstance(name, str) and isinstance(value, str) for name, value in switched.items())
-        and isinstance(record.get("observed"), dict)
+        and _texts(record.get("switches", {}), (str,))
+        and isinstance(observed, dict)
+    )
+
+
+def _texts(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(text, kinds) for name, text in value.items()
     )
 
 
 # The memo
 
 
+@dataclass(frozen=True)
+class ProbeMemo:
+    """A remembered record. image: id of the image it was made in. env: the variables of the task that a probe sees.
+
+    table: TABLE_VERSION of the program that wrote it.
+    """
+
+    image: str
+    env: Mapping[str, Any]
+    table: Any
+    record: Record
+
+    def circumstances(self) -> tuple[Any, ...]:
+        """Return what must differ for another record of the same image to be kept next to this one."""
+        factors, observed = self.record["factors"], self.record["observed"]
+        return self.env, factors.get("mount"), gpu_model(self.record), observed.get("driver")
+
+
 def memo_path(root: Path, image_id: str) -> Path:
-    """Where the records of an image are kept. A colon is no good in a file name that people pass to tools."""
+    """Return the file of an image's records, without the colon of its id, which other programs mistake."""
     return root / "images" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', image_id).lstrip('.-') or 'image'}.json"
+
+
+def memos_in(path: Path) -> list[ProbeMemo]:
+    """Return the memos of a file, most recent first, of any table version; none where it holds none."""
+    document = _document(path)
+    image, memos = document.get("image"), document.get("memos")
+    if document.get("schema") != SCHEMA or not isinstance(image, str) or not isinstance(memos, list):
+        return []
+    return [found for memo in memos if (found := _memo(image, memo)) is not None]
 
 
 def read_memo(
     root: Path, image_id: str, *, mount: str, gpus: str | None, driver: str | None, env: Mapping[str, str]
 ) -> Record | None:
-    """The record that a probe would make in this image, if it was made before; None where that cannot be told.
+    """Return the record that a probe would make in this image, if it was made before; else None.
 
-    gpus: names of the GPU models that the host sees, sorted and joined by ", " ("" for none); driver: its version.
-    None = the host cannot see it: not compared, nor is what the container could not see. env: the task's environment;
-    where it pretends a GPU the host's do not count, and its memos are never those of a real one.
+    gpus: names of the GPU models that the host sees, sorted and joined by ", " ("" for none).
+    driver: its version. None for either: the host cannot see it, so that it is not compared.
+    env: the task's environment. With a simulated GPU the host's do not count, and its memos are never those of a real
+    one.
     """
     if env.get(PRETEND_VARIABLE):
         gpus = driver = None
-    for memo in _memos(memo_path(root, image_id), image_id):
-        record = memo["record"]
+    for memo in _current(memo_path(root, image_id), image_id):
+        record = memo.record
         model, seen = gpu_model(record), _text(record["observed"].get("driver"))
         if (
             record["factors"].get("mount") == posixpath.normpath(mount)
-            and memo.get("env") == _probe_env(env)
+            and memo.env == _probe_env(env)
             and (gpus is None or model is None or gpus == model)
             and (driver is None or seen is None or driver == seen)
         ):
-            return dict(record)
+            return record
     return None
 
 
 def known_images(root: Path) -> list[tuple[str, Record]]:
-    """(image id, record) of every memo below `root` that this program understands."""
-    found = []
-    for item in files.listing(str(root / "images")) or ():
-        try:
-            document = files.read_json(item.path, _MEMO_LIMIT)
-        except files.UnreadableError:
-            continue
-        image_id = document.get("image") if isinstance(document, dict) else None
-        if isinstance(image_id, str) and Path(item.path) == memo_path(root, image_id):
-            found += [(image_id, memo["record"]) for memo in _understood(document, image_id)]
-    return found
+    """Return (image id, record) of every memo below `root` that is valid for this program."""
+    return [
+        (memo.image, memo.record)
+        for item in files.listing(str(root / "images")) or ()
+        for memo in memos_in(Path(item.path))
+        if memo.table == TABLE_VERSION and Path(item.path) == memo_path(root, memo.image)
+    ]
 
 
 def write_memo(root: Path, image_id: str, record: Record, *, env: Mapping[str, str], known: bool = False) -> None:
-    """Remembers the record for this image and task environment, beside what is known for others. Raises OSError.
+    """Remember the record for this image and task environment, next to those of others. Raises OSError.
 
-    known: what is remembered already, and says the same, stays: a task may see fewer GPUs than there are.
+    known: keep a memo with the same factors as it is: a task may see fewer GPUs than there are.
     """
     path = memo_path(root, image_id)
-    new = {"table": TABLE_VERSION, "env": _probe_env(env), "record": record}
-    same = _circumstances(new)
-    before = _memos(path, image_id)
-    facts = record["factors"]
-    if known and any(_circumstances(memo) == same and memo["record"]["factors"] == facts for memo in before):
+    new = ProbeMemo(image_id, _probe_env(env), TABLE_VERSION, record)
+    same = new.circumstances()
+    before = _current(path, image_id)
+    if known and any(m.circumstances() == same and m.record["factors"] == record["factors"] for m in before):
         return
-    memos = [new, *(memo for memo in before if _circumstances(memo) != same)]
-    document = {"schema": SCHEMA, "image": image_id, "memos": memos[:_MEMO_KEEP]}
-    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii"))
+    memos = [new, *(memo for memo in before if memo.circumstances() != same)][:_MEMO_KEEP]
+    rows = [{"table": memo.table, "env": memo.env, "record": memo.record} for memo in memos]
+    _write(path, {"schema": SCHEMA, "image": image_id, "memos": rows})
 
 
 def drop_memos(path: Path, toolchain: str) -> None:
-    """Forgets what a memo file says about environments of this toolchain, and with the last of them the file. Raises
-    OSError.
-    """
-    try:
-        document = files.read_json(str(path), _MEMO_LIMIT)
-    except files.UnreadableError:
+    """Remove the memos of this toolchain from a file, and with the last memo the file. Raises OSError."""
+    document = _document(path)
+    rows = document.get("memos")
+    if not isinstance(rows, list):
         return
-    memos = [memo for memo in document["memos"] if not _is_of(memo, toolchain)]
-    if memos:
-        files.write_atomically(path, json.dumps({**document, "memos": memos}, indent=1).encode("ascii"))
+    left = [row for row in rows if (memo := _memo("", row)) is None or digest(family_keys(memo.record)) != toolchain]
+    if left:
+        _write(path, {**document, "memos": left})
     else:
         path.unlink(missing_ok=True)
 
 
-def _is_of(memo: Any, toolchain: str) -> bool:
-    record = memo.get("record") if isinstance(memo, dict) else None
-    return record is not None and sound(record) and digest(family_keys(record)) == toolchain
-
-
-def _memos(path: Path, image_id: str) -> list[dict[str, Any]]:
-    """The memos of the file that this program understands, most recent first; none where there is no such file."""
+def _document(path: Path) -> dict[str, Any]:
     try:
         document = files.read_json(str(path), _MEMO_LIMIT)
     except files.UnreadableError:
-        return []
-    return _understood(document, image_id)
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
-def _understood(document: Any, image_id: str) -> list[dict[str, Any]]:
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA or document.get("image") != image_id:
-        return []
-    memos = document.get("memos")
-    return [
-        memo
-        for memo in (memos if isinstance(memos, list) else [])
-        if isinstance(memo, dict) and memo.get("table") == TABLE_VERSION and sound(memo.get("record"))
-    ]
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii"))
 
 
-def _circumstances(memo: Mapping[str, Any]) -> tuple[Any, ...]:
-    record = memo["record"]
-    return memo.get("env"), record["factors"].get("mount"), gpu_model(record), record["observed"].get("driver")
+def _memo(image: str, row: Any) -> ProbeMemo | None:
+    record = row.get("record") if isinstance(row, dict) else None
+    return ProbeMemo(image, row.get("env"), row.get("table"), record) if sound(record) else None
+
+
+def _current(path: Path, image_id: str) -> list[ProbeMemo]:
+    """Return the memos of this image and of this program's table."""
+    return [memo for memo in memos_in(path) if memo.image == image_id and memo.table == TABLE_VERSION]
 
 
 def _probe_env(env: Mapping[str, str]) -> dict[str, str]:
@@ -257,7 +304,7 @@ def _probe_env(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def distinct(gpus: Iterable[Mapping[str, Any]], field: str) -> str | None:
-    """The different values among the GPUs, sorted: a mixed machine is a toolchain of its own."""
+    """Return the different values among the GPUs, sorted: a mixed machine is another toolchain."""
     return ", ".join(sorted({str(gpu[field]) for gpu in gpus if gpu.get(field)})) or None
 
 

@@ -304,7 +304,7 @@ class ContainerExecutor:
                 problem = Problem("image", f"{ref} cannot run python3, which it needs: {why}.")
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
             raise BuilderError(f"the probe of {ref} reported nothing: {why}", notes=outcome.tail)
-        record: Record = dict(found[-1])
+        record = found[-1]
         problems = list(preflight.seen_problems(self.context.manifest, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)

@@ -137,7 +137,7 @@ def probe(environ: Mapping[str, str], root: Path, image: ServingImage, env: Mapp
     for line in done.stdout.splitlines():
         event = events.decode(line, job.nonce)
         if isinstance(event, events.ToolchainProbed) and sound(event.record):
-            return dict(event.record)
+            return event.record
     tail = done.stderr.decode("utf-8", "replace").splitlines()[-20:]
     status = describe_status(done.returncode)
     raise BuilderError(f"the probe of this environment reported nothing: it ended with {status}", notes=tail)

@@ -17,6 +17,7 @@ from builder.cache import generations, layout, retention, toolchain, usage
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
 from builder.cache.retention import PrunePlan
+from builder.cache.toolchain import Record
 from builder.job import PrunePolicy
 from tests.generations import DAY, Generations, image, record, task, unvouched
 from tests.program import Program, Result
@@ -85,7 +86,7 @@ def test_what_the_images_task_needs_stays_whoever_compiled_it(program: Program, 
     made.warmed(3, ["a"], days=2)
     same = {name: f"{name} 1" for name in ("deep_gemm_format", "deep_gemm", "deep_gemm_nvcc", "compute_capability")}
     same |= {"sm_count": "sm_count 1", "deep_gemm_path": "deep_gemm_path 1"}
-    known = {**record(9, **same), "sglang": made.made[1]["sglang"]}
+    known: Record = {**record(9, **same), "sglang": made.made[1]["sglang"]}
     made.made[9] = known
     pruned(program, policy(made, 9, ("a",), keep=1, older_than=DAY, max_size=1))
     assert made.markers() == ["a@1"]

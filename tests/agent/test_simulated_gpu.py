@@ -11,6 +11,7 @@ import pytest
 from builder import events
 from builder.cache import marker_files, markers, toolchain
 from builder.cache.coverage import coverage
+from builder.cache.toolchain import Record
 from builder.errors import UsageError
 from builder.manifest import load
 from builder.run.job_environment import common_env
@@ -29,7 +30,7 @@ model = "org/m"
 argv = ["--tp", "8"]
 shapes = ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"]
 """
-RECORD: dict[str, Any] = {
+RECORD: Record = {
     "schema": 1,
     "factors": {"compute_capability": "9.0", "mount": "/jit"},
     "gpus": [{"name": "NVIDIA H200"}],
@@ -75,10 +76,10 @@ def test_neither_record_is_ever_taken_for_the_other(tmp_path: Path) -> None:
         )
 
     pretending = {PRETEND_VARIABLE: "H200"}
-    marked = {**RECORD, "observed": {**RECORD["observed"], "pretended": "H200"}}
+    marked: Record = {**RECORD, "observed": {**RECORD["observed"], "pretended": "H200"}}
     toolchain.write_memo(tmp_path, "sha256:1", marked, env=pretending)
     assert known({}, gpus="NVIDIA H200", driver="580.1") is None
-    real = {**RECORD, "observed": {**RECORD["observed"], "driver": "580.1"}}
+    real: Record = {**RECORD, "observed": {**RECORD["observed"], "driver": "580.1"}}
     toolchain.write_memo(tmp_path, "sha256:1", real, env={})
     toolchain.write_memo(tmp_path, "sha256:1", marked, env=pretending)
     assert known({}, gpus="NVIDIA H200", driver="580.1") == real

@@ -17,6 +17,7 @@ from builder.cache import markers
 from builder.cache.families import FAMILIES
 from builder.cache.marker_files import Observed
 from builder.cache.model_store import config_digest
+from builder.cache.toolchain import Record
 from builder.engine.client import ContainerSpec, Engine
 from builder.engine.errors import NotFoundError
 from builder.engine.lease import Lease
@@ -119,7 +120,7 @@ def root(tmp_path: Path) -> Path:
     (root / "images").mkdir()
     (root / "locks").mkdir()
     (root / "locks" / "run.lock").touch()
-    record = {
+    record: Record = {
         "schema": 1,
         "factors": {factor: None for family in FAMILIES for factor in family.factors},
         "gpus": [],

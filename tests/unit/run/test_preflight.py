@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
+from builder.cache.toolchain import Record
 from builder.engine.client import Engine, Image
 from builder.errors import EngineRefusedError, Problem
 from builder.host import gpus
@@ -88,11 +89,20 @@ def test_a_container_has_the_last_word_about_gpus(write: Write, monkeypatch: pyt
     host(monkeypatch, None)
     manifest = write(gpus='count = 2\nname = "H200"')
     assert found(manifest) == [], "an engine may have GPUs that this process cannot see"
-    record: dict[str, Any] = {"gpus": [{"name": "NVIDIA H200"}]}
-    (problem,) = preflight.seen_problems(manifest, record)
+
+    def record(*names: str) -> Record:
+        return {
+            "schema": 1,
+            "factors": {},
+            "gpus": [{"name": name} for name in names],
+            "sglang": {"version": None, "commit": None},
+            "observed": {},
+        }
+
+    (problem,) = preflight.seen_problems(manifest, record("NVIDIA H200"))
     assert problem.text == "2 × H200 wanted, 1 found (NVIDIA H200)."
-    assert list(preflight.seen_problems(manifest, {"gpus": [{"name": "NVIDIA H200"}] * 2})) == []
-    assert list(preflight.seen_problems(write(), {"gpus": []})) == []
+    assert list(preflight.seen_problems(manifest, record("NVIDIA H200", "NVIDIA H200"))) == []
+    assert list(preflight.seen_problems(write(), record())) == []
 
 
 def test_of_another_machine_only_the_image_is_known(write: Write, tmp_path: Path) -> None:
