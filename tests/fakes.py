@@ -8,6 +8,7 @@ sources exist.
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import os
 import socket
@@ -15,8 +16,9 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from builder.engine.api import ContainerSpec, Found, Image, State
+from builder.engine.api import ContainerSpec, Image, ListedContainer, State
 from builder.engine.errors import NotFoundError
 from builder.engine.log_resume import stored_form
 from builder.errors import EngineLostError, EngineRefusedError
@@ -156,7 +158,7 @@ class FakeEngine:
 
     def state(self, container: str) -> State:
         it = self._get("state", container)
-        return State(it.status, it.exit_code, it.oom_killed, it.error)
+        return State(it.status, it.exit_code, it.oom_killed)
 
     def stop(self, container: str, grace: float) -> None:
         it = self._get("stop", container)
@@ -195,11 +197,11 @@ class FakeEngine:
         it = self._get("log_frames", container)
         return self._entries(it, follow, 0 if tail is None else max(0, len(it.stored) - tail))
 
-    def containers(self, labels: Sequence[str]) -> list[Found]:
+    def containers(self, labels: Sequence[str]) -> list[ListedContainer]:
         self._call("containers", None)
         wanted = [label.partition("=") for label in labels]
         return [
-            Found(it.id, it.spec.name, it.status, it.spec.labels)
+            ListedContainer(it.id, it.spec.name, it.status, it.spec.labels)
             for it in self.all.values()
             if all(
                 name in it.spec.labels and (not equals or it.spec.labels[name] == value)
@@ -251,3 +253,13 @@ class FakeEngine:
             elif name == "exit":
                 it.end(value)
         it.end(0)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether any process holds an exclusive lock on this file."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

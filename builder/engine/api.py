@@ -1,7 +1,6 @@
-"""What the builder asks of an engine, and what it is told: plain values and Protocols, without the library that does
-it.
+"""What the builder asks of an engine, and what it gets back: plain values and Protocols, without docker-py.
 
-`engine.Engine` keeps these promises with docker-py; a test's fake keeps them by hand.
+`client.Engine` keeps these promises with docker-py; the tests' fake keeps them by hand.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-#: Streams of a container, as the engine numbers them in its frames.
+#: Streams of a container, by the numbers in the engine's frames.
 STDOUT, STDERR = 1, 2
 
 #: sglang pins memory for its GPUs, and CUDA's host compilers recurse deeply.
@@ -19,34 +18,50 @@ ULIMITS: Mapping[str, int] = {"memlock": -1, "stack": 67108864}
 #: Processes and threads of a confined container.
 CONFINED_PIDS = 512
 
-#: One file that is never rotated: rotation makes every follower lose lines, and a bare json-file inherits the daemon's.
+#: One log file without rotation, because rotation makes every follower lose lines. The daemon's default may rotate.
 LOG_OPTIONS: Mapping[str, str] = {"max-size": "1000g", "max-file": "1"}
-
-#: Podman shows steps of its own between the engine's states.
-PODMANS_STATES: Mapping[str, str] = {
-    "configured": "created",
-    "initialized": "created",
-    "stopping": "running",
-    "stopped": "exited",
-}
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image the engine has. id: ``sha256:…``; ref: what it was asked for as; size in bytes."""
+    """An image that the engine has.
+
+    id: ``sha256:…``.
+    ref: the name or id it was looked up by.
+    digests: ``repository@sha256:…``, one for each registry it came from.
+    """
 
     id: str
     ref: str
     digests: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
     workdir: str = ""
-    size: int = 0
+
+    def has_digest(self, digest: str) -> bool:
+        """Return whether a registry has this image under this digest."""
+        return any(known.rpartition("@")[2] == digest for known in self.digests)
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image in the engine's listing."""
+
+    id: str
+    tags: tuple[str, ...]
+    bytes: int
+    labels: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.tags) or self.id[:19]
 
 
 @dataclass(frozen=True)
 class Mount:
-    """kind ``bind``: source is a path on the engine's host that exists. kind ``volume``: source is a volume's name."""
+    """A mount of a container.
+
+    kind: ``bind``: source is a path on the engine's host that exists; ``volume``: source is a volume's name.
+    """
 
     source: str
     target: str
@@ -54,12 +69,14 @@ class Mount:
     read_only: bool = False
 
     def body(self) -> dict[str, Any]:
-        """A bind as the engine wants it: one whose source is missing is refused."""
+        """Return the long form, for binds: the engine refuses a bind whose source is missing."""
         return {"Type": self.kind, "Source": self.source, "Target": self.target, "ReadOnly": self.read_only}
 
     def short(self) -> str:
-        """A volume as the engine wants it. An empty one would be filled with what the image has at that path, somebody
-        else's cache; Podman heeds that in this form alone.
+        """Return the short form, for volumes.
+
+        ``nocopy`` keeps an engine from filling an empty volume with the image's files at that path, which would be a
+        cache of another machine. Podman supports it in this form only.
         """
         return f"{self.source}:{self.target}:nocopy{',ro' if self.read_only else ''}"
 
@@ -68,9 +85,11 @@ class Mount:
 class ContainerSpec:
     """A container to create. Sizes in bytes, durations in seconds.
 
-    gpus: a number of them, -1 for all, or their ids; 0 asks for none. stdin: opened, and closed for good when the one
-    who attached to it goes away. memory: a limit for all processes together; None is none. confined: no capabilities,
-    none to be gained, a root file system that cannot be written, and at most `CONFINED_PIDS` processes and threads.
+    gpus: how many, -1 for all, or their ids; 0: none.
+    stdin: open it; the engine closes it for good when its one client disconnects.
+    memory: limit of all processes together; None: no limit.
+    tmpfs: path → mount options.
+    confined: drop all capabilities, gain none, a read-only root file system, at most `CONFINED_PIDS` processes.
     """
 
     image: str
@@ -92,7 +111,7 @@ class ContainerSpec:
     confined: bool = False
 
     def body(self) -> dict[str, Any]:
-        """The request that creates it. The rest is the default: never privileged, never auto-removed."""
+        """Return the create request. Everything else is the default: not privileged, not auto-removed."""
         host: dict[str, Any] = {
             "Init": True,
             "IpcMode": "private",
@@ -104,8 +123,8 @@ class ContainerSpec:
             "LogConfig": {"Type": "json-file", "Config": dict(LOG_OPTIONS)},
         }
         if self.gpus:
-            wanted = {"Count": self.gpus} if isinstance(self.gpus, int) else {"DeviceIDs": list(self.gpus)}
-            host["DeviceRequests"] = [{"Driver": "", "Capabilities": [["gpu"]], **wanted}]
+            devices = {"Count": self.gpus} if isinstance(self.gpus, int) else {"DeviceIDs": list(self.gpus)}
+            host["DeviceRequests"] = [{"Driver": "", "Capabilities": [["gpu"]], **devices}]
         if self.shm_size is not None:
             host["ShmSize"] = self.shm_size
         if self.memory is not None:
@@ -122,7 +141,7 @@ class ContainerSpec:
             "AttachStderr": True,
             "AttachStdin": self.stdin,
             "OpenStdin": self.stdin,
-            # What makes the engine close it for good when its one client goes, however that goes.
+            # The engine then closes stdin for good when its one client disconnects or dies.
             "StdinOnce": self.stdin,
             "HostConfig": host,
         }
@@ -132,37 +151,26 @@ class ContainerSpec:
 
 @dataclass(frozen=True)
 class State:
-    """What inspect says. status: created, running, paused, restarting, removing, exited or dead. exit_code only means
-    something once the container is over; oom_killed is true as well when only a child was killed, and None where the
-    engine does not know.
+    """A container's state by inspect.
+
+    status: created, running, paused, restarting, removing, exited or dead.
+    exit_code: only meaningful once the container is finished.
+    oom_killed: also true if only a child was killed; None if the engine cannot tell.
     """
 
     status: str
     exit_code: int
     oom_killed: bool | None = False
-    error: str = ""
-    pid: int = 0
-
-    @classmethod
-    def told(cls, data: Mapping[str, Any], *, knows_memory: bool = True) -> State:
-        """What this ``State`` of inspect says. knows_memory: whether its no to ``OOMKilled`` means anything."""
-        return cls(
-            status=PODMANS_STATES.get(data["Status"], data["Status"]),
-            exit_code=data.get("ExitCode") or 0,
-            oom_killed=bool(data.get("OOMKilled")) or (False if knows_memory else None),
-            error=data.get("Error") or "",
-            pid=data.get("Pid") or 0,
-        )
 
     @property
     def finished(self) -> bool:
-        """It ran, and nothing of it runs any more."""
+        """Whether the container ran and none of its processes runs any more."""
         return self.status in ("exited", "dead")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A container in a listing."""
+class ListedContainer:
+    """A container in the engine's listing."""
 
     id: str
     name: str
@@ -172,8 +180,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Volume:
-    """A named volume. mountpoint: where its files lie on the engine's host; with options (a device, a network file
-    system) only while a container has it.
+    """A named volume.
+
+    mountpoint: the path of its files on the engine's host; with options (a device, a network file system) valid only
+    while a container uses it.
     """
 
     name: str
@@ -184,13 +194,13 @@ class Volume:
 
 
 class Attachment(Protocol):
-    """A connection to a container's streams, all its own."""
+    """A connection to a container's streams that no other reader shares."""
 
     def readinto(self, buffer: memoryview) -> int:
-        """Waits for bytes; 0 at the end. Raises OSError when the connection breaks."""
+        """Wait for bytes; return 0 at the end. Raises OSError if the connection breaks."""
 
     def close(self) -> None:
-        """Ends it, also for a reader that waits in another thread. May be called twice."""
+        """End the connection, also for a reader that waits in another thread. May be called twice."""
 
 
 class Containers(Protocol):
@@ -201,25 +211,25 @@ class Containers(Protocol):
     def start(self, container: str) -> None: ...
 
     def state(self, container: str) -> State:
-        """Raises NotFoundError when there is no such container."""
+        """Raise NotFoundError if there is no such container."""
 
     def stop(self, container: str, grace: float) -> None:
-        """SIGTERM, ``grace`` seconds later SIGKILL; returns when it is over. Nothing happens to one that does not
-        run.
+        """Send SIGTERM and `grace` seconds later SIGKILL; return when the container is finished.
+
+        Does nothing to a container that does not run.
         """
 
     def remove(self, container: str, *, force: bool = False) -> None:
-        """A container that is not there is removed already. force kills it first."""
+        """Remove a container; a missing one counts as removed. force: kill it first."""
 
     def attach_output(self, container: str) -> Attachment:
-        """stdout and stderr from now on, as frames. Exact when attached before the start."""
+        """Return stdout and stderr from now on, as frames. Complete if attached before the start."""
 
     def attach_stdin(self, container: str) -> Attachment:
-        """The container's stdin: closing it, or the death of this process, is end-of-file there."""
+        """Return the container's stdin: it gets end-of-file when this is closed or this process dies."""
 
     def log_frames(self, container: str, *, follow: bool, tail: int | None = None) -> Iterator[tuple[int, bytes]]:
-        """The stored log as (stream, entry): one line, or one piece of 16 KiB of a longer one. Not lines: an entry may
-        lack its newline."""
+        """Yield the stored log as (stream, entry): a line with or without its newline, or 16 KiB of a longer line."""
 
-    def containers(self, labels: Sequence[str]) -> list[Found]:
-        """Containers in every state that have all these labels (``name`` or ``name=value``)."""
+    def containers(self, labels: Sequence[str]) -> list[ListedContainer]:
+        """Return the containers, in every state, that have all these labels (``name`` or ``name=value``)."""

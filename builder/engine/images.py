@@ -1,20 +1,27 @@
-"""The warm-up image: the serving image plus the in-container program, one thin layer, built once per set of inputs.
+"""Images of an engine: find, pull, build, list and remove them, and build the warm-up image.
 
-Inputs are the serving image's id, the setup commands, the Dockerfile and the program's sources. Their digest is the
-tag, so a second run finds the image and builds nothing, and an upgraded builder never runs yesterday's program.
+The warm-up image is the serving image plus the in-container program, one thin layer, built once per set of inputs. The
+inputs are the serving image's id, the setup commands, the Dockerfile and the program's sources. Their digest is the
+tag, so a second run finds the image and builds nothing, and an upgraded builder never runs an older program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from builder.engine.client import Engine, Image
-from builder.errors import DefectError
+from builder.engine.api import Image, ListedImage
+from builder.engine.connection import EngineConnection, add_build_credentials
+from builder.engine.errors import NotFoundError
+from builder.errors import DefectError, EngineRefusedError
+from builder.text import readable
 
 REPOSITORY = "sglang-warm-cache"
 LABEL_SERVING = "io.sglang.warm-cache.serving-image"
@@ -24,26 +31,192 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 #: What the warm-up image holds of this package: the ground, the cache root on disk, and the in-container program.
 AGENT_FILES = ("*.py", "cache/*.py", "agent/*.py", "agent/stub_driver/*.c")
 
+#: How many of the last lines of a build's output a failure shows again.
+_TAIL = 20
+#: The tag that an engine reports for an image without one.
+_NO_TAG = "<none>:<none>"
+
+
+class Images(EngineConnection):
+    """The part of `Engine` that concerns images. Everything raises EngineLostError or EngineRefusedError."""
+
+    def image(self, ref: str) -> Image | None:
+        """Return the engine's image of this name or id, or None."""
+        try:
+            data = self._read(f"cannot look for the image {ref}", lambda: self._get("/images/{0}/json", ref).json())
+        except NotFoundError:
+            return None
+        config = data.get("Config") or {}
+        return Image(
+            id=data["Id"],
+            ref=ref,
+            digests=tuple(data.get("RepoDigests") or ()),
+            labels=config.get("Labels") or {},
+            workdir=config.get("WorkingDir") or "",
+        )
+
+    def images(self) -> list[ListedImage]:
+        """Return all images of the engine, including untagged ones that others were built on."""
+        listing = self._read("cannot list images", lambda: self._get("/images/json", params={"all": 1}).json())
+        return [
+            ListedImage(
+                id=entry["Id"],
+                tags=tuple(tag for tag in entry.get("RepoTags") or () if tag != _NO_TAG),
+                bytes=entry.get("Size") or 0,
+                labels=entry.get("Labels") or {},
+            )
+            for entry in listing or ()
+        ]
+
+    def images_in_use(self) -> set[str]:
+        """Return the ids of the images of all containers, in every state."""
+        listing = self._read("cannot list containers", lambda: self._get("/containers/json", params={"all": 1}).json())
+        return {entry.get("ImageID") or "" for entry in listing or ()}
+
+    def remove_image(self, name: str) -> None:
+        """Remove a tag, or an image by its id. One that is missing counts as removed; one in use is refused."""
+        with contextlib.suppress(NotFoundError), self._translated(f"cannot remove the image {name}"):
+            self._request("DELETE", "/images/{0}", name)
+
+    def registry_digest(self, ref: str) -> str:
+        """Return the digest that the registry has for this reference now, without pulling."""
+        action = f"cannot ask the registry about {ref}"
+        with self._translated(action):
+            headers = self._registry_credentials(ref)
+            answer = self._request("GET", "/distribution/{0}/json", ref, headers=headers).json()
+        digest = (answer.get("Descriptor") or {}).get("digest") if isinstance(answer, dict) else None
+        if not isinstance(digest, str) or not digest:
+            raise EngineRefusedError(f"{action}: the engine gave no digest")
+        return digest
+
+    def pull(self, ref: str, on_progress: Callable[[str], None] = lambda text: None) -> Image:
+        """Pull an image. on_progress: receives a line whenever the number of layers or of GiB has changed."""
+        from docker.utils import parse_repository_tag
+
+        action = f"cannot pull {ref}"
+        with self._translated(action):
+            name, tag = parse_repository_tag(ref)
+            params = {"fromImage": name, "tag": tag or "latest"}
+            headers = self._registry_credentials(name)
+            response = self._request("POST", "/images/create", params=params, headers=headers, **self._long)
+        progress = PullProgress(params["tag"])
+        with contextlib.closing(response):
+            for message in self._messages(response, action):
+                if text := progress.text(message):
+                    on_progress(f"{ref}: {text}")
+        return self._made(ref, f"{action}: the engine pulled it and does not have it")
+
+    def build(
+        self,
+        context: bytes,
+        *,
+        tag: str,
+        labels: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> Image:
+        """Build an image. Raises EngineRefusedError, with the last lines of the output as notes.
+
+        context: a tar with a Dockerfile.
+        on_line: receives each line of the output.
+        """
+        action = f"building {tag} failed"
+        params = {"t": tag, "labels": json.dumps(dict(labels or {})), "rm": 1, "forcerm": 1}
+        headers = {"Content-Type": "application/x-tar"}
+        with self._translated(action):
+            add_build_credentials(self._api, headers)
+            response = self._request("POST", "/build", params=params, headers=headers, data=context, **self._long)
+        tail: deque[str] = deque(maxlen=_TAIL)
+        try:
+            with contextlib.closing(response):
+                for message in self._messages(response, action):
+                    for line in str(message.get("stream", "")).splitlines():
+                        if text := readable(line).rstrip():
+                            tail.append(text)
+                            on_line(text)
+            return self._made(tag, f"{action}: the engine built it and does not have it")
+        except EngineRefusedError as error:
+            error.notes = tuple(tail)
+            raise
+
+    def _made(self, ref: str, missing: str) -> Image:
+        """Return the image that was just made. missing: the error's message if the engine does not have it."""
+        image = self.image(ref)
+        if image is None:
+            raise EngineRefusedError(missing, status=404)
+        return image
+
+    def _registry_credentials(self, name: str) -> Mapping[str, Any]:
+        """Return this user's docker login at the registry of a repository, as headers."""
+        from docker import auth
+
+        registry, _ = auth.resolve_repository_name(name)
+        header = auth.get_config_header(self._api, registry)
+        return {"X-Registry-Auth": header} if header else {}
+
+
+class PullProgress:
+    """Condenses the engine's messages, several a second for each layer, into few enough lines to print them all."""
+
+    _DONE = ("Pull complete", "Already exists")
+
+    def __init__(self, tag: str) -> None:
+        self._tag = tag
+        self._layers: dict[str, tuple[str, int, int]] = {}
+        self._last = ""
+
+    def text(self, message: Mapping[str, Any]) -> str:
+        """Return the progress after this message; empty if it reads as before."""
+        name, detail = message.get("id"), message.get("progressDetail") or {}
+        if name and name != self._tag:
+            self._layers[name] = (str(message.get("status")), detail.get("current") or 0, detail.get("total") or 0)
+        text = self._text()
+        if text == self._last:
+            return ""
+        self._last = text
+        return text
+
+    def _text(self) -> str:
+        if not self._layers:
+            return ""
+        finished = sum(status in self._DONE for status, _, _ in self._layers.values())
+        text = f"{finished} of {len(self._layers)} layers"
+        loading = [(now, total) for status, now, total in self._layers.values() if status == "Downloading" and total]
+        if loading:
+            loaded, total = (sum(column) for column in zip(*loading, strict=True))
+            text += f", {loaded >> 30} of {-(-total >> 30)} GiB of the next"
+        return text
+
+
+# --- the warm-up image -----------------------------------------------------------------------------------------------
+
 
 def dockerfile() -> str:
-    """The Dockerfile's text: from the wheel, or from the checkout that this package lies in."""
+    """Return the Dockerfile's text: from the wheel, or from the checkout that holds this package."""
     for path in (_PACKAGE / "_docker" / "Dockerfile", _PACKAGE.parent / "docker" / "Dockerfile"):
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    raise DefectError(f"the Dockerfile of the warm-up image is missing beside {_PACKAGE}: reinstall the package")
+    raise DefectError(f"the Dockerfile of the warm-up image is missing near {_PACKAGE}: reinstall the package")
 
 
-def identity(serving: Image, setup: Sequence[str]) -> str:
-    """What image-bound caches belong to: the serving image's id, or what the setup commands make of it."""
+def identity(serving_id: str, setup: Sequence[str]) -> str:
+    """Return the identity of image-bound caches: the serving image's id, or a digest of it with the setup commands."""
     if not setup:
-        return serving.id
-    return "sha256:" + hashlib.sha256(json.dumps([serving.id, list(setup)]).encode()).hexdigest()
+        return serving_id
+    return "sha256:" + hashlib.sha256(json.dumps([serving_id, list(setup)]).encode()).hexdigest()
 
 
-def warmup_image(engine: Engine, serving: Image, setup: Sequence[str], on_line: Callable[[str], None]) -> Image:
-    """The warm-up image for this serving image; built if the engine does not have it yet.
+def serving_id(image: ListedImage) -> str | None:
+    """Return the id of the serving image that a warm-up image was built on; None for any other image."""
+    is_warmup = any(tag.startswith(f"{REPOSITORY}:") for tag in image.tags)
+    return image.labels.get(LABEL_SERVING) or None if is_warmup else None
 
-    on_line is given the build's output. Raises EngineRefusedError, with the last lines as notes, when the build fails.
+
+def warmup_image(engine: Images, serving: Image, setup: Sequence[str], on_line: Callable[[str], None]) -> Image:
+    """Return the warm-up image for this serving image, built if the engine does not have it yet.
+
+    Raises EngineRefusedError, with the last lines as notes, if the build fails.
+
+    on_line: receives each line of the build's output.
     """
     files = _program()
     text = _with_setup(dockerfile(), serving.id, setup)
@@ -51,20 +224,20 @@ def warmup_image(engine: Engine, serving: Image, setup: Sequence[str], on_line: 
     for name, content in files:
         inputs.update(b"\0" + name.encode() + b"\0" + content)
     tag = f"{REPOSITORY}:{inputs.hexdigest()[:16]}"
-    found = engine.image(tag)
-    if found is not None and found.labels.get(LABEL_SERVING) == serving.id:
-        return found
+    image = engine.image(tag)
+    if image is not None and image.labels.get(LABEL_SERVING) == serving.id:
+        return image
     return engine.build(_context(text, files), tag=tag, labels={LABEL_SERVING: serving.id}, on_line=on_line)
 
 
 def _program() -> list[tuple[str, bytes]]:
-    """The in-container program's sources, sorted, as (path in the context, content)."""
+    """Return the in-container program's sources, sorted, as (path in the context, content)."""
     sources = sorted(path for pattern in AGENT_FILES for path in _PACKAGE.glob(pattern))
     return [(f"builder/{path.relative_to(_PACKAGE).as_posix()}", path.read_bytes()) for path in sources]
 
 
-def _with_setup(text: str, serving_id: str, setup: Sequence[str]) -> str:
-    """The Dockerfile with its base pinned to the image id, and the setup commands below the base.
+def _with_setup(text: str, serving_id: str, setup: Iterable[str]) -> str:
+    """Return the Dockerfile with its base pinned to the image id, and the setup commands right after the base.
 
     The program's layer stays last, so that a change of the program does not run the setup again.
     """
@@ -79,7 +252,7 @@ def _with_setup(text: str, serving_id: str, setup: Sequence[str]) -> str:
 
 
 def _context(text: str, files: Sequence[tuple[str, bytes]]) -> bytes:
-    """A build context that is the same bytes for the same input, so that the engine's own layer cache holds."""
+    """Return a build context with the same bytes for the same input, so that the engine's layer cache applies."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in [("Dockerfile", text.encode()), *files]:

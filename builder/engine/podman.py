@@ -1,4 +1,4 @@
-"""What Podman does in its own way behind Docker's API. docker/README.md has the whole list."""
+"""What Podman does differently behind Docker's API. docker/README.md has the whole list."""
 
 from __future__ import annotations
 
@@ -16,25 +16,33 @@ from builder.host.deadlines import Deadline, poll
 
 Frames = Iterator[tuple[int, bytes]]
 
-#: Between two readings of a stored log: seconds, and how many times as long as the last one took.
-_PAUSE, _SHARE = 1.0, 10.0
+#: Intermediate states of Podman → the engine's state that they belong to.
+STATES: Mapping[str, str] = {
+    "configured": "created",
+    "initialized": "created",
+    "stopping": "running",
+    "stopped": "exited",
+}
+
+#: Pause between two reads of a stored log: at least so many seconds, and this multiple of the last read's duration.
+_PAUSE, _PAUSE_FACTOR = 1.0, 10.0
 
 
 def is_podman(info: Mapping[str, Any]) -> bool:
-    """Whether this is what a Podman says about itself."""
+    """Return whether this is Podman's description of itself."""
     return "BuildahVersion" in info
 
 
 def is_between_states(error: BaseException) -> bool:
-    """It refuses to remove a container at the very moment of its end."""
+    """Return whether Podman refused to remove a container because it was just ending."""
     return isinstance(error, EngineRefusedError) and "container state improper" in error.message
 
 
-class Drained:
-    """An attachment with all streams, of which only stdin is wanted.
+class OutputDrain:
+    """An attachment to all streams of which only stdin is used; the output is read and dropped.
 
-    Podman's conmon hands the output to everybody who is attached, and blocks the container where one does not read it;
-    for an attachment to stdin alone Podman does not.
+    A client that is attached to stdin alone blocks a container of Podman after about 300 kB of output: conmon sends the
+    output to every client, and Podman does not read it on behalf of this one.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -48,7 +56,7 @@ class Drained:
                 pass
 
     def readinto(self, buffer: memoryview) -> int:
-        """Nothing is left for anybody else."""
+        """Return 0: the output is dropped."""
         return 0
 
     def close(self) -> None:
@@ -56,19 +64,22 @@ class Drained:
 
 
 def stored_log(read: Callable[[], Frames], state: Callable[[], State] | None) -> Frames:
-    """The stored log as an engine would give it. read: the log as it is now, from its beginning. state: of its
-    container, until whose end the log is followed; None for the log as it is now.
+    """Yield the stored log in the entries of Docker's json-file.
+
+    read: returns the log as it is now, from its beginning.
+    state: the container's state, until whose end the log is followed; None: the log as it is now.
     """
     return as_json_file(read() if state is None else _followed(read, state))
 
 
 def _followed(read: Callable[[], Frames], state: Callable[[], State]) -> Frames:
-    """Read again and again: Podman's own follow loses most of what comes quickly, and gives no answer at all before
-    there is something to say.
+    """Yield the log as it grows, by reading it repeatedly.
+
+    Podman's own follow loses most of a fast output, and does not even answer before the first line.
     """
     seen: dict[int, int] = {}
     while True:
-        last, began = _is_over(state), time.monotonic()
+        last, began = _is_finished(state), time.monotonic()
         at: dict[int, int] = {}
         for stream, data in read():
             start = at.get(stream, 0)
@@ -78,10 +89,10 @@ def _followed(read: Callable[[], Frames], state: Callable[[], State]) -> Frames:
                 seen[stream] = at[stream]
         if last:
             return
-        poll(lambda: _is_over(state), Deadline(max(_PAUSE, _SHARE * (time.monotonic() - began))), every=0.2)
+        poll(lambda: _is_finished(state), Deadline(max(_PAUSE, _PAUSE_FACTOR * (time.monotonic() - began))), every=0.2)
 
 
-def _is_over(state: Callable[[], State]) -> bool:
+def _is_finished(state: Callable[[], State]) -> bool:
     try:
         return state().finished
     except NotFoundError:
@@ -89,7 +100,7 @@ def _is_over(state: Callable[[], State]) -> bool:
 
 
 def as_json_file(frames: Iterable[tuple[int, bytes]]) -> Frames:
-    """Entries as json-file has them, made of Podman's, which are the very bytes in pieces of another size."""
+    """Yield json-file's entries from Podman's, which have the original bytes in pieces of another size."""
     held: dict[int, bytes] = {}
     for stream, data in frames:
         rest = held.get(stream, b"") + data

@@ -1,25 +1,28 @@
-"""The engine's stream format, and text that came out of a container made safe to show.
+"""Streams of a container: the engine's frame format, and the connection that carries it.
 
-A frame is a stream number, three zero bytes, a length, and so many bytes: a piece of output, cut anywhere.
+A frame is a stream number, three zero bytes, a length, and that many bytes of output, cut anywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 _HEADER = struct.Struct(">B3sL")
 _STREAMS = 4
-#: Engines send tens of KiB at most. What claims more is no frame, and would be held until memory ends.
+#: Engines send tens of KiB at most. A longer frame is none, and would be buffered until memory is exhausted.
 _LONGEST = 64 << 20
 
 
 class BrokenFramesError(ValueError):
-    """What arrives is not the engine's format."""
+    """The bytes are not in the engine's format."""
 
 
 class Demux:
-    """Takes a connection's bytes as they come, and gives (stream, output) back."""
+    """Splits a connection's bytes, however they arrive, into (stream, output)."""
 
     def __init__(self) -> None:
         self._stream = 0
@@ -27,7 +30,7 @@ class Demux:
         self._held = b""
 
     def pieces(self, data: bytes | memoryview) -> list[tuple[int, bytes]]:
-        """Everything at once, the part of an unfinished frame included; neighbours of one stream are joined.
+        """Return all output in `data`, including part of an unfinished frame; adjacent output of a stream is joined.
 
         The work grows with the number of frames, not of lines. Raises BrokenFramesError.
         """
@@ -58,7 +61,7 @@ class Demux:
         return found
 
     def whole(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Frame by frame, each as it was; an unfinished one waits for its rest."""
+        """Yield complete frames only, each as it was sent; an unfinished one is kept. Raises BrokenFramesError."""
         data = self._held + data if self._held else data
         at = 0
         while len(data) - at >= _HEADER.size:
@@ -71,7 +74,7 @@ class Demux:
 
     @property
     def between_frames(self) -> bool:
-        """Whether an end here is an end the engine can have meant."""
+        """Whether a regular end of the stream is possible here."""
         return not self._left and not self._held
 
     @staticmethod
@@ -80,3 +83,36 @@ class Demux:
         if stream >= _STREAMS or zeros != b"\0\0\0" or size > _LONGEST:
             raise BrokenFramesError(f"not a frame of the engine: {bytes(data[at : at + 8])!r}")
         return stream, size
+
+
+class HijackedConnection:
+    """An attachment over a connection that began as an HTTP request.
+
+    response: kept, because its collection would close the connection.
+    """
+
+    def __init__(self, connection: socket.socket, response: Any) -> None:
+        self._socket = connection
+        self._response = response
+        self._closed = False
+        # No timeout: a compiler may print nothing for many minutes.
+        connection.settimeout(None)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            return self._socket.recv_into(buffer)
+        except OSError:
+            if self._closed:
+                return 0
+            raise
+
+    def close(self) -> None:
+        self._closed = True
+        # close() alone leaves a reader in another thread blocked, and sends the engine no end-of-file.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError, ValueError):
+            self._response.close()
+        self._socket.close()

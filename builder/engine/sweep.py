@@ -1,26 +1,101 @@
-"""What a container said whose builder was killed: the end of its log, before it is removed."""
+"""Removal of what dead builders left: their containers, with the end of their logs, and their lease directories.
+
+The proof that an owner is dead is its lease; see `builder.engine.lease`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from builder.engine.api import Containers, Found
+from builder import flock
+from builder.engine.api import Containers, ListedContainer
 from builder.engine.errors import NotFoundError
+from builder.engine.lease import (
+    FILE,
+    HELD,
+    LABEL_DEADLINE,
+    LABEL_LEASE,
+    LABEL_TASK,
+    NEW,
+    home_directory,
+    is_free,
+    lease_of,
+    owner_is_dead,
+    private_directory,
+)
 from builder.engine.log_sinks import MARKS, Lines, LogFile
 from builder.errors import BuilderError
+from builder.host.hooks import PENDING_RELEASE
 
-#: Of its log so many lines. Whoever was killed wrote down all that came before.
-LAST = 10_000
+#: How many of the last entries of a leftover log are saved: the builder has written what came before.
+SAVED_ENTRIES = 10_000
+
+#: States in which no process of a container runs.
+_ENDED = ("created", "exited", "dead")
+#: A directory that is still named NEW after so many seconds belongs to a builder that died while it made it.
+_NEW_AGE = 3600.0
 
 
-def drain(engine: Containers, container: Found, directory: Path) -> str:
-    """Writes it to a file of the container's name in this directory; what became of it, in words, "" where there is
-    nothing. Never raises: what cannot be kept does not keep the container.
+@dataclass(frozen=True)
+class Swept:
+    """One container of a dead owner. removed: False if it was left alone. why: the reason, in words."""
+
+    name: str
+    task: str
+    removed: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'removed' if self.removed else 'left'} {self.name} ({self.task}): {self.why}"
+
+
+def sweep(
+    engine: Containers,
+    state_dir: Path,
+    *,
+    grace: float = 5.0,
+    run_release: Callable[[Path], bool] = lambda directory: False,
+    save: Callable[[ListedContainer], str] = lambda container: "",
+) -> list[Swept]:
+    """Remove containers of dead owners, then dead owners' lease directories that no container refers to.
+
+    grace: seconds between SIGTERM and SIGKILL.
+    run_release: receives a dead owner's directory with a pending release, after its containers are removed; returns
+    whether the release has run. Until then the directory stays.
+    save: receives a container that has ended, before it is removed; returns a sentence about its log, or "".
+    """
+    swept, referred = [], set()
+    for container in engine.containers([LABEL_LEASE]):
+        result = _sweep_container(engine, container, grace, save)
+        if result is not None:
+            swept.append(result)
+        if result is None or not result.removed:
+            referred.add(str(lease_of(container.labels).get("path")))
+    with contextlib.suppress(OSError):
+        _remove_stale(private_directory(state_dir), referred, run_release)
+    return swept
+
+
+def has_pending_releases(state_dir: Path) -> bool:
+    """Return whether any builder of this user, dead or alive, has recorded a release that has not run yet."""
+    return any(home_directory(state_dir).glob(f"{HELD}*/{PENDING_RELEASE}"))
+
+
+def save_log(engine: Containers, container: ListedContainer, directory: Path) -> str:
+    """Write the end of a container's log to a file in this directory; return a sentence about it, "" if it is empty.
+
+    Never raises: a log that cannot be saved does not keep the container from being removed.
     """
     file = LogFile(directory / f"swept-{container.name}.log")
     lines = {stream: Lines() for stream in MARKS}
     try:
-        for stream, entry in engine.log_frames(container.id, follow=False, tail=LAST):
+        for stream, entry in engine.log_frames(container.id, follow=False, tail=SAVED_ENTRIES):
             if not file.is_open:
                 directory.mkdir(parents=True, exist_ok=True)
                 file.open()
@@ -29,13 +104,65 @@ def drain(engine: Containers, container: Found, directory: Path) -> str:
         for stream, rest in lines.items():
             if region := rest.last():
                 file.write(MARKS[stream], region)
-    except NotFoundError:  # somebody else was faster
+    except NotFoundError:  # another client removed it first
         return ""
     except (BuilderError, OSError) as error:
-        return f"the end of its log could not be kept ({error})"
+        return f"the end of its log could not be saved ({error})"
     finally:
         was_open = file.is_open
         file.close()
     if file.problem:
         return file.problem
     return f"the end of its log is in {file.path}" if was_open else ""
+
+
+def _sweep_container(
+    engine: Containers, container: ListedContainer, grace: float, save: Callable[[ListedContainer], str]
+) -> Swept | None:
+    """Remove one container if its owner is dead; None if the owner is alive."""
+    task = container.labels.get(LABEL_TASK, "?")
+    dead = owner_is_dead(container.labels)
+    if dead is False:
+        return None
+    why = "its builder is gone"
+    if dead is None:
+        if container.status not in _ENDED or not _is_past_deadline(container.labels):
+            return Swept(
+                container.name, task, False, "its lease file cannot be seen from here; it ends by its own lifetime"
+            )
+        why = "its lifetime is over, and it does not run"
+    try:
+        if container.status not in _ENDED:
+            engine.stop(container.id, grace)
+        if container.status != "created" and (log := save(container)):
+            why += f"; {log}"
+        engine.remove(container.id, force=True)
+    except NotFoundError:
+        why += "; another client removed it first"
+    except BuilderError as error:
+        return Swept(container.name, task, False, error.message)
+    return Swept(container.name, task, True, why)
+
+
+def _is_past_deadline(labels: Mapping[str, str]) -> bool:
+    text = labels.get(LABEL_DEADLINE, "")
+    return text.isdecimal() and len(text) < 16 and time.time() > int(text)
+
+
+def _remove_stale(home: Path, referred: Iterable[str], run_release: Callable[[Path], bool]) -> None:
+    """Remove lease directories of dead owners, except those that a container refers to: they prove the death."""
+    keep = {Path(path).parent for path in referred}
+    for directory in home.iterdir():
+        if directory in keep or directory.is_symlink():
+            continue
+        if directory.name.startswith(NEW):
+            if time.time() - directory.stat().st_mtime > _NEW_AGE:
+                shutil.rmtree(directory, ignore_errors=True)
+        elif directory.name.startswith(HELD):
+            try:
+                descriptor = flock.open_lock(directory / FILE)
+            except OSError:
+                continue
+            with contextlib.closing(os.fdopen(descriptor, "rb")):
+                if is_free(descriptor) and (not (directory / PENDING_RELEASE).exists() or run_release(directory)):
+                    shutil.rmtree(directory, ignore_errors=True)

@@ -1,21 +1,32 @@
-"""The first question to an engine behind a unix socket, asked before docker-py is there to ask it.
-
-An engine takes 20 ms to describe itself, because it runs its runtime for that; importing docker-py takes longer. So the
-question goes out first, and its answer, which also says what API the engine speaks, is read after the import.
-"""
+"""How an engine is reached: the first request on a unix socket, and a tunnel for ``ssh://``."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import shutil
 import socket
+import subprocess
+import tempfile
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from builder.errors import EngineLostError
 
 
-class Greeting:
-    """Connects and asks. Raises OSError where nothing listens. timeout: seconds for the answer."""
+class InfoRequest:
+    """``GET /info`` on a unix socket, sent before docker-py is imported. Raises OSError if nothing listens.
+
+    An engine takes 20 ms to describe itself, because it starts its container runtime for that; the import of docker-py
+    takes longer. So the request is sent first and its answer, which also has the API version, is read after the import.
+
+    timeout: seconds for the answer.
+    """
 
     def __init__(self, path: str, timeout: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -28,30 +39,101 @@ class Greeting:
             raise
 
     def answer(self) -> tuple[str | None, Mapping[str, Any]]:
-        """The newest API version of the engine, and what it says about itself; None and nothing where it says neither.
+        """Return the engine's newest API version and its description; None and an empty mapping if they are missing.
 
-        Raises OSError and HTTPException where what answers does not speak HTTP.
+        Raises OSError and HTTPException if the server does not speak HTTP.
         """
         with http.client.HTTPResponse(self._socket, method="GET") as response:
             response.begin()
             version, data = response.getheader("Api-Version"), response.read()
         try:
-            told = json.loads(data) if response.status == http.HTTPStatus.OK else None
+            info = json.loads(data) if response.status == http.HTTPStatus.OK else None
         except (ValueError, RecursionError):
-            told = None
-        return version, told if isinstance(told, dict) else {}
+            info = None
+        return version, info if isinstance(info, dict) else {}
 
     def close(self) -> None:
         self._socket.close()
 
 
 def is_this_machine(info: Mapping[str, Any]) -> bool:
-    """Whether an engine that says this of itself runs on the kernel that we run on, as far as names tell."""
+    """Return whether the engine of this description runs on our kernel, judged by host name and kernel release."""
     here = os.uname()
     return (info.get("Name"), info.get("KernelVersion")) == (here.nodename, here.release)
 
 
-def version(text: object) -> tuple[int, int] | None:
-    """``1.41`` as numbers; None for anything else."""
+def parse_version(text: object) -> tuple[int, int] | None:
+    """Return ``1.41`` as numbers; None for anything else."""
     parts = text.split(".") if isinstance(text, str) else []
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdigit() for part in parts) else None
+
+
+class Tunnel:
+    """A unix socket that leads to an engine behind ``ssh://`` until closed. Raises EngineLostError if ssh is missing.
+
+    Every connection to the socket becomes one ``ssh HOST docker system dial-stdio`` with the connection as its stdin
+    and stdout, so the bytes never pass through this process. The system's ssh brings its configuration, agent and
+    known hosts.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._command = [*_ssh(url), "docker", "system", "dial-stdio"]
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._directory = Path(tempfile.mkdtemp(prefix="warm-cache-ssh-"))
+        self._stderr = (self._directory / "stderr").open("ab")
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = self._directory / "docker.sock"
+        self._listener.bind(str(path))
+        self._listener.listen(16)
+        self.url = f"unix://{path}"
+        threading.Thread(target=self._serve, name="ssh-tunnel", daemon=True).start()
+
+    def last_error(self) -> str:
+        """Return the last line that ssh printed on stderr, which explains why the engine is lost; empty if none."""
+        with contextlib.suppress(OSError):
+            lines = (self._directory / "stderr").read_text(errors="replace").strip().splitlines()
+            return lines[-1][-300:] if lines else ""
+        return ""
+
+    def close(self) -> None:
+        """End every connection and remove the socket. May be called twice."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for child in self._children:
+            child.kill()
+            child.wait()
+        self._children.clear()
+        self._stderr.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError, ValueError):
+                end = connection.fileno()
+                # In its own session: Ctrl-C in the terminal must not cut the connections of this program.
+                child = subprocess.Popen(
+                    self._command, stdin=end, stdout=end, stderr=self._stderr, start_new_session=True
+                )
+                self._children = [*(old for old in self._children if old.poll() is None), child]
+
+
+def _ssh(url: str) -> list[str]:
+    """Return the ssh command for this address; in batch mode, because nobody could answer its prompts."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if not parts.hostname or parts.hostname.startswith("-") or parts.path.strip("/"):
+        raise EngineLostError(f"DOCKER_HOST {url!r} is not of the form ssh://[user@]host[:port]")
+    if shutil.which("ssh") is None:
+        raise EngineLostError(f"DOCKER_HOST is {url}, and there is no ssh here: install an OpenSSH client")
+    command = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=30"]
+    command += ["-l", parts.username] if parts.username else []
+    command += ["-p", str(port)] if port else []
+    return [*command, "--", parts.hostname]

@@ -20,7 +20,8 @@ from typing import IO, cast
 from builder import files
 from builder.cache import families, marker_files, model_store
 from builder.cache.model_store import STORE_MOUNT as STORE
-from builder.engine.client import ContainerSpec, Engine, Mount
+from builder.engine.api import ContainerSpec, Mount
+from builder.engine.client import Engine
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
 from builder.host.cancel import REMOVE_WITHIN, Cancel

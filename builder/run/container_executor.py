@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from builder.cache import environment, toolchain
 from builder.cache.environment import Described
 from builder.cache.toolchain import Record
-from builder.engine.client import Engine, Image
+from builder.engine.api import Image
+from builder.engine.client import Engine
 from builder.engine.images import identity, warmup_image
-from builder.engine.lease import Lease, Swept, has_pending_releases, sweep
+from builder.engine.lease import Lease
 from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.cancel import ANSWER_WITHIN
@@ -31,6 +32,7 @@ from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.task import Task
 
 if TYPE_CHECKING:
+    from builder.engine.sweep import Swept
     from builder.run.schedule import Capacity
 
 #: Exit statuses of a container's init that finds no such program, or may not run it.
@@ -90,7 +92,7 @@ class ContainerExecutor:
     @property
     def identity(self) -> str:
         """The id of the serving image with the manifest's setup commands, for families that belong to one image."""
-        return identity(self.serving, self.context.manifest.image.setup)
+        return identity(self.serving.id, self.context.manifest.image.setup)
 
     @functools.cached_property
     def warmup(self) -> Image:
@@ -210,7 +212,7 @@ class ContainerExecutor:
         return list(preflight.busy(self.look(), self.container_names))
 
     def sweep(self) -> list[Swept]:
-        from builder.engine import sweep as leftovers
+        from builder.engine.sweep import save_log, sweep
         from builder.run import gpu_reservation
 
         options = self.context.options
@@ -218,7 +220,7 @@ class ContainerExecutor:
             self.engine,
             options.state_dir,
             run_release=functools.partial(gpu_reservation.run_pending_release, self.context),
-            drain=functools.partial(leftovers.drain, self.engine, directory=options.log_dir),
+            save=functools.partial(save_log, self.engine, directory=options.log_dir),
         )
         for swept in found:
             self.context.console.say(str(swept))
@@ -226,6 +228,8 @@ class ContainerExecutor:
         return found
 
     def sweep_pending(self) -> None:
+        from builder.engine.sweep import has_pending_releases
+
         if has_pending_releases(self.context.options.state_dir):
             self.sweep()
 

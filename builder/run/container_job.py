@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from builder import __version__
 from builder.cache.model_store import STORE_MOUNT as STORE
-from builder.engine.client import ContainerSpec, Mount
+from builder.engine.api import ContainerSpec, Mount
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.log_pump import EventCallback

@@ -83,8 +83,8 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
         for problem in preflight.busy(look, executor.container_names):
             yield problem.text.rstrip(".")
     else:
-        for name in gpu_containers(executor):
-            yield f"container {name} has GPUs, and which processes use them cannot be known ({look.absent})"
+        for container in executor.engine.containers_with_gpus():
+            yield f"container {container.name} has GPUs, and which processes use them cannot be known ({look.absent})"
     names = {gpu.uuid: f"GPU {gpu.index}" for gpu in look.gpus}
     for item in items:
         names.update({str(gpu["uuid"]): f"GPU {gpu.get('index')}" for gpu in item.record["gpus"] if gpu.get("uuid")})
@@ -92,16 +92,6 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
         with gpu_locks.try_lock(lock) as free:
             if not free:
                 yield f"another builder has {what}"
-
-
-def gpu_containers(executor: ContainerExecutor) -> Iterator[str]:
-    """Yield names of the running containers of this engine that were given GPUs."""
-    ask = executor.engine.ask
-    for entry in ask("cannot list containers", "GET", "/containers/json") or ():
-        doing = f"cannot look at {entry['Id'][:12]}"
-        host = (ask(doing, "GET", "/containers/{0}/json", entry["Id"]) or {}).get("HostConfig") or {}
-        if host.get("DeviceRequests") or host.get("Runtime") == "nvidia":
-            yield (entry.get("Names") or ["/?"])[0].lstrip("/")
 
 
 # --- reservation -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from builder.cache.retention import PrunePlan
 from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError
 from builder.flock import holder, try_lock
 from builder.host.locks import open_lock
-from builder.run import cache_locks, forecast, gpu_reservation, image_cleanup, prune, upkeep, warm
+from builder.run import cache_locks, forecast, gpu_reservation, prune, upkeep, warm
 from builder.run.container_executor import ContainerExecutor
 from builder.run.notify import Settings, Tale
 from builder.run.plan import Plan
@@ -103,13 +103,13 @@ def has_moved(executor: ContainerExecutor, story: Tale) -> bool:
     if here is not None and ("@sha256:" in ref or ref == here.id):
         return False  # its name is its content
     try:
-        story.digest = image_cleanup.registry_digest(engine, ref)
+        story.digest = engine.registry_digest(ref)
     except EngineLostError as error:
         if here is None:
             return True  # the pull says why, in the engine's words
         context.report.warnings.append(f"{error.message}; the image that is here is used")
         return False
-    if here is not None and image_cleanup.has_digest(here, story.digest):
+    if here is not None and here.has_digest(story.digest):
         context.console.say(f"{ref} has not moved ({story.digest[:19]}…)")
         return False
     if here is None:

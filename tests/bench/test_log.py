@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.engine.client import ContainerSpec, Engine
+from builder.engine.api import ContainerSpec
+from builder.engine.client import Engine
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.lease import Lease
 from builder.host.cancel import Cancel

@@ -107,6 +107,12 @@ class Running:
 PROGRAM = (sys.executable, "-m", "builder")
 
 
+def request(engine: Engine, method: str, path: str, *names: str, **options: Any) -> Any:
+    """Make a request that no method of `Engine` makes; its failures are the program's errors."""
+    with engine._translated("cannot arrange the test"):
+        return engine._request(method, path, *names, **options)
+
+
 class Cli:
     """One user of the program. place: a directory of the test's own, which the engine can see too. host: the engine
     that its builders are told of; engine: where it really is, if not at DOCKER_HOST.

@@ -17,8 +17,10 @@ import pytest
 from builder import events
 from builder.engine import container as life
 from builder.engine import log_pump
-from builder.engine.client import Engine, Mount
-from builder.engine.lease import LABEL_LEASE, sweep
+from builder.engine.api import Mount
+from builder.engine.client import Engine
+from builder.engine.lease import LABEL_LEASE
+from builder.engine.sweep import sweep
 from builder.errors import EngineLostError, EngineRefusedError
 from builder.host.deadlines import Deadline, poll
 from tests.engine.workshop import PRELUDE, Disturbed, Proxy, Workshop, check, raising, when_ready

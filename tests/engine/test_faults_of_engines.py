@@ -302,7 +302,7 @@ def test_engine_socket_hanging_during_task_is_engine_lost(far: Cli, proxy: Proxy
         "warm",
         "--json",
         program=changed(
-            f"{HURRIED}; engine.QUICK = 3.0",
+            f"{HURRIED}; connection.QUICK = 3.0",
             "cli.Engine = lambda url, _: engine.Engine(url, 3.0)",
         ),
     )

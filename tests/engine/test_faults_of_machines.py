@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine.api import ContainerSpec
-from builder.engine.client import Engine, Mount
+from builder.engine.api import ContainerSpec, Mount
+from builder.engine.client import Engine
 from tests.engine.cli import GATE, READY, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.faults import Aftermath, OwnEngine, changed, numbers, told
 

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from builder.engine.lease import LABEL_LEASE, Lease, sweep
+from builder.engine.lease import LABEL_LEASE, Lease
+from builder.engine.sweep import sweep
 from builder.host.deadlines import Deadline, poll
 from tests.engine.workshop import Workshop
+from tests.host.test_lease import killed_owners_labels
 from tests.scripts import HANG, leave, on_term
-from tests.unit.engine.test_lease import dead_owners_labels
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("kind", ["created", "running", "stubborn", "exited"])
 def test_sweep_container_of_dead_builder_is_removed(workshop: Workshop, kind: str) -> None:
-    labels = dead_owners_labels(workshop.directory)
+    labels = killed_owners_labels(workshop.directory)
     steps = {"created": [HANG], "running": [HANG], "stubborn": [on_term(None), HANG], "exited": [leave(0)]}[kind]
     spec = workshop.spec(*steps)
     spec = workshop.spec(*steps, labels={**spec.labels, **labels})
@@ -38,6 +39,6 @@ def test_sweep_container_of_living_builder_stays(workshop: Workshop) -> None:
         spec = workshop.spec(HANG)
         spec = workshop.spec(HANG, labels={**spec.labels, **other.labels("t", -1)})
         container = workshop.engine.create(spec)
-        assert [found.name for found in workshop.lease.sweep(workshop.engine) if found.name == spec.name] == []
+        assert [found.name for found in sweep(workshop.engine, workshop.directory) if found.name == spec.name] == []
         assert workshop.engine.state(container).status == "created"
         workshop.engine.remove(container, force=True)

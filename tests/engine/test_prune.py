@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from builder.engine.client import Engine
+from builder.engine.images import serving_id
 from builder.errors import EngineRefusedError
 from builder.flock import open_lock, try_lock
-from builder.run import image_cleanup
-from tests.engine.cli import Cli, a_cli, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import Cli, a_cli, request, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.test_engine import context
 from tests.generations import Generations, unvouched
 
@@ -134,7 +134,7 @@ def volume(cli: Cli) -> Iterator[str]:
     cli.close()
     with cli.engine() as engine:
         if engine.has_volume(name):
-            engine.ask("tidying", "DELETE", "/volumes/{0}", name)
+            request(engine, "DELETE", "/volumes/{0}", name)
 
 
 def test_prune_of_volume_runs_in_container(cli: Cli, volume: str) -> None:
@@ -161,7 +161,7 @@ def test_prune_images_keeps_used_and_tagged(cli: Cli, engine: Engine) -> None:
             text = f"FROM {cli.image}\nENV NIGHT={name}{night}\n"
             ids.append(engine.build(context(text), tag=f"{name}:nightly").id)
             if night == 1:
-                engine.ask("tagging", "POST", "/images/{0}/tag", ids[1], params={"repo": f"{name}-mine", "tag": "1"})
+                request(engine, "POST", "/images/{0}/tag", ids[1], params={"repo": f"{name}-mine", "tag": "1"})
             cli.manifest(shapes("mine"), image={"ref": f"{name}:nightly"}, cache={**NO_JOBS, "keep": 1})
             cli.warm("--force")
         dry = cli.run("prune", "--dry-run", "--json").document["prune"]
@@ -173,7 +173,7 @@ def test_prune_images_keeps_used_and_tagged(cli: Cli, engine: Engine) -> None:
         done = cli.run("prune", "--json")
         assert done.status == 0, done.said
         assert [engine.image(one) is not None for one in ids] == [False, True, False, True]
-        assert {image.serving for image in image_cleanup.listed(engine)} & set(ids) == {ids[3]}
+        assert {serving_id(image) for image in engine.images()} & set(ids) == {ids[3]}
         assert cli.run("check").status == 0
     finally:
         forget(engine, [f"{name}:nightly", f"{name}-mine:1", *ids])
@@ -181,7 +181,7 @@ def test_prune_images_keeps_used_and_tagged(cli: Cli, engine: Engine) -> None:
 
 def forget(engine: Engine, names: list[str]) -> None:
     """Removes these images, and the warm-up images that were built on them first."""
-    built = [image.id for image in image_cleanup.listed(engine) if image.serving in names]
+    built = [image.id for image in engine.images() if serving_id(image) in names]
     for name in [*built, *reversed(names)]:
         with contextlib.suppress(EngineRefusedError):
-            engine.ask("tidying", "DELETE", "/images/{0}", name, params={"force": 1})
+            request(engine, "DELETE", "/images/{0}", name, params={"force": 1})

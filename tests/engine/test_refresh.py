@@ -18,7 +18,7 @@ import pytest
 from builder.engine.client import Engine
 from builder.errors import EngineRefusedError
 from builder.flock import open_lock, try_lock
-from tests.engine.cli import Cli, Ended, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import Cli, Ended, a_cli, command, request, shapes, wait_for  # noqa: F401 - a fixture
 from tests.engine.door import Door
 from tests.engine.test_engine import context
 from tests.engine.test_prune import forget
@@ -64,7 +64,7 @@ class Registry:
         return image.id
 
     def _ask(self, method: str, path: str, name: str, **options: Any) -> None:
-        self._engine.ask("arranging images", method, path, name, **options)
+        request(self._engine, method, path, name, **options)
 
     def _push(self, ref: str) -> bool:
         name, tag = ref.rsplit(":", 1)

@@ -13,7 +13,7 @@ import pytest
 from builder.engine.client import Engine
 from builder.flock import try_lock
 from builder.host import gpu_locks
-from tests.engine.cli import Cli, Ended, shapes
+from tests.engine.cli import Cli, Ended, request, shapes
 from tests.engine.gpumachine import GpuCli, gpu_image
 from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
 
@@ -88,10 +88,10 @@ def test_refresh_when_idle_without_nvml_counts_gpu_containers(
     cli = Cli(tmp_path / "user", docker_host, image)
     cli.manifest(shapes("mine"), gpus={"count": GPUS})
     name = f"test-{os.urandom(4).hex()}"
-    request = {"Driver": "", "Count": 1, "Capabilities": [["gpu"]]}
-    host = {"NetworkMode": "none", "Init": True, "DeviceRequests": [request]}
+    gpu = {"Driver": "", "Count": 1, "Capabilities": [["gpu"]]}
+    host = {"NetworkMode": "none", "Init": True, "DeviceRequests": [gpu]}
     job = {"Image": image, "Cmd": ["sleep", "600"], "HostConfig": host}
-    engine.ask("arranging", "POST", "/containers/create", params={"name": name}, json=job)
+    request(engine, "POST", "/containers/create", params={"name": name}, json=job)
     try:
         engine.start(name)
         deferred(cli, f"container {name} has GPUs")

@@ -141,7 +141,7 @@ def test_signal_while_driver_hangs_ends_run_in_time(machine: GpuCli, request: py
 def test_several_errors_exit_status_is_engine_lost(machine: GpuCli, proxy: Proxy) -> None:
     machine.gpus(gated("held", gpus=4), gated("lost", gpus=4), release_timeout="1s")
     machine.host = proxy.url
-    hurried = "container.GIVE_UP = logs.GIVE_UP = engine.QUICK = 3.0"
+    hurried = "container.GIVE_UP = logs.GIVE_UP = connection.QUICK = 3.0"
     slow = "cli.Engine = lambda url, _: engine.Engine(url, 3.0)"
     running = machine.start("warm", "--json", program=changed(hurried, slow))
     for label in ("held", "lost"):

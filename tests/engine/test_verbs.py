@@ -25,7 +25,8 @@ from typing import Any
 
 import pytest
 
-from builder.engine.client import ContainerSpec, Engine, Mount
+from builder.engine.api import ContainerSpec, Mount
+from builder.engine.client import Engine
 from tests.engine.cli import LABEL, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.engine

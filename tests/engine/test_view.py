@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from builder.cache import layout
-from builder.engine.client import ContainerSpec, Engine, Mount
+from builder.engine.api import ContainerSpec, Mount
+from builder.engine.client import Engine
 from builder.engine.errors import NotFoundError
 from builder.manifest.load import load
 from tests.engine.cli import (

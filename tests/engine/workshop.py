@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from builder.engine.client import ContainerSpec, Engine
+from builder.engine.api import ContainerSpec
+from builder.engine.client import Engine
 from builder.engine.container import Deadlines, Outcome, Sinks, run_container
 from builder.engine.lease import Lease
 from builder.host.cancel import Cancel

@@ -20,7 +20,7 @@ PLANNED = {ROOT / "builder" / "docs" / "architecture.md"}
 def test_contributing_names_private_methods_of_docker_py() -> None:
     """pyproject.toml excludes docker-py 8, and README.md gives the number of private methods as the reason."""
     api_client = importlib.import_module("docker").APIClient
-    source = (ROOT / "builder" / "engine" / "client.py").read_text(encoding="utf-8")
+    source = (ROOT / "builder" / "engine" / "connection.py").read_text(encoding="utf-8")
     used = set(re.findall(r"\b(?:api|_api|client)\.(_[a-z][a-z_]*)\(", source))
     assert used == {"_url", "_set_auth_headers", "_get_raw_response_socket", "_raise_for_status"}
     assert all(callable(getattr(api_client, name)) for name in used)

@@ -53,7 +53,7 @@ ARROWS = {
 
 #: Modules that may import packages of others → these packages.
 THIRD_PARTY = {
-    "builder.engine.client": "docker requests urllib3",
+    "builder.engine.connection": "docker requests urllib3",
     "builder.engine.images": "docker requests",
     "builder.engine.errors": "requests urllib3",
     "builder.host.gpus": "psutil pynvml",

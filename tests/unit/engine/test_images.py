@@ -10,7 +10,8 @@ from typing import cast
 import pytest
 
 from builder.engine import images
-from builder.engine.client import Engine, Image
+from builder.engine.api import Image
+from builder.engine.client import Engine
 
 SERVING = Image(id="sha256:" + "5" * 64, ref="lmsysorg/sglang:v0.5.23")
 
@@ -96,7 +97,7 @@ def test_the_context_has_the_same_bytes_each_time() -> None:
 
 
 def test_setup_makes_another_identity() -> None:
-    assert images.identity(SERVING, ()) == SERVING.id
-    one, other = images.identity(SERVING, ("a", "b")), images.identity(SERVING, ("a b",))
+    assert images.identity(SERVING.id, ()) == SERVING.id
+    one, other = images.identity(SERVING.id, ("a", "b")), images.identity(SERVING.id, ("a b",))
     assert one.startswith("sha256:")
     assert len({SERVING.id, one, other}) == 3

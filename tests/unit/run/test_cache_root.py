@@ -18,7 +18,8 @@ from builder.cache.families import FAMILIES
 from builder.cache.marker_files import Observed
 from builder.cache.model_store import config_digest
 from builder.cache.toolchain import Record
-from builder.engine.client import ContainerSpec, Engine
+from builder.engine.api import ContainerSpec
+from builder.engine.client import Engine
 from builder.engine.errors import NotFoundError
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted, PreflightError

@@ -11,7 +11,8 @@ from typing import cast
 import pytest
 
 from builder.cache.toolchain import Record
-from builder.engine.client import Engine, Image
+from builder.engine.api import Image
+from builder.engine.client import Engine
 from builder.errors import EngineRefusedError, Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage, HostGpus

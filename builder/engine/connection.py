@@ -1,0 +1,293 @@
+"""The connection to an engine: opening it, one request, and the one translator of failures.
+
+docker-py is imported when the connection is opened, because the import costs a tenth of a second. Only requests that
+are safe to repeat are retried; a create, start or build whose answer was lost may have taken effect, and its caller has
+to check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from builder.engine.errors import is_transient, loss, refusal
+from builder.engine.podman import is_podman
+from builder.engine.transport import InfoRequest, Tunnel, is_this_machine, parse_version
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError
+from builder.host.deadlines import retry_reads
+from builder.text import readable
+
+T = TypeVar("T")
+E = TypeVar("E", bound="EngineConnection")
+
+#: Engine 19.03, the first with device requests for GPUs.
+MINIMUM_API = (1, 40)
+DEFAULT_SOCKET = "unix:///var/run/docker.sock"
+
+#: Seconds for requests that an engine answers from memory. One that takes longer is in trouble.
+QUICK = 10.0
+
+
+class EngineConnection:
+    """A connection to one engine, opened by `connect` or by the first request.
+
+    url: None means ``DOCKER_HOST``, else the default socket.
+    timeout: seconds for one answer.
+    """
+
+    def __init__(self, url: str | None = None, timeout: float = 60.0) -> None:
+        self._given = url
+        self._timeout = timeout
+        self._client: Any = None
+        self._local: bool | None = None
+        self._tunnel: Tunnel | None = None
+        self.api_version = ""
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """The engine's address."""
+        return self._given or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET
+
+    def connect(self: E) -> E:  # noqa: PYI019 - typing.Self is new in Python 3.11
+        """Open the connection. Raises EngineLostError, with what to do, if no usable engine answers."""
+        if self._client is None:
+            try:
+                with self._translated(f"cannot reach a container engine at {self._address()}"):
+                    self._client = self._open()
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def close(self) -> None:
+        """Close the connection. May be called twice."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._tunnel is not None:
+            self._tunnel.close()
+            self._tunnel = None
+
+    def _open(self) -> Any:
+        url = self.url
+        request = None
+        if url.startswith("ssh://"):
+            self._tunnel = Tunnel(url)
+            url = self._tunnel.url
+        elif url.startswith("unix://"):
+            # Fails first if nothing listens there: docker-py would leak its half-made socket.
+            request = InfoRequest(url.removeprefix("unix://"), self._timeout)
+        with contextlib.closing(request) if request else contextlib.nullcontext():
+            import docker
+            from docker.utils import kwargs_from_env
+
+            newest, info = request.answer() if request else (None, {})
+        if info:
+            self._local = is_this_machine(info)
+            self.podman = is_podman(info)
+        # Not from_env(): it requests the version itself, and fails with errors of its own.
+        options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
+        api_client: Any = docker.APIClient
+        new_client = functools.partial(api_client, timeout=self._timeout, **options)
+        if newest is not None:
+            self.api_version = self._negotiated(newest)
+            # Assigned before the next request, so that close() closes it whatever happens.
+            self._client = client = new_client(version=self.api_version)
+            # An engine that is much newer than docker-py may refuse docker-py's version.
+            if client.get(_url(client, "/_ping"), timeout=self._timeout).ok:
+                return client
+            client.close()
+        with contextlib.closing(new_client(version="1.40")) as client:
+            answer = client.version(api_version=False)
+        versions = answer if isinstance(answer, dict) else {}
+        self.api_version = self._negotiated(versions.get("ApiVersion"), versions.get("MinAPIVersion"))
+        return new_client(version=self.api_version)
+
+    def _negotiated(self, engines_newest: object, engines_oldest: object = None) -> str:
+        """Return the newest API version that both sides know. Raises EngineLostError if there is none."""
+        from docker.constants import DEFAULT_DOCKER_API_VERSION
+
+        newest = parse_version(engines_newest)
+        if newest is None:
+            raise EngineLostError(f"the server at {self._address()} is no container engine: it gave no API version")
+        if newest < MINIMUM_API:
+            raise EngineLostError(
+                f"the engine at {self._address()} is too old: it has API {newest[0]}.{newest[1]}, and device requests "
+                f"need {MINIMUM_API[0]}.{MINIMUM_API[1]}. Update it to Docker Engine 19.03 or later"
+            )
+        oldest = parse_version(engines_oldest) or MINIMUM_API
+        major, minor = max(oldest, min(newest, parse_version(DEFAULT_DOCKER_API_VERSION) or newest))
+        return f"{major}.{minor}"
+
+    @property
+    def _quick(self) -> float:
+        return min(QUICK, self._timeout)
+
+    @property
+    def _api(self) -> Any:
+        if self._client is None:
+            self.connect()
+        return self._client
+
+    def _address(self) -> str:
+        if self._given or os.environ.get("DOCKER_HOST"):
+            return f"{self.url} (DOCKER_HOST)"
+        return f"{self.url} (DOCKER_HOST is not set)"
+
+    # --- the engine itself -------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """The engine's description of itself and its host."""
+        info: Mapping[str, Any] = self._read("cannot read the engine's description", lambda: self._get("/info").json())
+        return info
+
+    @property
+    def local(self) -> bool:
+        """Whether the engine's paths are ours, as far as this shows without a container.
+
+        That is: a unix socket, the same host name and the same running kernel. A builder that runs in a container has
+        another host name.
+        """
+        if self._local is None:
+            self._local = self.url.startswith("unix://") and is_this_machine(self.info)
+        return self._local
+
+    @functools.cached_property
+    def podman(self) -> bool:
+        """Whether it is Podman behind Docker's API; docker/README.md lists what differs there."""
+        return is_podman(self.info)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _get(self, path: str, *names: str, **options: Any) -> Any:
+        return self._request("GET", path, *names, **options)
+
+    def _request(self, method: str, path: str, *names: str, timeout: Any = None, **options: Any) -> Any:
+        """Send one request; names fill the path's placeholders. Raises docker-py's and requests' errors as they are."""
+        api = self._api
+        self._check_listening()
+        response = api.request(method, _url(api, path, *names), timeout=timeout or self._timeout, **options)
+        _raise_for_status(api, response)
+        return response
+
+    def _check_listening(self) -> None:
+        """Raise OSError if nothing listens on the socket; docker-py would leak one socket per attempt."""
+        url = self._tunnel.url if self._tunnel else self.url
+        if url.startswith("unix://"):
+            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+                probe.settimeout(self._timeout)
+                probe.connect(url.removeprefix("unix://"))
+
+    def _read(self, action: str, read: Callable[[], T]) -> T:
+        """Return `read()`, retried while the connection breaks: only for requests that change nothing."""
+
+        def translated() -> T:
+            with self._translated(action):
+                return read()
+
+        return retry_reads(translated, is_transient)
+
+    def _socket(self, response: Any) -> socket.socket:
+        """Return the socket below a streamed response."""
+        raw = _raw_socket(self._api, response)
+        found: socket.socket = getattr(raw, "_sock", raw)
+        return found
+
+    @property
+    def _long(self) -> dict[str, Any]:
+        """Options of a request that may take hours and send nothing for minutes once the engine has accepted it."""
+        return {"stream": True, "timeout": (self._timeout, None)}
+
+    def _messages(self, response: Any, action: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the engine's progress messages, one JSON object a line. Raises EngineRefusedError for an error."""
+        for line in self._iterated(response.iter_lines(), action):
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(message, dict):
+                continue
+            if message.get("error"):
+                raise EngineRefusedError(f"{action}: {readable(str(message['error'])).strip()}")
+            yield message
+
+    # --- failures ----------------------------------------------------------------------------------------------------
+
+    def _iterated(self, items: Iterable[T], action: str) -> Iterator[T]:
+        """Yield the items; only their arrival is translated, because errors of the consumer are not the engine's."""
+        iterator = iter(items)
+        while True:
+            with self._translated(action):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    @contextlib.contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        """Turn every failure of an engine inside into an EngineLostError. action: begins the message, ``cannot …``."""
+        try:
+            yield
+        except BuilderError:
+            raise
+        except Exception as error:
+            explained = self._explained(action, error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _explained(self, action: str, error: Exception) -> EngineLostError | None:
+        """Return the error to raise instead; None if this is no failure of an engine."""
+        import docker
+        import urllib3
+
+        if isinstance(error, docker.errors.APIError):
+            return refusal(action, error.status_code or 0, str(error.explanation or ""))
+        # All errors of requests are OSErrors. ValueErrors: answers that are not JSON, or not the engine's frames.
+        lost = (
+            docker.errors.DockerException,
+            urllib3.exceptions.HTTPError,
+            http.client.HTTPException,
+            OSError,
+            ValueError,
+        )
+        if isinstance(error, lost):
+            return loss(action, error, hint=self._tunnel.last_error() if self._tunnel else "")
+        return None
+
+
+# --- private methods of docker-py ------------------------------------------------------------------------------------
+# The only uses. docker-py's public calls have no timeout of their own for most requests, follow logs and attachments
+# without one, and drop what the engine explains in an error's body; so requests go through its session, which knows the
+# transport (unix, TCP with TLS), by these methods. pyproject.toml therefore keeps docker-py below 8.
+
+
+def _url(api: Any, path: str, *names: str) -> str:
+    """Return the request's URL with transport and API version; names are quoted."""
+    url: str = api._url(path, *names)  # noqa: SLF001
+    return url
+
+
+def _raise_for_status(api: Any, response: Any) -> None:
+    """Raise docker-py's APIError with the engine's explanation."""
+    api._raise_for_status(response)  # noqa: SLF001
+
+
+def _raw_socket(api: Any, response: Any) -> Any:
+    """Return the connection below a response whose connection was upgraded, or that is streamed."""
+    return api._get_raw_response_socket(response)  # noqa: SLF001
+
+
+def add_build_credentials(api: Any, headers: dict[str, Any]) -> None:
+    """Add the credentials of all registries in this user's docker configuration to a build's headers."""
+    api._set_auth_headers(headers)  # noqa: SLF001
