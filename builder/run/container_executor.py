@@ -209,7 +209,7 @@ class ContainerExecutor:
         wanted = self.context.manifest.gpus
         if not wanted.count or wanted.acquire or self.context.options.allow_busy:
             return []
-        return list(preflight.busy(self.look(), self.container_names))
+        return list(preflight.busy(self.gpu_snapshot(), self.container_names))
 
     def sweep(self) -> list[Swept]:
         from builder.engine.sweep import save_log, sweep
@@ -251,7 +251,7 @@ class ContainerExecutor:
         self._stack.callback(nvml.close)
         return nvml
 
-    def look(self) -> GpuSnapshot:
+    def gpu_snapshot(self) -> GpuSnapshot:
         """Return the state of the GPUs that this manifest's containers get."""
         wanted = self.context.manifest.gpus
         return self.nvml.snapshot(hurried=lambda: self.context.cancel.is_due(ANSWER_WITHIN)).chosen(

@@ -78,14 +78,14 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
     given GPUs counts, although it may be between two jobs.
     items: the GPUs' UUIDs come from their toolchain records where the driver does not name them.
     """
-    look = executor.look()
-    if look.absent is None:
-        for problem in preflight.busy(look, executor.container_names):
+    snapshot = executor.gpu_snapshot()
+    if snapshot.absent is None:
+        for problem in preflight.busy(snapshot, executor.container_names):
             yield problem.text.rstrip(".")
     else:
         for container in executor.engine.containers_with_gpus():
-            yield f"container {container.name} has GPUs, and which processes use them cannot be known ({look.absent})"
-    names = {gpu.uuid: f"GPU {gpu.index}" for gpu in look.gpus}
+            yield f"container {container.name} has GPUs, and which processes use them cannot be known ({snapshot.absent})"
+    names = {gpu.uuid: f"GPU {gpu.index}" for gpu in snapshot.gpus}
     for item in items:
         names.update({str(gpu["uuid"]): f"GPU {gpu.get('index')}" for gpu in item.record["gpus"] if gpu.get("uuid")})
     for lock, what in {gpu_locks.SERVICE: "this machine", **names}.items():
@@ -231,8 +231,8 @@ class GpuReservation:
 
     def names(self, item: Item) -> dict[str, str]:
         """Return UUID → name for people, for the GPUs' locks. Without NVML the probe's."""
-        look = self._look()
-        found = [(gpu.index, gpu.uuid) for gpu in look.gpus]
+        snapshot = self._snapshot()
+        found = [(gpu.index, gpu.uuid) for gpu in snapshot.gpus]
         if not found:
             record = item.record.get("gpus") or ()
             found = [(gpu.get("index", 0), str(gpu["uuid"])) for gpu in record if gpu.get("uuid")]
@@ -247,8 +247,8 @@ class GpuReservation:
         # The GPUs of a swept container are free in a moment.
         limit = Deadline(executor.context.manifest.gpus.release_timeout if executor.swept else 0.0)
         while True:
-            look = self._look()
-            problems = list(preflight.busy(look, executor.container_names, *remedy))
+            snapshot = self._snapshot()
+            problems = list(preflight.busy(snapshot, executor.container_names, *remedy))
             if not problems or limit.expired or executor.context.options.allow_busy:
                 break
             executor.context.cancel.wait(_EVERY)
@@ -263,7 +263,7 @@ class GpuReservation:
                 "held_by": [process.pid for process in gpu.processes or ()],
                 "free_again_seconds": None,
             }
-            for gpu in look.gpus
+            for gpu in snapshot.gpus
         ]
         if problems and not executor.context.options.allow_busy:
             raise PreflightError("this machine can't run it now", problems)
@@ -279,7 +279,7 @@ class GpuReservation:
         """
         executor = self._executor
         has_some = executor.context.manifest.gpus.count if devices is None else devices
-        before, ran = self._look(devices) if has_some else GpuSnapshot(), len(executor.ran)
+        before, ran = self._snapshot(devices) if has_some else GpuSnapshot(), len(executor.ran)
         yield
         if len(executor.ran) == ran or not before.gpus:
             return
@@ -318,7 +318,7 @@ class GpuReservation:
             entry["free_again_seconds"] = None if seconds is None else round(max(before, seconds), 3)
 
     def _held(self, before: GpuSnapshot) -> list[Held]:
-        now = self._executor.look()
+        now = self._executor.gpu_snapshot()
         found = []
         for was in before.gpus:
             gpu = now.gpu(was.uuid)
@@ -360,19 +360,19 @@ class GpuReservation:
         who = ", ".join(process.describe(names) for process in held.processes)
         return f"GPU {held.gpu.index} is held by {who}, with {memory}"
 
-    def _look(self, devices: tuple[int, ...] | None = None) -> GpuSnapshot:
+    def _snapshot(self, devices: tuple[int, ...] | None = None) -> GpuSnapshot:
         """Return the state of the GPUs; report once per run what cannot be known about them."""
-        look = self._executor.look()
+        snapshot = self._executor.gpu_snapshot()
         if devices is not None:
-            look = look.chosen(devices, 0)
-        if look.absent is not None:
-            self._executor.context.report.extra["gpus_reason"] = look.absent
+            snapshot = snapshot.chosen(devices, 0)
+        if snapshot.absent is not None:
+            self._executor.context.report.extra["gpus_reason"] = snapshot.absent
             self._report_once(
-                f"{look.absent}; which processes use them, and whether they are free after a task, is not checked"
+                f"{snapshot.absent}; which processes use them, and whether they are free after a task, is not checked"
             )
-        for note in look.notes:
+        for note in snapshot.notes:
             self._report_once(note)
-        return look
+        return snapshot
 
     def _report_once(self, text: str) -> None:
         with self._reporting:

@@ -458,6 +458,58 @@ def test_one_warm_up_at_a_time(job: Job, running: subprocess.Popen[str], until: 
     gone(pids, until)
 
 
+#: Leaves a process in a session of its own, says whose it is, and fails or goes on for a while.
+LEAVES = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    open(f"left-{sys.argv[1]}-{os.getpid()}", "w").close()
+    time.sleep(600)
+if sys.argv[1] == "fails":
+    while not os.path.exists("goes-on"):
+        time.sleep(0.02)
+    sys.exit(3)
+open("goes-on", "w").close()
+while not os.path.exists("end"):
+    time.sleep(0.02)
+print("READY")
+"""
+
+
+def left(job: Job, name: str) -> set[int]:
+    return {int(path.name.rpartition("-")[2]) for path in job.place.glob(f"left-{name}-*")}
+
+
+def test_concurrent_task_outlives_the_end_of_another(job: Job, until: Callable[..., None]) -> None:
+    """Only what the ended one left is killed with it."""
+    usual = {"recipe": "command", "success": "READY", "families": []}
+    tasks = [{"model": name, "argv": ["python3", "-c", LEAVES, name], **usual} for name in ("fails", "works")]
+    job.manifest(*tasks, run={"grace": "1s", "parallel": 2})
+    process = job.start("warm", "--here", "--manifest", str(job.path), "--image", IMAGE, "--json")
+    until(lambda: left(job, "works") and left(job, "fails"), what="both tasks")
+    gone(left(job, "fails"), until)
+    assert not [pid for pid in left(job, "works") if processes._state(pid) in ("", "Z")]
+    (job.place / "end").touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 11, out + err
+    states = {task["label"]: task["state"] for task in json.loads(out)["tasks"]}
+    assert states == {"fails": "failed", "works": "warmed"}
+    gone(left(job, "works"), until)
+    assert "fails: failed: exit status 3" in err
+
+
+def test_warm_reports_time_space_and_duplicates_as_on_the_host(job: Job) -> None:
+    other = "GEMM_NT_F8F8BF16 N=512, K=7168, num_groups=1"
+    job.manifest({**DENSE, "shapes": [SHAPE, other]}, {**DENSE, "shapes": [other, SHAPE]})
+    document = job.document("warm", "--image", IMAGE, status=0)
+    first, second = document["tasks"]
+    assert sum(first["added_bytes"].values()) > 0
+    assert second["reason"].startswith(f"the same work as {first['label']}")
+    assert document["expected"]["never_timed"] == [first["label"]]
+    document = job.document("warm", "--image", IMAGE, "--force", "--budget", "0.1s", status=0)
+    assert document["tasks"][0]["reason"].startswith("budget: ")
+
+
 def test_another_python_than_the_tests_is_warned_of(job: Job) -> None:
     (job.tools / "python3").symlink_to("/bin/sh")
     assert f"python3 on PATH is {job.tools}/python3" in job.run("check", status=10)[0]

@@ -113,7 +113,7 @@ def time_passes(seconds: float) -> None:
 def changed(*statements: str) -> tuple[str, ...]:
     """The real program, after these statements about modules of it."""
     imports = """import sys, time
-from builder.cli import main as cli
+from builder.cli import invocation, main as cli
 from builder.engine import client as engine, connection, container, log_pump as logs
 from builder.run import container_executor"""
     return sys.executable, "-c", "\n".join([imports, *statements, "sys.exit(cli.main())"])

@@ -284,7 +284,7 @@ def far(cli: Cli, proxy: Proxy) -> Cli:
 def test_engine_socket_hanging_at_start_is_reported_in_time(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     proxy.hang = True
     aftermath.begins()
-    builder = far.start("warm", "--json", program=changed("cli.Engine = lambda url, _: engine.Engine(url, 3.0)"))
+    builder = far.start("warm", "--json", program=changed("invocation.Engine = lambda url, _: engine.Engine(url, 3.0)"))
     ended = builder.end()
     far.left_nothing()
     aftermath.clean()
@@ -303,7 +303,7 @@ def test_engine_socket_hanging_during_task_is_engine_lost(far: Cli, proxy: Proxy
         "--json",
         program=changed(
             f"{HURRIED}; connection.QUICK = 3.0",
-            "cli.Engine = lambda url, _: engine.Engine(url, 3.0)",
+            "invocation.Engine = lambda url, _: engine.Engine(url, 3.0)",
         ),
     )
     builder.says("line 20")
@@ -421,7 +421,7 @@ def ends_by_its_lease(cli: Cli, aftermath: Aftermath) -> None:
 )
 def test_silence_longer_than_client_timeout_is_no_failure(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("silent", "import time; time.sleep(3); print('line 0'); print('KERNELS READY')"))
-    builder = cli.start("warm", "--json", program=changed("cli.Engine = lambda url, _: engine.Engine(url, 1.0)"))
+    builder = cli.start("warm", "--json", program=changed("invocation.Engine = lambda url, _: engine.Engine(url, 1.0)"))
     builder.says("▸ command")
     aftermath.begins()
     aftermath.over(cli, builder, 0, warm=["silent"])

@@ -142,7 +142,7 @@ def test_several_errors_exit_status_is_engine_lost(machine: GpuCli, proxy: Proxy
     machine.gpus(gated("held", gpus=4), gated("lost", gpus=4), release_timeout="1s")
     machine.host = proxy.url
     hurried = "container.GIVE_UP = logs.GIVE_UP = connection.QUICK = 3.0"
-    slow = "cli.Engine = lambda url, _: engine.Engine(url, 3.0)"
+    slow = "invocation.Engine = lambda url, _: engine.Engine(url, 3.0)"
     running = machine.start("warm", "--json", program=changed(hurried, slow))
     for label in ("held", "lost"):
         running.says(f"│ {label}: at the gate")

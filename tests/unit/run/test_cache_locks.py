@@ -56,7 +56,7 @@ def taken(root: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def test_held_as_long_as_the_context_is(root: Path) -> None:
+def test_lock_held_as_long_as_the_context(root: Path) -> None:
     executor = Here(root)
     with executor.held():
         assert not is_free(root)
@@ -67,7 +67,7 @@ def test_held_as_long_as_the_context_is(root: Path) -> None:
     assert executor.said == []
 
 
-def test_who_waits_says_for_whom_and_gives_up_in_time(root: Path) -> None:
+def test_lock_in_use_names_its_holder_and_times_out(root: Path) -> None:
     executor = Here(root)
     with taken(root), pytest.raises(BusyError) as error, executor.held():
         pytest.fail("it was locked twice")
@@ -77,7 +77,7 @@ def test_who_waits_says_for_whom_and_gives_up_in_time(root: Path) -> None:
     assert "raise --lock-timeout" in error.value.message
 
 
-def test_who_waits_goes_on_when_it_is_free(root: Path) -> None:
+def test_lock_released_by_another_is_taken(root: Path) -> None:
     executor = Here(root, 20.0)
     with taken(root) as descriptor:
         threading.Timer(0.1, fcntl.flock, (descriptor, fcntl.LOCK_UN)).start()
@@ -85,7 +85,7 @@ def test_who_waits_goes_on_when_it_is_free(root: Path) -> None:
             assert len(executor.said) == 1
 
 
-def test_who_waits_can_be_interrupted(root: Path) -> None:
+def test_wait_for_a_lock_is_interrupted_by_a_signal(root: Path) -> None:
     executor = Here(root, 20.0)
     threading.Timer(0.1, executor.context.cancel.set, (signal.SIGINT,)).start()
     with taken(root), pytest.raises(Interrupted), executor.held():
@@ -93,7 +93,7 @@ def test_who_waits_can_be_interrupted(root: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["elsewhere", "without a file", "a directory"])
-def test_a_container_holds_it_where_the_file_cannot_be_opened(
+def test_lock_whose_file_cannot_be_opened_is_held_by_a_container(
     root: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[cache_locks.ContainerLock] = []
@@ -115,7 +115,7 @@ def test_a_container_holds_it_where_the_file_cannot_be_opened(
     assert (lock.mode, lock.owner_description, lock.lifetime) == ("lock", "another builder", None)
 
 
-def test_the_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> None:
+def test_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> None:
     listing = tmp_path / "locks.txt"
     with (root / cache_locks.RUN).open("rb") as file:
         status = os.fstat(file.fileno())

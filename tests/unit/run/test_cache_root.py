@@ -151,7 +151,7 @@ def files_below(root: Path) -> set[str]:
 # --- directly --------------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_of_this_machine_is_read_itself(make: Make, root: Path) -> None:
+def test_local_root_is_read_directly(make: Make, root: Path) -> None:
     engine = Elsewhere(root, local=True)
     cached = make(engine)
     assert cached.direct() == root
@@ -161,7 +161,7 @@ def test_a_directory_of_this_machine_is_read_itself(make: Make, root: Path) -> N
 
 
 @pytest.mark.parametrize("part", ["", "layout.json", "images", "markers", "triton", f"triton/{KEY}"])
-def test_where_a_part_is_closed_to_us_a_container_reads(
+def test_unreadable_part_is_read_through_a_container(
     make: Make, root: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access = os.access
@@ -175,7 +175,7 @@ def test_where_a_part_is_closed_to_us_a_container_reads(
     assert (engine.created, engine.here) == (1, {})
 
 
-def test_links_that_lead_nowhere_close_nothing(make: Make, root: Path) -> None:
+def test_dangling_links_do_not_count_as_unreadable(make: Make, root: Path) -> None:
     (root / "images").rmdir()
     (root / "images").symlink_to("/nowhere")
     (root / "deep_gemm").symlink_to("deep_gemm")
@@ -183,7 +183,7 @@ def test_links_that_lead_nowhere_close_nothing(make: Make, root: Path) -> None:
     assert make(Elsewhere(root, local=True)).direct() == root
 
 
-def test_a_directory_that_is_not_there_is_empty_and_asks_nobody(make: Make, tmp_path: Path) -> None:
+def test_missing_local_root_is_empty_without_a_request(make: Make, tmp_path: Path) -> None:
     engine = Elsewhere(tmp_path / "root", local=True)
     cached = make(engine)
     assert not cached.exists()
@@ -194,7 +194,7 @@ def test_a_directory_that_is_not_there_is_empty_and_asks_nobody(make: Make, tmp_
     assert (cached.exists(), cached.create(), cached.direct()) == (True, False, tmp_path / "root")
 
 
-def test_only_the_leaf_is_made(make: Make, tmp_path: Path) -> None:
+def test_create_makes_the_leaf_only(make: Make, tmp_path: Path) -> None:
     cached = make(Elsewhere(tmp_path, local=True), where=f'root = "{tmp_path}/no/such"')
     with pytest.raises(PreflightError, match="cannot make the cache root"):
         cached.create()
@@ -203,7 +203,7 @@ def test_only_the_leaf_is_made(make: Make, tmp_path: Path) -> None:
 # --- through the engine ----------------------------------------------------------------------------------------------
 
 
-def test_the_copy_has_what_markers_claim_and_goes_with_the_context(make: Make, root: Path) -> None:
+def test_copy_has_claimed_families_and_is_removed(make: Make, root: Path) -> None:
     engine = Elsewhere(root)
     with make(engine).view() as view:
         (spec,) = engine.here.values()
@@ -217,7 +217,7 @@ def test_the_copy_has_what_markers_claim_and_goes_with_the_context(make: Make, r
     assert [(mount.source, mount.target, mount.read_only) for mount in spec.mounts] == [(str(root), "/jit", True)]
 
 
-def test_the_copy_has_no_entries_but_those_that_are_asked_for(make: Make, root: Path) -> None:
+def test_copy_has_only_the_requested_keys(make: Make, root: Path) -> None:
     with make(Elsewhere(root)).view(entries=False) as view:
         assert not (view / "triton").exists()
     (claimed,) = [path.name for path in (root / "triton").iterdir() if path.is_dir() and path.name != "f" * 16]
@@ -227,14 +227,14 @@ def test_the_copy_has_no_entries_but_those_that_are_asked_for(make: Make, root: 
         assert not (view / "triton").exists()
 
 
-def test_the_copy_keeps_times(make: Make, root: Path) -> None:
+def test_copy_keeps_times(make: Make, root: Path) -> None:
     (marker,) = root.glob("markers/*/*.json")
     os.utime(marker, (1_700_000_000, 1_700_000_000))
     with make(Elsewhere(root)).view() as view:
         assert (view / marker.relative_to(root)).stat().st_mtime == 1_700_000_000
 
 
-def test_volumes(make: Make, root: Path) -> None:
+def test_volume_is_read_through_a_container(make: Make, root: Path) -> None:
     engine = Elsewhere(root, local=True)
     known = make(engine, where='volume = "known"')
     assert (known.exists(), known.name, known.direct()) == (True, "volume known", None)
@@ -246,7 +246,7 @@ def test_volumes(make: Make, root: Path) -> None:
     assert (unknown.exists(), unknown.create(), engine.created) == (False, False, 1)
 
 
-def test_a_directory_that_the_engines_host_has_not_is_empty(make: Make, root: Path) -> None:
+def test_missing_root_on_the_engines_host_is_empty(make: Make, root: Path) -> None:
     engine = Elsewhere(root)
     engine.refusal = EngineRefusedError(f"bind source path does not exist: {root}")
     with make(engine).view() as view:
@@ -256,7 +256,7 @@ def test_a_directory_that_the_engines_host_has_not_is_empty(make: Make, root: Pa
         pytest.fail("there is nothing to read")
 
 
-def test_what_is_odd_in_the_root_stays_out_of_the_copy(make: Make, root: Path) -> None:
+def test_links_and_devices_stay_out_of_the_copy(make: Make, root: Path) -> None:
     folder = next(root.glob("markers/*"))
     (folder / "link.json").symlink_to("/etc/passwd")
     (folder / "loop.json").symlink_to("loop.json")
@@ -285,7 +285,7 @@ def archive_of(*names: str) -> Callable[[str, str], Iterator[bytes]]:
     return archive
 
 
-def test_nothing_is_unpacked_outside_the_copy(
+def test_members_outside_the_copy_are_not_unpacked(
     make: Make, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Elsewhere(root)
@@ -298,9 +298,7 @@ def test_nothing_is_unpacked_outside_the_copy(
 
 
 @pytest.mark.parametrize("sent", [b"this is no archive" * 100, b"\x1f\x8b" + bytes(200)])
-def test_an_answer_that_is_no_archive_is_a_lost_engine(
-    make: Make, root: Path, sent: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_archive_is_a_lost_engine(make: Make, root: Path, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Elsewhere(root)
     monkeypatch.setattr(engine, "archive", lambda container, path: (part for part in [sent]))
     with pytest.raises(EngineLostError, match=r"the engine's archive of /jit/layout\.json"), make(engine).view():
@@ -308,14 +306,14 @@ def test_an_answer_that_is_no_archive_is_a_lost_engine(
     assert engine.here == {}
 
 
-def test_the_container_goes_whatever_happens(make: Make, root: Path) -> None:
+def test_reader_container_is_removed_on_every_exit(make: Make, root: Path) -> None:
     engine = Elsewhere(root)
     with pytest.raises(ZeroDivisionError), make(engine).view():
         raise ZeroDivisionError
     assert engine.here == {}
 
 
-def test_a_signal_during_the_creation_leaves_no_container(make: Make, root: Path) -> None:
+def test_signal_during_creation_leaves_no_container(make: Make, root: Path) -> None:
     engine, cancel = Elsewhere(root), Cancel()
     engine.on_create = lambda: cancel.set(signal.SIGINT)
     with pytest.raises(Interrupted), make(engine, cancel=cancel).view():
@@ -327,7 +325,7 @@ def test_a_signal_during_the_creation_leaves_no_container(make: Make, root: Path
 @pytest.mark.parametrize(
     ("error", "may_be_there"), [(EngineLostError("no answer"), True), (EngineRefusedError("no space"), False)]
 )
-def test_what_may_still_be_there_keeps_the_proof_that_nobody_wants_it(
+def test_unconfirmed_container_keeps_the_lease_file(
     make: Make, root: Path, where: str, error: BuilderError, may_be_there: bool
 ) -> None:
     engine, lease = Elsewhere(root), Held()
@@ -353,7 +351,7 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_a_store_of_this_machine_is_read_itself(make: Make, root: Path, store: Path) -> None:
+def test_local_store_is_read_directly(make: Make, root: Path, store: Path) -> None:
     engine = Elsewhere(root, local=True)
     with make(engine).store_view(["org/model"]) as view:
         assert view == store
@@ -361,9 +359,7 @@ def test_a_store_of_this_machine_is_read_itself(make: Make, root: Path, store: P
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_of_another_store_only_what_identifies_the_models_is_copied(
-    make: Make, root: Path, store: Path, link: bool
-) -> None:
+def test_remote_store_copy_has_refs_and_configs_only(make: Make, root: Path, store: Path, link: bool) -> None:
     config = store / "hub" / "models--org--model" / "snapshots" / "abc" / "config.json"
     if not link:
         config.unlink()

@@ -24,7 +24,7 @@ STRANGER = GpuProcess(88, 9 * GB, "python3", 6.0, THEIRS)
 
 
 class FakeExecutor:
-    """The GPUs and the context of an executor. `look` returns these in turn, and the last one from then on."""
+    """The GPUs and the context of an executor. `gpu_snapshot` returns these in turn, and the last one from then on."""
 
     def __init__(self, looks: Sequence[GpuSnapshot], *, allow_busy: bool = False, timeout: float = 0.0) -> None:
         self._looks = list(looks)
@@ -38,7 +38,7 @@ class FakeExecutor:
             report=SimpleNamespace(gpus=[{"uuid": "GPU-0", "free_again_seconds": None}], warnings=[], extra={}),
         )
 
-    def look(self) -> GpuSnapshot:
+    def gpu_snapshot(self) -> GpuSnapshot:
         return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
 
     def container_names(self) -> dict[str, str]:
@@ -62,17 +62,17 @@ def holding(*processes: GpuProcess, used: int | None = None) -> GpuUsage:
     return replace(IDLE, processes=processes, used=used or sum(process.memory or 0 for process in processes))
 
 
-def test_free_at_once() -> None:
+def test_idle_gpu_is_free_at_once() -> None:
     assert task(IDLE).said == ["GPUs free again after 0.0 s"]
 
 
-def test_free_after_a_while() -> None:
+def test_busy_gpu_is_free_after_a_while() -> None:
     executor = task(holding(SERVER), holding(SERVER), IDLE, timeout=20)
     assert executor.said[-1].startswith("GPUs free again after 0.")
     assert executor.context.report.gpus[0]["free_again_seconds"] > 0
 
 
-def test_a_server_that_stays_is_named_with_the_container_that_is_gone() -> None:
+def test_process_that_stays_is_named_with_its_removed_container() -> None:
     with pytest.raises(GpusHeldError) as error:
         task(holding(SERVER))
     wanted = "GPU 0 is held by pid 77 (sglang::scheduler_TP0, container warm-cache-1-run-model-tp8), with 70.0 GB more"
@@ -80,7 +80,7 @@ def test_a_server_that_stays_is_named_with_the_container_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize(("extra", "free"), [(TOLERANCE, True), (TOLERANCE + 1, False)])
-def test_memory_may_differ_a_little(extra: int, free: bool) -> None:
+def test_memory_within_the_tolerance_is_free(extra: int, free: bool) -> None:
     after = replace(IDLE, used=(IDLE.used or 0) + extra)
     if free:
         task(after)
@@ -89,51 +89,51 @@ def test_memory_may_differ_a_little(extra: int, free: bool) -> None:
         task(after)
 
 
-def test_where_processes_cannot_be_known_memory_decides() -> None:
+def test_unknown_processes_leave_memory_to_decide() -> None:
     hidden = replace(IDLE, processes=None)
     task(hidden, before=hidden)
     with pytest.raises(GpusHeldError):
         task(replace(hidden, used=70 * GB), before=hidden)
 
 
-def test_where_memory_cannot_be_known_processes_decide() -> None:
+def test_unknown_memory_leaves_processes_to_decide() -> None:
     blind = replace(IDLE, used=None)
     task(blind, before=blind)
     with pytest.raises(GpusHeldError, match="pid 77"):
         task(replace(blind, processes=(SERVER,)), before=blind)
 
 
-def test_who_was_there_before_is_not_blamed() -> None:
+def test_process_from_before_the_task_is_ignored() -> None:
     task(holding(STRANGER), before=holding(STRANGER), allow_busy=True)
 
 
-def test_another_process_of_the_same_pid_is_another_process() -> None:
+def test_reused_pid_is_another_process() -> None:
     with pytest.raises(GpusHeldError, match="pid 88"):
         task(holding(replace(STRANGER, started=9.0)), before=holding(STRANGER))
 
 
-def test_somebody_new_is_blamed_unless_that_is_allowed() -> None:
+def test_new_foreign_process_is_an_error_unless_busy_is_allowed() -> None:
     with pytest.raises(GpusHeldError, match="container ci-h200-2"):
         task(holding(STRANGER))
     task(holding(STRANGER), allow_busy=True)
 
 
 @pytest.mark.parametrize("ending", [SERVER, GpuProcess(77, 70 * GB)], ids=["it lives", "it is ending"])
-def test_what_is_ours_has_to_go_whatever_is_allowed(ending: GpuProcess) -> None:
+def test_own_process_that_stays_is_an_error_even_if_busy_is_allowed(ending: GpuProcess) -> None:
     with pytest.raises(GpusHeldError, match="pid 77"):
         task(holding(ending, STRANGER), before=holding(STRANGER), allow_busy=True)
 
 
-def test_a_driver_that_stops_answering_is_no_free_gpu() -> None:
+def test_driver_without_answer_is_not_free() -> None:
     with pytest.raises(GpusHeldError, match=r"GPU 0 does not answer \(NVML gave no answer for 20 s\)"):
         task(GpuSnapshot(absent="NVML gave no answer for 20 s"))
 
 
-def test_nothing_ran_and_nothing_is_waited_for() -> None:
+def test_task_without_a_container_waits_for_nothing() -> None:
     assert task(holding(STRANGER), ran=False).said == []
 
 
-def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
+def test_absent_driver_is_reported_once() -> None:
     absent = GpuSnapshot(absent="there is no NVML here (libnvidia-ml.so.1)")
     executor = FakeExecutor([absent])
     reservation = GpuReservation(executor)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_what_cannot_be_seen_is_not_waited_for_and_said_once() -> None:
     assert executor.context.report.extra["gpus_reason"] == absent.absent
 
 
-def test_a_task_beside_others_answers_for_its_own_gpus_alone() -> None:
+def test_concurrent_task_waits_for_its_own_gpus_alone() -> None:
     """Its neighbour has just begun, on the other GPU."""
     mine, other = replace(IDLE, index=4, uuid="GPU-4"), IDLE
     looks = [

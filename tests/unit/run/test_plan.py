@@ -40,14 +40,14 @@ def only(tasks: tuple[Task, ...], root: Path, **options: Any) -> tuple[Item, ...
     return make_plan(tasks, records, root=root, **{"store": None, **options}).items
 
 
-def test_only_what_changes_a_probe_asks_for_another_one() -> None:
+def test_probe_env_has_only_variables_that_change_a_probe() -> None:
     env = {"SGLANG_X": "1", "PATH": "/bin", "CUDA_HOME": "/cuda", "TINY_PLAY": "exit-3"}
     task = Task(label="a", model="a", recipe="command", env=env)
     assert probe_env(task) == (("CUDA_HOME", "/cuda"), ("PATH", "/bin"))
     assert probe_env(COMMAND) == ()
 
 
-def test_warm_and_cold_in_the_manifests_order(tmp_path: Path) -> None:
+def test_plan_keeps_the_manifests_order(tmp_path: Path) -> None:
     other = Task(label="other", model="org/other", recipe="command", argv=("false",), families=())
     publish(tmp_path, COMMAND)
     plan = make_plan((other, COMMAND), {(): record()}, root=tmp_path, store=None)
@@ -56,7 +56,7 @@ def test_warm_and_cold_in_the_manifests_order(tmp_path: Path) -> None:
     assert [item.judgement.reason for item in plan.items] == ["no-marker", ""]
 
 
-def test_every_task_is_judged_by_the_record_of_its_own_environment(tmp_path: Path) -> None:
+def test_task_is_judged_by_the_record_of_its_environment(tmp_path: Path) -> None:
     moved = Task(label="moved", model="org/moved", recipe="command", env={"CUDA_HOME": "/other"}, families=("triton",))
     plain = Task(label="plain", model="org/plain", recipe="command", families=("triton",))
     records = {(): record(), (("CUDA_HOME", "/other"),): record(triton="another")}
@@ -65,7 +65,7 @@ def test_every_task_is_judged_by_the_record_of_its_own_environment(tmp_path: Pat
     assert second.record["factors"]["triton"] == "another"
 
 
-def test_the_key_names_what_is_asked_for(tmp_path: Path) -> None:
+def test_key_changes_with_coverage_only(tmp_path: Path) -> None:
     changed = Task(label="command", model="org/command", recipe="command", argv=("false",), families=())
     later = Task(label="command", model="org/command", recipe="command", argv=("true",), families=(), timeout=5.0)
     keys = [item.key for item in only((COMMAND, changed, later), tmp_path)]
@@ -74,7 +74,7 @@ def test_the_key_names_what_is_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "markers" / f"command-{keys[0]}").is_dir()
 
 
-def test_the_digest_is_that_of_the_first_tasks_toolchain(tmp_path: Path) -> None:
+def test_digest_is_of_the_first_tasks_toolchain(tmp_path: Path) -> None:
     assert make_plan((), {}, root=tmp_path, store=None).digest == ""
     one = make_plan((COMMAND,), {(): record()}, root=tmp_path, store=None)
     other = make_plan((COMMAND,), {(): record(triton="another")}, root=tmp_path, store=None)
@@ -82,25 +82,25 @@ def test_the_digest_is_that_of_the_first_tasks_toolchain(tmp_path: Path) -> None
     assert one.digest != other.digest
 
 
-def test_a_model_without_a_store_is_one_tasks_problem(tmp_path: Path) -> None:
+def test_model_without_a_store_is_a_problem_of_its_task(tmp_path: Path) -> None:
     server, command = only((SERVER, COMMAND), tmp_path)
     assert server.config_problem == "no model store: set [models] store"
     assert command.config_problem is None
 
 
-def test_a_model_that_the_store_has_not_is_a_problem(tmp_path: Path) -> None:
+def test_model_missing_in_the_store_is_a_problem(tmp_path: Path) -> None:
     (item,) = only((SERVER,), tmp_path, store=tmp_path / "store")
     assert item.config_problem is not None
     assert "org/model is not in the store" in item.config_problem
 
 
-def test_a_model_in_the_image_needs_no_store(tmp_path: Path) -> None:
+def test_model_in_the_image_needs_no_store(tmp_path: Path) -> None:
     task = Task(label="m", model="/opt/model", recipe="serve")
     (item,) = only((task,), tmp_path)
     assert item.config_problem is None
 
 
-def test_a_model_in_the_store_is_known_by_its_config(tmp_path: Path) -> None:
+def test_model_in_the_store_is_identified_by_its_config(tmp_path: Path) -> None:
     home = tmp_path / "store" / "hub" / "models--org--model"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text("abc")
@@ -115,7 +115,7 @@ def test_a_model_in_the_store_is_known_by_its_config(tmp_path: Path) -> None:
     assert item.key != changed.key
 
 
-def test_strict_takes_no_weaker_proof(tmp_path: Path) -> None:
+def test_strict_judges_weaker_proof_cold(tmp_path: Path) -> None:
     publish(tmp_path, COMMAND)
     assert only((COMMAND,), tmp_path)[0].warm
     (item,) = only((COMMAND,), tmp_path, strict=True)

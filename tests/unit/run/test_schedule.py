@@ -42,7 +42,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_the_machine_is_used_well(mix: list[tuple[int, float]]) -> None:
+def test_schedule_of_common_mixes_is_near_the_lower_bound(mix: list[tuple[int, float]]) -> None:
     tasks = planned(*mix)
     schedule = best_schedule(tasks, EIGHT)
     check(schedule, EIGHT)
@@ -50,7 +50,7 @@ def test_the_machine_is_used_well(mix: list[tuple[int, float]]) -> None:
     assert schedule.seconds <= 1.15 * lower_bound(tasks, EIGHT)
 
 
-def test_any_mix_is_packed_rightly_and_never_badly() -> None:
+def test_schedule_of_any_mix_is_valid_and_repeatable() -> None:
     numbers = random.Random(7)  # the same mixes each time
     for _ in range(40):
         capacity = Capacity(tuple(range(numbers.choice([4, 8]))), numbers.randint(1, 3))
@@ -64,13 +64,13 @@ def test_any_mix_is_packed_rightly_and_never_badly() -> None:
         assert schedule == best_schedule(tasks, capacity), "the same each time"
 
 
-def test_longest_first_and_equals_in_their_order() -> None:
+def test_schedule_longest_first_equals_in_order() -> None:
     tasks = planned((8, 3), (8, 5), (8, 5), (8, 9))
     assert [start.task.name for start in best_schedule(tasks, EIGHT).starts] == ["t3", "t1", "t2", "t0"]
     assert [start.task.name for start in best_schedule(planned((8, 5), (8, 5)), EIGHT).starts] == ["t0", "t1"]
 
 
-def test_without_gpus_one_at_a_time_unless_more_are_allowed() -> None:
+def test_tasks_without_gpus_keep_to_the_slots() -> None:
     tasks = planned((0, 4), (0, 4), (0, 4))
     assert [start.at for start in best_schedule(tasks, Capacity()).starts] == [0, 4, 8]
     assert [start.at for start in best_schedule(tasks, Capacity(slots=2)).starts] == [0, 0, 4]
@@ -78,7 +78,7 @@ def test_without_gpus_one_at_a_time_unless_more_are_allowed() -> None:
     assert [start.at for start in best_schedule(beside, EIGHT).starts] == [0, 0], "a task without GPUs takes none"
 
 
-def test_what_runs_keeps_its_gpus_also_when_it_is_overdue() -> None:
+def test_overdue_task_keeps_its_gpus() -> None:
     running = [
         RunningTask(PlannedTask("long", 4, 10.0), (0, 1, 2, 3), -5.0),
         RunningTask(PlannedTask("other", 2, 10.0), (6, 7), 30.0),
@@ -89,12 +89,12 @@ def test_what_runs_keeps_its_gpus_also_when_it_is_overdue() -> None:
     assert schedule.seconds >= 30
 
 
-def test_gpus_are_those_that_the_manifest_names() -> None:
+def test_allocation_takes_named_gpus() -> None:
     schedule = best_schedule(planned((1, 5), (2, 5)), Capacity((4, 6, 7)))
     assert sorted(device for start in schedule.starts for device in start.devices) == [4, 6, 7]
 
 
-def test_in_too_little_time_as_many_as_possible_end() -> None:
+def test_limit_leaves_out_as_few_tasks_as_possible() -> None:
     tasks = planned((8, 50), (8, 20), (8, 15), (8, 10))
     schedule = best_schedule(tasks, EIGHT, limit=47)
     assert {start.task.name for start in schedule.starts} == {"t1", "t2", "t3"}
@@ -102,25 +102,25 @@ def test_in_too_little_time_as_many_as_possible_end() -> None:
     assert schedule.seconds == 45
 
 
-def test_what_is_not_known_is_tried() -> None:
+def test_unsure_task_starts_within_a_limit() -> None:
     tasks = [*planned((8, 20)), PlannedTask("unknown", 8, 1200.0)]
     schedule = best_schedule(tasks, EIGHT, limit=60)
     assert [start.task.name for start in schedule.starts] == ["t0", "unknown"]
 
 
-def test_a_wide_task_is_not_passed_by_for_ever() -> None:
+def test_wide_task_is_not_starved() -> None:
     """Small ones that fit beside each other would keep eight GPUs from ever being free together."""
     tasks = planned((8, 30), *[(1, 10.0)] * 16)
     assert best_schedule(tasks, EIGHT).seconds == 50 == lower_bound(tasks, EIGHT)
 
 
-def test_how_many_can_run_together() -> None:
+def test_width_counts_concurrent_tasks() -> None:
     assert EIGHT.width(planned((8, 1), (8, 1))) == 1
     assert EIGHT.width(planned((8, 1), (4, 1), (4, 1))) == 2
     assert EIGHT.width(planned((8, 1), (0, 1), (0, 1))) == 2
     assert Capacity(slots=3).width(planned((0, 1), (0, 1))) == 2
 
 
-def test_nothing_to_do_takes_no_time() -> None:
+def test_schedule_of_no_tasks_is_empty() -> None:
     assert simulate([], EIGHT) == Schedule((), 0.0) == best_schedule([], EIGHT)
     assert lower_bound([], Capacity()) == 0.0
