@@ -84,7 +84,8 @@ def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) ->
             yield problem.text.rstrip(".")
     else:
         for container in executor.engine.containers_with_gpus():
-            yield f"container {container.name} has GPUs, and which processes use them cannot be known ({snapshot.absent})"
+            use = f"which processes use them cannot be known ({snapshot.absent})"
+            yield f"container {container.name} has GPUs, and {use}"
     names = {gpu.uuid: f"GPU {gpu.index}" for gpu in snapshot.gpus}
     for item in items:
         names.update({str(gpu["uuid"]): f"GPU {gpu.get('index')}" for gpu in item.record["gpus"] if gpu.get("uuid")})
