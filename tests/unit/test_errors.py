@@ -14,7 +14,7 @@ def leaves(cls: type[errors.BuilderError] = errors.BuilderError) -> Iterator[typ
             yield from leaves(child)
 
 
-def test_every_way_to_fail_has_an_exit_status_of_its_own() -> None:
+def test_errors_have_unique_exit_statuses() -> None:
     statuses: dict[int, str] = {}
     for cls in leaves():
         if cls in (errors.ProblemsError, errors.EngineRefusedError, errors.EngineTimeoutError):
@@ -25,7 +25,7 @@ def test_every_way_to_fail_has_an_exit_status_of_its_own() -> None:
     assert errors.EngineRefusedError.exit_code == errors.EngineLostError.exit_code
 
 
-def test_the_tree_in_the_docstring_is_the_tree() -> None:
+def test_errors_docstring_tree_is_complete() -> None:
     assert errors.__doc__
     for cls in leaves():
         if cls is not errors.ProblemsError:

@@ -92,7 +92,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", named([path for path in ALONE if path != BUILDER / "__main__.py"]))
-def test_the_in_container_program_needs_only_the_standard_library(path: Path) -> None:
+def test_agent_and_cache_import_standard_library_only(path: Path) -> None:
     for name in imports(path):
         top = name.split(".")[0]
         assert top == "builder" or top in sys.stdlib_module_names, f"{path.name} imports {name}"
@@ -100,14 +100,14 @@ def test_the_in_container_program_needs_only_the_standard_library(path: Path) ->
 
 
 @pytest.mark.parametrize("path", named(MODULES))
-def test_modules_are_short(path: Path) -> None:
+def test_modules_are_below_the_line_limit(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     name = path.relative_to(BUILDER).as_posix()
     assert (lines > MOST_LINES) == (name in LONGER), f"{name} has {lines} lines"
 
 
 @pytest.mark.parametrize("path", named(MODULES))
-def test_third_party_packages_are_imported_by_few_modules_and_inside_functions(path: Path) -> None:
+def test_third_party_imports_are_listed_and_lazy(path: Path) -> None:
     """A copy of builder/ serves ``--here`` with the standard library alone."""
     ours = sys.stdlib_module_names | {"builder", "tomllib"}  # tomllib came with Python 3.11
     found = {name.split(".")[0] for name in imports(path)} - ours
@@ -118,7 +118,7 @@ def test_third_party_packages_are_imported_by_few_modules_and_inside_functions(p
     assert not eager, f"{path} imports {eager} when it is imported itself"
 
 
-def test_only_the_command_line_prints() -> None:
+def test_print_is_called_by_main_modules_only() -> None:
     printing = set()
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -133,13 +133,13 @@ def assert_decoded(line: bytes) -> None:
 @example(events.prefix(NONCE) + b'{"event":[]}')
 @example(events.prefix(NONCE) + b'{"event":{}}')
 @example(events.prefix(NONCE) + '{"event":"end"}'.encode("utf-16"))
-def test_any_line_is_an_event_or_log(line: bytes) -> None:
+def test_decode_any_line_is_event_or_log(line: bytes) -> None:
     assert_decoded(line)
 
 
 @FUZZ
 @given(any_event)
-def test_an_event_survives_its_line(event: events.Event) -> None:
+def test_event_round_trips(event: events.Event) -> None:
     line = line_of(event)
     assert line.count(b"\n") == 1
     assert events.decode(line, NONCE) == events.decode(line[:-1], NONCE) == event
@@ -187,7 +187,7 @@ def assert_job(text: str) -> None:
 @given(st.one_of(st.text(max_size=60), documents.flatmap(written).map(bytes.decode)))
 @example("")
 @example("[" * 100_000)
-def test_garbage_is_no_job(text: str) -> None:
+def test_job_garbage_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="WARM_CACHE_JOB does not hold a job") as caught:
         Job.from_json(text)
     assert harmless(str(caught.value))
@@ -202,17 +202,17 @@ def test_garbage_is_no_job(text: str) -> None:
 @example(JOB.to_json().replace("[4,8]", "[Infinity,8]"))
 @example(JOB.to_json().replace('"mode":"run"', '"mode":[]'))
 @example(JOB.to_json().replace('"mode":"run"', '"m\\u001b[31m":"run"'))
-def test_a_job_with_mistakes_is_refused_in_one_sentence_or_is_a_job(text: str) -> None:
+def test_job_mutated_is_refused_or_a_job(text: str) -> None:
     assert_job(text)
 
 
 @FUZZ
 @given(damaged(JOB.to_json().encode()))
-def test_a_job_with_damaged_bytes_is_refused_in_one_sentence_or_is_a_job(data: bytes) -> None:
+def test_job_damaged_bytes_are_refused_or_a_job(data: bytes) -> None:
     assert_job(data.decode("utf-8", "surrogateescape"))
 
 
-def test_a_job_cut_at_any_byte_is_refused() -> None:
+def test_job_cut_anywhere_is_refused() -> None:
     text = JOB.to_json()
     assert Job.from_json(text) == JOB
     for size in range(len(text)):
@@ -356,7 +356,7 @@ def counted(sent: Writes) -> Writes:
 @given(writes, sizes, st.booleans())
 @example([(1, b"\xef")], [1], False)
 @example([(2, b"\n\xef\xbf")], [1], False)
-def test_the_log_is_what_was_written_however_it_arrives(place: Path, sent: Writes, cuts: list[int], end: bool) -> None:
+def test_log_equals_written_for_any_chunks(place: Path, sent: Writes, cuts: list[int], end: bool) -> None:
     sent = counted(sent) if end else sent
     data = b"".join(frame(stream, payload) for stream, payload in sent)
     pump, found = drain(place, Wire(chunked(data, cuts), None), stored(sent))
@@ -373,7 +373,7 @@ def test_the_log_is_what_was_written_however_it_arrives(place: Path, sent: Write
 
 @FUZZ
 @given(writes, sizes, st.integers(0, 1 << 20), st.sampled_from([None, ConnectionResetError()]), st.booleans())
-def test_the_log_is_what_was_written_wherever_the_connection_breaks(
+def test_log_equals_written_for_any_break(
     place: Path, sent: Writes, cuts: list[int], cut: int, error: OSError | None, garbage: bool
 ) -> None:
     if any(len(line) > 16_000 for whole in streams(sent).values() for line in whole.split(b"\n")):
@@ -400,7 +400,7 @@ def test_the_log_is_what_was_written_wherever_the_connection_breaks(
     st.data(),
     st.sampled_from([None, EngineLostError("away"), NotFoundError("no such container"), BrokenFramesError("HTTP")]),
 )
-def test_no_damage_to_a_connection_stops_the_pump(
+def test_pump_survives_damaged_connection(
     place: Path, sent: Writes, cuts: list[int], data: st.DataObject, error: Exception | None
 ) -> None:
     raw = data.draw(damaged(b"".join(frame(stream, payload) for stream, payload in sent)))
@@ -414,7 +414,7 @@ def test_no_damage_to_a_connection_stops_the_pump(
 
 @FUZZ
 @given(st.lists(any_event.map(line_of) | lookalikes, max_size=6))
-def test_no_event_stops_the_pump(place: Path, lines: list[bytes]) -> None:
+def test_pump_survives_any_event(place: Path, lines: list[bytes]) -> None:
     sent = [(1, line) for line in lines]
     pump, found = drain(place, Wire([frame(*write) for write in sent], None), stored(sent))
     assert pump.problems == []
@@ -424,7 +424,7 @@ def test_no_event_stops_the_pump(place: Path, lines: list[bytes]) -> None:
 
 @FUZZ
 @given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc", b"d" * 9])).map(b"".join), sizes)
-def test_lines_are_the_same_however_they_arrive_and_little_is_held(data: bytes, cuts: list[int]) -> None:
+def test_lines_are_independent_of_chunks_and_bounded(data: bytes, cuts: list[int]) -> None:
     with mock.patch.object(log_sinks, "MAX_LINE", 8):
         lines, region = Lines(), b""
         for chunk in chunked(data, [min(size, 8) for size in cuts]):
@@ -469,7 +469,7 @@ def framed(chunks: Sequence[bytes]) -> tuple[list[tuple[int, bytes]], bool]:
     ),
     sizes,
 )
-def test_frames_are_the_same_however_they_arrive(data: bytes, cuts: list[int]) -> None:
+def test_frames_are_independent_of_chunks(data: bytes, cuts: list[int]) -> None:
     got, sound, between = demuxed(chunked(data, cuts))
     slow, slow_sound, slow_between = demuxed(chunked(data, [1]))
     assert (sound, between) == (slow_sound, slow_between)
@@ -483,7 +483,7 @@ def test_frames_are_the_same_however_they_arrive(data: bytes, cuts: list[int]) -
         assert b"".join(frame(*found) for found in whole) == data
 
 
-def test_a_frame_that_claims_to_be_endless_is_not_waited_for() -> None:
+def test_frame_claiming_huge_length_is_refused() -> None:
     for take in (Demux().pieces, lambda data: list(Demux().whole(data))):
         with pytest.raises(BrokenFramesError):
             take(struct.pack(">BxxxL", 1, 0xFFFFFFFF))
@@ -496,7 +496,7 @@ def test_a_frame_that_claims_to_be_endless_is_not_waited_for() -> None:
 @given(
     st.lists(st.one_of(texts, st.just("│ × –")), min_size=1), st.sampled_from(["ascii", "latin-1", "utf-8", "cp1252"])
 )
-def test_no_text_silences_the_display(said: list[str], encoding: str) -> None:
+def test_display_shows_after_any_text(said: list[str], encoding: str) -> None:
     raw = io.BytesIO()
     console = Console(io.TextIOWrapper(raw, encoding=encoding), terminal=False)
     for text in said:

@@ -52,7 +52,7 @@ thing-1.0.dist-info/RECORD,,
 """
 
 
-def test_pip_and_uv_installs_of_one_wheel_are_the_same(tmp_path: Path) -> None:
+def test_package_of_pip_and_uv_is_equal(tmp_path: Path) -> None:
     install(tmp_path / "pip", "thing", "1.0", PIP)
     install(tmp_path / "uv", "thing", "1.0", UV)
     assert identity(tmp_path / "pip") == identity(tmp_path / "uv")
@@ -60,13 +60,13 @@ def test_pip_and_uv_installs_of_one_wheel_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [("sha256=bb", "sha256=bc"), ("thing/__init__", "thing/__main__"), ("1.0", "1.1")])
-def test_other_content_or_version_is_another_package(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_package_of_other_content_or_version_differs(tmp_path: Path, change: tuple[str, str]) -> None:
     install(tmp_path / "a", "thing", "1.0", PIP)
     install(tmp_path / "b", "thing", "1.1" if change[0] == "1.0" else "1.0", PIP.replace(*change))
     assert identity(tmp_path / "a") != identity(tmp_path / "b")
 
 
-def test_absent_is_null_not_a_guess(tmp_path: Path) -> None:
+def test_package_absent_is_none(tmp_path: Path) -> None:
     assert identity(tmp_path) is None
     assert packages.identity(["a", "b"], None, [str(tmp_path / "nowhere")]) is None
 
@@ -80,18 +80,18 @@ def test_absent_is_null_not_a_guess(tmp_path: Path) -> None:
         ("_editable_impl_thing.pth,sha256=aa,1\n", None),
     ],
 )
-def test_an_editable_install_is_its_build(tmp_path: Path, rows: str, direct_url: Any) -> None:
+def test_package_editable_is_identified_by_build(tmp_path: Path, rows: str, direct_url: Any) -> None:
     install(tmp_path, "thing", "1.0", rows, direct_url=direct_url)
     assert identity(tmp_path, build="commit abc") == "1.0 editable, commit abc"
     assert identity(tmp_path, build=None) == "1.0 editable, build unknown"
 
 
-def test_without_a_record_the_build_is_all_there_is(tmp_path: Path) -> None:
+def test_package_without_record_is_identified_by_build(tmp_path: Path) -> None:
     install(tmp_path, "thing", "1.0")
     assert identity(tmp_path, build="image x") == "1.0 without RECORD, image x"
 
 
-def test_a_pth_of_a_wheel_is_no_editable_install(tmp_path: Path) -> None:
+def test_package_with_pth_in_wheel_is_not_editable(tmp_path: Path) -> None:
     # nvidia-cutlass-dsl 4.8.0 holds nothing but such a file; its compiler is in the libs.
     install(tmp_path, "nvidia-cutlass-dsl", "4.8.0", "nvidia_cutlass_dsl_packages.pth,sha256=zH,116\n")
     install(tmp_path, "nvidia-cutlass-dsl-libs-base", "4.8.0", "nvidia_cutlass_dsl/a.so,sha256=aa,1\n")
@@ -106,12 +106,12 @@ def test_a_pth_of_a_wheel_is_no_editable_install(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "garbage", ['"', "\0\0", "a", ",,,\n,,", "é\udcff".encode("utf-8", "surrogateescape").decode("latin-1")]
 )
-def test_a_garbage_record_is_no_crash(tmp_path: Path, garbage: str) -> None:
+def test_package_with_garbage_record_never_raises(tmp_path: Path, garbage: str) -> None:
     install(tmp_path, "thing", "1.0", garbage, direct_url="[[not json")
     assert (identity(tmp_path) or "").startswith("1.0 ")
 
 
-def test_a_distribution_without_metadata_is_absent(tmp_path: Path) -> None:
+def test_package_without_metadata_is_absent(tmp_path: Path) -> None:
     install(tmp_path, "thing", "1.0", PIP, metadata=False)
     assert identity(tmp_path) is None
 
@@ -132,7 +132,7 @@ OLD = "deep_gemm/__init__.py,sha256=aa,1\n"
         ("sgl-kernel", "0.3.9", OLD, "jit"),
     ],
 )
-def test_deep_gemm_and_its_format(tmp_path: Path, name: str, version: str, rows: str, form: str) -> None:
+def test_deep_gemm_package_and_format(tmp_path: Path, name: str, version: str, rows: str, form: str) -> None:
     install(tmp_path, name, version, rows)
     found = packages.deep_gemm(None, [str(tmp_path)])
     assert found["deep_gemm_format"] == form
@@ -141,18 +141,18 @@ def test_deep_gemm_and_its_format(tmp_path: Path, name: str, version: str, rows:
     assert found["deep_gemm_path"] == (f"{tmp_path}/deep_gemm" if form == "jit" else None)
 
 
-def test_a_kernel_package_without_deep_gemm_is_not_deep_gemm(tmp_path: Path) -> None:
+def test_deep_gemm_absent_in_kernel_package(tmp_path: Path) -> None:
     install(tmp_path, "sgl-kernel", "0.4.0", "sgl_kernel/__init__.py,sha256=aa,1\n")
     assert set(packages.deep_gemm(None, [str(tmp_path)]).values()) == {None}
 
 
-def test_the_own_wheel_wins(tmp_path: Path) -> None:
+def test_deep_gemm_own_wheel_wins(tmp_path: Path) -> None:
     install(tmp_path, "sgl-kernel", "0.3.9", OLD)
     install(tmp_path, "sgl-deep-gemm", "0.2.5", NEW)
     assert (packages.deep_gemm(None, [str(tmp_path)])["deep_gemm"] or "").startswith("0.2.5 ")
 
 
-def test_the_commit_of_a_vcs_install(tmp_path: Path) -> None:
+def test_commit_of_vcs_install_is_read(tmp_path: Path) -> None:
     install(
         tmp_path, "sglang", "0.5.24", OLD, direct_url={"url": "x", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}
     )
@@ -200,7 +200,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, library: FakeCuda | None) -> dict[str,
     return gpu_probe.facts()
 
 
-def test_gpu_facts_from_libcuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_facts_are_read_from_libcuda(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpus(monkeypatch, FakeCuda())
     assert [gpu["index"] for gpu in found["gpus"]] == [0, 1]
     assert found["gpus"][0] == {
@@ -225,7 +225,7 @@ def test_gpu_facts_from_libcuda(monkeypatch: pytest.MonkeyPatch) -> None:
         (FakeCuda(without=("cuDeviceGetCount",)), 0, "cuDeviceGetCount: status None"),
     ],
 )
-def test_no_gpu_in_all_its_forms(
+def test_gpu_absent_in_every_form(
     monkeypatch: pytest.MonkeyPatch, library: FakeCuda | None, count: int, problem: str | None
 ) -> None:
     found = gpus(monkeypatch, library)
@@ -233,7 +233,7 @@ def test_no_gpu_in_all_its_forms(
     assert found["problems"] == ([] if problem is None else [problem])
 
 
-def test_a_stub_that_answers_nothing_is_absent_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_stub_without_answers_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = FakeCuda(
         count=1, without=("cuDeviceGetName", "cuDeviceGetUuid", "cuDeviceTotalMem_v2", "cuDeviceGetAttribute")
     )
@@ -243,7 +243,7 @@ def test_a_stub_that_answers_nothing_is_absent_facts(monkeypatch: pytest.MonkeyP
     )
 
 
-def test_the_driver_from_the_kernel_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_driver_version_is_read_from_kernel_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     published = tmp_path / "version"
     published.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version: gcc 12.2.0\n"

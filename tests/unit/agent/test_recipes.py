@@ -39,7 +39,7 @@ def watch(evidence: str | None = None) -> Watch:
 
 
 @pytest.mark.parametrize(("name", "line"), CRASH_LINES.items(), ids=CRASH_LINES)
-def test_every_crash_line_is_known(name: str, line: bytes) -> None:
+def test_crash_lines_are_recognised(name: str, line: bytes) -> None:
     seen = watch()
     seen.lines(b"first\n" + STAMP + line + b"\nlast\n")
     assert seen.crash is not None
@@ -47,7 +47,7 @@ def test_every_crash_line_is_known(name: str, line: bytes) -> None:
     assert line.decode()[:60] in seen.crash.line
 
 
-def test_no_crash_row_is_without_a_line_here() -> None:
+def test_crash_rows_all_have_an_example() -> None:
     assert len(CRASH_LINES) == len(recipes.CRASHES)
 
 
@@ -60,13 +60,13 @@ def test_no_crash_row_is_without_a_line_here() -> None:
         b"DeepGEMM Kernels compilation finished successfully.",
     ],
 )
-def test_symptoms_and_near_misses_are_no_crash(line: bytes) -> None:
+def test_crash_near_misses_are_no_crash(line: bytes) -> None:
     seen = watch()
     seen.lines(STAMP + line + b"\n")
     assert seen.crash is None
 
 
-def test_a_crash_is_named_by_its_exception_and_the_first_one_counts() -> None:
+def test_crash_is_named_by_first_exception() -> None:
     seen = watch()
     seen.lines(
         STAMP
@@ -77,7 +77,7 @@ def test_a_crash_is_named_by_its_exception_and_the_first_one_counts() -> None:
 
 
 @pytest.mark.parametrize("separate", [True, False])
-def test_after_the_evidence_a_crash_line_is_log(separate: bool) -> None:
+def test_crash_line_after_evidence_is_log(separate: bool) -> None:
     seen = watch("KERNELS READY")
     lines = [b"KERNELS READY\n", CRASH_LINES["SIGQUIT received"] + b"\n"]
     for text in lines if separate else [b"".join(lines)]:
@@ -87,7 +87,7 @@ def test_after_the_evidence_a_crash_line_is_log(separate: bool) -> None:
 
 
 @pytest.mark.parametrize("separate", [True, False])
-def test_before_the_evidence_it_is_a_crash(separate: bool) -> None:
+def test_crash_line_before_evidence_is_crash(separate: bool) -> None:
     seen = watch("KERNELS READY")
     lines = [CRASH_LINES["SIGQUIT received"] + b"\n", b"KERNELS READY\n"]
     for text in lines if separate else [b"".join(lines)]:
@@ -96,7 +96,7 @@ def test_before_the_evidence_it_is_a_crash(separate: bool) -> None:
     assert seen.crash is not None
 
 
-def test_evidence_is_a_matter_of_one_line() -> None:
+def test_evidence_must_be_on_one_line() -> None:
     seen = watch(r"KERNELS\s+READY$")
     seen.lines(b"KERNELS\nREADY\n")
     assert not seen.succeeded
@@ -104,7 +104,7 @@ def test_evidence_is_a_matter_of_one_line() -> None:
     assert seen.succeeded
 
 
-def test_shapes_and_their_totals_come_from_bars_with_carriage_returns() -> None:
+def test_shapes_are_read_from_bars_with_carriage_returns() -> None:
     seen = watch()
     seen.lines(
         STAMP + b"Try DeepGEMM JIT Compiling for <GEMM_NT_F8F8BF16> N=4096, K=7168, num_groups=1 with all Ms. It only\n"
@@ -128,13 +128,13 @@ def test_shapes_and_their_totals_come_from_bars_with_carriage_returns() -> None:
         b"server_args=ServerArgs(model_path='m', chunked_prefill_size=1024, x=1)",
     ],
 )
-def test_the_chunked_prefill_size_is_read_in_both_wordings(line: bytes) -> None:
+def test_chunked_prefill_size_is_read_in_both_wordings(line: bytes) -> None:
     seen = watch()
     seen.lines(STAMP + line + b"\n")
     assert seen.chunked_prefill_size == 1024
 
 
-def test_less_memory_than_needed_is_noticed() -> None:
+def test_reduced_max_m_is_noticed() -> None:
     seen = watch()
     seen.lines(
         STAMP
@@ -143,7 +143,7 @@ def test_less_memory_than_needed_is_noticed() -> None:
     assert seen.reduced
 
 
-def test_a_megabyte_of_flood_hides_nothing_that_counts() -> None:
+def test_log_flood_hides_no_evidence() -> None:
     noise = b"flood " * 20_000 + b"\n"
     seen = watch()
     seen.lines(
@@ -172,7 +172,7 @@ def test_a_megabyte_of_flood_hides_nothing_that_counts() -> None:
         ("<html>", False),
     ],
 )
-def test_tokens_must_come_back_from_every_rank(answer: str, tokens: bool) -> None:
+def test_server_without_tokens_of_a_rank_is_failed(answer: str, tokens: bool) -> None:
     assert _tokens(answer) is tokens
 
 
@@ -185,7 +185,7 @@ def compile_utils(update: Callable[..., None]) -> Any:
     return module
 
 
-def test_sglang_makes_the_list_of_ms_in_its_new_signature() -> None:
+def test_m_list_of_new_sglang_signature() -> None:
     def update(gpu_id: int) -> None:
         assert module.get_device().base_gpu_id == gpu_id
         module._BUILTIN_M_LIST = [module.get_schedule().chunked_prefill_size]
@@ -194,7 +194,7 @@ def test_sglang_makes_the_list_of_ms_in_its_new_signature() -> None:
     assert shape_worker.builtin_m_list(module, 4096) == [4096]
 
 
-def test_sglang_makes_the_list_of_ms_in_its_old_signature() -> None:
+def test_m_list_of_old_sglang_signature() -> None:
     def update(gpu_id: int, server_args: Any) -> None:
         assert server_args.base_gpu_id == gpu_id
         module._BUILTIN_M_LIST = [server_args.chunked_prefill_size]
@@ -203,7 +203,7 @@ def test_sglang_makes_the_list_of_ms_in_its_old_signature() -> None:
     assert shape_worker.builtin_m_list(module, 2048) == [2048]
 
 
-def test_a_sweep_needs_no_lock_where_sglang_has_none() -> None:
+def test_shape_sweep_of_old_sglang_takes_no_lock() -> None:
     swept: list[dict[str, Any]] = []
     module = types.SimpleNamespace(
         DeepGemmKernelType={"GEMM_NT_F8F8BF16": 5}, _compile_deep_gemm_one_type_all=lambda **what: swept.append(what)
@@ -212,7 +212,7 @@ def test_a_sweep_needs_no_lock_where_sglang_has_none() -> None:
     assert swept == [{"kernel_type": 5, "n": 1, "k": 2, "num_groups": 3, "m_list": [1, 64]}]
 
 
-def test_a_shape_that_fails_says_why_in_one_line() -> None:
+def test_failing_shape_reports_one_line() -> None:
     def fail(**_: Any) -> None:
         raise RuntimeError("nvcc is gone\nand more")
 

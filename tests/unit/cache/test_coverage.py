@@ -14,12 +14,12 @@ from builder.task import Shape
 from tests.unit.cache.test_markers import CONFIG, TASK, record
 
 
-def test_a_commands_argv_is_taken_as_it_is() -> None:
+def test_coverage_keeps_argv_of_command() -> None:
     command = dataclasses.replace(TASK, recipe="command", argv=("b", "--x=1", "--a"))
     assert coverage.coverage(command, record=record(), config_digest=None)["argv"] == ["b", "--x=1", "--a"]
 
 
-def test_settings_count_only_for_the_recipe_that_reads_them() -> None:
+def test_coverage_holds_settings_of_its_recipe_only() -> None:
     def digest(recipe: str, **change: Any) -> str:
         task = dataclasses.replace(TASK, recipe=recipe, **change)
         return coverage.coverage_digest(coverage.coverage(task, record=record(), config_digest=CONFIG))
@@ -35,7 +35,7 @@ def test_settings_count_only_for_the_recipe_that_reads_them() -> None:
 
 
 @pytest.mark.parametrize("model", ["/opt/model", "/proc/self/mem", "/", ".", "../../x", "./x"])
-def test_a_model_in_the_image_is_identified_by_the_image(tmp_path: Path, model: str) -> None:
+def test_coverage_of_model_in_image_names_the_image(tmp_path: Path, model: str) -> None:
     assert model_store.config_digest(tmp_path, model, None) == (None, None)
     task = dataclasses.replace(TASK, model=model)
 
@@ -45,7 +45,7 @@ def test_a_model_in_the_image_is_identified_by_the_image(tmp_path: Path, model: 
     assert config(record(image="a")) == config(record(image="a")) != config(record(image="b"))
 
 
-def test_long_values_are_shown_where_they_differ() -> None:
+def test_long_values_are_cut_around_their_difference() -> None:
     was, now = coverage.brief("x" * 500 + "8" + "y" * 500, "x" * 500 + "4" + "y" * 500)
     assert len(was) == len(now) == 102
     assert "x8y" in was

@@ -25,7 +25,7 @@ NAMES = [
 ]
 
 
-def test_every_family_of_the_design_once() -> None:
+def test_families_are_listed_once() -> None:
     assert [family.name for family in FAMILIES] == NAMES
     assert set(FAMILY) == set(NAMES)
 
@@ -53,33 +53,33 @@ def test_environment_covers_old_and_new_sglang() -> None:
     }
 
 
-def test_families_without_a_key_are_left_alone() -> None:
+def test_environment_leaves_families_without_key_alone() -> None:
     assert environment("/jit", {"triton": "a" * 16}) == {"TRITON_CACHE_DIR": f"/jit/triton/{'a' * 16}"}
     assert directory("/jit", "triton", "k") == "/jit/triton/k"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
-def test_image_bound_exactly_where_not_shared(family: Family) -> None:
+def test_image_factor_only_in_unshared_families(family: Family) -> None:
     assert family.shared != ("image" in family.factors)
     assert len(set(family.factors)) == len(family.factors) > 0
     assert re.fullmatch("[a-z_]+", family.name)
     assert family.layout in ("deep_gemm", "triton", "files")
 
 
-def test_what_the_driver_manages_is_never_claimed() -> None:
+def test_driver_cache_is_never_claimed() -> None:
     assert [family.name for family in FAMILIES if not family.claimable] == ["cuda"]
 
 
-def test_host_binaries_depend_on_the_host_abi() -> None:
+def test_families_with_host_binaries_have_host_abi_factor() -> None:
     for name in set(NAMES) - {"deep_gemm", "deep_ep", "sglang_cache", "cuda"}:
         assert set(HOST_ABI) <= set(FAMILY[name].factors), name
 
 
-def test_the_mount_path_counts_where_files_hold_absolute_paths() -> None:
+def test_families_with_absolute_paths_have_mount_factor() -> None:
     assert "mount" in FAMILY["triton"].factors
     assert "mount" not in FAMILY["deep_gemm"].factors
 
 
-def test_package_factors_are_used() -> None:
+def test_package_factors_are_used_by_a_family() -> None:
     used = {factor for family in FAMILIES for factor in family.factors}
     assert set(PACKAGES) <= used

@@ -50,7 +50,7 @@ def held(place: Path) -> dict[str, str]:
     }
 
 
-def test_a_generation_is_a_root_of_its_own_with_every_valid_entry(root: Path) -> None:
+def test_generation_is_a_root_with_every_valid_entry(root: Path) -> None:
     (root / "deep_gemm" / KEY / "tmp" / "1").mkdir(parents=True)
     (root / "deep_gemm" / KEY / "tmp" / "1" / "kernel.cu").write_text("half")
     (deep_gemm_entry(root / "deep_gemm" / KEY, "cache/bad.1") / "kernel.cubin").write_bytes(b"")
@@ -69,7 +69,7 @@ def test_a_generation_is_a_root_of_its_own_with_every_valid_entry(root: Path) ->
     assert layout.prepare(place) == layout.prepare(root)
 
 
-def test_nothing_new_is_no_new_generation(root: Path) -> None:
+def test_publish_without_change_makes_no_generation(root: Path) -> None:
     first = published(root)
     os.utime(root / "deep_gemm" / KEY / NAME / ".committed")  # a hit
     assert published(root) == first
@@ -83,7 +83,7 @@ def test_nothing_new_is_no_new_generation(root: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
-def test_what_is_written_in_place_afterwards_changes_no_generation(root: Path, family: str) -> None:
+def test_generation_is_unchanged_by_later_writes(root: Path, family: str) -> None:
     place = published(root)
     before = held(place)
     for path in (root / family / KEY).rglob("*"):
@@ -98,7 +98,7 @@ def test_what_is_written_in_place_afterwards_changes_no_generation(root: Path, f
     assert held(place) == before
 
 
-def test_unchanged_files_are_kept_once(root: Path) -> None:
+def test_generation_links_unchanged_files(root: Path) -> None:
     first = published(root)
     deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
     second = published(root)
@@ -110,7 +110,7 @@ def test_unchanged_files_are_kept_once(root: Path) -> None:
     assert copies[0].stat().st_mtime_ns == copies[1].stat().st_mtime_ns, "ninja compares times"
 
 
-def test_a_family_that_is_being_written_in_place_is_taken_from_the_newest_generation_or_left_out(root: Path) -> None:
+def test_publish_with_family_in_progress_uses_newest_generation(root: Path) -> None:
     with (
         layout.family_lock(root, "quack", KEY).open("w") as lock,
         layout.family_lock(root, "triton", KEY).open("w") as two,
@@ -131,7 +131,7 @@ def test_a_family_that_is_being_written_in_place_is_taken_from_the_newest_genera
     assert place != whole and (place / one).stat().st_ino == (whole / one).stat().st_ino
 
 
-def test_what_a_killed_process_was_making_is_never_a_generation(root: Path) -> None:
+def test_unfinished_generation_is_none(root: Path) -> None:
     half = generations.home(root) / ".0123456789abcdef.77.tmp"
     half.mkdir(parents=True)
     (half / "layout.json").write_text("{}")
@@ -147,7 +147,7 @@ def test_what_a_killed_process_was_making_is_never_a_generation(root: Path) -> N
     assert list(generations.home(root).iterdir()) == []
 
 
-def test_nothing_that_a_view_has_below_it_may_be_removed(root: Path) -> None:
+def test_generation_below_a_view_is_kept(root: Path) -> None:
     place = published(root)
     deep_gemm_entry(root / "deep_gemm" / ("f" * 16))
     later = time.time() + 7 * HOUR
@@ -184,7 +184,7 @@ class Free:
         return
 
 
-def test_whoever_wants_room_forgets_every_generation_that_no_view_has(root: Path) -> None:
+def test_generations_without_view_are_removed_for_room(root: Path) -> None:
     used = published(root)
     deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
     published(root)
@@ -203,7 +203,7 @@ def test_whoever_wants_room_forgets_every_generation_that_no_view_has(root: Path
     assert inventory.scan(FAMILY["deep_gemm"], root / "deep_gemm" / KEY).valid
 
 
-def test_a_generation_is_no_use_of_what_it_names(root: Path) -> None:
+def test_generation_does_not_count_as_use(root: Path) -> None:
     """Neither when it is made nor when it goes: what has been idle for long may go right after."""
     entry = root / "triton" / KEY
     published(root)

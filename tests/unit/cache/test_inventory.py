@@ -100,7 +100,7 @@ def problem(family: Family, directory: Path, name: str) -> str | None:
 
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_elf_is_as_long_as_its_tables_say(tmp_path: Path, wide: bool, order: str) -> None:
+def test_elf_shorter_or_longer_than_its_tables(tmp_path: Path, wide: bool, order: str) -> None:
     path = tmp_path / "kernel.cubin"
     data = elf(1024, wide=wide, order=order, nobits=1 << 30)
     path.write_bytes(data)
@@ -110,7 +110,7 @@ def test_elf_is_as_long_as_its_tables_say(tmp_path: Path, wide: bool, order: str
         assert (elf_problem(str(path), path.name) or "").startswith("kernel.cubin is "), size
 
 
-def test_elf_problems_say_what_is_wrong(tmp_path: Path) -> None:
+def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     path, data = tmp_path / "kernel.cubin", elf(32768)
     assert elf_problem(str(path), path.name) == "kernel.cubin is missing"
     expected = {
@@ -131,9 +131,7 @@ def test_elf_problems_say_what_is_wrong(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 255)), min_size=1, max_size=8))
-def test_a_damaged_elf_file_never_raises(
-    tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]
-) -> None:
+def test_elf_damaged_never_raises(tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]) -> None:
     data = bytearray(elf(1024))
     for at, value in flips:
         data[at if at < 64 else 1024 - at % 248 - 1] = value
@@ -146,7 +144,7 @@ def test_a_damaged_elf_file_never_raises(
 # DeepGEMM
 
 
-def test_a_deep_gemm_entry(tmp_path: Path) -> None:
+def test_deep_gemm_entry_is_valid(tmp_path: Path) -> None:
     entry = deep_gemm_entry(tmp_path)
     os.utime(entry / ".committed", ns=(5, 1234567891))
     found = inventory.scan(DEEP_GEMM, tmp_path)
@@ -156,7 +154,7 @@ def test_a_deep_gemm_entry(tmp_path: Path) -> None:
     assert problem(DEEP_GEMM, tmp_path, NAME) is None
 
 
-def test_the_old_format_has_no_stamp(tmp_path: Path) -> None:
+def test_deep_gemm_old_format_needs_no_stamp(tmp_path: Path) -> None:
     name = f"cache/kernel.fp8_gemm.{HASH}"
     entry = deep_gemm_entry(tmp_path, name, old=True)
     assert inventory.scan(DEEP_GEMM, tmp_path).entries[name].used_ns == 0
@@ -229,18 +227,18 @@ def _bind(path: Path) -> None:
         (_replace(".committed", lambda path: path.mkdir()), "no .committed"),
     ],
 )
-def test_each_damage_of_a_deep_gemm_entry_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
+def test_deep_gemm_damage_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
     damage(deep_gemm_entry(tmp_path))
     assert problem(DEEP_GEMM, tmp_path, NAME) == text
     assert inventory.scan(DEEP_GEMM, tmp_path).invalid == {NAME: text}
 
 
-def test_a_socket_in_an_entry(tmp_path: Path) -> None:
+def test_deep_gemm_socket_in_entry_is_invalid(tmp_path: Path) -> None:
     _replace("kernel.cubin", _bind)(deep_gemm_entry(tmp_path))
     assert (problem(DEEP_GEMM, tmp_path, NAME) or "").startswith("kernel.cubin is unreadable: ")
 
 
-def test_what_lies_beside_the_entries_is_none(tmp_path: Path) -> None:
+def test_scan_ignores_files_beside_entries(tmp_path: Path) -> None:
     deep_gemm_entry(tmp_path)
     (tmp_path / "tmp" / "uuid").mkdir(parents=True)
     (tmp_path / "locks").mkdir()
@@ -252,7 +250,7 @@ def test_what_lies_beside_the_entries_is_none(tmp_path: Path) -> None:
     assert set(inventory.scan(DEEP_GEMM, tmp_path).entries) == {NAME}
 
 
-def test_checking_500_entries_reads_little(tmp_path: Path) -> None:
+def test_check_of_500_entries_reads_little(tmp_path: Path) -> None:
     cubin = elf(1 << 20)
     entry = deep_gemm_entry(tmp_path)
     (entry / "kernel.cubin").write_bytes(cubin)
@@ -284,7 +282,7 @@ def test_checking_500_entries_reads_little(tmp_path: Path) -> None:
         "cache/\0",
     ],
 )
-def test_a_marker_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
+def test_check_refuses_names_outside_the_directory(tmp_path: Path, name: str) -> None:
     deep_gemm_entry(tmp_path)
     assert inventory.check(DEEP_GEMM, tmp_path, name) == "not a name of an entry"
     if name not in ("cache", "a/b", "cache/a/b"):
@@ -293,13 +291,13 @@ def test_a_marker_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(name=st.text(max_size=300), family=st.sampled_from(FAMILIES))
-def test_any_name_is_answered(tmp_path_factory: pytest.TempPathFactory, name: str, family: Family) -> None:
+def test_check_answers_any_name(tmp_path_factory: pytest.TempPathFactory, name: str, family: Family) -> None:
     assert inventory.check(family, tmp_path_factory.getbasetemp() / "nowhere", name) is not None
     assert inventory.check(family, tmp_path_factory.getbasetemp() / "nowhere", f"cache/{name}") is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
-def test_a_missing_directory_is_an_empty_inventory(tmp_path: Path, family: Family) -> None:
+def test_scan_of_missing_directory_is_empty(tmp_path: Path, family: Family) -> None:
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     for name in ("gone", "file", "fifo"):
@@ -310,13 +308,13 @@ def test_a_missing_directory_is_an_empty_inventory(tmp_path: Path, family: Famil
 # Triton
 
 
-def test_a_triton_entry(tmp_path: Path) -> None:
+def test_triton_entry_is_valid(tmp_path: Path) -> None:
     triton_entry(tmp_path)
     assert inventory.scan(TRITON, tmp_path).valid == {KEY}
     assert problem(TRITON, tmp_path, KEY) is None
 
 
-def test_triton_paths_are_those_of_the_mount(tmp_path: Path) -> None:
+def test_triton_paths_are_compared_with_the_mount(tmp_path: Path) -> None:
     directory = tmp_path / "triton" / "0123456789abcdef"
     triton_entry(directory, place=f"/jit/triton/0123456789abcdef/{KEY}")
     # From the host, or through the engine, the root lies elsewhere than where the container has it.
@@ -326,7 +324,7 @@ def test_triton_paths_are_those_of_the_mount(tmp_path: Path) -> None:
     assert inventory.scan(TRITON, directory, mount="/cache").valid == frozenset()
 
 
-def test_a_relocated_triton_cache_is_named(tmp_path: Path) -> None:
+def test_triton_relocated_group_is_named(tmp_path: Path) -> None:
     directory = tmp_path / "triton" / "0123456789abcdef"
     triton_entry(directory, place=f"/root/.triton/cache/{KEY}")
     found = problem(TRITON, directory, KEY)
@@ -353,12 +351,12 @@ def test_a_relocated_triton_cache_is_named(tmp_path: Path) -> None:
         (_write("launcher.so", b"\x7fELF"), "launcher.so is cut: 4 bytes, less than an ELF header"),
     ],
 )
-def test_each_damage_of_a_triton_entry_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
+def test_triton_damage_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
     damage(triton_entry(tmp_path))
     assert problem(TRITON, tmp_path, KEY) == text
 
 
-def test_launchers_and_autotune_results_need_no_group(tmp_path: Path) -> None:
+def test_triton_launcher_needs_no_group(tmp_path: Path) -> None:
     for name, file, data in (("LAUNCHER", "__triton_launcher.so", elf()), ("TUNED", "mm.autotune.json", b"{}")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_bytes(data)
@@ -367,7 +365,7 @@ def test_launchers_and_autotune_results_need_no_group(tmp_path: Path) -> None:
     assert set(inventory.scan(TRITON, tmp_path).invalid) == {"LAUNCHER"}
 
 
-def test_a_triton_key_in_progress_is_no_entry(tmp_path: Path) -> None:
+def test_triton_key_in_progress_is_no_entry(tmp_path: Path) -> None:
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BEGUN" / "tmp.pid_7_abc").mkdir(parents=True)
     (tmp_path / "BEGUN" / "tmp.pid_7_abc" / "mm.ttir").touch()
@@ -378,7 +376,7 @@ def test_a_triton_key_in_progress_is_no_entry(tmp_path: Path) -> None:
 # Plain files
 
 
-def test_files_that_are_entries_and_files_that_are_not(tmp_path: Path) -> None:
+def test_scan_tells_entries_from_other_files(tmp_path: Path) -> None:
     good = {"fxgraph/ab/abcd": b"x", "ab/mod.py": b"x", "ab/k.so": elf(), "o/k.o": elf(2048), "g/plain-elf": elf()}
     for name, data in good.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -406,7 +404,7 @@ def test_files_that_are_entries_and_files_that_are_not(tmp_path: Path) -> None:
     assert inventory.scan(INDUCTOR, tmp_path).bytes == sum(map(len, good.values()))
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
+def test_file_entry_damage_is_named(tmp_path: Path) -> None:
     damaged = {"empty.py": b"", "a/cut.so": elf()[:99], "cut-elf": elf()[:2000], "text.o": b"int main"}
     for name, data in damaged.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -421,7 +419,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         assert problem(INDUCTOR, tmp_path, name) is not None
 
 
-def test_names_with_undecodable_bytes(tmp_path: Path) -> None:
+def test_scan_handles_undecodable_names(tmp_path: Path) -> None:
     raw = os.fsencode(tmp_path) + b"/caf\xe9\xff.so"
     Path(os.fsdecode(raw)).write_bytes(elf()[:70])
     (found,) = inventory.scan(INDUCTOR, tmp_path).entries.values()
@@ -434,7 +432,7 @@ def test_names_with_undecodable_bytes(tmp_path: Path) -> None:
     assert not Path(os.fsdecode(raw)).exists()
 
 
-def test_an_unreadable_directory_is_one_invalid_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_directory_is_one_invalid_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "closed").mkdir()
     (tmp_path / "open.py").write_text("x")
     (tmp_path / "closed" / "x.py").write_text("x")
@@ -469,7 +467,7 @@ def test_unreadable_files_are_invalid_and_stay(tmp_path: Path, monkeypatch: pyte
 # Differences
 
 
-def test_added_and_used_by_the_stamp(tmp_path: Path) -> None:
+def test_added_and_used_entries_by_stamp(tmp_path: Path) -> None:
     names = [f"cache/k.{number:032x}" for number in range(4)]
     for name in names[:3]:
         os.utime(deep_gemm_entry(tmp_path, name) / ".committed", ns=(1, 1))
@@ -484,7 +482,7 @@ def test_added_and_used_by_the_stamp(tmp_path: Path) -> None:
     assert inventory.added(after, after) == inventory.used(after, after) == set()
 
 
-def test_what_was_compiled_again_shows_in_its_files_and_not_in_a_hits_traces(tmp_path: Path) -> None:
+def test_recompiled_entry_differs_and_hit_does_not(tmp_path: Path) -> None:
     places = {DEEP_GEMM: tmp_path / "deep_gemm", TRITON: tmp_path / "triton", FAMILY["flashinfer"]: tmp_path / "fi"}
     kernel, group = deep_gemm_entry(places[DEEP_GEMM]), triton_entry(places[TRITON])
     cached = places[FAMILY["flashinfer"]] / "cached_ops" / "page"
@@ -508,7 +506,7 @@ def test_what_was_compiled_again_shows_in_its_files_and_not_in_a_hits_traces(tmp
     assert again(kernel / "kernel.cubin", group / "mm.cubin") == {"cached_ops/page/page.ptx", NAME, KEY}
 
 
-def test_a_family_of_saved_tunings_is_not_compiled_by_saving(tmp_path: Path) -> None:
+def test_saved_tunings_are_not_recompiled(tmp_path: Path) -> None:
     path = tmp_path / "flashinfer" / "autotune" / "rank_tp0_pp0_dp0.json"
     path.parent.mkdir(parents=True)
     path.write_text("{}")
@@ -518,7 +516,7 @@ def test_a_family_of_saved_tunings_is_not_compiled_by_saving(tmp_path: Path) -> 
     assert inventory.recompiled(before, inventory.scan(FAMILY["sglang_cache"], tmp_path)) == set()
 
 
-def test_without_stamps_every_valid_entry_was_used(tmp_path: Path) -> None:
+def test_used_entries_without_stamps_are_all_valid_ones(tmp_path: Path) -> None:
     triton_entry(tmp_path)
     triton_entry(tmp_path, "BROKEN").joinpath("mm.cubin").unlink()
     found = inventory.scan(TRITON, tmp_path)
@@ -534,7 +532,7 @@ def swept(family: Family, directory: Path, *, age: float = 100.0, older_than: fl
     return dict(found)
 
 
-def test_the_sweep_moves_leftovers_and_bad_entries_aside(tmp_path: Path) -> None:
+def test_sweep_quarantines_leftovers_and_bad_entries(tmp_path: Path) -> None:
     directory = tmp_path / "key"
     deep_gemm_entry(directory)
     bad = f"cache/bad.{HASH}"
@@ -555,7 +553,7 @@ def test_the_sweep_moves_leftovers_and_bad_entries_aside(tmp_path: Path) -> None
     assert swept(DEEP_GEMM, directory) == {}
 
 
-def test_what_somebody_still_writes_stays(tmp_path: Path) -> None:
+def test_sweep_keeps_entry_in_progress(tmp_path: Path) -> None:
     directory = tmp_path / "key"
     build = directory / "tmp" / "1234"
     build.mkdir(parents=True)
@@ -570,7 +568,7 @@ def test_what_somebody_still_writes_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "aside" / "kernel.cu").exists()
 
 
-def test_damage_moves_at_once_where_entries_are_published_whole(tmp_path: Path) -> None:
+def test_sweep_quarantines_damage_at_once_if_published_whole(tmp_path: Path) -> None:
     directory = tmp_path / "key"
     deep_gemm_entry(directory / "d").joinpath("kernel.cubin").write_bytes(b"")  # a hit, so that its stamp stays fresh
     triton_entry(directory / "t").joinpath("mm.cubin").write_bytes(elf()[:99])
@@ -581,7 +579,7 @@ def test_damage_moves_at_once_where_entries_are_published_whole(tmp_path: Path) 
         assert len(swept(family, directory / place, age=0.0, older_than=600.0)) == 1, family.name
 
 
-def test_what_may_be_in_progress_has_to_be_old(tmp_path: Path) -> None:
+def test_sweep_quarantines_in_place_damage_only_when_old(tmp_path: Path) -> None:
     directory = tmp_path / "key"
     triton_entry(directory / "t").joinpath("__grp__mm.json").unlink()
     (directory / "f").mkdir()
@@ -609,7 +607,7 @@ def test_what_may_be_in_progress_has_to_be_old(tmp_path: Path) -> None:
         ("quack", "fp/sha.o"),
     ],
 )
-def test_what_a_killed_process_leaves_in_each_family(tmp_path: Path, family: str, path: str) -> None:
+def test_sweep_of_each_family_removes_its_leftovers(tmp_path: Path, family: str, path: str) -> None:
     file = tmp_path / "key" / path
     file.parent.mkdir(parents=True)
     file.write_bytes(elf()[:100])
@@ -625,7 +623,7 @@ def test_what_a_killed_process_leaves_in_each_family(tmp_path: Path, family: str
         ("quack", "fp/sha.lock"),
     ],
 )
-def test_flock_files_are_never_moved(tmp_path: Path, family: str, path: str) -> None:
+def test_sweep_never_moves_lock_files(tmp_path: Path, family: str, path: str) -> None:
     file = tmp_path / "key" / path
     file.parent.mkdir(parents=True)
     file.touch()
@@ -633,7 +631,7 @@ def test_flock_files_are_never_moved(tmp_path: Path, family: str, path: str) -> 
     assert inventory.scan(FAMILY[family], tmp_path / "key").entries == {}
 
 
-def test_a_leaf_published_by_rename_moves_as_a_whole(tmp_path: Path) -> None:
+def test_sweep_moves_published_leaf_whole(tmp_path: Path) -> None:
     leaf = tmp_path / "key" / "cuda_90a" / "mod" / "build-1" / "deps-2"
     leaf.mkdir(parents=True)
     (leaf / "mod.so").write_bytes(elf()[:100])
@@ -643,13 +641,13 @@ def test_a_leaf_published_by_rename_moves_as_a_whole(tmp_path: Path) -> None:
     assert not leaf.exists()
 
 
-def test_what_the_driver_manages_is_left_to_it(tmp_path: Path) -> None:
+def test_sweep_leaves_driver_cache_alone(tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / "index").touch()
     assert swept(FAMILY["cuda"], tmp_path / "key") == {}
 
 
-def test_a_move_that_fails_is_told(tmp_path: Path) -> None:
+def test_sweep_reports_failed_move(tmp_path: Path) -> None:
     directory = tmp_path / "key"
     deep_gemm_entry(directory).joinpath(".committed").unlink()
     (tmp_path / "aside").touch()
@@ -657,14 +655,14 @@ def test_a_move_that_fails_is_told(tmp_path: Path) -> None:
     assert (directory / NAME).exists()
 
 
-def test_the_same_name_twice_keeps_both(tmp_path: Path) -> None:
+def test_sweep_same_name_twice_keeps_both(tmp_path: Path) -> None:
     for _ in range(2):
         deep_gemm_entry(tmp_path / "key").joinpath("kernel.cubin").unlink()
         assert len(swept(DEEP_GEMM, tmp_path / "key")) == 1
     assert len(list((tmp_path / "aside").iterdir())) == 2
 
 
-def test_host_specific_files_are_no_entries_and_are_removed(tmp_path: Path) -> None:
+def test_host_specific_files_are_removed(tmp_path: Path) -> None:
     family = FAMILY["sglang_cache"]
     (tmp_path / "gpu_p2p_access_cache_for_0,1.json").write_text("{}")
     (tmp_path / "gpu_p2p_access_cache_for_0.json").symlink_to("/etc/passwd")

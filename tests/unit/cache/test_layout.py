@@ -11,7 +11,7 @@ import pytest
 from builder.cache import layout
 
 
-def test_a_new_root_gets_everything_and_keeps_its_identity(tmp_path: Path) -> None:
+def test_prepare_new_root_keeps_its_id(tmp_path: Path) -> None:
     identity = layout.prepare(tmp_path / "jit")
     assert layout.prepare(tmp_path / "jit") == identity
     assert json.loads((tmp_path / "jit" / "layout.json").read_text())["schema"] == layout.SCHEMA
@@ -19,7 +19,7 @@ def test_a_new_root_gets_everything_and_keeps_its_identity(tmp_path: Path) -> No
     assert layout.run_lock(tmp_path / "jit").is_file()
 
 
-def test_of_many_that_prepare_at_once_all_get_one_identity(tmp_path: Path) -> None:
+def test_prepare_concurrently_gives_one_id(tmp_path: Path) -> None:
     found: list[str] = []
     barrier = threading.Barrier(8)
 
@@ -38,12 +38,12 @@ def test_of_many_that_prepare_at_once_all_get_one_identity(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"[]", b'{"schema": "1"}', b"[" * 100_000])
-def test_a_broken_layout_file_is_replaced(tmp_path: Path, garbage: bytes) -> None:
+def test_prepare_replaces_broken_layout_file(tmp_path: Path, garbage: bytes) -> None:
     (tmp_path / "layout.json").write_bytes(garbage)
     assert layout.prepare(tmp_path) == layout.prepare(tmp_path)
 
 
-def test_a_newer_layout_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_prepare_refuses_newer_layout_unchanged(tmp_path: Path) -> None:
     text = '{"schema": 2, "id": "theirs"}'
     (tmp_path / "layout.json").write_text(text)
     with pytest.raises(layout.LayoutError, match="schema 2"):
@@ -51,20 +51,20 @@ def test_a_newer_layout_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "layout.json").read_text() == text
 
 
-def test_a_root_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_prepare_of_read_only_root_is_layout_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(layout.LayoutError, match=r"cannot be written: .*file"):
         layout.prepare(tmp_path / "file")
 
 
-def test_lock_files_are_never_replaced(tmp_path: Path) -> None:
+def test_prepare_never_replaces_lock_files(tmp_path: Path) -> None:
     layout.prepare(tmp_path)
     before = layout.run_lock(tmp_path).stat().st_ino
     layout.prepare(tmp_path)
     assert layout.run_lock(tmp_path).stat().st_ino == before
 
 
-def test_a_family_directory_has_its_factors_beside_it(tmp_path: Path) -> None:
+def test_describe_family_writes_factors_beside_directory(tmp_path: Path) -> None:
     layout.describe_family(tmp_path, "triton", "00ff", {"triton": "3.9.0 ab", "ptxas": None})
     layout.describe_family(tmp_path, "triton", "00ff", {"triton": "another"})
     assert (tmp_path / "triton" / "00ff").is_dir()
@@ -77,7 +77,7 @@ def test_a_family_directory_has_its_factors_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["etc", "README.md", ".git", "half\nname"])
-def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+def test_prepare_refuses_foreign_directory_unchanged(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / "markers").mkdir()
     with pytest.raises(layout.LayoutError, match=r"no cache root, and not empty .*an empty directory") as caught:
@@ -88,7 +88,7 @@ def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path,
     assert layout.prepare(tmp_path) == "known"
 
 
-def test_what_a_fresh_volume_or_a_first_run_that_was_killed_holds_is_taken(tmp_path: Path) -> None:
+def test_prepare_accepts_fresh_volume_and_killed_first_run(tmp_path: Path) -> None:
     for name in ("lost+found", "images", "markers", "locks", "aside", "deep_gemm", "cuda"):
         (tmp_path / name).mkdir()
     (tmp_path / ".layout.json.abc.tmp").touch()

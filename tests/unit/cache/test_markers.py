@@ -103,34 +103,34 @@ def path_of(root: Path) -> str:
 # Warm, and each reason to be cold
 
 
-def test_warm_also_when_strict(warm: Path) -> None:
+def test_judge_warm_when_strict(warm: Path) -> None:
     assert judge(warm, strict=True).state == "warm"
 
 
-def test_observed_factors_never_cause_a_miss(warm: Path) -> None:
+def test_judge_warm_when_observed_factors_differ(warm: Path) -> None:
     other = record(image="sha256:2", driver="580", gpu_name="x", torch="2.15 b")
     other["observed"]["driver"] = "580"
     assert judge(warm, made=other).state == "warm"
 
 
-def test_time_outs_and_the_kind_of_proof_are_not_coverage(warm: Path) -> None:
+def test_judge_warm_when_timeouts_differ(warm: Path) -> None:
     other = dataclasses.replace(TASK, timeout=1.0, silence=2.0, verify="steady", requests=((1, 1),))
     assert judge(warm, other).state == "warm"
 
 
-def test_no_marker(tmp_path: Path) -> None:
+def test_judge_cold_without_marker(tmp_path: Path) -> None:
     assert judge(tmp_path) == markers.Judgement("cold", "no-marker")
     assert judge(tmp_path / "gone") == markers.Judgement("cold", "no-marker")
     (tmp_path / "markers" / f"{TASK.label}x-{'0' * 12}").mkdir(parents=True)
     assert judge(tmp_path).reason == "no-marker"
 
 
-def test_another_task_is_no_neighbour(warm: Path) -> None:
+def test_judge_ignores_marker_of_other_task(warm: Path) -> None:
     other = dataclasses.replace(TASK, label="DeepSeek-V3-0324", argv=("--tp", "4"))
     assert judge(warm, other).reason == "no-marker"
 
 
-def test_the_same_work_under_another_label_is_done(warm: Path) -> None:
+def test_judge_warm_under_other_label(warm: Path) -> None:
     """As long as the disk has it; and why it is cold is said of its own markers."""
     other = dataclasses.replace(TASK, label="what-people-call-it-now")
     assert judge(warm, other, strict=True).state == "warm"
@@ -154,7 +154,7 @@ def test_the_same_work_under_another_label_is_done(warm: Path) -> None:
         ),
     ],
 )
-def test_a_compile_factor_of_a_claimed_family(warm: Path, changed: dict[str, str | None], reason: str) -> None:
+def test_judge_cold_when_compile_factor_differs(warm: Path, changed: dict[str, str | None], reason: str) -> None:
     judgement = judge(warm, made=record(**changed))
     assert (judgement.state, judgement.reason) == ("cold", reason)
     assert judgement.path == path_of(warm)
@@ -164,7 +164,7 @@ def test_a_compile_factor_of_a_claimed_family(warm: Path, changed: dict[str, str
     assert rows["toolchain"][0] == build().toolchain
 
 
-def test_the_nearest_marker_is_the_last_one_written(warm: Path) -> None:
+def test_judge_compares_with_newest_marker(warm: Path) -> None:
     newer = build(made=record(deep_gemm="0.2.4 cccc"))
     path = warm / markers.publish(warm, newer)
     os.utime(path, (time.time() + 100, time.time() + 100))
@@ -175,7 +175,7 @@ def test_the_nearest_marker_is_the_last_one_written(warm: Path) -> None:
     assert judge(warm).state == "warm"
 
 
-def test_a_table_that_changed_is_named(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_names_changed_family_table(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "TABLE_VERSION", 2)
     monkeypatch.setattr(markers, "TABLE_VERSION", 2)
     assert judge(warm).reason == "compile: deep_gemm table was 1 is 2"
@@ -195,14 +195,14 @@ def test_a_table_that_changed_is_named(warm: Path, monkeypatch: pytest.MonkeyPat
         ({"recipe": "command"}, "coverage: recipe was compile-deep-gemm is command"),
     ],
 )
-def test_each_coverage_factor_of_the_task(warm: Path, changed: dict[str, Any], reason: str) -> None:
+def test_judge_cold_when_coverage_factor_of_task_differs(warm: Path, changed: dict[str, Any], reason: str) -> None:
     judgement = judge(warm, dataclasses.replace(TASK, **changed))
     assert (judgement.state, judgement.reason) == ("cold", reason)
     assert judgement.path == path_of(warm)
     assert judgement.differences
 
 
-def test_coverage_factors_outside_of_the_task(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_cold_when_other_coverage_factor_differs(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bumped = record()
     bumped["sglang"] = {"version": "0.5.24", "commit": "abc"}
     assert judge(warm, made=bumped).reason == "coverage: sglang was 0.5.23 is 0.5.24"
@@ -214,7 +214,7 @@ def test_coverage_factors_outside_of_the_task(warm: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("words", [("--tp=8",), ("--tp-size", "8"), ("--tensor-parallel-size=8",)])
-def test_the_order_of_options_and_how_they_are_spelt_mean_nothing(warm: Path, words: tuple[str, ...]) -> None:
+def test_judge_warm_when_options_are_reordered(warm: Path, words: tuple[str, ...]) -> None:
     assert judge(warm, dataclasses.replace(TASK, argv=("--trust-remote-code", *words))).state == "warm"
 
 
@@ -232,7 +232,7 @@ def _without(name: str) -> Callable[[Path], None]:
         (lambda place: (place / "meta.json").write_text("{"), "meta.json is not JSON: JSONDecodeError"),
     ],
 )
-def test_a_damaged_entry_is_cold_and_named(warm: Path, damage: Callable[[Path], object], problem: str) -> None:
+def test_judge_cold_when_entry_damaged(warm: Path, damage: Callable[[Path], object], problem: str) -> None:
     key = toolchain.family_key(record(), "deep_gemm")
     damage(warm / "deep_gemm" / key / ENTRIES[1])
     judgement = judge(warm)
@@ -240,7 +240,7 @@ def test_a_damaged_entry_is_cold_and_named(warm: Path, damage: Callable[[Path], 
     assert judgement.differences == [("entries", "3", "2 valid, 0 missing, 1 invalid")]
 
 
-def test_missing_entries_are_counted_apart(warm: Path) -> None:
+def test_judge_cold_when_entry_missing(warm: Path) -> None:
     place = warm / "deep_gemm" / toolchain.family_key(record(), "deep_gemm")
     (place / ENTRIES[0]).rename(warm / "away")
     (place / ENTRIES[2] / ".committed").unlink()
@@ -249,14 +249,14 @@ def test_missing_entries_are_counted_apart(warm: Path) -> None:
     assert judge(warm).reason == f"entries: 3 missing, 0 invalid (first: deep_gemm/{ENTRIES[0]})"
 
 
-def test_garbage_in_a_killed_builds_folder_leaves_a_task_warm(warm: Path) -> None:
+def test_judge_warm_with_garbage_in_tmp_folder(warm: Path) -> None:
     place = warm / "deep_gemm" / toolchain.family_key(record(), "deep_gemm")
     (place / "tmp" / "1234").mkdir(parents=True)
     (place / "tmp" / "1234" / "kernel.cu").touch()
     assert judge(warm, strict=True).state == "warm"
 
 
-def test_a_relocated_triton_cache_is_cold(tmp_path: Path) -> None:
+def test_judge_cold_when_triton_cache_relocated(tmp_path: Path) -> None:
     task = dataclasses.replace(TASK, recipe="command", families=("triton",))
     place = tmp_path / "triton" / toolchain.family_key(record(), "triton") / "KEY"
     place.mkdir(parents=True)
@@ -270,7 +270,7 @@ def test_a_relocated_triton_cache_is_cold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("proof", ["steady", "inventory"])
-def test_strict_accepts_only_verified(warm: Path, proof: str) -> None:
+def test_judge_strict_cold_unless_verified(warm: Path, proof: str) -> None:
     markers.publish(warm, build(proof=proof))
     assert judge(warm).state == "warm"
     judgement = judge(warm, strict=True)
@@ -278,7 +278,7 @@ def test_strict_accepts_only_verified(warm: Path, proof: str) -> None:
     assert judgement.differences == [("proof", proof, "verified")]
 
 
-def test_nothing_listed_is_never_verified() -> None:
+def test_judge_strict_cold_when_no_entries_listed() -> None:
     assert build(entries={}).proof == "inventory"
     assert build(claims=[], entries={}).proof == "nothing-claimed"
     assert build(claims=["deep_gemm", "triton"]).proof == "inventory"
@@ -294,9 +294,7 @@ def test_nothing_listed_is_never_verified() -> None:
         (dataclasses.replace(TASK, recipe="serve"), {"entries": {}}, "it claims no entry for deep_gemm"),
     ],
 )
-def test_a_marker_that_vouches_for_too_little_is_not_believed(
-    warm: Path, task: Task, change: dict[str, Any], why: str
-) -> None:
+def test_judge_cold_when_marker_claims_too_little(warm: Path, task: Task, change: dict[str, Any], why: str) -> None:
     (warm / path_of(warm)).unlink()
     path = markers.publish(warm, dataclasses.replace(build(task, **change), proof="verified"))
     for strict in (False, True):
@@ -304,7 +302,7 @@ def test_a_marker_that_vouches_for_too_little_is_not_believed(
         assert (judgement.state, judgement.reason) == ("cold", f"marker-unreadable: {path}: {why}")
 
 
-def test_a_marker_that_vouches_for_too_little_hides_no_better_reason(warm: Path) -> None:
+def test_judge_reason_is_not_hidden_by_incomplete_marker(warm: Path) -> None:
     less = markers.publish(warm, build(claims=[], entries={}))
     os.utime(warm / less, (time.time() + 100, time.time() + 100))
     assert judge(warm).state == "warm"
@@ -312,7 +310,7 @@ def test_a_marker_that_vouches_for_too_little_hides_no_better_reason(warm: Path)
 
 
 @pytest.mark.parametrize(("recipe", "families"), [("serve", None), ("command", None), ("compile-deep-gemm", ())])
-def test_a_task_that_requires_nothing_may_claim_nothing(
+def test_judge_warm_when_nothing_required_or_claimed(
     tmp_path: Path, recipe: str, families: tuple[str, ...] | None
 ) -> None:
     task = dataclasses.replace(TASK, recipe=recipe, families=families)
@@ -321,14 +319,14 @@ def test_a_task_that_requires_nothing_may_claim_nothing(
     assert judge(tmp_path, task, strict=True).reason == "unverified"
 
 
-def test_a_task_without_claims_depends_on_its_coverage_alone(tmp_path: Path) -> None:
+def test_judge_without_claims_depends_on_coverage(tmp_path: Path) -> None:
     task = dataclasses.replace(TASK, recipe="command", families=())
     markers.publish(tmp_path, build(task, claims=[], entries={}))
     assert judge(tmp_path, task, made=record(deep_gemm="other", nvcc=None)).state == "warm"
     assert judge(tmp_path, task, strict=True).reason == "unverified"
 
 
-def test_of_several_markers_the_one_that_holds_counts(warm: Path) -> None:
+def test_judge_warm_when_one_of_several_markers_holds(warm: Path) -> None:
     wider = build(claims=["deep_gemm", "triton"], entries={"deep_gemm": ENTRIES, "triton": ["GONE"]})
     path = warm / markers.publish(warm, wider)
     os.utime(path, (time.time() + 100, time.time() + 100))
@@ -336,7 +334,7 @@ def test_of_several_markers_the_one_that_holds_counts(warm: Path) -> None:
     assert judge(warm).state == "warm"
 
 
-def test_what_a_gpu_proved_goes_before_what_was_made_without_one_since(warm: Path) -> None:
+def test_judge_prefers_marker_of_real_gpu(warm: Path) -> None:
     proven = path_of(warm)
     path = warm / markers.publish(warm, build(proof=markers.PRETENDED))
     os.utime(path, (time.time() + 100, time.time() + 100))
@@ -405,7 +403,7 @@ def _instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
         (_instead(lambda path: path.symlink_to(path)), "it is a symbolic link"),
     ],
 )
-def test_a_spoilt_marker_is_cold_for_a_reason(warm: Path, spoil: Callable[[Path], object], why: str) -> None:
+def test_judge_cold_when_marker_unreadable(warm: Path, spoil: Callable[[Path], object], why: str) -> None:
     path = warm / path_of(warm)
     spoil(path)
     judgement = judge(warm)
@@ -417,14 +415,14 @@ def test_a_spoilt_marker_is_cold_for_a_reason(warm: Path, spoil: Callable[[Path]
         assert judge(warm).state == "warm"
 
 
-def test_a_spoilt_neighbour_does_not_hide_the_reason(warm: Path) -> None:
+def test_judge_reason_is_not_hidden_by_unreadable_marker(warm: Path) -> None:
     (warm / "markers" / Path(path_of(warm)).parent.name / "0.json").write_text("x")
     assert judge(warm).state == "warm"
     assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith("compile: deep_gemm deep_gemm was ")
     assert judge(warm, dataclasses.replace(TASK, gpus=1)).reason == "coverage: gpus was 8 is 1"
 
 
-def test_things_where_directories_should_be(tmp_path: Path) -> None:
+def test_judge_cold_when_marker_folder_is_not_a_directory(tmp_path: Path) -> None:
     (tmp_path / "markers").touch()
     assert judge(tmp_path).reason == "no-marker"
     (tmp_path / "markers").unlink()
@@ -435,7 +433,7 @@ def test_things_where_directories_should_be(tmp_path: Path) -> None:
     assert judge(tmp_path).reason.startswith("marker-unreadable: markers/DeepSeek-V3-0324-tp8-")
 
 
-def test_what_a_killed_writer_leaves_is_not_looked_at(warm: Path) -> None:
+def test_judge_ignores_temporary_marker_files(warm: Path) -> None:
     path = warm / path_of(warm)
     path.rename(path.parent / f".{path.name}.abc.tmp")
     assert judge(warm).reason == "no-marker"
@@ -459,7 +457,7 @@ JSON = st.recursive(
     below=st.booleans(),
     gpus=st.sampled_from([8, 4]),
 )
-def test_no_content_of_any_field_ever_raises(
+def test_judge_never_raises_for_any_field_content(
     tmp_path_factory: pytest.TempPathFactory, field: str, value: Any, below: bool, gpus: int
 ) -> None:
     root = tmp_path_factory.mktemp("root")
@@ -483,7 +481,7 @@ def test_no_content_of_any_field_ever_raises(
 # The format
 
 
-def test_a_marker_as_it_has_always_been_written_is_read(tmp_path: Path) -> None:
+def test_marker_of_earlier_version_is_read(tmp_path: Path) -> None:
     """Byte for byte a file of an earlier version: caches that were warmed before stay warm."""
     document = {
         "schema": 1,
@@ -544,7 +542,7 @@ def test_a_marker_as_it_has_always_been_written_is_read(tmp_path: Path) -> None:
 # Publishing
 
 
-def test_publish_names_the_marker_by_coverage_and_claimed_keys(tmp_path: Path) -> None:
+def test_publish_path_has_coverage_and_claimed_keys(tmp_path: Path) -> None:
     marker = build()
     path = markers.publish(tmp_path, marker)
     digest = coverage.coverage_digest(marker.coverage)
@@ -558,7 +556,7 @@ def test_publish_names_the_marker_by_coverage_and_claimed_keys(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("label", ["../../evil", "", ".hidden", "a/b c:d", "é\udcff", "x" * 400])
-def test_a_label_never_leaves_its_folder(tmp_path: Path, label: str) -> None:
+def test_publish_label_stays_in_its_folder(tmp_path: Path, label: str) -> None:
     task = dataclasses.replace(TASK, label=label)
     path = markers.publish(tmp_path, build(task))
     assert (tmp_path / path).parent.parent == tmp_path / "markers"
@@ -567,9 +565,7 @@ def test_a_label_never_leaves_its_folder(tmp_path: Path, label: str) -> None:
 
 
 @pytest.mark.parametrize("step", ["open", "fsync", "rename"])
-def test_a_failure_while_publishing_leaves_the_old_marker_and_no_rubbish(
-    warm: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_publish_failing_keeps_old_marker(warm: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     before = (warm / path_of(warm)).read_text()
     real = os.open
 
@@ -587,7 +583,7 @@ def test_a_failure_while_publishing_leaves_the_old_marker_and_no_rubbish(
     assert [path.name for path in (warm / path_of(warm)).parent.iterdir()] == [Path(path_of(warm)).name]
 
 
-def test_a_reader_never_sees_half_a_marker(warm: Path) -> None:
+def test_publish_is_atomic_for_readers(warm: Path) -> None:
     path = warm / path_of(warm)
     large = build(observed=Observed(others={"text": "x" * 300_000}))
     over = threading.Event()
@@ -607,7 +603,7 @@ def test_a_reader_never_sees_half_a_marker(warm: Path) -> None:
     assert all(seen)
 
 
-def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publish_syncs_directory_after_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def fsync(fd: int) -> None:
@@ -619,7 +615,7 @@ def test_the_directory_is_synced_after_the_rename(tmp_path: Path, monkeypatch: p
     assert order == ["file", "old name", "directory", "new name"]
 
 
-def test_a_marker_with_500_entries_is_judged_quickly(tmp_path: Path) -> None:
+def test_judge_of_500_entries_makes_few_system_calls(tmp_path: Path) -> None:
     names = [f"cache/gemm.{number:032x}" for number in range(500)]
     for name in names:
         entry(tmp_path, record(), name)

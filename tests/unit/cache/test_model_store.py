@@ -22,7 +22,7 @@ def store_with(root: Path, *, revision: str = "main", commit: str = "0" * 40, co
     return model
 
 
-def test_config_digest_in_the_hubs_layout(tmp_path: Path) -> None:
+def test_config_digest_of_hub_layout(tmp_path: Path) -> None:
     store_with(tmp_path)
     found, problem = model_store.config_digest(tmp_path, "org/name", None)
     assert problem is None
@@ -36,7 +36,7 @@ def test_config_digest_in_the_hubs_layout(tmp_path: Path) -> None:
     assert model_store.config_digest(tmp_path, "org/name", "main")[0] != found
 
 
-def test_config_digest_of_a_directory_in_the_store(tmp_path: Path) -> None:
+def test_config_digest_of_plain_directory(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     assert model_store.config_digest(tmp_path, "/models/mine", None)[1] is None
@@ -60,7 +60,7 @@ def test_config_digest_of_a_directory_in_the_store(tmp_path: Path) -> None:
         (lambda model: model.rename(model.parent / "models--other--name"), "is not in the store"),
     ],
 )
-def test_config_problems_are_named(tmp_path: Path, spoil: Callable[[Path], object], problem: str) -> None:
+def test_config_digest_names_problems(tmp_path: Path, spoil: Callable[[Path], object], problem: str) -> None:
     spoil(store_with(tmp_path))
     digest, text = model_store.config_digest(tmp_path, "org/name", None)
     assert digest is None
@@ -76,7 +76,7 @@ def _relink(model: Path, target: str) -> None:
 @pytest.mark.parametrize(
     "model", ["", "a/../../b", "\0", "a\0b", "/models/\0", "/models/../etc", "x" * 5000, "é/\udcff"]
 )
-def test_no_model_name_raises_or_leaves_the_store(tmp_path: Path, model: str) -> None:
+def test_config_digest_of_any_name_stays_in_store(tmp_path: Path, model: str) -> None:
     digest, problem = model_store.config_digest(tmp_path, model, None)
     assert digest is None
     assert problem

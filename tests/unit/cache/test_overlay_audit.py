@@ -87,7 +87,7 @@ def aged(entry: Path, *, first: float, last: float) -> None:
         os.utime(entry / name, (now - when, now - when))
 
 
-def test_a_job_that_only_hits_leaves_no_finding(view: View) -> None:
+def test_audit_of_hits_has_no_finding(view: View) -> None:
     for name in ("a", "b"):
         os.utime(view.merged / GEMM / f"cache/gemm_{name}.{name * 32}" / ".committed")
     (view.merged / GEMM / "locks").mkdir()
@@ -101,7 +101,7 @@ def test_a_job_that_only_hits_leaves_no_finding(view: View) -> None:
     assert found.asked == [Shape("GEMM_NT_F8F8BF16", 4096, 7168)]
 
 
-def test_what_was_compiled_is_told_with_shape_and_time(view: View) -> None:
+def test_audit_names_compiled_entry_with_shape_and_time(view: View) -> None:
     locks = view.merged / GEMM / "locks"
     locks.mkdir()
     one, two = (deep_gemm_entry(view.merged / GEMM, f"cache/new_{name}.{name * 32}") for name in "xy")
@@ -128,7 +128,7 @@ def test_what_was_compiled_is_told_with_shape_and_time(view: View) -> None:
     assert found.seconds == pytest.approx(30, abs=1.0)
 
 
-def test_poison_of_the_same_size_and_age_is_found(view: View) -> None:
+def test_audit_finds_changed_file_of_same_size_and_time(view: View) -> None:
     kernel = view.merged / GEMM / f"cache/gemm_a.{'a' * 32}" / "kernel.cubin"
     old = kernel.stat()
     kernel.chmod(0o755)
@@ -143,7 +143,7 @@ def test_poison_of_the_same_size_and_age_is_found(view: View) -> None:
     assert found.findings[0].detail == "kernel.cubin holds other bytes"
 
 
-def test_deletions_damage_and_what_is_no_entry_are_named(view: View) -> None:
+def test_audit_names_deletions_damage_and_foreign_files(view: View) -> None:
     gemm, triton = view.merged / GEMM / "cache", view.merged / TRITON
     shutil.rmtree(gemm / f"gemm_a.{'a' * 32}")
     (gemm / f"gemm_b.{'b' * 32}" / ".committed").unlink()
@@ -219,7 +219,7 @@ def _deep(gemm: Path, _outside: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_links, _specials, _names, _garbage, _deep])
-def test_a_hostile_layer_never_raises_escapes_or_passes_for_kernels(
+def test_audit_of_hostile_layer_never_raises_or_escapes(
     tmp_path: Path, view: View, harm: Callable[[Path, Path], None]
 ) -> None:
     outside = tmp_path / "outside"
@@ -247,7 +247,7 @@ def test_a_hostile_layer_never_raises_escapes_or_passes_for_kernels(
     assert (outside / f"gemm_a.{'a' * 32}" / "kernel.cubin").exists()
 
 
-def test_a_layer_of_more_files_than_anybody_looks_at_is_not_judged(view: View) -> None:
+def test_audit_beyond_budget_is_not_judged(view: View) -> None:
     many = view.merged / GEMM / "cache" / f"gemm_a.{'a' * 32}"
     for number in range(300):
         (many / f"{number}").write_text("x")
@@ -255,7 +255,7 @@ def test_a_layer_of_more_files_than_anybody_looks_at_is_not_judged(view: View) -
     assert found.findings == [] and found.truncated == "more than 200 files were written: none was judged"
 
 
-def test_nobody_can_move_the_time(view: View) -> None:
+def test_audit_time_is_not_taken_from_the_future(view: View) -> None:
     for name, first, last in (("x", 20 * 365 * 24 * HOUR, 10.0), ("y", 20.0, -1e6)):
         aged(deep_gemm_entry(view.merged / GEMM, f"cache/new_{name}.{name * 32}"), first=first, last=last)
     assert view.audit().seconds <= HOUR + 1
@@ -270,7 +270,7 @@ def gemm(path: str, shape: str = "") -> Finding:
     return Finding("deep_gemm", KEY, "compiled", path, shape=shape, began=1.0, ended=2.0)
 
 
-def test_a_proposal_names_the_shapes_that_were_compiled_and_no_others() -> None:
+def test_proposal_names_compiled_shapes_only() -> None:
     asked = [Shape("GEMM_NT_F8F8BF16", 1, 2), Shape("GEMM_NT_F8F8BF16", 3, 4)]
     text = proposal(Audit([gemm("cache/a.1", SHAPE), gemm("cache/b.1", SHAPE)], asked=asked), "pr-1")
     assert text.splitlines()[1:] == [
@@ -283,13 +283,13 @@ def test_a_proposal_names_the_shapes_that_were_compiled_and_no_others() -> None:
     ]
 
 
-def test_where_one_kernels_shape_is_unknown_every_shape_that_was_asked_for_is_proposed() -> None:
+def test_proposal_with_unknown_shape_names_all_requested() -> None:
     asked = [Shape("GEMM_NT_F8F8BF16", 1, 2), Shape("GEMM_NT_F8F8BF16", 3, 4)]
     text = proposal(Audit([gemm("cache/a.1", SHAPE), gemm("cache/b.1")], asked=asked), "pr-1")
     assert all(f'"{shape}",' in text for shape in asked)
 
 
-def test_what_no_shape_describes_is_a_comment() -> None:
+def test_proposal_without_shape_is_a_comment() -> None:
     found = [gemm("cache/a.1"), *(Finding("triton", KEY, kind, kind) for kind in ("compiled", "deleted"))]
     lines = proposal(Audit(found), "pr-1").splitlines()
     assert lines and all(line.startswith("#") for line in lines)
@@ -297,7 +297,7 @@ def test_what_no_shape_describes_is_a_comment() -> None:
     assert proposal(Audit([found[2]]), "pr-1") == ""
 
 
-def test_time_that_overlaps_counts_once() -> None:
+def test_span_counts_overlapping_time_once() -> None:
     spans = {"one": (1.0, 11.0), "two": (6.0, 13.0), "three": (21.0, 22.0)}
     found = [Finding("triton", KEY, "compiled", name, began=a, ended=b) for name, (a, b) in spans.items()]
     assert Audit(found).seconds == pytest.approx(13.0)

@@ -182,11 +182,11 @@ def truth(root: Path, data: bytes) -> bool:
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=60), documents.flatmap(written)))
-def test_garbage_is_no_marker(root: Path, data: bytes) -> None:
+def test_marker_garbage_is_unreadable(root: Path, data: bytes) -> None:
     assert judge_file(root, data).state == "cold"
 
 
-def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
+def test_marker_cut_anywhere_is_unreadable(root: Path) -> None:
     data = json.dumps(document()).encode()
     path = marker_path(root)
     for size in range(len(data)):
@@ -206,7 +206,7 @@ def test_a_marker_cut_at_any_byte_is_unreadable(root: Path) -> None:
 @example(json.dumps({**document(), "entries": {"deep_gemm": ["cache/a\nb"], "inductor": ["\udcff"]}}).encode())
 @example(json.dumps({**document(), "coverage": {"": 1, "\x1b[31m\n": 2, "argv": "\n"}}).encode())
 @example(json.dumps({**document(), "schema": "@deep@"}).encode().replace(b'"@deep@"', b"[" * 985 + b"]" * 985))
-def test_a_marker_with_mistakes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
+def test_marker_mutated_is_cold_or_true(root: Path, data: bytes) -> None:
     judgement = judge_file(root, data)
     if judgement.state == "warm":
         assert truth(root, data)
@@ -214,7 +214,7 @@ def test_a_marker_with_mistakes_is_cold_for_a_named_reason_or_true(root: Path, d
 
 @FUZZ
 @given(damaged(json.dumps(document()).encode()))
-def test_a_marker_with_damaged_bytes_is_cold_for_a_named_reason_or_true(root: Path, data: bytes) -> None:
+def test_marker_damaged_bytes_are_cold_or_true(root: Path, data: bytes) -> None:
     judgement = judge_file(root, data)
     if judgement.state == "warm":
         assert truth(root, data)
@@ -252,24 +252,24 @@ def read_memo(root: Path, data: bytes) -> Record | None:
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=60), documents.flatmap(written)))
-def test_garbage_is_no_memo(root: Path, data: bytes) -> None:
+def test_memo_garbage_is_none(root: Path, data: bytes) -> None:
     assert read_memo(root, data) is None
 
 
 @FUZZ
 @given(mutated(memo(), [(), ("memos", 0), ("memos", 0, "record")]).flatmap(written))
 @example(json.dumps(memo()).replace('"version"', '"versio"').encode())
-def test_a_memo_with_mistakes_is_no_memo_or_a_record(root: Path, data: bytes) -> None:
+def test_memo_mutated_is_none_or_record(root: Path, data: bytes) -> None:
     read_memo(root, data)
 
 
 @FUZZ
 @given(damaged(json.dumps(memo()).encode()))
-def test_a_memo_with_damaged_bytes_is_no_memo_or_a_record(root: Path, data: bytes) -> None:
+def test_memo_damaged_bytes_are_none_or_record(root: Path, data: bytes) -> None:
     read_memo(root, data)
 
 
-def test_a_memo_cut_at_any_byte_is_no_memo(root: Path) -> None:
+def test_memo_cut_anywhere_is_none(root: Path) -> None:
     data = json.dumps({**memo(), "memos": memo()["memos"][:1]}).encode()
     assert read_memo(root, data) == record()
     for size in range(len(data)):
@@ -278,7 +278,7 @@ def test_a_memo_cut_at_any_byte_is_no_memo(root: Path) -> None:
 
 @FUZZ
 @given(st.dictionaries(texts, documents, max_size=4), st.dictionaries(texts, documents, max_size=4))
-def test_a_difference_of_any_two_factors_can_be_said(was: dict[str, Any], now: dict[str, Any]) -> None:
+def test_differences_of_any_factors_are_printable(was: dict[str, Any], now: dict[str, Any]) -> None:
     for name, before, after in coverage.differences(was, now):
         assert harmless(name)
         for text in coverage.brief(before, after):
@@ -336,7 +336,7 @@ elf_files = st.one_of(
 @given(elf_files)
 @example(with_header(with_header(ELVES[0], 0x3C, b"\0\0"), 0x28, b"\xff" * 8))
 @example(with_header(with_header(ELVES[0], 0x38, b"\xff\xff"), 0x28, b"\0" * 7 + b"\x7f"))
-def test_a_damaged_elf_file_is_named_or_whole(place: Path, data: bytes) -> None:
+def test_elf_damaged_is_named_or_whole(place: Path, data: bytes) -> None:
     path = place / "kernel.cubin"
     path.write_bytes(data)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is wanted
@@ -345,7 +345,7 @@ def test_a_damaged_elf_file_is_named_or_whole(place: Path, data: bytes) -> None:
     assert problem is None or ELF_PROBLEM.fullmatch(problem), problem
 
 
-def test_an_elf_file_cut_at_any_byte_is_cut(place: Path) -> None:
+def test_elf_cut_anywhere_is_named(place: Path) -> None:
     path = place / "kernel.cubin"
     for data in ELVES:
         path.write_bytes(data)
@@ -417,7 +417,7 @@ def assert_inventory(family: Family, base: Path) -> None:
 
 @FUZZ
 @given(st.sampled_from(FAMILIES), st.dictionaries(file_names, trees, max_size=4))
-def test_any_tree_of_files_is_an_inventory(place: Path, family: Family, tree: dict[bytes, Any]) -> None:
+def test_scan_of_any_tree_is_an_inventory(place: Path, family: Family, tree: dict[bytes, Any]) -> None:
     base = clear(place / "family" / ("0" * 16))
     base.parent.mkdir(exist_ok=True)
     plant(os.fsencode(base), tree)
@@ -426,7 +426,7 @@ def test_any_tree_of_files_is_an_inventory(place: Path, family: Family, tree: di
 
 @FUZZ
 @given(st.sampled_from(FAMILIES), st.one_of(texts, st.lists(texts, max_size=4).map("/".join)))
-def test_any_name_of_an_entry_can_be_asked_for(root: Path, family: Family, name: str) -> None:
+def test_check_of_any_entry_name_answers(root: Path, family: Family, name: str) -> None:
     base = Path(directory(str(root), family.name, toolchain.family_key(record(), family.name)))
     problem = inventory.check(family, base, name)
     assert problem is not None
@@ -439,9 +439,7 @@ def group(base: Path, name: str) -> dict[str, Any]:
 
 @FUZZ
 @given(st.data(), st.sampled_from(["triton", "deep_gemm"]), st.sampled_from([None, "/jit"]))
-def test_an_entry_with_mistakes_is_named_or_valid(
-    place: Path, data: st.DataObject, family: str, mount: str | None
-) -> None:
+def test_entry_mutated_is_named_or_valid(place: Path, data: st.DataObject, family: str, mount: str | None) -> None:
     base = clear(place / family / ("0" * 16))
     base.parent.mkdir(exist_ok=True)
     good = {"mm.cubin": ELVES[0], "mm.ptx": b"x"}

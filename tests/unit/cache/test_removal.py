@@ -31,17 +31,17 @@ def refusal(root: Path, *, job_max: float = 6 * HOUR, later: float = 7 * HOUR, m
         return found
 
 
-def test_what_nobody_has_touched_for_as_long_as_a_job_lasts_may_go(root: Path) -> None:
+def test_may_remove_untouched_for_job_max(root: Path) -> None:
     assert refusal(root) is None
     assert refusal(root, later=5 * HOUR) == "it was touched 18000 s ago, and a job may last 21600 s"
     assert refusal(root, later=0, job_max=0) is None
 
 
-def test_a_clock_that_was_set_back_removes_nothing(root: Path) -> None:
+def test_may_remove_not_when_clock_was_set_back(root: Path) -> None:
     assert refusal(root, later=-HOUR) == "it was touched 0 s ago, and a job may last 21600 s"
 
 
-def test_moving_a_thing_touches_it_however_old_its_content_is(root: Path) -> None:
+def test_quarantine_move_counts_as_touch(root: Path) -> None:
     entry = root / "triton" / KEY / "entry"
     for path in (entry / "file", entry, entry.parent):
         os.utime(path, (1.0, 1.0))
@@ -53,14 +53,14 @@ def test_moving_a_thing_touches_it_however_old_its_content_is(root: Path) -> Non
     ("name", "reason"),
     [(f"triton-{KEY}.lock", f"a warm-up works in triton/{KEY}"), ("hold.lock", "a test job holds the cache")],
 )
-def test_whoever_has_a_lock_is_respected(root: Path, name: str, reason: str, kind: int) -> None:
+def test_may_remove_not_when_locked(root: Path, name: str, reason: str, kind: int) -> None:
     with (root / "locks" / name).open("w") as lock:
         fcntl.flock(lock, kind)
         assert refusal(root) == reason
     assert refusal(root) is None
 
 
-def test_the_locks_are_held_until_the_removal_is_done(root: Path) -> None:
+def test_may_remove_holds_locks_during_removal(root: Path) -> None:
     with removal.may_remove(root, "triton", KEY, job_max=0, now=time.time()) as found:
         assert found is None
         for path in (layout.hold_lock(root), layout.family_lock(root, "triton", KEY)):
@@ -70,7 +70,7 @@ def test_the_locks_are_held_until_the_removal_is_done(root: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def test_a_lock_that_cannot_be_opened_forbids(root: Path) -> None:
+def test_may_remove_not_when_lock_cannot_be_opened(root: Path) -> None:
     layout.family_lock(root, "triton", KEY).mkdir()
     assert refusal(root) == f"triton-{KEY}.lock cannot be locked: Is a directory"
 
@@ -87,7 +87,7 @@ def test_a_lock_that_cannot_be_opened_forbids(root: Path) -> None:
         ("jit/triton", False),
     ],
 )
-def test_what_a_view_has_below_stays(root: Path, lower: str, seen: bool) -> None:
+def test_may_remove_not_below_a_view(root: Path, lower: str, seen: bool) -> None:
     lower = lower.format(root=root)
     mounts = (
         "21 1 0:19 / / rw - overlay overlay rw,lowerdir=l/ABC:l/DEF,upperdir=/u,workdir=/w\n"
@@ -97,7 +97,7 @@ def test_what_a_view_has_below_stays(root: Path, lower: str, seen: bool) -> None
     assert refusal(root, mounts=mounts) == ("the view at /a view has it below" if seen else None)
 
 
-def test_what_cannot_be_judged_stays(root: Path) -> None:
+def test_may_remove_not_when_unjudgeable(root: Path) -> None:
     with removal.may_remove(root, "triton", "f" * 16, job_max=0, now=time.time()) as found:
         assert found == "it is not known when it was last touched"
 
@@ -117,7 +117,7 @@ def cleared(root: Path, *, job_max: float = HOUR, later: float = 2 * HOUR) -> li
     return list(removal.clear_quarantine(root, job_max=job_max, now=time.time() + later))
 
 
-def test_aside_is_cleared_of_what_lay_there_long_enough(root: Path) -> None:
+def test_clear_quarantine_removes_old_things(root: Path) -> None:
     moved = moved_aside(root)
     assert cleared(root, later=0.5 * HOUR) == []
     assert moved.is_dir()
@@ -131,7 +131,7 @@ def test_aside_is_cleared_of_what_lay_there_long_enough(root: Path) -> None:
     assert cleared(root) == []
 
 
-def test_what_a_sweep_did_not_put_aside_is_left_there(root: Path, tmp_path: Path) -> None:
+def test_clear_quarantine_keeps_foreign_things(root: Path, tmp_path: Path) -> None:
     moved = moved_aside(root)
     outside = tmp_path / "outside"
     outside.mkdir()

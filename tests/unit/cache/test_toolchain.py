@@ -40,7 +40,7 @@ def record(**factors: str | None) -> Record:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
-def test_a_factor_moves_exactly_the_families_that_name_it(family: Any) -> None:
+def test_factor_changes_keys_of_its_families_only(family: Any) -> None:
     before = toolchain.family_keys(record())
     for factor in family.factors:
         for other in (f"{factor} 2", None):
@@ -49,19 +49,19 @@ def test_a_factor_moves_exactly_the_families_that_name_it(family: Any) -> None:
             assert moved == {item.name for item in FAMILIES if factor in item.factors}
 
 
-def test_an_sglang_bump_alone_moves_nothing() -> None:
+def test_sglang_version_alone_changes_no_key() -> None:
     bumped = record()
     bumped["sglang"] = {"version": "0.6.0", "commit": "fff"}
     bumped["observed"]["driver"] = "999"
     assert toolchain.family_keys(bumped) == toolchain.family_keys(record())
 
 
-def test_another_image_keeps_every_shared_family() -> None:
+def test_other_image_keeps_shared_family_keys() -> None:
     before, after = toolchain.family_keys(record()), toolchain.family_keys(record(image="sha256:b"))
     assert {name for name in before if before[name] == after[name]} == {item.name for item in FAMILIES if item.shared}
 
 
-def test_keys_are_hex_and_survive_json_and_order() -> None:
+def test_keys_are_hex_and_independent_of_order() -> None:
     made = record()
     again = json.loads(json.dumps({**made, "factors": dict(reversed(made["factors"].items()))}))
     assert toolchain.family_keys(again) == toolchain.family_keys(made)
@@ -72,7 +72,7 @@ def test_keys_are_hex_and_survive_json_and_order() -> None:
     assert toolchain.digest(keys) == toolchain.digest(dict(reversed(keys.items())))
 
 
-def test_the_key_separates_families_with_equal_factors() -> None:
+def test_keys_of_families_with_equal_factors_differ() -> None:
     assert FAMILY["tvm_ffi"].factors == FAMILY["torch_extensions"].factors
     keys = toolchain.family_keys(record())
     assert keys["tvm_ffi"] != keys["torch_extensions"]
@@ -86,7 +86,7 @@ def remembered(root: Path, **seen: Any) -> Record | None:
     return toolchain.read_memo(root, wanted.pop("image", IMAGE), **wanted)
 
 
-def test_a_memo_is_the_record_again(tmp_path: Path) -> None:
+def test_memo_round_trips_record(tmp_path: Path) -> None:
     assert remembered(tmp_path) is None
     toolchain.write_memo(tmp_path, IMAGE, record(), env={"HF_HUB_OFFLINE": "1"})
     assert remembered(tmp_path) == record()
@@ -106,12 +106,12 @@ def test_a_memo_is_the_record_again(tmp_path: Path) -> None:
         {"image": "sha256:other"},
     ],
 )
-def test_a_memo_holds_only_where_all_is_the_same(tmp_path: Path, seen: dict[str, Any]) -> None:
+def test_memo_is_read_only_when_circumstances_equal(tmp_path: Path, seen: dict[str, Any]) -> None:
     toolchain.write_memo(tmp_path, IMAGE, record(), env={})
     assert remembered(tmp_path, **seen) is None
 
 
-def test_what_cannot_be_seen_is_not_compared(tmp_path: Path) -> None:
+def test_memo_ignores_unseen_circumstances(tmp_path: Path) -> None:
     toolchain.write_memo(tmp_path, IMAGE, record(), env={})
     assert remembered(tmp_path, gpus=None, driver=None, mount="/jit/") == record()
     blind = record()
@@ -121,7 +121,7 @@ def test_what_cannot_be_seen_is_not_compared(tmp_path: Path) -> None:
     assert remembered(tmp_path, image="sha256:blind", driver="1", gpus="NVIDIA H200") == blind
 
 
-def test_memos_for_several_environments_live_side_by_side(tmp_path: Path) -> None:
+def test_memos_of_several_environments_coexist(tmp_path: Path) -> None:
     preload = {"LD_PRELOAD": "/x.so"}
     toolchain.write_memo(tmp_path, IMAGE, record(nvcc="a"), env={})
     toolchain.write_memo(tmp_path, IMAGE, record(nvcc="b"), env=preload)
@@ -150,7 +150,7 @@ def test_memos_for_several_environments_live_side_by_side(tmp_path: Path) -> Non
         lambda memo: json.dumps({**memo, "memos": [{**memo["memos"][0], "record": {**record(), "factors": {"a": 1}}}]}),
     ],
 )
-def test_a_spoilt_memo_is_no_memo(tmp_path: Path, spoil: Callable[[Any], str]) -> None:
+def test_memo_unreadable_is_none(tmp_path: Path, spoil: Callable[[Any], str]) -> None:
     toolchain.write_memo(tmp_path, IMAGE, record(), env={})
     path = toolchain.memo_path(tmp_path, IMAGE)
     path.write_text(spoil(json.loads(path.read_text())))
@@ -160,13 +160,13 @@ def test_a_spoilt_memo_is_no_memo(tmp_path: Path, spoil: Callable[[Any], str]) -
 
 
 @pytest.mark.parametrize("image", ["../../evil", "", ".", "a/b:c", "\0", "sha256:é"])
-def test_an_image_id_never_leaves_its_folder(tmp_path: Path, image: str) -> None:
+def test_memo_path_stays_in_its_folder(tmp_path: Path, image: str) -> None:
     assert toolchain.memo_path(tmp_path, image).parent == tmp_path / "images"
     assert not toolchain.memo_path(tmp_path, image).name.startswith(".")
     assert toolchain.read_memo(tmp_path, image, mount="/jit", gpus=None, driver=None, env={}) is None
 
 
-def test_a_fifo_where_the_memo_should_be_does_not_block(tmp_path: Path) -> None:
+def test_memo_replaced_by_fifo_does_not_block(tmp_path: Path) -> None:
     path = toolchain.memo_path(tmp_path, IMAGE)
     path.parent.mkdir()
     os.mkfifo(path)

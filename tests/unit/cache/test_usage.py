@@ -11,7 +11,7 @@ from builder.cache import marker_files, markers, usage
 from tests.generations import DAY, Generations, task
 
 
-def test_a_reader_leaves_its_time_where_there_are_access_times(tmp_path: Path) -> None:
+def test_decide_counts_access_time_as_use(tmp_path: Path) -> None:
     made = Generations(tmp_path)
     if not usage.has_access_times(made.root):
         pytest.skip("this file system is mounted without access times")

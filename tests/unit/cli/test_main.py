@@ -129,7 +129,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("argv", [[], ["wram"], ["check", "--no-such"], ["env", "--format", "yaml"], ["check", "--on"]])
-def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv, environ={}) == 2
     assert "usage: warm-cache" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_argparse_refuses_with_status_2(argv: list[str], capsys: pytest.CaptureF
         (["hold", "pytest"], "error: hold takes no argument 'pytest'; the command follows after two dashes. Exit 2."),
     ],
 )
-def test_wrong_words_get_the_verbs_usage_and_one_line(
+def test_wrong_arguments_print_usage_of_verb_and_one_line(
     argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv, environ={}) == 2
@@ -166,7 +166,7 @@ def test_wrong_words_get_the_verbs_usage_and_one_line(
 
 @pytest.mark.parametrize("argv", [[], ["wram"], ["check", "--no-such"], ["env", "--format", "yaml"], ["check", "--on"]])
 @pytest.mark.parametrize("environ", [{}, {"WARM_CACHE_JSON": "1"}])
-def test_wrong_words_are_one_document_where_json_is_wanted(
+def test_wrong_arguments_with_json_are_one_document(
     argv: list[str], environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv if environ else [*argv, "--json"], environ=environ) == 2
@@ -178,7 +178,7 @@ def test_wrong_words_are_one_document_where_json_is_wanted(
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in words.VERBS)])
-def test_every_verb_explains_itself(
+def test_help_of_every_verb_is_printed(
     verb: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -195,7 +195,7 @@ def test_every_verb_explains_itself(
 
 
 @pytest.mark.parametrize("verb", words.VERBS)
-def test_every_example_is_a_command_line(verb: str) -> None:
+def test_examples_of_verbs_are_parsed(verb: str) -> None:
     typed = words.VERBS[verb].example.replace("$(", "").replace(")", "").partition("warm-cache ")[2].split()
     if verb == "env":
         typed = typed[: typed.index("lmsysorg/sglang:v0.5.23")]
@@ -219,7 +219,7 @@ def test_args_have_one_field_per_option_and_argument(name: str) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("words", ["--help", "check --manifest /no/such/file --json"])
-def test_a_full_stdout_changes_no_status(tmp_path: Path, words: str) -> None:
+def test_stdout_full_keeps_exit_status(tmp_path: Path, words: str) -> None:
     done = shell(f"{words} >/dev/full", tmp_path)
     assert done.returncode == (0 if words == "--help" else 2)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
@@ -227,7 +227,7 @@ def test_a_full_stdout_changes_no_status(tmp_path: Path, words: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["cache", "log-dir", "models"])
-def test_a_place_below_a_directory_that_is_gone(bench: Bench, tmp_path: Path, option: str) -> None:
+def test_relative_path_without_working_directory_is_refused(bench: Bench, tmp_path: Path, option: str) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     before = Path.cwd()
@@ -244,13 +244,13 @@ def test_a_place_below_a_directory_that_is_gone(bench: Bench, tmp_path: Path, op
 
 
 @pytest.mark.parametrize("option", ["cache", "manifest", "log-dir"])
-def test_bytes_that_are_not_utf_8(bench: Bench, option: str) -> None:
+def test_option_not_utf8_is_refused(bench: Bench, option: str) -> None:
     assert bench.run("warm", f"--{option}", os.fsdecode(b"/a\xff"), manifest=option != "manifest") == 2
     assert f"error: --{option}: '/a\\udcff' is not valid UTF-8, and cannot be used. Exit 2." in bench.said()
 
 
 @pytest.mark.parametrize("root", ["/", "//", "/tmp/.."])
-def test_the_whole_file_system_is_no_cache(bench: Bench, root: str) -> None:
+def test_cache_slash_is_refused(bench: Bench, root: str) -> None:
     assert bench.run("check", "--cache", root) == 2
     assert "error: --cache: expected a directory for the cache alone, found '/" in bench.said()
 
@@ -264,14 +264,14 @@ def test_the_whole_file_system_is_no_cache(bench: Bench, root: str) -> None:
         (["--manifest", "/no/such/file"], "error: --manifest /no/such/file: No such file or directory. Name a file"),
     ],
 )
-def test_a_manifest_is_needed(bench: Bench, argv: list[str], said: str) -> None:
+def test_manifest_missing_is_usage_error(bench: Bench, argv: list[str], said: str) -> None:
     assert bench.run("check", *argv, manifest=False) == 2
     shown = bench.said()
     assert said in shown
     assert shown.endswith("Exit 2.\n")
 
 
-def test_all_of_a_manifests_problems_at_once(bench: Bench) -> None:
+def test_manifest_problems_are_listed_at_once(bench: Bench) -> None:
     bench.path.write_text(MANIFEST.replace("count = 0", 'cout = 0\ncount = "x"').replace('ref = "tiny:1"', 'rfe = "x"'))
     assert bench.run("check", "--json") == 2
     captured = bench.capsys.readouterr()
@@ -284,7 +284,7 @@ def test_all_of_a_manifests_problems_at_once(bench: Bench) -> None:
     assert all(line.endswith((".", "?")) for line in captured.err.splitlines()[1:])
 
 
-def test_what_the_manifest_says_is_in_the_document_of_an_early_error(bench: Bench) -> None:
+def test_json_of_early_error_has_manifest_facts(bench: Bench) -> None:
     assert bench.run("check", "--only", "three", "--json") == 2
     document = json.loads(bench.capsys.readouterr().out)
     assert document["image"]["ref"] == "tiny:1"
@@ -294,7 +294,7 @@ def test_what_the_manifest_says_is_in_the_document_of_an_early_error(bench: Benc
     assert json.loads(bench.capsys.readouterr().out)["cache"] == "volume jit"
 
 
-def test_only_what_is_asked_for(bench: Bench) -> None:
+def test_only_selects_tasks(bench: Bench) -> None:
     assert bench.run("check", "--only", "org/two") == 0
     assert bench.tasks == ["org/two"]
     assert bench.run("check", "--only", "three") == 2
@@ -304,7 +304,7 @@ def test_only_what_is_asked_for(bench: Bench) -> None:
 # --- what wins -------------------------------------------------------------------------------------------------------
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_manifest(bench: Bench) -> None:
+def test_option_precedence_flag_environment_manifest(bench: Bench) -> None:
     def cache(*flags: str, environment: str = "") -> str:
         assert bench.run("check", *flags, WARM_CACHE_CACHE=environment) == 0
         return str(bench.executors[-1].context.manifest.cache.root)
@@ -314,7 +314,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_manifest(bench: Benc
     assert cache("--cache", "/from/flag", environment="/from/environment") == "/from/flag"
 
 
-def test_one_way_to_name_a_manifest_wins_over_the_other_in_the_environment(bench: Bench) -> None:
+def test_manifest_flag_wins_over_profile_variable(bench: Bench) -> None:
     assert bench.run("check", WARM_CACHE_PROFILE="h200") == 0
     assert bench.executors[-1].context.manifest.path == str(bench.path)
     assert bench.run("check", manifest=False, WARM_CACHE_MANIFEST=str(bench.path)) == 0
@@ -330,7 +330,7 @@ def test_one_way_to_name_a_manifest_wins_over_the_other_in_the_environment(bench
         *((word, False) for word in ("0", "false", "No", "off", "n", "", " ")),
     ],
 )
-def test_switches_in_the_environment(bench: Bench, value: str, strict: bool) -> None:
+def test_switch_variables_are_parsed(bench: Bench, value: str, strict: bool) -> None:
     assert bench.run("check", WARM_CACHE_STRICT=value) == 0
     assert bench.executors[-1].context.options.strict is strict
 
@@ -344,7 +344,7 @@ def test_switches_in_the_environment(bench: Bench, value: str, strict: bool) -> 
         ({"WARM_CACHE_IMAGE": "a b"}, "WARM_CACHE_IMAGE: expected an image reference"),
     ],
 )
-def test_the_variable_is_blamed_for_its_value(bench: Bench, environ: dict[str, str], said: str) -> None:
+def test_bad_value_of_variable_names_the_variable(bench: Bench, environ: dict[str, str], said: str) -> None:
     assert cli.main(["check", "--manifest", str(bench.path)], environ=environ) == 2
     shown = bench.said()
     assert shown.startswith(f"error: {said}")
@@ -352,7 +352,7 @@ def test_the_variable_is_blamed_for_its_value(bench: Bench, environ: dict[str, s
     assert "--" not in shown and str(bench.path) not in shown.replace("no task of " + str(bench.path), "")
 
 
-def test_a_duration_is_blamed_where_it_was_said(bench: Bench) -> None:
+def test_bad_duration_names_its_option(bench: Bench) -> None:
     assert bench.run("warm", WARM_CACHE_BUDGET="foo") == 2
     assert bench.said().startswith("error: WARM_CACHE_BUDGET: expected a duration such as")
     assert bench.run("warm", "--budget", "foo", WARM_CACHE_BUDGET="5m") == 2
@@ -364,24 +364,24 @@ def test_a_duration_is_blamed_where_it_was_said(bench: Bench) -> None:
     assert places == {"--budget", "WARM_CACHE_LOCK_TIMEOUT"}
 
 
-def test_manifests_that_the_environment_names(bench: Bench) -> None:
+def test_manifest_variable_is_read(bench: Bench) -> None:
     assert bench.run("check", manifest=False, WARM_CACHE_MANIFEST="/no/file") == 2
     assert bench.said().startswith("error: WARM_CACHE_MANIFEST /no/file: No such file or directory.")
     assert bench.run("check", manifest=False, WARM_CACHE_MANIFEST="/no/file", WARM_CACHE_PROFILE="h200") == 2
     assert "WARM_CACHE_MANIFEST /no/file and WARM_CACHE_PROFILE h200 exclude each other" in bench.said()
 
 
-def test_a_list_in_the_environment(bench: Bench) -> None:
+def test_list_variable_is_split_at_commas(bench: Bench) -> None:
     assert bench.run("check", WARM_CACHE_ONLY="org/two,org/one") == 0
     assert bench.tasks == ["org/one", "org/two"]
 
 
-def test_a_choice_in_the_environment_is_checked(bench: Bench) -> None:
+def test_choice_variable_is_checked(bench: Bench) -> None:
     assert bench.run("env", WARM_CACHE_FORMAT="yaml") == 2
     assert "WARM_CACHE_FORMAT is 'yaml': one of docker, shell, github, json is wanted" in bench.said()
 
 
-def test_where_logs_and_leases_go(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_directories_of_logs_and_leases(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert bench.run("check", XDG_RUNTIME_DIR="run", XDG_STATE_HOME=str(tmp_path / "state")) == 0
     options = bench.executors[-1].context.options
@@ -391,7 +391,7 @@ def test_where_logs_and_leases_go(bench: Bench, tmp_path: Path, monkeypatch: pyt
     assert options.log_dir.name.endswith(bench.executors[-1].context.run_id[:6])
 
 
-def test_logs_of_the_newest_runs_stay(bench: Bench, tmp_path: Path) -> None:
+def test_log_directory_keeps_newest_runs(bench: Bench, tmp_path: Path) -> None:
     logs = tmp_path / "warm-cache" / "logs"
     old = [f"20250101-{number:06d}-abcdef" for number in range(invocation.LOGS_KEPT + 3)]
     foreign = ["20240101-000000", "mine", "20240101-000000-abcdef.txt"]
@@ -427,13 +427,13 @@ def test_logs_of_the_newest_runs_stay(bench: Bench, tmp_path: Path) -> None:
         (BuilderError("odd"), 1, "error: odd. Exit 1."),
     ],
 )
-def test_an_error_is_one_sentence_and_one_status(bench: Bench, error: BaseException, status: int, said: str) -> None:
+def test_error_is_one_sentence_and_one_status(bench: Bench, error: BaseException, status: int, said: str) -> None:
     bench.fail(error)
     assert bench.run("check") == status
     assert bench.said() == said + "\n"
 
 
-def test_problems_stand_under_each_other(bench: Bench) -> None:
+def test_problems_are_listed_one_per_line(bench: Bench) -> None:
     problems = [Problem("disk", "it is full.", "Empty it."), Problem("GPUs", "none.")]
     bench.fail(PreflightError("this machine can't run it", problems))
     assert bench.run("check") == 12
@@ -445,7 +445,7 @@ def test_problems_stand_under_each_other(bench: Bench) -> None:
     )
 
 
-def test_a_defect_is_a_sentence_and_its_traceback_is_for_those_who_ask(bench: Bench) -> None:
+def test_defect_is_one_sentence_and_traceback_with_verbose(bench: Bench) -> None:
     bench.fail(ZeroDivisionError("division by zero"))
     assert bench.run("check", "--json") == 1
     captured = bench.capsys.readouterr()
@@ -456,7 +456,7 @@ def test_a_defect_is_a_sentence_and_its_traceback_is_for_those_who_ask(bench: Be
     assert "Traceback (most recent call last)" in bench.said()
 
 
-def test_warnings_are_said_whatever_happens(bench: Bench) -> None:
+def test_warnings_are_printed_on_every_exit(bench: Bench) -> None:
     def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
         executor.context.report.warnings.append("removing the container failed")
         raise ColdError("cold")
@@ -468,13 +468,13 @@ def test_warnings_are_said_whatever_happens(bench: Bench) -> None:
     assert json.loads(captured.out)["warnings"] == ["removing the container failed"]
 
 
-def test_in_github_actions_the_error_is_an_annotation(bench: Bench) -> None:
+def test_github_error_is_an_annotation(bench: Bench) -> None:
     bench.fail(ColdError("100% cold\nreally"))
     assert bench.run("check", GITHUB_ACTIONS="true") == 10
     assert "::error title=warm-cache::100%25 cold%0Areally\n" in bench.capsys.readouterr().out
 
 
-def test_in_github_actions_no_error_is_a_command(bench: Bench) -> None:
+def test_github_error_text_is_no_command(bench: Bench) -> None:
     bench.fail(ColdError("##[error]no", notes=["x\n::error::no"]))
     assert bench.run("check", GITHUB_ACTIONS="true") == 10
     assert bench.said() == "error: ## [error]no. Exit 10.\nlast line:\n  │ x\n: :error::no\n"
@@ -487,7 +487,7 @@ def warm_tasks(**more: Any) -> Act:
     return act
 
 
-def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_warm_prints_nothing_to_do(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(act: Act) -> str:
         monkeypatch.setattr(warm, "warm", lambda executor: act(executor, executor.context.manifest.tasks))
         bench.run("warm")
@@ -504,7 +504,7 @@ def test_nothing_to_do_is_said_when_nothing_was_done(bench: Bench, monkeypatch: 
         assert shown.startswith("task ") and "2 warm in 0.0 s." in shown
 
 
-def test_the_log_of_a_failed_task_is_named_below_the_table(bench: Bench) -> None:
+def test_failed_task_log_is_named_below_table(bench: Bench) -> None:
     def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
         executor.context.report.tasks = [
             TaskResult("one", "org/one", "", "failed", "crash", log="/logs/one.log"),
@@ -519,7 +519,7 @@ def test_the_log_of_a_failed_task_is_named_below_the_table(bench: Bench) -> None
     assert "two.log" not in shown
 
 
-def test_a_signal_comes_before_every_other_reason(bench: Bench) -> None:
+def test_signal_exit_status_wins(bench: Bench) -> None:
     def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
         executor.context.cancel.set(signal.SIGTERM)
         raise EngineLostError("the engine was lost")
@@ -534,7 +534,7 @@ def test_a_signal_comes_before_every_other_reason(bench: Bench) -> None:
 # --- signals and streams ---------------------------------------------------------------------------------------------
 
 
-def test_signals_are_handled_only_meanwhile() -> None:
+def test_signal_handlers_are_restored() -> None:
     known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
     before = [signal.getsignal(number) for number in known]
     cancel = Cancel()
@@ -553,7 +553,7 @@ def test_signals_are_handled_only_meanwhile() -> None:
     assert [signal.getsignal(number) for number in known] == before
 
 
-def test_nohup_is_respected() -> None:
+def test_sighup_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         signals = Signals(Cancel())
@@ -564,7 +564,7 @@ def test_nohup_is_respected() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_an_old_terminal_sees_what_it_can(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ascii_terminal_gets_escaped_text(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stderr", stream)
     bench.fail(ColdError("8 × H200 are cold"))
@@ -574,7 +574,7 @@ def test_an_old_terminal_sees_what_it_can(bench: Bench, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_defect(tmp_path: Path, closed: str) -> None:
+def test_closed_streams_keep_exit_status(tmp_path: Path, closed: str) -> None:
     done = shell(f"check --manifest /no/such/file --json {closed}", tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -599,13 +599,13 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("module", ["builder.cli.main", "argparse", "builder.run.container_executor"])
-def test_ctrl_c_during_imports_is_quiet(module: str) -> None:
+def test_ctrl_c_during_imports_prints_no_traceback(module: str) -> None:
     code = INTERRUPTED_IMPORT.format(module=module)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_ctrl_c_before_a_run_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_run_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> int:
         raise KeyboardInterrupt
 
@@ -619,7 +619,7 @@ def test_ctrl_c_before_a_run_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_background_job_of_a_script_goes_on_ignoring_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigint_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def main() -> int:
@@ -648,7 +648,7 @@ def completed(script: str, *words: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_bash_completes_verbs_options_and_profiles(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_bash_completes_verbs_options_profiles(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "bash"], environ={}) == 0
     script = capsys.readouterr().out
     assert "check" in completed(script, "ch")
@@ -658,11 +658,11 @@ def test_bash_completes_verbs_options_and_profiles(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("shell_name", ["zsh", "fish", "tcsh"])
-def test_every_shell_gets_a_script(shell_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_every_shell_gets_a_script(shell_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", shell_name], environ={}) == 0
     assert "warm-cache" in capsys.readouterr().out
 
 
-def test_a_shell_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "bsh"], environ={}) == 2
     assert "SHELL is 'bsh': did you mean 'bash'?" in capsys.readouterr().err

@@ -35,18 +35,18 @@ from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutErr
         ("network nowhere not found", "docker network create"),
     ],
 )
-def test_a_refusal_keeps_the_engines_words_and_adds_a_remedy(explanation: str, told: str) -> None:
+def test_refusal_keeps_engine_message_and_adds_remedy(explanation: str, told: str) -> None:
     error = refusal("cannot start it", 500, explanation)
     assert error.message.startswith(f"cannot start it: {explanation}")
     assert told in error.message
     assert (error.status, error.exit_code) == (500, 16)
 
 
-def test_a_refusal_without_words_names_its_status() -> None:
+def test_refusal_without_message_names_status() -> None:
     assert refusal("cannot start it", 503, "").message == "cannot start it: the engine answered with status 503"
 
 
-def test_what_is_not_there_is_told_apart() -> None:
+def test_refusal_404_is_not_found() -> None:
     assert isinstance(refusal("x", 404, "No such container: y"), NotFoundError)
     assert not isinstance(refusal("x", 409, "Conflict"), NotFoundError)
 
@@ -60,12 +60,12 @@ def test_what_is_not_there_is_told_apart() -> None:
         (errno.ENETUNREACH, "Network is unreachable"),
     ],
 )
-def test_a_loss_names_its_innermost_cause(number: int, told: str) -> None:
+def test_loss_names_innermost_cause(number: int, told: str) -> None:
     packed = Exception("Connection aborted.", OSError(number, os.strerror(number)))
     assert told in loss("cannot reach it", packed).message
 
 
-def test_only_broken_connections_are_worth_another_try() -> None:
+def test_transient_errors_are_broken_connections_only() -> None:
     assert is_transient(EngineLostError("x"))
     for error in (EngineRefusedError("x"), NotFoundError("x"), EngineTimeoutError("x"), OSError("x")):
         assert not is_transient(error)
@@ -113,7 +113,7 @@ def http(body: object, status: str = "200 OK") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-def test_no_engine_is_one_sentence_with_the_address_and_what_to_do(tmp_path: Path) -> None:
+def test_connect_without_engine_names_address_and_remedy(tmp_path: Path) -> None:
     url = f"unix://{tmp_path}/docker.sock"
     with pytest.raises(EngineLostError) as lost:
         Engine(url).connect()
@@ -126,13 +126,13 @@ def test_no_engine_is_one_sentence_with_the_address_and_what_to_do(tmp_path: Pat
 @pytest.mark.parametrize(
     "url", ["tcp://127.0.0.1:1", "nonsense", "ssh://", "ssh://-oProxyCommand=x", "tcp://host:port:x"]
 )
-def test_addresses_that_lead_nowhere(url: str) -> None:
+def test_connect_to_bad_address_is_named(url: str) -> None:
     with pytest.raises(EngineLostError) as lost:
         Engine(url, timeout=2).connect()
     assert url in lost.value.message
 
 
-def test_a_socket_that_never_answers_is_given_up(tmp_path: Path) -> None:
+def test_connect_to_silent_socket_times_out(tmp_path: Path) -> None:
     with (
         listening(tmp_path / "s", lambda request: None) as url,
         pytest.raises(EngineTimeoutError, match="no answer in time"),
@@ -140,7 +140,7 @@ def test_a_socket_that_never_answers_is_given_up(tmp_path: Path) -> None:
         Engine(url, timeout=0.2).connect()
 
 
-def test_attaching_to_an_engine_that_stopped_answering_is_given_up(tmp_path: Path) -> None:
+def test_attach_to_silent_engine_times_out(tmp_path: Path) -> None:
     def answer(request: bytes) -> bytes | None:
         return None if b"/attach" in request else http({"ApiVersion": "1.41", "MinAPIVersion": "1.12"})
 
@@ -163,7 +163,7 @@ def test_attaching_to_an_engine_that_stopped_answering_is_given_up(tmp_path: Pat
         (b"", "cannot reach a container engine"),
     ],
 )
-def test_what_answers_but_will_not_do(tmp_path: Path, answer: bytes, told: str) -> None:
+def test_connect_to_other_server_is_refused(tmp_path: Path, answer: bytes, told: str) -> None:
     with listening(tmp_path / "s", lambda request: answer) as url, pytest.raises(EngineLostError) as lost:
         Engine(url, timeout=2).connect()
     assert told in lost.value.message
@@ -172,7 +172,7 @@ def test_what_answers_but_will_not_do(tmp_path: Path, answer: bytes, told: str) 
 @pytest.mark.parametrize(
     ("newest", "oldest", "spoken"), [("1.40", "1.12", "1.40"), ("1.99", "1.44", "1.45"), ("1.99", "1.98", "1.98")]
 )
-def test_the_version_spoken_is_one_that_both_know(tmp_path: Path, newest: str, oldest: str, spoken: str) -> None:
+def test_api_version_is_common_to_both(tmp_path: Path, newest: str, oldest: str, spoken: str) -> None:
     from docker.constants import DEFAULT_DOCKER_API_VERSION  # noqa: TID251 - what docker-py knows is the other side
 
     spoken = DEFAULT_DOCKER_API_VERSION if spoken == "1.45" else spoken
@@ -182,7 +182,7 @@ def test_the_version_spoken_is_one_that_both_know(tmp_path: Path, newest: str, o
         engine.close()
 
 
-def test_help_needs_no_docker_py() -> None:
+def test_importing_engine_loads_no_docker_py() -> None:
     heavy = ("docker", "requests", "tenacity")
     modules = "builder.engine.client, builder.engine.container"
     code = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in {heavy}))"
@@ -192,7 +192,7 @@ def test_help_needs_no_docker_py() -> None:
 # --- what is asked of the engine ---
 
 
-def test_the_request_for_a_container_says_exactly_this() -> None:
+def test_create_request_body_is_exact() -> None:
     spec = ContainerSpec(
         image="i",
         name="n",
@@ -240,12 +240,12 @@ def test_the_request_for_a_container_says_exactly_this() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "wanted"), [(-1, {"Count": -1}), (("2", "5"), {"DeviceIDs": ["2", "5"]})])
-def test_gpus_by_number_or_by_name(gpus: int | tuple[str, ...], wanted: dict[str, object]) -> None:
+def test_gpus_by_count_or_index_are_device_requests(gpus: int | tuple[str, ...], wanted: dict[str, object]) -> None:
     host = ContainerSpec(image="i", name="n", gpus=gpus).body()["HostConfig"]
     assert host["DeviceRequests"] == [{"Driver": "", "Capabilities": [["gpu"]], **wanted}]
 
 
-def test_no_gpus_is_no_device_request() -> None:
+def test_gpus_none_is_no_device_request() -> None:
     body = ContainerSpec(image="i", name="n").body()
     assert "DeviceRequests" not in body["HostConfig"]
     assert not {"Cmd", "Entrypoint", "WorkingDir"} & body.keys()
@@ -273,7 +273,7 @@ def layer(name: str, status: str, current: int = 0, total: int = 0) -> dict[str,
     return {"id": name, "status": status, "progressDetail": {"current": current, "total": total} if total else {}}
 
 
-def test_a_pull_says_how_far_it_is_and_nothing_twice(tmp_path: Path) -> None:
+def test_pull_progress_repeats_nothing(tmp_path: Path) -> None:
     messages: list[dict[str, object]] = [
         {"id": "v1", "status": "Pulling from sglang"},
         layer("a", "Already exists"),
@@ -305,7 +305,7 @@ def test_a_pull_says_how_far_it_is_and_nothing_twice(tmp_path: Path) -> None:
         (pulled(found=False), "does not have it"),
     ],
 )
-def test_a_pull_that_fails_says_why(tmp_path: Path, engine: Callable[[bytes], bytes], told: str) -> None:
+def test_pull_failure_names_reason(tmp_path: Path, engine: Callable[[bytes], bytes], told: str) -> None:
     with (
         listening(tmp_path / "s", engine) as url,
         contextlib.closing(Engine(url, timeout=2)) as client,

@@ -49,7 +49,7 @@ def engine() -> Builds:
     return Builds()
 
 
-def test_the_second_time_nothing_is_built(engine: Builds) -> None:
+def test_warmup_image_known_is_not_built(engine: Builds) -> None:
     tag = engine.warm()
     made = engine.built[tag]
     assert engine.warm() == tag
@@ -57,7 +57,7 @@ def test_the_second_time_nothing_is_built(engine: Builds) -> None:
     assert engine.built[tag][0] is made[0]
 
 
-def test_every_input_makes_another_image(engine: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warmup_image_differs_with_every_input(engine: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.warm()
     engine.warm(Image(id="sha256:" + "6" * 64, ref="lmsysorg/sglang:v0.5.23"))
     engine.warm(setup=("pip install -e .",))
@@ -68,18 +68,18 @@ def test_every_input_makes_another_image(engine: Builds, monkeypatch: pytest.Mon
     assert len(engine.built) == 5
 
 
-def test_another_name_of_the_serving_image_is_the_same_input(engine: Builds) -> None:
+def test_warmup_image_of_other_tag_is_equal(engine: Builds) -> None:
     assert engine.warm() == engine.warm(Image(id=SERVING.id, ref="mirror/sglang:latest"))
 
 
-def test_a_tag_that_somebody_else_gave_is_not_believed(engine: Builds) -> None:
+def test_warmup_image_with_foreign_tag_is_rebuilt(engine: Builds) -> None:
     tag = engine.warm()
     engine.built[tag] = b"", {}
     engine.warm()
     assert engine.built[tag][1] == {images.LABEL_SERVING: SERVING.id}
 
 
-def test_the_context_is_the_program_on_the_pinned_image_and_the_setup_below_it(engine: Builds) -> None:
+def test_build_context_has_agent_pinned_base_and_setup(engine: Builds) -> None:
     files = engine.files(engine.warm(setup=("first", "second")))
     lines = [line for line in files["Dockerfile"].splitlines() if line and not line.startswith("#")]
     assert lines[:4] == [f"ARG SERVING_IMAGE={SERVING.id}", "FROM ${SERVING_IMAGE}", "RUN first", "RUN second"]
@@ -91,12 +91,12 @@ def test_the_context_is_the_program_on_the_pinned_image_and_the_setup_below_it(e
     assert folders == {"agent", "cache"}, "the host's packages stay on the host"
 
 
-def test_the_context_has_the_same_bytes_each_time() -> None:
+def test_build_context_is_deterministic() -> None:
     first, second = Builds(), Builds()
     assert first.built.get(first.warm()) == second.built.get(second.warm())
 
 
-def test_setup_makes_another_identity() -> None:
+def test_identity_changes_with_setup() -> None:
     assert images.identity(SERVING.id, ()) == SERVING.id
     one, other = images.identity(SERVING.id, ("a", "b")), images.identity(SERVING.id, ("a b",))
     assert one.startswith("sha256:")

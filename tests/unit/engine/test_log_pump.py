@@ -39,7 +39,7 @@ def frame(stream: int, data: bytes) -> bytes:
     st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=40))),
     st.lists(st.integers(1, 30), min_size=1, max_size=40),
 )
-def test_frames_come_apart_wherever_the_connection_cuts_them(sent: list[tuple[int, bytes]], cuts: list[int]) -> None:
+def test_demux_cut_anywhere_gives_same_frames(sent: list[tuple[int, bytes]], cuts: list[int]) -> None:
     data = b"".join(frame(stream, payload) for stream, payload in sent)
     demux, got, at = Demux(), [], 0
     while at < len(data):
@@ -52,20 +52,20 @@ def test_frames_come_apart_wherever_the_connection_cuts_them(sent: list[tuple[in
 
 
 @given(st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=40))), st.integers(1, 50))
-def test_whole_frames_stay_whole(sent: list[tuple[int, bytes]], size: int) -> None:
+def test_demux_whole_frames_stay_whole(sent: list[tuple[int, bytes]], size: int) -> None:
     data = b"".join(frame(stream, payload) for stream, payload in sent)
     demux = Demux()
     assert [whole for at in range(0, len(data), size) for whole in demux.whole(data[at : at + size])] == sent
 
 
-def test_an_end_within_a_frame_is_noticed() -> None:
+def test_demux_end_within_frame_is_noticed() -> None:
     demux = Demux()
     assert demux.pieces(frame(1, b"abcdef")[:-2]) == [(1, b"abcd")]
     assert not demux.between_frames
 
 
 @pytest.mark.parametrize("data", [b"HTTP/1.1 500 x", b"\x07\0\0\0\0\0\0\x01x", b"\x01\0\x01\0\0\0\0\x01x"])
-def test_what_is_no_frame_is_not_taken_for_output(data: bytes) -> None:
+def test_demux_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(BrokenFramesError):
         Demux().pieces(data)
 
@@ -83,11 +83,11 @@ def test_what_is_no_frame_is_not_taken_for_output(data: bytes) -> None:
         ("a\nb", "a\ufffdb"),
     ],
 )
-def test_text_for_people_cannot_steer_a_terminal(text: str, safe: str) -> None:
+def test_readable_removes_terminal_sequences(text: str, safe: str) -> None:
     assert readable(text) == safe
 
 
-def test_a_shown_line_is_bounded() -> None:
+def test_shown_line_is_bounded() -> None:
     assert len(show(b"x" * (1 << 20))) < 2100
     assert show(b"caf\xc3\xa9 \xff") == "café \ufffd"
 
@@ -102,7 +102,7 @@ def reference(data: bytes) -> list[bytes]:
 
 
 @given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc"])).map(b"".join), st.integers(1, 9))
-def test_lines_end_with_newline_or_return_wherever_chunks_end(data: bytes, size: int) -> None:
+def test_lines_split_at_newline_or_return(data: bytes, size: int) -> None:
     lines, regions = Lines(), []
     for at in range(0, len(data), size):
         region = lines.feed(data[at : at + size])
@@ -112,7 +112,7 @@ def test_lines_end_with_newline_or_return_wherever_chunks_end(data: bytes, size:
     assert b"".join(regions).splitlines() == reference(data)
 
 
-def test_a_progress_bar_is_seen_while_it_moves() -> None:
+def test_lines_show_progress_bar_at_once() -> None:
     lines = Lines()
     assert lines.feed(b" 10%\r") == b" 10%\n"
     assert lines.feed(b" 20%\r") == b" 20%\n"
@@ -121,7 +121,7 @@ def test_a_progress_bar_is_seen_while_it_moves() -> None:
 
 @pytest.mark.parametrize("size", [MAX_LINE, MAX_LINE + 1, 3 * MAX_LINE + 7])
 @pytest.mark.parametrize("chunk", [1 << 20, 100_003])
-def test_endless_lines_are_cut_and_nothing_of_them_is_lost(size: int, chunk: int) -> None:
+def test_lines_endless_are_cut_without_loss(size: int, chunk: int) -> None:
     data = random.Random(size).randbytes(size).replace(b"\n", b"x").replace(b"\r", b"y") + b"\nnext\n"
     lines = Lines()
     region = b"".join(lines.feed(data[at : at + chunk]) for at in range(0, len(data), chunk)) + lines.last()
@@ -158,7 +158,7 @@ TEXT = st.lists(st.sampled_from(["", "a", "same", "same", "line €", "𝄞𝄞"
 
 
 @given(TEXT, st.data())
-def test_text_is_taken_up_exactly_where_it_stopped(text: str, data: st.DataObject) -> None:
+def test_resume_continues_at_last_byte(text: str, data: st.DataObject) -> None:
     whole = text.encode()
     cut = data.draw(st.integers(0, len(whole)))
     assert whole[:cut] + take_up(having(whole[:cut]), stored(whole)) == whole
@@ -168,7 +168,7 @@ def test_text_is_taken_up_exactly_where_it_stopped(text: str, data: st.DataObjec
     st.lists(st.sampled_from([b"\n", b"a", b"\xff", "€".encode(), b"\xe2\x82", b"\xf0\x9f", b"\x80"])).map(b"".join),
     st.data(),
 )
-def test_bytes_that_are_no_text_are_taken_up_once_each(whole: bytes, data: st.DataObject) -> None:
+def test_resume_invalid_utf8_is_exact(whole: bytes, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(whole)))
     got = whole[:cut] + take_up(having(whole[:cut]), stored(whole))
     assert "".join(map(stored_form, got.splitlines(keepends=True))) == b"".join(stored(whole)).decode()
@@ -177,37 +177,37 @@ def test_bytes_that_are_no_text_are_taken_up_once_each(whole: bytes, data: st.Da
 @pytest.mark.parametrize(
     "cut", [0, 1, 16383, 16384, 16385, 50_000, 1 << 20, (1 << 20) + 1, 2_200_000, 2_500_000, 2_500_001, 2_500_010]
 )
-def test_long_lines_are_taken_up_within(cut: int) -> None:
+def test_resume_within_long_line(cut: int) -> None:
     whole = b"first\n" + b"0123456789" * 250_000 + b"\nlast line"
     assert whole[:cut] + take_up(having(whole[:cut]), stored(whole)) == whole
 
 
-def test_a_character_on_the_border_of_two_pieces_is_counted_as_it_is_stored() -> None:
+def test_resume_character_split_over_pieces() -> None:
     line = b"-" * 16383 + "€".encode() + b"tail\n"
     cut = len(line) - 3
     assert take_up(having(line[:cut]), stored(line)) == line[cut:]
 
 
-def test_many_lines_are_counted_and_only_the_last_compared() -> None:
+def test_resume_counts_lines_and_compares_last() -> None:
     whole = b"".join(b"line %d\n" % number for number in range(50_000))
     cut = 400_001
     assert whole[:cut] + take_up(having(whole[:cut], 32768), stored(whole)) == whole
 
 
-def test_lines_that_a_killed_engine_never_stored_cost_no_later_line() -> None:
+def test_resume_with_lines_not_stored_loses_no_later_line() -> None:
     lines = [b"line %d\n" % number for number in range(3000)]
     received = having(b"".join(lines[:2000]) + b"line 20")
     kept = lines[:1990] + lines[2001:]
     assert take_up(received, kept) == b"".join(lines[2001:])
 
 
-def test_a_stored_log_that_is_shorter_gives_nothing_twice() -> None:
+def test_resume_shorter_stored_log_repeats_nothing() -> None:
     whole = b"a\nb\nc and more"
     for stop in range(len(whole)):
         assert take_up(having(whole), stored(whole[:stop])) == b"", stop
 
 
-def test_what_arrived_is_remembered_within_bounds() -> None:
+def test_resume_memory_is_bounded() -> None:
     received = Received()
     for _ in range(100):
         received.add(b"x" * 60_000)
@@ -221,7 +221,7 @@ def test_what_arrived_is_remembered_within_bounds() -> None:
 
 @settings(max_examples=30)
 @given(st.integers(0, 400), st.integers(1, 200))
-def test_the_same_end_is_recognised_and_another_is_not(lines: int, tail: int) -> None:
+def test_resume_recognises_same_end(lines: int, tail: int) -> None:
     whole = b"".join(b"line %d\n" % number for number in range(lines)) + b"rest"
     entries = b"".join(stored(whole)[-tail:])
     assert having(whole).ends_like(entries)
@@ -231,7 +231,7 @@ def test_the_same_end_is_recognised_and_another_is_not(lines: int, tail: int) ->
 # --- sinks ---
 
 
-def test_each_line_of_the_file_tells_its_stream(tmp_path: Path) -> None:
+def test_log_file_lines_name_their_stream(tmp_path: Path) -> None:
     file = LogFile(tmp_path / "log")
     file.open()
     file.write("out", b"a\n\nb\xff\n")
@@ -241,7 +241,7 @@ def test_each_line_of_the_file_tells_its_stream(tmp_path: Path) -> None:
     assert not file.problem
 
 
-def test_a_full_disk_is_one_problem_and_no_exception() -> None:
+def test_log_file_on_full_disk_is_one_problem() -> None:
     file = LogFile(Path("/dev/full"))
     file.open()
     file.write("out", b"a\n")
@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_problem_and_no_exception() -> None:
     assert file.problem == "the log /dev/full is not complete: No space left on device"
 
 
-def test_the_tail_is_the_last_lines_and_bounded() -> None:
+def test_tail_is_last_lines_and_bounded() -> None:
     tail = Tail(3)
     tail.add(b"1\n")
     tail.add(b"2\n3\n\x1b[1m4\n")
@@ -259,7 +259,7 @@ def test_the_tail_is_the_last_lines_and_bounded() -> None:
     assert len(tail.lines()[-1]) < 3000
 
 
-def test_a_slow_display_drops_lines_says_so_and_never_makes_anyone_wait() -> None:
+def test_slow_display_drops_lines_and_reports_it() -> None:
     go, shown = threading.Event(), []
 
     def show_line(stream: str, line: str) -> None:
@@ -281,7 +281,7 @@ def test_a_slow_display_drops_lines_says_so_and_never_makes_anyone_wait() -> Non
     assert not display.problem
 
 
-def test_a_display_that_raises_is_a_problem_and_nothing_more() -> None:
+def test_raising_display_is_one_problem() -> None:
     def show_line(stream: str, line: str) -> None:
         raise BrokenPipeError("gone")
 
@@ -293,7 +293,7 @@ def test_a_display_that_raises_is_a_problem_and_nothing_more() -> None:
     assert "BrokenPipeError" in display.problem
 
 
-def test_a_display_that_hangs_does_not_hold_up_the_end() -> None:
+def test_hanging_display_does_not_block_the_end() -> None:
     stuck = threading.Event()
 
     def show_line(stream: str, line: str) -> None:
@@ -365,7 +365,7 @@ def counts(**families: int) -> bytes:
     return line(events.EntryCounts(families, {}))
 
 
-def test_everything_arrives_and_the_last_line_without_newline_too(bench: Bench) -> None:
+def test_pump_delivers_last_line_without_newline(bench: Bench) -> None:
     pump = bench.run(out("a\n"), err(b"\xff\n"), out("b"), leave(0))
     assert bench.log() == {"out": b"a\nb\n", "err": b"\xff\n"}
     assert pump.complete
@@ -374,7 +374,7 @@ def test_everything_arrives_and_the_last_line_without_newline_too(bench: Bench) 
     assert pump.problems == []
 
 
-def test_events_are_heard_and_kept_out_of_the_log(bench: Bench) -> None:
+def test_pump_events_are_not_in_the_log(bench: Bench) -> None:
     lines = b"one\n" + line(events.Phase("x")) + b"two\n" + VERDICT + b"three\n"
     pump = bench.run(out(lines[:20]), out(lines[20:]), leave(0))
     assert bench.log()["out"] == b"one\ntwo\nthree\n"
@@ -407,11 +407,11 @@ def test_malformed_event_is_log(bench: Bench, text: bytes) -> None:
     assert pump.events == []
 
 
-def test_stderr_has_no_events(bench: Bench) -> None:
+def test_pump_stderr_has_no_events(bench: Bench) -> None:
     assert bench.run(err(VERDICT), leave(0)).events == []
 
 
-def test_counted_bytes_prove_the_log_without_reading_it_again(bench: Bench) -> None:
+def test_pump_byte_count_proves_the_log(bench: Bench) -> None:
     data, errors = b"x\n" * 1000 + line(events.Phase("p")), b"y\r" * 10
     pump = bench.run(out(data), err(errors), out(line(events.End(len(data), len(errors)))), leave(0))
     assert pump.complete
@@ -419,14 +419,14 @@ def test_counted_bytes_prove_the_log_without_reading_it_again(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("end", [events.End(5, 0), events.End(2, 1)])
-def test_a_count_that_differs_proves_nothing(bench: Bench, end: events.End) -> None:
+def test_pump_other_byte_count_reads_stored_log(bench: Bench, end: events.End) -> None:
     pump = bench.run(out(b"x\n"), out(line(end)), leave(0))
     assert "log_frames" in bench.engine.calls
     assert pump.complete
     assert bench.log()["out"] == b"x\n"
 
 
-def test_an_attachment_that_breaks_loses_and_doubles_nothing(bench: Bench) -> None:
+def test_pump_broken_attachment_loses_and_doubles_nothing(bench: Bench) -> None:
     first, second = b"".join(b"line %d\n" % number for number in range(2000)), b"and\nmore\nwithout end"
     pump, container = bench.pump(out(first + b"half a li"), pause(0.3), out(b"ne\n" + second), leave(0))
     bench.engine.start(container.id)
@@ -440,7 +440,7 @@ def test_an_attachment_that_breaks_loses_and_doubles_nothing(bench: Bench) -> No
     assert pump.complete
 
 
-def test_a_broken_attachment_is_followed_while_the_container_lives(bench: Bench) -> None:
+def test_pump_broken_attachment_follows_running_container(bench: Bench) -> None:
     pump, container = bench.pump(out("before\n"), HANG)
     bench.engine.start(container.id)
     assert poll(lambda: pump.received, Deadline(5), every=0.001)
@@ -455,7 +455,7 @@ def test_a_broken_attachment_is_followed_while_the_container_lives(bench: Bench)
     assert pump.complete
 
 
-def test_the_end_of_the_log_may_be_out_of_reach(bench: Bench) -> None:
+def test_pump_unreachable_end_is_a_problem(bench: Bench) -> None:
     pump, container = bench.pump(out("a\n"), leave(0))
     bench.engine.start(container.id)
     assert container.ended.wait(5)
@@ -466,7 +466,7 @@ def test_the_end_of_the_log_may_be_out_of_reach(bench: Bench) -> None:
     assert bench.log()["out"] == b"a\n"
 
 
-def test_a_failing_log_file_does_not_stop_the_draining(bench: Bench) -> None:
+def test_pump_failing_log_file_goes_on_draining(bench: Bench) -> None:
     sinks = Sinks(log_path=Path("/dev/full"), display=lambda stream, line: bench.shown.append((stream, line)))
     pump = bench.run(out(b"x\n" * 200_000), out("last\n"), leave(0), sinks=sinks)
     assert pump.received == 400_005
@@ -476,7 +476,7 @@ def test_a_failing_log_file_does_not_stop_the_draining(bench: Bench) -> None:
     assert bench.shown.count(("note", problem)) == 1
 
 
-def test_a_listener_that_raises_does_not_stop_the_draining(bench: Bench) -> None:
+def test_pump_raising_callback_goes_on_draining(bench: Bench) -> None:
     def listen(heard: Any) -> None:
         raise RuntimeError("no")
 
@@ -485,7 +485,7 @@ def test_a_listener_that_raises_does_not_stop_the_draining(bench: Bench) -> None
     assert pump.problems == ["handling the event 'phase' failed: RuntimeError: no"]
 
 
-def test_a_container_that_never_ran_has_an_empty_log(bench: Bench) -> None:
+def test_pump_of_created_container_is_empty(bench: Bench) -> None:
     pump, _ = bench.pump(out("x"))
     pump.finish(Deadline(5), ran=False)
     assert bench.path.read_bytes() == b""
@@ -499,7 +499,7 @@ def feed(pump: Pump, data: bytes) -> bool:
     return pump.last_output > 0
 
 
-def test_signs_of_life(bench: Bench) -> None:
+def test_pump_last_output_time_moves(bench: Bench) -> None:
     pump, _ = bench.pump()
     assert feed(pump, b"log\n")
     assert feed(pump, b"part of a line")
@@ -519,7 +519,7 @@ def test_signs_of_life(bench: Bench) -> None:
     pump.finish(Deadline(1), ran=False)
 
 
-def test_a_day_of_progress_is_one_event(bench: Bench) -> None:
+def test_pump_keeps_one_progress_event(bench: Bench) -> None:
     lines = b"".join(map(progress, range(5000)))
     pump = bench.run(out(lines + VERDICT), leave(0))
     assert pump.events == [events.Progress(4999, 9, "kernels"), events.Verdict(state="warmed")]

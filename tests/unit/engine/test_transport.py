@@ -73,7 +73,7 @@ def here() -> dict[str, str]:
     return {"Name": os.uname().nodename, "KernelVersion": os.uname().release}
 
 
-def test_one_question_tells_the_version_and_whose_engine_it_is(tmp_path: Path) -> None:
+def test_connect_needs_one_request(tmp_path: Path) -> None:
     engine = Played(here())
     with played(tmp_path / "s", engine) as client:
         assert client.connect().local
@@ -82,12 +82,12 @@ def test_one_question_tells_the_version_and_whose_engine_it_is(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("other", ["Name", "KernelVersion"])
-def test_an_engine_of_another_host_is_not_local(tmp_path: Path, other: str) -> None:
+def test_engine_of_other_host_is_not_local(tmp_path: Path, other: str) -> None:
     with played(tmp_path / "s", Played({**here(), other: "another"})) as client:
         assert not client.connect().local
 
 
-def test_an_engine_that_gave_up_our_version_is_spoken_to_in_its_oldest(tmp_path: Path) -> None:
+def test_engine_without_our_version_gets_its_oldest(tmp_path: Path) -> None:
     engine = Played(here(), newest="1.99", oldest="1.98")
     with played(tmp_path / "s", engine) as client:
         assert client.connect().api_version == "1.98"
@@ -95,14 +95,14 @@ def test_an_engine_that_gave_up_our_version_is_spoken_to_in_its_oldest(tmp_path:
     assert "/version" in engine.asked
 
 
-def test_an_engine_that_is_too_old_is_refused(tmp_path: Path) -> None:
+def test_engine_too_old_is_refused(tmp_path: Path) -> None:
     with played(tmp_path / "s", Played(here(), newest="1.39")) as client, pytest.raises(EngineLostError) as lost:
         client.connect()
     assert "it has API 1.39" in lost.value.message
 
 
 @pytest.mark.parametrize("info", [b"", b"no JSON", b"[]", b"[" * 10000])
-def test_an_engine_that_says_nothing_about_itself_is_asked_again(tmp_path: Path, info: bytes) -> None:
+def test_engine_without_headers_is_queried(tmp_path: Path, info: bytes) -> None:
     engine = Played(info)
     with played(tmp_path / "s", engine) as client:
         assert client.connect().api_version == "1.41"

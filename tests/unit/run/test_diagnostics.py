@@ -79,18 +79,18 @@ def hub(store: Path, model: str, *, link: Path | None = None) -> None:
     (snapshot / "model.safetensors").write_text("")
 
 
-def test_a_restart_of_the_engine(found: Callable[..., diagnostics.Finding]) -> None:
+def test_doctor_engine_restart_settings(found: Callable[..., diagnostics.Finding]) -> None:
     assert "ends a running warm-up" in found("engine").text
     assert "leaves a running warm-up alone" in found("engine", info=info(LiveRestoreEnabled=True)).text
 
 
-def test_the_driver(found: Callable[..., diagnostics.Finding]) -> None:
+def test_doctor_driver(found: Callable[..., diagnostics.Finding]) -> None:
     assert found("driver").text == "driver 580.65.06, 8 × NVIDIA H200"
     assert found("driver", host=None).state == UNKNOWN
     assert found("driver", local=False, host=None).state == UNKNOWN
 
 
-def test_the_toolkit(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_toolkit(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert found("toolkit").text == "found nvidia"
     missing = found("toolkit", info=info(Runtimes={"runc": {}}))
@@ -99,7 +99,7 @@ def test_the_toolkit(found: Callable[..., diagnostics.Finding], monkeypatch: pyt
     assert found("toolkit", info=info(Runtimes=None, DiscoveredDevices=devices)).text == "found nvidia.com/gpu=0"
 
 
-def test_the_toolkit_in_path(
+def test_doctor_toolkit_in_path(
     found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hook = tmp_path / "nvidia-container-runtime-hook"
@@ -110,9 +110,7 @@ def test_the_toolkit_in_path(
     assert found("toolkit", info=info(Runtimes={"runc": {}}), local=False).state == WARN, "that is another machine's"
 
 
-def test_daemon_reload_takes_gpus_that_dev_char_does_not_know(
-    found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path
-) -> None:
+def test_doctor_daemon_reload_risk(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
     trap = found("daemon-reload")
     assert trap.state == WARN and "create-dev-char-symlinks" in trap.remedy
     assert found("daemon-reload", info=info(CgroupDriver="cgroupfs")).state == OK
@@ -123,12 +121,12 @@ def test_daemon_reload_takes_gpus_that_dev_char_does_not_know(
     assert found("daemon-reload").state == OK
 
 
-def test_shared_memory_is_memory(found: Callable[..., diagnostics.Finding], write: Write) -> None:
+def test_doctor_shared_memory(found: Callable[..., diagnostics.Finding], write: Write) -> None:
     assert found("shared memory").state == OK
     assert found("shared memory", info=info(MemTotal=16 * GIB)).state == WARN
 
 
-def test_the_caches_file_system(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
+def test_doctor_cache_file_system(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
     mounts = tmp_path / "proc" / "self" / "mounts"
     mounts.parent.mkdir(parents=True)
     cache = tmp_path / "a cache"
@@ -146,7 +144,7 @@ def test_the_caches_file_system(found: Callable[..., diagnostics.Finding], write
     assert found("cache disk", proc=tmp_path / "none").state == UNKNOWN, "no file says where anything is mounted"
 
 
-def test_the_engines_disk(
+def test_doctor_engine_disk(
     found: Callable[..., diagnostics.Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = info(DockerRootDir=str(tmp_path))
@@ -158,7 +156,7 @@ def test_the_engines_disk(
     assert found("engine disk", info=info(DockerRootDir="/no/such")).state == UNKNOWN
 
 
-def test_descriptors(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_descriptors(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (64, 4096))
     assert found("descriptors").state == WARN
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (resource.RLIM_INFINITY,) * 2)
@@ -166,23 +164,21 @@ def test_descriptors(found: Callable[..., diagnostics.Finding], monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("apart", "state"), [(0, OK), (-4, OK), (7, WARN), (-3600, WARN)])
-def test_clocks(found: Callable[..., diagnostics.Finding], apart: float, state: str) -> None:
+def test_doctor_clock_skew(found: Callable[..., diagnostics.Finding], apart: float, state: str) -> None:
     assert found("clock", now=NOW + apart).state == state
 
 
 @pytest.mark.parametrize("said", [None, "", "yesterday", "2026-13-45T99:00:00Z", 7])
-def test_an_engine_that_does_not_say_the_time(found: Callable[..., diagnostics.Finding], said: object) -> None:
+def test_doctor_clock_unknown(found: Callable[..., diagnostics.Finding], said: object) -> None:
     assert found("clock", info=info(SystemTime=said)).state == UNKNOWN
 
 
-def test_an_offset_is_part_of_the_time(found: Callable[..., diagnostics.Finding]) -> None:
+def test_doctor_clock_with_offset(found: Callable[..., diagnostics.Finding]) -> None:
     east = datetime.fromtimestamp(NOW + 7200, tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.5+02:00")
     assert found("clock", info=info(SystemTime=east)).state == OK
 
 
-def test_models_that_a_container_would_not_see(
-    found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path
-) -> None:
+def test_doctor_models_outside_store(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     hub(store, "org/one")
@@ -194,7 +190,7 @@ def test_models_that_a_container_would_not_see(
     assert found("models", write(store=store)).text.endswith(": org/two"), "that link leads out of the mount"
 
 
-def test_models_that_are_all_there(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
+def test_doctor_models_complete(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
     hub(tmp_path / "store", "org/one")
     hub(tmp_path / "store", "org/two")
     assert found("models", write(store=tmp_path / "store")).state == OK
@@ -202,7 +198,7 @@ def test_models_that_are_all_there(found: Callable[..., diagnostics.Finding], wr
     assert found("models", write(store=tmp_path / "none")).state == UNKNOWN
 
 
-def test_a_cache_that_cannot_be_read(
+def test_doctor_cache_unreadable(
     found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
@@ -211,7 +207,7 @@ def test_a_cache_that_cannot_be_read(
     assert found("permissions").state == WARN
 
 
-def test_no_answer_of_an_engine_is_too_odd(write: Write) -> None:
+def test_doctor_any_engine_answer_never_raises(write: Write) -> None:
     odd: list[Any] = [None, [], "x", 3, {"a": 1}]
     names = ("CgroupDriver", "Runtimes", "DiscoveredDevices", "MemTotal", "SystemTime", "DockerRootDir")
     for value in odd:

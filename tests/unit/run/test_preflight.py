@@ -58,14 +58,14 @@ def host(monkeypatch: pytest.MonkeyPatch, known: HostGpus | None) -> None:
     monkeypatch.setattr(gpus, "host_gpus", lambda: known)
 
 
-def test_nothing_is_wrong_where_nothing_is(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_healthy_machine_is_clean(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host(monkeypatch, H200)
     (tmp_path / "models").mkdir()
     assert found(write(gpus='count = 8\nname = "H200"', models=tmp_path / "models")) == []
     assert found(write()) == []
 
 
-def test_everything_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_lists_everything_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host(monkeypatch, None)
     manifest = write(cache=tmp_path / "no" / "cache", gpus='count = 8\nname = "H200"', models=tmp_path / "no-models")
     problems = found(manifest, Here(image=False))
@@ -76,7 +76,7 @@ def test_everything_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.Mo
     assert problems[2].remedy == f"Run: mkdir -p {tmp_path}/no/cache, or set [cache] root."
 
 
-def test_gpus_are_counted_and_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_counts_and_names_gpus(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     host(monkeypatch, HostGpus(("NVIDIA H100", "NVIDIA H200"), "580"))
     few, other = found(write(gpus='count = 8\nname = "H200"'))
     assert few.text == "8 × H200 wanted, 2 found (NVIDIA H100, NVIDIA H200)."
@@ -86,7 +86,7 @@ def test_gpus_are_counted_and_named(write: Write, monkeypatch: pytest.MonkeyPatc
     assert none.text == "1 × GPU wanted, none found: the driver sees no GPU."
 
 
-def test_a_container_has_the_last_word_about_gpus(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_probe_decides_about_gpus(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     host(monkeypatch, None)
     manifest = write(gpus='count = 2\nname = "H200"')
     assert found(manifest) == [], "an engine may have GPUs that this process cannot see"
@@ -106,26 +106,26 @@ def test_a_container_has_the_last_word_about_gpus(write: Write, monkeypatch: pyt
     assert list(preflight.seen_problems(write(), record())) == []
 
 
-def test_of_another_machine_only_the_image_is_known(write: Write, tmp_path: Path) -> None:
+def test_preflight_remote_engine_checks_image_only(write: Write, tmp_path: Path) -> None:
     manifest = write(cache=tmp_path / "no" / "cache", gpus="count = 8", models=tmp_path / "no-models")
     assert found(manifest, Here(local=False)) == []
     (problem,) = found(manifest, Here(local=False, image=False))
     assert problem.location == "image"
 
 
-def test_a_root_that_is_no_directory(write: Write, tmp_path: Path) -> None:
+def test_preflight_root_not_a_directory(write: Write, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     (problem,) = found(write())
     assert problem.text == f"{tmp_path}/cache is not a directory."
 
 
-def test_a_root_that_cannot_be_made(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_root_cannot_be_created(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     (problem,) = found(write())
     assert problem.text == f"{tmp_path}/cache does not exist, and {tmp_path} is not writable."
 
 
-def test_a_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
     (problem,) = found(write())
@@ -143,7 +143,7 @@ def test_a_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("CDI device injection failed: unresolvable CDI devices", "but the container toolkit failed"),
     ],
 )
-def test_a_refusal_of_gpus_is_a_problem_of_gpus(write: Write, message: str, text: str) -> None:
+def test_preflight_gpu_refusal_is_a_gpu_problem(write: Write, message: str, text: str) -> None:
     problem = preflight.no_driver(write(gpus='count = 8\nname = "H200"'), EngineRefusedError(message))
     assert problem is not None
     assert problem.location == "GPUs"
@@ -151,7 +151,7 @@ def test_a_refusal_of_gpus_is_a_problem_of_gpus(write: Write, message: str, text
     assert text in problem.text
 
 
-def test_a_refusal_of_a_mount_is_the_problem_of_whose_mount_it_is(write: Write, tmp_path: Path) -> None:
+def test_preflight_mount_refusal_names_its_setting(write: Write, tmp_path: Path) -> None:
     manifest = write(models=tmp_path / "models")
     begin = 'invalid mount config for type "bind": bind source path does not exist: '
     for place, path in (("cache", tmp_path / "cache"), ("models", tmp_path / "models")):
