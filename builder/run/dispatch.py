@@ -70,7 +70,7 @@ def run_all(executor: Executor, items: Sequence[Item], estimates: Mapping[str, E
         dispatcher.run()
 
 
-class _Worker:
+class _TaskThread:
     """One task's thread. bell: a descriptor that gets a byte when it ends."""
 
     def __init__(self, item: Item, allocation: Allocation, running: RunningTask, do: Do, bell: int) -> None:
@@ -112,7 +112,7 @@ class Dispatcher:
         self._capacity = executor.capacity()
         self._concurrent = self._capacity.width([planned_task(item, estimates) for item in self._waiting]) > 1
         self._count, self._started, self._ended = len(items), 0, 0
-        self._running: list[_Worker] = []
+        self._running: list[_TaskThread] = []
         self._errors: list[BaseException] = []
         self._schedule, self._scheduled, self._is_sure = Schedule((), 0.0), time.monotonic(), True
         self._ear, self._bell = os.pipe()
@@ -131,8 +131,8 @@ class Dispatcher:
                     self._wait()
                     self._start()
             finally:
-                for worker in self._running:
-                    worker.join()
+                for thread in self._running:
+                    thread.join()
         self._raise()
         self._add_duplicates()
 
@@ -144,7 +144,7 @@ class Dispatcher:
         self._waiting = [item for item in self._waiting if not self._refuse_late(item, left)]
         items = {item.task.label: item for item in self._waiting}
         planned = [planned_task(item, self._estimates) for item in self._waiting]
-        running = [worker.running for worker in self._running]
+        running = [thread.running for thread in self._running]
         self._is_sure = all(task.sure for task in [*planned, *(one.task for one in running)])
         self._schedule = best_schedule(planned, self._capacity, running, left)
         self._scheduled = time.monotonic()
@@ -175,7 +175,7 @@ class Dispatcher:
             cancel=self._context.cancel,
         )
         self._live.add(progress)
-        self._running.append(_Worker(item, allocation, running, self._do, self._bell))
+        self._running.append(_TaskThread(item, allocation, running, self._do, self._bell))
 
     def _refuse_late(self, item: Item, left: float) -> bool:
         """Return whether the task cannot end within the budget; then that is its result."""
@@ -201,13 +201,13 @@ class Dispatcher:
             # one: so this thread has to run now and then.
             pass
         os.read(self._ear, 1)
-        for worker in [worker for worker in self._running if worker.finished]:
-            worker.join()
-            self._running.remove(worker)
-            self._live.remove(worker.allocation.progress)
+        for thread in [thread for thread in self._running if thread.finished]:
+            thread.join()
+            self._running.remove(thread)
+            self._live.remove(thread.allocation.progress)
             self._ended += 1
-            if worker.error is not None:
-                self._errors.append(worker.error)
+            if thread.error is not None:
+                self._errors.append(thread.error)
 
     def _raise(self) -> None:
         """Raise for a signal, else the most important error; every other one becomes a warning, once."""

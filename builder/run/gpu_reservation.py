@@ -74,8 +74,9 @@ def wait_until_idle(executor: ContainerExecutor, seconds: float, items: Sequence
 def reasons_not_idle(executor: ContainerExecutor, items: Sequence[Item] = ()) -> Iterator[str]:
     """Yield why the machine is not idle, one sentence each.
 
-    With NVML every process on a GPU counts. Elsewhere every container of this engine that was
-    given GPUs counts, although it may be between two jobs.
+    With NVML every process on a GPU counts. Elsewhere every container of this engine that was given GPUs counts,
+    although it may be between two jobs.
+
     items: the GPUs' UUIDs come from their toolchain records where the driver does not name them.
     """
     snapshot = executor.gpu_snapshot()
@@ -133,13 +134,13 @@ def _out_of_service(executor: ContainerExecutor) -> Iterator[None]:
     if not (spec.acquire or spec.release):
         yield
         return
-    place = _working_directory(executor)
+    directory = _working_directory(context)
     acquire, release = (
-        hooks.Hooks(lines, context.run_id, spec.hook_timeout, place) for lines in (spec.acquire, spec.release)
+        hooks.Hooks(lines, context.run_id, spec.hook_timeout, directory) for lines in (spec.acquire, spec.release)
     )
-    debt = executor.lease.path.parent
+    pending = executor.lease.path.parent
     with gpu_locks.locked({gpu_locks.SERVICE: "this machine"}, context.lock_wait(), context.report.warnings.append):
-        _owe(debt, release)
+        _record_pending_release(pending, release)
         try:
             context.console.say("taking this machine out of service:")
             failure = hooks.run(acquire, context.options.environ, functools.partial(context.console.log, "hook"))
@@ -151,30 +152,29 @@ def _out_of_service(executor: ContainerExecutor) -> Iterator[None]:
                 raise error
             yield
         finally:
-            _release(executor, debt, release)
+            _release(context, pending, release)
 
 
-def _working_directory(executor: ContainerExecutor) -> str:
+def _working_directory(context: Context) -> str:
     """Return where the operator's commands run: in the builder's directory, or in / if that was removed."""
     try:
         return str(Path.cwd())
     except OSError as error:
-        executor.context.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
+        context.console.say(f"the working directory is gone ({error.strerror}): acquire and release run in /")
         return "/"
 
 
-def _owe(debt: Path, release: hooks.Hooks) -> None:
+def _record_pending_release(pending: Path, release: hooks.Hooks) -> None:
     try:
-        hooks.record_pending_release(debt, release)
+        hooks.record_pending_release(pending, release)
     except OSError as error:
         raise PreflightError(
-            f"cannot record in {debt} that this machine has to be put back into service: {error.strerror}"
+            f"cannot record in {pending} that this machine has to be put back into service: {error.strerror}"
         ) from error
 
 
-def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> None:
+def _release(context: Context, pending: Path, release: hooks.Hooks) -> None:
     """Put the machine back into service, also after a signal. A second signal ends the wait; it then stays pending."""
-    context = executor.context
     cancel = context.cancel
     with cancel.shield():
         context.console.say("putting this machine back into service:")
@@ -187,7 +187,7 @@ def _release(executor: ContainerExecutor, debt: Path, release: hooks.Hooks) -> N
             hurried=lambda: cancel.requests > max(1, times),
         )
         if failure is None:
-            hooks.clear_pending_release(debt)
+            hooks.clear_pending_release(pending)
         else:
             context.report.warnings.append(f"release failed, and is tried again by the next run: {failure.text}")
 
@@ -226,7 +226,7 @@ class GpuReservation:
     """The GPUs of a run's containers: checks that they are free before it, and again after each task."""
 
     def __init__(self, executor: ContainerExecutor) -> None:
-        self._executor = executor
+        self._executor, self._context = executor, executor.context
         self._reported: set[str] = set()
         self._reporting = threading.Lock()
 
@@ -244,17 +244,17 @@ class GpuReservation:
     def refuse_busy(self) -> None:
         """Raise PreflightError with every process that uses one of the GPUs; warn instead if the options allow it."""
         executor = self._executor
-        remedy = ["[gpus] acquire did not free it: stop it, or"] if executor.context.manifest.gpus.acquire else []
+        remedy = ["[gpus] acquire did not free it: stop it, or"] if self._context.manifest.gpus.acquire else []
         # The GPUs of a swept container are free in a moment.
-        limit = Deadline(executor.context.manifest.gpus.release_timeout if executor.swept else 0.0)
+        limit = Deadline(self._context.manifest.gpus.release_timeout if executor.swept else 0.0)
         while True:
             snapshot = self._snapshot()
             problems = list(preflight.busy(snapshot, executor.container_names, *remedy))
-            if not problems or limit.expired or executor.context.options.allow_busy:
+            if not problems or limit.expired or self._context.options.allow_busy:
                 break
-            executor.context.cancel.wait(_EVERY)
-            executor.context.cancel.check()
-        executor.context.report.gpus = [
+            self._context.cancel.wait(_EVERY)
+            self._context.cancel.check()
+        self._context.report.gpus = [
             {
                 "index": gpu.index,
                 "uuid": gpu.uuid,
@@ -266,9 +266,9 @@ class GpuReservation:
             }
             for gpu in snapshot.gpus
         ]
-        if problems and not executor.context.options.allow_busy:
+        if problems and not self._context.options.allow_busy:
             raise PreflightError("this machine can't run it now", problems)
-        executor.context.report.warnings += [problem.text for problem in problems]
+        self._context.report.warnings += [problem.text for problem in problems]
 
     @contextlib.contextmanager
     def free_after(self, label: str, devices: tuple[int, ...] | None = None) -> Iterator[None]:
@@ -279,15 +279,15 @@ class GpuReservation:
         devices: the task's GPUs; None: all of the run's. Other tasks may use others meanwhile.
         """
         executor = self._executor
-        has_some = executor.context.manifest.gpus.count if devices is None else devices
+        has_some = self._context.manifest.gpus.count if devices is None else devices
         before, ran = self._snapshot(devices) if has_some else GpuSnapshot(), len(executor.ran)
         yield
         if len(executor.ran) == ran or not before.gpus:
             return
-        if executor.context.cancel.is_set:
-            executor.context.report.warnings += [f"after {label}, {text}" for text in self._texts(self._held(before))]
+        if self._context.cancel.is_set:
+            self._context.report.warnings += [f"after {label}, {text}" for text in self._texts(self._held(before))]
             return
-        timeout, began = executor.context.manifest.gpus.release_timeout, time.monotonic()
+        timeout, began = self._context.manifest.gpus.release_timeout, time.monotonic()
         freed: dict[str, float] = {}
 
         def all_free() -> bool:
@@ -297,7 +297,7 @@ class GpuReservation:
                     freed.pop(gpu.uuid, None)
                 else:
                     freed.setdefault(gpu.uuid, time.monotonic() - began)
-            executor.context.cancel.check()
+            self._context.cancel.check()
             return not still
 
         is_free = poll(all_free, Deadline(timeout), every=_EVERY)
@@ -309,11 +309,11 @@ class GpuReservation:
                 "memory, so nothing more is started; end what holds them, and run again"
             )
         whose = "" if devices is None else f"{label}: "
-        executor.context.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
+        self._context.console.say(f"{whose}GPUs free again after {max(freed.values()):.1f} s")
 
     def _report(self, freed: dict[str, float]) -> None:
         """Report the longest wait of all tasks; None for a GPU that is not free yet."""
-        for entry in self._executor.context.report.gpus:
+        for entry in self._context.report.gpus:
             seconds = freed.get(entry["uuid"])
             before = entry["free_again_seconds"] or 0.0
             entry["free_again_seconds"] = None if seconds is None else round(max(before, seconds), 3)
@@ -334,7 +334,7 @@ class GpuReservation:
         others = [process for process in gpu.processes or () if self._is_foreign(process)]
         new = [process for process in gpu.processes or () if process.identity not in known]
         extra = gpu.used - was.used if gpu.used is not None and was.used is not None else 0
-        if self._executor.context.options.allow_busy:
+        if self._context.options.allow_busy:
             # Where a GPU is shared, memory that grows may be another process's.
             new = [process for process in new if process not in others]
             extra = 0 if known or others else extra
@@ -367,7 +367,7 @@ class GpuReservation:
         if devices is not None:
             snapshot = snapshot.chosen(devices, 0)
         if snapshot.absent is not None:
-            self._executor.context.report.extra["gpus_reason"] = snapshot.absent
+            self._context.report.extra["gpus_reason"] = snapshot.absent
             self._report_once(
                 f"{snapshot.absent}; which processes use them, and whether they are free after a task, is not checked"
             )
@@ -380,4 +380,4 @@ class GpuReservation:
             known = text in self._reported
             self._reported.add(text)
         if not known:
-            self._executor.context.console.say(f"GPUs: {text}")
+            self._context.console.say(f"GPUs: {text}")

@@ -6,8 +6,8 @@ Only a marker of this run that holds on disk makes a task warmed, whatever its p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from builder.cache.markers import VERIFIED
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
 from builder.events import Verdict
 from builder.report.results import Report, TaskResult
@@ -30,47 +30,44 @@ ENDED_EARLY = {
 
 def result_of_execution(executor: Executor, item: Item, execution: Execution) -> TaskResult:
     """Return the result of a task after the end of its program."""
-    result = _judge(executor, item, execution)
+    verdict = execution.verdict or Verdict()
+    result = _judge(executor, item, execution, verdict)
     result.seconds = execution.seconds
     result.log = str(execution.log) if execution.log else None
     result.tail = execution.tail
+    result.entries = {} if result.state == "cold" else verdict.entries  # those of a cold task may be another's
+    result.added, result.added_bytes = verdict.added, verdict.added_bytes
+    result.loaded = readable(verdict.loaded or "")
+    result.proof = verdict.proof
+    result.verified = result.state == "warmed" and verdict.proof == VERIFIED
     return result
 
 
-def _judge(executor: Executor, item: Item, execution: Execution) -> TaskResult:
-    verdict = execution.verdict or Verdict()
-    numbers: dict[str, Any] = {
-        "entries": verdict.entries,
-        "added": verdict.added,
-        "added_bytes": verdict.added_bytes,
-        "loaded": readable(verdict.loaded or ""),
-        "proof": verdict.proof,
-    }
+def _judge(executor: Executor, item: Item, execution: Execution, verdict: Verdict) -> TaskResult:
+    """Return the state of the task, with its reason."""
     if execution.ended in ENDED_EARLY:
         state, reason = ENDED_EARLY[execution.ended]
         if state == "cold" and item.warm:  # forced, and its entries still exist
             state = "warm"
-        elif state == "cold":
-            numbers["entries"] = {}  # the entries there may be another task's
-        short = execution.ended == "budget"
-        return result_of(item, state, reason.format(task=item.task), short_of_budget=short, **numbers)
+        result = result_of(item, state, reason.format(task=item.task))
+        result.short_of_budget = execution.ended == "budget"
+        return result
     if execution.verdict is None:
-        return result_of(item, "failed", f"{execution.how} and gave no verdict", **numbers)
+        return result_of(item, "failed", f"{execution.how} and gave no verdict")
     reason = readable(verdict.reason)
     if execution.oom and verdict.state != "warmed":
         reason = f"out of memory inside the container; {reason}"
     if verdict.state != "warmed":
-        state = "failed" if verdict.state == "stopped" else verdict.state
-        return result_of(item, state, reason, **numbers)
+        return result_of(item, "failed" if verdict.state == "stopped" else verdict.state, reason)
     if not execution.succeeded:
-        return result_of(item, "failed", f"its verdict is warmed, but {execution.how}", **numbers)
+        return result_of(item, "failed", f"its verdict is warmed, but {execution.how}")
     now = executor.plan((item.task,)).items[0]
     if not now.warm:
-        return result_of(item, "failed", f"its marker does not hold: {now.judgement.reason}", **numbers)
+        return result_of(item, "failed", f"its marker does not hold: {now.judgement.reason}")
     marker = now.judgement.marker
     if marker is None or marker.observed.run != executor.context.run_id:
-        return result_of(item, "failed", "its verdict is warmed, but the marker is an older one", **numbers)
-    return result_of(now, "warmed", reason, verified=numbers["proof"] == "verified", **numbers)
+        return result_of(item, "failed", "its verdict is warmed, but the marker is an older one")
+    return result_of(now, "warmed", reason)
 
 
 def raise_if_fatal(execution: Execution, result: TaskResult) -> None:

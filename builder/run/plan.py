@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from builder.cache import markers, toolchain
 from builder.cache.coverage import coverage, coverage_digest, needs_config
@@ -86,8 +85,8 @@ def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bo
     return Item(task, record, digest, problem, judgement)
 
 
-def result_of(item: Item, state: str, reason: str = "", **more: Any) -> TaskResult:
-    return TaskResult(item.task.label, item.task.model, item.key, state, reason, **more)
+def result_of(item: Item, state: str, reason: str = "") -> TaskResult:
+    return TaskResult(item.task.label, item.task.model, item.key, state, reason)
 
 
 def before(item: Item) -> TaskResult:
@@ -95,9 +94,8 @@ def before(item: Item) -> TaskResult:
     marker = item.judgement.marker
     if not item.warm or marker is None:
         return result_of(item, "cold", item.judgement.reason)
-    return result_of(
-        item,
-        "warm",
+    return replace(
+        result_of(item, "warm"),
         entries={family: len(claim.entries) for family, claim in marker.claims.items()},
         proof=marker.proof,
         verified=marker.proof == markers.VERIFIED,
