@@ -450,7 +450,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     field=st.sampled_from(sorted(json.loads(marker_files.encoded(build())))),
     value=JSON,
