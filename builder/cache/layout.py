@@ -41,9 +41,12 @@ def prepare(root: Path) -> str:
         path = root / "layout.json"
         known = _read(path)
         if known is None:
-            write = _write if path.exists() else _create
-            write(path, {"schema": SCHEMA, "id": _new_id()})
+            fresh = {"schema": SCHEMA, "id": _new_id()}
+            _create(path, fresh)  # of several at once the first wins
             known = _read(path)
+            if known is None:  # the file was there and is garbage
+                _write(path, fresh)
+                known = _read(path)
         for lock in (run_lock(root), hold_lock(root), views_lock(root)):
             lock.touch()
     except OSError as error:
