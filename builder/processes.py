@@ -11,19 +11,17 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from builder import flock
-
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def become_subreaper() -> None:
-    """Orphans of our children become our children, setsid or not, so that they can be found and ended."""
+    """Make orphans of our children our children, setsid or not, so that they can be found and ended."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def descendants(root: int | None = None) -> set[int]:
-    """Every process below ``root`` (default: this one), zombies included, as /proc shows it now."""
+    """Return every process below `root` (default: this one), zombies included, as /proc shows it now."""
     parents = _parents()
     found: set[int] = set()
     wanted = {os.getpid() if root is None else root}
@@ -34,9 +32,9 @@ def descendants(root: int | None = None) -> set[int]:
 
 
 def kill_descendants(*, seconds: float = 5.0, spare: Iterable[int] = (), leave: Iterable[int] = ()) -> bool:
-    """SIGKILL to all descendants, again for what they started meanwhile, until none lives. False when some remain.
+    """Send SIGKILL to all descendants, repeatedly, until none lives. Return False if some do after `seconds`.
 
-    spare: direct children whose status another thread reaps; they are killed, and never waited for here.
+    spare: direct children that another thread reaps; they are killed, and not waited for here.
     leave: processes that are not killed, nor anything below them.
     """
     limit = time.monotonic() + seconds
@@ -75,16 +73,8 @@ def shell_status(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _descendants_except(kept: set[int]) -> set[int]:
-    """Return all descendants but these and what is below them."""
-    found = descendants() - kept
-    for pid in kept:
-        found -= descendants(pid)
-    return found
-
-
 def reap(spare: Iterable[int] = ()) -> None:
-    """Collects orphans that have ended, so that a long run leaves no zombies. Never touches ``spare``."""
+    """Collect the status of orphans that have ended, so that no zombies remain. Leaves `spare` to others."""
     me = os.getpid()
     for pid, parent in _parents().items():
         if parent == me and pid not in spare:
@@ -92,48 +82,8 @@ def reap(spare: Iterable[int] = ()) -> None:
                 os.waitpid(pid, os.WNOHANG)
 
 
-def _contested(path: str | None, nonce: str) -> int | None:
-    """A descriptor of the lease file when somebody who shares our kernel holds it, else None."""
-    if path is None:
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        if os.read(descriptor, 4096).strip() == nonce.encode() and not flock.try_lock(descriptor, shared=True):
-            return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
-    return None
-
-
-def _parents() -> dict[int, int]:
-    found = {}
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            fields = _stat(int(place.name))
-            if fields:
-                found[int(place.name)] = int(fields[1])
-    return found
-
-
-def _state(pid: int) -> str:
-    fields = _stat(pid)
-    return fields[0] if fields else ""
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name (which may hold spaces and brackets)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
-    except OSError:
-        return []
-
-
 def describe_status(status: int | None) -> str:
-    """An exit status in words."""
+    """Return an exit status in words."""
     if status is None:
         return "still running"
     if status >= 0:
@@ -144,3 +94,34 @@ def describe_status(status: int | None) -> str:
         name = f"signal {-status}"
     hint = " (the kernel does that when memory runs out)" if -status == signal.SIGKILL else ""
     return f"killed by {name}{hint}"
+
+
+def _descendants_except(kept: set[int]) -> set[int]:
+    """Return all descendants but these and what is below them."""
+    found = descendants() - kept
+    for pid in kept:
+        found -= descendants(pid)
+    return found
+
+
+def _parents() -> dict[int, int]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat(int(entry.name))
+            if fields:
+                found[int(entry.name)] = int(fields[1])
+    return found
+
+
+def _state(pid: int) -> str:
+    fields = _stat(pid)
+    return fields[0] if fields else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name (which may hold spaces and brackets)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
+    except OSError:
+        return []

@@ -46,7 +46,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """From sglang's own wording, e.g. ``GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1``. Raises ValueError."""
+        """Read sglang's own wording, e.g. ``GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1``. Raises ValueError."""
         found = SHAPE.fullmatch(text.strip())
         if not found:
             raise ValueError(f"{text!r} is not of the form 'GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1'")
@@ -57,29 +57,43 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One warm-up. Durations in seconds. ``families`` None means: what the recipe requires by default.
+class Recipe:
+    """A way to make a task's kernels compile, as far as it is known without running it (`agent.recipes` runs it)."""
 
-    shapes_from: where more shapes come from: ``config`` (config.json of the model), ``markers`` (of its earlier runs).
-    workers: that go over the shapes; 0 means one per GPU, or per CPU core where there is none.
-    """
+    version: int  # raised when what it compiles changes: its tasks are then cold
+    settings: tuple[str, ...]  # fields of Task that change what it compiles
+    server: bool = False  # runs a server with the task's argv, on the model: config.json decides about kernels
+    requires: tuple[str, ...] = ()  # families that its tasks claim; empty: whatever holds an entry that they used
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "compile-deep-gemm": Recipe(1, ("load", "layers", "m_values"), server=True, requires=("deep_gemm",)),
+    "serve": Recipe(1, ("load", "layers", "requests"), server=True),
+    "shapes": Recipe(1, ("shapes", "shapes_from", "m_values"), requires=("deep_gemm",)),
+    "command": Recipe(1, ("success",)),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One warm-up. Durations in seconds."""
 
     label: str
     model: str
     recipe: str
     argv: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    revision: str | None = None
+    revision: str | None = None  # of the model
     gpus: int = 0
     timeout: float = 1200.0
-    silence: float = 600.0
-    success: str | None = None
-    families: tuple[str, ...] | None = None
+    silence: float = 600.0  # without output, after which it has failed
+    success: str | None = None  # recipe ``command``: a regular expression that a line of its log matches
+    families: tuple[str, ...] | None = None  # that it claims; None: those of its recipe
     shapes: tuple[Shape, ...] = ()
-    shapes_from: tuple[str, ...] = ()
-    m_values: tuple[int, ...] = ()
-    workers: int = 0
-    requests: tuple[tuple[int, int], ...] = ((4, 8), (64, 8), (1024, 8))
+    shapes_from: tuple[str, ...] = ()  # more shapes: of ``config`` (config.json), of ``markers`` (earlier runs)
+    m_values: tuple[int, ...] = ()  # empty: those of sglang
+    workers: int = 0  # for shapes; 0: one per GPU, or per CPU core without GPUs
+    requests: tuple[tuple[int, int], ...] = ((4, 8), (64, 8), (1024, 8))  # tokens in, tokens out
     load: str = "weights"
-    layers: int | None = None
+    layers: int | None = None  # that stay, with dummy weights; None: all
     verify: str = "second-pass"

@@ -1,8 +1,8 @@
-"""Tasks of one run that compile into the same root at the same time, and how each of them still proves its own work.
+"""The lock with which tasks of one run compile into the same root at the same time, and each still proves its own work.
 
-A pass that adds nothing is a proof whatever others do meanwhile, because they only ever add. One that seems to add
-something may have seen a neighbour's work: then it is done again while nobody else compiles. Whoever compiles holds one
-file of the root shared, whoever has to be undisturbed holds it exclusively, and nobody holds it while he waits for it.
+A second pass that adds nothing is a proof whatever other tasks do meanwhile, because they only add. One that seems to
+add something may have seen another task's work: it is repeated while no other task compiles. A task holds one file of
+the root shared while it compiles and exclusively while it must be alone, and releases it before it waits for it.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.cache import layout
 
-#: Seconds between two words of one who waits: who says nothing is taken for dead.
-SAY_SECONDS = 15.0
+#: Seconds between two log lines of a task that waits: the builder ends tasks that write nothing.
+REPORT_SECONDS = 15.0
 
 
-class Beside:
-    """One task among its neighbours. active: whether there may be any. Nothing is opened before `begin`."""
+class CompileLock:
+    """One task's hold on the lock. Opens nothing before `acquire`. active: other tasks may compile at the same time."""
 
     def __init__(self, root: Path, guard: Guard, output: Output, *, active: bool) -> None:
         self._path, self._guard, self._output = layout.compiling_lock(root), guard, output
         self.active = active
         self._descriptor = -1
 
-    def begin(self) -> None:
-        """From now on this task compiles, until its process ends. Raises Stopped, OSError."""
+    def acquire(self) -> None:
+        """Hold it shared, until the process ends. Raises Stopped, OSError."""
         if self.active:
-            self._hold(exclusive=False)
+            self._take(exclusive=False)
 
     @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Nobody else compiles while the context is."""
+    def exclusive(self) -> Iterator[None]:
+        """Hold it exclusively within the context: no other task compiles."""
         if not self.active:
             yield
             return
-        self._let_go()
-        self._hold(exclusive=True)
+        self._release()
+        self._take(exclusive=True)
         try:
             yield
         finally:
-            self._let_go()
-        self._hold(exclusive=False)
+            self._release()
+        self._take(exclusive=False)
 
-    def _hold(self, *, exclusive: bool) -> None:
-        said = time.monotonic()
+    def _take(self, *, exclusive: bool) -> None:
+        reported = time.monotonic()
 
-        def wait() -> None:
-            nonlocal said
-            if time.monotonic() - said >= SAY_SECONDS:
-                said = time.monotonic()
-                what = "until no other task compiles" if exclusive else "until another task has proven its work"
-                self._output.say(f"waiting {what}")
+        def report() -> None:
+            nonlocal reported
+            if time.monotonic() - reported >= REPORT_SECONDS:
+                reported = time.monotonic()
+                reason = "until no other task compiles" if exclusive else "until another task has proven its work"
+                self._output.say(f"waiting {reason}")
 
-        self._descriptor = self._guard.acquire(self._path, exclusive=exclusive, on_wait=wait)
+        self._descriptor = self._guard.acquire(self._path, exclusive=exclusive, on_wait=report)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         os.close(self._descriptor)
         self._descriptor = -1

@@ -21,7 +21,7 @@ from typing import Literal, NoReturn
 
 from builder import flock
 from builder.job import Job
-from builder.processes import _contested, become_subreaper, kill_descendants
+from builder.processes import become_subreaper, kill_descendants
 
 LEASE_ENDED = 70
 LIFETIME_OVER = 71
@@ -30,7 +30,7 @@ _END = threading.Lock()
 
 
 class Stopped(Exception):
-    """A signal asked this program to stop. ``signum`` says which."""
+    """A signal asked this program to stop. signum: which one."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -40,7 +40,7 @@ class Stopped(Exception):
 class Guard:
     """Watches from threads of its own, so that a main thread stuck in a write cannot outlive its lease.
 
-    on_lifetime: called once, with at most a second to say so, when the lifetime is over.
+    on_lifetime: called once when the lifetime is over; it has one second.
     """
 
     def __init__(self, job: Job, on_lifetime: Callable[[], None] = lambda: None) -> None:
@@ -51,14 +51,14 @@ class Guard:
         self._wake, self._ring = -1, -1
         self.mode: Literal["flock", "stdin", "none"] = "none"
 
-    def start(self) -> str:
-        """Arms everything; returns the lease's mode: ``flock``, ``stdin`` or ``none``. For the main thread."""
+    def start(self) -> None:
+        """Arm everything, and set the mode of the lease. Call it in the main thread."""
         become_subreaper()
         self._wake, self._ring = os.pipe()
         _spawn(self._when_signalled)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
-        descriptor = _contested(self._job.lease, self._job.nonce)
+        descriptor = _held_lease(self._job.lease, self._job.nonce)
         if descriptor is not None:
             self.mode = "flock"
             _spawn(lambda: self._when_locked(descriptor))
@@ -66,23 +66,23 @@ class Guard:
             self.mode = "stdin"
             _spawn(self._when_stdin_ends)
         _spawn(self._when_lifetime_over)
-        return self.mode
 
     def check(self) -> None:
-        """Raises Stopped when a signal has asked for it. To be called between steps and in every wait."""
+        """Raise Stopped if a signal asked for it. Call it between steps and in every wait."""
         if self._signum:
             raise Stopped(self._signum)
 
-    def patience(self, until: float) -> float:
-        """The moment (monotonic) until which a child may take its time: ``until``, or earlier once a signal came."""
+    def stop_limit(self, until: float) -> float:
+        """Return until when (monotonic) a child may take to stop: `until`, or earlier after a signal."""
         return min(until, self._signalled + max(0.5, self._job.grace - 1.0)) if self._signum else until
 
     def acquire(self, path: Path, *, exclusive: bool, on_wait: Callable[[], None] = lambda: None) -> int:
-        """Waits for the lock on a file (made where it is missing) and returns the descriptor that holds it. on_wait: is
-        called about twenty times a second meanwhile.
+        """Wait for the lock on a file, which is made if it is missing; return the descriptor that holds it.
 
-        The waiting is done by the kernel, in its queue, so that nobody overtakes us. Raises Stopped, OSError; that
-        also for a link, which would lock something else, and for anything but a file.
+        The kernel waits, in its queue, so that no other process overtakes this one. Raises Stopped and OSError, the
+        latter also for a symbolic link (it would lock another file) and for anything but a file.
+
+        on_wait: called about twenty times a second meanwhile.
         """
         descriptor = flock.open_lock(path, create=True)
         errors: list[OSError] = []
@@ -104,7 +104,7 @@ class Guard:
         return descriptor
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        # A handler runs between any two instructions of the main thread: no lock, no thread is touched here.
+        # A handler runs between any two instructions of the main thread: it touches no lock and no thread.
         if not self._signum:
             self._signalled = time.monotonic()
             self._signum = signum
@@ -112,7 +112,7 @@ class Guard:
 
     def _when_signalled(self) -> None:
         os.read(self._wake, 1)
-        # Whatever the main thread is stuck in (a log that nobody reads), the process ends before the engine kills it.
+        # Whatever blocks the main thread (a log that is not read), the process ends before the engine kills it.
         _sleep(max(0.5, self._job.grace - 0.5))
         end(128 + self._signum)
 
@@ -128,18 +128,35 @@ class Guard:
 
     def _when_lifetime_over(self) -> None:
         _sleep(self._job.lifetime)
-        said = threading.Thread(target=self._on_lifetime, daemon=True)
-        said.start()
-        said.join(1.0)
+        report = threading.Thread(target=self._on_lifetime, daemon=True)
+        report.start()
+        report.join(1.0)
         end(LIFETIME_OVER)
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process at once, and everything that descends from it first. The first caller's status is the one."""
-    _END.acquire()  # never released: whoever comes second, a main thread whose child was just killed, waits for the end
+    """End all descendants of this process, then the process. Of several callers the first one's status counts."""
+    _END.acquire()  # never released: a later caller (a main thread whose child was just killed) waits for the end
     with contextlib.suppress(Exception):
         kill_descendants(seconds=0.5)
     os._exit(status)
+
+
+def _held_lease(path: str | None, nonce: str) -> int | None:
+    """Return a descriptor of the lease file if a process that shares our kernel holds its lock, else None."""
+    if path is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if os.read(descriptor, 4096).strip() == nonce.encode() and not flock.try_lock(descriptor, shared=True):
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _is_attached(descriptor: int) -> bool:
@@ -155,5 +172,4 @@ def _spawn(target: Callable[[], object]) -> None:
 
 
 def _sleep(seconds: float) -> None:
-    """Time passes; nothing is awaited."""
     threading.Event().wait(seconds)

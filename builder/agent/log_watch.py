@@ -1,8 +1,8 @@
-"""What a child's log says: crashes, evidence, shapes, progress.
+"""Finds crashes, evidence, shapes and progress in a child's log.
 
-A log may come at hundreds of megabytes a second, so nothing here looks at single lines: a chunk of whole lines is asked
-whether it holds a row's literal text (a search that costs a fifth of a nanosecond per byte), and only then is the row's
-regular expression run over it. Of a big chunk the rows that merely inform people see the end only.
+A log may come at hundreds of megabytes a second, so nothing here works on single lines: a chunk of whole lines is
+searched for a row's literal text (a fifth of a nanosecond per byte), and only where that occurs the row's regular
+expression runs. Rows that merely inform people see only the end of a big chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from builder.task import Shape
 from builder.text import shortened
 
-INFORM_BYTES = 16 << 10  # of a chunk, for rows that inform; more comes only in a flood
+INFORM_BYTES = 16 << 10  # of a chunk, for rows that inform people
 
 _DEEP_GEMM = re.compile(
     rb"DeepGEMM (?:JIT Compiling for <(?P<kernel>[A-Z][A-Z0-9_]*)>,? "
@@ -22,33 +22,30 @@ _DEEP_GEMM = re.compile(
     rb"|warmup:[^\n]*?\|\s*(?P<done>\d+)/(?P<total>\d+))"
 )
 _CHUNKED = re.compile(rb"server_args=[^\n]*?\bchunked_prefill_size(?:'\s*:|=)\s*(-?\d+)")
-_SWEPT = re.compile(
+_SHAPE_DONE = re.compile(
     rb"warm-cache shapes: done <(?P<kernel>[A-Z][A-Z0-9_]*)> N=(?P<n>\d+), K=(?P<k>\d+), "
     rb"num_groups=(?P<groups>\d+) over (?P<ms>\d+) Ms"
 )
-_SWEEP_FAILED = re.compile(rb"warm-cache shapes: failed:? ([^\n]*)")
-#: The one bar of all workers of a sweep.
-_SWEEP_BAR = re.compile(rb"warm-cache shapes: (?P<done>\d+)/(?P<total>\d+) Ms, (?P<shapes>\d+ of \d+) shapes")
+_SHAPE_FAILED = re.compile(rb"warm-cache shapes: failed:? ([^\n]*)")
+#: The progress bar of the shape pool, for all its workers.
+_POOL_BAR = re.compile(rb"warm-cache shapes: (?P<done>\d+)/(?P<total>\d+) Ms, (?P<shapes>\d+ of \d+) shapes")
 _TRACEBACK = re.compile(rb"Traceback \(most recent call last\):\n(?:[ \t][^\n]*\n)+([^\s][^\n]*)")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing a log line may say. ``name`` is for people.
+    """A line to find in a log."""
 
-    ``text`` occurs in every match of ``pattern``; rows may share it, and then it is searched once for all of them.
-    """
-
-    text: bytes
+    text: bytes  # occurs in every match of `pattern`; rows that share it are searched for together
     pattern: re.Pattern[bytes]
-    name: str
+    name: str  # for people
 
 
 @dataclass(frozen=True)
 class Crash:
-    """The first crash line: which one, and the line itself."""
+    """The first crash line."""
 
-    name: str
+    name: str  # of its row
     line: str
 
     def __str__(self) -> str:
@@ -56,10 +53,11 @@ class Crash:
 
 
 class Watch:
-    """Reads both streams of one child. Written by the pump's thread, read by the recipe's.
+    """Reads both streams of one child. Written by the thread that copies them, read by the recipe's.
 
-    evidence: what a recipe's success looks like, or None where something else is the evidence. ``succeeded`` is set
-    by its match (or by the recipe); from then on crash lines are only log. sweeping: the child is crew.py.
+    evidence: matches the line that proves success; None where something else does. A match (or the recipe) sets
+        `succeeded`; from then on crash lines are only log.
+    pool: the child is the shape pool.
     """
 
     def __init__(
@@ -69,28 +67,28 @@ class Watch:
         phases: tuple[Row, ...] = (),
         progress: tuple[Row, ...] = (),
         evidence: re.Pattern[bytes] | None = None,
-        sweeping: bool = False,
+        pool: bool = False,
     ) -> None:
         self._phases, self._progress, self._evidence = phases, progress, evidence
         self._crashes: dict[bytes, list[Row]] = {}
         for row in crashes:
             self._crashes.setdefault(row.text, []).append(row)
-        self._sweeping = sweeping
+        self._pool = pool
         self._lock = threading.Lock()
-        self.succeeded = False
         self._current: Shape | None = None
+        self.succeeded = False
         self.crash: Crash | None = None
-        self.shapes: dict[Shape, int] = {}
-        self.swept: dict[Shape, int] = {}
+        self.shapes: dict[Shape, int] = {}  # shapes that sglang compiled → Ms in all, 0 if unknown
+        self.finished_shapes: dict[Shape, int] = {}  # shapes that the pool finished → Ms
         self.failed_shapes: list[str] = []
-        self.chunked_prefill_size: int | None = None
-        self.reduced = False
+        self.chunked_prefill_size: int | None = None  # of the server
+        self.reduced = False  # sglang reduced the largest M for lack of memory
         self.phase = ""
-        self.done: tuple[int, int, str] | None = None
+        self.done: tuple[int, int, str] | None = None  # done, total, unit
         self.last_line = ""
 
     def lines(self, text: bytes) -> None:
-        """Whole lines, each with its end (``\\n`` or ``\\r``)."""
+        """Take whole lines, each with its end (``\\n`` or ``\\r``)."""
         if b"\r" in text:
             text = text.replace(b"\r", b"\n")
         with self._lock:
@@ -99,7 +97,7 @@ class Watch:
             self._inform(text[-INFORM_BYTES:])
 
     def partial(self, text: bytes) -> None:
-        """A line whose end has not come (yet): a crash may be the last thing that a hanging process says."""
+        """Take a line without its end (yet): a crash may be the last output of a hanging process."""
         with self._lock:
             self._judge(text, whole=False)
             last = _last_line(text)
@@ -129,9 +127,9 @@ class Watch:
             return None
         at, row = first
         begin, end = text.rfind(b"\n", 0, at) + 1, text.find(b"\n", at)
-        told = _TRACEBACK.search(text, at)
+        traceback = _TRACEBACK.search(text, at)
         line = text[begin : end if end >= 0 else len(text)]
-        return Crash(row.name, _readable(told[1] if told and told.start() < begin + len(line) else line))
+        return Crash(row.name, _readable(traceback[1] if traceback and traceback.start() < begin + len(line) else line))
 
     def _collect(self, text: bytes) -> None:
         if b"DeepGEMM " in text:
@@ -139,7 +137,7 @@ class Watch:
                 if found["kernel"]:
                     self._current = _shape(found)
                     self.shapes.setdefault(self._current, 0)
-                    if not self._sweeping:
+                    if not self._pool:
                         self.phase = f"DeepGEMM {len(self.shapes)}: {self._current}"
                 else:
                     self.done = (int(found["done"]), int(found["total"]), "Ms")
@@ -150,12 +148,12 @@ class Watch:
             self.chunked_prefill_size = int(size[1]) if size else None
         if b"reducing max_m to" in text:
             self.reduced = True
-        if self._sweeping and b"warm-cache shapes: " in text:
-            swept = {_shape(found): int(found["ms"]) for found in _SWEPT.finditer(text)}
-            self.swept.update(swept)
-            self.shapes.update(swept)
-            self.failed_shapes += [_readable(found[1]) for found in _SWEEP_FAILED.finditer(text)]
-            for found in _SWEEP_BAR.finditer(text):
+        if self._pool and b"warm-cache shapes: " in text:
+            finished = {_shape(found): int(found["ms"]) for found in _SHAPE_DONE.finditer(text)}
+            self.finished_shapes.update(finished)
+            self.shapes.update(finished)
+            self.failed_shapes += [_readable(found[1]) for found in _SHAPE_FAILED.finditer(text)]
+            for found in _POOL_BAR.finditer(text):
                 self.done = (int(found["done"]), int(found["total"]), "Ms")
                 self.phase = f"DeepGEMM {found['shapes'].decode()} shapes"
 
@@ -182,5 +180,5 @@ def _last_line(text: bytes) -> str:
 
 
 def _readable(line: bytes) -> str:
-    """At most 300 characters of a line, for a reason that people read."""
+    """Return at most 300 characters of a line, for a reason that people read."""
     return shortened(" ".join(line[:1200].decode("utf-8", "replace").split()), 300)

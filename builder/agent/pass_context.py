@@ -5,42 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from builder.agent.compile_lock import Beside
+from builder.agent.compile_lock import CompileLock
 from builder.agent.guard import Guard
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
 from builder.agent.process import Child
 from builder.task import Task
 
-
-class Partial(Exception):
-    """Something was warmed, and not all of it. The message is the reason."""
-
-
 SERVER_STOP_SECONDS = 15.0  # sglang 0.5.23 drains for up to 15 s
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What every pass works with.
+class Partial(Exception):
+    """Some of the work was done, but not all. The message is the reason."""
 
-    entries: counts the valid entries of every claimable family. on_tick: called about ten times a second. watches: of
-    the children so far, for whoever reports what a pass that failed had seen. beside: the neighbours.
-    """
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every pass works with."""
 
     task: Task
     env: Mapping[str, str]
     workdir: str
     output: Output
     guard: Guard
-    grace: float
-    entries: Callable[[], int]
-    beside: Beside
-    on_tick: Callable[[], None] = lambda: None
-    watches: list[Watch] = field(default_factory=list)
+    grace: float  # seconds between SIGTERM and SIGKILL for a child
+    entries: Callable[[], int]  # counts the valid entries of every claimable family
+    compile_lock: CompileLock
+    on_tick: Callable[[], None] = lambda: None  # called about ten times a second
+    watches: list[Watch] = field(default_factory=list)  # of all children so far, also where a pass failed
 
     def child(self, argv: Sequence[str], watch: Watch, *, server: bool = False) -> Child:
-        """A child of this task, not started yet. A server gets the time, and the peace, to stop by itself."""
+        """Return a child of this task, not started yet. server: it gets time to stop its own workers."""
         self.watches.append(watch)
         return Child(
             argv,
@@ -56,5 +51,6 @@ class Setting:
 
 
 def model_argv(task: Task, module: str) -> list[str]:
+    """Return the command line that runs a module of sglang with the task's model and argv."""
     revision = [] if task.revision is None else ["--revision", task.revision]
     return ["python3", "-m", module, "--model", task.model, *revision, *task.argv]

@@ -1,6 +1,6 @@
-"""One child process: its own session, its output copied and read while it runs, its end seen to.
+"""One child process in its own session: its output is copied and read while it runs, and it is ended reliably.
 
-A thread of its own moves the output, so that whoever drives the child may wait for an answer over HTTP meanwhile.
+A separate thread moves the output, so that the main thread can wait for an answer over HTTP meanwhile.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from builder import processes
-from builder.agent import guard as guards
+from builder.agent.guard import Guard
 from builder.agent.log_watch import Watch
 from builder.agent.output import STDERR, STDOUT, Output, Redactor
-from builder.agent.progress import Ticker
+from builder.agent.progress import LogProgress
 from builder.processes import describe_status
 
 CHUNK = 1 << 20
-HOLD_SECONDS = 0.2  # the longest that the beginning of a line waits for the rest of it
+HOLD_SECONDS = 0.2  # that the beginning of a line is held back for the rest of it
 HOLD_BYTES = 64 << 10
 LINGER_SECONDS = 2.0  # after a crash line: the rest of its traceback
 LINGER_SILENCE = 0.3
-ABANDON_SECONDS = 5.0  # an ended child's streams, held open by something that cannot be killed
+ABANDON_SECONDS = 5.0  # without output, on streams of an ended child that an unkillable process holds open
 
 _F_SETPIPE_SZ = 1031  # linux/fcntl.h; named in the fcntl module only since Python 3.10
 
 
 class Failed(Exception):
-    """The child cannot succeed any more. The message is the reason."""
+    """The task cannot succeed any more. The message is the reason."""
 
 
 class _Stream:
-    """One of the child's two streams, cut into whole lines for the reader and copied for people."""
+    """One of the child's two streams: copied to the log, and cut into whole lines for the watch."""
 
     def __init__(self, number: int, output: Output, watch: Watch) -> None:
         self._number, self._output, self._watch = number, output, watch
@@ -51,7 +51,7 @@ class _Stream:
         self._take(self._redactor.feed(data))
 
     def tick(self, now: float) -> None:
-        """Lets go of the beginning of a line that has waited long enough."""
+        """Copy the beginning of a line that was held long enough."""
         if self._held and now - self._since >= HOLD_SECONDS:
             self._release()
 
@@ -85,8 +85,9 @@ class _Stream:
 class Child:
     """Runs argv. Use as a context manager: leaving it ends the child and everything that descends from it.
 
-    grace: seconds between SIGTERM and SIGKILL. gentle: SIGTERM goes to the child alone, for a server that stops its own
-    workers and takes their death for a crash; otherwise to its whole group.
+    grace: seconds between SIGTERM and SIGKILL.
+    gentle: send SIGTERM to the child alone, for a server that stops its own workers and treats their death as a crash;
+        otherwise to its whole process group.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Child:
         cwd: str,
         output: Output,
         watch: Watch,
-        guard: guards.Guard,
+        guard: Guard,
         grace: float,
         gentle: bool = False,
         on_tick: Callable[[], None] = lambda: None,
@@ -135,7 +136,7 @@ class Child:
             pump.start()
         except RuntimeError as error:  # what the interpreter makes of EAGAIN
             self.stop()
-            raise Failed(f"cannot read what {self._argv[0]} says: {error} (the PID limit)") from None
+            raise Failed(f"cannot read the output of {self._argv[0]}: {error} (the PID limit)") from None
         self._pump = pump
         return self
 
@@ -144,16 +145,16 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """The process itself has ended (what it left may not have)."""
+        """Whether the process itself has ended; its descendants may still run."""
         if self.status is None and self._process is not None:
             self.status = self._process.poll()
         return self.status is not None
 
     def wait(self, until: Callable[[], bool], seconds: float | None = None) -> bool:
-        """True as soon as ``until`` holds; False when the child ended, or the seconds are over, without it.
+        """Wait until `until()` is true; return False if the child ends, or `seconds` pass, before that.
 
-        Raises Failed for a crash line (whatever the child does afterwards) and for a log without end, Stopped for a
-        signal.
+        Raises Failed for a crash line (whatever the child does afterwards) and for a log above its limit, Stopped for
+        a signal.
         """
         limit = None if seconds is None else time.monotonic() + seconds
         while True:
@@ -175,7 +176,7 @@ class Child:
             self._changed.clear()
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL to all that the child left, setsid or not. Returns when they are gone."""
+        """Send SIGTERM, then SIGKILL to everything that descends from the child. Returns when all of it has ended."""
         process = self._process
         if process is None:
             return
@@ -183,7 +184,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 (os.kill if self._gentle else os.killpg)(process.pid, signal.SIGTERM)
         limit = time.monotonic() + self._grace
-        while not self.ended and time.monotonic() < self._guard.patience(limit):
+        while not self.ended and time.monotonic() < self._guard.stop_limit(limit):
             self._changed.wait(0.02)
             self._changed.clear()
         processes.kill_descendants(spare=(process.pid,))
@@ -193,7 +194,7 @@ class Child:
         self._process = None
 
     def describe_end(self, more: str = "") -> str:
-        """How the child ended, in words, with the last thing it said."""
+        """Return how the child ended, in words, with the last line of its log."""
         last = f"; last line: {self.watch.last_line}" if self.watch.last_line else ""
         return f"{describe_status(self.status)}{more}{last}"
 
@@ -205,7 +206,7 @@ class Child:
             self._changed.clear()
 
     def _drained(self) -> None:
-        """Waits until all that the child wrote is copied; what it left may hold the streams open: that ends first."""
+        """Wait until all output is copied. Descendants that hold the streams open are ended first."""
         if self._pump is None:
             return
         self._pump.join(0.05)
@@ -223,7 +224,7 @@ class Child:
         assert process.stderr is not None
         streams = {process.stdout: STDOUT, process.stderr: STDERR}
         readers = {number: _Stream(number, self._output, self.watch) for number in streams.values()}
-        ticker = Ticker(self._output, self.watch)
+        progress = LogProgress(self._output, self.watch)
         swept = time.monotonic()
         with selectors.DefaultSelector() as selector:
             for pipe, number in streams.items():
@@ -236,7 +237,7 @@ class Child:
                 ready = selector.select(0.05)
                 if not ready and self._closing and self._idle_since(self._closing) > ABANDON_SECONDS:
                     break
-                # stderr is read first and looked at last: a success line that was written before the complaints of a
+                # stderr is read first and processed last: a success line that was written before the error lines of a
                 # teardown is in the other pipe by the time these are read.
                 found = {}
                 for key in sorted((key for key, _ in ready), key=lambda key: -int(key.data)):
@@ -256,20 +257,20 @@ class Child:
                 now = time.monotonic()
                 for number in readers:
                     readers[number].tick(now)
-                ticker.tick(now)
+                progress.tick(now)
                 if now - swept > 5:
                     processes.reap(spare=(process.pid,))
                     swept = now
             for number in open_pipes:
                 readers[number].finish()
-        ticker.finish()
+        progress.finish()
         for pipe in streams:
             pipe.close()
         self._changed.set()
 
 
 def _read(descriptor: int) -> bytes | None:
-    """What is there; empty at the end of the stream, None when nothing is there now."""
+    """Return what can be read now; empty at the end of the stream, None if there is nothing yet."""
     try:
         return os.read(descriptor, CHUNK)
     except BlockingIOError:

@@ -1,39 +1,85 @@
-"""What a log says, as events for whoever watches the run: throttled, and the last word always said."""
+"""Progress for people, as throttled events: phases and progress that a log shows, and the number of entries."""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
-from builder.events import Phase, Progress
+from builder.cache.families import FAMILY
+from builder.events import EntryCounts, Phase, Progress
 
-TICK_SECONDS = 1.0  # between two phase or progress events
+LOG_SECONDS = 1.0  # between two `Phase` or two `Progress` events
+ENTRIES_SECONDS = 5.0  # between two `EntryCounts` events
+MOST_FILES = 50_000  # of one family that are counted; the number is for people
 
 
-class Ticker:
-    """Turns what the log says into `phase` and `progress` events, each once a second at most, the last one always."""
+class LogProgress:
+    """Writes `Phase` and `Progress` events for what a log shows: at most one of each a second, the last one always."""
 
     def __init__(self, output: Output, watch: Watch) -> None:
         self._output, self._watch = output, watch
-        self._phase, self._done, self._crash_said = watch.phase, watch.done, False
-        self._said_phase = self._said_done = 0.0
+        self._phase, self._done, self._crash_shown = watch.phase, watch.done, False
+        self._phase_time = self._done_time = 0.0
 
     def tick(self, now: float) -> None:
-        """To be called often."""
+        """Write what is due. Call it often."""
         watch = self._watch
-        if watch.crash and not self._crash_said:
-            self._crash_said = True
+        if watch.crash and not self._crash_shown:
+            self._crash_shown = True
             self._output.event(Phase(f"crashed: {watch.crash.name}"))
-        if watch.phase != self._phase and now - self._said_phase >= TICK_SECONDS:
-            self._phase, self._said_phase = watch.phase, now
+        if watch.phase != self._phase and now - self._phase_time >= LOG_SECONDS:
+            self._phase, self._phase_time = watch.phase, now
             self._output.event(Phase(watch.phase))
         done = watch.done
-        if done is not None and done != self._done and now - self._said_done >= TICK_SECONDS:
-            self._done, self._said_done = done, now
+        if done is not None and done != self._done and now - self._done_time >= LOG_SECONDS:
+            self._done, self._done_time = done, now
             self._output.event(Progress(*done))
 
     def finish(self) -> None:
-        """Says what the throttle held back."""
-        self._said_phase = self._said_done = 0.0
-        self.tick(time.monotonic() + TICK_SECONDS)
+        """Write what was held back."""
+        self._phase_time = self._done_time = 0.0
+        self.tick(time.monotonic() + LOG_SECONDS)
+
+
+class EntryProgress:
+    """Writes an `EntryCounts` event when a family has more entries than in the last one. Names are counted, not read.
+
+    directories: by family.
+    """
+
+    def __init__(self, output: Output, directories: Mapping[str, Path], seconds: float = ENTRIES_SECONDS) -> None:
+        self._output, self._directories, self._seconds = output, directories, seconds
+        self._first = self._reported = self._counts()
+        self._counted = time.monotonic()
+
+    def tick(self) -> None:
+        """Write an event if one is due. Call it often."""
+        if time.monotonic() - self._counted < self._seconds:
+            return
+        counts = self._counts()
+        self._counted = time.monotonic()
+        if any(count > self._reported[name] for name, count in counts.items()):
+            self._reported = counts
+            added = {name: max(0, count - self._first[name]) for name, count in counts.items()}
+            self._output.event(EntryCounts(counts, added))
+
+    def _counts(self) -> dict[str, int]:
+        return {name: _count(FAMILY[name].layout, directory) for name, directory in self._directories.items()}
+
+
+def _count(layout: str, directory: Path) -> int:
+    if layout == "files":
+        total = 0
+        for _, _, files in os.walk(directory):
+            total += len(files)
+            if total > MOST_FILES:
+                break
+        return total
+    try:
+        return sum(1 for _ in (directory / "cache" if layout == "deep_gemm" else directory).iterdir())
+    except OSError:
+        return 0

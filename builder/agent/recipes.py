@@ -1,8 +1,7 @@
-"""How a task makes its kernels compile, and what counts as proof that they did.
+"""How the recipes of `task.RECIPES` run: how a task's kernels are compiled, and what is evidence of it.
 
-A recipe is a row of RECIPES: how its first pass runs, how its second one does, and what it needs. A pass returns the
-Watch that read its log, or raises Failed or Partial with the reason. The texts are those of sglang 0.5.11 to 0.5.23 and
-of sgl-deep-gemm 0.1.0 to 0.2.5.
+PASSES has the first and the second pass of each. A pass raises Failed or Partial with the reason. The log texts are
+those of sglang 0.5.11 to 0.5.23 and of sgl-deep-gemm 0.1.0 to 0.2.5.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from pathlib import Path
 
 from builder import sglang_args
 from builder.agent.log_watch import Row, Watch
-from builder.agent.pass_context import Partial, Setting, model_argv
+from builder.agent.pass_context import Partial, PassContext, model_argv
 from builder.agent.process import Failed
-from builder.agent.server import Server, ask_all, until_steady
 from builder.task import Shape, Task
 
 SETTLE_SECONDS = 120.0  # compile_deep_gemm sleeps 10 s after its success line and waits 60 s for its server
@@ -32,8 +30,8 @@ def _row(text: str, name: str = "", *, pattern: str = "", shared: str = "") -> R
     return Row((shared or text).encode(), expression, name or text.rstrip(": ("))
 
 
-#: Lines after which nothing good comes, until a recipe has its evidence: teardown prints some of them.
-#: "Health check failed. Server couldn't get a response from detokenizer" is a symptom and not among them.
+#: Lines after which a task cannot succeed, unless its evidence came before: teardown prints some of them, too.
+#: "Health check failed. Server couldn't get a response from detokenizer" is a symptom, and not among them.
 CRASHES: tuple[Row, ...] = (
     _row("Scheduler hit an exception: ", shared=" hit an exception:"),
     _row("TokenizerManager hit an exception:", shared=" hit an exception:"),
@@ -75,50 +73,45 @@ PROGRESS: tuple[Row, ...] = (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """first: the first pass. second: asks for the same again and returns a doubt ("" when there is none).
+class Passes:
+    """The two passes of a recipe."""
 
-    needs_model: reads the model's config.json, and its checkpoint unless the weights are dummies. requires: families
-    that must hold an entry that this task used, and the only ones it claims; empty means that it claims whatever
-    holds valid entries. sweeps: its first pass names shapes, and what it cut short can be finished by a sweep.
-    steady: its first pass goes on until nothing is compiled any more, so a task may settle for that.
-    """
-
-    first: Callable[[Setting], Watch]
-    second: Callable[[Setting, Watch], str]
-    needs_model: bool = False
-    requires: tuple[str, ...] = ()
-    sweeps: bool = False
-    steady: bool = False
+    first: Callable[[PassContext], Watch]  # returns the watch that read its log
+    second: Callable[[PassContext, Watch], str]  # asks for the same work again; returns why it proves less, or ""
+    resumable: bool = False  # the first pass names shapes; those cut short for memory can be compiled by the pool
+    steady: bool = False  # the first pass ends when nothing is compiled any more: verify = "steady" accepts that
 
 
-def _watch(evidence: str | None = None, *, sweeping: bool = False) -> Watch:
+def _watch(evidence: str | None = None, *, pool: bool = False) -> Watch:
     pattern = None if evidence is None else re.compile(evidence.encode(), re.MULTILINE)
-    # What kills a worker of a sweep is no end of the sweep: another one goes on, and the end says what is missing.
-    crashes = () if sweeping else CRASHES
-    return Watch(crashes=crashes, phases=PHASES, progress=PROGRESS, evidence=pattern, sweeping=sweeping)
+    # A crash of one worker does not end the shape pool: another one continues, and the last line names what is missing.
+    crashes = () if pool else CRASHES
+    return Watch(crashes=crashes, phases=PHASES, progress=PROGRESS, evidence=pattern, pool=pool)
 
 
-def compile_deep_gemm(setting: Setting) -> Watch:
-    """sglang's own compile script: a server, its weights, one request."""
+# --- compile-deep-gemm, command --------------------------------------------------------------------------------------
+
+
+def compile_deep_gemm(context: PassContext) -> Watch:
+    """Run sglang's own compile script: it starts a server with its weights and sends one request."""
     watch = _watch(re.escape(COMPILED))
-    with setting.child(model_argv(setting.task, "sglang.compile_deep_gemm"), watch) as child:
+    with context.child(model_argv(context.task, "sglang.compile_deep_gemm"), watch) as child:
         if not child.wait(lambda: watch.succeeded):
             raise Failed(child.describe_end(f" without the line {COMPILED!r}"))
         child.wait(lambda: child.ended, SETTLE_SECONDS)
     return watch
 
 
-def command(setting: Setting) -> Watch:
-    """Any argv. Exit status 0, and the declared line where one is declared."""
-    task = setting.task
+def command(context: PassContext) -> Watch:
+    """Run the task's argv. It succeeds with exit status 0, and the declared line where one is declared."""
+    task = context.task
     if not task.argv:
         raise Failed("the task has no command")
     try:
         watch = _watch(task.success)
     except re.error as error:
         raise Failed(f"success is no regular expression: {error}") from None
-    with setting.child(task.argv, watch) as child:
+    with context.child(task.argv, watch) as child:
         child.wait(lambda: child.ended)
         if child.status:
             raise Failed(child.describe_end())
@@ -127,110 +120,121 @@ def command(setting: Setting) -> Watch:
     return watch
 
 
-def serve(setting: Setting) -> Watch:
-    """A server, its health, requests until they compile nothing new."""
+def _command_again(context: PassContext, _first: Watch) -> str:
+    command(context)
+    return ""
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+def serve(context: PassContext) -> Watch:
+    """Start a server and send requests until they compile nothing new."""
+    from builder.agent.server import Server, generate_until_steady  # HTTP: a quarter of all modules of this program
+
     watch = _watch()
-    with Server(setting, watch) as (child, client):
-        until_steady(setting, child, client, STEADY_ROUNDS)
+    with Server(context, watch) as (child, client):
+        generate_until_steady(context, child, client, STEADY_ROUNDS)
         watch.succeeded = True
     return watch
 
 
-def shapes(setting: Setting) -> Watch:
-    """sglang's DeepGEMM warm-up for the task's shapes, without a server."""
-    if not setting.task.shapes:
+def _serve_again(context: PassContext, _first: Watch) -> str:
+    from builder.agent.server import Server, generate
+
+    watch = _watch()
+    with Server(context, watch) as (child, client):
+        generate(context, child, client, 0)
+        watch.succeeded = True
+    return ""
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def shapes(context: PassContext) -> Watch:
+    """Run sglang's DeepGEMM warm-up for the task's shapes, without a server."""
+    if not context.task.shapes:
         raise Failed("the task names no shapes")
-    watch = sweep(setting, setting.task.shapes, None, workers=crew(setting.task))
+    watch = compile_shapes(context, context.task.shapes, None, workers=worker_count(context.task))
     if watch.reduced:
         raise Partial("memory is too small for all Ms of a shape, though no weights are loaded: sglang reduced max_m")
     return watch
 
 
-def crew(task: Task) -> int:
-    """How many workers go over a task's shapes: one per GPU; without GPUs one per CPU core that there is for us."""
+def worker_count(task: Task) -> int:
+    """Return the number of workers for a task's shapes: one per GPU; without GPUs one per CPU core of this process."""
     return task.workers or task.gpus or len(os.sched_getaffinity(0))
 
 
-def _devices(setting: Setting) -> list[str]:
-    """A value of CUDA_VISIBLE_DEVICES for each worker; none where the task has no GPU of its own."""
-    given = setting.env.get("CUDA_VISIBLE_DEVICES")
-    own = given.split(",") if given else [str(index) for index in range(setting.task.gpus)]
-    return own[: setting.task.gpus]
+def _devices(context: PassContext) -> list[str]:
+    """Return a value of CUDA_VISIBLE_DEVICES for each worker; none if the task has no GPUs."""
+    given = context.env.get("CUDA_VISIBLE_DEVICES")
+    own = given.split(",") if given else [str(index) for index in range(context.task.gpus)]
+    return own[: context.task.gpus]
 
 
-def sweep(setting: Setting, wanted: Sequence[Shape], chunked_prefill_size: int | None, *, workers: int = 1) -> Watch:
-    """Every shape over sglang's own list of Ms. Raises Partial when some shapes failed, Failed when none was done."""
-    task = setting.task
+def compile_shapes(
+    context: PassContext, wanted: Sequence[Shape], chunked_prefill_size: int | None, *, workers: int = 1
+) -> Watch:
+    """Compile every shape over sglang's own list of Ms. Raises Partial if some shapes failed, Failed if none was done.
+
+    chunked_prefill_size: of the server that asks for these shapes; None: as the task's argv sets it.
+    """
+    task = context.task
     size = (
         sglang_args.chunked_prefill_size(task.argv, CHUNKED_PREFILL_SIZE)
         if chunked_prefill_size is None
         else chunked_prefill_size
     )
-    order = {
+    request = {
         "shapes": [[shape.kernel, shape.n, shape.k, shape.groups] for shape in wanted],
         "m_values": list(task.m_values),
         "chunked_prefill_size": size,
         "workers": workers,
-        "devices": _devices(setting),
+        "devices": _devices(context),
     }
-    watch = _watch(r"^warm-cache shapes: all \d+ shapes done", sweeping=True)
+    watch = _watch(r"^warm-cache shapes: all \d+ shapes done", pool=True)
     script = Path(__file__).with_name("shape_pool.py")
-    with setting.child(["python3", str(script), json.dumps(order, separators=(",", ":"))], watch) as child:
+    with context.child(["python3", str(script), json.dumps(request, separators=(",", ":"))], watch) as child:
         child.wait(lambda: child.ended)
         if child.status == 0 and watch.succeeded:
             return watch
         failed = f" (first: {watch.failed_shapes[0]})" if watch.failed_shapes else f"; {child.describe_end()}"
-        reason = f"{len(watch.swept)} of {len(wanted)} shapes done{failed}"
-    raise Partial(reason) if watch.swept else Failed(reason)
+        reason = f"{len(watch.finished_shapes)} of {len(wanted)} shapes done{failed}"
+    raise Partial(reason) if watch.finished_shapes else Failed(reason)
 
 
-def finish(setting: Setting, first: Watch) -> None:
-    """Finishes without server and weights what memory cut short. Raises Partial if that is cut short as well."""
+def finish_shapes(context: PassContext, first: Watch) -> None:
+    """Compile, without server and weights, the Ms that memory cut short. Raises Partial if memory cuts them again."""
+    workers = worker_count(context.task)
     try:
-        watch = sweep(setting, list(first.shapes), first.chunked_prefill_size, workers=crew(setting.task))
+        watch = compile_shapes(context, list(first.shapes), first.chunked_prefill_size, workers=workers)
     except Failed as failed:
-        raise Partial(f"sglang reduced max_m, and the rest could not be gone over: {failed}") from None
+        raise Partial(f"sglang reduced max_m, and the rest could not be compiled: {failed}") from None
     if watch.reduced:
         raise Partial("sglang reduced max_m for lack of memory, with the weights and without them")
-    first.shapes.update({shape: count for shape, count in watch.swept.items() if shape in first.shapes})
+    done = watch.finished_shapes
+    first.shapes.update({shape: count for shape, count in done.items() if shape in first.shapes})
 
 
-def _sweep_again(setting: Setting, first: Watch) -> str:
+def _shapes_again(context: PassContext, first: Watch) -> str:
     if not first.shapes:
-        return "the log named no shapes that could be swept again"
-    watch = sweep(setting, list(first.shapes), first.chunked_prefill_size)
+        return "the log named no shapes that could be compiled again"
+    watch = compile_shapes(context, list(first.shapes), first.chunked_prefill_size)
     if watch.reduced:
         return "the second pass reduced max_m for lack of memory"
     for shape, total in first.shapes.items():
-        swept = watch.swept.get(shape, 0)
-        # sglang drops unaligned Ms of the contiguous kinds only after the list was made, so their totals differ.
-        if total and not shape.kernel.endswith("_CONTIG") and swept != total:
-            return f"the first pass went over {total} Ms of {shape}, the second over {swept}"
+        again = watch.finished_shapes.get(shape, 0)
+        # sglang drops unaligned Ms of the contiguous kinds only after it made the list, so their totals differ.
+        if total and not shape.kernel.endswith("_CONTIG") and again != total:
+            return f"the first pass went over {total} Ms of {shape}, the second over {again}"
     return ""
 
 
-def _command_again(setting: Setting, _first: Watch) -> str:
-    command(setting)
-    return ""
-
-
-def _serve_again(setting: Setting, _first: Watch) -> str:
-    watch = _watch()
-    with Server(setting, watch) as (child, client):
-        ask_all(setting, child, client, 0)
-        watch.succeeded = True
-    return ""
-
-
-RECIPES: dict[str, Recipe] = {
-    "compile-deep-gemm": Recipe(
-        first=compile_deep_gemm,
-        second=_sweep_again,
-        needs_model=True,
-        requires=("deep_gemm",),
-        sweeps=True,
-    ),
-    "serve": Recipe(first=serve, second=_serve_again, needs_model=True, steady=True),
-    "shapes": Recipe(first=shapes, second=_sweep_again, requires=("deep_gemm",)),
-    "command": Recipe(first=command, second=_command_again),
+PASSES: dict[str, Passes] = {
+    "compile-deep-gemm": Passes(first=compile_deep_gemm, second=_shapes_again, resumable=True),
+    "serve": Passes(first=serve, second=_serve_again, steady=True),
+    "shapes": Passes(first=shapes, second=_shapes_again),
+    "command": Passes(first=command, second=_command_again),
 }

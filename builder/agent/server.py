@@ -1,39 +1,88 @@
-"""A server of the image, from its start over its health to tokens."""
+"""A server of the image: start, health, requests on the container's own loopback."""
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
 import sys
-from typing import TYPE_CHECKING
+import threading
+import urllib.error
+import urllib.request
+from typing import Any
 
 from builder import sglang_args
 from builder.agent.log_watch import Watch
-from builder.agent.pass_context import Setting, model_argv
+from builder.agent.pass_context import PassContext, model_argv
 from builder.agent.process import Child, Failed
 
-if TYPE_CHECKING:
-    from builder.agent.client import Client
+HOST = "127.0.0.1"
+
+
+class Client:
+    """Sends requests to one port. port: 0 chooses a free one."""
+
+    def __init__(self, port: int, api_key: str | None = None) -> None:
+        self.port = port or _free_port()
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        # The environment may name a proxy; the server is local.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def request(
+        self, child: Child, path: str, body: dict[str, Any] | None = None, *, seconds: float
+    ) -> tuple[int, str]:
+        """Return status and text of the answer; status 0 if there was none.
+
+        Raises Failed (a crash line of the child) and Stopped (a signal) without waiting for the answer.
+        """
+        answers: list[tuple[int, str]] = []
+
+        def exchange() -> None:
+            answers.append(self._exchange(path, body, seconds))
+
+        worker = threading.Thread(target=exchange, daemon=True)
+        worker.start()
+        child.wait(lambda: not worker.is_alive(), seconds + 5)
+        worker.join(1.0 if child.ended else 0.1)
+        return answers[0] if answers else (0, "")
+
+    def _exchange(self, path: str, body: dict[str, Any] | None, seconds: float) -> tuple[int, str]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{HOST}:{self.port}{path}", data=data, headers=self._headers)
+        try:
+            with self._opener.open(request, timeout=seconds) as answer:
+                return answer.status, answer.read().decode("utf-8", "replace")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read(4096).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return 0, str(error)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 class Server:
-    """A running, healthy server: ``with Server(setting, watch) as (child, client)``."""
+    """A running, healthy server: ``with Server(context, watch) as (child, client)``."""
 
-    def __init__(self, setting: Setting, watch: Watch) -> None:
-        # HTTP would be a quarter of what this program loads, and only a server needs it.
-        from builder.agent.client import Client
-
-        words = model_argv(setting.task, "sglang.launch_server")
-        port = sglang_args.number(words, sglang_args.PORT, 0)
-        self._client = Client(port, sglang_args.value(words, sglang_args.API_KEY))
+    def __init__(self, context: PassContext, watch: Watch) -> None:
+        argv = model_argv(context.task, "sglang.launch_server")
+        port = sglang_args.number(argv, sglang_args.PORT, 0)
+        self._client = Client(port, sglang_args.value(argv, sglang_args.API_KEY))
         if not port:
-            words += ["--port", str(self._client.port)]
-        self._child = setting.child(words, watch, server=True)
+            argv += ["--port", str(self._client.port)]
+        self._child = context.child(argv, watch, server=True)
 
     def __enter__(self) -> tuple[Child, Client]:
         self._child.__enter__()
         try:
             while True:
-                status, _ = self._client.ask(self._child, "/health_generate", seconds=30)
+                status, _ = self._client.request(self._child, "/health_generate", seconds=30)
                 if status == 200:
                     return self._child, self._client
                 if not self._child.wait(lambda: False, 0.5) and self._child.ended:
@@ -46,40 +95,45 @@ class Server:
         self._child.stop()
 
 
-def until_steady(setting: Setting, child: Child, client: Client, limit: int) -> None:
-    """Asks until nothing is compiled any more; where neighbours may be what compiles, at last without them."""
-    if _is_steady(setting, child, client, range(limit)):
+def generate_until_steady(context: PassContext, child: Child, client: Client, limit: int) -> None:
+    """Send rounds of requests until a round adds no entry; after `limit` rounds without that raise Failed.
+
+    Where other tasks may have added them, `limit` more rounds run while no other task compiles.
+    """
+    if _is_steady(context, child, client, range(limit)):
         return
-    with setting.beside.undisturbed():
-        if setting.beside.active and _is_steady(setting, child, client, range(limit, 2 * limit)):
+    with context.compile_lock.exclusive():
+        if context.compile_lock.active and _is_steady(context, child, client, range(limit, 2 * limit)):
             return
     raise Failed(f"requests still compile something after {limit} rounds of them")
 
 
-def _is_steady(setting: Setting, child: Child, client: Client, turns: range) -> bool:
-    before = setting.entries()
-    for turn in turns:
-        ask_all(setting, child, client, turn)
-        now = setting.entries()
+def _is_steady(context: PassContext, child: Child, client: Client, rounds: range) -> bool:
+    before = context.entries()
+    for number in rounds:
+        generate(context, child, client, number)
+        now = context.entries()
         if now == before:
             return True
         before = now
     return False
 
 
-def ask_all(setting: Setting, child: Child, client: Client, turn: int) -> None:
-    """One request of every length, to every data-parallel rank. Tokens that come back are the evidence."""
-    ranks = sglang_args.ranks(setting.task.argv)
-    for at, (length, new) in enumerate(setting.task.requests):
-        # Other tokens in every request: a prefix that the server remembers would not be computed again.
+def generate(context: PassContext, child: Child, client: Client, number: int) -> None:
+    """Send one request of every length to every data-parallel rank. Raises Failed unless each returns tokens.
+
+    number: of this round; rounds differ in their tokens, because the server would not compute a known prefix again.
+    """
+    ranks = sglang_args.ranks(context.task.argv)
+    for index, (length, new) in enumerate(context.task.requests):
         prompts = [
-            [5 + (7 * step + 13 * at + 31 * turn + rank) % 90 for step in range(length)] for rank in range(ranks)
+            [5 + (7 * step + 13 * index + 31 * number + rank) % 90 for step in range(length)] for rank in range(ranks)
         ]
         body = {
             "input_ids": prompts[0] if ranks == 1 else prompts,
             "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
         }
-        status, answer = client.ask(child, "/generate", body, seconds=600)
+        status, answer = client.request(child, "/generate", body, seconds=600)
         if child.ended:
             raise Failed(f"the server ended during a request of {length} tokens: {child.describe_end()}")
         if status != 200:
@@ -89,7 +143,7 @@ def ask_all(setting: Setting, child: Child, client: Client, turn: int) -> None:
 
 
 def _tokens(answer: str) -> bool:
-    """Whether every part of a /generate answer holds generated tokens."""
+    """Return whether every part of a /generate answer holds generated tokens."""
     try:
         parts = json.loads(answer)
         parts = parts if isinstance(parts, list) else [parts]

@@ -1,13 +1,14 @@
-"""Sweeps a list of shapes with several workers at once (sweep.py), each a process of its own with a GPU of its own.
+"""A pool of workers (shape_worker.py), each a process with a GPU, that compile a list of DeepGEMM shapes.
 
-A script, standalone like its workers: ``python3 crew.py JSON`` with ``{"shapes": [[kernel, n, k, groups], ...],
+A script, standalone like its workers: ``python3 shape_pool.py JSON`` with ``{"shapes": [[kernel, n, k, groups], ...],
 "m_values": [...], "chunked_prefill_size": N, "workers": N, "devices": [...]}``. Every worker takes the next shape when
-it is done with one, the most work first, so that none is left with a long one at the end. ``devices`` are values of
-CUDA_VISIBLE_DEVICES, one per worker and round again; without any, workers see what this process sees.
+it has finished one, the most expensive first, so that no long one is left at the end. ``devices`` are values of
+CUDA_VISIBLE_DEVICES, one per worker in turn; without any, workers see the GPUs of this process.
 
-Lines of its own begin with ``warm-cache shapes:``, one bar for all among them; the last one is the evidence. Workers'
-lines are passed on, behind ``[worker N]`` where there are several, all but the bars. A worker that dies is named with
-the shape that it died on, and another one goes on with the rest. Exit status 0 when every shape was done, else 1.
+Its own lines begin with ``warm-cache shapes:``, one progress bar for all shapes among them; the last one is the
+evidence of success. It passes on the workers' lines, behind ``[worker N]`` where there are several, without their bars.
+A worker that dies is reported with its shape, and another one continues with the rest. Exit status 0 if every shape was
+done, else 1.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CONTIGUOUS = "_CONTIG"  # kinds of which sglang keeps only aligned Ms
+CONTIGUOUS = "_CONTIG"  # ends the kernel types of which sglang keeps only aligned Ms
 ALIGNMENT = 128
-BAR_SECONDS = 2.0  # between two states of the bar
+BAR_SECONDS = 2.0  # between two updates of the progress bar
 
 _BAR = re.compile(rb"DeepGEMM warmup:[^\n]*?\|\s*(\d+)/(\d+)")
 
@@ -35,18 +36,18 @@ _Order = dict[str, Any]
 
 
 def main(document: str) -> int:
-    """Runs the whole list."""
-    return Crew(json.loads(document), sys.stdout.buffer).run()
+    """Compile the whole list. Returns the exit status."""
+    return ShapePool(json.loads(document), sys.stdout.buffer).run()
 
 
 def weight(shape: Sequence[Any]) -> float:
-    """What a shape costs, for comparing: the Ms that sglang goes over, times the size of one problem."""
+    """Return the relative cost of a shape: the number of its Ms times the size of one problem."""
     name, n, k, _groups = shape
     return float(n * k) / (ALIGNMENT if name.endswith(CONTIGUOUS) else 1)
 
 
-class Crew:
-    """All workers, and what they have done."""
+class ShapePool:
+    """All workers, and the shapes that they have done."""
 
     def __init__(self, order: _Order, out: Any) -> None:
         self._order, self._out = order, out
@@ -55,67 +56,66 @@ class Crew:
         self._all = len(self._queue)
         self._workers = max(1, min(order["workers"], self._all))
         self._done = 0
-        self._ms = (0, 0)  # of the list: all, and those of the contiguous kinds
-        self._at: dict[str, tuple[int, int]] = {}  # by shape: Ms done, Ms in all
-        self._said = 0.0
+        self._ms = (0, 0)  # number of Ms: all, and those of the contiguous types
+        self._progress: dict[str, tuple[int, int]] = {}  # by shape: Ms done, Ms in all
+        self._bar_time = 0.0
 
     def run(self) -> int:
-        """Exit status."""
+        """Compile all shapes. Returns the exit status."""
         begun = time.monotonic()
-        crew = [threading.Thread(target=self._work, args=(number,)) for number in range(self._workers)]
-        for thread in crew:
+        threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self._workers)]
+        for thread in threads:
             thread.start()
-        for thread in crew:
+        for thread in threads:
             thread.join()
         if self._done < self._all:
-            self._say(f"{self._done} of {self._all} shapes done")
+            self._report(f"{self._done} of {self._all} shapes done")
             return 1
-        by = _counted(self._workers, "worker")
-        self._say(f"all {self._done} shapes done in {time.monotonic() - begun:.1f} s by {by}")
+        workers = _counted(self._workers, "worker")
+        self._report(f"all {self._done} shapes done in {time.monotonic() - begun:.1f} s by {workers}")
         return 0
 
     def _work(self, number: int) -> None:
-        """One worker after another on this place, until there is nothing left to do."""
-        line = self._pass_on if self._workers > 1 else self._pass_plainly
+        """Run one worker after another in this slot, until no shape is left."""
         try:
             while self._queue:
-                with _Worker(number, self._order, line) as worker:
-                    if not self._welcome(worker) or self._drive(worker):
+                with _Worker(number, self._order, self._pass_on) as worker:
+                    if not self._is_ready(worker) or self._feed(worker):
                         return
-        except (OSError, RuntimeError) as error:  # what the PID limit makes of a process, and of a thread
-            self._say(f"failed: a worker cannot be started: {error}")
+        except (OSError, RuntimeError) as error:  # the PID limit: of a process, of a thread
+            self._report(f"failed: a worker cannot be started: {error}")
 
-    def _welcome(self, worker: _Worker) -> bool:
-        """Whether a worker can work. Where it cannot, another one would fare no better."""
-        heard = worker.hear()
-        if "ready" not in heard:
-            self._say(f"failed: {heard.get('unable') or 'a worker ' + worker.describe_end()}")
+    def _is_ready(self, worker: _Worker) -> bool:
+        """Return whether a worker can compile. If it cannot, no other one could."""
+        answer = worker.read()
+        if "ready" not in answer:
+            self._report(f"failed: {answer.get('unable') or 'a worker ' + worker.describe_end()}")
             return False
         with self._lock:
             if self._ms == (0, 0):
-                self._ms = (heard["ready"][0], heard["ready"][1])
-                over = f"{_counted(self._all, 'shape')} over {self._ms[0]} Ms"
-                self._line(f"{over}, {_counted(self._workers, 'worker')}, import took {worker.seconds:.1f} s")
+                self._ms = (answer["ready"][0], answer["ready"][1])
+                work = f"{_counted(self._all, 'shape')} over {self._ms[0]} Ms"
+                self._line(f"{work}, {_counted(self._workers, 'worker')}, import took {worker.seconds:.1f} s")
         return True
 
-    def _drive(self, worker: _Worker) -> bool:
-        """Gives a worker one shape after the other. False when it died."""
+    def _feed(self, worker: _Worker) -> bool:
+        """Give a worker one shape after the other. Returns False if it died."""
         while (taken := self._next()) is not None:
             shape, text = taken
             worker.shape = text
-            heard = worker.ask(shape)
-            # Without the lock: who has died is waited for until all is read that it said.
-            why = "" if "done" in heard else heard.get("failed") or f"its worker {worker.describe_end()}"
+            answer = worker.compile(shape)
+            # Without the lock: this waits until all output of a dead worker is read.
+            why = "" if "done" in answer else answer.get("failed") or f"its worker {worker.describe_end()}"
             with self._lock:
                 worker.shape = None
-                self._at[text] = (self._at[text][1],) * 2
+                self._progress[text] = (self._progress[text][1],) * 2
                 if why:
                     self._line(f"failed {text}: {why}")
                 else:
                     self._done += 1
-                    self._line(f"done {text} over {heard['done']} Ms in {heard['seconds']:.1f} s")
+                    self._line(f"done {text} over {answer['done']} Ms in {answer['seconds']:.1f} s")
                 self._bar(always=True)
-            if not heard:
+            if not answer:
                 return False
         return True
 
@@ -125,51 +125,47 @@ class Crew:
                 return None
             shape = self._queue.pop(0)
             text = f"<{shape[0]}> N={shape[1]}, K={shape[2]}, num_groups={shape[3]}"
-            self._at[text] = (0, self._expected(shape))
+            self._progress[text] = (0, self._expected(shape))
             return shape, text
 
     def _expected(self, shape: Sequence[Any]) -> int:
-        """The Ms that sglang should go over; its own bar tells how many it does."""
+        """Return the number of Ms that sglang should compile; its own progress bar has the actual number."""
         return self._ms[1 if shape[0].endswith(CONTIGUOUS) else 0]
 
     def _pass_on(self, worker: _Worker, line: bytes) -> None:
-        self._pass(worker, b"[worker %d] " % worker.number, line)
-
-    def _pass_plainly(self, worker: _Worker, line: bytes) -> None:
-        self._pass(worker, b"", line)
-
-    def _pass(self, worker: _Worker, prefix: bytes, line: bytes) -> None:
+        """Pass on a worker's line, or take its progress bar into account."""
         bar = _BAR.search(line)
+        prefix = b"[worker %d] " % worker.number if self._workers > 1 else b""
         with self._lock:
             if bar is None:
                 self._out.write(prefix + line + b"\n")
                 self._out.flush()
             elif worker.shape is not None:
-                self._at[worker.shape] = (int(bar[1]), int(bar[2]))
+                self._progress[worker.shape] = (int(bar[1]), int(bar[2]))
                 self._bar()
 
     def _bar(self, *, always: bool = False) -> None:
-        """One bar for all, over the Ms of every shape."""
+        """Write the progress bar, over the Ms of all shapes."""
         now = time.monotonic()
-        if not always and now - self._said < BAR_SECONDS:
+        if not always and now - self._bar_time < BAR_SECONDS:
             return
-        self._said = now
-        done = sum(done for done, _ in self._at.values())
-        total = sum(total for _, total in self._at.values()) + sum(map(self._expected, self._queue))
+        self._bar_time = now
+        done = sum(done for done, _ in self._progress.values())
+        total = sum(total for _, total in self._progress.values()) + sum(map(self._expected, self._queue))
         self._line(f"{done}/{total} Ms, {self._done} of {self._all} shapes", end=b"\r")
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         with self._lock:
             self._line(text)
 
     def _line(self, text: str, end: bytes = b"\n") -> None:
-        """A line of our own; the lock is held."""
+        """Write a line of our own. The caller holds the lock."""
         self._out.write(b"warm-cache shapes: " + text.encode("utf-8", "replace") + end)
         self._out.flush()
 
 
 class _Worker:
-    """One process of sweep.py. Leaving the context ends it: its stdin is at its end."""
+    """One process of shape_worker.py. Leaving the context closes its stdin, which ends it."""
 
     def __init__(self, number: int, order: _Order, line: Any) -> None:
         self.number = number
@@ -181,10 +177,14 @@ class _Worker:
         if devices:
             env["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         reports, report = os.pipe()
-        told = {"m_values": order["m_values"], "chunked_prefill_size": order["chunked_prefill_size"], "report": report}
+        request = {
+            "m_values": order["m_values"],
+            "chunked_prefill_size": order["chunked_prefill_size"],
+            "report": report,
+        }
         try:
             self._process = subprocess.Popen(
-                ["python3", str(Path(__file__).with_name("shape_worker.py")), json.dumps(told)],
+                ["python3", str(Path(__file__).with_name("shape_worker.py")), json.dumps(request)],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -206,26 +206,26 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def hear(self) -> dict[str, Any]:
-        """What it says next; nothing when it has died."""
+    def read(self) -> dict[str, Any]:
+        """Return its next answer; an empty one if it died."""
         begun = time.monotonic()
         line = self._reports.readline()
         self.seconds = time.monotonic() - begun
-        heard: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
-        return heard
+        answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
+        return answer
 
-    def ask(self, shape: Sequence[Any]) -> dict[str, Any]:
-        """Has it do one shape; its answer, or nothing when it died over it."""
+    def compile(self, shape: Sequence[Any]) -> dict[str, Any]:
+        """Have it compile one shape. Returns its answer; an empty one if it died."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(shape).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             return {}
-        return self.hear()
+        return self.read()
 
     def describe_end(self) -> str:
-        """How it ended, with the last thing it said."""
+        """Return how it ended, with its last line."""
         status = self._end()
         how = f"ended with status {status}" if status >= 0 else f"was killed by {_signal(-status)}"
         last = " ".join(self._last[:1200].decode("utf-8", "replace").split())[:200]
@@ -234,7 +234,7 @@ class _Worker:
     def _end(self) -> int:
         stdin = self._process.stdin
         assert stdin is not None
-        with contextlib.suppress(OSError):  # what it never read
+        with contextlib.suppress(OSError):  # it died without reading all of it
             stdin.close()
         status = self._process.wait()
         if threading.current_thread() is not self._reader:
@@ -243,7 +243,7 @@ class _Worker:
         return status
 
     def _read(self, line: Any) -> None:
-        """Whole lines, whatever ends them."""
+        """Take its output line by line; a line may end with a carriage return."""
         stream = self._process.stdout
         assert stream is not None
         held = b""

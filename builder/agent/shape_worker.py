@@ -1,11 +1,11 @@
 """Drives sglang's own DeepGEMM warm-up for one shape after another, without a server and without weights.
 
-A script for the serving image's python, standalone on purpose: ``python3 sweep.py JSON`` with
-``{"m_values": [...], "chunked_prefill_size": N, "report": FD}``. It imports sglang, says ``{"ready": [Ms, contiguous
-Ms]}`` on the descriptor, and then does what it reads on stdin, one ``[kernel, n, k, groups]`` a line, until that ends:
-what ``_maybe_compile_deep_gemm_one_type_all`` of sglang does, over the list of Ms that sglang itself makes from the
-chunked prefill size (``m_values``, when given, replaces it). It answers each with ``{"done": Ms, "seconds": S}`` or
-``{"failed": reason}``. What it cannot do at all is ``{"unable": reason}``. stdout and stderr are sglang's own.
+A script for the serving image's python, standalone on purpose: ``python3 shape_worker.py JSON`` with ``{"m_values":
+[...], "chunked_prefill_size": N, "report": FD}``. It imports sglang, writes ``{"ready": [Ms, contiguous Ms]}`` to the
+descriptor, then reads shapes from stdin, one ``[kernel, n, k, groups]`` a line, until that ends. For each it does what
+``_maybe_compile_deep_gemm_one_type_all`` of sglang does, over the list of Ms that sglang itself makes from the chunked
+prefill size (``m_values``, if given, replace it), and answers ``{"done": Ms, "seconds": S}`` or ``{"failed": reason}``.
+If it can compile nothing at all it answers ``{"unable": reason}``. stdout and stderr are sglang's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNMENT = 128  # of the Ms that sglang keeps for contiguous kinds, on Hopper
 
 
 def main(document: str) -> int:
-    """Works until stdin ends. One shape's failure does not stop the others."""
+    """Compile shapes until stdin ends; a failure does not stop the others. Returns the exit status."""
     order = json.loads(document)
     # The same two switches that sglang.compile_deep_gemm sets before it imports anything.
     os.environ["SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE"] = "1"
@@ -35,27 +35,27 @@ def main(document: str) -> int:
     os.set_inheritable(order["report"], False)  # a compiler that outlives this process must not keep it open
     with os.fdopen(order["report"], "w", encoding="ascii", buffering=1) as report:
 
-        def say(**what: Any) -> None:
-            report.write(json.dumps(what) + "\n")
+        def answer(**fields: Any) -> None:
+            report.write(json.dumps(fields) + "\n")
 
         compile_utils = importlib.import_module("sglang.srt.layers.deep_gemm_wrapper.compile_utils")
         if not getattr(compile_utils, "ENABLE_JIT_DEEPGEMM", True):
-            say(unable="sglang finds no usable DeepGEMM here (no GPU that it supports, or the package is missing)")
+            answer(unable="sglang finds no usable DeepGEMM here (no GPU that it supports, or the package is missing)")
             return 1
         m_list = sorted(set(order["m_values"])) or builtin_m_list(compile_utils, order["chunked_prefill_size"])
-        say(ready=[len(m_list), sum(m % ALIGNMENT == 0 for m in m_list)])
+        answer(ready=[len(m_list), sum(m % ALIGNMENT == 0 for m in m_list)])
         for line in sys.stdin:
             begun = time.monotonic()
-            failed = sweep_one(compile_utils, json.loads(line), m_list)
+            failed = compile_shape(compile_utils, json.loads(line), m_list)
             if failed:
-                say(failed=failed)
+                answer(failed=failed)
             else:
-                say(done=len(m_list), seconds=round(time.monotonic() - begun, 1))
+                answer(done=len(m_list), seconds=round(time.monotonic() - begun, 1))
     return 0
 
 
 def builtin_m_list(compile_utils: Any, chunked_prefill_size: int) -> list[int]:
-    """The Ms that a server with this chunked prefill size would warm.
+    """Return the Ms that a server with this chunked prefill size would compile.
 
     sglang keeps them in a module variable, filled from a running server's context (since 0.5.2x) or its arguments.
     """
@@ -67,8 +67,8 @@ def builtin_m_list(compile_utils: Any, chunked_prefill_size: int) -> list[int]:
     return list(compile_utils._BUILTIN_M_LIST)  # noqa: SLF001 - sglang has no public name for it
 
 
-def sweep_one(compile_utils: Any, shape: list[Any], m_list: list[int]) -> str:
-    """One shape. Why it failed, in one line; "" when it did not."""
+def compile_shape(compile_utils: Any, shape: list[Any], m_list: list[int]) -> str:
+    """Compile one shape. Returns why it failed, in one line, or ""."""
     name, n, k, groups = shape
     text = f"<{name}> N={n}, K={k}, num_groups={groups}"
     try:
@@ -90,7 +90,7 @@ def sweep_one(compile_utils: Any, shape: list[Any], m_list: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    # Run by path, python puts this folder first on sys.path: its modules must not pose as anybody's top-level ones.
+    # Run by path, python puts this folder first on sys.path: its modules must not be imported as top-level ones.
     if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
         del sys.path[0]
     sys.exit(main(sys.argv[1]))

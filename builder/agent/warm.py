@@ -1,8 +1,7 @@
-"""One task from its job to its verdict: prepare, first pass, inventory, second pass, marker last.
+"""Warms one task, from its job to its verdict: prepare, first pass, inventory, second pass, marker last.
 
-The order is what makes a marker true. Entries are counted before and after in the same directories; the second pass
-runs in a new process after everything of the first one is gone; host-specific files leave before anything vouches for
-the directory; and the marker is published when nothing can fail any more.
+The order makes the marker true. Entries are counted before and after in the same directories; the second pass runs in a
+new process after every process of the first one has ended; and the marker is published when nothing can fail any more.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 from builder import events
-from builder.agent import dummy_weights, probe, recipes, simulated_gpu
-from builder.agent import model_shapes as shapes
-from builder.agent.compile_lock import Beside
-from builder.agent.counter import Counter
+from builder.agent import dummy_weights, model_shapes, probe, recipes, simulated_gpu
+from builder.agent.compile_lock import CompileLock
 from builder.agent.guard import Guard, Stopped
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
-from builder.agent.pass_context import Partial, Setting
+from builder.agent.pass_context import Partial, PassContext
 from builder.agent.process import Failed
-from builder.agent.recipes import Recipe
+from builder.agent.progress import EntryProgress
+from builder.agent.recipes import Passes
 from builder.cache import families, inventory, layout, markers, model_store, removal, toolchain
 from builder.cache.coverage import needs_config
 from builder.cache.families import FAMILIES, FAMILY
@@ -36,7 +34,8 @@ from builder.cache.inventory import Inventory
 from builder.cache.marker_files import Observed
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
-from builder.task import Task
+from builder.task import RECIPES, Task
+from builder.text import counted
 
 State = Literal["warmed", "failed", "partial", "skipped", "stopped"]
 STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKIPPED, "stopped": FAILED}
@@ -44,20 +43,20 @@ STATUS = {"warmed": WARMED, "failed": FAILED, "partial": PARTIAL, "skipped": SKI
 
 @dataclass(frozen=True)
 class Proven:
-    """What both passes came to. doubt: why the proof is weaker than asked for, or what it took."""
+    """The result of both passes."""
 
-    claims: list[str]
-    used: Mapping[str, set[str]]
+    claims: list[str]  # families
+    used: Mapping[str, set[str]]  # entries by family
     proof: str
-    doubt: str
+    doubt: str  # why the proof is weaker than requested, or how it was reached
 
 
 class _Disturbed(Failed):
-    """The second pass compiled something, or somebody else did meanwhile."""
+    """The second pass compiled something, or another task did meanwhile."""
 
 
 class Warming:
-    """One task's run. ``verdict`` is filled as the run goes on, so that a stop can report what there was."""
+    """One task's run. `verdict` is filled during the run, so that a stop can report what was done by then."""
 
     def __init__(self, job: Job, task: Task, output: Output, guard: Guard) -> None:
         self._job, self._task, self._output, self._guard = job, task, output, guard
@@ -67,16 +66,16 @@ class Warming:
         self._keys: dict[str, str] = {}
         self._before: dict[str, Inventory] = {}
         self._locks: dict[str, int] = {}
-        self._beside = Beside(self._root, guard, output, active=job.concurrent)
+        self._compile_lock = CompileLock(self._root, guard, output, active=job.concurrent)
         self._watches: list[Watch] = []
         self.verdict = events.Verdict()
 
     def run(self) -> int:
-        """Exit status of the program. Emits every event except the last one."""
+        """Warm the task and write its events, the last one excepted. Returns the program's exit status."""
         try:
             status = self._run()
         finally:
-            self._leave()
+            self._clear_host_specific()
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
         seconds = round(time.monotonic() - self._begun, 3)
@@ -90,28 +89,28 @@ class Warming:
         """Warm, and put the outcome into the verdict. Returns the exit status."""
         try:
             self._warm()
-            return self._conclude("warmed", self.verdict.reason)
+            return self._finish("warmed", self.verdict.reason)
         except model_store.Skipped as skipped:
-            return self._conclude("skipped", str(skipped))
+            return self._finish("skipped", str(skipped))
         except Partial as partial:
-            return self._conclude("partial", str(partial))
+            return self._finish("partial", str(partial))
         except (Failed, layout.LayoutError, simulated_gpu.Impossible) as failed:
-            return self._conclude("failed", str(failed), unusable=isinstance(failed, layout.LayoutError))
+            return self._finish("failed", str(failed), unusable=isinstance(failed, layout.LayoutError))
         except OSError as error:
             reason = f"{error.filename or self._root}: {error.strerror or error}"
-            return self._conclude("failed", reason, unusable=error.errno == errno.EROFS)
+            return self._finish("failed", reason, unusable=error.errno == errno.EROFS)
         except Stopped as stopped:
-            self._conclude("stopped", str(stopped))
+            self._finish("stopped", str(stopped))
             return 128 + stopped.signum
 
-    def _conclude(self, state: State, reason: str, *, unusable: bool = False) -> int:
+    def _finish(self, state: State, reason: str, *, unusable: bool = False) -> int:
         self.verdict = replace(self.verdict, state=state, reason=reason, unusable=unusable)
         return STATUS[state]
 
     def _warm(self) -> None:
         task = self._task
-        recipe = recipes.RECIPES.get(task.recipe)
-        if recipe is None:
+        passes = recipes.PASSES.get(task.recipe)
+        if passes is None:
             raise Failed(f"no recipe is called {task.recipe!r}")
         unknown = [name for name in task.families or () if name not in FAMILY or not FAMILY[name].claimable]
         if unknown:
@@ -124,13 +123,13 @@ class Warming:
         self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
         self._guard.check()
         self._prepare_families(record)
-        self._beside.begin()
+        self._compile_lock.acquire()
         digest = model_store.require(task, environ) if needs_config(task) else None
-        # Over the image's variables and the task's come the families', which nothing may redirect.
+        # The families' variables override those of the image and of the task.
         environ = {**model_store.defaults(environ, self._temporary), **environ}
         environ.update(families.environment(self._job.mount, self._keys))
         self._before = self._scan()
-        done = self._compile(recipe, environ)
+        done = self._compile(passes, environ)
         pretended = record["observed"]["pretended"]
         proof = markers.PRETENDED if pretended else done.proof
         self.verdict = replace(self.verdict, proof=proof, reason=done.doubt)
@@ -149,15 +148,15 @@ class Warming:
         self._guard.check()
         self.verdict = replace(self.verdict, reason=reason, marker=markers.publish(self._root, marker))
 
-    def _compile(self, recipe: Recipe, environ: Mapping[str, str]) -> Proven:
-        """Both passes; with dummy weights and then with real ones, where the task leaves the choice to the proof."""
+    def _compile(self, passes: Passes, environ: Mapping[str, str]) -> Proven:
+        """Run both passes; with dummy weights first, then with real ones, if the task says so."""
         task, why = self._task, ""
-        if not recipe.needs_model:
-            return self._passes(recipe, environ, self._with_shapes(environ))
+        if not RECIPES[task.recipe].server:
+            return self._run_passes(passes, environ, self._with_shapes(environ))
         if task.load != "weights":
             self.verdict = replace(self.verdict, loaded=dummy_weights.describe(task))
             try:
-                return self._passes(recipe, environ, self._with_dummies(environ))
+                return self._run_passes(passes, environ, self._with_dummies(environ))
             except (Failed, Partial) as failed:
                 if task.load == "dummy":
                     raise
@@ -169,7 +168,7 @@ class Warming:
         try:
             if why:
                 model_store.require(task, environ)
-            done = self._passes(recipe, environ, task)
+            done = self._run_passes(passes, environ, task)
         except (Failed, Partial) as failed:
             raise type(failed)(f"{failed} (and {why})" if why else str(failed)) from None
         except model_store.Skipped as skipped:
@@ -177,16 +176,16 @@ class Warming:
         return replace(done, doubt="; ".join(filter(None, (f"with weights, because {why}" if why else "", done.doubt))))
 
     def _with_shapes(self, environ: Mapping[str, str]) -> Task:
-        """The task with every shape that it asks for, from wherever."""
+        """Return the task with every shape that it asks for, whatever the source."""
         task = self._task
         if not task.shapes_from:
             return task
         try:
-            wanted = shapes.wanted(self._root, task, environ)
-        except shapes.NotUnderstood as why:
+            wanted = model_shapes.wanted(self._root, task, environ)
+        except model_shapes.NotUnderstood as why:
             raise Failed(str(why)) from None
-        told = " and ".join(task.shapes_from)
-        self._output.say(f"{len(wanted)} shapes, {len(wanted) - len(set(task.shapes))} of them from {told}")
+        sources = " and ".join(task.shapes_from)
+        self._output.say(f"{len(wanted)} shapes, {len(wanted) - len(set(task.shapes))} of them from {sources}")
         return replace(task, shapes=wanted)
 
     def _with_dummies(self, environ: Mapping[str, str]) -> Task:
@@ -197,11 +196,10 @@ class Warming:
         except ValueError as error:
             raise Failed(str(error)) from None
 
-    def _passes(self, recipe: Recipe, environ: Mapping[str, str], task: Task) -> Proven:
-        """First pass, inventory, second pass."""
+    def _run_passes(self, passes: Passes, environ: Mapping[str, str], task: Task) -> Proven:
         self._watches = []
         before = self._scan()
-        setting = Setting(
+        context = PassContext(
             watches=self._watches,
             task=task,
             env=environ,
@@ -209,34 +207,34 @@ class Warming:
             output=self._output,
             guard=self._guard,
             grace=max(0.5, self._job.grace - 1.0),
-            beside=self._beside,
+            compile_lock=self._compile_lock,
             entries=lambda: sum(len(found.valid) for found in self._scan().values()),
-            on_tick=Counter(self._output, {name: self._directory(name) for name in self._candidates()}).tick,
+            on_tick=EntryProgress(self._output, {name: self._directory(name) for name in self._candidates()}).tick,
         )
         self._phase(task.recipe)
-        first = recipe.first(setting)
-        if recipe.sweeps and first.reduced:
+        first = passes.first(context)
+        if passes.resumable and first.reduced:
             self._phase("finishing what memory cut short")
-            recipes.finish(setting, first)
+            recipes.finish_shapes(context, first)
         after = self._scan()
-        claims, used = self._claim(recipe, first, before, after)
+        claims, used = self._claim(first, before, after)
         self._count(after, only=claims)
         if not claims:
             return Proven(claims, used, "nothing-claimed", "the task claims no family, so there was nothing to prove")
-        return Proven(claims, used, *self._prove(recipe, setting, first, after, claims))
+        return Proven(claims, used, *self._prove(passes, context, first, after, claims))
 
-    def _leave(self) -> None:
-        """Whatever became of the task: what is true on this host alone does not stay for other users of the root."""
+    def _clear_host_specific(self) -> None:
+        """Remove, on every way out, files that are true on this host alone."""
         for name in [family.name for family in FAMILIES if family.host_specific and family.name in self._locks]:
-            os.close(self._locks.pop(name))  # our own lock is one that would keep it there
+            os.close(self._locks.pop(name))  # our own lock would prevent the removal
             removal.clear_host_specific(self._root, name, self._keys[name])
 
     def _prepare_families(self, record: toolchain.Record) -> None:
-        """Directories, shared locks until the process ends, memo, leftovers of killed processes moved aside."""
+        """Prepare directories, take shared locks until the process ends, write the memo, quarantine leftovers."""
         for name, key in sorted(self._keys.items()):
             layout.describe_family(self._root, name, key, toolchain.family_factors(record, name))
             if FAMILY[name].host_specific:
-                removal.clear_host_specific(self._root, name, key)  # of one that was killed
+                removal.clear_host_specific(self._root, name, key)  # left by a killed container
             self._locks[name] = self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
         write_memo(self._root, self._job, record, self._task.env, known=True)
         for family in FAMILIES:
@@ -252,17 +250,18 @@ class Warming:
                 self._output.event(events.Quarantined(family.name, key, path, why))
 
     def _claim(
-        self, recipe: Recipe, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]
+        self, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]
     ) -> tuple[list[str], dict[str, set[str]]]:
-        """The families this task vouches for, and the entries it used. Raises Failed where a required one has none."""
+        """Return the families that the task claims, and the entries it used. Raises Failed if it used none of one."""
         used = {name: inventory.used(before[name], found) for name, found in after.items()}
-        asked = self._task.families if self._task.families is not None else recipe.requires or None
-        claims = list(asked) if asked is not None else [name for name in used if used[name]]
+        requires = RECIPES[self._task.recipe].requires
+        wanted = self._task.families if self._task.families is not None else requires or None
+        claims = list(wanted) if wanted is not None else [name for name in used if used[name]]
         for name in claims:
             broken = {
                 entry: why
                 for entry, why in after[name].invalid.items()
-                if entry not in before[name].entries and not self._is_neighbours(name, entry, why)
+                if entry not in before[name].entries and not self._is_in_progress(name, entry, why)
             }
             if broken:
                 entry = min(broken)
@@ -270,46 +269,41 @@ class Warming:
             if not used[name]:
                 held = len(after[name].valid)
                 why = f"none of its {held} entries was used" if held else "it holds no valid entry"
-                compiled = (
-                    "" if first.shapes or not recipe.requires else ": the log names no shape, so nothing was compiled"
-                )
+                compiled = "" if first.shapes or not requires else ": the log names no shape, so nothing was compiled"
                 raise Failed(f"{name} is required and {why}{compiled}")
         return claims, used
 
     def _prove(
-        self, recipe: Recipe, setting: Setting, first: Watch, after: Mapping[str, Inventory], claims: list[str]
+        self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]
     ) -> tuple[str, str]:
-        """The proof's name and, where it is weaker than asked for, why."""
+        """Return the proof's name and, if it is weaker than requested, why."""
         if self._task.verify == "inventory":
             return "inventory", ""
-        if self._task.verify == "steady" and recipe.steady:
+        if self._task.verify == "steady" and passes.steady:
             return "steady", ""
         try:
-            return self._second_pass(recipe, setting, first, after, claims)
+            return self._second_pass(passes, context, first, after, claims)
         except _Disturbed:
-            if not self._beside.active:
+            if not self._compile_lock.active:
                 raise
-        # A neighbour's work, maybe. What our own pass added is on disk now, and a pass that adds nothing is the proof.
-        with self._beside.undisturbed():
-            return self._second_pass(recipe, setting, first, self._scan(), claims)
+        # Another task may have added it. What our own pass added is on disk now: a pass that adds nothing is the proof.
+        with self._compile_lock.exclusive():
+            return self._second_pass(passes, context, first, self._scan(), claims)
 
-    def _is_neighbours(self, family: str, entry: str, problem: str) -> bool:
-        """Whether an invalid entry may be one that a task beside this one is just making."""
-        return self._beside.active and inventory.may_be_in_progress(
+    def _is_in_progress(self, family: str, entry: str, problem: str) -> bool:
+        """Return whether another task may be making this invalid entry now."""
+        return self._compile_lock.active and inventory.may_be_in_progress(
             FAMILY[family], self._directory(family), entry, problem, now=time.time()
         )
 
     def _second_pass(
-        self, recipe: Recipe, setting: Setting, first: Watch, after: Mapping[str, Inventory], claims: list[str]
+        self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]
     ) -> tuple[str, str]:
         self._phase("second pass")
-        doubt = ""
         try:
-            doubt = recipe.second(setting, first)
-        except Failed as failed:
+            doubt = passes.second(context, first)
+        except (Failed, Partial) as failed:
             raise Failed(f"second pass: {failed}") from None
-        except Partial as partial:
-            raise Failed(f"second pass: {partial}") from None
         again = self._scan()
         grown = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.added(after[name], again[name]))]
         anew = [
@@ -319,14 +313,13 @@ class Warming:
         self.verdict = replace(self.verdict, second_pass_added=len(grown))
         self._count(again, only=claims)
         if grown:
-            noun = "entry" if len(grown) == 1 else "entries"
             raise _Disturbed(
-                f"the second pass added {len(grown)} {noun} (first: {grown[0]}): the first one did not warm everything"
+                f"the second pass added {counted(len(grown), 'entry')} (first: {grown[0]}): "
+                "the first one did not warm everything"
             )
         if anew:
-            noun = "entry" if len(anew) == 1 else "entries"
             raise _Disturbed(
-                f"the second pass compiled {len(anew)} {noun} again (first: {anew[0]}): it did not use them"
+                f"the second pass compiled {counted(len(anew), 'entry')} again (first: {anew[0]}): it did not use them"
             )
         if lost:
             raise Failed(
@@ -335,12 +328,10 @@ class Warming:
         return ("inventory", doubt) if doubt else ("verified", "")
 
     def _candidates(self) -> list[str]:
-        recipe = recipes.RECIPES.get(self._task.recipe)
+        """Return the families that the task may claim."""
         if self._task.families is not None:
             return list(self._task.families)
-        if recipe is not None and recipe.requires:
-            return list(recipe.requires)
-        return [family.name for family in FAMILIES if family.claimable]
+        return list(RECIPES[self._task.recipe].requires) or [family.name for family in FAMILIES if family.claimable]
 
     def _scan(self) -> dict[str, Inventory]:
         return {
@@ -348,12 +339,13 @@ class Warming:
         }
 
     def _count(self, found: Mapping[str, Inventory], *, only: list[str]) -> None:
-        """What the families in ``only`` hold, and what the run added to any family: its work is all of that. Beside
-        others it is not, and only those families count.
+        """Put into the verdict the valid entries of these families, and what the run added to any family.
+
+        While other tasks compile, additions count for these families alone: others may not be this task's work.
         """
-        counted = only if self._beside.active else list(found)
+        names = only if self._compile_lock.active else list(found)
         entries = {name: len(found[name].valid) for name in only if found[name].valid}
-        added = {name: inventory.added(self._before[name], found[name]) for name in counted}
+        added = {name: inventory.added(self._before[name], found[name]) for name in names}
         self.verdict = replace(
             self.verdict,
             entries=entries,
@@ -364,7 +356,7 @@ class Warming:
         )
 
     def _shapes(self) -> tuple[str, ...]:
-        """What the first pass went over, as far as it came."""
+        """Return the shapes of the first pass, as far as it got."""
         return tuple(str(shape) for shape in self._watches[0].shapes) if self._watches else ()
 
     def _directory(self, family: str) -> Path:
@@ -375,7 +367,7 @@ class Warming:
         self._output.event(events.Phase(phase))
 
     def _weigh(self, done: Proven) -> dict[str, int]:
-        """Bytes of the entries that the marker lists: what the next warm-up under other keys will need again."""
+        """Return the bytes of the entries that the marker lists: a warm-up under other keys needs as many."""
         return {
             name: sum(inventory.weigh(FAMILY[name], self._directory(name), entry) for entry in done.used[name])
             for name in done.claims
@@ -402,6 +394,6 @@ class Warming:
 
 
 def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False) -> None:
-    """Remembers the record for the image, where it has an id. Raises OSError."""
+    """Write the record into the image's memo, if the image has an id. Raises OSError."""
     if job.image.id:
         toolchain.write_memo(root, job.image.id, record, env=env, known=known)

@@ -14,27 +14,13 @@ from typing import Any
 from builder import sglang_args
 from builder.cache.model_store import is_directory
 from builder.cache.toolchain import Record
-from builder.task import PRETEND_VARIABLE, Task
+from builder.task import PRETEND_VARIABLE, RECIPES, Task
 from builder.text import printable
-
-#: Raise a recipe's number when what it compiles changes: its tasks are then cold.
-RECIPE_VERSIONS: Mapping[str, int] = {"compile-deep-gemm": 1, "serve": 1, "shapes": 1, "command": 1}
-
-#: Recipes with kernels that depend on the model's config.json.
-NEEDS_CONFIG = frozenset({"compile-deep-gemm", "serve"})
-
-#: Fields of a task that change what its recipe compiles. Time-outs and the kind of proof do not.
-_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "compile-deep-gemm": ("load", "layers", "m_values"),
-    "serve": ("load", "layers", "requests"),
-    "shapes": ("shapes", "shapes_from", "m_values"),
-    "command": ("success",),
-}
 
 
 def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
     """Return the coverage factors, in the order in which a difference is named; JSON types only."""
-    sglang = record["sglang"]
+    sglang, recipe = record["sglang"], RECIPES[task.recipe]
     # sglang's own parser ignores the order of a server's options; a command's argv may depend on it.
     argv = list(task.argv) if task.recipe == "command" else sglang_args.normalised(task.argv)
     factors: dict[str, Any] = {
@@ -46,12 +32,12 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
         "argv": argv,
         "env": _environment(task, record),
         "recipe": task.recipe,
-        "recipe version": RECIPE_VERSIONS.get(task.recipe, 0),
+        "recipe version": recipe.version,
         # What is compiled for a shape does not depend on how many GPUs there are to do it.
         "gpus": None if task.recipe == "shapes" else task.gpus,
         "families": None if task.families is None else sorted(set(task.families)),
     }
-    for name in _SETTINGS.get(task.recipe, ()):
+    for name in recipe.settings:
         value = getattr(task, name)
         if name == "shapes":
             value = [str(shape) for shape in sorted(set(value))]
@@ -65,7 +51,7 @@ def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[s
 
 def needs_config(task: Task) -> bool:
     """Return whether the task's kernels depend on the model's config.json."""
-    return task.recipe in NEEDS_CONFIG or "config" in task.shapes_from
+    return RECIPES[task.recipe].server or "config" in task.shapes_from
 
 
 def _environment(task: Task, record: Record) -> dict[str, str]:

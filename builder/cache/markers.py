@@ -20,7 +20,7 @@ from builder.cache.entries import MISSING
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
 from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, folder_name
 from builder.cache.toolchain import Record
-from builder.task import Task
+from builder.task import RECIPES, Task
 from builder.text import printable
 
 #: The proof of a second pass in a new process that added nothing. Others: steady, inventory, nothing-claimed.
@@ -175,7 +175,7 @@ def _required(task: Task) -> tuple[str, ...] | None:
     """Return the families that a marker of this task claims at least; None where only its run shows them."""
     if task.families is not None:
         return task.families
-    return ("deep_gemm",) if task.recipe in ("compile-deep-gemm", "shapes") else None
+    return RECIPES[task.recipe].requires or None
 
 
 def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:

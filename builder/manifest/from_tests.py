@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from builder import sglang_args
 from builder.manifest import neutral
 from builder.recording import Launch, Problem
-from builder.task import Task
+from builder.task import RECIPES, Task
 from builder.text import printable
 
-#: Recipes that start a server with a task's argv, so that the two can be compared.
-_SERVERS = ("compile-deep-gemm", "serve")
 #: What sglang reads as true, and as false.
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
 #: An unknown value's name in its marks (`builder.agent.launch_unknown`).
@@ -105,7 +103,7 @@ def environment_of(launch: Launch) -> list[tuple[str, str]]:
 
 def compare(launches: Sequence[Launch], tasks: Sequence[Task]) -> tuple[list[Compared], list[str]]:
     """Every launch with its nearest task, and labels of the tasks that cover none."""
-    servers = [task for task in tasks if task.recipe in _SERVERS]
+    servers = [task for task in tasks if RECIPES[task.recipe].server]
     needed: set[str] = set()
     compared = []
     for launch in launches:

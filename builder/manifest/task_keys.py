@@ -24,16 +24,15 @@ from builder.manifest.values import (
     positive,
     positive_seconds,
 )
-from builder.task import Shape, Task
+from builder.task import RECIPES, Shape, Task
 from builder.text import printable
 
-RECIPES = ("compile-deep-gemm", "serve", "shapes", "command")
 LOADS = ("weights", "dummy", "dummy-then-weights")
 SHAPES_FROM = ("config", "markers")
 VERIFY = ("second-pass", "steady", "inventory")
 
 #: Recipes that start a server with the task's argv.
-SERVERS = ("compile-deep-gemm", "serve")
+SERVERS = tuple(name for name, recipe in RECIPES.items() if recipe.server)
 EXAMPLE_SHAPE = Shape("GEMM_NT_F8F8BF16", 4096, 7168)
 
 arguments = list_of(an_argument, "arguments")

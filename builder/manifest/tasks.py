@@ -14,9 +14,9 @@ from builder.manifest.document import Table
 from builder.manifest.fields import OverrideReader, keys_of, read
 from builder.manifest.labels import content, labels
 from builder.manifest.sections import GpusSpec
-from builder.manifest.task_keys import EXAMPLE_SHAPE, RECIPES, SERVERS, Defaults, TaskTable
+from builder.manifest.task_keys import EXAMPLE_SHAPE, SERVERS, Defaults, TaskTable
 from builder.manifest.values import SECRET_NAME, SECRET_VALUE, VARIABLE, Kind, a_table, an_argument, describe, list_of
-from builder.task import PRETEND_VARIABLE, Task
+from builder.task import PRETEND_VARIABLE, RECIPES, Task
 from builder.text import did_you_mean
 
 _OWN_VARIABLES = {name for family in FAMILIES for name, _ in family.env} | {

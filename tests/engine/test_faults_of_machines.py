@@ -298,7 +298,8 @@ def test_pid_limit_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     holds="11: the reason names the limit",
 )
 @pytest.mark.parametrize(
-    ("more", "said"), [(-2, "cannot start python3: "), (-1, "cannot read what python3 says: can't start new thread")]
+    ("more", "said"),
+    [(-2, "cannot start python3: "), (-1, "cannot read the output of python3: can't start new thread")],
 )
 def test_pid_limit_at_second_pass_is_not_verified(cli: Cli, aftermath: Aftermath, more: int, said: str) -> None:
     code = KERNEL + "print('line 0', flush=True)\n" + GATE + READY

@@ -1,4 +1,4 @@
-"""What a log says (watch.py) and an argv (flags.py), what a sweep does (sweep.py), and the tables of recipes.py."""
+"""The watch of a log, the shape worker, and the tables of recipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from builder.agent import recipes, shape_worker
 from builder.agent.log_watch import Watch
 from builder.agent.server import _tokens
-from builder.task import Shape
+from builder.task import RECIPES, Shape
 
 STAMP = b"[2026-11-24 07:35:16 TP0] "
 
@@ -45,6 +45,10 @@ def test_crash_lines_are_recognised(name: str, line: bytes) -> None:
     assert seen.crash is not None
     assert seen.crash.name.startswith(name)
     assert line.decode()[:60] in seen.crash.line
+
+
+def test_recipes_all_have_passes() -> None:
+    assert set(recipes.PASSES) == set(RECIPES)
 
 
 def test_crash_rows_all_have_an_example() -> None:
@@ -158,7 +162,7 @@ def test_log_flood_hides_no_evidence() -> None:
     assert seen.crash
 
 
-# serving.py
+# Server
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_server_without_tokens_of_a_rank_is_failed(answer: str, tokens: bool) ->
     assert _tokens(answer) is tokens
 
 
-# sweep.py
+# Shape worker
 
 
 def compile_utils(update: Callable[..., None]) -> Any:
@@ -208,7 +212,7 @@ def test_shape_sweep_of_old_sglang_takes_no_lock() -> None:
     module = types.SimpleNamespace(
         DeepGemmKernelType={"GEMM_NT_F8F8BF16": 5}, _compile_deep_gemm_one_type_all=lambda **what: swept.append(what)
     )
-    assert shape_worker.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1, 64]) == ""
+    assert shape_worker.compile_shape(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1, 64]) == ""
     assert swept == [{"kernel_type": 5, "n": 1, "k": 2, "num_groups": 3, "m_list": [1, 64]}]
 
 
@@ -217,5 +221,5 @@ def test_failing_shape_reports_one_line() -> None:
         raise RuntimeError("nvcc is gone\nand more")
 
     module = types.SimpleNamespace(DeepGemmKernelType={"GEMM_NT_F8F8BF16": 5}, _compile_deep_gemm_one_type_all=fail)
-    assert shape_worker.sweep_one(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1]) == "RuntimeError: nvcc is gone"
-    assert shape_worker.sweep_one(module, ["GEMM_NT_F4", 1, 2, 3], [1]) == "this sglang knows no such kernel type"
+    assert shape_worker.compile_shape(module, ["GEMM_NT_F8F8BF16", 1, 2, 3], [1]) == "RuntimeError: nvcc is gone"
+    assert shape_worker.compile_shape(module, ["GEMM_NT_F4", 1, 2, 3], [1]) == "this sglang knows no such kernel type"

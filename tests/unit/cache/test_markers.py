@@ -22,7 +22,7 @@ from builder.cache import coverage, inventory, marker_files, markers, toolchain
 from builder.cache.families import FAMILIES, FAMILY, directory
 from builder.cache.marker_files import Claim, Marker, Observed
 from builder.cache.toolchain import Record
-from builder.task import Task
+from builder.task import RECIPES, Task
 
 NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nBuilt on Wed_Aug_20\nCuda compilation tools, release 13.0, V13.0.88"
 TASK = Task(
@@ -209,7 +209,8 @@ def test_judge_cold_when_other_coverage_factor_differs(warm: Path, monkeypatch: 
     bumped["sglang"] = {"version": "0.5.23", "commit": None}
     assert judge(warm, made=bumped).reason == "coverage: sglang commit was abc is absent"
     assert judge(warm, config_digest=None).reason == f"coverage: config.json was {CONFIG} is absent"
-    monkeypatch.setattr(coverage, "RECIPE_VERSIONS", {"compile-deep-gemm": 2})
+    bumped_recipe = dataclasses.replace(RECIPES["compile-deep-gemm"], version=2)
+    monkeypatch.setattr(coverage, "RECIPES", {"compile-deep-gemm": bumped_recipe})
     assert judge(warm).reason == "coverage: recipe version was 1 is 2"
 
 

@@ -12,12 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.agent.recipes import RECIPES
 from builder.errors import Problem, UsageError
 from builder.manifest.document import Document
 from builder.manifest.fields import Overrides
 from builder.manifest.load import Manifest, load, profiles, select
-from builder.manifest.task_keys import RECIPES as KNOWN_RECIPES
 from builder.task import Shape
 
 Write = Callable[[str], Path]
@@ -175,9 +173,6 @@ class TestGood:
             assert {f"{model}-tp8", f"{model}-tp8-dp8"} <= set(labels)
         assert {"DeepSeek-V3-0324-tp8", "MiMo-V2-Flash-tp4-dp2", "MiMo-V2.5-tp8-dp2"} <= set(labels)
         assert all("--speculative-num-draft-tokens" in task.argv for task in manifest.tasks)
-
-    def test_recipes_are_those_of_the_agent(self) -> None:
-        assert set(KNOWN_RECIPES) == set(RECIPES)
 
 
 class TestBad:
