@@ -1,4 +1,7 @@
-"""One container on an errand in the cache root: what it did is told by its events, and it ends well or that is said."""
+"""Runs a maintenance job (sweep, verify, prune, views) in a container, and passes its events on.
+
+Also answers whether there is a cache root to work on.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,17 @@ from builder.run.container_job import NOTHING_ELSE, ContainerRequest, describe
 from builder.task import Task
 from builder.text import printable
 
-#: A root of a terabyte on a slow disk; a container that says nothing for so long hangs. Seconds.
+#: Seconds for a root of a terabyte on a slow disk.
 TIMEOUT = 3600.0
 
 
 def run(
-    executor: ContainerExecutor, mode: Mode, hear: Callable[[Event], None], request: ContainerRequest = NOTHING_ELSE
+    executor: ContainerExecutor, mode: Mode, on_event: Callable[[Event], None], request: ContainerRequest = NOTHING_ELSE
 ) -> None:
-    """This mode to its end, and what it told. Raises what kept it from ending well."""
+    """Run the agent in this mode, and pass its events on when it has ended.
+
+    Raises PreflightError or EngineLostError unless it succeeded; its events are passed on before.
+    """
     context = executor.context
     limits = Deadlines(
         task=TIMEOUT,
@@ -32,7 +38,7 @@ def run(
     )
     outcome = container_job.run(executor, mode, Task(label=mode, model="", recipe="command"), limits, request)
     for event in outcome.events:
-        hear(event)
+        on_event(event)
     context.cancel.check()
     if outcome.ended == "exited" and outcome.exit_code == WARMED:
         return
@@ -42,14 +48,21 @@ def run(
     raise EngineLostError(f"the container that was to {mode} {describe(outcome)}", notes=outcome.tail)
 
 
-def is_there(executor: ContainerExecutor) -> bool:
-    """Whether there is a cache root to work on; nothing here makes one where somebody mistyped a name."""
-    executor.context.report.cache = executor.cache.name
+def has_root(executor: ContainerExecutor) -> bool:
+    """Return whether there is a cache root to work on. Maintenance makes none: its name may be misspelt."""
+    executor.context.report.cache = executor.root_name
     if executor.cache.exists():
         with executor.cache.view(entries=False) as root:
-            if (root / "layout.json").is_file():
-                return True
+            return (root / "layout.json").is_file()
     return False
+
+
+def announce_root(executor: ContainerExecutor) -> bool:
+    """Return whether there is a cache root to work on, and report where there is none."""
+    found = has_root(executor)
+    if not found:
+        executor.context.console.say(f"there is no cache at {executor.root_name}, so there is nothing to do in it")
+    return found
 
 
 def row(event: Event) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What a refresh tells, and to whom: the report's JSON, Prometheus' textfile collector, a webhook.
+"""Reports the outcome of a refresh: to the report's JSON, Prometheus' textfile collector, and a webhook.
 
-It is told on every way out, once, and nothing about the telling changes the outcome.
+It is reported once, however the refresh ends, and a failure to report it does not change the outcome.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from builder.text import counted, printable
 
 
 @dataclass(frozen=True)
-class Settings:
+class RefreshSettings:
     """How a refresh waits, and where its outcome is sent."""
 
     metrics: Path | None  # the file
@@ -36,45 +36,44 @@ class Settings:
 
 
 @dataclass
-class Tale:
-    """What there is to tell so far. before: id of the image at the beginning. digest: what the registry has. waited:
-    seconds for an idle machine. freed: bytes. held: samples of what lies in the cache.
-    """
+class RefreshRecord:
+    """What a refresh has done so far."""
 
-    before: str | None = None
-    digest: str | None = None
+    image_before: str | None = None  # id of the engine's image at the beginning
+    digest: str | None = None  # of the registry's image
     pulled: bool = False
     warmed: bool = False
-    waited: float = 0.0
-    freed: int = 0
-    held: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)
+    waited: float = 0.0  # seconds for an idle machine
+    freed: int = 0  # bytes
+    contents: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)  # metrics of the cache: name, value
 
-    def look(self, executor: ContainerExecutor, *, by_container: bool) -> None:
-        """At what the cache holds now; not when somebody wants an end. by_container: one counts what cannot be
-        seen from here.
+    def add_contents(self, executor: ContainerExecutor, *, by_container: bool) -> None:
+        """Add metrics of what the cache holds now, unless the run is cancelled.
+
+        by_container: start one for a root that this process cannot read.
         """
         if executor.context.cancel.is_set or not executor.has_image:
             return
         with contextlib.suppress(BuilderError, OSError):
-            root = executor.cache.direct()
+            root = executor.direct_root()
             if root is not None:
-                self.held = list(survey.samples(root))
+                self.contents = list(survey.samples(root))
             elif by_container:
-                maintenance.run(executor, "survey", self._hear)
+                maintenance.run(executor, "survey", self._on_event)
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, MetricSample) and event.metric in metrics.CONTENTS:
             labels = {label: printable(text) for label, text in event.labels.items()}
-            self.held.append((event.metric, event.value, labels))
+            self.contents.append((event.metric, event.value, labels))
 
 
 @contextlib.contextmanager
-def notified(context: Context, settings: Settings) -> Iterator[Tale]:
+def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRecord]:
     """Write the metrics and post the webhook when the block ends, however it ends."""
-    story, began = Tale(), time.monotonic()
+    record, began = RefreshRecord(), time.monotonic()
     error: BaseException | None = None
     try:
-        yield story
+        yield record
     except BaseException as raised:
         error = raised
         raise
@@ -82,24 +81,24 @@ def notified(context: Context, settings: Settings) -> Iterator[Tale]:
         with context.cancel.shield():
             status = _status(context, error)
             context.report.extra["refresh"] = {
-                "image_before": story.before,
-                "registry_digest": story.digest,
-                "pulled": story.pulled,
-                "waited_seconds": round(story.waited, 3),
-                "freed": story.freed,
+                "image_before": record.image_before,
+                "registry_digest": record.digest,
+                "pulled": record.pulled,
+                "waited_seconds": round(record.waited, 3),
+                "freed": record.freed,
             }
             seconds = time.monotonic() - began
             if settings.metrics is not None:
-                _write(context, settings, settings.metrics, story, status, seconds)
+                _write(context, settings, settings.metrics, record, status, seconds)
             if settings.webhook is not None:
-                document = summary(context, story, status, seconds, error)
+                document = summary(context, record, status, seconds, error)
                 failure = webhook.post(settings.webhook, document, hurried=context.cancel.is_set)
                 if failure:
-                    context.report.warnings.append(f"the webhook did not take it: {failure}")
+                    context.report.warnings.append(f"the webhook was not delivered: {failure}")
 
 
 def _status(context: Context, error: BaseException | None) -> int:
-    """The exit status that the command line will make of it."""
+    """Return the exit status that the command line will have."""
     if context.cancel.signum is not None:
         return Interrupted(context.cancel.signum).exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -109,7 +108,9 @@ def _status(context: Context, error: BaseException | None) -> int:
     return 0 if error is None else DefectError.exit_code
 
 
-def _write(context: Context, settings: Settings, path: Path, story: Tale, status: int, seconds: float) -> None:
+def _write(
+    context: Context, settings: RefreshSettings, path: Path, record: RefreshRecord, status: int, seconds: float
+) -> None:
     report, now = context.report, time.time()
     samples = metrics.Samples({"manifest": settings.series, "cache": report.cache})
     before = metrics.before(path)
@@ -121,11 +122,11 @@ def _write(context: Context, settings: Settings, path: Path, story: Tale, status
     samples.add("refresh_exit_code", status)
     for state in metrics.STATES:
         samples.add("refresh_tasks", report.count(state), state=state)
-    samples.add("refresh_pruned_bytes", story.freed)
+    samples.add("refresh_pruned_bytes", record.freed)
     if report.image_id:
         labels = {"ref": report.image_ref, "id": report.image_id, "toolchain": report.toolchain or ""}
         samples.add("image_info", 1, **labels)
-    for name, value, labels in story.held:
+    for name, value, labels in record.contents:
         samples.add(name, value, **labels)
     try:
         metrics.write(path, samples)
@@ -134,9 +135,9 @@ def _write(context: Context, settings: Settings, path: Path, story: Tale, status
 
 
 def summary(
-    context: Context, story: Tale, status: int, seconds: float, error: BaseException | None
+    context: Context, record: RefreshRecord, status: int, seconds: float, error: BaseException | None
 ) -> Mapping[str, Any]:
-    """The webhook's document. text: the sentence that chat services show."""
+    """Return the webhook's document. Its ``text`` is what chat services show."""
     report, manifest = context.report, context.manifest
     states = {state: report.count(state) for state in metrics.STATES if report.count(state)}
     sums = ", ".join(f"{number} {state}" for state, number in states.items()) or counted(0, "task")
@@ -150,10 +151,10 @@ def summary(
         "host": host,
         "exit": status,
         "error": why or None,
-        "image": {"ref": manifest.image.ref, "id": report.image_id, "pulled": story.pulled},
+        "image": {"ref": manifest.image.ref, "id": report.image_id, "pulled": record.pulled},
         "toolchain": report.toolchain,
         "cache": report.cache,
         "tasks": states,
-        "freed": story.freed,
+        "freed": record.freed,
         "seconds": round(seconds, 3),
     }

@@ -1,27 +1,27 @@
-"""The verb `prune`: bounded disk. What goes is decided from markers, and goes in a container, under the run lock."""
+"""Bounds the disk that a cache takes: removes what no kept toolchain needs.
+
+What is removed is decided from markers, and removed by a container under the run lock.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from builder import events
 from builder.cache import retention, toolchain
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
-from builder.cache.retention import PrunePlan
 from builder.job import PrunePolicy
-from builder.run import cache_locks, maintenance, upkeep
-from builder.run import image_cleanup as images
+from builder.run import cache_locks, image_cleanup, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.run.plan import Plan
 from builder.text import counted, printable, size
 
-#: For people: what one step is about.
-_KINDS = {"marker": "marker", "memo": "memo", "family": "kernels", "entries": "kernels", "image": "image"}
+#: Kind of a row → its name in the table, if that is another word.
+_KINDS = {"family": "kernels", "entries": "kernels", "aside": "quarantined"}
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,36 @@ class Limits:
     images: bool  # also serving images that have a tag
 
 
-@dataclass
-class Outcome:
-    """What a prune came to, or would. rows: of the table. Bytes of the cache root: before, after; freed: really."""
+@dataclass(frozen=True)
+class PruneRow:
+    """One thing that was removed, or would be. The fields are keys of the JSON document."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    before: int = 0
-    after: int = 0
-    freed: int = 0
-    left: list[str] = field(default_factory=list)
-    images: frozenset[str] = frozenset()
-    kept_images: frozenset[str] = frozenset()
+    kind: str  # marker, memo, family, entries, image or aside (quarantined)
+    path: str
+    family: str = ""
+    key: str = ""
+    bytes: int = 0
+    why: str = ""
+    stays: str = ""  # why it was not removed
+
+
+@dataclass
+class PruneResult:
+    """What a prune has removed so far, or would remove."""
+
+    rows: list[PruneRow] = field(default_factory=list)
+    before: int = 0  # bytes of the cache root
+    after: int = 0  # bytes of it when all rows are removed
+    freed: int = 0  # bytes that were deleted
+    left: list[str] = field(default_factory=list)  # what keeps the root above its limit, one sentence each
+    images: frozenset[str] = frozenset()  # identities that no marker or memo names any more
+    kept_images: frozenset[str] = frozenset()  # identities that are still named
     image_bytes: int = 0
 
     @property
-    def gone(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if not row["stays"]]
+    def removed(self) -> list[PruneRow]:
+        """Return the rows of what was removed."""
+        return [row for row in self.rows if not row.stays]
 
 
 def policy(executor: ContainerExecutor, limits: Limits, plan: Plan | None, *, dry_run: bool) -> PrunePolicy:
@@ -76,145 +90,129 @@ def policy(executor: ContainerExecutor, limits: Limits, plan: Plan | None, *, dr
 
 def prune(executor: ContainerExecutor, limits: Limits, *, dry_run: bool) -> None:
     """Remove what the limits do not keep, or report what would be removed."""
-    if not upkeep.is_there(executor):
+    if not maintenance.announce_root(executor):
         return
-    outcome = Outcome()
+    result = PruneResult()
     try:
         if dry_run:
-            look(executor, limits, outcome)
+            preview(executor, limits, result)
         else:
             with cache_locks.held(executor):
-                carry_out(executor, limits, outcome)
-        prune_images(executor, limits, outcome, dry_run=dry_run)
+                prune_root(executor, limits, result)
+        prune_images(executor, limits, result, dry_run=dry_run)
     finally:
-        tell(executor, outcome, dry_run=dry_run)
+        show(executor, result, dry_run=dry_run)
 
 
-def look(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
-    """What a prune would do now. Writes nothing, and starts no container where the root can be read from here."""
+def preview(executor: ContainerExecutor, limits: Limits, result: PruneResult) -> None:
+    """Add what would be removed now. Writes nothing, and starts no container if this process can read the root."""
     context = executor.context
     tasks = context.manifest.tasks
     known = executor.remembers(tasks)
     if not known:
-        outcome.left.append(
-            f"{context.manifest.image.ref} was never warmed here; a dry run cannot tell what it needs, prune can"
+        result.left.append(
+            f"{context.manifest.image.ref} was never used with this cache; a dry run cannot know what it needs, "
+            "prune can"
         )
     wanted = policy(executor, limits, executor.plan(tasks) if known else None, dry_run=True)
-    direct = executor.cache.direct()
+    direct = executor.direct_root()
     if direct is None:
-        in_container(executor, wanted, outcome)
+        _run_in_container(executor, wanted, result)
         return
     found = retention.plan(direct, wanted, job_max=context.manifest.cache.job_max, now=time.time())
-    _take(outcome, found)
+    result.rows += [
+        PruneRow(step.kind, printable(step.name), step.family, step.key, step.bytes, step.why, step.stays)
+        for step in found.steps
+    ]
+    result.before, result.after = found.before, found.after
+    result.left += found.left
+    result.images, result.kept_images = found.images, found.kept_images
 
 
-def carry_out(executor: ContainerExecutor, limits: Limits, outcome: Outcome) -> None:
-    """Under the run lock, which the caller holds."""
+def prune_root(executor: ContainerExecutor, limits: Limits, result: PruneResult) -> None:
+    """Remove what the limits do not keep. The caller holds the run lock."""
     wanted = policy(executor, limits, executor.plan(executor.context.manifest.tasks), dry_run=False)
-    in_container(executor, wanted, outcome)
+    _run_in_container(executor, wanted, result)
 
 
-def in_container(executor: ContainerExecutor, wanted: PrunePolicy, outcome: Outcome) -> None:
-    """What the container said on its way, also where it did not come to its end."""
+def _run_in_container(executor: ContainerExecutor, wanted: PrunePolicy, result: PruneResult) -> None:
+    """Run a prune in a container, and add what it did, also where it did not succeed."""
 
-    def hear(event: events.Event) -> None:
+    def on_event(event: events.Event) -> None:
         match event:
             case events.Pruned():  # and Planned
-                outcome.rows.append(maintenance.row(event))
+                result.rows.append(PruneRow(**maintenance.row(event)))
             case events.Removed():
-                outcome.rows.append(
-                    {"kind": "aside", "path": printable(event.path), "family": "", "key": ""}
-                    | {"why": "lay aside for longer than a job may last", "bytes": 0, "stays": ""}
-                )
+                why = "quarantined for longer than a job may last"
+                result.rows.append(PruneRow("aside", printable(event.path), why=why))
             case events.Freed():
-                outcome.before, outcome.after, outcome.freed = event.before, event.after, event.freed
-                outcome.left += map(printable, event.left)
-                outcome.images, outcome.kept_images = frozenset(event.images), frozenset(event.kept_images)
+                result.before, result.after, result.freed = event.before, event.after, event.freed
+                result.left += map(printable, event.left)
+                result.images, result.kept_images = frozenset(event.images), frozenset(event.kept_images)
 
-    maintenance.run(executor, "prune", hear, ContainerRequest(prune=wanted))
-
-
-def _take(outcome: Outcome, found: PrunePlan) -> None:
-    for step in found.steps:
-        row = asdict(step)
-        outcome.rows.append(
-            {name: row[name] for name in ("kind", "family", "key", "why", "bytes", "stays")}
-            | {"path": printable(step.name)}
-        )
-    outcome.before, outcome.after = found.before, found.after
-    outcome.left += found.left
-    outcome.images, outcome.kept_images = found.images, found.kept_images
+    maintenance.run(executor, "prune", on_event, ContainerRequest(prune=wanted))
 
 
-def prune_images(executor: ContainerExecutor, limits: Limits, outcome: Outcome, *, dry_run: bool) -> None:
-    """The engine's images of toolchains that nothing kept names any more."""
+def prune_images(executor: ContainerExecutor, limits: Limits, result: PruneResult, *, dry_run: bool) -> None:
+    """Remove the engine's images of toolchains that nothing kept names any more, or only add what would be removed."""
     context = executor.context
-    serving = executor.serving
-    found = images.superseded(
+    found = image_cleanup.superseded(
         executor.engine,
-        dropped=outcome.images,
-        kept=outcome.kept_images | {serving.id},
+        dropped=result.images,
+        kept=result.kept_images | {executor.serving.id},
         setup=context.manifest.image.setup,
         ref=context.manifest.image.ref,
         tagged=limits.images,
     )
-    for gone in found if dry_run else images.remove(executor.engine, found):
-        outcome.rows.append(
-            {"kind": "image", "path": gone.image.name, "family": "", "key": gone.image.id, "why": gone.why}
-            | {"bytes": gone.image.bytes, "stays": gone.stays}
-        )
-        outcome.image_bytes += 0 if gone.stays else gone.image.bytes
+    for gone in found if dry_run else image_cleanup.remove(executor.engine, found):
+        image = gone.image
+        result.rows.append(PruneRow("image", image.name, "", image.id, image.bytes, gone.why, gone.stays))
+        result.image_bytes += 0 if gone.stays else image.bytes
 
 
-def tell(executor: ContainerExecutor, outcome: Outcome, *, dry_run: bool) -> None:
-    """The table, and what it came to."""
-    context = executor.context
-    say = context.console.say
-    context.report.extra["prune"] = {
+def show(executor: ContainerExecutor, result: PruneResult, *, dry_run: bool) -> None:
+    """Report a result: the table, and the sum."""
+    say, report, name = executor.context.console.say, executor.context.report, executor.root_name
+    report.extra["prune"] = {
         "dry_run": dry_run,
-        "steps": outcome.rows,
-        "bytes_before": outcome.before,
-        "bytes_after": outcome.after if dry_run else max(0, outcome.before - outcome.freed),
-        "freed": 0 if dry_run else outcome.freed,
-        "image_bytes": outcome.image_bytes,
-        "left": outcome.left,
+        "steps": list(map(vars, result.rows)),
+        "bytes_before": result.before,
+        "bytes_after": result.after if dry_run else max(0, result.before - result.freed),
+        "freed": 0 if dry_run else result.freed,
+        "image_bytes": result.image_bytes,
+        "left": result.left,
     }
-    if outcome.rows:
-        columns = ("what", "which", "size", "why")
-        context.console.table(columns, [_row(row) for row in outcome.rows])
-    for text in outcome.left:
+    if result.rows:
+        executor.context.console.table(("what", "which", "size", "why"), list(map(_cells, result.rows)))
+    for text in result.left:
         say(text)
-    kinds = summary(outcome.gone)
-    name = executor.cache.name
+    kinds = summary(result.removed)
     if dry_run:
-        would = (
-            f"would remove {kinds}, {size(outcome.before - outcome.after)} of" if kinds else "would remove nothing of"
-        )
-        say(f"{name}: {would} {size(outcome.before)}; nothing was changed")
+        would = f"would remove {kinds}, {size(result.before - result.after)} of" if kinds else "would remove nothing of"
+        say(f"{name}: {would} {size(result.before)}; nothing was changed")
     else:
-        what = f"removed {kinds}, freed {size(outcome.freed)} of" if kinds else "nothing to remove of"
-        say(f"{name}: {what} {size(outcome.before)}")
+        what = f"removed {kinds}, freed {size(result.freed)} of" if kinds else "nothing to remove of"
+        say(f"{name}: {what} {size(result.before)}")
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """``2 markers, 3 kernel directories``."""
+def summary(rows: Sequence[PruneRow]) -> str:
+    """Return how many things of each kind there are: ``2 markers, 3 family directories``."""
     names = {
         "marker": "marker",
         "memo": "memo",
         "family": "family directory",
         "entries": "set of entries",
         "image": "image",
-        "aside": "thing that lay aside",
+        "aside": "quarantined item",
     }
-    plurals = {"family": "family directories", "entries": "sets of entries", "aside": "things that lay aside"}
-    parts = []
-    for kind, noun in names.items():
-        number = sum(row["kind"] == kind for row in rows)
-        if number:
-            parts.append(f"{number} {plurals[kind]}" if number > 1 and kind in plurals else counted(number, noun))
-    return ", ".join(parts)
+    counts = {noun: sum(row.kind == kind for row in rows) for kind, noun in names.items()}
+    return ", ".join(
+        f"{number} sets of entries" if noun == "set of entries" and number > 1 else counted(number, noun)
+        for noun, number in counts.items()
+        if number
+    )
 
 
-def _row(row: Mapping[str, Any]) -> list[str]:
-    why = f"stays: {row['stays']}" if row["stays"] else row["why"]
-    return [_KINDS.get(row["kind"], row["kind"]), row["path"], size(row["bytes"]) if row["bytes"] else "–", why]
+def _cells(row: PruneRow) -> list[str]:
+    why = f"stays: {row.stays}" if row.stays else row.why
+    return [_KINDS.get(row.kind, row.kind), row.path, size(row.bytes) if row.bytes else "–", why]

@@ -1,24 +1,23 @@
 """Views: a test job's own writable overlay above the warm cache, so that nothing it runs changes what others trust.
 
-The builder holds the lock of all views around every step; containers make and remove what lies below the root, and the
-engine mounts it as a volume of the overlay kind when a job starts. The order of steps is such that a kill between two
-of them leaves something that the next one sees through: layers without a volume are a killed builder's, and a volume is
-made when all that it names is there.
+A view is a volume of the overlay kind on the engine, and layers below the cache root. This process holds the lock of
+all views around every step; containers make and remove the layers, and the engine mounts the volume when a job starts.
+A kill between two steps leaves a state that the next builder recognises: layers without a volume are of a killed
+builder, and a volume is only made when everything that it names exists.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import time
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 from builder import events
 from builder.cache.findings import KINDS, Audit, Finding
-from builder.engine.api import Mount
+from builder.engine.api import Mount, Volume
+from builder.engine.lease import LABEL
 from builder.errors import (
     CANNOT_RUN,
     BusyError,
@@ -31,36 +30,122 @@ from builder.errors import (
 )
 from builder.events import Event
 from builder.job import MERGED, ViewRequest
-from builder.report.console import Console
-from builder.run import cache_locks, job_environment, maintenance, overlay
+from builder.run import cache_locks, job_environment, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.task import Shape
-from builder.text import age, did_you_mean, printable, size
+from builder.text import did_you_mean, printable
 
-#: What the mount options of an overlay cannot hold, and the length that the kernel takes.
-_TORN = ",:\\"
+#: Labels of a view's volume: its name, and the cache root that it is a view of.
+LABEL_VIEW, LABEL_ROOT = LABEL + "view", LABEL + "view-of"
+#: Characters that the mount options of an overlay cannot hold, and the length that the kernel takes.
+_SEPARATORS = ",:\\"
 _MOST_OPTIONS = 4000
-#: Without these every layer says all that was done in it: no renamed directories, no files without their content.
+#: Without these features every layer holds all changes itself: no renamed directories, no files without content.
 _PLAIN = "redirect_dir=off,metacopy=off,index=off"
+
+
+@dataclass(frozen=True)
+class NewView:
+    """A view that was made."""
+
+    volume: str
+    generation: str  # the immutable copy of the cache that it lies on
+    arguments: str  # of docker run, that give it to a job
+    document: str  # the same as JSON
+
+
+@dataclass(frozen=True)
+class ViewRow:
+    """A view in the list of all. The fields are keys of the JSON document."""
+
+    name: str
+    created: float  # seconds since the epoch; 0.0: unknown
+    generation: str
+    bytes: int  # written by the job
+    files: int
+    used_by: list[str]  # names of containers
+    note: str  # what is wrong with it
+
+
+@dataclass(frozen=True)
+class GenerationRow:
+    """A generation in the list of all. The fields are keys of the JSON document."""
+
+    id: str
+    asked: float  # when a view was last made of it, in seconds since the epoch
+    bytes: int
+    files: int
+    views: list[str]
+
+
+# --- volumes ---------------------------------------------------------------------------------------------------------
+
+
+def volume_name(executor: ContainerExecutor, job: str) -> str:
+    """Return the name of a view's volume. It names the root too: one engine may have views of several."""
+    return f"warm-cache-view-{hashlib.sha256(executor.root_name.encode()).hexdigest()[:8]}-{job}"
+
+
+def volumes(executor: ContainerExecutor) -> list[Volume]:
+    """Return the volumes of this root's views on this engine."""
+    found = executor.engine.volumes(f"{LABEL_ROOT}={executor.root_name}")
+    return sorted((volume for volume in found if LABEL_VIEW in volume.labels), key=lambda volume: volume.name)
+
+
+def _engine_id(executor: ContainerExecutor) -> str:
+    return str(executor.engine.info.get("ID") or "")
+
+
+def _states(executor: ContainerExecutor) -> list[Event]:
+    """Return events with the state of each view and generation below the root."""
+    found: list[Event] = []
+    maintenance.run(executor, "view-list", found.append)
+    return found
+
+
+@contextlib.contextmanager
+def removed_unused(executor: ContainerExecutor) -> Iterator[ViewRequest]:
+    """Remove volumes of views that no container uses and that were not written to for longer than a job may last.
+
+    Holds the lock of all views. Yields the request for the sweep's container: the views that still have a volume, so
+    that the layers of the others may be removed.
+    """
+    with cache_locks.views(executor):
+        mine = {volume.labels[LABEL_VIEW]: volume.name for volume in volumes(executor)}
+        found = _states(executor) if mine else []
+        idle = {event.view: event.idle for event in found if isinstance(event, events.ViewState)}
+        keep = []
+        for job, volume in mine.items():
+            if executor.engine.users(volume) or idle.get(job, float("inf")) < executor.context.manifest.cache.job_max:
+                keep.append(job)
+                continue
+            try:
+                executor.engine.remove_volume(volume)
+            except EngineRefusedError:
+                keep.append(job)  # a job has started meanwhile
+        yield ViewRequest(engine=_engine_id(executor), keep=tuple(keep))
 
 
 # --- create ----------------------------------------------------------------------------------------------------------
 
 
-def create(executor: ContainerExecutor, job: str, *, replace: bool) -> None:
-    """Make a view, and report the arguments of docker run that give it to a job."""
+def create(executor: ContainerExecutor, job: str, *, replace: bool) -> NewView:
+    """Make a view. Raises ColdError without a cache, UsageError for a used one of this name, and BusyError.
+
+    replace: remove a view of this name first.
+    """
     context = executor.context
     cache = context.manifest.cache
-    # Whatever can be wrong is found before anything is made.
-    if not maintenance.is_there(executor):
-        raise ColdError(f"{executor.cache.name} does not exist: nothing is warm there yet")
-    volume, place = overlay.volume_name(executor, job), _place(executor)
+    # Everything that can be wrong is checked before anything is made.
+    if not maintenance.has_root(executor):
+        raise ColdError(f"{executor.root_name} does not exist: nothing is warm there yet")
+    volume, path = volume_name(executor, job), _path_on_engine(executor)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
-    text, document = (job_environment.render(executor, form, mounts) for form in ("docker", "json"))
+    arguments, document = (job_environment.render(executor, form, mounts) for form in ("docker", "json"))
     generation = ""
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         nonlocal generation
         match event:
             case events.ViewState():
@@ -73,14 +158,14 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> None:
                 )
 
     with cache_locks.views(executor):
-        _make_room(executor, job, volume, replace)
-        order = ViewRequest(job, overlay.engine_id(executor))
-        maintenance.run(executor, "view-create", hear, ContainerRequest(view=order))
+        _free_name(executor, job, volume, replace)
+        order = ViewRequest(job, _engine_id(executor))
+        maintenance.run(executor, "view-create", on_event, ContainerRequest(view=order))
         try:
             executor.engine.create_volume(
                 volume,
-                options=_options(place, generation, job),
-                labels={overlay.LABEL_VIEW: job, overlay.LABEL_ROOT: executor.cache.name},
+                options=_options(path, generation, job),
+                labels={LABEL_VIEW: job, LABEL_ROOT: executor.root_name},
             )
             _prove(executor, volume)
         except BaseException:
@@ -91,62 +176,59 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> None:
     cold = [task.label for task in context.report.tasks if task.state == "cold"]
     if cold:
         context.report.warnings.append(f"cold, so that a job compiles it in its view: {', '.join(cold)}")
-    context.report.text = text
-    generation = printable(generation)
-    context.report.extra.update(job=job, volume=volume, generation=generation, docker=json.loads(document))
-    context.console.say(f"the view {job} of {executor.cache.name} lies on generation {generation}, volume {volume}")
+    return NewView(volume, printable(generation), arguments, document)
 
 
-def _place(executor: ContainerExecutor) -> str:
-    """The root's path on the engine's host, which is where the engine mounts from. Raises PreflightError where an
-    overlay cannot name it.
-    """
+def _path_on_engine(executor: ContainerExecutor) -> str:
+    """Return the root's path on the engine's host. Raises PreflightError where an overlay cannot name it."""
     cache = executor.context.manifest.cache
     if cache.root is not None:
-        place = str(cache.root)
+        path = str(cache.root)
     else:
         volume = executor.engine.volume(str(cache.volume))
         if volume is None or volume.driver != "local" or volume.options or not volume.mountpoint:
             what = "is not of the local driver, or is mounted from elsewhere"
-            raise _refused(f"the volume {cache.volume} {what}, so that no view can lie on it.", "Use a directory.")
-        place = volume.mountpoint
-    torn = next((character for character in _TORN if character in place), None)
-    if torn is not None:
+            raise _refused(f"the volume {cache.volume} {what}, so that it cannot have views.", "Use a directory.")
+        path = volume.mountpoint
+    separator = next((character for character in _SEPARATORS if character in path), None)
+    if separator is not None:
         raise _refused(
-            f"{place} holds {torn!r}, which the mount options of an overlay cannot.", "Use a root without , : and \\."
+            f"{path} holds {separator!r}, which the mount options of an overlay cannot.",
+            "Use a root without , : and \\.",
         )
-    return place
+    return path
 
 
 def _refused(text: str, remedy: str) -> PreflightError:
     return PreflightError(CANNOT_RUN, [Problem("cache", text, remedy)])
 
 
-def _options(place: str, generation: str, job: str) -> Mapping[str, str]:
-    root = PurePosixPath(place)
+def _options(path: str, generation: str, job: str) -> Mapping[str, str]:
+    root = PurePosixPath(path)
     own = root / "views" / job
     layers = f"lowerdir={root / 'generations' / generation},upperdir={own / 'upper'},workdir={own / 'work'}"
     options = f"{layers},{_PLAIN}"
     if len(options) > _MOST_OPTIONS:
-        raise _refused(f"{place} is too long for the mount options of an overlay.", "Use a shorter path.")
+        raise _refused(f"{path} is too long for the mount options of an ", "Use a shorter path.")
     return {"type": "overlay", "device": "overlay", "o": options}
 
 
-def _make_room(executor: ContainerExecutor, job: str, volume: str, replace: bool) -> None:
-    """No volume of this name: one that nobody has written to is as good as none. Raises UsageError for any other,
-    unless it is to be replaced, and BusyError where a container has it.
+def _free_name(executor: ContainerExecutor, job: str, volume: str, replace: bool) -> None:
+    """Remove a volume of this name to which nothing was written, or any if it is to be replaced.
+
+    Raises UsageError for another one, and BusyError where a container uses it.
     """
     if executor.engine.volume(volume) is None:
         return
     written = 0
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         nonlocal written
         if isinstance(event, events.ViewState):
             written += event.files
 
     if not replace:
-        maintenance.run(executor, "view-list", hear, ContainerRequest(view=ViewRequest(job)))
+        maintenance.run(executor, "view-list", on_event, ContainerRequest(view=ViewRequest(job)))
         if written or executor.engine.users(volume):
             raise UsageError(
                 f"there is a view {job} already, and it was used. Choose another name, pass --replace, or drop it: "
@@ -156,13 +238,13 @@ def _make_room(executor: ContainerExecutor, job: str, volume: str, replace: bool
 
 
 def _prove(executor: ContainerExecutor, volume: str) -> None:
-    """A first look through the mount: what is wrong with it shows here and not when a job starts."""
+    """Mount the volume once, so that a failure shows here and not when a job starts."""
     try:
         executor.cache.prove(volume)
     except EngineRefusedError as error:
         raise _refused(
-            f"the engine cannot lay an overlay on {executor.cache.name}: {error.message}.",
-            "The root has to lie on a local file system that can carry one: ext4, xfs or tmpfs.",
+            f"the engine cannot mount an overlay on {executor.root_name}: {error.message}.",
+            "The root has to be on a local file system that supports it: ext4, xfs or tmpfs.",
         ) from error
 
 
@@ -170,14 +252,15 @@ def _prove(executor: ContainerExecutor, volume: str) -> None:
 
 
 def audited(executor: ContainerExecutor, job: str) -> Audit:
+    """Return what the job changed in its view. Raises UsageError if there is no such view."""
     context = executor.context
-    volume = overlay.volume_name(executor, job)
-    context.report.cache = executor.cache.name
+    volume = volume_name(executor, job)
+    context.report.cache = executor.root_name
     if executor.engine.volume(volume) is None:
         raise _unknown(executor, job)
     found = Audit()
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         match event:
             case events.AuditFinding():
                 found.findings.append(Finding(**maintenance.row(event)))
@@ -187,38 +270,36 @@ def audited(executor: ContainerExecutor, job: str) -> Audit:
                 found.truncated = printable(event.truncated)
                 found.counts = {kind: event.counts.get(kind, 0) for kind in KINDS}
                 found.took = event.seconds
-                if (told := found.count(*KINDS)) > len(found.findings):
-                    context.report.warnings.append(f"{told} findings, of which {len(found.findings)} are told")
+                if (total := found.count(*KINDS)) > len(found.findings):
+                    context.report.warnings.append(f"{total} findings, of which {len(found.findings)} are listed")
 
     mount = Mount(source=volume, target=MERGED, kind="volume", read_only=True)
-    maintenance.run(executor, "view-audit", hear, ContainerRequest(view=ViewRequest(job), mounts=(mount,)))
+    maintenance.run(executor, "view-audit", on_event, ContainerRequest(view=ViewRequest(job), mounts=(mount,)))
     return found
 
 
 def _unknown(executor: ContainerExecutor, job: str) -> UsageError:
-    known = [volume.labels[overlay.LABEL_VIEW] for volume in overlay.volumes(executor)]
+    known = [volume.labels[LABEL_VIEW] for volume in volumes(executor)]
     hint = did_you_mean(job, known) if known else "there is none"
-    return UsageError(f"there is no view {job!r} of {executor.cache.name}; {hint}")
+    return UsageError(f"there is no view {job!r} of {executor.root_name}; {hint}")
 
 
 def drop(executor: ContainerExecutor, job: str) -> None:
-    context = executor.context
-    volume = overlay.volume_name(executor, job)
-    if not maintenance.is_there(executor):
+    """Remove a view. Raises UsageError if there is none, and BusyError where a container uses it."""
+    volume = volume_name(executor, job)
+    if not maintenance.has_root(executor):
         raise _unknown(executor, job)
     with cache_locks.views(executor):
-        there = executor.engine.volume(volume) is not None
+        exists = executor.engine.volume(volume) is not None
         _remove(executor, job, volume)
-        gone: list[Event] = []
-        maintenance.run(executor, "view-drop", gone.append, ContainerRequest(view=ViewRequest(job)))
-    if not there and not any(isinstance(event, events.Removed) for event in gone):
+        found: list[Event] = []
+        maintenance.run(executor, "view-drop", found.append, ContainerRequest(view=ViewRequest(job)))
+    if not exists and not any(isinstance(event, events.Removed) for event in found):
         raise _unknown(executor, job)
-    context.report.extra["job"] = job
-    context.console.say(f"the view {job} is gone")
 
 
 def _remove(executor: ContainerExecutor, job: str, volume: str) -> None:
-    """The volume goes, unless a container has it: the engine has the last word. Raises BusyError."""
+    """Remove the volume. Raises BusyError where a container uses it, which the engine decides."""
     try:
         executor.engine.remove_volume(volume)
     except EngineRefusedError as error:
@@ -230,72 +311,33 @@ def _remove(executor: ContainerExecutor, job: str, volume: str) -> None:
         ) from error
 
 
-def show(executor: ContainerExecutor) -> None:
-    context = executor.context
-    rows: list[dict[str, Any]] = []
-    generations: list[dict[str, Any]] = []
-    if maintenance.is_there(executor):
-        volumes = {volume.labels[overlay.LABEL_VIEW]: volume.name for volume in overlay.volumes(executor)}
-        for event in overlay.looked(executor):
-            match event:
-                case events.GenerationState():
-                    generations.append(_generation(event))
-                case events.ViewState():
-                    volume = volumes.pop(event.view, None)
-                    users = [user.name for user in executor.engine.users(volume)] if volume else []
-                    rows.append(_row(event, users, "" if volume else "unfinished: it has no volume here"))
-        rows += [_row(events.ViewState(name), [], "its layers are gone: drop it") for name in volumes]
-    context.report.extra.update(views=rows, generations=generations)
-    console = Console(text := io.StringIO(), terminal=False)
-    now = time.time()
-    console.table(
-        ("view", "age", "written", "files", "generation", "used by", "note"),
-        [
-            [
-                row["name"],
-                age(now - row["created"]) if row["created"] else "–",
-                size(row["bytes"]),
-                str(row["files"]),
-                row["generation"] or "–",
-                ", ".join(row["used_by"]) or "–",
-                row["note"],
-            ]
-            for row in rows
-        ],
+def listed(executor: ContainerExecutor) -> tuple[list[ViewRow], list[GenerationRow]]:
+    """Return all views of the root, and the generations that they lie on."""
+    rows: list[ViewRow] = []
+    generations: list[GenerationRow] = []
+    if not maintenance.has_root(executor):
+        return rows, generations
+    names = {volume.labels[LABEL_VIEW]: volume.name for volume in volumes(executor)}
+    for event in _states(executor):
+        match event:
+            case events.GenerationState():
+                jobs = [printable(name) for name in event.views]
+                generations.append(GenerationRow(printable(event.id), event.asked, event.bytes, event.files, jobs))
+            case events.ViewState():
+                volume = names.pop(event.view, None)
+                users = [user.name for user in executor.engine.users(volume)] if volume else []
+                rows.append(_view_row(event, users, "" if volume else "unfinished: it has no volume here"))
+    rows += [_view_row(events.ViewState(name), [], "its layers are missing: drop it") for name in names]
+    return rows, generations
+
+
+def _view_row(view: events.ViewState, users: list[str], note: str) -> ViewRow:
+    return ViewRow(
+        name=printable(view.view),
+        created=view.created,
+        generation=printable(view.generation),
+        bytes=view.bytes,
+        files=view.files,
+        used_by=users,
+        note=note,
     )
-    console.table(
-        ("generation", "asked for", "size", "files", "views"),
-        [
-            [
-                row["id"],
-                f"{age(now - row['asked'])} ago",
-                size(row["bytes"]),
-                str(row["files"]),
-                ", ".join(row["views"]),
-            ]
-            for row in generations
-        ],
-    )
-    context.report.text = text.getvalue().rstrip("\n")
-
-
-def _row(view: events.ViewState, users: list[str], note: str) -> dict[str, Any]:
-    return {
-        "name": printable(view.view),
-        "created": view.created,
-        "generation": printable(view.generation),
-        "bytes": view.bytes,
-        "files": view.files,
-        "used_by": users,
-        "note": note,
-    }
-
-
-def _generation(generation: events.GenerationState) -> dict[str, Any]:
-    return {
-        "id": printable(generation.id),
-        "asked": generation.asked,
-        "bytes": generation.bytes,
-        "files": generation.files,
-        "views": [printable(name) for name in generation.views],
-    }

@@ -273,7 +273,7 @@ def test_refresh_second_at_once_is_busy(cli: Cli) -> None:
     finally:
         os.close(descriptor)
     assert second.status == 15
-    assert "this refresh is left out" in second.err
+    assert "this refresh is skipped" in second.err
     assert second.seconds < 10
 
 
@@ -313,7 +313,7 @@ def test_refresh_webhook_failure_never_changes_outcome(cli: Cli, hook: Any) -> N
     hook.status = 500
     angry = cli.run("refresh", "--json", environ=environ)
     assert angry.status == 0
-    assert "the webhook did not take it: 127.0.0.1 answered 500" in angry.document["warnings"]
+    assert "the webhook was not delivered: 127.0.0.1 answered 500" in angry.document["warnings"]
     nobody = cli.run("refresh", "--json", environ={"WARM_CACHE_WEBHOOK": "http://127.0.0.1:9/SECRET-OF-THE-URL"})
     assert nobody.status == 0
     wrong = cli.run("refresh", "--json", environ={"WARM_CACHE_WEBHOOK": "SECRET-OF-THE-URL"})

@@ -103,7 +103,7 @@ def test_sweep_removes_leftovers_of_killed_builder(cli: Cli) -> None:
     assert "build abandoned by a process that was killed" in ended.err
     assert len(aside(cli)) == 2
     assert not list(cli.root.glob("deep_gemm/*/tmp/*"))
-    assert lines(cli, "sweep")[-1] == f"{cli.root}: 0 moved aside, 0 removed"
+    assert lines(cli, "sweep")[-1] == f"{cli.root}: 0 quarantined, 0 removed"
 
 
 def test_sweep_keeps_entries_in_progress(cli: Cli) -> None:
@@ -160,7 +160,7 @@ def test_sweep_removes_quarantine_after_job_max_unless_held(cli: Cli) -> None:
     assert len(aside(cli)) == 2
     job.send(signal.SIGTERM)
     assert job.end(10).status == 128 + signal.SIGTERM
-    assert lines(cli, "sweep")[-1] == f"{cli.root}: 0 moved aside, 2 removed"
+    assert lines(cli, "sweep")[-1] == f"{cli.root}: 0 quarantined, 2 removed"
     assert not aside(cli)
 
 
@@ -273,7 +273,7 @@ def test_verify_repair_quarantines_damage_and_warm_recompiles(cli: Cli) -> None:
     assert cold.task("triton")["reason"].startswith("entries: 4 missing, 0 invalid")
     again = cli.warm()
     assert {label: again.task(label)["entries_added"] for label in count} == {"m-tp8": 5, "triton": 4}
-    assert "moved aside" not in again.err
+    assert "quarantined" not in again.err
     assert cli.run("verify").status == 0
     assert all(os.path.lexists(path) for path in foreign)
     assert foreign[0].read_text() == "not a cache"

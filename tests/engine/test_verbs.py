@@ -395,7 +395,7 @@ def test_status_shows_age_price_and_users(warmed: Cli) -> None:
         assert "\x1b[31m" not in text and "::error" not in text
     lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal).splitlines()
     assert max(len(line) for line in lines if not line.startswith("cache ")) <= 80
-    assert "nobody uses it now" in warmed.run("status").out
+    assert "nothing uses it now" in warmed.run("status").out
 
 
 def on_a_terminal(cli: Cli, *words: str) -> str:

@@ -14,7 +14,7 @@ from builder.manifest.load import Manifest
 from builder.manifest.values import a_string, seconds
 from builder.report.webhook import checked
 from builder.run import notify, refresh
-from builder.run.notify import Settings
+from builder.run.notify import RefreshSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,15 @@ def run(args: RefreshArgs, invocation: Invocation) -> None:
     context = invocation.context(manifest, log_dir=args.log_dir, allow_busy=args.allow_busy, creates=True)
     with (
         invocation.signals.handled(),
-        notify.notified(context, settings) as outcome,
+        notify.notified(context, settings) as record,
         invocation.connected(context) as executor,
     ):
-        refresh.refresh(executor, settings, prune.limits(args, manifest.cache), outcome)
+        refresh.refresh(executor, settings, prune.limits(args, manifest.cache), record)
 
 
-def _settings(args: RefreshArgs, manifest: Manifest) -> Settings:
+def _settings(args: RefreshArgs, manifest: Manifest) -> RefreshSettings:
     problems: list[Problem] = []
-    found = Settings(
+    found = RefreshSettings(
         metrics=args.converted("metrics", args.metrics, _path, manifest.refresh.metrics, problems),
         # One manifest is one series of metrics, from whichever directory it is named.
         series=os.path.abspath(args.manifest) if args.manifest else manifest.path,

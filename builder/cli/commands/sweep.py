@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
-from builder.run import upkeep
+from builder.run import sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,4 +20,4 @@ def run(args: SweepArgs, invocation: Invocation) -> None:
     """Remove what killed builders left on the engine and in the cache root."""
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
     with invocation.containers(invocation.context(manifest)) as executor:
-        upkeep.sweep(executor)
+        sweep.sweep(executor)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from typing import Any
 
+from builder import events
+from builder.cache.inventory import bad_entries
+from builder.cache.layout import claimable_directories
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
-from builder.run import upkeep
+from builder.errors import ColdError
+from builder.report.console import Console
+from builder.run import cache_locks, maintenance
+from builder.run.container_executor import ContainerExecutor
+from builder.run.container_job import ContainerRequest
+from builder.text import counted
+
+COLUMNS = ("family", "key", "entry", "problem")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +30,67 @@ class VerifyArgs(ManifestArgs):
 
 
 def run(args: VerifyArgs, invocation: Invocation) -> None:
-    """Check every entry. Raises ColdError if one is bad, with repair if one still is."""
+    """Check every entry. Raises ColdError if one is bad; with repair, if one still is."""
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
     with invocation.containers(invocation.context(manifest)) as executor:
-        upkeep.verify(executor, repair=args.repair)
+        _verify(executor, args.repair)
+
+
+@dataclass
+class _Verification:
+    """What was found so far. bad, quarantined: rows of the document."""
+
+    console: Console
+    entries: int = 0
+    directories: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+
+    def on_event(self, event: events.Event) -> None:
+        match event:
+            case events.Quarantined():
+                row = maintenance.row(event)
+                self.quarantined.append(row)
+                self.console.say(f"quarantined {row['family']}/{row['key']}/{row['path']}: {row['why']}")
+            case events.BadEntry():
+                self.bad.append(maintenance.row(event))
+            case events.Checked():
+                self.directories += 1
+                self.entries += event.entries
+
+
+def _verify(executor: ContainerExecutor, repair: bool) -> None:
+    console, report = executor.context.console, executor.context.report
+    found = _Verification(console)
+    exists = maintenance.announce_root(executor)
+    if exists:
+        _check_entries(executor, found, repair)
+    report.extra.update(entries=found.entries, bad=found.bad, repaired=found.quarantined)
+    if not exists:
+        return
+    total = f"{counted(found.entries, 'entry')} in {counted(found.directories, 'family directory')}"
+    if found.bad:
+        console.table(COLUMNS, [[row[name] for name in COLUMNS] for row in found.bad])
+        remedy = (
+            "see above why they stay" if repair else "run warm-cache verify --repair, so that they are compiled again"
+        )
+        raise ColdError(f"{len(found.bad)} bad of {total}; {remedy}")
+    more = f"; {len(found.quarantined)} quarantined" if found.quarantined else ""
+    console.say(f"{executor.root_name}: {total}, all valid{more}")
+
+
+def _check_entries(executor: ContainerExecutor, found: _Verification, repair: bool) -> None:
+    """Check the root in a container, or in this process where it can read all of it and nothing is repaired."""
+    if repair:
+        with cache_locks.held(executor):
+            maintenance.run(executor, "verify", found.on_event, ContainerRequest(repair=True))
+    elif executor.direct_root() is None:
+        maintenance.run(executor, "verify", found.on_event)  # a copy would be as large as the cache
+    else:
+        with executor.cache.view() as root:
+            for directory in claimable_directories(root):
+                family, key = directory.family.name, directory.key
+                entries, problems = bad_entries(directory, now=time.time())
+                for name, problem in sorted(problems.items()):
+                    found.on_event(events.BadEntry(family, key, name, problem))
+                found.on_event(events.Checked(family, key, entries))

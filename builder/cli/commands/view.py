@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import dataclass
 
 from builder.cache import view_records
@@ -10,8 +12,10 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import UsageError
 from builder.report import audit
+from builder.report.tables import table
 from builder.run import views
 from builder.run.container_executor import ContainerExecutor
+from builder.text import age, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +38,15 @@ def run(args: ViewArgs, invocation: Invocation) -> None:
     with invocation.containers(invocation.context(manifest)) as executor:
         match args.action:
             case "create":
-                views.create(executor, job, replace=args.replace)
+                _create(executor, job, args.replace)
             case "audit":
                 _audit(executor, job, args)
             case "promote":
                 _promote(executor, job, args)
             case "drop":
-                views.drop(executor, job)
+                _drop(executor, job)
             case _:
-                views.show(executor)
+                _list(executor)
 
 
 def _checked(action: str, job: str | None) -> str:
@@ -55,6 +59,16 @@ def _checked(action: str, job: str | None) -> str:
             "or digit"
         )
     return job
+
+
+def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
+    """Make a view, and print the arguments of docker run that give it to a job."""
+    view, report = views.create(executor, job, replace=replace), executor.context.report
+    report.text = view.arguments
+    report.extra.update(job=job, volume=view.volume, generation=view.generation, docker=json.loads(view.document))
+    executor.context.console.say(
+        f"the view {job} of {executor.root_name} is made of generation {view.generation}, volume {view.volume}"
+    )
 
 
 def _audit(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
@@ -76,3 +90,40 @@ def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
         executor.context.console.say(f"the job {job} compiled nothing that a manifest could cover")
     if args.fail_on_jit:
         audit.raise_if_compiled(found, f"the job {job}")
+
+
+def _drop(executor: ContainerExecutor, job: str) -> None:
+    """Remove a view."""
+    views.drop(executor, job)
+    executor.context.report.extra["job"] = job
+    executor.context.console.say(f"the view {job} is removed")
+
+
+def _list(executor: ContainerExecutor) -> None:
+    """Print all views, and the generations that they lie on."""
+    found, generations = views.listed(executor)
+    executor.context.report.extra.update(views=list(map(vars, found)), generations=list(map(vars, generations)))
+    now = time.time()
+    of_views = table(
+        ("view", "age", "written", "files", "generation", "used by", "note"),
+        [
+            [
+                row.name,
+                age(now - row.created) if row.created else "–",
+                size(row.bytes),
+                str(row.files),
+                row.generation or "–",
+                ", ".join(row.used_by) or "–",
+                row.note,
+            ]
+            for row in found
+        ],
+    )
+    of_generations = table(
+        ("generation", "asked for", "size", "files", "views"),
+        [
+            [row.id, f"{age(now - row.asked)} ago", size(row.bytes), str(row.files), ", ".join(row.views)]
+            for row in generations
+        ],
+    )
+    executor.context.report.text = f"{of_views}\n{of_generations}"
