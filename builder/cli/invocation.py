@@ -54,7 +54,7 @@ class Invocation:
     def manifest(self, *, only: Sequence[str] = (), **limits: str | None) -> Manifest:
         """Return the named manifest. Raises UsageError with every problem, and where none or two are named.
 
-        only: models or labels of the tasks wanted, all by default. limits: names and values of `Overrides`.
+        only: models or labels of the tasks to select; all by default. limits: names and values of `Overrides`.
         """
         args = self._manifest_args()
         if not args.manifest and not args.profile:
@@ -203,7 +203,7 @@ class Invocation:
 
 
 def _absolute(path: str, location: str) -> Path:
-    """Return the absolute path. Raises UsageError with the location of the value if the working directory is gone."""
+    """Return the absolute path. Raises UsageError with the location of the value if there is no working directory."""
     try:
         return Path(path).absolute()
     except OSError as error:

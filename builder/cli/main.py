@@ -81,7 +81,7 @@ class _Program:
         self.signals = Signals(self.cancel)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # for terminals whose encoding is not UTF-8
+                stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
         verb = VERBS[line.verb] if line.verb is not None else None
         owned = verb is not None and (verb.text or verb.needs == "command")  # stdout is for a result alone
         stream = _or_nowhere(sys.stderr if line.args.json or owned else sys.stdout)
@@ -148,7 +148,7 @@ class _Program:
         if self.line.args.json and report.text is not None:
             report.extra[str(report.verb)] = report.text
         elif report.text is not None:
-            # Unlike what `env` prints for programs, these name jobs and files, whose names may hold commands.
+            # `env` prints for programs. These name jobs and files, and such names may hold commands.
             guarded = self.console.github and report.verb in ("view", "audit")
             self._print(harmless(report.text) if guarded else report.text, "the result")
         if self.line.args.json:

@@ -168,7 +168,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
 
 
 def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
-    """Return what is known of a command line that is wrong: the verb, if there is one, and whether JSON is wanted."""
+    """Return what is known of a wrong command line: the verb, if there is one, and whether it has --json."""
     words, _ = _split(argv)
     verb = words[0] if words and words[0] in VERBS else None
     switch = SWITCHES.get(environ.get(f"{ENVIRONMENT}JSON", "").strip().lower(), False)

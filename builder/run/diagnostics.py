@@ -1,9 +1,7 @@
-"""The verb `doctor`: preflight, and what it looks at beyond that.
+"""Checks of this machine beyond preflight: findings that do not prevent a run, each of which once spoilt one.
 
-Nothing of the latter keeps a run from starting; each has cost somebody one.
-
-CHECKS is the table: a name, and a function from what is known (`Facts`) to what was found. A check that cannot know
-says so; none raises, and none starts a container or wakes a GPU.
+CHECKS is the table: a name, and a function from what is known (`Facts`) to a `CheckResult`. The state of a check that
+cannot know is ``unknown``; no check raises, starts a container or wakes a GPU.
 """
 
 from __future__ import annotations
@@ -12,24 +10,18 @@ import os
 import re
 import resource
 import shutil
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from builder.cache import model_store
 from builder.cache.coverage import needs_config
-from builder.errors import CANNOT_RUN, PreflightError
-from builder.host import gpus
 from builder.host.gpus import HostGpus
 from builder.manifest.load import Manifest
-from builder.run import preflight
-from builder.run.container_executor import ContainerExecutor
-from builder.run.plan import probe_env
 from builder.task import Task
-from builder.text import counted, size
+from builder.text import size
 
 OK, WARN, UNKNOWN = "ok", "warning", "unknown"
 
@@ -46,87 +38,60 @@ NVIDIA_MAJOR = 195
 
 
 @dataclass(frozen=True)
-class Finding:
-    """state: ok, warning or unknown; remedy: what to do, for a warning."""
+class CheckResult:
+    """What one check found."""
 
-    state: str
+    state: str  # OK, WARN or UNKNOWN
     text: str
-    remedy: str = ""
+    remedy: str = ""  # for a warning: what to do
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks go by. info: the engine's own words (`docker info`); now: seconds since the epoch, at the time
-    of that answer; local: whether the engine is on this machine; host: its GPUs by /proc, None without a driver.
-    """
+    """What the checks use."""
 
     manifest: Manifest
-    info: Mapping[str, Any]
-    local: bool
-    host: HostGpus | None
-    now: float
+    info: Mapping[str, Any]  # the engine's answer to `docker info`
+    local: bool  # the engine is on this machine
+    host: HostGpus | None  # the GPUs of this machine by /proc; None without a driver
+    now: float  # seconds since the epoch, at the time of that answer
     dev: Path = Path("/dev")
     proc: Path = Path("/proc")
 
 
-def doctor(executor: ContainerExecutor) -> None:
-    """Says what was found, and raises PreflightError with every problem that keeps a run from starting. Where there is
-    none, a container has the last word about the GPUs.
-    """
-    context = executor.context
-    manifest, engine = context.manifest, executor.engine
-    facts = Facts(manifest, engine.info, engine.local, gpus.host_gpus() if engine.local else None, time.time())
-    findings = examine(facts)
-    context.report.extra["checks"] = [{"check": name, **asdict(finding)} for name, finding in findings.items()]
-    context.console.table(
-        ("check", "state", "finding"),
-        [[name, finding.state, f"{finding.text}. {finding.remedy}".rstrip()] for name, finding in findings.items()],
-        styles={WARN: "yellow"},
-    )
-    problems = [*preflight.problems(manifest, engine), *executor.busy()]
-    if problems:
-        raise PreflightError(CANNOT_RUN, problems)
-    executor.probe(probe_env(manifest.tasks[0]))
-    warnings = sum(finding.state == WARN for finding in findings.values())
-    context.console.say(
-        f"this machine can run {counted(len(manifest.tasks), 'task')} of {manifest.image.ref}"
-        + (f"; {counted(warnings, 'warning')} above" if warnings else "")
-    )
-
-
-def examine(facts: Facts) -> dict[str, Finding]:
-    """Every check's finding, by its name."""
+def examine(facts: Facts) -> dict[str, CheckResult]:
+    """Return the result of every check, by its name."""
     found = {}
     for name, check in CHECKS.items():
         try:
             found[name] = check(facts)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            found[name] = Finding(UNKNOWN, f"cannot be known: {error}")
+            found[name] = CheckResult(UNKNOWN, f"cannot be known: {error}")
     return found
 
 
-def _engine(facts: Facts) -> Finding:
+def _engine(facts: Facts) -> CheckResult:
     version = f"{facts.info.get('ServerVersion') or 'of unknown version'}"
     if facts.info.get("LiveRestoreEnabled"):
-        return Finding(OK, f"engine {version}; its restart leaves a running warm-up alone (live-restore)")
-    return Finding(OK, f"engine {version}; its restart ends a running warm-up, which the next run goes on with")
+        return CheckResult(OK, f"engine {version}; its restart leaves a running warm-up alone (live-restore)")
+    return CheckResult(OK, f"engine {version}; its restart ends a running warm-up, and the next run continues it")
 
 
-def _driver(facts: Facts) -> Finding:
+def _driver(facts: Facts) -> CheckResult:
     if not facts.manifest.gpus.count:
-        return Finding(OK, "no GPU is asked for")
+        return CheckResult(OK, "the manifest needs no GPU")
     if not facts.local:
-        return Finding(UNKNOWN, "the engine is on another machine")
+        return CheckResult(UNKNOWN, "the engine is on another machine")
     if facts.host is None:
-        return Finding(UNKNOWN, "no NVIDIA driver shows itself in /proc; the probe's container has the last word")
+        return CheckResult(UNKNOWN, "no NVIDIA driver is visible in /proc; the probe's container decides")
     kinds = ", ".join(sorted(set(facts.host.names))) or "no GPU"
-    return Finding(OK, f"driver {facts.host.driver or 'of unknown version'}, {len(facts.host.names)} × {kinds}")
+    return CheckResult(OK, f"driver {facts.host.driver or 'of unknown version'}, {len(facts.host.names)} × {kinds}")
 
 
-def _toolkit(facts: Facts) -> Finding:
-    """The engine hands out GPUs through the toolkit's hook in PATH, its runtime, or CDI."""
+def _toolkit(facts: Facts) -> CheckResult:
+    """Check that the engine can give GPUs to containers: by the toolkit's hook in PATH, its runtime, or CDI."""
     if not facts.manifest.gpus.count:
-        return Finding(OK, "no GPU is asked for")
+        return CheckResult(OK, "the manifest needs no GPU")
     ways = [name for name in (facts.info.get("Runtimes") or {}) if name.startswith("nvidia")]
     ways += [str(device.get("ID")) for device in facts.info.get("DiscoveredDevices") or () if "nvidia" in str(device)][
         :1
@@ -135,29 +100,31 @@ def _toolkit(facts: Facts) -> Finding:
     if hook:
         ways.append(Path(hook).name)
     if ways:
-        return Finding(OK, f"found {', '.join(ways)}")
-    return Finding(
+        return CheckResult(OK, f"found {', '.join(ways)}")
+    return CheckResult(
         WARN,
-        "the engine names no nvidia runtime and no CDI device"
+        "the engine lists no nvidia runtime and no CDI device"
         + (", and nvidia-container-runtime-hook is not in PATH" if facts.local else ""),
         "Install nvidia-container-toolkit, run: nvidia-ctk runtime configure --runtime=docker, and restart dockerd.",
     )
 
 
-def _daemon_reload(facts: Facts) -> Finding:
-    """``systemctl daemon-reload`` rewrites the device rules of containers whose cgroups systemd manages; GPUs that it
-    cannot find below /dev/char are lost to them ("Failed to initialize NVML: Unknown Error").
+def _daemon_reload(facts: Facts) -> CheckResult:
+    """Check that ``systemctl daemon-reload`` takes no GPU from running containers.
+
+    It rewrites the device rules of containers whose cgroups systemd manages. They lose GPUs that have no link below
+    /dev/char ("Failed to initialize NVML: Unknown Error").
     """
     driver = facts.info.get("CgroupDriver")
     version = f"cgroup v{facts.info.get('CgroupVersion') or '?'}, driver {driver or 'unknown'}"
     if driver != "systemd" or not facts.manifest.gpus.count:
-        return Finding(OK, f"{version}: systemctl daemon-reload takes no GPU from a container")
+        return CheckResult(OK, f"{version}: systemctl daemon-reload takes no GPU from a container")
     if not facts.local:
-        return Finding(UNKNOWN, f"{version}: whether /dev/char has links to the GPUs cannot be seen from here")
+        return CheckResult(UNKNOWN, f"{version}: whether /dev/char has links to the GPUs cannot be seen from here")
     links = [path.name for path in (facts.dev / "char").glob(f"{NVIDIA_MAJOR}:*")]
     if links:
-        return Finding(OK, f"{version}; /dev/char has links to the GPUs, so that daemon-reload leaves them alone")
-    return Finding(
+        return CheckResult(OK, f"{version}; /dev/char has links to the GPUs, so that daemon-reload leaves them alone")
+    return CheckResult(
         WARN,
         f"{version}, and /dev/char has no links to the GPUs: systemctl daemon-reload, which package updates run, "
         "takes the GPUs from running containers",
@@ -166,113 +133,117 @@ def _daemon_reload(facts: Facts) -> Finding:
     )
 
 
-def _shared_memory(facts: Facts) -> Finding:
+def _shared_memory(facts: Facts) -> CheckResult:
     wanted, memory = facts.manifest.container.shm_size, int(facts.info.get("MemTotal") or 0)
     if memory and wanted > memory:
-        return Finding(
+        return CheckResult(
             WARN,
             f"shm_size is {size(wanted)}, and the machine has {size(memory)} of memory",
             "Set [container] shm_size below it: what NCCL and the tokenizer leave there is memory.",
         )
-    return Finding(OK, f"{size(wanted)} for each container, private to it, of {size(memory)} of memory")
+    return CheckResult(OK, f"{size(wanted)} for each container, private to it, of {size(memory)} of memory")
 
 
-def _cache_disk(facts: Facts) -> Finding:
+def _cache_disk(facts: Facts) -> CheckResult:
     root = facts.manifest.cache.root
     if root is None or not facts.local:
-        return Finding(UNKNOWN, "a volume, or another machine's directory: its disk cannot be seen from here")
+        return CheckResult(UNKNOWN, "a volume, or another machine's directory: its disk cannot be seen from here")
     place = _nearest(root)
     kind, free, inodes = _file_system(facts.proc, place), shutil.disk_usage(place).free, os.statvfs(place)
     if kind in VOLATILE_FILE_SYSTEMS:
-        return Finding(WARN, f"{root} is on {kind}, which is empty after a reboot", "Set [cache] root on a local disk.")
+        return CheckResult(
+            WARN, f"{root} is on {kind}, which is empty after a reboot", "Set [cache] root on a local disk."
+        )
     if kind in REMOTE_FILE_SYSTEMS:
-        return Finding(
+        return CheckResult(
             WARN,
             f"{root} is on {kind}, where locks of several machines may not see each other",
             "Set [cache] root on a local disk, and refresh it on each machine.",
         )
     if inodes.f_files and inodes.f_favail < 100_000:
-        return Finding(WARN, f"{root}: {inodes.f_favail} inodes are left", "An entry takes two to eight. Free some.")
-    return Finding(OK, f"{root} on {kind or 'an unknown file system'}, {size(free)} free")
+        return CheckResult(
+            WARN, f"{root}: {inodes.f_favail} inodes are left", "An entry takes two to eight. Free some."
+        )
+    return CheckResult(OK, f"{root} on {kind or 'an unknown file system'}, {size(free)} free")
 
 
-def _engine_disk(facts: Facts) -> Finding:
+def _engine_disk(facts: Facts) -> CheckResult:
     place = facts.info.get("DockerRootDir")
     if not facts.local or not place or not Path(place).is_dir():
-        return Finding(UNKNOWN, "the engine's own directory cannot be seen from here")
+        return CheckResult(UNKNOWN, "the engine's own directory cannot be seen from here")
     free, limit = shutil.disk_usage(place).free, facts.manifest.container.log_limit
     if free < limit:
-        return Finding(
+        return CheckResult(
             WARN,
             f"{place} has {size(free)} free, and one task's log may take {size(limit)} there",
             "Free space (docker system df shows what takes it), or lower [container] log_limit.",
         )
-    return Finding(OK, f"{place} has {size(free)} free; a task's log takes at most {size(limit)} of it")
+    return CheckResult(OK, f"{place} has {size(free)} free; a task's log takes at most {size(limit)} of it")
 
 
-def _descriptors(facts: Facts) -> Finding:
+def _descriptors(facts: Facts) -> CheckResult:
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS * 2:
-        return Finding(WARN, f"this process may open {soft} files", "Raise it: ulimit -n 1024.")
-    return Finding(OK, f"this process may open {'any number of' if soft == resource.RLIM_INFINITY else soft} files")
+        return CheckResult(WARN, f"this process may open {soft} files", "Raise it: ulimit -n 1024.")
+    return CheckResult(OK, f"this process may open {'any number of' if soft == resource.RLIM_INFINITY else soft} files")
 
 
-def _clock(facts: Facts) -> Finding:
-    said = str(facts.info.get("SystemTime") or "")
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)", said)
+def _clock(facts: Facts) -> CheckResult:
+    text = str(facts.info.get("SystemTime") or "")
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)", text)
     if not found:
-        return Finding(UNKNOWN, "the engine does not say what time it has")
+        return CheckResult(UNKNOWN, "the engine does not report its time")
     engine = datetime.fromisoformat(found[1] + found[2].replace("Z", "+00:00")).timestamp()
     skew = abs(engine - facts.now)
     if skew > CLOCK_SKEW:
-        return Finding(
+        return CheckResult(
             WARN,
             f"the engine's clock and this machine's are {skew:.0f} s apart",
             "Synchronise both (chrony, systemd-timesyncd): ages of markers and times in logs mislead.",
         )
-    return Finding(OK, "the engine's clock and this machine's agree")
+    return CheckResult(OK, "the engine's clock and this machine's agree")
 
 
-def _models(facts: Facts) -> Finding:
-    """Which tasks would be skipped because the store has no config.json of their model that a container can reach."""
+def _models(facts: Facts) -> CheckResult:
+    """Check that the store has the config.json of each task's model: without it the task would be skipped."""
     store = facts.manifest.models.store
     reading = [task for task in facts.manifest.tasks if _needs_store(task)]
     named = sorted({task.model for task in reading})
     if not named:
-        return Finding(OK, "no task reads a model")
+        return CheckResult(OK, "no task reads a model")
     if store is None:
-        return Finding(OK, "no store: models come from the image or the network")
+        return CheckResult(OK, "no store: models come from the image or the network")
     if not facts.local:
-        return Finding(UNKNOWN, "the store is on another machine")
+        return CheckResult(UNKNOWN, "the store is on another machine")
     if not Path(store).is_dir():
-        return Finding(UNKNOWN, f"{store} does not exist")
+        return CheckResult(UNKNOWN, f"{store} does not exist")
     missing = sorted({task.model for task in reading if not model_store.has(store, task)})
     if missing:
-        return Finding(
+        return CheckResult(
             WARN,
             f"{len(missing)} of {len(named)} models are not in {store}, as a container would see it: "
             f"{', '.join(missing)}",
             f"Run there: HF_HOME={store} hf download MODEL. Links must lead to places inside the store.",
         )
-    return Finding(OK, f"{len(named)} of {len(named)} models are in {store}")
+    return CheckResult(OK, f"{len(named)} of {len(named)} models are in {store}")
 
 
-def _permissions(facts: Facts) -> Finding:
+def _permissions(facts: Facts) -> CheckResult:
     root = facts.manifest.cache.root
     if root is None or not facts.local:
-        return Finding(OK, "containers write the cache; this process only asks the engine")
-    who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
+        return CheckResult(OK, "containers write the cache; this process only uses the engine")
+    user = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
     if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
-        return Finding(
+        return CheckResult(
             WARN,
-            f"{who} cannot read {root}: every check reads it through a container, which takes longer",
+            f"{user} cannot read {root}: every check reads it through a container, which takes longer",
             f"Run: sudo chmod a+rx {root}",
         )
-    return Finding(OK, f"{who} may ask the engine, and reads the cache directly")
+    return CheckResult(OK, f"{user} may use the engine, and reads the cache directly")
 
 
 #: In the order in which they are shown.
-CHECKS: dict[str, Callable[[Facts], Finding]] = {
+CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "engine": _engine,
     "driver": _driver,
     "toolkit": _toolkit,
@@ -292,14 +263,14 @@ def _needs_store(task: Task) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that is there."""
+    """Return the path, or the nearest directory above it that exists."""
     while not path.is_dir() and path != path.parent:
         path = path.parent
     return path
 
 
 def _file_system(proc: Path, path: Path) -> str:
-    """The type of the file system that holds a path; empty where nobody says."""
+    """Return the type of the file system that holds a path; "" if it is unknown."""
     best, kind = "", ""
     resolved = str(path.resolve())
     for line in (proc / "self" / "mounts").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What keeps this machine from running a manifest: every problem at once, each with its remedy."""
+"""Problems that prevent this machine from running a manifest, all at once, each with its remedy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ MIN_FREE_BYTES = 512 << 20
 
 
 def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
-    """Everything that is known without starting a container. The engine is connected; `Engine.connect` says why it is
-    not.
-    """
+    """Yield every problem that is known without starting a container. The engine is connected."""
     ref = manifest.image.ref
     image = engine.image(ref)
     if image is None:
@@ -35,7 +33,7 @@ def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
 
 
 def without_engine(manifest: Manifest, url: str, error: EngineLostError) -> PreflightError:
-    """No engine answers: that, and what this machine lacks besides if the engine was meant to be on it."""
+    """Return the error for an engine that does not answer, and a local engine's machine."""
     problems = [Problem("engine", f"{error.message}.".replace("..", "."))]
     if url.startswith("unix://"):
         problems += _host(manifest, False)
@@ -43,14 +41,14 @@ def without_engine(manifest: Manifest, url: str, error: EngineLostError) -> Pref
 
 
 def _host(manifest: Manifest, image: bool) -> Iterator[Problem]:
-    """What is wrong with the machine that the engine runs on, which is this one. image: whether there is one to ask."""
+    """Yield the problems of this machine, on which the engine runs. image: whether the engine has the serving image."""
     yield from _gpus(manifest, image)
     yield from _cache(manifest)
     yield from _store(manifest)
 
 
 def _gpus(manifest: Manifest, image: bool) -> Iterator[Problem]:
-    """What the host's driver says. A container's own view is the last word: `seen_problems`."""
+    """Yield problems that the host's driver shows. The probe's container decides: `seen_problems`."""
     wanted = manifest.gpus
     if not wanted.count:
         return
@@ -68,7 +66,7 @@ def _gpus(manifest: Manifest, image: bool) -> Iterator[Problem]:
 
 
 def seen_problems(manifest: Manifest, record: Record, *, podman: bool = False) -> Iterator[Problem]:
-    """What the probe's container, which had the GPUs, found about them. podman: whether that engine ran it."""
+    """Yield problems of the GPUs that the probe's container was given. podman: whether the engine is Podman."""
     if manifest.gpus.count and podman and not record.get("gpus"):
         text = f"{_wanted(manifest)} wanted, the container got none: this engine is Podman, which ignores the request."
         yield Problem("GPUs", text, "Set DOCKER_HOST to a Docker Engine with nvidia-container-toolkit.")
@@ -97,7 +95,10 @@ def _count_and_names(manifest: Manifest, names: list[str]) -> Iterator[Problem]:
 def busy(
     look: GpuSnapshot, containers: Callable[[], Mapping[str, str]], remedy: str = "Stop it, set [gpus] acquire, or"
 ) -> Iterator[Problem]:
-    """GPUs that somebody has, by process where one can be named. containers: id → name, asked for when needed."""
+    """Yield a problem for each GPU in use, by process where one is known.
+
+    containers: returns names by id; only called if needed.
+    """
     remedy = f"{remedy} pass --allow-busy."
     held: dict[GpuProcess, list[int]] = {}
     for gpu in look.gpus:
@@ -117,9 +118,9 @@ def _wanted(manifest: Manifest) -> str:
 
 
 def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
-    """The engine's refusal to hand out GPUs, as the problem it is; None when the refusal is about something else.
+    """Return the problem if the engine refused a container for its GPUs, else None.
 
-    The engine says so at start, not at create: ``could not select device driver "" with capabilities: [[gpu]]``.
+    It refuses at start, not at create: ``could not select device driver "" with capabilities: [[gpu]]``.
     """
     if "could not select device driver" in error.message:
         text = f'{_wanted(manifest)} wanted, none found: the engine knows no "gpu" device driver.'
@@ -130,7 +131,7 @@ def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
 
 
 def no_init(error: EngineRefusedError) -> Problem | None:
-    """Podman's refusal of a container with an init, as the problem it is; None for another one."""
+    """Return the problem if Podman refused a container for its init, else None."""
     if "container-init binary not found" not in error.message:
         return None
     text = "this engine is Podman, and the init that every container gets is missing on its host."
@@ -138,7 +139,7 @@ def no_init(error: EngineRefusedError) -> Problem | None:
 
 
 def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
-    """The engine's refusal to mount a directory that its host has not, as the problem it is; None for another one."""
+    """Return the problem if the engine refused to mount a directory that its host lacks, else None."""
     for place, path in (("cache", manifest.cache.root), ("models", manifest.models.store)):
         if path is not None and f"bind source path does not exist: {path}" in error.message:
             return Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")

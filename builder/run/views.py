@@ -50,7 +50,7 @@ class NewView:
     """A view that was made."""
 
     volume: str
-    generation: str  # the immutable copy of the cache that it lies on
+    generation: str  # the immutable copy of the cache below it
     arguments: str  # of docker run, that give it to a job
     document: str  # the same as JSON
 

@@ -290,7 +290,7 @@ def test_a_hold_that_cannot_be_had_is_said_and_fails_nobody(holder: Holder, name
     assert (done.returncode, done.stdout) == (5, b"")
     assert done.stderr.startswith(b"warning: the cache is not held: ")
     assert (b"cannot reach a container engine" in done.stderr) == named
-    assert done.stderr.endswith(b" The command runs all the same.\n")
+    assert done.stderr.endswith(b" The command runs without it.\n")
 
 
 def test_a_root_without_the_lock_is_not_held_by_somebody_without_a_manifest(holder: Holder) -> None:

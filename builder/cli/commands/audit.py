@@ -1,7 +1,7 @@
 """The verb `audit`: what a job compiled although the cache is warm, where there is no engine.
 
-``--here --before FILE`` records what the cache holds, ``--after FILE`` compares with it: for runner containers, whose
-jobs work on the mounted cache itself. Both load the standard library alone.
+``--here --before FILE`` records what the cache holds, ``--after FILE`` compares with it: in runner containers,
+where jobs use the mounted cache itself. Both load the standard library alone.
 """
 
 from __future__ import annotations

@@ -1,12 +1,22 @@
-"""The verb `doctor`: everything that prevents this machine from running the manifest."""
+"""The verb `doctor`: everything that prevents this machine from running the manifest, and what may spoil a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
-from builder.run import diagnostics
+from builder.errors import CANNOT_RUN, PreflightError
+from builder.host import gpus
+from builder.run import preflight
+from builder.run.container_executor import ContainerExecutor
+from builder.run.diagnostics import WARN, Facts, examine
+from builder.run.plan import probe_env
+from builder.text import counted
+
+#: SGR code of a warning's state in the table.
+_STYLES = {WARN: "33"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +27,29 @@ class DoctorArgs(ManifestArgs):
 
 
 def run(args: DoctorArgs, invocation: Invocation) -> None:
-    """Report every check. Raises PreflightError if a warm-up cannot run."""
-    manifest = invocation.manifest()
-    with invocation.containers(invocation.context(manifest, allow_busy=args.allow_busy)) as executor:
-        diagnostics.doctor(executor)
+    """Report every check. Raises PreflightError with every problem that prevents a run."""
+    with invocation.containers(invocation.context(invocation.manifest(), allow_busy=args.allow_busy)) as executor:
+        _doctor(executor)
+
+
+def _doctor(executor: ContainerExecutor) -> None:
+    """Report every check, and probe the GPUs in a container if nothing prevents that."""
+    context, engine = executor.context, executor.engine
+    manifest, console = context.manifest, context.console
+    facts = Facts(manifest, engine.info, engine.local, gpus.host_gpus() if engine.local else None, time.time())
+    results = examine(facts)
+    context.report.extra["checks"] = [{"check": name, **asdict(result)} for name, result in results.items()]
+    console.table(
+        ("check", "state", "finding"),
+        [[name, result.state, f"{result.text}. {result.remedy}".rstrip()] for name, result in results.items()],
+        styles=_STYLES,
+    )
+    problems = [*preflight.problems(manifest, engine), *executor.busy()]
+    if problems:
+        raise PreflightError(CANNOT_RUN, problems)
+    executor.probe(probe_env(manifest.tasks[0]))
+    warnings = sum(result.state == WARN for result in results.values())
+    console.say(
+        f"this machine can run {counted(len(manifest.tasks), 'task')} of {manifest.image.ref}"
+        + (f"; {counted(warnings, 'warning')} above" if warnings else "")
+    )

@@ -1,8 +1,8 @@
-"""The hold: a shared lock by which a test job says that it uses the cache, so that nothing is removed meanwhile.
+"""The verb `hold`: run a command under a shared lock of the cache, so that nothing is removed meanwhile.
 
 Where this process can open the root's lock file it holds the lock itself, and needs no engine; elsewhere (a named
-volume, a remote engine) a container does. A cold cache never fails a test job: whatever keeps the hold from being
-taken is said, and the job runs all the same, protected by what it touches.
+volume, a remote engine) a container does. A cold cache never fails a test job: if the lock cannot be taken, that is a
+warning, and the command runs without it, protected by the times of the files that it touches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.cache import layout
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
@@ -28,14 +29,10 @@ from builder.report.console import Console
 from builder.run import cache_locks
 from builder.run.container_executor import ContainerExecutor
 
-#: Below the cache root; `layout.prepare` makes the file.
-PATH = "locks/hold.lock"
-#: Seconds that a removal may take before people are told what they wait for.
+#: Seconds that a removal may take before the wait is reported.
 _SAY_AFTER = 0.5
-
-
-#: Seconds that a test job waits for an engine's answer, when it is only about the hold.
-PATIENCE = 10.0
+#: Seconds that the engine has to answer.
+_ENGINE_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,7 @@ def run(args: HoldArgs, invocation: Invocation) -> int:
     holding = held(
         manifest.cache if manifest else invocation.cache(str(args.cache)),
         here=manifest is None or (invocation.environ.get("DOCKER_HOST") or "unix://").startswith("unix://"),
-        connect=(lambda: invocation.connected(invocation.context(manifest), PATIENCE)) if manifest else None,
+        connect=(lambda: invocation.connected(invocation.context(manifest), _ENGINE_TIMEOUT)) if manifest else None,
         console=invocation.console,
         cancel=invocation.cancel,
     )
@@ -72,10 +69,10 @@ def held(
     console: Console,
     cancel: Cancel,
 ) -> Iterator[None]:
-    """Holds the cache while the context is, or says why not. Raises nothing but Interrupted.
+    """Hold the cache until the context ends, or report why it is not held. Raises nothing but Interrupted.
 
-    here: a directory of this name on this machine is the one that is meant. connect: opens a executor, for a container
-    that holds the lock instead; None where nothing is known but the cache.
+    here: the engine is on this machine, so that the root is the directory of this name.
+    connect: connects to the engine, for a container that holds the lock; None where no manifest names an image for it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -84,7 +81,7 @@ def held(
             cancel.check()
             problems = error.problems if isinstance(error, ProblemsError) else ()
             why = "; ".join([error.message, *(f"{problem.location}: {problem.text}" for problem in problems)])
-            console.say(f"warning: the cache is not held: {why}. The command runs all the same.")
+            console.say(f"warning: the cache is not held: {why}. The command runs without it.")
         yield
 
 
@@ -97,29 +94,30 @@ def _take(
     cancel: Cancel,
 ) -> None:
     if cache.root is not None and here:
+        path = layout.hold_lock(cache.root)
         try:
-            descriptor = open_lock(cache.root / PATH)
+            descriptor = open_lock(path)
         except OSError as error:
             if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not _is_root(cache.root):
                 console.say(f"there is no cache at {cache.root} yet, so there is nothing to hold")
                 return
             if connect is None:
-                raise PreflightError(f"{cache.root / PATH} cannot be opened ({error.strerror})") from None
+                raise PreflightError(f"{path} cannot be opened ({error.strerror})") from None
         else:
             stack.callback(os.close, descriptor)
             _lock(descriptor, str(cache.root), console, cancel)
             return
     if connect is None:
-        raise PreflightError("only a manifest or a profile says what could hold it: pass --manifest or --profile")
+        raise PreflightError("holding it takes a container, whose image a manifest names: pass --manifest or --profile")
     executor = stack.enter_context(connect())
     if cache.volume is not None and not executor.engine.has_volume(cache.volume):
         console.say(f"there is no volume {cache.volume} yet, so there is nothing to hold")
         return
     if executor.image is None:
         raise PreflightError(
-            f"{executor.context.manifest.image.ref} is not on this engine, and a container of it would hold it"
+            f"{executor.context.manifest.image.ref} is not on this engine, and holding it takes a container of it"
         )
-    name = executor.cache.name
+    name = executor.root_name
     lifetime = max(cache.job_max, executor.context.manifest.run.lifetime)
     lock = cache_locks.ContainerLock(
         "hold", "the hold", "a cleaner", f"removes from {name}", f"{name} is being cleaned", lifetime
@@ -128,8 +126,9 @@ def _take(
 
 
 def _is_root(root: Path) -> bool:
-    """Whether a cache root is there, as far as this process may look; one that an older builder made has no lock for
-    the hold.
+    """Return whether this is a cache root. A root of an older builder has no lock for the hold.
+
+    True also where this process may not look.
     """
     try:
         return (root / "layout.json").is_file()
@@ -138,7 +137,7 @@ def _is_root(root: Path) -> bool:
 
 
 def _lock(descriptor: int, name: str, console: Console, cancel: Cancel) -> None:
-    """A removal takes moments, and is waited for however long it takes."""
+    """Take the lock. A removal takes moments, and is waited for without limit."""
     if poll(lambda: _try(descriptor) or cancel.is_set, Deadline(_SAY_AFTER), every=0.02):
         return cancel.check()
     console.say(f"waiting for a cleaner, which removes from {name}")

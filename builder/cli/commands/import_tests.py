@@ -126,8 +126,9 @@ def _update(
     compared: Sequence[from_tests.Compared],
     unneeded: Sequence[str],
 ) -> None:
-    """Rewrite the tasks of a manifest: what covers a launch stays as it is written, what covers none goes, and what is
-    missing is added. While something is not understood, none goes.
+    """Rewrite the tasks of a manifest: keep those that cover a launch, remove the others, and add missing ones.
+
+    Removes none while something is not understood.
     """
     text = path.read_bytes().decode("utf-8")
     missing = [each.launch for each in compared if not each.covered]

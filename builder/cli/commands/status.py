@@ -10,20 +10,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from builder import events
-from builder.cache import inventory, marker_files, markers, toolchain, usage
-from builder.cli.commands.hold import PATH as HOLD
+from builder.cache import inventory, layout, marker_files, markers, toolchain, usage
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.engine.lease import LABEL
 from builder.flock import holders
 from builder.report.console import Console
-from builder.run import cache_locks, maintenance, views
+from builder.run import maintenance, views
 from builder.run.container_executor import ContainerExecutor
 from builder.text import age, duration, printable, size
 
 #: What a container of this program does, by its mode; all others work on the cache.
 _MODES = {"hold": "holds the cache", "views": "makes or drops a view", "run": "warms", "prune": "removes"}
-_BUILDER, _HOLDER = "works on the cache", "holds the cache"
+_BUILDER = "works on the cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +234,13 @@ def _users(executor: ContainerExecutor) -> Iterator[_User]:
     """
     direct = executor.direct_root()
     if direct is not None:
-        for path, how in ((cache_locks.RUN, _BUILDER), (cache_locks.VIEWS, _MODES["views"]), (HOLD, _HOLDER)):
-            for process in holders(direct / path):
+        locks = {
+            layout.run_lock(direct): _BUILDER,
+            layout.views_lock(direct): _MODES["views"],
+            layout.hold_lock(direct): _MODES["hold"],
+        }
+        for path, how in locks.items():
+            for process in holders(path):
                 yield _User(process, how)
     jobs = {volume.name: volume.labels[views.LABEL_VIEW] for volume in views.volumes(executor)}
     mounting = executor.engine.mounting([executor.cache.mount().source, *jobs])

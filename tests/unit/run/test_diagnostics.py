@@ -46,10 +46,10 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def found(write: Write, tmp_path: Path) -> Callable[..., diagnostics.Finding]:
+def found(write: Write, tmp_path: Path) -> Callable[..., diagnostics.CheckResult]:
     """What one check finds on a machine that differs from a good one in what the test says."""
 
-    def found(check: str, manifest: Manifest | None = None, **facts: Any) -> diagnostics.Finding:
+    def found(check: str, manifest: Manifest | None = None, **facts: Any) -> diagnostics.CheckResult:
         usual = {
             "manifest": manifest or write(),
             "info": info(),
@@ -79,18 +79,18 @@ def hub(store: Path, model: str, *, link: Path | None = None) -> None:
     (snapshot / "model.safetensors").write_text("")
 
 
-def test_doctor_engine_restart_settings(found: Callable[..., diagnostics.Finding]) -> None:
+def test_doctor_engine_restart_settings(found: Callable[..., diagnostics.CheckResult]) -> None:
     assert "ends a running warm-up" in found("engine").text
     assert "leaves a running warm-up alone" in found("engine", info=info(LiveRestoreEnabled=True)).text
 
 
-def test_doctor_driver(found: Callable[..., diagnostics.Finding]) -> None:
+def test_doctor_driver(found: Callable[..., diagnostics.CheckResult]) -> None:
     assert found("driver").text == "driver 580.65.06, 8 × NVIDIA H200"
     assert found("driver", host=None).state == UNKNOWN
     assert found("driver", local=False, host=None).state == UNKNOWN
 
 
-def test_doctor_toolkit(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_toolkit(found: Callable[..., diagnostics.CheckResult], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert found("toolkit").text == "found nvidia"
     missing = found("toolkit", info=info(Runtimes={"runc": {}}))
@@ -100,7 +100,7 @@ def test_doctor_toolkit(found: Callable[..., diagnostics.Finding], monkeypatch: 
 
 
 def test_doctor_toolkit_in_path(
-    found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    found: Callable[..., diagnostics.CheckResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hook = tmp_path / "nvidia-container-runtime-hook"
     hook.write_text("#!/bin/sh\n")
@@ -110,7 +110,7 @@ def test_doctor_toolkit_in_path(
     assert found("toolkit", info=info(Runtimes={"runc": {}}), local=False).state == WARN, "that is another machine's"
 
 
-def test_doctor_daemon_reload_risk(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
+def test_doctor_daemon_reload_risk(found: Callable[..., diagnostics.CheckResult], write: Write, tmp_path: Path) -> None:
     trap = found("daemon-reload")
     assert trap.state == WARN and "create-dev-char-symlinks" in trap.remedy
     assert found("daemon-reload", info=info(CgroupDriver="cgroupfs")).state == OK
@@ -121,18 +121,18 @@ def test_doctor_daemon_reload_risk(found: Callable[..., diagnostics.Finding], wr
     assert found("daemon-reload").state == OK
 
 
-def test_doctor_shared_memory(found: Callable[..., diagnostics.Finding], write: Write) -> None:
+def test_doctor_shared_memory(found: Callable[..., diagnostics.CheckResult], write: Write) -> None:
     assert found("shared memory").state == OK
     assert found("shared memory", info=info(MemTotal=16 * GIB)).state == WARN
 
 
-def test_doctor_cache_file_system(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
+def test_doctor_cache_file_system(found: Callable[..., diagnostics.CheckResult], write: Write, tmp_path: Path) -> None:
     mounts = tmp_path / "proc" / "self" / "mounts"
     mounts.parent.mkdir(parents=True)
     cache = tmp_path / "a cache"
     cache.mkdir()
 
-    def on(kind: str) -> diagnostics.Finding:
+    def on(kind: str) -> diagnostics.CheckResult:
         octal = str(cache).replace(" ", "\\040")
         mounts.write_text(f"/dev/vda / ext4 rw 0 0\nserver:/x {octal} {kind} rw 0 0\nnonsense\n")
         return found("cache disk", write(cache=cache / "root"), proc=tmp_path / "proc")
@@ -145,7 +145,7 @@ def test_doctor_cache_file_system(found: Callable[..., diagnostics.Finding], wri
 
 
 def test_doctor_engine_disk(
-    found: Callable[..., diagnostics.Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: Callable[..., diagnostics.CheckResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = info(DockerRootDir=str(tmp_path))
     usage = SimpleNamespace(free=100 * GIB)
@@ -156,7 +156,7 @@ def test_doctor_engine_disk(
     assert found("engine disk", info=info(DockerRootDir="/no/such")).state == UNKNOWN
 
 
-def test_doctor_descriptors(found: Callable[..., diagnostics.Finding], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_descriptors(found: Callable[..., diagnostics.CheckResult], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (64, 4096))
     assert found("descriptors").state == WARN
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (resource.RLIM_INFINITY,) * 2)
@@ -164,21 +164,23 @@ def test_doctor_descriptors(found: Callable[..., diagnostics.Finding], monkeypat
 
 
 @pytest.mark.parametrize(("apart", "state"), [(0, OK), (-4, OK), (7, WARN), (-3600, WARN)])
-def test_doctor_clock_skew(found: Callable[..., diagnostics.Finding], apart: float, state: str) -> None:
+def test_doctor_clock_skew(found: Callable[..., diagnostics.CheckResult], apart: float, state: str) -> None:
     assert found("clock", now=NOW + apart).state == state
 
 
 @pytest.mark.parametrize("said", [None, "", "yesterday", "2026-13-45T99:00:00Z", 7])
-def test_doctor_clock_unknown(found: Callable[..., diagnostics.Finding], said: object) -> None:
+def test_doctor_clock_unknown(found: Callable[..., diagnostics.CheckResult], said: object) -> None:
     assert found("clock", info=info(SystemTime=said)).state == UNKNOWN
 
 
-def test_doctor_clock_with_offset(found: Callable[..., diagnostics.Finding]) -> None:
+def test_doctor_clock_with_offset(found: Callable[..., diagnostics.CheckResult]) -> None:
     east = datetime.fromtimestamp(NOW + 7200, tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.5+02:00")
     assert found("clock", info=info(SystemTime=east)).state == OK
 
 
-def test_doctor_models_outside_store(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
+def test_doctor_models_outside_store(
+    found: Callable[..., diagnostics.CheckResult], write: Write, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     store.mkdir()
     hub(store, "org/one")
@@ -190,7 +192,7 @@ def test_doctor_models_outside_store(found: Callable[..., diagnostics.Finding], 
     assert found("models", write(store=store)).text.endswith(": org/two"), "that link leads out of the mount"
 
 
-def test_doctor_models_complete(found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path) -> None:
+def test_doctor_models_complete(found: Callable[..., diagnostics.CheckResult], write: Write, tmp_path: Path) -> None:
     hub(tmp_path / "store", "org/one")
     hub(tmp_path / "store", "org/two")
     assert found("models", write(store=tmp_path / "store")).state == OK
@@ -199,7 +201,7 @@ def test_doctor_models_complete(found: Callable[..., diagnostics.Finding], write
 
 
 def test_doctor_cache_unreadable(
-    found: Callable[..., diagnostics.Finding], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: Callable[..., diagnostics.CheckResult], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
     assert found("permissions").state == OK
