@@ -120,7 +120,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "action": "append",
         "help": "only tasks of this model or label (may be repeated; * matches)",
     },
-    "json": {"action": "store_true", "help": "print one JSON document on stdout; everything else is written to stderr"},
+    "json": {"action": "store_true", "help": "print one JSON document on stdout, and the rest on stderr"},
     "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
     "force": {"action": "store_true", "help": "run warm tasks too"},
     "allow-busy": {"action": "store_true", "help": "start even if other processes use a GPU"},
