@@ -23,7 +23,7 @@ from builder.run.container_executor import ContainerExecutor
 
 
 class Here:
-    """An executor in a cache root of its own."""
+    """An executor with a cache root."""
 
     def __init__(self, root: Path | None, seconds: float = 0.2) -> None:
         self.said: list[str] = []

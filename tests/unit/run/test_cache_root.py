@@ -111,7 +111,7 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """One marker that claims one family, of which another key lies there too."""
+    """One marker that claims one family, of which the root has another key too."""
     root = tmp_path / "root"
     for key in (KEY, "f" * 16):
         entry = root / "triton" / key / "ENTRY"

@@ -20,7 +20,7 @@ NEED = 2 * 3 * 1000
 
 @pytest.fixture
 def made(tmp_path: Path) -> Generations:
-    """Two tasks, warmed in one image; the marker of each says that its three entries have 3000 bytes."""
+    """Two tasks, warmed in one image; by their markers, three entries of each have 3000 bytes."""
     made = Generations(tmp_path)
     made.warmed(1, ["a", "b"], days=1)
     return made

@@ -1,4 +1,4 @@
-"""The plan: tasks against markers, in the manifest's order, with what a probe has to be asked for."""
+"""The plan: tasks against markers, in the manifest's order, and the environments to probe."""
 
 from __future__ import annotations
 

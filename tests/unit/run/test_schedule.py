@@ -32,7 +32,7 @@ def check(schedule: Schedule, capacity: Capacity) -> None:
         assert start.task.gpus or len(at_once) < capacity.slots
 
 
-#: What a machine with eight GPUs may be asked for: (GPUs, minutes).
+#: Tasks for a machine with eight GPUs: (GPUs, minutes).
 MIXES = {
     "the models of a CI": [(8, 6), (8, 5), (8, 4), (8, 4), (4, 7), (4, 5), (8, 3)],
     "a long one and many small": [(4, 20), (1, 5), (1, 5), (1, 4), (1, 4), (2, 9), (2, 8), (1, 3), (1, 2), (4, 3)],
@@ -109,7 +109,7 @@ def test_unsure_task_starts_within_a_limit() -> None:
 
 
 def test_wide_task_is_not_starved() -> None:
-    """Small ones that fit beside each other would keep eight GPUs from ever being free together."""
+    """Small tasks that fit together would keep eight GPUs from ever being free at the same time."""
     tasks = planned((8, 30), *[(1, 10.0)] * 16)
     assert best_schedule(tasks, EIGHT).seconds == 50 == lower_bound(tasks, EIGHT)
 
