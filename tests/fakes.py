@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.engine.api import ContainerSpec, Image, ListedContainer, State
-from builder.engine.errors import NotFoundError
+from builder.engine.errors import NotFoundError, refusal
 from builder.engine.log_resume import stored_form
 from builder.errors import EngineLostError, EngineRefusedError
 from tests import scripts
@@ -138,8 +138,8 @@ class FakeEngine:
             raise NotFoundError(f"cannot create {spec.name}: No such image: {spec.image}", status=404)
         for mount in spec.mounts:
             if mount.kind == "bind" and not os.path.lexists(mount.source):
-                what = f"bind source path does not exist: {mount.source}"
-                raise EngineRefusedError(f"cannot create {spec.name}: invalid mount config: {what}", status=400)
+                what = f"invalid mount config: bind source path does not exist: {mount.source}"
+                raise refusal(f"cannot create {spec.name}", 400, what)
         if any(container.spec.name == spec.name for container in self.all.values()):
             raise EngineRefusedError(f"cannot create {spec.name}: Conflict. The name is already in use", status=409)
         container = FakeContainer(f"{next(self._ids):064x}", spec)

@@ -1,11 +1,11 @@
-"""One warm-up container, from its creation to the moment when nothing of it is left.
+"""One container, from its creation to the moment when nothing of it is left.
 
-Each step makes something owed: an attachment to close, a log to finish, a container to stop and to remove. Every duty
-goes on one stack the moment it is owed, and so it is done on every way out, the last one first: stop, read the log to
-its end, let go of stdin, remove. A duty that fails is a problem in the outcome, and never takes the place of the
-first error.
+Each step makes a cleanup necessary: an attachment to close, a log to finish, a container to stop and to remove. Every
+cleanup is pushed on one stack at the moment it becomes necessary, so it runs on every way out, the last one first:
+stop, read the log to its end, close stdin, remove. A cleanup that fails is a problem in the outcome, and never replaces
+the first error.
 
-How the container ended is what inspect says; the end of a stream is only a reason to look.
+How the container ended is what inspect reports; the end of a stream is only a reason to inspect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from builder.engine.api import Containers, ContainerSpec, State
-from builder.engine.errors import NotFoundError
+from builder.engine.errors import MissingSourceError, NotFoundError
 from builder.engine.lease import LABEL_LEASE, Lease
 from builder.engine.log_pump import GIVE_UP, EventCallback, Pump
 from builder.engine.log_sinks import Sinks
@@ -30,25 +30,30 @@ from builder.host.cancel import LEAST_WAIT, REMOVE_WITHIN, STOP_WITHIN, Cancel
 from builder.host.deadlines import Attempt, Deadline, poll
 from builder.job import JOB_VARIABLE, Job
 
-__all__ = ["Cancel", "Deadlines", "Outcome", "Sinks", "run_container"]
+__all__ = ["Cancel", "ContainerOutcome", "Deadlines", "Sinks", "run_container"]
 
 T = TypeVar("T")
-Ended = Literal["exited", "timeout", "silence", "budget", "cancelled", "lost"]
+EndReason = Literal["exited", "timeout", "silence", "budget", "cancelled", "lost"]
 
-#: Seconds. A cancelled CI step has 7.5 s: stopping, the end of the log and removal together have to stay below 5.
+#: Seconds. Stopping, the end of the log and the removal together take less than 5 after a cancellation: a CI system
+#: kills a cancelled step after 7.5.
 CANCEL_GRACE = 2.0
 _CANCEL_DRAIN = 1.0
 _DRAIN = 60.0
-#: Seconds between two looks at a container that gives no reason to look.
-_LOOK = 1.0
-#: Seconds that an engine may need on top of the grace, to kill and to write down that it did.
+#: Seconds between two inspections of a container when nothing suggests that it has changed.
+_INSPECT_EVERY = 1.0
+#: Seconds that an engine may need in addition to the grace, to kill the container and to record that.
 _STOP_LAG = 15.0
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds. task: the whole container. silence: without a sign of life. start: until its first word. grace:
-    between a stop's SIGTERM and its SIGKILL.
+    """Limits of one container in seconds.
+
+    task: for the whole container.
+    silence: without a sign of life.
+    start: until its first output.
+    grace: between a stop's SIGTERM and its SIGKILL.
     """
 
     task: float
@@ -58,15 +63,18 @@ class Deadlines:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a container ended. All of it has gone when this exists, unless ``problems`` says otherwise.
+class ContainerOutcome:
+    """How a container ended. Nothing of it is left, unless `problems` says otherwise.
 
-    ended ``lost``: the engine stopped answering. exit_code: None when nobody could say. oom: the kernel killed
-    something in it for memory, if only a child. problems: what went wrong around it, for people, one sentence each.
-    log_complete: proven or read again. container: its id.
+    ended: why it ended; ``lost``: the engine stopped answering.
+    exit_code: None if unknown.
+    oom: the kernel killed one of its processes for memory, perhaps only a child.
+    problems: what else went wrong, for people, one sentence each.
+    log_complete: the log is proven to be complete, or was read again from the engine.
+    container: its id.
     """
 
-    ended: Ended
+    ended: EndReason
     verdict: Verdict | None
     exit_code: int | None
     oom: bool
@@ -90,26 +98,27 @@ def run_container(
     sinks: Sinks,
     on_event: EventCallback | None = None,
     budget: Deadline | None = None,
-) -> Outcome:
-    """Runs the container to its end, whatever that is. Raises what kept it from starting.
+) -> ContainerOutcome:
+    """Run the container to its end, whatever that is. Raises what kept it from starting.
 
-    The job, the lease's mount and labels and an open stdin are added to the spec here. on_event is called while the
-    log is being drained, in another thread, and must not wait.
+    The job, the lease's mount and labels and an open stdin are added to the spec here.
+
+    on_event: called in another thread while the log is drained; must not wait.
     """
     began = time.monotonic()
-    life = _Life(engine, lease, deadlines, cancel, budget or Deadline(None))
+    life = _ContainerLife(engine, lease, deadlines, cancel, budget or Deadline(None))
     try:
-        with contextlib.ExitStack() as duties:
-            duties.callback(life.duty, "removing the container", life.remove)
+        with contextlib.ExitStack() as stack:
+            stack.callback(life.clean_up, "removing the container", life.remove)
             container = life.create(spec, job)
-            stdin = life.answer(lambda: engine.attach_stdin(container), f"attach to {spec.name}")
-            duties.callback(stdin.close)
+            stdin = life.call(lambda: engine.attach_stdin(container), f"attach to {spec.name}")
+            stack.callback(stdin.close)
             pump = Pump(engine, container, nonce=job.nonce, sinks=sinks, on_event=on_event)
-            duties.callback(lambda: pump.finish(life.drain_deadline(), ran=life.ran, lost=life.lost))
-            life.answer(pump.attach, f"attach to {spec.name}")
+            stack.callback(lambda: pump.finish(life.drain_deadline(), ran=life.ran, lost=life.lost))
+            life.call(pump.attach, f"attach to {spec.name}")
             pump.start()
-            duties.callback(life.duty, "stopping the container", life.end)
-            life.answer(lambda: engine.start(container), f"start {spec.name}")
+            stack.callback(life.clean_up, "stopping the container", life.stop)
+            life.call(lambda: engine.start(container), f"start {spec.name}")
             ended = life.watch(pump)
     except BuilderError as error:
         if life.lost:
@@ -122,7 +131,7 @@ def run_container(
             logging.getLogger(__name__).warning("%s", problem)
         raise
     state = life.state
-    return Outcome(
+    return ContainerOutcome(
         ended=ended,
         verdict=next((event for event in reversed(pump.events) if isinstance(event, Verdict)), None),
         exit_code=state.exit_code if state and state.finished else None,
@@ -137,8 +146,8 @@ def run_container(
     )
 
 
-class _Life:
-    """What is known about one container while it is here."""
+class _ContainerLife:
+    """One container from its creation to its removal, and what is known about it meanwhile."""
 
     def __init__(
         self, engine: Containers, lease: Lease, deadlines: Deadlines, cancel: Cancel, budget: Deadline
@@ -151,58 +160,67 @@ class _Life:
         self._name = ""
         self._container = ""
         self._may_exist = False
-        self._gone = False
-        #: The engine has had its time: it is asked for nothing more that may take long.
+        self._removed = False
+        #: The engine did not answer in its time: no more requests are made that may take long.
         self.lost = False
         self.state: State | None = None
         self.problems: list[str] = []
 
-    def duty(self, doing: str, call: Callable[[], None]) -> None:
-        """Does what is owed; a failure becomes a problem."""
+    def clean_up(self, action: str, call: Callable[[], None]) -> None:
+        """Make this call; a failure becomes a problem."""
         try:
             call()
         except BuilderError as error:
-            self.problems.append(f"{doing} failed: {error.message}")
+            self.problems.append(f"{action} failed: {error.message}")
 
-    # --- before ------------------------------------------------------------------------------------------------------
+    def call(self, request: Callable[[], T], action: str) -> T:
+        """Return the engine's answer. After a cancellation, an engine that hangs is not waited for."""
+        try:
+            return self._cancel.call_with_deadline(request, action)
+        except EngineTimeoutError:
+            self.lost = self.lost or self._cancel.is_set
+            raise
+
+    # --- create ------------------------------------------------------------------------------------------------------
 
     def create(self, spec: ContainerSpec, job: Job) -> str:
-        """Creates it under the lease; where the engine does not see the lease file, under the attachment to stdin
-        alone.
+        """Create it under the lease and return its id.
+
+        If the engine's host does not have the lease file, the attachment to stdin alone is the lease.
         """
         self._name = spec.name
         task = job.task.label if job.task else job.mode
-        labels = {**self._lease.labels(task, job.lifetime), **spec.labels}
-        labels[LABEL_LEASE] = self._lease.labels(task, job.lifetime)[LABEL_LEASE]
-        bare = replace(spec, labels=labels, stdin=True)
-        held = replace(job, lease=self._lease.target)
+        labels = self._lease.labels(task, job.lifetime)
+        labels = {**labels, **spec.labels, LABEL_LEASE: labels[LABEL_LEASE]}
+        by_stdin = replace(spec, labels=labels, stdin=True)
+        by_lock = replace(by_stdin, mounts=(*spec.mounts, self._lease.mount()))
         try:
-            return self._create(replace(_with_job(bare, held), mounts=(*spec.mounts, self._lease.mount())))
-        except EngineRefusedError as error:
-            if "bind source" not in error.message or str(self._lease.path) not in error.message:
+            return self._create(_with_job(by_lock, replace(job, lease=self._lease.target)))
+        except MissingSourceError as error:
+            if error.source != str(self._lease.path):
                 raise
-        return self._create(_with_job(bare, replace(job, lease=None)))
+        return self._create(_with_job(by_stdin, replace(job, lease=None)))
 
     def _create(self, spec: ContainerSpec) -> str:
         self._may_exist = True
         try:
-            self._container = self.answer(lambda: self._engine.create(spec), f"create {spec.name}")
+            self._container = self.call(lambda: self._engine.create(spec), f"create {spec.name}")
         except EngineRefusedError:
             self._may_exist = False
             raise
         return self._container
 
-    # --- while it runs -----------------------------------------------------------------------------------------------
+    # --- watch -------------------------------------------------------------------------------------------------------
 
-    def watch(self, pump: Pump) -> Ended:
-        """Waits until it is over, or until somebody or something wants it to be."""
+    def watch(self, pump: Pump) -> EndReason:
+        """Wait until the container is finished, or until there is a reason to stop it."""
         deadlines, started = self._deadlines, time.monotonic()
         task, start, lost = Deadline(deadlines.task), Deadline(deadlines.start), Deadline(GIVE_UP)
         pump.last_output = started
         output_ended = False
         while True:
             try:
-                if self._is_over():
+                if self._is_finished():
                     return "exited"
                 lost = Deadline(GIVE_UP)
             except EngineLostError as error:
@@ -220,14 +238,14 @@ class _Life:
             if quiet >= deadlines.silence:
                 return "silence"
             if start.expired and not pump.received:
-                self.problems.append(f"{self._name} said nothing within {deadlines.start:.0f} s of its start")
+                self.problems.append(f"{self._name} had no output within {deadlines.start:.0f} s of its start")
                 return "timeout"
             left = min(
-                _LOOK,
+                _INSPECT_EVERY,
                 task.left(),
                 self._budget.left(),
                 deadlines.silence - quiet,
-                start.left() if not pump.received else _LOOK,
+                start.left() if not pump.received else _INSPECT_EVERY,
             )
             if output_ended:
                 self._cancel.wait(min(left, 0.05))
@@ -235,13 +253,13 @@ class _Life:
                 self._cancel.wait(left, pump.fileno())
                 output_ended = pump.ended
 
-    def _is_over(self) -> bool:
-        """Raises EngineLostError when the engine does not say."""
+    def _is_finished(self) -> bool:
+        """Inspect the container. Raises EngineLostError if the engine does not answer."""
         try:
-            self.state = self._look()
+            self.state = self._inspect()
         except NotFoundError:
-            self._gone = True
-            self.problems.append(f"{self._name} was removed by somebody else while it ran")
+            self._removed = True
+            self.problems.append(f"{self._name} was removed by another client while it ran")
             return True
         if (
             self.state.finished
@@ -251,56 +269,48 @@ class _Life:
             name = signal.Signals(self.state.exit_code - 128).name
             cause = "from outside: not by this builder, and not for memory"
             if self.state.oom_killed is None:
-                cause = "and not by this builder: by somebody else, or for memory; this engine cannot tell which"
+                cause = "and not by this builder: from outside, or for memory; this engine cannot tell which"
             self.problems.append(f"{self._name} was ended by {name} {cause}")
         return self.state.finished
 
-    # --- after -------------------------------------------------------------------------------------------------------
+    def _inspect(self) -> State:
+        return self.call(lambda: self._engine.state(self._container), f"inspect {self._name}")
 
     @property
     def ran(self) -> bool:
-        """Whether it was ever started, as far as anybody knows."""
+        """Whether it was ever started, as far as is known."""
         return self.state is None or self.state.status != "created"
 
-    def end(self) -> None:
-        """Nothing of it runs any more when this returns without raising."""
-        if self._gone or (self.state is not None and self.state.finished):
+    # --- stop --------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Stop the container. Raises EngineLostError if it may still run."""
+        if self._removed or (self.state is not None and self.state.finished):
             return
         if self.lost:
             raise EngineLostError(
                 f"the engine does not answer; {self._name} ends by its lease once this builder has ended"
             )
-        self.state = self._look()
+        self.state = self._inspect()
         if self.state.status == "created":
             return
         self._stop()
-        poll(self._over_or_due, Deadline(_STOP_LAG), every=0.02)
+        poll(self._is_finished_or_late, Deadline(_STOP_LAG), every=0.02)
 
-    def _over_or_due(self) -> bool:
-        self.state = self._look()
+    def _is_finished_or_late(self) -> bool:
+        self.state = self._inspect()
         return self.state.finished or self._cancel.is_due(STOP_WITHIN)
 
-    def _look(self) -> State:
-        return self.answer(lambda: self._engine.state(self._container), f"inspect {self._name}")
-
-    def answer(self, ask: Callable[[], T], what: str) -> T:
-        """What the engine says. Who wants to end the run does not wait for an engine that hangs."""
-        try:
-            return self._cancel.call_with_deadline(ask, what)
-        except EngineTimeoutError:
-            self.lost = self.lost or self._cancel.is_set
-            raise
-
     def _stop(self) -> None:
-        """Asks in order; faster when somebody gets impatient meanwhile."""
-        times = self._cancel.requests
-        limit = Deadline(self._grace(times) + _STOP_LAG)
-        attempt, least = self._stopping(times), Deadline(LEAST_WAIT)
+        """Request the stop, again with less grace for every further cancellation."""
+        requests = self._cancel.requests
+        limit = Deadline(self._grace(requests) + _STOP_LAG)
+        attempt, least = self._stop_attempt(requests), Deadline(LEAST_WAIT)
         while attempt.running and not limit.expired and not (least.expired and self._cancel.is_due(STOP_WITHIN)):
             attempt.join(0.05)
-            if self._cancel.requests > times:
-                times = self._cancel.requests
-                attempt = self._stopping(times)
+            if self._cancel.requests > requests:
+                requests = self._cancel.requests
+                attempt = self._stop_attempt(requests)
         if attempt.running:
             self.lost = True
             raise EngineLostError(
@@ -309,26 +319,32 @@ class _Life:
         with contextlib.suppress(NotFoundError):
             attempt.result()
 
-    def _stopping(self, times: int) -> Attempt[None]:
-        grace = self._grace(times)
+    def _stop_attempt(self, requests: int) -> Attempt[None]:
+        grace = self._grace(requests)
         return Attempt(lambda: self._engine.stop(self._container, grace))
 
-    def _grace(self, times: int) -> float:
-        return self._deadlines.grace if not times else min(CANCEL_GRACE, self._deadlines.grace) if times == 1 else 0.0
+    def _grace(self, requests: int) -> float:
+        if requests > 1:
+            return 0.0
+        return min(CANCEL_GRACE, self._deadlines.grace) if requests else self._deadlines.grace
 
     def drain_deadline(self) -> Deadline:
-        """How long the end of the log may take; short as soon as somebody wants to go."""
-        return _Impatient(self._cancel)
+        """Return how long the end of the log may take."""
+        return _DrainDeadline(self._cancel)
+
+    # --- remove ------------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Nothing of it is left when this returns without raising. What an engine that hangs still creates or starts
-        later has our lease, which is over by then: it ends by itself, and the next sweep removes it.
+        """Remove the container. Raises EngineLostError if it may still exist.
+
+        What a hanging engine creates or starts later still has our lease, which is over by then: it ends by itself, and
+        the next sweep removes it.
         """
-        ask = self._remove if self._container else self._remove_unanswered if self._may_exist else None
-        if ask is None:
+        request = self._remove if self._container else self._remove_unanswered if self._may_exist else None
+        if request is None:
             return
         try:
-            self._cancel.call_with_deadline(ask, f"remove {self._name}", within=REMOVE_WITHIN)
+            self._cancel.call_with_deadline(request, f"remove {self._name}", within=REMOVE_WITHIN)
         except EngineTimeoutError as error:
             self._lease.keep = True
             raise EngineLostError(f"{error.message.rstrip('.')}. The next run, or a sweep, removes it") from None
@@ -340,8 +356,9 @@ class _Life:
         self._engine.remove(self._container, force=True)
 
     def _remove_unanswered(self) -> None:
-        """The engine may have created it, and its answer was lost: found by name, and ours only by its lease. What is
-        not there may still come.
+        """Remove a container whose create was not answered: it may exist, and is found by lease and name.
+
+        If it does not exist the engine may still create it.
         """
         mine = self._lease.labels("", 0.0)[LABEL_LEASE]
         found = [one for one in self._engine.containers([f"{LABEL_LEASE}={mine}"]) if one.name == self._name]
@@ -351,17 +368,17 @@ class _Life:
             raise EngineLostError(f"if the engine still creates {self._name}, the next run, or a sweep, removes it")
 
 
-class _Impatient(Deadline):
-    """Much time to read a long log, and little from the moment that somebody cancels."""
+class _DrainDeadline(Deadline):
+    """Long enough to read a long log; short from the moment of a cancellation."""
 
     def __init__(self, cancel: Cancel) -> None:
         super().__init__(_CANCEL_DRAIN if cancel.is_set else _DRAIN)
         self._cancel = cancel
-        self._hurried = cancel.is_set
+        self._shortened = cancel.is_set
 
     def left(self) -> float:
-        if self._cancel.is_set and not self._hurried:
-            self._hurried = True
+        if self._cancel.is_set and not self._shortened:
+            self._shortened = True
             self._at = min(self._at, self._clock() + _CANCEL_DRAIN)
         return super().left()
 

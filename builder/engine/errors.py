@@ -1,6 +1,6 @@
-"""What an engine's failures mean to people: each becomes one sentence that says what to do next.
+"""Failures of an engine in words: each becomes one sentence that says what to do next.
 
-Plain functions over statuses, words and exceptions, so that every case can be shown without an engine.
+Plain functions over statuses, texts and exceptions, so that every case can be tested without an engine.
 """
 
 from __future__ import annotations
@@ -15,48 +15,57 @@ _SOURCE = re.compile(r"bind source path does not exist: (.+?)\s*$")
 
 
 class NotFoundError(EngineRefusedError):
-    """The engine knows no such container, image, volume or path."""
+    """The engine has no such container, image, volume or path."""
 
 
-def refusal(doing: str, status: int, explanation: str) -> EngineRefusedError:
-    """The engine answered, and said no. ``doing`` begins the sentence: what could not be done."""
-    text = f"{doing}: {explanation.strip().rstrip('.') or f'the engine answered with status {status}'}"
+class MissingSourceError(EngineRefusedError):
+    """The engine's host does not have the source of a bind."""
+
+    def __init__(self, message: str, source: str, *, status: int = 400) -> None:
+        super().__init__(message, status=status)
+        self.source = source
+
+
+def refusal(action: str, status: int, explanation: str) -> EngineRefusedError:
+    """Return the error for a request that the engine refused. action: begins the sentence, ``cannot start X``."""
+    text = f"{action}: {explanation.strip().rstrip('.') or f'the engine answered with status {status}'}"
+    missing = _SOURCE.search(explanation)
+    if missing:
+        remedy = f"The engine's host has no {missing[1]}: create it there, or correct the path"
+        return MissingSourceError(f"{text}. {remedy}", missing[1], status=status)
     remedy = _remedy(explanation)
     kind = NotFoundError if status == 404 else EngineRefusedError
     return kind(f"{text}. {remedy}" if remedy else text, status=status)
 
 
-def loss(doing: str, error: BaseException, *, hint: str = "") -> EngineLostError:
-    """The engine gave no answer, or the answer broke off. ``hint`` is what else is known, e.g. what ssh said."""
+def loss(action: str, error: BaseException, *, hint: str = "") -> EngineLostError:
+    """Return the error for a request whose answer did not come, or broke off. hint: what else is known, as by ssh."""
     causes = list(_causes(error))
     if any(_is_timeout(cause) for cause in causes):
         return EngineTimeoutError(
-            f"{doing}: it took the question and gave no answer in time. Is it overloaded, or hanging? See its log."
+            f"{action}: it accepted the request and gave no answer in time. Is it overloaded, or hanging? See its log."
         )
     number = next((cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno), None)
-    what = hint or _words(number, causes)
+    text = hint or _words(number, causes)
     advice = {
         errno.ENOENT: "Start one (systemctl start docker), or set DOCKER_HOST to one that runs",
         errno.ECONNREFUSED: "Start it (systemctl start docker), or set DOCKER_HOST to one that runs",
         errno.EACCES: "Run as root or as a member of the group docker, or set DOCKER_HOST to an engine of yours",
     }
-    said = advice.get(number or 0, "")
-    if "bind address format" in what:  # docker-py's words for an address that is none
-        said = "An engine's address is unix:///PATH, tcp://HOST:PORT or ssh://HOST"
-    return EngineLostError(f"{doing}: {what.rstrip('.')}" + (f". {said}" if said else ""))
+    remedy = advice.get(number or 0, "")
+    if "bind address format" in text:  # docker-py's words for a malformed address
+        remedy = "An engine's address is unix:///PATH, tcp://HOST:PORT or ssh://HOST"
+    return EngineLostError(f"{action}: {text.rstrip('.')}" + (f". {remedy}" if remedy else ""))
 
 
 def is_transient(error: BaseException) -> bool:
-    """Worth asking again: a connection that broke, not a refusal, and not an engine that has had its time."""
+    """Return whether a retry may help: for a broken connection, not for a refusal or a timeout."""
     return isinstance(error, EngineLostError) and not isinstance(error, (EngineRefusedError, EngineTimeoutError))
 
 
 def _remedy(explanation: str) -> str:
-    missing = _SOURCE.search(explanation)
-    if missing:
-        return f"The engine's host has no {missing[1]}: create it there, or correct the path"
     if explanation.startswith("No such image"):
-        return "Somebody removed it meanwhile: run again"
+        return "It was removed meanwhile: run again"
     if "could not select device driver" in explanation:
         return "The engine has no GPU driver: install nvidia-container-toolkit and restart dockerd"
     if "error setting rlimit" in explanation:
@@ -64,7 +73,7 @@ def _remedy(explanation: str) -> str:
     if "no space left on device" in explanation:
         return "The engine's disk is full: free space below its data root"
     if "invalid mount option" in explanation:
-        return "Podman takes a comma in a path for the end of it: use a path without one"
+        return "Podman ends a path at a comma: use a path without one"
     if explanation.startswith(("network ", "container create: unable to find network")) and "not found" in explanation:
         return "Create it (docker network create), or set [container] network"
     return ""
@@ -82,9 +91,7 @@ def _words(number: int | None, causes: list[BaseException]) -> str:
 
 
 def _is_timeout(error: BaseException) -> bool:
-    """docker-py's callers see three kinds of it: TimeoutError, requests' ReadTimeout, and a ConnectionError that only
-    says so.
-    """
+    """Return whether this is a timeout. Those of requests and urllib3 are known by name, so as not to import them."""
     return isinstance(error, TimeoutError) or type(error).__name__ in (
         "ReadTimeout",
         "ReadTimeoutError",
@@ -93,9 +100,7 @@ def _is_timeout(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what lies below it, also where a library packs exceptions into arguments instead of chaining
-    them.
-    """
+    """Yield the error and its causes, including those that libraries pack into arguments instead of chaining them."""
     seen: set[int] = set()
     todo: list[object] = [error]
     while todo:

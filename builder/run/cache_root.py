@@ -22,6 +22,7 @@ from builder.cache import families, marker_files, model_store
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
+from builder.engine.errors import MissingSourceError
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
 from builder.host.cancel import REMOVE_WITHIN, Cancel
@@ -196,10 +197,8 @@ class CacheRoot:
         """Return the container; None where the engine's host has no such directory."""
         try:
             return self._engine.create(spec)
-        except EngineRefusedError as error:
-            if "bind source" in error.message:
-                return None
-            raise
+        except MissingSourceError:
+            return None
 
     def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
         mount = PurePosixPath(self._manifest.cache.mount)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from builder import __version__
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.api import ContainerSpec, Mount
-from builder.engine.container import Deadlines, Outcome, Sinks, run_container
+from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.log_pump import EventCallback
 from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
@@ -88,7 +88,7 @@ def run_task(executor: ContainerExecutor, task: Task, allocation: Allocation, wa
     )
 
 
-def run_probe(executor: ContainerExecutor, env: ProbeEnv, timeout: float) -> Outcome:
+def run_probe(executor: ContainerExecutor, env: ProbeEnv, timeout: float) -> ContainerOutcome:
     """Run a container that reports the toolchain of this environment. timeout: seconds."""
     task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=timeout)
     start = executor.context.manifest.run.start
@@ -101,7 +101,7 @@ def run(
     task: Task,
     deadlines: Deadlines,
     request: ContainerRequest = ContainerRequest(),
-) -> Outcome:
+) -> ContainerOutcome:
     """Run one container in this mode to its end. Raises PreflightError where no GPU can be had.
 
     Only what compiles, or probes the toolchain, gets GPUs, models, secrets and a network.
@@ -246,7 +246,7 @@ def _devices(manifest: Manifest, devices: tuple[int, ...] | None) -> int | tuple
     return tuple(str(index) for index in chosen) if chosen is not None else manifest.gpus.count
 
 
-def describe(outcome: Outcome) -> str:
+def describe(outcome: ContainerOutcome) -> str:
     """Return how a container ended, for people. Follows ``the container``."""
     if outcome.oom:
         return "ran out of memory inside the container"

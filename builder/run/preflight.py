@@ -11,6 +11,7 @@ from pathlib import Path
 from builder.cache import layout
 from builder.cache.toolchain import Record
 from builder.engine.client import Engine
+from builder.engine.errors import MissingSourceError
 from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot
@@ -141,7 +142,7 @@ def no_init(error: EngineRefusedError) -> Problem | None:
 def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
     """Return the problem if the engine refused to mount a directory that its host lacks, else None."""
     for place, path in (("cache", manifest.cache.root), ("models", manifest.models.store)):
-        if path is not None and f"bind source path does not exist: {path}" in error.message:
+        if path is not None and isinstance(error, MissingSourceError) and Path(error.source).is_relative_to(path):
             return Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
     return None
 

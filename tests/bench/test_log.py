@@ -16,7 +16,7 @@ import pytest
 
 from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
-from builder.engine.container import Deadlines, Outcome, Sinks, run_container
+from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.lease import Lease
 from builder.host.cancel import Cancel
 from builder.job import Job
@@ -98,7 +98,7 @@ class Readers:
         assert count(log, b"out| ") == LINES
         return seconds
 
-    def _run(self, spec: ContainerSpec, log: Path) -> Outcome:
+    def _run(self, spec: ContainerSpec, log: Path) -> ContainerOutcome:
         return run_container(
             self._engine,
             spec,

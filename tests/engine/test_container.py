@@ -19,6 +19,7 @@ from builder.engine import container as life
 from builder.engine import log_pump
 from builder.engine.api import Mount
 from builder.engine.client import Engine
+from builder.engine.errors import MissingSourceError
 from builder.engine.lease import LABEL_LEASE
 from builder.engine.sweep import sweep
 from builder.errors import EngineLostError, EngineRefusedError
@@ -85,7 +86,7 @@ def test_container_with_output_is_not_silent(workshop: Workshop) -> None:
 def test_container_without_output_is_stopped_by_silence(workshop: Workshop) -> None:
     outcome = workshop.run(HANG, deadlines={"start": 0.8})
     assert (outcome.ended, outcome.exit_code) == ("timeout", 143)
-    assert "said nothing within" in outcome.problems[0]
+    assert "had no output within" in outcome.problems[0]
 
 
 def test_container_past_run_budget_is_stopped(workshop: Workshop) -> None:
@@ -221,7 +222,7 @@ def test_container_removed_by_other_is_reported(workshop: Workshop) -> None:
     when_ready(workshop, lambda: workshop.engine.remove(workshop.ids()[0], force=True))
     outcome = workshop.run(READY, HANG)
     assert (outcome.ended, outcome.verdict) == ("exited", None)
-    assert any("was removed by somebody else" in problem or "from outside" in problem for problem in outcome.problems)
+    assert any("was removed by another client" in problem or "from outside" in problem for problem in outcome.problems)
     assert workshop.log()["out"] == b"ready\n"
 
 
@@ -303,7 +304,7 @@ def test_lease_without_common_kernel_is_stdin(workshop: Workshop) -> None:
         (spec,) = arguments
         for mount in spec.mounts:
             if mount.source == str(workshop.lease.path):
-                raise EngineRefusedError(f"bind source path does not exist: {mount.source}", status=400)
+                raise MissingSourceError("cannot create it", mount.source)
         return call()
 
     source = """

@@ -289,7 +289,7 @@ def test_engine_socket_hanging_at_start_is_reported_in_time(far: Cli, proxy: Pro
     far.left_nothing()
     aftermath.clean()
     assert ended.status == 16
-    assert "it took the question and gave no answer in time" in told(ended)
+    assert "it accepted the request and gave no answer in time" in told(ended)
 
 
 @pytest.mark.fault(

@@ -44,7 +44,7 @@ def ask(cli: Cli, path: str, **params: object) -> None:
 # --- its container ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("container killed by somebody else", how="docker kill", holds="11: ended by SIGKILL, from outside")
+@pytest.mark.fault("container killed by another client", how="docker kill", holds="11: ended by SIGKILL, from outside")
 def test_container_killed_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("dies", WAITING))
     builder = cli.start("warm", "--json")
@@ -56,7 +56,7 @@ def test_container_killed_is_task_failure(cli: Cli, aftermath: Aftermath) -> Non
     assert numbers(cli.log("dies")) == [0]
 
 
-@pytest.mark.fault("container renamed by somebody else", how="docker rename", holds="0: it is known by its id")
+@pytest.mark.fault("container renamed by another client", how="docker rename", holds="0: it is known by its id")
 def test_container_renamed_is_followed_by_id(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("waits", WAITING))
     builder = cli.start("warm", "--json")
@@ -68,7 +68,9 @@ def test_container_renamed_is_followed_by_id(cli: Cli, aftermath: Aftermath) -> 
     assert numbers(cli.log("waits")) == [0, 1]
 
 
-@pytest.mark.fault("container removed by somebody else", how="docker rm --force", holds="11: removed by somebody else")
+@pytest.mark.fault(
+    "container removed by another client", how="docker rm --force", holds="11: removed by another client"
+)
 def test_container_removed_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("vanishes", WAITING))
     builder = cli.start("warm", "--json")
@@ -77,7 +79,7 @@ def test_container_removed_is_task_failure(cli: Cli, aftermath: Aftermath) -> No
     with cli.engine() as engine:
         engine.remove(container(cli), force=True)
     ended = aftermath.over(cli, builder, 11)
-    assert any(words in told(ended) for words in ("was removed by somebody else", "was ended by SIGKILL")), told(ended)
+    assert any(words in told(ended) for words in ("was removed by another client", "was ended by SIGKILL")), told(ended)
     assert numbers(cli.log("vanishes")) == [0]
 
 

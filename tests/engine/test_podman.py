@@ -164,7 +164,7 @@ def test_podman_out_of_memory_is_named(workshop: Workshop) -> None:
     source = "data = []\nwhile True:\n    data.append(bytearray(b'x' * (4 << 20)))"
     outcome = workshop.run(source=source, memory=64 << 20)
     assert (outcome.ended, outcome.exit_code) == ("exited", 137)
-    assert outcome.oom or "by somebody else, or for memory" in outcome.problems[0]
+    assert outcome.oom or "from outside, or for memory" in outcome.problems[0]
 
 
 def test_podman_volume_is_not_filled_from_image(workshop: Workshop) -> None:

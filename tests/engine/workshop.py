@@ -11,7 +11,7 @@ from typing import Any
 
 from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
-from builder.engine.container import Deadlines, Outcome, Sinks, run_container
+from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.lease import Lease
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
@@ -55,7 +55,9 @@ class Workshop:
         }
         return ContainerSpec(**fields | more)
 
-    def run(self, *steps: Step, engine: Any = None, deadlines: Any = None, spec: Any = None, **more: Any) -> Outcome:
+    def run(
+        self, *steps: Step, engine: Any = None, deadlines: Any = None, spec: Any = None, **more: Any
+    ) -> ContainerOutcome:
         limits: dict[str, float] = {"task": 60, "silence": 60, "start": 60, "grace": 2}
         options = {name: more.pop(name) for name in ("on_event", "budget", "display") if name in more}
         display = options.pop("display", lambda stream, line: self.shown.append((stream, line)))
@@ -177,7 +179,7 @@ def when_ready(shop: Workshop, act: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def check(outcome: Outcome, ended: str, status: int | None) -> None:
+def check(outcome: ContainerOutcome, ended: str, status: int | None) -> None:
     assert (outcome.ended, outcome.exit_code, outcome.problems) == (ended, status, [])
     assert outcome.log_complete
 

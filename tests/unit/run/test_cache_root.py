@@ -20,7 +20,7 @@ from builder.cache.model_store import config_digest
 from builder.cache.toolchain import Record
 from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
-from builder.engine.errors import NotFoundError
+from builder.engine.errors import MissingSourceError, NotFoundError
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted, PreflightError
 from builder.host.cancel import Cancel
@@ -248,7 +248,7 @@ def test_volume_is_read_through_a_container(make: Make, root: Path) -> None:
 
 def test_missing_root_on_the_engines_host_is_empty(make: Make, root: Path) -> None:
     engine = Elsewhere(root)
-    engine.refusal = EngineRefusedError(f"bind source path does not exist: {root}")
+    engine.refusal = MissingSourceError("cannot create it", str(root))
     with make(engine).view() as view:
         assert files_below(view) == set()
     engine.refusal = EngineRefusedError("no space left on device")

@@ -13,6 +13,7 @@ import pytest
 from builder.cache.toolchain import Record
 from builder.engine.api import Image
 from builder.engine.client import Engine
+from builder.engine.errors import MissingSourceError
 from builder.errors import EngineRefusedError, Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage, HostGpus
@@ -153,11 +154,10 @@ def test_preflight_gpu_refusal_is_a_gpu_problem(write: Write, message: str, text
 
 def test_preflight_mount_refusal_names_its_setting(write: Write, tmp_path: Path) -> None:
     manifest = write(models=tmp_path / "models")
-    begin = 'invalid mount config for type "bind": bind source path does not exist: '
     for place, path in (("cache", tmp_path / "cache"), ("models", tmp_path / "models")):
-        problem = preflight.no_source(manifest, EngineRefusedError(f"{begin}{path}"))
+        problem = preflight.no_source(manifest, MissingSourceError("cannot create it", str(path)))
         assert problem == Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
-    assert preflight.no_source(manifest, EngineRefusedError(f"{begin}/elsewhere")) is None
+    assert preflight.no_source(manifest, MissingSourceError("cannot create it", "/elsewhere")) is None
     assert preflight.no_driver(manifest, EngineRefusedError("no space left on device")) is None
 
 
