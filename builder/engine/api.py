@@ -69,7 +69,7 @@ class Mount:
     read_only: bool = False
 
     def body(self) -> dict[str, Any]:
-        """Return the long form, for binds: the engine refuses a bind whose source is missing."""
+        """Return the long form, for binds: the engine then refuses a missing source."""
         return {"Type": self.kind, "Source": self.source, "Target": self.target, "ReadOnly": self.read_only}
 
     def short(self) -> str:
@@ -155,7 +155,7 @@ class State:
 
     status: created, running, paused, restarting, removing, exited or dead.
     exit_code: only meaningful once the container is finished.
-    oom_killed: also true if only a child was killed; None if the engine cannot tell.
+    oom_killed: also true if only a child was killed; None if the engine does not know.
     """
 
     status: str

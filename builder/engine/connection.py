@@ -1,8 +1,8 @@
 """The connection to an engine: opening it, one request, and the one translator of failures.
 
 docker-py is imported when the connection is opened, because the import costs a tenth of a second. Only requests that
-are safe to repeat are retried; a create, start or build whose answer was lost may have taken effect, and its caller has
-to check.
+are safe to repeat are retried; a create, start or build may have taken effect although its answer was lost, and its
+caller has to check.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class EngineConnection:
         if info:
             self._local = is_this_machine(info)
             self.podman = is_podman(info)
-        # Not from_env(): it requests the version itself, and fails with errors of its own.
+        # Not from_env(): it requests the version itself, and raises other errors.
         options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
         api_client: Any = docker.APIClient
         new_client = functools.partial(api_client, timeout=self._timeout, **options)
@@ -284,7 +284,7 @@ def _raise_for_status(api: Any, response: Any) -> None:
 
 
 def _raw_socket(api: Any, response: Any) -> Any:
-    """Return the connection below a response whose connection was upgraded, or that is streamed."""
+    """Return the connection below a streamed response, or below one that upgraded its connection."""
     return api._get_raw_response_socket(response)  # noqa: SLF001
 
 

@@ -64,7 +64,7 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class ContainerOutcome:
-    """How a container ended. Nothing of it is left, unless `problems` says otherwise.
+    """How a container ended. Nothing of it is left, except for what `problems` names.
 
     ended: why it ended; ``lost``: the engine stopped answering.
     exit_code: None if unknown.
@@ -356,7 +356,7 @@ class _ContainerLife:
         self._engine.remove(self._container, force=True)
 
     def _remove_unanswered(self) -> None:
-        """Remove a container whose create was not answered: it may exist, and is found by lease and name.
+        """Remove a container after a create without an answer: it may exist, and is found by lease and name.
 
         If it does not exist the engine may still create it.
         """

@@ -1,4 +1,4 @@
-"""Failures of an engine in words: each becomes one sentence that says what to do next.
+"""Failures of an engine in words: each becomes one sentence with what to do next.
 
 Plain functions over statuses, texts and exceptions, so that every case can be tested without an engine.
 """
@@ -39,7 +39,7 @@ def refusal(action: str, status: int, explanation: str) -> EngineRefusedError:
 
 
 def loss(action: str, error: BaseException, *, hint: str = "") -> EngineLostError:
-    """Return the error for a request whose answer did not come, or broke off. hint: what else is known, as by ssh."""
+    """Return the error for a request without an answer, or with one that broke off. hint: ssh's last error."""
     causes = list(_causes(error))
     if any(_is_timeout(cause) for cause in causes):
         return EngineTimeoutError(

@@ -1,10 +1,10 @@
 """The pump: drains one container's output, always and completely, and never decides how the container ended.
 
 A reader that stops reading blocks the container, and then the engine's own calls on it. So one thread reads the
-attachment whatever its sinks do: the file may fail, the display may be slow, a callback may raise. An attachment that
-ends proves nothing. While the container lives the thread follows the stored log from there; after the exit `finish`
-proves that the log is complete (the program's last event counts its bytes), or reads from the stored log what is
-missing, exactly once.
+attachment whatever its sinks do: the file may fail, the display may be slow, a callback may raise. The end of an
+attachment proves nothing. While the container runs, the thread then follows the stored log; after the exit `finish`
+proves that the log is complete (the program's last event counts its bytes), or reads what is missing from the stored
+log, exactly once.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from builder.host.deadlines import Attempt, Deadline, poll
 EventCallback = Callable[[Event], None]
 
 _BUFFER = 1 << 20
-#: Up to this many received bytes the whole stored log is read for a proof; beyond, where nothing broke, its tail.
+#: Up to this many received bytes a proof reads the whole stored log; beyond that, if nothing broke, only its tail.
 _SMALL = 4 << 20
 _TAIL_ENTRIES = 500
-#: Seconds between the end of the output and the exit that it belongs to.
+#: Seconds that may pass between the end of the output and the exit.
 _EXIT_LAG = 1.0
-#: Seconds without an answer after which an engine is not waited for any more.
+#: Seconds without an answer after which the engine counts as lost.
 GIVE_UP = 60.0
-#: Seconds beyond its deadline that the end of the log may take to notice it.
-_HANGS = 0.3
+#: Seconds after the deadline until reading the end of the log is abandoned.
+_ABANDON_AFTER = 0.3
 
 
 class Pump:
-    """One container's output. `attach` before the start, `start`, and on every path `finish`.
+    """One container's output. Call `attach` before the container's start, then `start`, and on every path `finish`.
 
-    nonce: what events carry. on_event is called in the pump's thread; what it raises becomes a problem.
+    nonce: marks the lines that are events.
+    on_event: called in the pump's thread; an exception in it becomes a problem.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class Pump:
         self.complete = False
         self.last_output = time.monotonic()
 
-    # --- what others may know ----------------------------------------------------------------------------------------
+    # --- state, for other threads -------------------------------------------------------------------------------------
 
     @property
     def received(self) -> int:
-        """Bytes so far, both streams."""
+        """Bytes so far of both streams."""
         return self._received[STDOUT].bytes + self._received[STDERR].bytes
 
     @property
@@ -85,37 +86,37 @@ class Pump:
         return self._tail.lines()
 
     def fileno(self) -> int:
-        """Readable once the output seems to have ended: a good moment to look whether the container has."""
+        """Return a descriptor that becomes readable when the output ends: the moment to inspect the container."""
         return self._read_end
 
     @property
     def ended(self) -> bool:
-        """Whether the attachment has ended, which is a reason to look at the container."""
+        """Whether the attachment has ended, which is a reason to inspect the container."""
         return self._ended
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Connects to the container's output. Before its start this misses nothing."""
+        """Connect to the container's output. Complete if called before its start."""
         self._file.open()
         self._display.open()
         self._attachment = self._engine.attach_output(self._container)
 
     def start(self) -> None:
-        """Begins to drain."""
+        """Begin to drain."""
         self.last_output = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="log-pump", daemon=True)
         self._thread.start()
 
     def finish(self, deadline: Deadline, *, ran: bool = True, lost: bool = False) -> None:
-        """After the exit: drains what is on its way, makes the log complete, and lets go of everything. Never raises.
+        """Drain the rest after the exit, make the log complete, and close everything. Never raises.
 
-        ran: whether the container was ever started; if not there is no output to look for. lost: there is no engine any
-        more that could be asked for the rest; one that hangs would take its full time to say nothing.
+        ran: whether the container was ever started; otherwise there is no output.
+        lost: the engine does not answer, so the rest of the log is not requested.
         """
         try:
             if ran and not lost:
-                self._in_time(deadline)
+                self._reconcile_in_time(deadline)
                 return
             self._release_thread(Deadline(0.1))
             if lost:
@@ -125,13 +126,13 @@ class Pump:
         finally:
             self._close(deadline)
 
-    def _in_time(self, deadline: Deadline) -> None:
-        """Makes the log complete, unless the engine does not even answer by then."""
+    def _reconcile_in_time(self, deadline: Deadline) -> None:
+        """Make the log complete, unless the engine does not answer before the deadline."""
         attempt, limit = Attempt(lambda: self._reconcile(deadline)), Deadline(None)
         while attempt.running:
             attempt.join(0.05)
             if deadline.expired:
-                limit = limit.within(_HANGS)
+                limit = limit.within(_ABANDON_AFTER)
             if limit.expired and attempt.running:
                 self._stopped.set()
                 self.problems.append("the end of the log could not be read: the engine gave no answer in time")
@@ -165,14 +166,14 @@ class Pump:
             self._whole = self._drain()
             self._wake()
             self._follow()
-        except Exception as error:  # noqa: BLE001 - a defect here must not look like a quiet container
+        except Exception as error:  # noqa: BLE001 - a defect here must not look like a container without output
             self._whole = False
             self.problems.append(f"the log pump failed: {type(error).__name__}: {error}")
         finally:
             self._wake()
 
     def _drain(self) -> bool:
-        """Reads the attachment to its end. True when that end lies between frames, False when it broke."""
+        """Read the attachment to its end; return whether the end is between frames, False if the connection broke."""
         demux, buffer = Demux(), bytearray(_BUFFER)
         view = memoryview(buffer)
         try:
@@ -186,24 +187,22 @@ class Pump:
             return False
 
     def _follow(self) -> None:
-        """Where the attachment ended before the container did: the stored log from there, until the container is
-        over.
-        """
+        """If the attachment ended before the container, follow the stored log from there to the container's end."""
         lost: Deadline | None = None
         while not self._stopped.is_set():
             try:
-                if poll(self._is_over, Deadline(_EXIT_LAG), every=0.02):
+                if poll(self._has_ended, Deadline(_EXIT_LAG), every=0.02):
                     return
                 lost = None
                 self._whole = False
-                self._take_up(follow=True)
+                self._resume(follow=True)
             except EngineLostError:
                 lost = lost or Deadline(GIVE_UP)
                 if lost.expired:
                     return
                 self._stopped.wait(0.2)
 
-    def _is_over(self) -> bool:
+    def _has_ended(self) -> bool:
         if self._stopped.is_set():
             return True
         try:
@@ -233,14 +232,14 @@ class Pump:
         if self._is_proven() or (self._whole and self.received > _SMALL and self._has_same_tail()):
             self.complete = True
             return
-        self._take_up(follow=False, deadline=deadline)
+        self._resume(follow=False, deadline=deadline)
         if deadline.expired:
             self.problems.append("there was no time to read the rest of the log")
         else:
             self.complete = True
 
     def _is_proven(self) -> bool:
-        """The program has counted its bytes, and they are all here."""
+        """Return whether the program's own count of its bytes equals what was received."""
         if self._end is None:
             return False
         event, size = self._end
@@ -248,7 +247,7 @@ class Pump:
         return (event.stdout, event.stderr) == (out - size, err)
 
     def _has_same_tail(self) -> bool:
-        """Whether the last entries of the stored log are the last that arrived, in every stream that they belong to."""
+        """Return whether the last entries of the stored log are the last that were received, stream by stream."""
         stored: dict[int, bytes] = {}
         for stream, entry in self._engine.log_frames(self._container, follow=False, tail=_TAIL_ENTRIES):
             stored[stream] = stored.get(stream, b"") + entry
@@ -256,8 +255,8 @@ class Pump:
             stream in self._received and self._received[stream].ends_like(stored[stream]) for stream in stored
         )
 
-    def _take_up(self, *, follow: bool, deadline: Deadline | None = None) -> None:
-        """Reads the stored log from its beginning and takes what has not been received."""
+    def _resume(self, *, follow: bool, deadline: Deadline | None = None) -> None:
+        """Read the stored log from its beginning and feed what has not been received."""
         resumes = {stream: Resume(received, whole=self._whole) for stream, received in self._received.items()}
         for stream, entry in self._engine.log_frames(self._container, follow=follow):
             if stream in resumes and (new := resumes[stream].new(entry)):
@@ -296,7 +295,7 @@ class Pump:
         self._display.add(mark, region)
 
     def _take_events(self, region: bytes) -> bytes:
-        """The region without the events in it, each of which has been dealt with."""
+        """Handle the events in the region; return the region without them."""
         kept, at = [], 0
         while (begin := self._next_event(region, at)) >= 0:
             end = region.index(b"\n", begin) + 1
@@ -308,7 +307,7 @@ class Pump:
         return b"".join([*kept, region[at:]])
 
     def _next_event(self, region: bytes, at: int) -> int:
-        """Where the next line with our prefix begins, at or behind the beginning of a line; -1 when none does."""
+        """Return the position of the next line with our prefix; -1 if there is none. at: the beginning of a line."""
         if region.startswith(self._prefix, at):
             return at
         found = region.find(b"\n" + self._prefix, at)
@@ -321,20 +320,18 @@ class Pump:
             self.last_output = time.monotonic()
         repeats = isinstance(event, (events.Progress, events.EntryCounts))
         if repeats and self.events and type(self.events[-1]) is type(event):
-            # A day of progress would fill the memory, and only the last one matters.
+            # Hours of progress events would fill the memory, and only the last one matters.
             self.events[-1] = event
         else:
             self.events.append(event)
         if self._on_event is not None:
             try:
                 self._on_event(event)
-            except Exception as error:  # noqa: BLE001 - whoever listens must not stop the draining
+            except Exception as error:  # noqa: BLE001 - a callback must not stop the draining
                 self.problems.append(f"handling the event {event.wire_name!r} failed: {type(error).__name__}: {error}")
 
     def _has_grown(self, event: Event) -> bool:
-        """Whether the event is a sign of life: more was done, or more entries are there, than ever before in this
-        phase.
-        """
+        """Return whether the event is a sign of life: a count is higher than ever before in this phase."""
         counts: dict[str, int] = {}
         match event:
             case events.Phase():

@@ -1,12 +1,11 @@
-"""Taking up a container's log where an attachment stopped: nothing twice, nothing left out.
+"""Resuming a container's log after an attachment broke: nothing twice, nothing left out.
 
-An attachment gives the very bytes, without times or positions. The stored log gives entries: a line, or a piece of 16
-KiB of a longer one, in which json-file has replaced every byte that is not UTF-8 by U+FFFD. What both have in common
-is counted per stream: newlines, and behind the last one the characters that the engine stored for the bytes that
-arrived.
+An attachment gives the program's bytes, without times or positions. The stored log gives entries: a line, or a piece of
+16 KiB of a longer one, in which json-file has replaced every byte that is not UTF-8 by U+FFFD. What both have in common
+is counted per stream: newlines, and after the last one the characters that the engine stored for the received bytes.
 
-An engine that was killed may have handed on lines that it never stored. So the last lines that arrived are compared
-as well: where the stored log goes on with something else, that is new.
+An engine that was killed may have delivered lines that it never stored. So the last received lines are compared as
+well: from the point where the stored log differs, its content is new.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import codecs
 import re
 from collections import deque
 
-#: The engine's copier cuts longer lines into pieces of this many bytes, counted from the line's beginning.
+#: The engine cuts longer lines into pieces of this many bytes, counted from the line's beginning.
 PIECE = 16 << 10
 
 _WINDOW = 64 << 10
@@ -24,19 +23,19 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 class Received:
-    """What has arrived of one stream. Memory is bounded however much that is."""
+    """What was received of one stream, in bounded memory."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self.newlines = 0
         self.partial = bytearray()
-        #: Characters of the unfinished line that are no longer in `partial`.
+        #: Number of characters of the unfinished line that are no longer in `partial`.
         self.cut = 0
         self._recent: deque[bytes] = deque()
         self._recent_bytes = 0
 
     def add(self, data: bytes) -> None:
-        """Counts these bytes, which came behind all others."""
+        """Count these bytes, which follow all others."""
         self.bytes += len(data)
         newlines = data.count(b"\n")
         if newlines:
@@ -52,11 +51,11 @@ class Received:
             del self.partial[:_MAX_PARTIAL]
 
     def recent_lines(self) -> list[bytes]:
-        """The last complete lines, newest last, each with its newline; as many as fit the window."""
+        """Return the last complete lines, each with its newline; as many as fit the window."""
         return _split(b"".join(self._recent))
 
     def ends_like(self, stored: bytes) -> bool:
-        """Whether the end of what arrived is the end of these stored entries, as far back as both reach."""
+        """Return whether the received output ends like these stored entries, as far back as both reach."""
         mine = "".join(stored_form(line) for line in self.recent_lines()) + stored_form(bytes(self.partial))
         theirs = stored.decode("utf-8", "replace")
         size = min(len(mine), len(theirs))
@@ -64,7 +63,7 @@ class Received:
 
     def _remember(self, block: bytes) -> None:
         if self.cut:
-            # The beginning of its first line is gone.
+            # The beginning of its first line is no longer held.
             block = block[block.find(b"\n") + 1 :]
             self._recent.clear()
             self._recent_bytes = 0
@@ -80,10 +79,11 @@ class Received:
 
 
 class Resume:
-    """Reads one stream's stored log from its beginning, and gives back only what had not arrived.
+    """Reads one stream's stored log from its beginning, and returns only what was not received.
 
-    whole: nothing seems to have been lost. Then a beginning of a character at the end is taken for what it is, where
-    the stored U+FFFD could be either its replacement or, which hardly any program writes, the character itself.
+    whole: nothing seems to have been lost. This decides one case: the received bytes end with an incomplete character,
+    and the stored log has U+FFFD there. If whole, that is the replacement of these bytes; otherwise it may be U+FFFD
+    itself, which hardly any program prints, and its remaining bytes are new.
     """
 
     def __init__(self, received: Received, *, whole: bool = False) -> None:
@@ -98,7 +98,7 @@ class Resume:
         self._caught_up = not received.bytes
 
     def new(self, entry: bytes) -> bytes:
-        """What is new in this entry, which may be everything, nothing, or its end."""
+        """Return the new part of this entry: all of it, nothing, or its end."""
         if self._caught_up:
             return entry
         if self._unchecked > 0 and entry.count(b"\n") == entry.endswith(b"\n"):
@@ -107,7 +107,7 @@ class Resume:
         return b"".join(self._piece(piece) for piece in _split(entry))
 
     def end(self) -> bytes:
-        """What is still held back when the log is over: a last line without newline that has not arrived."""
+        """Return what is still held back at the log's end: a last line without newline that was not received."""
         line, self._line = self._line, b""
         if self._caught_up or not line:
             return b""
@@ -144,9 +144,7 @@ class Resume:
         return b""
 
     def _behind_partial(self, line: bytes, *, over: bool) -> bytes | None:
-        """What comes behind the unfinished line that arrived; None when that cannot be told before more of it is
-        here.
-        """
+        """Return what follows the unfinished line that was received; None if more of `line` is needed to decide."""
         text = line.decode("utf-8", "replace")
         have = self._cut + len(self._partial)
         if len(text) < have + len(self._pending) + 1 and not over:
@@ -165,8 +163,9 @@ class Resume:
 
 
 def stored_form(data: bytes) -> str:
-    """What json-file stores for these bytes, which begin a line: one U+FFFD for each byte that is not UTF-8, also
-    where a piece's end cuts a character.
+    """Return what json-file stores for these bytes, which begin a line.
+
+    One U+FFFD for each byte that is not UTF-8, also where the end of a piece cuts a character.
     """
     if len(data) <= PIECE:
         return _ESCAPED.sub("\ufffd", data.decode("utf-8", "surrogateescape"))
@@ -174,7 +173,7 @@ def stored_form(data: bytes) -> str:
 
 
 def _complete(data: bytes) -> tuple[bytes, bytes]:
-    """The data without, and then with only, the beginning of a character whose rest may still come."""
+    """Split off an incomplete character at the end; its rest may follow."""
     at = len(data) - len(data) % PIECE
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     decoder.decode(data[at:])
@@ -183,7 +182,7 @@ def _complete(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _split(data: bytes) -> list[bytes]:
-    """The lines with their newlines; only a newline ends one."""
+    """Return the lines with their newlines; only a newline ends a line."""
     lines = data.split(b"\n")
     last = lines.pop()
     return [line + b"\n" for line in lines] + ([last] if last else [])

@@ -1,8 +1,7 @@
-"""Where a container's lines go: a file that has them all, people who see what they can keep up with, and a short
-memory.
+"""Destinations of a container's output: a file with every line, a display with as many as it can take, a short tail.
 
-A region is bytes of whole lines: each ends with a newline and has no other carriage return or newline. Work is done
-on regions, never line by line, wherever people are not the readers.
+A region is bytes of whole lines: each ends with a newline and has no other carriage return or newline. The work is done
+per region, and per line only for the lines that people see.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import BinaryIO
 from builder.engine.api import STDERR, STDOUT
 from builder.text import readable, shortened
 
-#: What every line of the log file begins with, by stream.
+#: Prefix of each line in the log file, by stream.
 MARKS = {STDOUT: "out", STDERR: "err"}
 
-#: A longer line is cut into lines of this size. Bytes.
+#: A longer line is cut into lines of this many bytes.
 MAX_LINE = 1 << 20
 TAIL_LINES = 30
 
@@ -30,9 +29,11 @@ _QUEUE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Sinks:
-    """log_path: gets every line, behind ``out| `` or ``err| ``. display: is called with a stream (``out``, ``err``,
-    or ``note`` for what this program has to say) and one line that is safe to print; from a thread of its own, and
-    lines are dropped when it is slow.
+    """Where the output is sent.
+
+    log_path: receives every line after its prefix ``out| `` or ``err| ``.
+    display: called with a stream (``out``, ``err``, or ``note`` for this program's remarks) and one line that is safe
+    to print, in its own thread; lines are dropped while it is slow.
     """
 
     log_path: Path | None = None
@@ -40,14 +41,14 @@ class Sinks:
 
 
 class Lines:
-    """One stream's bytes into regions. Carriage returns end lines too, so that progress bars are seen moving."""
+    """Cuts one stream's bytes into regions. Carriage returns end lines too, so that progress bars are seen moving."""
 
     def __init__(self) -> None:
         self.rest = bytearray()
         self._after_return = False
 
     def feed(self, data: bytes) -> bytes:
-        """The region that these bytes complete; empty when they end no line."""
+        """Return the region that these bytes complete; empty if they end no line."""
         if self._after_return:
             self._after_return = False
             data = data.removeprefix(b"\n")
@@ -65,7 +66,7 @@ class Lines:
         return region + data[first:end]
 
     def last(self) -> bytes:
-        """The line that never ended, as a region."""
+        """Return the unfinished line as a region."""
         rest, self.rest = bytes(self.rest), bytearray()
         return rest + b"\n" if rest else b""
 
@@ -78,7 +79,7 @@ class Lines:
 
 
 class LogFile:
-    """The complete log. A failure to write ends the file, never the draining; ``problem`` says what happened."""
+    """The complete log. A failure to write ends the file, never the draining; `problem` describes it."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -90,7 +91,7 @@ class LogFile:
         return self._file is not None
 
     def open(self) -> None:
-        """Begins a new file."""
+        """Begin a new file."""
         if self.path is not None:
             try:
                 self._file = self.path.open("wb", buffering=0)
@@ -98,7 +99,7 @@ class LogFile:
                 self._fail(error)
 
     def write(self, mark: str, region: bytes) -> None:
-        """Adds these lines, each behind the mark."""
+        """Add these lines, each after the mark."""
         if self._file is None:
             return
         begin = f"{mark}| ".encode()
@@ -129,7 +130,7 @@ class LogFile:
 
 
 class Tail:
-    """The last lines, for people."""
+    """The last lines of the output, for error messages."""
 
     def __init__(self, count: int = TAIL_LINES) -> None:
         self._count = count
@@ -141,14 +142,12 @@ class Tail:
         )
 
     def lines(self) -> list[str]:
-        """Oldest first, safe to print."""
+        """Return the lines, oldest first, safe to print."""
         return [show(line) for line in self._lines]
 
 
 class Display:
-    """Shows lines from a thread of its own. What does not fit the queue is dropped and counted, so that the pump
-    never waits.
-    """
+    """Shows lines in its own thread. Lines that do not fit the queue are dropped and counted: the pump never waits."""
 
     def __init__(self, show_line: Callable[[str, str], None] | None) -> None:
         self._show_line = show_line
@@ -161,13 +160,13 @@ class Display:
         self.problem = ""
 
     def open(self) -> None:
-        """Starts the thread, where there is somebody to show lines to."""
+        """Start the thread, if there is a display."""
         if self._show_line is not None:
             self._thread = threading.Thread(target=self._run, args=(self._show_line,), name="display", daemon=True)
             self._thread.start()
 
     def add(self, stream: str, region: bytes) -> None:
-        """Never waits."""
+        """Queue these lines, or drop them. Never waits."""
         if self._thread is None:
             return
         with self._changed:
@@ -179,13 +178,13 @@ class Display:
             self._changed.notify()
 
     def note(self, text: str) -> None:
-        """A remark of this program's own between the lines. Never dropped."""
+        """Queue a remark of this program. Never dropped."""
         with self._changed:
             self._queue.append(("note", text.encode() + b"\n"))
             self._changed.notify()
 
     def close(self, seconds: float) -> None:
-        """Gives the rest so many seconds to be shown."""
+        """Stop the thread; the queued lines have this long to be shown."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -208,10 +207,10 @@ class Display:
                     show_line(stream, show(line))
                 if dropped:
                     show_line("note", f"{dropped} lines not shown; the log file has them")
-        except Exception as error:  # noqa: BLE001 - whatever it is, draining goes on
+        except Exception as error:  # noqa: BLE001 - a display must not stop the draining
             self.problem = f"showing the log failed: {type(error).__name__}: {error}"
 
 
 def show(line: bytes) -> str:
-    """One line for people: decoded, harmless, not endless."""
+    """Return one line decoded, without terminal sequences and of limited length."""
     return shortened(readable(line[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace")), _SHOWN_CHARACTERS)

@@ -67,7 +67,7 @@ def stored_log(read: Callable[[], Frames], state: Callable[[], State] | None) ->
     """Yield the stored log in the entries of Docker's json-file.
 
     read: returns the log as it is now, from its beginning.
-    state: the container's state, until whose end the log is followed; None: the log as it is now.
+    state: returns the container's state, and the log is followed to the container's end; None: the log as it is now.
     """
     return as_json_file(read() if state is None else _followed(read, state))
 

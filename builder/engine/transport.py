@@ -123,7 +123,7 @@ class Tunnel:
 
 
 def _ssh(url: str) -> list[str]:
-    """Return the ssh command for this address; in batch mode, because nobody could answer its prompts."""
+    """Return the ssh command for this address; in batch mode, because its prompts could not be answered."""
     parts = urlsplit(url)
     try:
         port = parts.port
