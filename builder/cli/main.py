@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] | None
         return int(stop.code or 0)
     except UsageError as error:
         return _Program(parser.unparsed(argv, environ), environ).finish(error)
+    except Exception as raised:  # noqa: BLE001 - parsing loads the verb's module, and a machine may lack what that takes
+        program = _Program(parser.unparsed(argv, environ), environ)
+        return program.finish(program.unexpected(raised))
     assert line.verb is not None
     return _Program(line, environ).run(line.verb)
 
@@ -107,14 +110,18 @@ class _Program:
         except KeyboardInterrupt:
             error = Interrupted(signal.SIGINT)
         except Exception as raised:  # noqa: BLE001 - every failure ends as a sentence
-            if self.line.args.verbose:
-                self.console.say(traceback.format_exc().rstrip())
-            error = _unexpected(raised)
+            error = self.unexpected(raised)
         self.report.seconds = time.monotonic() - self.started
         if error is not None and self.cancel.signum is not None and not isinstance(error, Interrupted):
             self.report.warnings.append(error.message)  # of several reasons the signal is the first
             error = Interrupted(self.cancel.signum)
         return self.finish(error, invocation.prune_logs)
+
+    def unexpected(self, raised: Exception) -> BuilderError:
+        """Return the error for an exception that is being handled, and write its traceback if that is wanted."""
+        if self.line.args.verbose:
+            self.console.say(traceback.format_exc().rstrip())
+        return _unexpected(raised)
 
     def finish(self, error: BuilderError | None, tidy: Callable[[], None] = lambda: None) -> int:
         """Report the outcome, and return the exit status. tidy: is called after that."""

@@ -173,7 +173,8 @@ def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
     verb = words[0] if words and words[0] in VERBS else None
     switch = SWITCHES.get(environ.get(f"{ENVIRONMENT}JSON", "").strip().lower(), False)
     owner = verb is not None and VERBS[verb].needs == "command"  # stdout is the command's
-    return CommandLine(verb, Args(json="--json" in words or (switch and not owner)))
+    verbose = "-v" in words or "--verbose" in words
+    return CommandLine(verb, Args(json="--json" in words or (switch and not owner), verbose=verbose))
 
 
 def module(verb: str) -> Any:

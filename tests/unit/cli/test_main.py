@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from builder import __main__
 from builder.cli import main as cli
+from builder.cli import parser
 from builder.errors import (
     BuilderError,
     BusyError,
@@ -74,6 +76,17 @@ def test_defect_is_one_sentence_and_traceback_with_verbose(bench: Bench) -> None
     assert "Traceback" not in captured.err
     assert json.loads(captured.out)["exit"] == 1
     assert bench.run("check", "-v", "--json") == 1
+    assert "Traceback (most recent call last)" in bench.said()
+
+
+def test_error_while_loading_a_verb_is_one_sentence(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many_files(verb: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(parser, "module", too_many_files)
+    assert bench.run("check") == 12
+    assert bench.said() == "error: this machine can't run it: Too many open files. Exit 12.\n"
+    assert bench.run("check", "-v", "--json") == 12
     assert "Traceback (most recent call last)" in bench.said()
 
 
