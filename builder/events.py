@@ -252,7 +252,7 @@ class ViewState(Event, wire="view"):
     """Modes ``view-create`` and ``view-list``: one view. Without a readable record only its name and size are known."""
 
     view: str
-    generation: str = ""  # what it lies upon
+    generation: str = ""  # that it is based on
     created: float = 0.0
     engine: str = ""  # id of the engine that has its volume
     bytes: int = 0  # of the files that the job wrote
@@ -268,7 +268,7 @@ class GenerationState(Event, wire="generation"):
     asked: float  # when a view was last made of it
     bytes: int
     files: int
-    views: tuple[str, ...]  # names of the views that lie upon it
+    views: tuple[str, ...]  # names of the views that are based on it
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class Audited(Event, wire="audited"):
     """Mode ``view-audit``, once: the sum of all findings, of which only the foremost are events."""
 
     used: int  # entries that were hit
-    asked: tuple[tuple[str, int, int, int], ...]  # shapes whose lock was taken: kernel, N, K, groups
+    asked: tuple[tuple[str, int, int, int], ...]  # shapes with a lock that was taken: kernel, N, K, groups
     counts: Mapping[str, int]  # findings by kind
     seconds: float  # in which something was compiled
     truncated: str = ""  # why there may be more

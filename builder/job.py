@@ -43,7 +43,7 @@ class ServingImage:
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """Where a run comes from. A task's marker records it."""
+    """The origin of a run. A task's marker records it."""
 
     host: str
     builder: str  # version of this program
@@ -53,7 +53,7 @@ class RunOrigin:
 
 @dataclass(frozen=True)
 class ViewRequest:
-    """What the modes of views, and ``sweep``, are asked to work on."""
+    """The object of the modes of views, and of ``sweep``."""
 
     name: str = ""  # of the view; "" in mode ``view-list``: all of them
     engine: str = ""  # id of the engine that has, or gets, its volume
@@ -70,13 +70,13 @@ class PrunePolicy:
     image: str = ""  # identity of the manifest's image, which stays
     keys: tuple[Mapping[str, str], ...] = ()  # its family keys, for each environment of its tasks; they stay
     folders: tuple[str, ...] = ()  # folders of its tasks' markers; they stay
-    tasks: tuple[str, ...] = ()  # labels of tasks whose folders are unknown: their model is not there
+    tasks: tuple[str, ...] = ()  # labels of tasks with unknown folders: their model is not there
     dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the in-container program is asked for. Durations in seconds."""
+    """Everything that the in-container program needs for one mode. Durations in seconds."""
 
     mode: Mode
     nonce: str  # of this run's event lines; printable ASCII
@@ -88,7 +88,7 @@ class Job:
     grace: float = 8.0  # between SIGTERM and the end of all children
     log_limit: int = 2 << 30  # bytes of log after which the task is ended
     workdir: str = "/"  # where children start: the image's own
-    secrets: tuple[str, ...] = ()  # NAMES of environment variables whose values are never printed
+    secrets: tuple[str, ...] = ()  # NAMES of environment variables with values that are never printed
     job_max: float = 6 * 3600.0  # a test job may last so long, and use the cache without a lock (``sweep``, ``prune``)
     repair: bool = False  # mode ``verify``: quarantine bad entries
     concurrent: bool = False  # other tasks of this run may compile into the root at the same time

@@ -1,4 +1,5 @@
-"""The in-container program: standard library only, Python 3.10 and later, ``python3 -m builder.agent``.
+"""The in-container program, ``python3 -m builder.agent``: reads one job, compiles, proves, writes the marker last.
 
-The host side imports it too, so that markers and inventories are read by the code that wrote them.
+Standard library only, Python 3.10 and later. It knows no engine and no manifest; the host starts it and does not import
+it.
 """

@@ -1,5 +1,4 @@
-"""``python3 -m builder.agent``: reads its job from the environment and does it. Modes: probe, run, those of LOCKS, and
-those of UPKEEP.
+"""``python3 -m builder.agent``: reads its job from the environment and does it (`job.Mode`).
 
 Exit status: 0 done (``run``: warmed) · 20 failed · 21 partial · 22 skipped · 2 no job · 70 the lease ended · 71 the
 lifetime is over · 128 + N stopped by signal N.
@@ -26,7 +25,7 @@ from builder.recording import Request, fields_of
 
 NO_JOB = 2
 
-#: Modes that hold one lock, and of which file.
+#: Modes that hold one lock: the path of its file.
 LOCKS = {"lock": layout.run_lock, "views": layout.views_lock, "hold": layout.hold_lock}
 #: Modes for a whole cache root.
 UPKEEP = {
@@ -41,9 +40,9 @@ UPKEEP = {
 
 
 def main() -> int:
-    """Never raises for what the job or the machine is like: that is said, and becomes the exit status."""
+    """Do the job. Returns the exit status; a bad job or machine is reported in the log, and never raised."""
     try:
-        # Gone before any child starts: the nonce in it is what makes a line an event.
+        # Removed before any child starts: its nonce is what makes a line an event.
         # It is UTF-8 whatever the image's locale is.
         job = Job.from_json(os.fsencode(os.environ.pop(JOB_VARIABLE, "")).decode("utf-8", "surrogateescape"))
     except ValueError as error:
@@ -52,7 +51,7 @@ def main() -> int:
     secrets = [os.environ[name] for name in job.secrets if name in os.environ]
     output = Output(job.nonce, secrets, limit=job.log_limit)
     task = job.task
-    guard = Guard(job, lambda: _say_lifetime(job, output, warming))
+    guard = Guard(job, lambda: _report_lifetime(job, output, warming))
     warming = Warming(job, task, output, guard) if task is not None and job.mode == "run" else None
     try:
         guard.start()
@@ -69,7 +68,7 @@ def main() -> int:
         elif job.mode in UPKEEP:
             status = _upkeep(job, output, guard)
         else:
-            output.say(f"no such mode, or no task for it: {job.mode!r}")
+            output.say("mode run needs a task")
             status = NO_JOB
     except Stopped as stopped:
         status = 128 + stopped.signum
@@ -86,6 +85,7 @@ def main() -> int:
 
 
 def _probe(job: Job, output: Output) -> int:
+    """Report the toolchain, prepare the root and write the memo."""
     root = Path(job.mount)
     env = {} if job.task is None else dict(job.task.env)
     with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
@@ -100,7 +100,7 @@ def _probe(job: Job, output: Output) -> int:
         layout.prepare(root)
         write_memo(root, job, record, env)
     except (layout.LayoutError, OSError) as error:
-        # The record is known all the same; a root that cannot be written is the next step's trouble, and named there.
+        # The record is reported all the same; a root that cannot be written is an error of the next step.
         output.say(str(error))
         return FAILED
     return 0
@@ -130,7 +130,7 @@ def _record(job: Job, output: Output, guard: Guard) -> int:
 
 
 def _lock(job: Job, output: Output, guard: Guard) -> int:
-    """Holds a lock of the root; the hold is shared, and only of a root that is there: a job makes none."""
+    """Hold a lock of the root until the end. The hold is shared, and needs an existing root: a job makes none."""
     root, exclusive = Path(job.mount), job.mode != "hold"
     try:
         if exclusive:
@@ -156,7 +156,7 @@ def _upkeep(job: Job, output: Output, guard: Guard) -> int:
         return FAILED
 
 
-def _say_lifetime(job: Job, output: Output, warming: Warming | None) -> None:
+def _report_lifetime(job: Job, output: Output, warming: Warming | None) -> None:
     reason = f"the container's lifetime of {job.lifetime:.0f} s is over"
     output.say(reason)
     if warming is not None:
@@ -165,5 +165,5 @@ def _say_lifetime(job: Job, output: Output, warming: Warming | None) -> None:
 
 
 if __name__ == "__main__":
-    # No interpreter teardown: threads that wait for a lease never return, and everything is published by now.
+    # No interpreter teardown: threads that wait for a lease never return, and everything is written by now.
     end(main())

@@ -1,8 +1,8 @@
-"""Dummy weights: a model of full width and few layers, of which no checkpoint is read.
+"""Dummy weights: a model of full width and few layers, without reading a checkpoint.
 
-What a kernel's shape depends on (hidden sizes, heads, experts, parallelism) stays as it is; only how often a layer is
-repeated goes. So every *kind* of layer has to stay: dense and MoE ones, and one of each combination that the per-layer
-lists of config.json tell apart. Draft layers (``num_nextn_predict_layers``) are beside these, and all stay.
+Everything that a kernel's shape depends on (hidden sizes, heads, experts, parallelism) is kept; only the number of
+layers shrinks. So one layer of every *kind* must be kept: dense and MoE layers, and one of each combination that the
+per-layer lists of config.json distinguish. Draft layers (``num_nextn_predict_layers``) are separate: all are kept.
 
 Sources: sglang 0.5.11 to 0.5.23 (``hf_transformers/config.py`` applies the overrides, to the draft model as well, and
 merges those of a sub-configuration from 0.5.23 on; the models' ``is_layer_sparse`` and its like), and the config.json
@@ -20,22 +20,22 @@ from builder import sglang_args
 from builder.task import Task
 
 LAYERS = "num_hidden_layers"
-#: A number of layers is not believed beyond this.
+#: More layers than this are a mistake in config.json.
 MOST_LAYERS = 10_000
-#: Where a model of several parts keeps its language model.
+#: Sub-configurations of models of several parts, for the language model.
 PARTS = ("text_config", "llm_config", "language_config")
-#: Lists and tables that say nothing about layers, however long they are.
+#: Lists and tables that are not per layer, whatever their length.
 _OTHERS = ("architectures", "auto_map", "quantization_config", "rope_scaling", "rope_parameters")
 
 
 class TooFewLayersError(ValueError):
-    """So many layers cannot hold one of every kind. The message says how many are needed."""
+    """Too few layers to keep one of every kind. The message has the number needed."""
 
 
 def task_of(task: Task, config: Mapping[str, Any] | None) -> Task:
-    """The task as it is run with dummy weights. config: the model's config.json, where it can be read.
+    """Return the task as it runs with dummy weights. Raises TooFewLayersError.
 
-    Raises TooFewLayersError.
+    config: the model's config.json; None if it cannot be read.
     """
     overrides: dict[str, Any] = {}
     if task.layers is not None:
@@ -44,15 +44,15 @@ def task_of(task: Task, config: Mapping[str, Any] | None) -> Task:
 
 
 def describe(task: Task) -> str:
-    """What the task is warmed with, for people."""
+    """Return the kind of weights, for people."""
     kept = "" if task.layers is None else f", {task.layers} layers" if task.layers > 1 else ", 1 layer"
     return f"dummy weights{kept}"
 
 
 def few_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """What of a model's config.json has to be overridden, so that ``layers`` layers stay, among them one of every kind.
+    """Return overrides of config.json that keep `layers` layers, one of every kind among them.
 
-    Nothing where the model has no more. Raises TooFewLayersError.
+    Empty if the model has no more layers than that. Raises TooFewLayersError.
     """
     if LAYERS not in config:
         for name in PARTS:
@@ -69,16 +69,16 @@ def few_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     kinds: dict[tuple[Any, ...], int] = {}
     for layer in range(total):
         kinds.setdefault((sparse(layer), *(json.dumps(values[layer]) for values in lists.values())), layer)
-    # Of a rhythm the beat has to fall within what is left, and something beside it.
-    rhythm = config.get("full_attention_interval")
-    if not isinstance(rhythm, int) or "layer_types" in config:
-        rhythm = 1
-    needed = max(len(kinds), min(rhythm, 2))
+    # `full_attention_interval` = n puts full attention on every n-th layer: keep one full and one linear layer.
+    interval = config.get("full_attention_interval")
+    if not isinstance(interval, int) or "layer_types" in config:
+        interval = 1
+    needed = max(len(kinds), min(interval, 2))
     if needed > layers:
         raise TooFewLayersError(f"layers = {layers} is too few: the model has {needed} kinds of layers")
     kept = set(kinds.values())
     kept |= set([layer for layer in range(total) if layer not in kept][: layers - len(kept)])
-    # Dense layers come first where only their number can be said.
+    # Dense layers come first where config.json has only their number.
     order = sorted(kept, key=lambda layer: (sparse(layer), layer) if "first_k_dense_replace" in config else layer)
     dense = [at for at, layer in enumerate(order) if not sparse(layer)]
     made: dict[str, Any] = {LAYERS: layers}
@@ -90,13 +90,13 @@ def few_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
             made["moe_layer_freq"] = 1
     elif isinstance(config.get("decoder_sparse_step"), int):
         made |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if rhythm > 1:
-        made["full_attention_interval"] = min(rhythm, layers)
+    if interval > 1:
+        made["full_attention_interval"] = min(interval, layers)
     return made
 
 
 def _per_layer(config: Mapping[str, Any], total: int) -> dict[tuple[str, ...], Sequence[Any]]:
-    """Lists (and patterns, which are strings) with one value per layer, by their path; draft layers may come after."""
+    """Return lists (and patterns: strings) with one value per layer, by path; draft layers may follow the others."""
     drafts = config.get("num_nextn_predict_layers")
     lengths = {total, total + (drafts if isinstance(drafts, int) else 0)}
     found: dict[tuple[str, ...], Sequence[Any]] = {}
@@ -112,7 +112,7 @@ def _per_layer(config: Mapping[str, Any], total: int) -> dict[tuple[str, ...], S
 
 
 def _is_sparse(config: Mapping[str, Any]) -> Callable[[int], bool]:
-    """Whether a layer is one of experts, as sglang's models tell it."""
+    """Return a function that separates MoE layers from dense ones, as sglang's models do."""
     frequency, first = config.get("moe_layer_freq"), config.get("first_k_dense_replace")
     if isinstance(first, int):
         every = frequency if isinstance(frequency, int) and frequency > 0 else 1
@@ -121,7 +121,7 @@ def _is_sparse(config: Mapping[str, Any]) -> Callable[[int], bool]:
     only = only if isinstance(only, list) else ()
     if isinstance(step, int) and step > 0:
         return lambda layer: layer not in only and (layer + 1) % step == 0
-    return lambda layer: True  # all alike, or told apart by a list
+    return lambda layer: True  # all alike, or distinguished by a list
 
 
 def _cut(values: Sequence[Any], order: Sequence[int], total: int) -> Any:

@@ -1,7 +1,7 @@
-"""GPU facts from libcuda and NVML through ctypes; never through torch, whose import takes seconds.
+"""GPU facts from libcuda and NVML through ctypes; never through torch, because importing it takes seconds.
 
-It runs in a process of its own (`toolchain` starts it): a driver that hangs or crashes takes that process with it and
-nothing else, and the caller never holds an initialised CUDA that a fork would break.
+It runs in a separate process (`probe` starts it): a driver that hangs or crashes ends that process alone, and the
+caller never holds an initialised CUDA that a fork would break.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/nvidia/version")
 
 
 def facts() -> dict[str, Any]:
-    """``gpus`` in the order that CUDA shows them, ``driver`` version, ``problems``. What is not there is null."""
+    """Return ``gpus`` in CUDA's order, ``driver`` version and ``problems``. Absent facts are None."""
     problems: list[str] = []
     return {"gpus": _gpus(problems), "driver": _driver(), "problems": problems}
 
@@ -37,7 +37,7 @@ def _library(name: str) -> ctypes.CDLL | None:
 
 
 def _call(library: ctypes.CDLL, names: Sequence[str], *arguments: Any) -> int | None:
-    """The status of the first of these functions that the library has; None where it has none (old driver, stub)."""
+    """Return the status of the first of these functions that the library has; None if it has none of them."""
     for name in names:
         function = getattr(library, name, None)
         if function is not None:
@@ -51,7 +51,7 @@ def _gpus(problems: list[str]) -> list[dict[str, Any]]:
         return []
     status = _call(cuda, ["cuInit"], 0)
     if status != 0:
-        if status != 100:  # CUDA_ERROR_NO_DEVICE is an answer
+        if status != 100:  # CUDA_ERROR_NO_DEVICE is no problem
             problems.append(f"cuInit: status {status}")
         return []
     count = ctypes.c_int(0)
@@ -91,7 +91,7 @@ def _gpu(cuda: ctypes.CDLL, index: int, problems: list[str]) -> dict[str, Any] |
 
 
 def _driver() -> str | None:
-    """The kernel driver's version: NVML's answer, else what the kernel module publishes."""
+    """Return the kernel driver's version: from NVML, else as the kernel module publishes it."""
     nvml = _library("libnvidia-ml.so.1")
     if nvml is not None and _call(nvml, ["nvmlInit_v2", "nvmlInit"]) == 0:
         version = ctypes.create_string_buffer(96)
@@ -110,5 +110,5 @@ def _driver() -> str | None:
 
 
 def main() -> None:
-    """Prints the facts as one line of JSON."""
+    """Write the facts as one line of JSON."""
     sys.stdout.write(json.dumps(facts()) + "\n")

@@ -30,7 +30,7 @@ _END = threading.Lock()
 
 
 class Stopped(Exception):
-    """A signal asked this program to stop. signum: which one."""
+    """A signal requests this program to stop. signum: which one."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -38,7 +38,7 @@ class Stopped(Exception):
 
 
 class Guard:
-    """Watches from threads of its own, so that a main thread stuck in a write cannot outlive its lease.
+    """Watches from separate threads, so that a main thread stuck in a write cannot outlive its lease.
 
     on_lifetime: called once when the lifetime is over; it has one second.
     """
@@ -68,7 +68,7 @@ class Guard:
         _spawn(self._when_lifetime_over)
 
     def check(self) -> None:
-        """Raise Stopped if a signal asked for it. Call it between steps and in every wait."""
+        """Raise Stopped after a signal. Call it between steps and in every wait."""
         if self._signum:
             raise Stopped(self._signum)
 
@@ -136,7 +136,7 @@ class Guard:
 
 def end(status: int) -> NoReturn:
     """End all descendants of this process, then the process. Of several callers the first one's status counts."""
-    _END.acquire()  # never released: a later caller (a main thread whose child was just killed) waits for the end
+    _END.acquire()  # never released: a later caller (a main thread after its child was killed) waits for the end
     with contextlib.suppress(Exception):
         kill_descendants(seconds=0.5)
     os._exit(status)

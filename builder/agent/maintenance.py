@@ -1,4 +1,4 @@
-"""What is done to a whole cache root between warm-ups, in a container, as everything that writes below it."""
+"""Modes for a whole cache root between warm-ups: sweep, verify, status, families, survey."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from builder.job import Job
 
 
 def sweep(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``sweep``: unsafe leftovers and invalid entries move aside, and what lay there long enough is removed."""
+    """Mode ``sweep``: quarantine unsafe leftovers and invalid entries; remove what has been there for `job_max`."""
     root = Path(job.mount)
     layout.prepare(root)
     for place in claimable_directories(root):
         guard.check()
-        _move_aside(root, place, output)
+        _quarantine(root, place, output)
         removal.clear_host_specific(root, place.family.name, place.key)
     for family, key, path, stays in removal.clear_quarantine(root, job_max=job.job_max, now=time.time()):
         guard.check()
@@ -36,14 +36,14 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
 
 
 def verify(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``verify``: every entry is looked at. With ``repair`` bad ones, and leftovers, move aside first."""
+    """Mode ``verify``: check every entry. With ``repair``, quarantine bad ones and leftovers first."""
     root = Path(job.mount)
     if job.repair:
         layout.prepare(root)
     for place in claimable_directories(root):
         guard.check()
         if job.repair:
-            _move_aside(root, place, output)
+            _quarantine(root, place, output)
         entries, bad = bad_entries(place, now=time.time())
         for name, problem in sorted(bad.items()):
             output.event(events.BadEntry(place.family.name, place.key, name, problem))
@@ -52,7 +52,7 @@ def verify(job: Job, output: Output, guard: Guard) -> int:
 
 
 def status(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``status``: what every family directory holds, and when every marker was last of use."""
+    """Mode ``status``: report the contents of every family directory, and when every marker was last used."""
     for held in contents(Path(job.mount)):
         guard.check()
         output.event(events.FamilyContents(**vars(held)))
@@ -62,7 +62,7 @@ def status(job: Job, output: Output, guard: Guard) -> int:
 
 
 def families(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``families``: which family directories there are, and what each is for."""
+    """Mode ``families``: report every family directory, and the factors of its key."""
     for each in environment.described(Path(job.mount)):
         guard.check()
         output.event(events.FamilyDescribed(**vars(each)))
@@ -70,14 +70,14 @@ def families(job: Job, output: Output, guard: Guard) -> int:
 
 
 def survey(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``survey``: what the root holds, as metrics."""
+    """Mode ``survey``: report the contents of the root as metrics."""
     for name, value, labels in holdings.samples(Path(job.mount)):
         guard.check()
         output.event(events.MetricSample(name, value, labels))
     return WARMED
 
 
-def _move_aside(root: Path, place: FamilyDirectory, output: Output) -> None:
+def _quarantine(root: Path, place: FamilyDirectory, output: Output) -> None:
     name = place.family.name
     moved = inventory.sweep(
         place.family,

@@ -1,11 +1,11 @@
-"""Which DeepGEMM problems a model's server asks for: told by its config.json, or by the markers of earlier runs.
+"""DeepGEMM shapes that a model's server uses: from its config.json, or from the markers of earlier runs.
 
 `of_config` knows the DeepSeek V3 family (V3, V3-0324, R1, V3.1, V3.2) with FP8 weights in blocks of 128 × 128, on
 Hopper: sglang's ``models/deepseek_v2.py``, ``layers/attention/dsa/dsa_indexer.py``, ``layers/quantization/fp8.py`` and
-``fp8_utils.py`` of 0.5.23. Anything else is refused by name. A shape too few would be a kernel that is compiled during
-a test; so where the choice is made while serving (masked or contiguous experts) both are listed.
+``fp8_utils.py`` of 0.5.23. Anything else raises NotUnderstood. A missing shape would be compiled during a test; so
+where sglang chooses while serving (masked or contiguous experts) both are listed.
 
-Not in any list, because sglang does not warm them by shape: the attention kernels of DeepGEMM that V3.2's indexer uses.
+The attention kernels of DeepGEMM that V3.2's indexer uses are in no list: sglang does not warm them by shape.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MASKED = "GROUPED_GEMM_NT_F8F8BF16_MASKED"
 CONTIGUOUS = "GROUPED_GEMM_NT_F8F8BF16_CONTIG"
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
-#: The architecture whose shared expert sglang puts among the routed ones, given one shared expert and this many others.
+#: The architecture with a shared expert that sglang adds to the routed ones, given one of it and so many of them.
 FUSED_ARCHITECTURE, FUSED_EXPERTS = "DeepseekV3ForCausalLM", 256
 BLOCK = [128, 128]
 
@@ -65,16 +65,17 @@ _OFF = ("", "0", "false", "no", "off")
 
 
 class NotUnderstood(Exception):
-    """No list can be made. The message says of what, and why."""
+    """No list can be made. The message has the reason."""
 
 
 def wanted(root: Path, task: Task, environ: Mapping[str, str]) -> tuple[Shape, ...]:
-    """The task's own shapes, and those of every place that it names, each once. Raises NotUnderstood where there is
-    none, or one of the places cannot be made sense of.
+    """Return the task's own shapes and those of its sources, each once.
+
+    Raises NotUnderstood if there are none, or if a source cannot be understood.
     """
     found = dict.fromkeys(task.shapes)
-    for place in task.shapes_from:
-        if place == "config":
+    for source in task.shapes_from:
+        if source == "config":
             config = model_store.config(task, environ)
             if config is None:
                 raise NotUnderstood(f"the config.json of {task.model} cannot be read")
@@ -88,11 +89,11 @@ def wanted(root: Path, task: Task, environ: Mapping[str, str]) -> tuple[Shape, .
 
 
 def of_markers(root: Path, model: str) -> tuple[Shape, ...]:
-    """Every shape that a marker below `root` names for this model, whatever the toolchain and the flags were."""
+    """Return every shape in markers below `root` for this model, whatever their toolchain and argv."""
     found: set[Shape] = set()
-    for seen in marker_files.every(root):
-        if seen.marker is not None and seen.marker.coverage.get("model") == model:
-            found.update(_parsed(seen.marker.shapes))
+    for file in marker_files.every(root):
+        if file.marker is not None and file.marker.coverage.get("model") == model:
+            found.update(_parsed(file.marker.shapes))
     return tuple(sorted(found))
 
 
@@ -105,12 +106,12 @@ def _parsed(texts: Iterable[str]) -> Iterable[Shape]:
 def of_config(
     config: Mapping[str, Any], argv: Sequence[str], environ: Mapping[str, str] | None = None
 ) -> tuple[Shape, ...]:
-    """What a server with this argv runs on DeepGEMM, largest N·K first. Raises NotUnderstood."""
+    """Return the shapes of a server with this argv, largest N·K first. Raises NotUnderstood."""
     return _Server(config, argv, environ or {}).shapes()
 
 
 class _Server:
-    """A model's sizes, and how a server's flags split them."""
+    """A model's sizes, and how a server's argv splits them."""
 
     def __init__(self, config: Mapping[str, Any], argv: Sequence[str], environ: Mapping[str, str]) -> None:
         self._argv = argv
@@ -127,7 +128,7 @@ class _Server:
         self._attention = self._split(self._tensor, attention_ranks, "tp", "dp")
 
     def shapes(self) -> tuple[Shape, ...]:
-        """All of them, each once."""
+        """Return all shapes, each once."""
         found = {*self._attention_layers(), *self._dense_layers(), *self._experts()}
         return tuple(sorted(found, key=lambda shape: (-shape.n * shape.k, shape)))
 
@@ -148,7 +149,7 @@ class _Server:
         if self._config.get("index_topk") is not None:  # the sparse attention of V3.2: its indexer is on every rank
             width = self._size("index_head_dim")
             yield from self._linear(self._size("index_n_heads") * width, self._size("q_lora_rank"))  # wq_b
-            if not self._config.get("indexer_rope_interleave"):  # else it is part of a projection in bfloat16
+            if not self._config.get("indexer_rope_interleave"):  # else it belongs to a projection in bfloat16
                 yield from self._linear(width, self._hidden)  # wk
 
     def _dense_layers(self) -> Iterable[Shape]:
@@ -192,7 +193,7 @@ class _Server:
         yield from self._linear(self._hidden, part)
 
     def _linear(self, n: int, k: int) -> Iterable[Shape]:
-        """sglang gives DeepGEMM what it can take, and the rest to Triton."""
+        """Yield the shape if sglang runs it on DeepGEMM; others run on Triton."""
         if n % 64 == 0 and k % 128 == 0:
             yield Shape(DENSE, n, k)
 
@@ -203,8 +204,8 @@ class _Server:
         name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
         if name not in ARCHITECTURES:
             known = " and ".join(ARCHITECTURES)
-            told = printable(name)[:80] if name else f"type {self._config.get('model_type')!r}"[:80]
-            raise NotUnderstood(f"config.json is of {told}, and shapes are only known for {known}")
+            found = printable(name)[:80] if name else f"type {self._config.get('model_type')!r}"[:80]
+            raise NotUnderstood(f"config.json is of {found}, and shapes are only known for {known}")
         return str(name)
 
     def _refuse_other_weights(self) -> None:

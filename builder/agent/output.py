@@ -1,7 +1,7 @@
-"""What this program writes: the child's log, untouched, and events between its lines.
+"""Standard output and error of this program: the child's log, unchanged, and events between its lines.
 
-One object owns both streams, so that the byte counts of the last event are exact and an event never lands in the middle
-of a line. Secrets are taken out on the way in, before anything can print them.
+One object owns both streams, so that the byte counts of the last event are exact and no event begins in the middle of a
+line. Secrets are masked before anything is written.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ STDOUT, STDERR = 0, 1
 
 
 class Redactor:
-    """Takes secret values out of one stream, also where a read cuts them in two.
+    """Masks secret values in one stream, also where a read cuts them in two.
 
-    White space around a value, such as the newline that a file ended with, is no part of what is secret: masked with
-    it, two lines of the log would become one.
+    White space around a value (such as the newline at the end of a file) is no part of the secret: masking it would
+    join two lines of the log.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
@@ -33,7 +33,7 @@ class Redactor:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """What may be printed now. The start of a secret at the end of the data waits for the rest of it."""
+        """Return what may be printed now. The start of a secret at the end of the data is held back."""
         if not self._secrets:
             return data
         data = self._held + data
@@ -50,21 +50,21 @@ class Redactor:
         return b"".join((*shown, data[at:hold]))
 
     def flush(self) -> bytes:
-        """What was held back, when nothing can follow any more."""
+        """Return what was held back, at the end of the stream."""
         held, self._held = self._held, b""
         return self.mask(held)
 
     def mask(self, data: bytes) -> bytes:
-        """The data with every whole secret replaced."""
+        """Return the data with every whole secret replaced."""
         return self._any.sub(MASK, data) if self._occurs(data) else data
 
     def _occurs(self, data: bytes) -> bool:
-        # Ten times as fast as the regular expression, and nearly every chunk is done with it.
+        # Ten times as fast as the regular expression, and enough for nearly every chunk.
         return any(secret in data for secret in self._secrets)
 
 
 class Output:
-    """Our stdout and stderr. Thread-safe. ``limit``: bytes of log after which nothing more is copied."""
+    """This program's stdout and stderr. Thread-safe. limit: bytes of log after which nothing more is copied."""
 
     def __init__(
         self, nonce: str, secrets: Iterable[str] = (), *, limit: int, descriptors: tuple[int, int] = (1, 2)
@@ -81,7 +81,7 @@ class Output:
         self.full = False
 
     def copy(self, stream: int, data: bytes) -> None:
-        """Log of a child, as it came."""
+        """Copy a child's log unchanged."""
         with self._lock:
             if self._closed or self.full or not data:
                 return
@@ -89,7 +89,7 @@ class Output:
             self._write(stream, data)
 
     def say(self, text: str) -> None:
-        """A line of our own for people, on stderr."""
+        """Write a line for people to stderr."""
         with self._lock:
             if not self._closed:
                 self._write(STDERR, self._redactor.mask(f"warm-cache: {text}\n".encode("utf-8", "replace")))
@@ -101,7 +101,7 @@ class Output:
                 self._event(event)
 
     def end(self) -> None:
-        """The last line: byte counts. Whatever is written after it is dropped."""
+        """Write the last line, with byte counts. Everything after it is dropped."""
         with self._lock:
             if self._closed:
                 return
@@ -118,7 +118,7 @@ class Output:
         if stream == STDOUT:
             self._mid_line = data[-1:] not in (b"\n", b"\r")
         view = memoryview(data)
-        with contextlib.suppress(OSError):  # nobody reads it any more: the work goes on, and the exit status tells
+        with contextlib.suppress(OSError):  # no reader any more: the work continues, and the exit status has the result
             while view:
                 done = os.write(self._descriptors[stream], view)
                 self.written[stream] += done
@@ -126,7 +126,7 @@ class Output:
 
 
 def _start_of(secret: bytes, data: bytes, at: int) -> int:
-    """Where, from ``at`` on, the rest of the data is a mere beginning of the secret; its length where nowhere."""
+    """Return where, from `at` on, the rest of the data is a beginning of the secret; its length if nowhere."""
     for start in range(max(at, len(data) - len(secret) + 1), len(data)):
         if secret.startswith(data[start:]):
             return start

@@ -1,8 +1,8 @@
-"""What an installed Python package is, without importing it.
+"""Identity of installed Python packages, read without importing them.
 
 A package's identity is its version and a digest of its payload: the rows of its RECORD that the wheel brought, which
 pip and uv write alike. Left out are ``.dist-info`` (INSTALLER, REQUESTED, direct_url.json), ``__pycache__`` (only pip
-lists it) and everything outside of site-packages (scripts, whose text names the interpreter).
+lists it) and everything outside of site-packages (scripts: their text names the interpreter).
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from builder.cache.families import DEEP_GEMM_PACKAGES
 if TYPE_CHECKING:
     import importlib.metadata
 
-#: The first sgl-deep-gemm whose cache has ``meta.json`` and ``.committed`` and whose keys are free of paths.
+#: The first sgl-deep-gemm with ``meta.json`` and ``.committed`` in its cache, and without paths in its keys.
 _DEEP_JIT = (0, 2, 0)
 
-#: Marks that an editable install leaves where direct_url.json is gone (setuptools, hatchling, scikit-build-core).
+#: Marks that an editable install leaves where direct_url.json is missing (setuptools, hatchling, scikit-build-core).
 _EDITABLE = re.compile(r"^_*editable_|_editable\.(py|pth)$")
 
 
 @dataclass(frozen=True)
 class Package:
-    """One installed distribution. payload: (path, hash) of what its wheel brought; None where there is no RECORD."""
+    """One installed distribution."""
 
     name: str
     version: str
-    payload: tuple[tuple[str, str], ...] | None
+    payload: tuple[tuple[str, str], ...] | None  # path and hash of each file of its wheel; None: it has no RECORD
     editable: bool
-    place: str
+    place: str  # the folder that it is installed in
 
     def identity(self, build: str | None) -> str:
-        """One line that differs where the package differs. build: what an editable install was built as."""
+        """Return a line that differs if the package differs. build: stands for the contents of an editable install."""
         if self.editable or self.payload is None:
             how = "editable" if self.editable else "without RECORD"
             return f"{self.version} {how}, {build or 'build unknown'}"
@@ -46,12 +46,12 @@ class Package:
         return f"{self.version} {hashlib.sha256(rows.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
 
     def holds(self, prefix: str) -> bool:
-        """Whether a payload path begins so."""
+        """Return whether a path of the payload begins with the prefix."""
         return any(path.startswith(prefix) for path, _ in self.payload or ())
 
 
 def payload_of(record: str) -> tuple[tuple[str, str], ...]:
-    """The (path, hash) rows of a RECORD that do not depend on who installed it."""
+    """Return the rows (path, hash) of a RECORD that do not depend on the installer."""
     rows = []
     for row in csv.reader(record.splitlines()):
         if len(row) < 2 or not row[0] or row[0].startswith(("../", "/")):
@@ -64,10 +64,10 @@ def payload_of(record: str) -> tuple[tuple[str, str], ...]:
 
 
 def find(name: str, path: Sequence[str] | None = None) -> Package | None:
-    """The installed distribution of this name, or None. path: where to look instead of ``sys.path``."""
+    """Return the installed distribution of this name, or None. path: folders to search instead of ``sys.path``."""
     found = _distribution(name, path)
     try:
-        # Asking for a field that is not there warns in Python 3.12 and raises later.
+        # Reading an absent field warns in Python 3.12 and raises in later versions.
         version = found.metadata["Version"] if found and "Version" in found.metadata else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -82,13 +82,13 @@ def find(name: str, path: Sequence[str] | None = None) -> Package | None:
         name=name,
         version=version,
         payload=payload or None,
-        editable=_direct_url_says_editable(_text(found, "direct_url.json")) or _looks_editable(payload),
+        editable=_is_editable_install(_text(found, "direct_url.json")) or _looks_editable(payload),
         place=str(found.locate_file("")),
     )
 
 
 def identity(names: Iterable[str], build: str | None, path: Sequence[str] | None = None) -> str | None:
-    """What these distributions are together, or None where none of them is installed."""
+    """Return the identity of these distributions together; None if none of them is installed."""
     found = [package for name in names if (package := find(name, path))]
     if len(found) < 2:
         return found[0].identity(build) if found else None
@@ -96,7 +96,7 @@ def identity(names: Iterable[str], build: str | None, path: Sequence[str] | None
 
 
 def deep_gemm(build: str | None, path: Sequence[str] | None = None) -> dict[str, str | None]:
-    """The factors ``deep_gemm``, ``deep_gemm_format`` and ``deep_gemm_path`` of the DeepGEMM that would be imported."""
+    """Return the factors ``deep_gemm``, ``deep_gemm_format`` and ``deep_gemm_path`` of the DeepGEMM in use."""
     for name in DEEP_GEMM_PACKAGES:
         package = find(name, path)
         if package is None or (name == "sgl-kernel" and not package.holds("deep_gemm/")):
@@ -114,7 +114,7 @@ def deep_gemm(build: str | None, path: Sequence[str] | None = None) -> dict[str,
 
 
 def commit(name: str, path: Sequence[str] | None = None) -> str | None:
-    """The commit that a distribution says it was installed from (direct_url.json of a VCS install), or None."""
+    """Return the commit that a distribution was installed from (direct_url.json of a VCS install), or None."""
     found = _distribution(name, path)
     info = _json(_text(found, "direct_url.json") if found else None).get("vcs_info")
     value = info.get("commit_id") if isinstance(info, dict) else None
@@ -122,13 +122,13 @@ def commit(name: str, path: Sequence[str] | None = None) -> str | None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 0.2.3.post2 is (0, 2, 3)."""
+    """Return the leading numbers of a version: (0, 2, 3) for 0.2.3.post2."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number[:9]) for number in numbers.group().split(".")) if numbers else ()
 
 
 def _distribution(name: str, path: Sequence[str] | None) -> importlib.metadata.Distribution | None:
-    # Imported here: it takes longer than all else on the way of a host that only reads memos.
+    # Slow to import.
     from importlib.metadata import DistributionFinder, MetadataPathFinder
 
     context = DistributionFinder.Context(name=name, **({} if path is None else {"path": list(path)}))
@@ -153,7 +153,7 @@ def _json(text: str | None) -> dict[str, object]:
     return data if isinstance(data, dict) else {}
 
 
-def _direct_url_says_editable(text: str | None) -> bool:
+def _is_editable_install(text: str | None) -> bool:
     info = _json(text).get("dir_info")
     return isinstance(info, dict) and info.get("editable") is True
 

@@ -131,7 +131,7 @@ def _first_executable(paths: Iterable[str | None]) -> str | None:
 
 
 def start(command: list[str], environ: Mapping[str, str]) -> subprocess.Popen[str] | None:
-    """Start a command in a session of its own; None if it cannot be started."""
+    """Start a command in a new session; None if it cannot be started."""
     try:
         return subprocess.Popen(
             command,

@@ -1,8 +1,8 @@
-"""The removal of what may go from a cache root (`prune` decides): mode ``prune``.
+"""Mode ``prune``: removes what `cache.retention` plans.
 
-Markers go first, then memos, then what they vouched for. A directory is moved out of the way by one rename, under the
-locks of the removal rule, and only then is anything in it deleted: whenever this is killed, whatever a marker lists is
-there, whole. What it leaves in ``aside/pruned`` was decided about, and the next prune deletes it.
+Markers are removed first, then memos, then the kernels of both. A directory is renamed out of its place under the
+locks of the removal rule, and only then deleted: after a kill at any moment, everything that a marker lists exists.
+What a killed prune leaves in ``aside/pruned`` the next one deletes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from builder.cache.retention import PrunePlan, PruneStep, plan
 from builder.events import FAILED, WARMED
 from builder.job import Job
 
-#: Below the root: what is being deleted.
+#: Folder below the root for what is being deleted.
 PRUNED = "aside/pruned"
 
 
 def prune(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``prune``: every step as it is done, and what it came to."""
+    """Mode ``prune``: carry out the plan, and report every step and the sum."""
     policy, root, now = job.prune, Path(job.mount), time.time()
     if policy is None:
         output.say("there is no policy in this job")
@@ -90,13 +90,13 @@ def _total(output: Output, found: PrunePlan, freed: int) -> None:
 
 
 def _do(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
-    """The step as it came out, and the bytes that it freed."""
+    """Do one step. Returns it as it was done, and the bytes that it freed."""
     try:
         if step.kind == "marker":
             _drop_marker(root, step.name)
             return step, 0
         if step.kind == "memo":
-            _drop_memo(root, step)
+            toolchain.drop_memos(root / step.name, step.key)
             return step, 0
         if step.kind == "family":
             return _drop_family(root, step, job, now)
@@ -114,19 +114,14 @@ def _drop_marker(root: Path, name: str) -> None:
         path.parent.rmdir()
 
 
-def _drop_memo(root: Path, step: PruneStep) -> None:
-    """Of the file's records those of this toolchain; with the last of them the file."""
-    toolchain.drop_memos(root / step.name, step.key)
-
-
 def _drop_family(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
     path = Path(directory(str(root), step.family, step.key))
     with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now) as refusal:
         if refusal:
             return replace(step, stays=refusal), 0
-        apart = _move(root, path, f"{step.family}-{step.key}")
+        doomed = _move(root, path, f"{step.family}-{step.key}")
         (path.parent / f"{step.key}.json").unlink(missing_ok=True)
-    return step, _delete(apart)
+    return step, _delete(doomed)
 
 
 def _drop_entries(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
@@ -137,18 +132,18 @@ def _drop_entries(root: Path, step: PruneStep, job: Job, now: float) -> tuple[Pr
             if refusal:
                 stays = stays or refusal
                 continue
-            apart = _move(root, base / name, f"{step.family}-{step.key}")
-        freed += _delete(apart)
+            doomed = _move(root, base / name, f"{step.family}-{step.key}")
+        freed += _delete(doomed)
     return (replace(step, stays=stays) if stays and not freed else step), freed
 
 
 def _move(root: Path, path: Path, name: str) -> Path:
-    """Out of everybody's way, by one rename."""
-    apart = root / PRUNED / f"{name}-{os.urandom(16).hex()}"
-    apart.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(apart)
+    """Rename it into the folder of what is being deleted."""
+    doomed = root / PRUNED / f"{name}-{os.urandom(16).hex()}"
+    doomed.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(doomed)
     files.sync_directory(path.parent)
-    return apart
+    return doomed
 
 
 def _leftovers(root: Path) -> Iterator[Path]:
@@ -157,7 +152,7 @@ def _leftovers(root: Path) -> Iterator[Path]:
 
 
 def _delete(path: Path) -> int:
-    """Deletes it; the bytes that came free: those of files which had no other name."""
+    """Delete it. Returns the bytes freed: those of files that had no other hard link."""
     freed = 0
     with contextlib.suppress(OSError):
         found = [path]

@@ -1,9 +1,9 @@
-"""A GPU that is not there, for tasks that compile kernels and run none. EXPERIMENTAL: not proven on hardware.
+"""A simulated GPU, for tasks that compile kernels and run none. EXPERIMENTAL: not proven on hardware.
 
-What DeepGEMM puts into a kernel's key and source is known without a GPU: compute capability, number of SMs, compiler.
-So the serving image's own sglang sweeps shapes on a stub driver: a libcuda.so.1, and a library preloaded over the CUDA
-runtime, both compiled from ``stub_driver/`` by the image's own compiler against its own headers. No kernel is executed.
-Whatever is made so carries the mark: in the record's ``observed``, in the marker, and in a proof of its own.
+DeepGEMM's keys and sources depend on facts that are known without a GPU: compute capability, number of SMs, compiler.
+So the serving image's own sglang compiles shapes on a stub driver: a libcuda.so.1, and a library preloaded over the
+CUDA runtime, both compiled from ``stub_driver/`` by the image's own compiler against its own headers. No kernel runs.
+Everything made like this is marked: in the record's ``observed``, in the marker, and by a separate kind of proof.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _SECONDS = 120.0
 
 
 class Impossible(Exception):
-    """No GPU can be pretended here. The message is the reason."""
+    """No GPU can be simulated here. The message is the reason."""
 
 
-def environment(environ: Mapping[str, str], place: str) -> dict[str, str]:
-    """The environment in which CUDA finds the pretended GPU, if one is asked for: compiled below `place` first.
+def environment(environ: Mapping[str, str], parent: str) -> dict[str, str]:
+    """Return the environment in which CUDA finds the simulated GPU, if one is requested. Raises Impossible.
 
-    Raises Impossible where this image cannot compile it.
+    parent: the folder in which the stub driver is compiled.
     """
     wanted = environ.get(PRETEND_VARIABLE)
     if not wanted:
         return dict(environ)
     if wanted not in GPUS:
         raise Impossible(f"no GPU to pretend is called {wanted!r}; known: {', '.join(GPUS)}")
-    folder = Path(place) / "stub_driver"
+    folder = Path(parent) / "stub_driver"
     folder.mkdir(exist_ok=True)
     _compile(GPUS[wanted], environ, folder)
     return {
@@ -63,7 +63,7 @@ def _compile(gpu: Gpu, environ: Mapping[str, str], folder: Path) -> None:
 
 
 def _others(include: Path, driver: Path, environ: Mapping[str, str]) -> list[str]:
-    """Every function that cuda.h declares, old names included, but those that the driver's source defines."""
+    """Return the functions of cuda.h, old names included, that the driver's source does not define."""
     names: set[str] = set()
     for mode in ([], ["-D__CUDA_API_VERSION_INTERNAL"]):
         text = _cc(environ, "-E", "-P", *mode, f"-I{include}", str(include / "cuda.h"))
@@ -73,7 +73,7 @@ def _others(include: Path, driver: Path, environ: Mapping[str, str]) -> list[str
 
 
 def _include(environ: Mapping[str, str]) -> Path:
-    """Where cuda.h is: beside the compiler that DeepGEMM uses."""
+    """Return the folder of cuda.h: that of the compiler that DeepGEMM uses."""
     import shutil  # as below
 
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
@@ -85,7 +85,7 @@ def _include(environ: Mapping[str, str]) -> Path:
 
 
 def _cc(environ: Mapping[str, str], *arguments: str) -> str:
-    import shutil  # the host reads the table above, and never comes here
+    import shutil  # no other mode needs these
     import subprocess
 
     compiler = shutil.which("cc", path=environ.get("PATH")) or shutil.which("gcc", path=environ.get("PATH"))
@@ -105,6 +105,6 @@ def _cc(environ: Mapping[str, str], *arguments: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise Impossible(f"the stub driver cannot be compiled: {error}") from None
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-        raise Impossible(f"the stub driver cannot be compiled against {arguments[-1]}: {said.strip()[:300]}")
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        raise Impossible(f"the stub driver cannot be compiled against {arguments[-1]}: {reason.strip()[:300]}")
     return done.stdout

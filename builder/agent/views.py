@@ -74,7 +74,7 @@ def _make(root: Path, record: ViewRecord) -> None:
 
 
 def drop(job: Job, output: Output, guard: Guard) -> int:
-    """Mode ``view-drop``: remove the layers of a view whose volume is already removed."""
+    """Mode ``view-drop``: remove the layers of a view; its volume is already removed."""
     root, name = Path(job.mount), job.view.name
     guard.acquire(layout.generations_lock(root), exclusive=True)
     folder = home(root) / name
@@ -128,7 +128,7 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
 
 
 def remove_generations(root: Path, guard: Guard) -> None:
-    """Remove every generation that no view lies upon, the newest included; the next view makes its own.
+    """Remove every generation that no view uses, the newest included; the next view makes its own.
 
     A generation holds hard links: while it exists, removing a file of the root frees no bytes.
     """
@@ -139,7 +139,7 @@ def remove_generations(root: Path, guard: Guard) -> None:
 
 
 def _unused(root: Path, *, spare: int) -> list[str]:
-    """Return generations that no view lies upon, without so many of the newest; none where a record is unreadable."""
+    """Return generations that no view uses, without so many of the newest; none where a record is unreadable."""
     views = records(root)
     if None in views.values():
         return []

@@ -149,7 +149,7 @@ class Warming:
         self.verdict = replace(self.verdict, reason=reason, marker=markers.publish(self._root, marker))
 
     def _compile(self, passes: Passes, environ: Mapping[str, str]) -> Proven:
-        """Run both passes; with dummy weights first, then with real ones, if the task says so."""
+        """Run both passes; with dummy weights first, then with real ones, if the task allows them."""
         task, why = self._task, ""
         if not RECIPES[task.recipe].server:
             return self._run_passes(passes, environ, self._with_shapes(environ))
