@@ -22,9 +22,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 CONTIGUOUS = "_CONTIG"  # ends the kernel types of which sglang keeps only aligned Ms
 ALIGNMENT = 128
@@ -32,15 +33,37 @@ BAR_SECONDS = 2.0  # between two updates of the progress bar
 
 _BAR = re.compile(rb"DeepGEMM warmup:[^\n]*?\|\s*(\d+)/(\d+)")
 
-_Order = dict[str, Any]
+_Shape = tuple[str, int, int, int]  # kernel type, N, K, groups
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """The script's argument."""
+
+    shapes: list[_Shape]
+    m_values: list[int]  # empty: those of sglang
+    chunked_prefill_size: int
+    workers: int
+    devices: list[str]
+
+
+@dataclass(frozen=True)
+class WorkerAnswer:
+    """A line that a worker reports (shape_worker.py)."""
+
+    ready: tuple[int, int] | None = None
+    unable: str = ""
+    done: int | None = None  # Ms
+    seconds: float = 0.0
+    failed: str = ""
 
 
 def main(document: str) -> int:
     """Compile the whole list. Returns the exit status."""
-    return ShapePool(json.loads(document), sys.stdout.buffer).run()
+    return ShapePool(PoolRequest(**json.loads(document)), sys.stdout.buffer).run()
 
 
-def weight(shape: Sequence[Any]) -> float:
+def weight(shape: _Shape) -> float:
     """Return the relative cost of a shape: the number of its Ms times the size of one problem."""
     name, n, k, _groups = shape
     return float(n * k) / (ALIGNMENT if name.endswith(CONTIGUOUS) else 1)
@@ -49,12 +72,12 @@ def weight(shape: Sequence[Any]) -> float:
 class ShapePool:
     """All workers, and the shapes that they have done."""
 
-    def __init__(self, order: _Order, out: Any) -> None:
-        self._order, self._out = order, out
+    def __init__(self, request: PoolRequest, out: BinaryIO) -> None:
+        self._request, self._out = request, out
         self._lock = threading.Lock()
-        self._queue = sorted(order["shapes"], key=weight, reverse=True)
+        self._queue = sorted(request.shapes, key=weight, reverse=True)
         self._all = len(self._queue)
-        self._workers = max(1, min(order["workers"], self._all))
+        self._workers = max(1, min(request.workers, self._all))
         self._done = 0
         self._ms = (0, 0)  # number of Ms: all, and those of the contiguous types
         self._progress: dict[str, tuple[int, int]] = {}  # by shape: Ms done, Ms in all
@@ -79,7 +102,7 @@ class ShapePool:
         """Run one worker after another in this slot, until no shape is left."""
         try:
             while self._queue:
-                with _Worker(number, self._order, self._pass_on) as worker:
+                with _Worker(number, self._request, self._pass_on) as worker:
                     if not self._is_ready(worker) or self._feed(worker):
                         return
         except (OSError, RuntimeError) as error:  # the PID limit: of a process, of a thread
@@ -88,12 +111,13 @@ class ShapePool:
     def _is_ready(self, worker: _Worker) -> bool:
         """Return whether a worker can compile. If it cannot, no other one could."""
         answer = worker.read()
-        if "ready" not in answer:
-            self._report(f"failed: {answer.get('unable') or 'a worker ' + worker.describe_end()}")
+        if answer is None or answer.ready is None:
+            unable = answer.unable if answer else ""
+            self._report(f"failed: {unable or 'a worker ' + worker.describe_end()}")
             return False
         with self._lock:
             if self._ms == (0, 0):
-                self._ms = (answer["ready"][0], answer["ready"][1])
+                self._ms = answer.ready
                 work = f"{_counted(self._all, 'shape')} over {self._ms[0]} Ms"
                 self._line(f"{work}, {_counted(self._workers, 'worker')}, import took {worker.seconds:.1f} s")
         return True
@@ -105,21 +129,21 @@ class ShapePool:
             worker.shape = text
             answer = worker.compile(shape)
             # Without the lock: this waits until all output of a dead worker is read.
-            why = "" if "done" in answer else answer.get("failed") or f"its worker {worker.describe_end()}"
+            why = answer.failed if answer else f"its worker {worker.describe_end()}"
             with self._lock:
                 worker.shape = None
                 self._progress[text] = (self._progress[text][1],) * 2
-                if why:
+                if answer is None or why:
                     self._line(f"failed {text}: {why}")
                 else:
                     self._done += 1
-                    self._line(f"done {text} over {answer['done']} Ms in {answer['seconds']:.1f} s")
+                    self._line(f"done {text} over {answer.done} Ms in {answer.seconds:.1f} s")
                 self._bar(always=True)
-            if not answer:
+            if answer is None:
                 return False
         return True
 
-    def _next(self) -> tuple[list[Any], str] | None:
+    def _next(self) -> tuple[_Shape, str] | None:
         with self._lock:
             if not self._queue:
                 return None
@@ -128,7 +152,7 @@ class ShapePool:
             self._progress[text] = (0, self._expected(shape))
             return shape, text
 
-    def _expected(self, shape: Sequence[Any]) -> int:
+    def _expected(self, shape: _Shape) -> int:
         """Return the number of Ms that sglang should compile; its own progress bar has the actual number."""
         return self._ms[1 if shape[0].endswith(CONTIGUOUS) else 0]
 
@@ -164,27 +188,30 @@ class ShapePool:
         self._out.flush()
 
 
+_OnLine = Callable[["_Worker", bytes], None]
+
+
 class _Worker:
     """One process of shape_worker.py. Leaving the context closes its stdin, which ends it."""
 
-    def __init__(self, number: int, order: _Order, line: Any) -> None:
+    def __init__(self, number: int, request: PoolRequest, on_line: _OnLine) -> None:
         self.number = number
         self.shape: str | None = None
         self.seconds = 0.0
         self._last = b""
-        devices = order["devices"]
+        devices = request.devices
         env = dict(os.environ)
         if devices:
             env["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         reports, report = os.pipe()
-        request = {
-            "m_values": order["m_values"],
-            "chunked_prefill_size": order["chunked_prefill_size"],
+        argument = {
+            "m_values": request.m_values,
+            "chunked_prefill_size": request.chunked_prefill_size,
             "report": report,
         }
         try:
             self._process = subprocess.Popen(
-                ["python3", str(Path(__file__).with_name("shape_worker.py")), json.dumps(request)],
+                ["python3", str(Path(__file__).with_name("shape_worker.py")), json.dumps(argument)],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -197,7 +224,7 @@ class _Worker:
         finally:
             os.close(report)
         self._reports = os.fdopen(reports, encoding="ascii")
-        self._reader = threading.Thread(target=self._read, args=(line,))
+        self._reader = threading.Thread(target=self._read, args=(on_line,))
         self._reader.start()
 
     def __enter__(self) -> _Worker:
@@ -206,22 +233,21 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def read(self) -> dict[str, Any]:
-        """Return its next answer; an empty one if it died."""
+    def read(self) -> WorkerAnswer | None:
+        """Return its next answer; None if it died."""
         begun = time.monotonic()
         line = self._reports.readline()
         self.seconds = time.monotonic() - begun
-        answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
-        return answer
+        return WorkerAnswer(**json.loads(line)) if line.endswith("\n") else None
 
-    def compile(self, shape: Sequence[Any]) -> dict[str, Any]:
-        """Have it compile one shape. Returns its answer; an empty one if it died."""
+    def compile(self, shape: _Shape) -> WorkerAnswer | None:
+        """Have it compile one shape. Returns its answer; None if it died."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(shape).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            return {}
+            return None
         return self.read()
 
     def describe_end(self) -> str:
@@ -242,7 +268,7 @@ class _Worker:
         self._reports.close()
         return status
 
-    def _read(self, line: Any) -> None:
+    def _read(self, on_line: _OnLine) -> None:
         """Take its output line by line; a line may end with a carriage return."""
         stream = self._process.stdout
         assert stream is not None
@@ -251,14 +277,14 @@ class _Worker:
             while data := os.read(stream.fileno(), 1 << 16):
                 *whole, held = re.split(rb"[\r\n]", held + data)
                 for text in whole:
-                    self._take(text, line)
-        self._take(held, line)
+                    self._take(text, on_line)
+        self._take(held, on_line)
 
-    def _take(self, text: bytes, line: Any) -> None:
+    def _take(self, text: bytes, on_line: _OnLine) -> None:
         if text.strip():
             if not _BAR.search(text):
                 self._last = text
-            line(self, text)
+            on_line(self, text)
 
 
 def _counted(number: int, noun: str) -> str:
