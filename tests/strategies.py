@@ -1,20 +1,24 @@
-"""What property tests feed to readers: garbage, and valid documents with a few things wrong.
+"""Inputs of property tests: garbage, valid documents with a few errors, and events.
 
 The second kind finds more: a document that is right in all but one place gets past the first checks.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import copy
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+from builder import events
 
 EXAMPLES = int(os.environ.get("WARM_CACHE_EXAMPLES", "100"))
 
@@ -186,3 +190,53 @@ def attempt(read: Callable[[], R], refusal: type[E]) -> tuple[R | None, E | None
         return read(), None
     except refusal as error:
         return None, error
+
+
+# --- events ---
+
+NONCE = "cafe0123"
+
+
+def line_of(event: events.Event) -> bytes:
+    return events.encode(NONCE, event)
+
+
+PHASE, VERDICT = line_of(events.Phase("x")), line_of(events.Verdict(state="warmed"))
+KINDS = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, events.Event)]
+NAMES = sorted(kind.wire_name for kind in KINDS if kind is not events.Event)
+
+
+def field_values(hint: Any) -> st.SearchStrategy[Any]:
+    """What a field of this type can hold."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if type(None) in parts:
+        return st.none() | field_values(parts[0])
+    if origin is Literal:
+        return st.sampled_from(parts)
+    if origin is tuple:
+        each = [field_values(part) for part in parts if part is not ...]
+        return st.lists(each[0], max_size=3).map(tuple) if ... in parts else st.tuples(*each)
+    if origin is collections.abc.Mapping:
+        return st.dictionaries(st.text(max_size=4), field_values(parts[1]), max_size=3)
+    simple = {
+        str: st.text(max_size=8),
+        int: st.integers(-(2**63) + 1, 2**63 - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False, max_value=1e300),
+        bool: st.booleans(),
+        Any: st.none() | st.integers() | st.text(max_size=4),
+    }
+    return simple[hint]
+
+
+def any_of(kind: type[events.Event]) -> st.SearchStrategy[events.Event]:
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{each.name: field_values(hints[each.name]) for each in dataclasses.fields(kind)})
+
+
+any_event = st.sampled_from([kind for kind in KINDS if kind is not events.Event]).flatmap(any_of)
+#: Lines with the name of an event and whatever fields.
+lookalikes = st.builds(
+    lambda name, fields: events.prefix(NONCE) + json.dumps({**fields, "event": name}).encode() + b"\n",
+    st.sampled_from(NAMES),
+    st.dictionaries(st.sampled_from(["done", "phase", "unit", "stdout", "families", "x"]), documents, max_size=3),
+)

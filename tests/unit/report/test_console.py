@@ -6,9 +6,13 @@ import io
 import re
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from builder.report.console import Console
 from builder.report.results import TaskResult
 from builder.report.tables import TASK_COLUMNS, task_table
+from tests.strategies import FUZZ, texts
 
 
 def console(**options: Any) -> tuple[Console, io.StringIO]:
@@ -123,3 +127,18 @@ def test_say_on_a_closed_stream_ends_the_display_only() -> None:
 def test_terminal_in_github_has_no_live_lines() -> None:
     assert Console(io.StringIO(), terminal=True).terminal is not None
     assert Console(io.StringIO(), terminal=True, github=True).terminal is None
+
+
+@FUZZ
+@given(
+    st.lists(st.one_of(texts, st.just("│ × –")), min_size=1), st.sampled_from(["ascii", "latin-1", "utf-8", "cp1252"])
+)
+def test_display_shows_after_any_text(said: list[str], encoding: str) -> None:
+    raw = io.BytesIO()
+    console = Console(io.TextIOWrapper(raw, encoding=encoding), terminal=False)
+    for text in said:
+        console.say(text)
+    console.say("last")
+    assert not console.closed
+    assert raw.getvalue().endswith(b"last\n")
+    assert raw.getvalue().count(b"\n") == len(said) + 1 + "".join(said).count("\n")

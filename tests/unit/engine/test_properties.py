@@ -10,20 +10,15 @@ takes seconds), 10000 in the long mode::
 
 from __future__ import annotations
 
-import collections.abc
-import dataclasses
-import io
-import json
 import re
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder import events
@@ -36,22 +31,23 @@ from builder.engine.log_sinks import Lines, Sinks
 from builder.engine.streams import BrokenFramesError, Demux
 from builder.errors import EngineLostError
 from builder.host.deadlines import Deadline
-from builder.job import Job, RunOrigin, ServingImage
-from builder.report.console import Console
-from builder.task import Shape, Task
 from tests.fakes import FakeContainer
 from tests.strategies import (
     EXAMPLES,
     FUZZ,
-    attempt,
+    NONCE,
+    PHASE,
+    VERDICT,
+    any_event,
     chunked,
     damaged,
-    documents,
     harmless,
-    mutated,
-    texts,
-    written,
+    line_of,
+    lookalikes,
 )
+
+#: For properties that run a whole pump.
+RUNS = settings(FUZZ, max_examples=max(1, EXAMPLES // 3))
 
 pytestmark = pytest.mark.timeout(120 + EXAMPLES * 0.2)
 
@@ -60,167 +56,6 @@ pytestmark = pytest.mark.timeout(120 + EXAMPLES * 0.2)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One directory for all examples, which write over each other's files."""
     return tmp_path_factory.mktemp("properties")
-
-
-# --- events and jobs ---
-
-NONCE = "cafe0123"
-
-
-def line_of(event: events.Event) -> bytes:
-    return events.encode(NONCE, event)
-
-
-PHASE, VERDICT = line_of(events.Phase("x")), line_of(events.Verdict(state="warmed"))
-KINDS = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, events.Event)]
-NAMES = sorted(kind.wire_name for kind in KINDS if kind is not events.Event)
-
-
-def field_values(hint: Any) -> st.SearchStrategy[Any]:
-    """What a field of this type can hold."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if type(None) in parts:
-        return st.none() | field_values(parts[0])
-    if origin is Literal:
-        return st.sampled_from(parts)
-    if origin is tuple:
-        each = [field_values(part) for part in parts if part is not ...]
-        return st.lists(each[0], max_size=3).map(tuple) if ... in parts else st.tuples(*each)
-    if origin is collections.abc.Mapping:
-        return st.dictionaries(st.text(max_size=4), field_values(parts[1]), max_size=3)
-    simple = {
-        str: st.text(max_size=8),
-        int: st.integers(-(2**63) + 1, 2**63 - 1),
-        float: st.floats(allow_nan=False, allow_infinity=False, max_value=1e300),
-        bool: st.booleans(),
-        Any: st.none() | st.integers() | st.text(max_size=4),
-    }
-    return simple[hint]
-
-
-def any_of(kind: type[events.Event]) -> st.SearchStrategy[events.Event]:
-    hints = get_type_hints(kind)
-    return st.builds(kind, **{each.name: field_values(hints[each.name]) for each in dataclasses.fields(kind)})
-
-
-any_event = st.sampled_from([kind for kind in KINDS if kind is not events.Event]).flatmap(any_of)
-#: Lines with the name of an event and whatever fields.
-lookalikes = st.builds(
-    lambda name, fields: events.prefix(NONCE) + json.dumps({**fields, "event": name}).encode() + b"\n",
-    st.sampled_from(NAMES),
-    st.dictionaries(st.sampled_from(["done", "phase", "unit", "stdout", "families", "x"]), documents, max_size=3),
-)
-
-
-def assert_decoded(line: bytes) -> None:
-    found = events.decode(line, NONCE)
-    if found is not None:
-        assert line.startswith(events.prefix(NONCE))
-        assert events.decode(line_of(found), NONCE) == found
-
-
-@FUZZ
-@given(
-    st.one_of(
-        st.binary(max_size=60),
-        st.binary(max_size=60).map(lambda data: events.prefix(NONCE) + data),
-        documents.flatmap(written).map(lambda data: events.prefix(NONCE) + data),
-        st.just(VERDICT).flatmap(damaged),
-        lookalikes,
-    )
-)
-@example(VERDICT[:-1] + b"x")
-@example(events.prefix(NONCE) + b'{"event":[]}')
-@example(events.prefix(NONCE) + b'{"event":{}}')
-@example(events.prefix(NONCE) + '{"event":"end"}'.encode("utf-16"))
-def test_decode_any_line_is_event_or_log(line: bytes) -> None:
-    assert_decoded(line)
-
-
-@FUZZ
-@given(any_event)
-def test_event_round_trips(event: events.Event) -> None:
-    line = line_of(event)
-    assert line.count(b"\n") == 1
-    assert events.decode(line, NONCE) == events.decode(line[:-1], NONCE) == event
-    for size in range(len(line) - 1):
-        assert events.decode(line[:size], NONCE) is None
-    assert events.decode(line, NONCE[:-1]) is None
-    assert events.decode(line, NONCE + "4") is None
-
-
-TASK = Task(
-    label="DeepSeek-V3 tp8",
-    model="deepseek-ai/DeepSeek-V3",
-    recipe="serve",
-    argv=("--tp", "8", "--trust-remote-code"),
-    env={"SGLANG_A": "1", "PATH": "/bin"},
-    gpus=8,
-)
-JOB = Job(
-    mode="run",
-    nonce=NONCE,
-    mount="/jit",
-    image=ServingImage("sha256:1", {"a": "b"}),
-    task=dataclasses.replace(TASK, shapes=(Shape("GEMM_A", 1, 2, 3),), m_values=(1, 2), families=("triton",)),
-    lease="/lease",
-    secrets=("HF_TOKEN",),
-    observed=RunOrigin("h", "0", "i", "r"),
-)
-
-
-def assert_job(text: str) -> None:
-    job, refused = attempt(lambda: Job.from_json(text), ValueError)
-    if job is None:
-        assert harmless(str(refused)), str(refused)
-        assert len(str(refused)) < 300
-        return
-    assert isinstance(job.mode, str)
-    assert isinstance(job.nonce, str)
-    events.prefix(job.nonce)
-    assert job.task is None or isinstance(job.task, Task)
-    assert threading.TIMEOUT_MAX > job.lifetime >= 0
-    assert Job.from_json(job.to_json()) == job
-
-
-@FUZZ
-@given(st.one_of(st.text(max_size=60), documents.flatmap(written).map(bytes.decode)))
-@example("")
-@example("[" * 100_000)
-def test_job_garbage_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="WARM_CACHE_JOB does not hold a job") as caught:
-        Job.from_json(text)
-    assert harmless(str(caught.value))
-
-
-@FUZZ
-@given(
-    mutated(json.loads(JOB.to_json()), [(), ("task",), ("task", "requests"), ("task", "shapes"), ("secrets",)])
-    .flatmap(written)
-    .map(bytes.decode)
-)
-@example(JOB.to_json().replace("[4,8]", "[Infinity,8]"))
-@example(JOB.to_json().replace('"mode":"run"', '"mode":[]'))
-@example(JOB.to_json().replace('"mode":"run"', '"m\\u001b[31m":"run"'))
-def test_job_mutated_is_refused_or_a_job(text: str) -> None:
-    assert_job(text)
-
-
-@FUZZ
-@given(damaged(JOB.to_json().encode()))
-def test_job_damaged_bytes_are_refused_or_a_job(data: bytes) -> None:
-    assert_job(data.decode("utf-8", "surrogateescape"))
-
-
-def test_job_cut_anywhere_is_refused() -> None:
-    text = JOB.to_json()
-    assert Job.from_json(text) == JOB
-    for size in range(len(text)):
-        with pytest.raises(ValueError, match="does not hold a job"):
-            Job.from_json(text[:size])
-
-
-# --- the log ---
 
 
 def frame(stream: int, data: bytes) -> bytes:
@@ -352,7 +187,7 @@ def counted(sent: Writes) -> Writes:
     return [*sent, (1, newline), (1, end)]
 
 
-@FUZZ
+@RUNS
 @given(writes, sizes, st.booleans())
 @example([(1, b"\xef")], [1], False)
 @example([(2, b"\n\xef\xbf")], [1], False)
@@ -371,7 +206,7 @@ def test_log_equals_written_for_any_chunks(place: Path, sent: Writes, cuts: list
     assert pump.received == sum(len(payload) for _, payload in sent)
 
 
-@FUZZ
+@RUNS
 @given(writes, sizes, st.integers(0, 1 << 20), st.sampled_from([None, ConnectionResetError()]), st.booleans())
 def test_log_equals_written_for_any_break(
     place: Path, sent: Writes, cuts: list[int], cut: int, error: OSError | None, garbage: bool
@@ -393,7 +228,7 @@ def test_log_equals_written_for_any_break(
         assert list(map(stored_form, found[stream])) == list(map(stored_form, log))
 
 
-@FUZZ
+@RUNS
 @given(
     writes,
     sizes,
@@ -412,7 +247,7 @@ def test_pump_survives_damaged_connection(
     assert all(map(harmless, pump.problems))
 
 
-@FUZZ
+@RUNS
 @given(st.lists(any_event.map(line_of) | lookalikes, max_size=6))
 def test_pump_survives_any_event(place: Path, lines: list[bytes]) -> None:
     sent = [(1, line) for line in lines]
@@ -487,21 +322,3 @@ def test_frame_claiming_huge_length_is_refused() -> None:
     for take in (Demux().pieces, lambda data: list(Demux().whole(data))):
         with pytest.raises(BrokenFramesError):
             take(struct.pack(">BxxxL", 1, 0xFFFFFFFF))
-
-
-# --- what people see ---
-
-
-@FUZZ
-@given(
-    st.lists(st.one_of(texts, st.just("│ × –")), min_size=1), st.sampled_from(["ascii", "latin-1", "utf-8", "cp1252"])
-)
-def test_display_shows_after_any_text(said: list[str], encoding: str) -> None:
-    raw = io.BytesIO()
-    console = Console(io.TextIOWrapper(raw, encoding=encoding), terminal=False)
-    for text in said:
-        console.say(text)
-    console.say("last")
-    assert not console.closed
-    assert raw.getvalue().endswith(b"last\n")
-    assert raw.getvalue().count(b"\n") == len(said) + 1 + "".join(said).count("\n")
