@@ -39,14 +39,14 @@ MIMO: dict[str, Any] = {
 }
 
 
-def test_dense_and_moe_layers_both_stay() -> None:
+def test_few_layers_keeps_dense_and_moe_layers() -> None:
     assert few_layers(DEEPSEEK, 4) == {"num_hidden_layers": 4, "first_k_dense_replace": 3, "moe_layer_freq": 1}
     assert few_layers(DEEPSEEK, 2)["first_k_dense_replace"] == 1
     with pytest.raises(TooFewLayersError, match="layers = 1 is too few: the model has 2 kinds of layers"):
         few_layers(DEEPSEEK, 1)
 
 
-def test_one_of_every_kind_that_the_lists_tell_apart() -> None:
+def test_few_layers_keeps_one_of_every_kind_in_lists() -> None:
     made = few_layers(GLM, 4)
     assert made["mlp_layer_types"] == ["dense", "dense", "sparse", "sparse"]
     assert set(made["indexer_types"][2:]) == {"full", "shared"}, "a sparse layer of both"
@@ -95,11 +95,11 @@ def test_one_of_every_kind_that_the_lists_tell_apart() -> None:
         ),
     ],
 )
-def test_what_is_overridden(config: dict[str, Any], made: dict[str, Any]) -> None:
+def test_dummy_task_overrides_layer_counts(config: dict[str, Any], made: dict[str, Any]) -> None:
     assert few_layers(config, 4) == made
 
 
-def test_what_sglang_refuses_is_left_out_and_what_the_task_overrides_wins() -> None:
+def test_dummy_task_drops_refused_options_and_task_overrides_win() -> None:
     argv = ("--tp", "8", "--model-loader-extra-config", '{"a": 1}', "--load-format=auto",
             "--speculative-draft-load-format", "auto", "--json-model-override-args",
             '{"num_hidden_layers": 9, "b": {"c": 1}}')  # fmt: skip
@@ -126,7 +126,7 @@ def test_what_sglang_refuses_is_left_out_and_what_the_task_overrides_wins() -> N
         ),
     ],
 )
-def test_what_a_manifest_may_not_ask_for(tmp_path: Path, task: str, said: str) -> None:
+def test_dummy_manifest_with_impossible_layers_is_refused(tmp_path: Path, task: str, said: str) -> None:
     path = tmp_path / "m.toml"
     path.write_text(f'schema = 1\nimage.ref = "i"\ncache.root = "/c"\n[[task]]\nmodel = "org/m"\n{task}\n')
     with pytest.raises(UsageError) as caught:
@@ -147,7 +147,7 @@ def marker(program: Program, path: str) -> dict[str, Any]:
     return found
 
 
-def test_dummies_that_do_are_enough(program: Program) -> None:
+def test_dummy_weights_succeeding_load_no_weights(program: Program) -> None:
     (program.model / "config.json").write_text(json.dumps(DEEPSEEK))
     (program.model / "model.safetensors").unlink()
     done = program.run(dummy(program))
@@ -166,7 +166,7 @@ def test_dummies_that_do_are_enough(program: Program) -> None:
         ("reducing@dummy", {"layers": 1}, "layers = 1 is too few"),
     ],
 )
-def test_dummies_that_do_not_do_are_followed_by_weights(
+def test_dummy_then_weights_falls_back_to_weights(
     program: Program, play: str, fields: dict[str, Any], why: str
 ) -> None:
     (program.model / "config.json").write_text(json.dumps(DEEPSEEK))
@@ -181,7 +181,7 @@ def test_dummies_that_do_not_do_are_followed_by_weights(
     assert "falling back to weights" in [event.phase for event in done.all(events.Phase)]
 
 
-def test_a_task_that_wants_nothing_but_dummies_fails_with_them(program: Program) -> None:
+def test_dummy_weights_failing_fail_the_task(program: Program) -> None:
     done = program.run(dummy(program, "crash-exit-0@dummy", load="dummy"))
     assert (done.status, done.verdict.loaded, done.verdict.marker) == (20, "dummy weights, 4 layers", None)
     assert b"falling back" not in done.log
@@ -194,7 +194,7 @@ def test_a_task_that_wants_nothing_but_dummies_fails_with_them(program: Program)
         ("crash-exit-0", True, "(and dummy weights, 4 layers did not do: crash"),
     ],
 )
-def test_both_reasons_are_given_where_weights_do_not_do_either(
+def test_dummy_then_weights_both_failing_names_both_reasons(
     program: Program, play: str, checkpoint: bool, said: str
 ) -> None:
     if not checkpoint:
@@ -204,7 +204,7 @@ def test_both_reasons_are_given_where_weights_do_not_do_either(
     assert said in done.verdict.reason and "Scheduler hit an exception" in done.verdict.reason
 
 
-def test_what_a_config_should_not_hold() -> None:
+def test_dummy_config_with_absurd_values_is_refused() -> None:
     with pytest.raises(TooFewLayersError, match="more than 10000 layers"):
         few_layers({"num_hidden_layers": 10**30}, 4)
     assert (

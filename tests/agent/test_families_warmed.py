@@ -27,7 +27,7 @@ def probes(program: Program) -> list[Path]:
     return list(program.root.glob("sglang_cache/*/gpu_p2p_access_cache_for_*"))
 
 
-def test_a_server_warms_every_family_and_the_verdict_counts_entries_and_bytes(program: Program) -> None:
+def test_serve_warms_every_family_and_counts_entries_and_bytes(program: Program) -> None:
     outside = {path for path in program.place.rglob("*") if program.root not in path.parents}
     done = program.run(program.task("all-families", recipe="serve"))
     verdict = done.verdict
@@ -52,14 +52,14 @@ def test_a_server_warms_every_family_and_the_verdict_counts_entries_and_bytes(pr
     )
 
 
-def test_what_a_recipe_does_not_claim_is_counted_as_well(program: Program) -> None:
+def test_unclaimed_family_is_counted(program: Program) -> None:
     code = "import os, pathlib; pathlib.Path(os.environ['TILELANG_CACHE_DIR'], 'x').write_bytes(b'abc')"
     verdict = program.run(program.command(code, families=())).verdict
     assert (verdict.entries, verdict.added, verdict.added_bytes) == ({}, {"tilelang": 1}, {"tilelang": 3})
 
 
 @pytest.mark.parametrize(("how", "status"), [("", 0), ("fail", 20), ("wait", 143)])
-def test_a_probe_of_this_host_leaves_on_every_way_out(
+def test_host_specific_file_is_removed_on_every_exit(
     program: Program, until: Callable[..., None], how: str, status: int
 ) -> None:
     running = program.start(program.command(WRITES_A_PROBE, how))
@@ -70,7 +70,7 @@ def test_a_probe_of_this_host_leaves_on_every_way_out(
     assert not probes(program)
 
 
-def test_a_probe_stays_for_whoever_may_be_reading_it_and_leaves_with_the_next_run(program: Program) -> None:
+def test_host_specific_file_in_use_stays_until_next_run(program: Program) -> None:
     assert program.run(program.command("pass")).status == 0
     (lock,) = program.root.glob("locks/sglang_cache-*.lock")
     with lock.open() as other:
@@ -86,7 +86,7 @@ def test_a_probe_stays_for_whoever_may_be_reading_it_and_leaves_with_the_next_ru
     assert not probes(program)
 
 
-def test_a_probe_leaves_with_a_sweep(program: Program) -> None:
+def test_host_specific_file_is_removed_by_sweep(program: Program) -> None:
     start = program.run(program.command("pass")).all(events.Started)[0]
     family = FAMILY["sglang_cache"].name
     (program.root / family / start.family_keys[family] / PROBE).write_text("{}")

@@ -50,7 +50,7 @@ def lease_mode(running: Running, until: Until) -> str:
     return running.stdout.partition(b'"lease":"')[2].partition(b'"')[0].decode()
 
 
-def test_the_end_of_a_held_lease_ends_everything(program: Program, lease: tuple[Path, int], until: Until) -> None:
+def test_lease_released_ends_all_processes(program: Program, lease: tuple[Path, int], until: Until) -> None:
     running = program.start(program.command(STUBBORN), lease=str(lease[0]), stdin=subprocess.PIPE)
     child = child_of(program, until)
     assert lease_mode(running, until) == "flock"
@@ -64,7 +64,7 @@ def test_the_end_of_a_held_lease_ends_everything(program: Program, lease: tuple[
 
 
 @pytest.mark.parametrize("case", ["another nonce", "not held", "no file"])
-def test_without_a_lock_that_proves_something_stdin_is_the_lease(
+def test_lease_without_provable_lock_is_stdin(
     program: Program, lease: tuple[Path, int], until: Until, case: str
 ) -> None:
     path, descriptor = lease
@@ -83,13 +83,13 @@ def test_without_a_lock_that_proves_something_stdin_is_the_lease(
     assert not alive(child)
 
 
-def test_by_hand_there_is_no_lease(program: Program) -> None:
+def test_lease_absent_when_started_by_hand(program: Program) -> None:
     done = program.run(program.command("pass"))
     assert done.all(events.Started)[0].lease == "none"
     assert done.status == 0
 
 
-def test_the_lifetime_is_the_last_line(program: Program) -> None:
+def test_lifetime_over_ends_the_program(program: Program) -> None:
     done = program.run(program.command(STUBBORN), lifetime=0.7)
     assert done.status == guard.LIFETIME_OVER
     assert done.verdict.state == "failed"
@@ -101,9 +101,7 @@ def test_the_lifetime_is_the_last_line(program: Program) -> None:
 @pytest.mark.parametrize(
     ("signum", "recipe"), [(signal.SIGTERM, "compile-deep-gemm"), (signal.SIGTERM, "serve"), (signal.SIGINT, "serve")]
 )
-def test_a_signal_stops_a_stubborn_child_within_the_grace(
-    program: Program, until: Until, signum: int, recipe: str
-) -> None:
+def test_signal_ends_stubborn_child_within_grace(program: Program, until: Until, signum: int, recipe: str) -> None:
     running = program.start(program.task("refuses-sigterm", recipe=recipe), grace=2.0)
     until(lambda: b"refused" in running._files[1].read_bytes(), what="the child")
     running.process.send_signal(signum)
@@ -116,7 +114,7 @@ def test_a_signal_stops_a_stubborn_child_within_the_grace(
     assert isinstance(done.events[-1], events.End)
 
 
-def test_a_signal_in_mid_sweep_reports_what_there_is(program: Program, until: Until) -> None:
+def test_signal_during_shape_sweep_reports_partial(program: Program, until: Until) -> None:
     task = program.task(env={"TINY_COMPILE_SECONDS": "0.3", "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1"})
     running = program.start(task)
     until(lambda: list(program.root.glob("deep_gemm/*/cache/*/.committed")), what="the first entry")
@@ -128,7 +126,7 @@ def test_a_signal_in_mid_sweep_reports_what_there_is(program: Program, until: Un
     assert not list(program.root.glob("markers/*/*"))
 
 
-def test_the_run_lock_is_held_until_a_signal_and_the_next_one_waits(program: Program, until: Until) -> None:
+def test_run_lock_is_held_until_signal(program: Program, until: Until) -> None:
     first = program.start(None, mode="lock")
     until(lambda: first.has(events.Locked), what="the first lock")
     second = program.start(None, mode="lock")
@@ -147,7 +145,7 @@ def test_the_run_lock_is_held_until_a_signal_and_the_next_one_waits(program: Pro
     assert {waiting.process.wait(5), held.process.wait(5)} <= {143, -signal.SIGTERM}
 
 
-def test_the_lock_ends_with_the_lease(program: Program, lease: tuple[Path, int], until: Until) -> None:
+def test_run_lock_ends_with_lease(program: Program, lease: tuple[Path, int], until: Until) -> None:
     running = program.start(None, mode="lock", lease=str(lease[0]))
     until(lambda: running.has(events.Locked), what="the lock")
     os.ftruncate(lease[1], 0)  # the content is read once: only the lock counts
@@ -157,7 +155,7 @@ def test_the_lock_ends_with_the_lease(program: Program, lease: tuple[Path, int],
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_descendants_are_found_by_parentage_alone() -> None:
+def test_descendants_are_found_by_parent_pid() -> None:
     with subprocess.Popen(["sh", "-c", "sleep 60 & echo ready; wait"], stdout=subprocess.PIPE) as process:
         assert process.stdout
         process.stdout.readline()

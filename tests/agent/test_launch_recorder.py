@@ -264,7 +264,7 @@ def test_failing_skipped_and_unknown_tests_are_named_with_their_line(checkout: C
     assert named["skipped", "TestBlackwell"].why == "Requires B200"
 
 
-def test_a_sibling_and_functions_are_run_as_pytest_does(checkout: Checkout, record: Recorder) -> None:
+def test_record_sibling_and_functions_as_pytest_does(checkout: Checkout, record: Recorder) -> None:
     checkout.test("test_base.py", 'class TestBase(CustomTestCase):\n    tp = "1"\n    def test_it(self):\n'
                   '        popen_launch_server("org/base", "u", 9, other_args=["--tp", self.tp])\n')  # fmt: skip
     name = checkout.test(
@@ -316,7 +316,7 @@ HOSTILE = {
 }
 
 
-def test_a_hostile_file_costs_its_own_launches_alone(checkout: Checkout, record: Recorder) -> None:
+def test_record_hostile_file_loses_only_its_own_launches(checkout: Checkout, record: Recorder) -> None:
     launch = "\nclass TestIt(CustomTestCase):\n    def test_it(self):\n        popen_launch_server('org/it', 'u', 9)\n"
     hostile = {kind: checkout.test(f"test_{kind}.py", f"{code}\n{launch}") for kind, code in HOSTILE.items()}
     good = [checkout.test(f"test_good_{number}.py", launch) for number in range(2)]
@@ -330,7 +330,7 @@ def test_a_hostile_file_costs_its_own_launches_alone(checkout: Checkout, record:
         assert {each.model for each in found.launches(name)} <= {"org/it"}, kind
 
 
-def test_a_file_starts_no_process_and_reaches_nobody(checkout: Checkout, record: Recorder) -> None:
+def test_record_file_starts_no_process_and_no_connection(checkout: Checkout, record: Recorder) -> None:
     name = checkout.test(
         "test_reach.py",
         """

@@ -37,7 +37,7 @@ def memo(program: Program) -> toolchain.Record:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "mode": "run"}'])
-def test_no_job_is_a_sentence_and_not_a_traceback(program: Program, text: str) -> None:
+def test_job_missing_is_one_sentence(program: Program, text: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "builder.agent"],
         env={**program.environ, JOB_VARIABLE: text},
@@ -49,7 +49,7 @@ def test_no_job_is_a_sentence_and_not_a_traceback(program: Program, text: str) -
     assert done.stdout == b""
 
 
-def test_a_job_takes_the_room_of_its_text_and_no_more() -> None:
+def test_job_text_is_not_escaped_to_longer_text() -> None:
     job = Job("run", "n", "/jit", task=Task("l", "m", "command", argv=("模型" * 15_000,)))
     assert len(job.to_json().encode()) < 92_000
     assert Job.from_json(job.to_json()) == job
@@ -57,7 +57,7 @@ def test_a_job_takes_the_room_of_its_text_and_no_more() -> None:
     assert Job.from_json(strange.to_json().encode("utf-8", "strict").decode()) == strange
 
 
-def test_a_job_reads_the_same_in_every_locale(program: Program) -> None:
+def test_job_is_read_in_any_locale(program: Program) -> None:
     task = program.command("pass", model="é模")
     for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
         done = program.run(task, environ=locale)
@@ -65,13 +65,13 @@ def test_a_job_reads_the_same_in_every_locale(program: Program) -> None:
         assert json.loads((program.root / done.marker).read_text())["coverage"]["model"] == "é模"
 
 
-def test_a_run_without_a_task_is_refused(program: Program) -> None:
+def test_job_without_task_is_refused(program: Program) -> None:
     done = program.run(None)
     assert done.status == 2
     assert isinstance(done.events[-1], events.End)
 
 
-def test_probe_tells_the_toolchain_and_remembers_it(program: Program) -> None:
+def test_probe_reports_toolchain_and_writes_memo(program: Program) -> None:
     done = program.run(None, mode="probe")
     assert done.status == 0
     record = done.all(events.ToolchainProbed)[0].record
@@ -83,7 +83,7 @@ def test_probe_tells_the_toolchain_and_remembers_it(program: Program) -> None:
     assert done.seconds < 3
 
 
-def test_probe_of_a_root_that_cannot_be_written_still_tells(program: Program) -> None:
+def test_probe_of_read_only_root_reports_toolchain(program: Program) -> None:
     program.root.write_text("a file")
     done = program.run(None, mode="probe")
     assert done.all(events.ToolchainProbed)
@@ -94,7 +94,7 @@ def test_probe_of_a_root_that_cannot_be_written_still_tells(program: Program) ->
 # A warm-up that works
 
 
-def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
+def test_task_is_warmed_verified_and_judged_warm(program: Program) -> None:
     task = program.task()
     done = program.run(task)
     assert done.status == 0
@@ -115,7 +115,7 @@ def test_a_task_is_warmed_proven_and_found_warm(program: Program) -> None:
     assert [type(event) for event in done.events[-2:]] == [events.Verdict, events.End]
 
 
-def test_what_the_builder_observed_is_in_the_marker_as_it_was_sent(program: Program) -> None:
+def test_marker_holds_observed_facts_unchanged(program: Program) -> None:
     observed = RunOrigin(host="h é", builder="0.1.0", image="org/image:tag", run="20261124-093647-ab12")
     done = program.run(program.command("pass"), observed=observed)
     found = json.loads((program.root / done.marker).read_text())["observed"]
@@ -123,7 +123,7 @@ def test_what_the_builder_observed_is_in_the_marker_as_it_was_sent(program: Prog
     assert found["image"] == "sha256:0f1e"
 
 
-def test_the_next_run_adds_nothing_and_still_knows_what_it_used(program: Program) -> None:
+def test_second_run_adds_nothing_and_lists_used_entries(program: Program) -> None:
     first = program.run(program.task()).verdict
     again = program.run(program.task()).verdict
     assert (again.state, again.added) == ("warmed", {"deep_gemm": 0})
@@ -132,7 +132,7 @@ def test_the_next_run_adds_nothing_and_still_knows_what_it_used(program: Program
     assert len(json.loads(marker.read_text())["entries"]["deep_gemm"]) == first.entries["deep_gemm"]
 
 
-def test_another_task_does_not_claim_what_it_did_not_use(program: Program) -> None:
+def test_marker_lists_only_used_entries(program: Program) -> None:
     program.run(program.task())
     fewer = program.run(program.task(label="other", recipe="shapes", argv=(), shapes=(SHAPE,), m_values=(1, 64)))
     assert fewer.verdict.entries["deep_gemm"] > 2
@@ -140,7 +140,7 @@ def test_another_task_does_not_claim_what_it_did_not_use(program: Program) -> No
     assert len(marker["entries"]["deep_gemm"]) == 2
 
 
-def test_serve_warms_what_requests_need_and_a_second_server_finds_it(program: Program) -> None:
+def test_serve_is_verified_by_second_server(program: Program) -> None:
     done = program.run(program.task(recipe="serve", argv=("--tp", "8", "--dp", "2"), requests=((4, 2), (600, 2))))
     assert done.verdict.reason == ""
     assert done.verdict.proof == "verified"
@@ -150,13 +150,13 @@ def test_serve_warms_what_requests_need_and_a_second_server_finds_it(program: Pr
     assert b"crashed with exit code" not in done.stderr  # its workers were not signalled behind its back
 
 
-def test_serve_may_settle_for_steady(program: Program) -> None:
+def test_serve_with_steady_proof_is_warmed(program: Program) -> None:
     done = program.run(program.task(recipe="serve", verify="steady"))
     assert (done.status, done.verdict.proof, done.verdict.second_pass_added) == (0, "steady", None)
     assert done.stderr.count(b"Uvicorn running on") == 1
 
 
-def test_shapes_go_over_the_list_of_the_servers_flags(program: Program) -> None:
+def test_shapes_use_m_list_of_server_flags(program: Program) -> None:
     argv = ("--dp", "8", "--enable-dp-attention")
     done = program.run(program.task(recipe="shapes", argv=argv, shapes=(SHAPE,)))
     assert done.verdict.proof == "verified"
@@ -165,7 +165,7 @@ def test_shapes_go_over_the_list_of_the_servers_flags(program: Program) -> None:
     assert b"sweep" not in done.stdout + done.stderr
 
 
-def test_a_command_is_run_again_and_claims_what_it_needs(program: Program) -> None:
+def test_command_is_run_twice_and_claims_families(program: Program) -> None:
     code = "from triton.cache import compile_kernel; compile_kernel('k', 'x'); print('KERNELS READY')"
     task = program.task(recipe="command", argv=("python3", "-c", code), success="^KERNELS READY$")
     done = program.run(task)
@@ -181,9 +181,7 @@ def test_a_command_is_run_again_and_claims_what_it_needs(program: Program) -> No
         (True, ""),
     ],
 )
-def test_a_builder_that_works_in_place_proves_nothing_by_making_no_new_name(
-    program: Program, hit: bool, reason: str
-) -> None:
+def test_command_rewriting_entry_in_place_is_not_verified(program: Program, hit: bool, reason: str) -> None:
     code = (
         "import os, pathlib, sys; folder = pathlib.Path(os.environ['TVM_FFI_CACHE_DIR'], 'kernel_1')\n"
         "folder.mkdir(exist_ok=True); kernel = folder / 'kernel.ptx'\n"
@@ -196,13 +194,13 @@ def test_a_builder_that_works_in_place_proves_nothing_by_making_no_new_name(
     assert bool(marker_files(program)) == hit
 
 
-def test_a_command_that_claims_nothing_runs_once(program: Program) -> None:
+def test_command_without_claims_runs_once(program: Program) -> None:
     done = program.run(program.command("print('done')"))
     assert (done.verdict.proof, done.verdict.state) == ("nothing-claimed", "warmed")
     assert done.log.count(b"done\n") == 1
 
 
-def test_an_inventory_may_be_enough(program: Program) -> None:
+def test_command_with_inventory_proof_is_warmed(program: Program) -> None:
     done = program.run(program.task(verify="inventory"))
     assert (done.verdict.proof, done.verdict.second_pass_added) == ("inventory", None)
     assert b"warm-cache shapes:" not in done.stdout
@@ -244,7 +242,9 @@ def test_an_inventory_may_be_enough(program: Program) -> None:
         ),
     ],
 )
-def test_no_marker_without_proof(program: Program, play: str, status: int, state: str, reason: str) -> None:
+def test_second_pass_adding_entries_writes_no_marker(
+    program: Program, play: str, status: int, state: str, reason: str
+) -> None:
     done = program.run(program.task(play))
     assert (done.status, done.verdict.state) == (status, state)
     assert done.verdict.reason.startswith(reason)
@@ -254,20 +254,20 @@ def test_no_marker_without_proof(program: Program, play: str, status: int, state
 
 
 @pytest.mark.parametrize("play", ["grandchildren", "binary", "reducing", "flood"])
-def test_noise_and_litter_do_no_harm(program: Program, play: str) -> None:
+def test_noise_in_log_and_cache_changes_nothing(program: Program, play: str) -> None:
     environ = {"SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1", "TINY_PLAY": play, "TINY_LINES": "50000"}
     done = program.run(program.task(env=environ))
     assert (done.status, done.verdict.proof) == (0, "verified")
     assert done.stdout.count(b"flood ") == (50_000 if play == "flood" else 0)
 
 
-def test_what_memory_cut_short_is_swept_in_full(program: Program) -> None:
+def test_reduced_max_m_is_finished_by_shape_sweep(program: Program) -> None:
     done = program.run(program.task("reducing"))
     assert b"reducing max_m to 2048" in done.stderr
     assert done.stdout.count(b"num_groups=1 over 2560 Ms") == 4  # two dense shapes, finished and then proven
 
 
-def test_success_with_old_kernels_only_is_no_success(program: Program) -> None:
+def test_success_line_without_entries_is_failed(program: Program) -> None:
     program.run(program.task(label="other"))
     done = program.run(program.task("no-kernels"))
     assert done.status == 20
@@ -275,7 +275,7 @@ def test_success_with_old_kernels_only_is_no_success(program: Program) -> None:
     assert len(marker_files(program)) == 1
 
 
-def test_a_sweep_over_other_ms_proves_less(program: Program) -> None:
+def test_sweep_over_other_m_list_is_partial(program: Program) -> None:
     code = (
         "from sglang.srt.layers.deep_gemm_wrapper import compile_utils as cu; from sglang import log\n"
         "log.info('Try DeepGEMM JIT Compiling for <GEMM_NT_F8F8BF16> N=64, K=64, num_groups=1 with all Ms.')\n"
@@ -293,7 +293,7 @@ def test_a_sweep_over_other_ms_proves_less(program: Program) -> None:
     assert json.loads((program.root / done.marker).read_text())["proof"] == "inventory"
 
 
-def test_a_shape_that_fails_makes_the_task_partial(program: Program) -> None:
+def test_failing_shape_makes_task_partial(program: Program) -> None:
     done = program.run(program.task(recipe="shapes", argv=(), shapes=(SHAPE, Shape("NO_SUCH_KIND", 1, 1))))
     assert (done.status, done.verdict.state) == (21, "partial")
     assert "1 of 2 shapes done (first: <NO_SUCH_KIND>" in done.verdict.reason
@@ -304,7 +304,7 @@ CONTIG = Shape("GROUPED_GEMM_NT_F8F8BF16_CONTIG", 64, 128, 32)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_worker_that_is_killed_is_named_with_its_shape_and_the_rest_goes_on(program: Program, workers: int) -> None:
+def test_killed_shape_worker_is_named_and_rest_continues(program: Program, workers: int) -> None:
     shapes = (CONTIG, SHAPE, Shape("GEMM_NT_F8F8BF16", 512, 256), Shape("GEMM_NT_F8F8BF16", 64, 64))
     environ = {"TINY_PLAY": "dies-at-contig", "TINY_COMPILE_SECONDS": "0.2"}
     task = program.task(env=environ, recipe="shapes", argv=(), shapes=shapes, m_values=(64, 128), workers=workers)
@@ -317,7 +317,7 @@ def test_a_worker_that_is_killed_is_named_with_its_shape_and_the_rest_goes_on(pr
     assert not marker_files(program)
 
 
-def test_workers_make_the_same_entries_and_one_bar(program: Program) -> None:
+def test_several_workers_make_same_entries_and_one_progress_bar(program: Program) -> None:
     shapes = tuple(Shape("GEMM_NT_F8F8BF16", 64 * number, 128) for number in range(1, 7))
     task = program.task(recipe="shapes", argv=(), shapes=shapes, workers=3)
     done = program.run(task)
@@ -333,7 +333,7 @@ def test_workers_make_the_same_entries_and_one_bar(program: Program) -> None:
     assert {path.name for path in program.root.glob("deep_gemm/*/cache/*")} == names
 
 
-def test_every_worker_has_a_gpu_of_its_own(program: Program) -> None:
+def test_each_worker_has_its_own_gpu(program: Program) -> None:
     watch = "import os, sys; print('worker sees', os.environ.get('CUDA_VISIBLE_DEVICES'), file=sys.stderr)\n"
     spy = program.place / "spy"
     spy.mkdir()
@@ -346,7 +346,7 @@ def test_every_worker_has_a_gpu_of_its_own(program: Program) -> None:
     assert b"[worker 0] worker sees 0\n" in done.log and b"[worker 1] worker sees 1\n" in done.log
 
 
-def test_a_server_that_dies_before_it_is_healthy(program: Program) -> None:
+def test_server_dying_before_health_is_failed(program: Program) -> None:
     done = program.run(program.task("exit-4", recipe="serve"))
     assert done.status == 20
     assert done.verdict.reason.startswith("the server ended before it was healthy: exit status 4")
@@ -355,13 +355,13 @@ def test_a_server_that_dies_before_it_is_healthy(program: Program) -> None:
 @pytest.mark.parametrize(
     ("success", "reason"), [("^READY$", "exit status 0, but no line matched '^READY$'"), ("(", "success is no regular")]
 )
-def test_a_command_needs_its_evidence(program: Program, success: str, reason: str) -> None:
+def test_command_without_success_line_is_failed(program: Program, success: str, reason: str) -> None:
     done = program.run(program.command("print('not READY')", success=success))
     assert done.status == 20
     assert done.verdict.reason.startswith(reason)
 
 
-def test_a_family_that_the_task_requires_must_hold_something(program: Program) -> None:
+def test_required_family_without_entries_is_failed(program: Program) -> None:
     done = program.run(program.command("pass", families=("triton",)))
     assert done.status == 20
     assert done.verdict.reason.startswith("triton is required and it holds no valid entry")
@@ -377,14 +377,14 @@ def test_a_family_that_the_task_requires_must_hold_something(program: Program) -
         ({"recipe": "command", "argv": ()}, "the task has no command"),
     ],
 )
-def test_a_task_that_makes_no_sense_says_so(program: Program, fields: dict[str, Any], reason: str) -> None:
+def test_impossible_task_is_failed_with_reason(program: Program, fields: dict[str, Any], reason: str) -> None:
     done = program.run(program.task(**fields))
     assert done.status == 20
     assert done.verdict.reason == reason
     assert b"Traceback" not in done.stderr
 
 
-def test_a_root_that_cannot_be_written_fails_the_task(program: Program) -> None:
+def test_read_only_root_fails_the_task(program: Program) -> None:
     program.root.write_text("a file")
     done = program.run(program.task())
     assert done.status == 20
@@ -396,14 +396,14 @@ def test_a_root_that_cannot_be_written_fails_the_task(program: Program) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_task_without_its_model_is_skipped(program: Program, missing: str) -> None:
+def test_missing_model_skips_the_task(program: Program, missing: str) -> None:
     (program.model / missing).unlink()
     done = program.run(program.task())
     assert (done.status, done.verdict.state) == (22, "skipped")
     assert str(program.model) in done.verdict.reason
 
 
-def test_dummy_weights_need_no_checkpoint(program: Program) -> None:
+def test_dummy_weights_without_checkpoint_warm(program: Program) -> None:
     (program.model / "model.safetensors").unlink()
     argv = ("--tp", "8", "--model-loader-extra-config", '{"num_threads": 64}')
     done = program.run(program.task(argv=argv, load="dummy", layers=4))
@@ -412,7 +412,7 @@ def test_dummy_weights_need_no_checkpoint(program: Program) -> None:
     assert b'{"num_hidden_layers": 4}' in done.stderr
 
 
-def test_a_link_of_the_store_that_leads_nowhere_is_no_checkpoint(program: Program) -> None:
+def test_dangling_store_link_skips_the_task(program: Program) -> None:
     home = program.place / "hf" / "hub" / "models--org--name"
     (home / "refs").mkdir(parents=True)
     (home / "snapshots" / "abc").mkdir(parents=True)
@@ -426,7 +426,7 @@ def test_a_link_of_the_store_that_leads_nowhere_is_no_checkpoint(program: Progra
     assert program.run(task, environ=environ).verdict.state == "warmed"
 
 
-def test_a_store_that_may_be_written_may_be_empty(program: Program) -> None:
+def test_empty_writable_store_is_accepted(program: Program) -> None:
     env = {"HF_HUB_OFFLINE": "0", "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1"}
     assert program.run(program.task(model="org/absent", env=env)).status == 0
 
@@ -434,7 +434,7 @@ def test_a_store_that_may_be_written_may_be_empty(program: Program) -> None:
 # Surroundings
 
 
-def test_what_a_child_sees(program: Program) -> None:
+def test_child_environment_has_family_variables_and_no_job(program: Program) -> None:
     code = "import json, os; json.dump(dict(os.environ), open('environ', 'w'))"
     env = {"TRITON_CACHE_DIR": "/elsewhere", "MINE": "1", "HF_HUB_OFFLINE": "0"}
     done = program.run(program.command(code, env=env))
@@ -448,7 +448,7 @@ def test_what_a_child_sees(program: Program) -> None:
     assert factors["mount"] == str(program.root)
 
 
-def test_leftovers_and_host_specific_files_leave(program: Program) -> None:
+def test_leftovers_and_host_specific_files_are_removed(program: Program) -> None:
     start = program.run(program.command("pass")).all(events.Started)[0]
     keys = start.family_keys
     build = program.root / "deep_gemm" / keys["deep_gemm"] / "tmp" / "7-dead"
@@ -472,7 +472,7 @@ def test_leftovers_and_host_specific_files_leave(program: Program) -> None:
     assert len(list((program.root / "aside" / f"deep_gemm-{keys['deep_gemm']}").iterdir())) == 2
 
 
-def test_the_families_are_locked_shared_while_it_runs(program: Program) -> None:
+def test_families_are_locked_shared_during_run(program: Program) -> None:
     code = (
         "import fcntl, glob, sys\n"
         "paths = glob.glob('jit/locks/*-*.lock')\n"
@@ -486,7 +486,7 @@ def test_the_families_are_locked_shared_while_it_runs(program: Program) -> None:
     assert f"{count} {count} 0\n".encode() in done.log
 
 
-def test_a_foreign_root_full_of_garbage_does_no_harm(program: Program) -> None:
+def test_root_full_of_garbage_is_warmed(program: Program) -> None:
     start = program.run(program.command("pass")).all(events.Started)[0]
     for family, key in start.family_keys.items():
         folder = program.root / family / key

@@ -66,7 +66,7 @@ def contents(paths: list[Path]) -> list[tuple[str, int]]:
     return [(str(below), below.lstat().st_mtime_ns) for path in paths for below in sorted([path, *path.rglob("*")])]
 
 
-def test_sweep_moves_what_a_kill_left_in_every_key_and_nothing_else(program: Program, root: Path) -> None:
+def test_sweep_quarantines_leftovers_and_nothing_else(program: Program, root: Path) -> None:
     before = contents(foreign(root))
     done = program.run(None, mode="sweep")
     assert done.status == 0
@@ -83,9 +83,7 @@ def test_sweep_moves_what_a_kill_left_in_every_key_and_nothing_else(program: Pro
     assert (again.status, again.all(events.Quarantined), again.all(events.Removed)) == (0, [], [])
 
 
-def test_sweep_removes_what_lay_aside_for_longer_than_a_job_lasts_unless_somebody_holds(
-    program: Program, root: Path
-) -> None:
+def test_sweep_deletes_old_quarantine_unless_held(program: Program, root: Path) -> None:
     program.run(None, mode="sweep")
     assert program.run(None, mode="sweep", job_max=60.0).all(events.Removed) == []
     with layout.hold_lock(root).open() as lock:
@@ -100,7 +98,7 @@ def test_sweep_removes_what_lay_aside_for_longer_than_a_job_lasts_unless_somebod
 
 
 @pytest.mark.parametrize("mode", ["sweep", "verify"])
-def test_a_root_that_cannot_be_used_is_named(program: Program, mode: str) -> None:
+def test_unusable_root_is_named(program: Program, mode: str) -> None:
     layout.prepare(program.root)
     (program.root / "layout.json").write_text('{"schema": 2, "id": "theirs"}')
     done = program.run(None, mode=mode, repair=True)
@@ -109,7 +107,7 @@ def test_a_root_that_cannot_be_used_is_named(program: Program, mode: str) -> Non
     assert b"Traceback" not in done.stderr
 
 
-def test_verify_names_every_bad_entry_and_moves_none(program: Program, root: Path) -> None:
+def test_verify_names_bad_entries_and_moves_none(program: Program, root: Path) -> None:
     before = contents([root])
     done = program.run(None, mode="verify")
     assert done.status == 0
@@ -121,7 +119,7 @@ def test_verify_names_every_bad_entry_and_moves_none(program: Program, root: Pat
     assert contents([root]) == before
 
 
-def test_verify_repairs_by_moving_aside_and_says_what_is_left(program: Program, root: Path) -> None:
+def test_verify_repair_quarantines_and_reports_the_rest(program: Program, root: Path) -> None:
     done = program.run(None, mode="verify", repair=True)
     assert done.status == 0
     assert ("inductor", "ab/cut.so") in {(event.family, event.path) for event in done.all(events.Quarantined)}
@@ -130,7 +128,7 @@ def test_verify_repairs_by_moving_aside_and_says_what_is_left(program: Program, 
     assert program.run(None, mode="verify", repair=True).all(events.BadEntry) == []
 
 
-def test_each_key_is_judged_by_the_mount_it_was_made_for(program: Program) -> None:
+def test_verify_judges_key_by_its_own_mount(program: Program) -> None:
     def entry(key: str, mount: str | None, recorded: str) -> None:
         place = program.root / "triton" / key
         file(place / "AAAA" / "k.ptx", b"x")
@@ -148,7 +146,7 @@ def test_each_key_is_judged_by_the_mount_it_was_made_for(program: Program) -> No
     assert [event.key for event in done.all(events.BadEntry)] == ["3" * 16]
 
 
-def test_a_directory_that_cannot_be_listed_is_bad(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_unlistable_directory_is_bad(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str) -> Any:
         raise PermissionError(13, "Permission denied", path)
 
@@ -161,9 +159,7 @@ def test_a_directory_that_cannot_be_listed_is_bad(root: Path, monkeypatch: pytes
     assert bad_entries(place, now=0.0) == (0, {".": problem, "cache": problem})
 
 
-def test_the_hold_is_shared_ends_with_its_holder_and_makes_no_root(
-    program: Program, until: Callable[..., None]
-) -> None:
+def test_hold_is_shared_and_creates_no_root(program: Program, until: Callable[..., None]) -> None:
     done = program.run(None, mode="hold")
     assert done.status == 20
     assert not program.root.exists()

@@ -35,7 +35,7 @@ def nvcc_of(environ: dict[str, str], site: str | None = None) -> dict[str, str |
     return {name: probe.finish(process, SOON, name, problems) for name, process in running.items()}
 
 
-def test_nvcc_is_found_in_the_order_of_its_users(tmp_path: Path) -> None:
+def test_nvcc_is_searched_in_order(tmp_path: Path) -> None:
     tool(tmp_path / "home/bin/nvcc", "echo home; echo second line")
     tool(tmp_path / "path/nvcc", "echo path")
     tool(tmp_path / "cudapath/bin/nvcc", "echo cudapath")
@@ -49,7 +49,7 @@ def test_nvcc_is_found_in_the_order_of_its_users(tmp_path: Path) -> None:
     assert (both["nvcc"], both["deep_gemm_nvcc"]) == ("home\nsecond line", "own")
 
 
-def test_ptxas_is_tritons_own_unless_named(tmp_path: Path) -> None:
+def test_ptxas_of_triton_unless_variable_names_one(tmp_path: Path) -> None:
     bin_ = tmp_path / "site/triton/backends/nvidia/bin"
     tool(bin_ / "ptxas", "echo wheel")
     tool(bin_ / "ptxas-blackwell", "echo blackwell")
@@ -62,7 +62,7 @@ def test_ptxas_is_tritons_own_unless_named(tmp_path: Path) -> None:
     assert nvcc_of({"PATH": path, "TRITON_PTXAS_BLACKWELL_PATH": named}, site)["ptxas-blackwell"] == "mine"
 
 
-def test_compilers_that_fail_hang_or_mumble_are_absent(tmp_path: Path) -> None:
+def test_compiler_failing_hanging_or_garbled_is_absent(tmp_path: Path) -> None:
     problems: list[str] = []
     environ = {"PATH": os.environ["PATH"]}
     broken = probe.start([tool(tmp_path / "broken", "exit 3")], environ)
@@ -79,7 +79,7 @@ def test_compilers_that_fail_hang_or_mumble_are_absent(tmp_path: Path) -> None:
 # Probe
 
 
-def test_probe_names_every_factor_and_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_probe_names_every_factor_without_heavy_imports(tmp_path: Path) -> None:
     nvcc = tool(tmp_path / "cuda/bin/nvcc", "echo nvcc: NVIDIA; echo release 13.0")
     cxx = tool(tmp_path / "bin/clang", 'echo "clang 18 $2"; echo Target')
     environ = {"PATH": os.environ["PATH"], "CUDA_HOME": str(tmp_path / "cuda"), "CXX": f"{cxx} -flag"}
@@ -95,7 +95,7 @@ def test_probe_names_every_factor_and_imports_nothing_heavy(tmp_path: Path) -> N
     assert nvcc
 
 
-def test_unknown_is_no_commit() -> None:
+def test_commit_unknown_is_absent() -> None:
     environ = {"PATH": "/nowhere", "SGLANG_BUILD_COMMIT": "unknown"}
     made = probe.probe(environ=environ, mount="/jit", image=ServingImage())
     assert made["sglang"]["commit"] is None
@@ -103,7 +103,7 @@ def test_unknown_is_no_commit() -> None:
     assert made["factors"]["nvcc"] is None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
-def test_devices_are_asked_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_probe_runs_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     # A driver that crashes its process is a problem noted and no facts.
     monkeypatch.setattr(probe, "_GPU_FACTS", "import os; os.kill(os.getpid(), 11)")
     made = probe.probe(environ={"PATH": "/nowhere"}, mount="/jit", image=ServingImage())

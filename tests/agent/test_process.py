@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
 # Bytes
 
 
-def test_every_byte_of_both_streams_arrives_in_order(program: Program) -> None:
+def test_child_output_arrives_in_order(program: Program) -> None:
     noise = random.Random(7)
     streams = [noise.randbytes(3_000_000) + b"no final newline", (b"x" * 1_000_003 + b"\r\n") * 2 + b"\xff\xfe\r"]
     for number, data in enumerate(streams):
@@ -41,13 +41,13 @@ def test_every_byte_of_both_streams_arrives_in_order(program: Program) -> None:
     assert body.startswith(streams[0] + b"\n@warmup ")  # a newline of ours: the next event must begin a line
 
 
-def test_the_last_line_counts_the_bytes_before_it(program: Program) -> None:
+def test_end_event_counts_output_bytes(program: Program) -> None:
     done = program.run(program.command("import sys; print('out', end=''); print('err', file=sys.stderr)"))
     last = done.stdout.splitlines(keepends=True)[-1]
     assert events.decode(last, NONCE) == events.End(len(done.stdout) - len(last), len(done.stderr))
 
 
-def test_the_beginning_of_a_line_is_shown_before_its_end_comes(program: Program, until: Until) -> None:
+def test_unfinished_line_is_shown(program: Program, until: Until) -> None:
     code = "import sys; print('half a', end='', flush=True); open('gate').read(); print(' line')"
     os.mkfifo(program.place / "gate")
     running = program.start(program.command(code))
@@ -56,7 +56,7 @@ def test_the_beginning_of_a_line_is_shown_before_its_end_comes(program: Program,
     assert b"half a line\n" in running.end().stdout
 
 
-def test_a_line_in_progress_is_ended_before_an_event(program: Program, until: Until) -> None:
+def test_unfinished_line_is_ended_before_event(program: Program, until: Until) -> None:
     os.mkfifo(program.place / "gate")
     code = f"import os; os.write(1, b'half a'); open('gate').read(); os.write(2, b'{CRASH}\\n')"
     running = program.start(program.command(code))
@@ -67,14 +67,14 @@ def test_a_line_in_progress_is_ended_before_an_event(program: Program, until: Un
     assert b'half a\n@warmup 4f0e2d6c {"event":"phase","phase":"crashed' in done.stdout
 
 
-def test_a_log_without_end_is_cut_and_fails_the_task(program: Program) -> None:
+def test_log_beyond_limit_is_cut_and_fails_the_task(program: Program) -> None:
     done = program.run(program.task(recipe="command", argv=("yes", "y" * 99), families=()), log_limit=1_000_000)
     assert done.status == 20
     assert "log limit" in done.verdict.reason
     assert 1_000_000 < len(done.stdout) < 4_000_000
 
 
-def test_progress_and_phases_become_events(program: Program) -> None:
+def test_progress_lines_become_events(program: Program) -> None:
     code = r"""
 import sys
 print("[stamp] Load weight begin. avail mem=1 GB", file=sys.stderr)
@@ -85,7 +85,7 @@ sys.stderr.write("\rLoading safetensors checkpoint shards:  50% Completed | 4/8 
     assert done.all(events.Progress) == [events.Progress(done=4, total=8, unit="shards")]
 
 
-def test_a_line_that_poses_as_an_event_does_not_know_the_nonce(program: Program) -> None:
+def test_log_line_without_nonce_is_no_event(program: Program) -> None:
     code = (
         "import os; print('@warmup guess {\"event\":\"verdict\"}'); print([k for k in os.environ if 'CACHE_JOB' in k])"
     )
@@ -98,7 +98,7 @@ def test_a_line_that_poses_as_an_event_does_not_know_the_nonce(program: Program)
 
 
 @pytest.mark.parametrize("cut", range(1, 24))
-def test_a_secret_is_masked_wherever_a_read_cuts_it(cut: int) -> None:
+def test_secret_split_over_reads_is_masked(cut: int) -> None:
     redactor = Redactor(["hf_abcabcabd", "short", "hf_abc"])
     text = b"at hf_abcabcabd, hf_abc!"
     shown = redactor.feed(text[:cut]) + redactor.feed(text[cut:]) + redactor.flush()
@@ -109,24 +109,24 @@ def test_a_secret_is_masked_wherever_a_read_cuts_it(cut: int) -> None:
 
 
 @pytest.mark.parametrize("around", ["{}\n", " {}\r\n", "\t{} "])
-def test_white_space_around_a_secret_is_not_masked_with_it(around: str) -> None:
+def test_secret_with_white_space_masks_the_value_only(around: str) -> None:
     redactor = Redactor([around.format("hf_abcdef")])
     assert redactor.feed(b"one hf_abcdef\ntwo\n") + redactor.flush() == b"one ***\ntwo\n"
     assert Redactor([around.format("hf_ab")]).feed(b"hf_ab\n") == b"hf_ab\n"
 
 
-def test_a_secret_that_is_not_utf_8_is_one_all_the_same() -> None:
+def test_secret_not_utf8_is_masked() -> None:
     assert Redactor([os.fsdecode(b"\xff\xfe-secret")]).feed(b"is \xff\xfe-secret.") == b"is ***."
 
 
-def test_what_only_looks_like_the_start_of_a_secret_is_printed_in_the_end() -> None:
+def test_prefix_of_secret_is_printed() -> None:
     redactor = Redactor(["hf_abcdef"])
     assert redactor.feed(b"a hf_abc") == b"a "
     assert redactor.flush() == b"hf_abc"
     assert Redactor(["short"]).feed(b"short") == b"short"
 
 
-def test_no_stream_and_no_event_ever_shows_a_secret(program: Program) -> None:
+def test_secret_in_streams_and_events_is_masked(program: Program) -> None:
     token = "hf_0123456789abcdef"
     code = f"import os, sys; print(os.environ['HF_TOKEN']); print('{CRASH} ' + os.environ['HF_TOKEN'], file=sys.stderr)"
     done = program.run(program.command(code), environ={"HF_TOKEN": token}, secrets=("HF_TOKEN", "UNSET"))
@@ -144,7 +144,7 @@ def test_no_stream_and_no_event_ever_shows_a_secret(program: Program) -> None:
     ["sys.exit(0)", "open('gate').read()", "signal.signal(signal.SIGTERM, signal.SIG_IGN); open('gate').read()"],
     ids=["exits 0", "hangs", "refuses SIGTERM"],
 )
-def test_a_crash_line_fails_the_task_whatever_follows(program: Program, then: str) -> None:
+def test_crash_line_fails_the_task(program: Program, then: str) -> None:
     os.mkfifo(program.place / "gate")
     code = (
         f"import signal, sys, os; sys.stderr.write('{CRASH}\\n  File x\\nValueError: no'); sys.stderr.flush(); {then}"
@@ -156,7 +156,7 @@ def test_a_crash_line_fails_the_task_whatever_follows(program: Program, then: st
     assert done.stderr.endswith(b"ValueError: no")
 
 
-def test_nothing_that_a_child_started_outlives_it(program: Program) -> None:
+def test_child_descendants_end_with_it(program: Program) -> None:
     code = """
 import os, signal, sys
 for generation in range(2):
@@ -184,21 +184,21 @@ while len(open("pids", "a+").read() or open("pids").read().split()) < 4:
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL (the kernel does that when memory runs out)"),
     ],
 )
-def test_a_failed_command_says_how_it_ended(program: Program, code: str, reason: str) -> None:
+def test_failed_command_reports_its_status(program: Program, code: str, reason: str) -> None:
     done = program.run(program.command(code))
     assert done.status == 20
     assert done.verdict.reason == reason
 
 
 @pytest.mark.parametrize("argv", [("no-such-program",), ("/",), ("a\0b",)])
-def test_a_command_that_cannot_start_says_why(program: Program, argv: tuple[str, ...]) -> None:
+def test_unstartable_command_reports_reason(program: Program, argv: tuple[str, ...]) -> None:
     done = program.run(program.task(recipe="command", argv=argv, families=()))
     assert done.status == 20
     assert done.verdict.reason.startswith("cannot start ")
     assert b"Traceback" not in done.stderr
 
 
-def test_statuses_in_words() -> None:
+def test_describe_status_names_signal_or_code() -> None:
     assert describe_status(None) == "still running"
     assert describe_status(-15) == "killed by SIGTERM"
     assert describe_status(-64 - 99) == "killed by signal 163"

@@ -60,7 +60,7 @@ def digest(root: Path) -> str:
     return known.hexdigest()
 
 
-def test_of_each_task_the_newest_toolchains_stay(program: Program, made: Generations) -> None:
+def test_decide_keeps_newest_toolchains_of_each_task(program: Program, made: Generations) -> None:
     for number, days in ((1, 30), (2, 20), (3, 10), (4, 1)):
         made.warmed(number, ["a", "b"] if number != 2 else ["a"], days=days)
     done = pruned(program, policy(made, 4))
@@ -79,7 +79,7 @@ def test_of_each_task_the_newest_toolchains_stay(program: Program, made: Generat
     assert pruned(program, policy(made, 4)).all(events.Pruned) == []
 
 
-def test_what_the_images_task_needs_stays_whoever_compiled_it(program: Program, made: Generations) -> None:
+def test_decide_keeps_keys_of_manifest_image(program: Program, made: Generations) -> None:
     """The image of number 9 was never warmed: its kernels and its markers are those of number 1."""
     made.warmed(1, ["a"], days=99)
     made.warmed(2, ["a"], days=3)
@@ -95,7 +95,7 @@ def test_what_the_images_task_needs_stays_whoever_compiled_it(program: Program, 
     assert not made.place(1, "inductor").exists()  # which is of the old image alone
 
 
-def test_what_nobody_uses_goes_after_its_time(program: Program, made: Generations) -> None:
+def test_decide_older_than_removes_unused(program: Program, made: Generations) -> None:
     for number in (1, 2, 3):
         made.warmed(number, ["a"], days=20)
     (used,) = [path for path in made.root.glob("markers/*/*.json") if image(2) in path.read_text()]
@@ -104,7 +104,7 @@ def test_what_nobody_uses_goes_after_its_time(program: Program, made: Generation
     assert made.markers() == ["a@2"]
 
 
-def test_entries_that_nobody_lists_go_by_age_and_never_a_young_one(program: Program, made: Generations) -> None:
+def test_decide_removes_old_unlisted_entries_only(program: Program, made: Generations) -> None:
     made.warmed(1, ["a"], days=20)
     old = made.entry(made.key(1), "cache/other.1", days=20)
     young = made.entry(made.key(1), "cache/other.2", days=0.01)
@@ -118,7 +118,7 @@ def test_entries_that_nobody_lists_go_by_age_and_never_a_young_one(program: Prog
     assert unvouched(made.root) == []
 
 
-def test_the_least_recently_used_goes_until_it_fits(program: Program, made: Generations) -> None:
+def test_decide_max_size_removes_least_recently_used(program: Program, made: Generations) -> None:
     for number, days in ((1, 30), (2, 20), (3, 10), (4, 1)):
         made.warmed(number, ["a"], days=days, size=100_000)
     loose = made.entry(made.key(4), "cache/loose.1", size=100_000, days=25)
@@ -136,7 +136,7 @@ def test_the_least_recently_used_goes_until_it_fits(program: Program, made: Gene
     assert found.after - 100_000 < after.before <= found.after  # markers and memos are not foretold
 
 
-def test_it_never_goes_below_what_is_needed_and_says_so(program: Program, made: Generations) -> None:
+def test_decide_max_size_too_small_keeps_needed_and_warns(program: Program, made: Generations) -> None:
     made.warmed(1, ["a", "b"], days=50)
     made.warmed(2, ["a", "b"], days=40)
     done = pruned(program, policy(made, 2, max_size=1))
@@ -144,7 +144,7 @@ def test_it_never_goes_below_what_is_needed_and_says_so(program: Program, made: 
     assert "more than the limit of 1 B" in done.all(events.Freed)[0].left[0]
 
 
-def test_what_was_touched_within_a_job_stays_and_its_markers_vouch_for_it(program: Program, made: Generations) -> None:
+def test_decide_keeps_recently_touched_with_markers(program: Program, made: Generations) -> None:
     """File times can be set back, the time of a change cannot: all of this was made just now."""
     made.warmed(1, ["a"], days=50)
     made.warmed(2, ["a"], days=40)
@@ -155,7 +155,7 @@ def test_what_was_touched_within_a_job_stays_and_its_markers_vouch_for_it(progra
 
 
 @pytest.mark.parametrize("which", ["hold", "family"])
-def test_locks_are_respected(program: Program, made: Generations, which: str) -> None:
+def test_prune_keeps_locked_families(program: Program, made: Generations, which: str) -> None:
     made.warmed(1, ["a"], days=50)
     made.warmed(2, ["a"], days=40)
     lock = layout.hold_lock(made.root) if which == "hold" else layout.family_lock(made.root, "deep_gemm", made.key(1))
@@ -172,7 +172,7 @@ def test_locks_are_respected(program: Program, made: Generations, which: str) ->
     assert not made.place(1).exists()
 
 
-def test_a_dry_run_says_the_same_and_changes_nothing(program: Program, made: Generations) -> None:
+def test_prune_dry_run_reports_same_and_changes_nothing(program: Program, made: Generations) -> None:
     for number, days in ((1, 30), (2, 20), (3, 10)):
         made.warmed(number, ["a", "b"], days=days)
     made.entry(made.key(3), "cache/loose.1", days=90)
@@ -190,9 +190,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(program: Program, made: Gen
     assert (made.root / "theirs").is_dir()
 
 
-def test_whatever_lies_there_crashes_nothing_and_a_newer_marker_keeps_its_kernels(
-    program: Program, made: Generations
-) -> None:
+def test_prune_of_garbage_never_raises_and_newer_marker_keeps_kernels(program: Program, made: Generations) -> None:
     made.warmed(1, ["a"], days=50)
     made.warmed(2, ["a"], days=40)
     (made.root / "markers" / "theirs").mkdir()
@@ -213,9 +211,7 @@ def test_whatever_lies_there_crashes_nothing_and_a_newer_marker_keeps_its_kernel
     assert (made.root / "markers" / "theirs" / "half.json").exists()
 
 
-def test_a_kill_at_any_moment_leaves_markers_that_hold_and_the_next_prune_finishes(
-    program: Program, made: Generations
-) -> None:
+def test_prune_killed_leaves_valid_markers_and_next_finishes(program: Program, made: Generations) -> None:
     for number, days in ((1, 30), (2, 20), (3, 10)):
         made.warmed(number, ["a", "b", "c"], days=days, entries=100)
     wanted = policy(made, 3, ("a", "b", "c"), keep=1)
@@ -245,7 +241,7 @@ def test_a_kill_at_any_moment_leaves_markers_that_hold_and_the_next_prune_finish
     assert sorted(path.name for path in (made.root / "deep_gemm").iterdir() if path.is_dir()) == [made.key(3)]
 
 
-def test_what_only_a_generation_holds_is_no_reason_to_drop_more(program: Program, made: Generations) -> None:
+def test_decide_ignores_bytes_of_generations(program: Program, made: Generations) -> None:
     for number, days in ((1, 30), (2, 20), (3, 10)):
         made.warmed(number, ["a"], days=days, size=100_000)
     before = planned(made, policy(made, 3)).before

@@ -119,9 +119,7 @@ def grouped(n: int, k: int, groups: int, *kernels: str) -> set[Shape]:
         ),
     ],
 )
-def test_a_config_tells_what_runs_on_deepgemm(
-    config: dict[str, Any], argv: tuple[str, ...], wanted: set[Shape]
-) -> None:
+def test_shapes_of_config_are_derived(config: dict[str, Any], argv: tuple[str, ...], wanted: set[Shape]) -> None:
     found = model_shapes.of_config(config, argv)
     assert set(found) == wanted
     assert len(found) == len(wanted)
@@ -147,7 +145,7 @@ def test_a_config_tells_what_runs_on_deepgemm(
         (V3, TP8, {"SGLANG_USE_DEEPGEMM_BMM": "1"}, "SGLANG_USE_DEEPGEMM_BMM is set"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(
+def test_shapes_of_unknown_config_are_refused_by_name(
     config: dict[str, Any], argv: tuple[str, ...], environ: dict[str, str], why: str
 ) -> None:
     with pytest.raises(NotUnderstood) as refused:
@@ -155,12 +153,12 @@ def test_what_is_not_understood_is_refused_by_name(
     assert why in str(refused.value)
 
 
-def test_overrides_of_the_command_line_count() -> None:
+def test_shapes_honour_overrides_of_argv() -> None:
     argv = (*TP8, "--json-model-override-args", '{"first_k_dense_replace": 0}')
     assert set(model_shapes.of_config(V3, argv)) == V3_TP8 - dense((4608, 7168), (7168, 2304))
 
 
-def test_markers_of_the_same_model_name_shapes_and_what_is_no_marker_does_not(program: Program, tmp_path: Path) -> None:
+def test_shapes_of_markers_ignore_other_models_and_garbage(program: Program, tmp_path: Path) -> None:
     assert program.run(program.task()).status == 0
     other = Shape(DENSE, 64, 64)
     assert program.run(program.task(recipe="shapes", label="other", model="other", shapes=(other,))).status == 0
@@ -175,7 +173,7 @@ def test_markers_of_the_same_model_name_shapes_and_what_is_no_marker_does_not(pr
     assert model_shapes.of_markers(program.root, "third") == ()
 
 
-def test_shapes_of_markers_and_config_are_warmed_without_a_server(program: Program) -> None:
+def test_shapes_of_markers_and_config_need_no_server(program: Program) -> None:
     (program.model / "config.json").write_text(json.dumps(V3))
     assert program.run(program.task(label="first")).status == 0
     task = program.task(
@@ -188,7 +186,7 @@ def test_shapes_of_markers_and_config_are_warmed_without_a_server(program: Progr
     assert f"{len(done.verdict.shapes)} shapes, ".encode() in done.stderr
 
 
-def test_no_marker_and_a_foreign_config_are_reasons(program: Program) -> None:
+def test_shapes_without_source_name_both_reasons(program: Program) -> None:
     done = program.run(program.task(recipe="shapes", shapes_from=("markers",)))
     assert (done.status, done.verdict.state) == (20, "failed")
     assert "left a marker that names shapes: warm it once with compile-deep-gemm, or" in done.verdict.reason

@@ -45,7 +45,7 @@ def read(place: Path, gpus: str, recipe: str = "shapes") -> load.Manifest:
     return load.load(path)
 
 
-def test_the_same_task_on_a_pretended_gpu_and_on_eight_real_ones_has_one_marker(tmp_path: Path) -> None:
+def test_simulated_and_real_gpu_share_a_marker(tmp_path: Path) -> None:
     pretended, real = read(tmp_path, 'gpus.pretend = "H200"'), read(tmp_path, "gpus.count = 8")
     assert (pretended.gpus.count, real.gpus.count) == (0, 8)
     (one,), (other,) = pretended.tasks, real.tasks
@@ -63,13 +63,15 @@ def test_the_same_task_on_a_pretended_gpu_and_on_eight_real_ones_has_one_marker(
         ('gpus.pretend = "H200"', "compile-deep-gemm", "on a pretended GPU nothing runs, and 'compile-deep-gemm' runs"),
     ],
 )
-def test_what_cannot_be_pretended_is_a_problem(tmp_path: Path, gpus: str, recipe: str, problem: str) -> None:
+def test_simulated_gpu_with_impossible_manifest_is_refused(
+    tmp_path: Path, gpus: str, recipe: str, problem: str
+) -> None:
     with pytest.raises(UsageError) as refused:
         read(tmp_path, gpus, recipe)
     assert any(problem in f"{found.text} {found.remedy}" for found in refused.value.problems), refused.value.problems
 
 
-def test_neither_record_is_ever_taken_for_the_other(tmp_path: Path) -> None:
+def test_simulated_and_real_records_stay_apart(tmp_path: Path) -> None:
     def known(env: dict[str, str], **host: str | None) -> Any:
         return toolchain.read_memo(
             tmp_path, "sha256:1", mount="/jit", gpus=host.get("gpus"), driver=host.get("driver"), env=env
@@ -103,7 +105,7 @@ def shapes_task(program: Program, **fields: Any) -> Task:
     return program.task(recipe="shapes", argv=(), shapes=(Shape("GEMM_NT_F8F8BF16", 64, 128),), **fields)
 
 
-def test_the_marker_says_so_and_strict_never_takes_it(program: Program, stub: dict[str, str]) -> None:
+def test_simulated_marker_is_cold_under_strict(program: Program, stub: dict[str, str]) -> None:
     task = shapes_task(program, env={PRETEND_VARIABLE: "H200"})
     done = program.run(task, environ=stub)
     assert done.status == 0, done.verdict
@@ -129,7 +131,7 @@ def test_the_marker_says_so_and_strict_never_takes_it(program: Program, stub: di
     assert markers.reservation(judged.marker) == "" and judged.marker.observed.others["compiled-on"] == "GPU"
 
 
-def test_an_image_that_cannot_compile_the_stub_driver_is_a_reason(program: Program, stub: dict[str, str]) -> None:
+def test_simulated_gpu_without_compiler_is_failed(program: Program, stub: dict[str, str]) -> None:
     (program.place / "tools" / "cc").write_text("#!/bin/sh\necho 'x.c:1: error: no such thing' >&2\nexit 1\n")
     task = shapes_task(program, env={PRETEND_VARIABLE: "H200"})
     done = program.run(task, environ=stub)

@@ -38,7 +38,7 @@ def python(program: Program, code: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["sglang", "sgl_deep_gemm", "torch", "triton"])
-def test_metadata_is_that_of_an_installation(site: Path, name: str) -> None:
+def test_tiny_metadata_is_that_of_an_installation(site: Path, name: str) -> None:
     (info,) = site.glob(f"{name}-*.dist-info")
     assert Distribution.at(info).version == info.name.removesuffix(".dist-info").split("-")[1]
     for path, digest, _ in csv.reader((info / "RECORD").read_text().splitlines()):
@@ -47,7 +47,7 @@ def test_metadata_is_that_of_an_installation(site: Path, name: str) -> None:
             assert digest == f"sha256={actual.decode()}"
 
 
-def test_its_sources_hold_no_package_marker() -> None:
+def test_tiny_sources_hold_no_init_file() -> None:
     assert not list(TINY.rglob("__init__.py"))
 
 
@@ -62,7 +62,7 @@ def test_its_sources_hold_no_package_marker() -> None:
         (16384, "0", 32768),
     ],
 )
-def test_the_list_of_ms_is_the_one_that_was_measured(program: Program, chunk: int, fast: str, count: int) -> None:
+def test_tiny_m_list_equals_measured_one(program: Program, chunk: int, fast: str, count: int) -> None:
     code = (
         f"import os, types; os.environ['SGLANG_JIT_DEEPGEMM_FAST_WARMUP'] = '{fast}'\n"
         "from sglang.srt.layers.deep_gemm_wrapper import compile_utils as cu\n"
@@ -73,7 +73,7 @@ def test_the_list_of_ms_is_the_one_that_was_measured(program: Program, chunk: in
     assert int(python(program, code)) == count
 
 
-def test_its_entries_are_valid_in_the_eyes_of_the_inventory(program: Program) -> None:
+def test_tiny_entries_are_valid(program: Program) -> None:
     code = (
         "from deep_gemm.jit import compile_kernel as a; from triton.cache import compile_kernel as b\n"
         "print(a('k', 'x')); b('k', 'x'); print(a('k', 'x'))"
@@ -88,7 +88,7 @@ def test_its_entries_are_valid_in_the_eyes_of_the_inventory(program: Program) ->
     assert list(inventory.scan(FAMILY["deep_gemm"], program.place / "dg").invalid)
 
 
-def test_its_server_answers_what_probes_ask(program: Program, until: Until) -> None:
+def test_tiny_server_answers_health_and_generate(program: Program, until: Until) -> None:
     code = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
     port = int(python(program, code))
     environ = {
@@ -127,7 +127,7 @@ def test_its_server_answers_what_probes_ask(program: Program, until: Until) -> N
     assert b"fired up and ready to roll" in (program.place / "log").read_bytes()
 
 
-def test_its_compiler_prints_a_real_version_text() -> None:
+def test_tiny_nvcc_prints_real_version_text() -> None:
     assert os.access(TINY / "nvcc", os.X_OK)
     done = subprocess.run([TINY / "nvcc", "--version"], capture_output=True, text=True, timeout=10, check=True)
     assert "Cuda compilation tools, release 13.0, V13.0.88" in done.stdout

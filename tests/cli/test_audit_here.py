@@ -59,7 +59,7 @@ def job(root: Path) -> None:
         path.write_text("{")
 
 
-def test_what_changed_between_is_named(
+def test_audit_here_names_changes(
     root: Path, environ: dict[str, str], before: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     after = ["audit", "--here", "--after", str(before)]
@@ -94,12 +94,14 @@ def test_what_changed_between_is_named(
         (["--here", "--cache", "volume:xyz", "--before", "a"], "audit --here needs a directory"),
     ],
 )
-def test_wrong_words(words: list[str], said: str, environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_here_with_wrong_options_is_refused(
+    words: list[str], said: str, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.main(["audit", *words], environ=environ) == 2
     assert said in capsys.readouterr().err
 
 
-def test_an_environment_without_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_here_without_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = ["audit", "--here", "--before", str(tmp_path / "b.json")]
     assert main.main(before, environ={}) == 2
     assert "which cache?" in capsys.readouterr().err
@@ -122,7 +124,7 @@ _PLACES = '{"schema": 1, "taken": 1, "places": [%s]}'
         *(f'{{"schema": 1, "taken": {taken}, "places": []}}' for taken in ("NaN", "1e999", "null")),
     ],
 )
-def test_what_is_no_snapshot_is_said_to_be_none(
+def test_audit_here_with_bad_snapshot_is_refused(
     text: str, tmp_path: Path, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.json").write_text(text)
@@ -130,7 +132,7 @@ def test_what_is_no_snapshot_is_said_to_be_none(
     assert "--after: " in capsys.readouterr().err
 
 
-def test_what_a_snapshot_names_is_text_for_people_and_never_a_command(
+def test_audit_here_snapshot_names_are_escaped(
     tmp_path: Path, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A job may have written to it: neither a terminal nor GitHub's runner takes orders from there."""
@@ -145,7 +147,7 @@ def test_what_a_snapshot_names_is_text_for_people_and_never_a_command(
     assert not [line for line in said.out.splitlines() if line.lstrip().startswith("::")]
 
 
-def test_a_snapshot_is_written_where_a_file_can_be_and_nothing_else_is_replaced(
+def test_audit_here_snapshot_replaces_regular_files_only(
     tmp_path: Path, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -158,7 +160,7 @@ def test_a_snapshot_is_written_where_a_file_can_be_and_nothing_else_is_replaced(
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file.json").is_file()
 
 
-def test_it_needs_the_standard_library_alone(before: Path, environ: dict[str, str]) -> None:
+def test_audit_here_needs_standard_library_alone(before: Path, environ: dict[str, str]) -> None:
     """No package beside the copied folder, and no engine."""
     code = (
         "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]\n"

@@ -131,7 +131,7 @@ def other(warmed: Job, tmp_path: Path, site: Path) -> Job:
     return Job(tmp_path, site)
 
 
-def test_a_copied_folder_is_enough_for_cold_warm_and_warm_again(job: Job) -> None:
+def test_here_copied_folder_checks_and_warms(job: Job) -> None:
     assert job.reasons() == [f"no-marker: there is no directory {job.root} here"]
     job.root.mkdir()
     assert job.reasons() == [f"no-marker: {job.root} is empty"]
@@ -143,7 +143,7 @@ def test_a_copied_folder_is_enough_for_cold_warm_and_warm_again(job: Job) -> Non
     assert "Nothing to do" in job.run("warm", status=0)[0], "and not even the image has to be known"
 
 
-def test_the_factor_that_differs_is_named_per_family(other: Job) -> None:
+def test_here_names_differing_factor_per_family(other: Job) -> None:
     other.nvcc("V13.0.88", "V13.1.2")
     document = other.document("check", status=10)
     assert re.match(
@@ -159,7 +159,7 @@ def test_the_factor_that_differs_is_named_per_family(other: Job) -> None:
     assert "dense: cold, because compile: deep_gemm" in said
 
 
-def test_without_a_manifest_the_families_are_compared(other: Job) -> None:
+def test_here_without_manifest_compares_families(other: Job) -> None:
     process = other.start("check", "--here", "--cache", str(other.root))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 10, out + err
@@ -167,7 +167,7 @@ def test_without_a_manifest_the_families_are_compared(other: Job) -> None:
     assert re.search(r"triton +differs +[0-9a-f]{16} +mount was \S+/jit is \S+/jit", out)
 
 
-def test_switches_that_the_job_has_set_count(warmed: Job) -> None:
+def test_here_switches_of_the_job_count(warmed: Job) -> None:
     switched = {"DG_JIT_WITH_LINEINFO": "1", "SGLANG_IS_IN_CI": "true", "SGLANG_DG_CACHE_DIR": "/elsewhere"}
     reasons = warmed.reasons(environ=switched)
     assert reasons == ["coverage: env DG_JIT_WITH_LINEINFO was absent is 1"]
@@ -175,7 +175,7 @@ def test_switches_that_the_job_has_set_count(warmed: Job) -> None:
     assert warmed.document("check", status=0, environ=switched)["tasks"][0]["state"] == "warm"
 
 
-def test_no_secret_is_taken_for_a_switch(job: Job) -> None:
+def test_here_secret_is_no_switch(job: Job) -> None:
     job.run("warm", "--image", IMAGE, status=0, environ={"SGLANG_API_KEY": "sesame-open"})
     written = [path.read_bytes() for path in job.root.rglob("*.json")]
     assert written and not any(b"sesame-open" in text for text in written)
@@ -202,7 +202,7 @@ class TestImage:
         )
         job.run("warm", "--image", IMAGE, status=0, environ=commit)
 
-    def test_unknown_is_said_and_not_guessed(self, job: Job) -> None:
+    def test_here_unknown_image_is_reported(self, job: Job) -> None:
         self.serve(job)
         (reason,) = job.reasons()
         assert reason.startswith("unknown: flashinfer may be of another image; nothing here says which build")
@@ -214,19 +214,19 @@ class TestImage:
         assert re.search("left out: .*flashinfer", err)
         assert job.run("warm", status=2)[1].count("which image is this?") == 1
 
-    def test_another_compiler_is_known_to_differ_all_the_same(self, job: Job) -> None:
+    def test_here_unknown_image_with_other_compiler_differs(self, job: Job) -> None:
         self.serve(job)
         job.nvcc("V13.0.88", "V13.1.2")
         assert job.reasons()[0].startswith("compile: flashinfer nvcc was ")
 
-    def test_who_started_the_container_may_have_named_it(self, job: Job) -> None:
+    def test_here_image_variable_names_the_image(self, job: Job) -> None:
         self.serve(job)
         named = {"WARM_CACHE_IMAGE_ID": IMAGE}
         assert job.document("check", status=0, environ=named)["image"]["id"] == IMAGE
         assert "FLASHINFER_WORKSPACE_BASE" in job.run("env", status=0, environ=named)[0]
         assert job.reasons(environ={"WARM_CACHE_IMAGE_ID": IMAGE[:-1] + "0"})[0].startswith("compile: flashinfer image")
 
-    def test_its_build_commit_and_every_factor_may_tell(self, job: Job) -> None:
+    def test_here_image_is_recognised_by_commit_and_factors(self, job: Job) -> None:
         commit = {"SGLANG_BUILD_COMMIT": "b71d74673c"}
         self.serve(job, **commit)
         document = job.document("check", status=0, environ=commit)
@@ -239,7 +239,7 @@ class TestImage:
         assert "2 images of build" in job.document("check", status=10, environ=commit)["image_known"]
 
 
-def test_foreign_things_in_the_root_are_a_reason_and_no_crash(other: Job) -> None:
+def test_here_foreign_root_is_cold_with_reason(other: Job) -> None:
     os.mkfifo(other.root / "deep_gemm" / f"{'a' * 16}.json")
     (other.root / "triton" / f"{'b' * 16}.json").write_text("{")
     (other.root / "triton" / f"{'b' * 16}").mkdir()
@@ -251,7 +251,7 @@ def test_foreign_things_in_the_root_are_a_reason_and_no_crash(other: Job) -> Non
 
 
 @pytest.mark.parametrize("form", ["shell", "github", "json"])
-def test_a_process_with_the_printed_variables_adds_nothing(warmed: Job, form: str) -> None:
+def test_here_env_process_adds_no_entries(warmed: Job, form: str) -> None:
     text = warmed.run("env", "--format", form, status=0)[0]
     if form == "json":
         variables = json.loads(text)["env"]
@@ -280,7 +280,7 @@ READ = {
 
 
 @pytest.mark.parametrize("version", READ)
-def test_every_variable_that_sglang_reads_is_printed(warmed: Job, version: str) -> None:
+def test_here_env_prints_every_family_variable(warmed: Job, version: str) -> None:
     text = warmed.run("env", "--format", "json", status=0, environ={"WARM_CACHE_IMAGE_ID": IMAGE})[0]
     variables = json.loads(text)["env"]
     for name in READ[version].split():
@@ -288,16 +288,16 @@ def test_every_variable_that_sglang_reads_is_printed(warmed: Job, version: str) 
     assert variables["SGLANG_DG_CACHE_DIR"] == variables["DG_JIT_CACHE_DIR"], "sglang sets the one to the other"
 
 
-def test_docker_arguments_are_not_for_who_is_inside(warmed: Job) -> None:
+def test_here_env_docker_format_is_refused(warmed: Job) -> None:
     assert "--format docker starts a container" in warmed.run("env", "--format", "docker", status=2)[1]
 
 
-def test_nothing_is_printed_where_there_is_no_cache(job: Job) -> None:
+def test_here_env_without_cache_prints_nothing(job: Job) -> None:
     out, err = job.run("env", status=10)
     assert out == "" and f"there is no directory {job.root} here" in err
 
 
-def test_a_cold_cache_warns_where_that_is_asked_for(job: Job) -> None:
+def test_here_check_on_cold_warn_is_a_warning(job: Job) -> None:
     github = {
         "GITHUB_ACTIONS": "true",
         "GITHUB_OUTPUT": str(job.place / "o"),
@@ -311,14 +311,14 @@ def test_a_cold_cache_warns_where_that_is_asked_for(job: Job) -> None:
     assert "::error title=dense cold::no-marker" in out
 
 
-def test_hold_works_there_too(warmed: Job) -> None:
+def test_here_hold_runs_the_command(warmed: Job) -> None:
     process = warmed.start("hold", "--cache", str(warmed.root), "--", "sh", "-c", "echo held; exit 7")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (7, "held\n", "")
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 11), reason="a later Python reads TOML by itself")
-def test_a_python_without_tomli_reads_toml_by_its_pip() -> None:
+def test_here_python_without_tomli_reads_toml_by_pip() -> None:
     """A copied folder is enough for a packaged manifest there too."""
     pytest.importorskip("pip._vendor.tomli")
     code = "import sys; sys.modules['tomli'] = None\n"
@@ -327,7 +327,7 @@ def test_a_python_without_tomli_reads_toml_by_its_pip() -> None:
     assert done.returncode == 0 and int(done.stdout) > 1, done.stderr
 
 
-def test_toml_without_a_reader_is_one_sentence(job: Job) -> None:
+def test_here_without_toml_reader_is_one_sentence(job: Job) -> None:
     """Python 3.10 has none."""
     job.path = job.place / "manifest.toml"
     job.path.write_text("schema = 1\n")
@@ -405,7 +405,7 @@ def gone(pids: set[int], until: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_no_process_is_left_whatever_ends_it(
+def test_here_warm_ended_leaves_no_process(
     job: Job, running: subprocess.Popen[str], until: Callable[..., None], signum: int, status: int
 ) -> None:
     pids = below(running.pid)
@@ -428,13 +428,15 @@ def test_no_process_is_left_whatever_ends_it(
         ({}, ("--budget", "2s"), 14, "budget: the run's budget ended while it was compiling"),
     ],
 )
-def test_deadlines_hold(job: Job, task: dict[str, Any], words: tuple[str, ...], status: int, reason: str) -> None:
+def test_here_warm_deadlines_hold(
+    job: Job, task: dict[str, Any], words: tuple[str, ...], status: int, reason: str
+) -> None:
     hanging(job, **task)
     document = job.document("warm", "--image", IMAGE, *words, status=status)
     assert document["tasks"][0]["reason"] == reason
 
 
-def test_a_failure_is_told_with_its_last_lines(job: Job) -> None:
+def test_here_warm_failure_shows_log_tail(job: Job) -> None:
     job.manifest(
         {**DENSE, "env": {"TINY_PLAY": "exit-3"}},
         {
@@ -449,7 +451,9 @@ def test_a_failure_is_told_with_its_last_lines(job: Job) -> None:
     assert "1 failed" in err
 
 
-def test_one_warm_up_at_a_time(job: Job, running: subprocess.Popen[str], until: Callable[..., None]) -> None:
+def test_here_warm_second_waits_for_the_lock(
+    job: Job, running: subprocess.Popen[str], until: Callable[..., None]
+) -> None:
     pids = below(running.pid)
     err = job.run("warm", "--image", IMAGE, "--lock-timeout", "0s", status=15)[1]
     assert f"{job.root} is in use" in err
@@ -510,7 +514,7 @@ def test_warm_reports_time_space_and_duplicates_as_on_the_host(job: Job) -> None
     assert document["tasks"][0]["reason"].startswith("budget: ")
 
 
-def test_another_python_than_the_tests_is_warned_of(job: Job) -> None:
+def test_here_other_python_is_a_warning(job: Job) -> None:
     (job.tools / "python3").symlink_to("/bin/sh")
     assert f"python3 on PATH is {job.tools}/python3" in job.run("check", status=10)[0]
 
@@ -531,7 +535,7 @@ def runner(job: Job, event: str) -> Runner:
     return Runner(place, job.environ, event, names)
 
 
-def test_the_pre_test_workflow_inside_a_container(job: Job) -> None:
+def test_here_pre_test_workflow_checks(job: Job) -> None:
     """Cold is a warning for a pull request, whose tests run all the same; warmed, a push's tests find everything."""
     run = runner(job, "pull_request")
     job.environ["DG_JIT_CACHE_DIR"] = str(job.place / "private")
@@ -551,14 +555,14 @@ def test_the_pre_test_workflow_inside_a_container(job: Job) -> None:
     assert [step.status for step in run.steps] == [0, 0, 0, None, 0]
 
 
-def test_a_cold_container_fails_a_push_before_its_tests(job: Job) -> None:
+def test_here_workflow_cold_fails_a_push(job: Job) -> None:
     run = runner(job, "push")
     run.job("pre-test.yml", "inside")
     assert "::error title=dense cold::no-marker" in run.log and "TESTED" not in run.log
     assert [step.status for step in run.steps] == [0, 10, None, None, None]
 
 
-def test_who_may_not_vouch_is_told_before_anything_runs(job: Job) -> None:
+def test_here_warm_with_read_only_markers_is_refused(job: Job) -> None:
     """Containers of test jobs have the markers read-only."""
     job.warm()
     job.nvcc("V13.0.88", "V13.1.2")

@@ -113,18 +113,18 @@ def line(process: subprocess.Popen[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("status", [0, 1, 7, 255])
-def test_the_commands_exit_status_is_returned(holder: Holder, status: int) -> None:
+def test_hold_returns_exit_status_of_command(holder: Holder, status: int) -> None:
     done = holder.run("sh", "-c", f"exit {status}")
     assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
-def test_a_command_that_a_signal_ends(holder: Holder, signum: signal.Signals) -> None:
+def test_hold_returns_128_plus_signal_of_command(holder: Holder, signum: signal.Signals) -> None:
     done = holder.run("sh", "-c", f"kill -{int(signum)} $$")
     assert (done.returncode, done.stderr) == (128 + signum, b"")
 
 
-def test_streams_pass_through_untouched(holder: Holder) -> None:
+def test_hold_passes_streams_unchanged(holder: Holder) -> None:
     data = bytes(range(256)) * 4096
     done = holder.run("sh", "-c", "cat; echo complaint >&2", input=data)
     assert done.stdout == data
@@ -140,12 +140,14 @@ def test_streams_pass_through_untouched(holder: Holder) -> None:
         (("",), b"\n"),
     ],
 )
-def test_what_follows_two_dashes_is_the_commands(holder: Holder, arguments: tuple[str, ...], shown: bytes) -> None:
+def test_hold_arguments_after_dashes_belong_to_command(
+    holder: Holder, arguments: tuple[str, ...], shown: bytes
+) -> None:
     done = holder.run(sys.executable, "-c", "import sys; print(*sys.argv[1:], sep='\\n')", *arguments)
     assert (done.stdout, done.stderr) == (shown, b"")
 
 
-def test_a_command_that_is_not_there_is_127_and_one_that_cannot_run_126(holder: Holder) -> None:
+def test_hold_missing_command_is_127_and_unrunnable_126(holder: Holder) -> None:
     missing = holder.run("no-such-command", "--option")
     assert missing.returncode == 127
     assert missing.stderr == b"error: cannot run no-such-command: No such file or directory. Exit 127.\n"
@@ -157,17 +159,17 @@ def test_a_command_that_is_not_there_is_127_and_one_that_cannot_run_126(holder: 
 
 
 @pytest.mark.parametrize("argv", [["hold"], ["hold", "--"], ["hold", "--cache", "/x", "--"], ["hold", "ls"]])
-def test_no_command_is_a_usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_hold_without_command_is_usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv, environ={}) == 2
     assert capsys.readouterr().out == ""
 
 
-def test_other_verbs_take_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_after_other_verb_is_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--", "ls"], environ={}) == 2
     assert "ls" in capsys.readouterr().err
 
 
-def test_the_command_sees_the_signals_that_its_starter_chose(holder: Holder) -> None:
+def test_hold_command_inherits_signal_dispositions(holder: Holder) -> None:
     def states(*argv: str, **more: Any) -> dict[str, int]:
         done = subprocess.run(argv, env=holder.environ, capture_output=True, timeout=30, cwd=holder.place, **more)
         fields = (entry.split(b":") for entry in done.stdout.splitlines() if entry.startswith(b"Sig"))
@@ -188,7 +190,7 @@ def test_the_command_sees_the_signals_that_its_starter_chose(holder: Holder) -> 
     assert plain["SigIgn"] & 1 << (signal.SIGHUP - 1)
 
 
-def test_a_signal_reaches_the_command_and_its_answer_comes_back(holder: Holder) -> None:
+def test_hold_passes_signal_to_command(holder: Holder) -> None:
     process = holder.start(sys.executable, "-c", COUNT)
     assert line(process) == b"ready\n"
     for _ in range(2):
@@ -200,7 +202,7 @@ def test_a_signal_reaches_the_command_and_its_answer_comes_back(holder: Holder) 
     assert holder.is_free()
 
 
-def test_ctrl_c_on_a_terminal_arrives_once(holder: Holder) -> None:
+def test_hold_ctrl_c_reaches_command_once(holder: Holder) -> None:
     control, terminal = pty.openpty()
 
     def own_terminal() -> None:
@@ -223,7 +225,7 @@ def test_ctrl_c_on_a_terminal_arrives_once(holder: Holder) -> None:
 # --- the hold --------------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_is_held_for_exactly_as_long_as_the_command_runs(holder: Holder) -> None:
+def test_hold_lasts_as_long_as_the_command(holder: Holder) -> None:
     both = [holder.start("sh", "-c", "echo at it; read answer; exit 3") for _ in range(2)]
     for process in both:
         assert line(process) == b"at it\n"
@@ -235,7 +237,7 @@ def test_the_cache_is_held_for_exactly_as_long_as_the_command_runs(holder: Holde
     assert holder.is_free()
 
 
-def test_the_kernel_lets_go_for_one_that_is_killed(holder: Holder, until: Callable[..., None]) -> None:
+def test_hold_killed_releases_the_lock(holder: Holder, until: Callable[..., None]) -> None:
     process = holder.start("sh", "-c", "echo at it; read answer")
     assert line(process) == b"at it\n"
     process.kill()
@@ -243,7 +245,7 @@ def test_the_kernel_lets_go_for_one_that_is_killed(holder: Holder, until: Callab
     until(holder.is_free, what="the end of the hold")
 
 
-def test_a_cleaner_at_work_is_waited_for(holder: Holder) -> None:
+def test_hold_waits_for_prune(holder: Holder) -> None:
     with layout.hold_lock(holder.root).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = holder.start("echo", "ran")
@@ -254,7 +256,7 @@ def test_a_cleaner_at_work_is_waited_for(holder: Holder) -> None:
     assert process.returncode == 0
 
 
-def test_a_wait_can_be_interrupted_and_the_command_does_not_run(holder: Holder) -> None:
+def test_hold_interrupted_while_waiting_runs_no_command(holder: Holder) -> None:
     with layout.hold_lock(holder.root).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = holder.start("touch", "ran")
@@ -266,14 +268,14 @@ def test_a_wait_can_be_interrupted_and_the_command_does_not_run(holder: Holder) 
     assert not (holder.place / "ran").exists()
 
 
-def test_a_directory_needs_neither_an_engine_nor_an_image(holder: Holder) -> None:
+def test_hold_of_directory_needs_no_engine(holder: Holder) -> None:
     options = holder.manifest(f'root = "{holder.root}"')
     done = holder.run("echo", "ran", options=options)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"ran\n", b"")
 
 
 @pytest.mark.parametrize("place", ["missing", "empty", "a-file"])
-def test_a_cache_that_is_not_there_yet_fails_nobody(holder: Holder, place: str) -> None:
+def test_hold_of_missing_cache_runs_the_command(holder: Holder, place: str) -> None:
     (holder.place / "empty").mkdir()
     (holder.place / "a-file").touch()
     before = sorted(holder.place.iterdir())
@@ -284,7 +286,7 @@ def test_a_cache_that_is_not_there_yet_fails_nobody(holder: Holder, place: str) 
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_hold_that_cannot_be_had_is_said_and_fails_nobody(holder: Holder, named: bool) -> None:
+def test_hold_impossible_is_warning_and_runs_the_command(holder: Holder, named: bool) -> None:
     options = holder.manifest('volume = "some-volume"') if named else ("--cache", "volume:some-volume")
     done = holder.run("sh", "-c", "exit 5", options=options)
     assert (done.returncode, done.stdout) == (5, b"")
@@ -293,14 +295,14 @@ def test_a_hold_that_cannot_be_had_is_said_and_fails_nobody(holder: Holder, name
     assert done.stderr.endswith(b" The command runs without it.\n")
 
 
-def test_a_root_without_the_lock_is_not_held_by_somebody_without_a_manifest(holder: Holder) -> None:
+def test_hold_of_root_without_lock_file_is_warning(holder: Holder) -> None:
     layout.hold_lock(holder.root).unlink()
     done = holder.run("true")
     assert done.returncode == 0
     assert b"hold.lock cannot be opened (No such file or directory)" in done.stderr
 
 
-def test_a_wrong_manifest_is_a_usage_error(holder: Holder) -> None:
+def test_hold_with_wrong_manifest_is_usage_error(holder: Holder) -> None:
     done = holder.run("touch", "ran", options=("--manifest", "missing.toml"))
     assert done.returncode == 2
     assert not (holder.place / "ran").exists()

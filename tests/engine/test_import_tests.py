@@ -50,7 +50,7 @@ def document_of(cli: Cli, checkout: Checkout) -> dict[str, Any]:
     return ended.document
 
 
-def test_a_file_in_the_container_reaches_nothing(cli: Cli, checkout: Checkout) -> None:
+def test_record_in_container_reaches_nothing(cli: Cli, checkout: Checkout) -> None:
     checkout.test("test_reach.py", REACH)
     (launch,) = document_of(cli, checkout)["launches"]
     written, root, capabilities, network, gpus, job = launch["argv"]
@@ -62,7 +62,7 @@ def test_a_file_in_the_container_reaches_nothing(cli: Cli, checkout: Checkout) -
     assert launch["place"].startswith("test/registered/test_reach.py:")
 
 
-def test_a_file_that_ends_its_process_hides_no_other(cli: Cli, checkout: Checkout) -> None:
+def test_record_file_ending_its_process_hides_no_other(cli: Cli, checkout: Checkout) -> None:
     for number in range(3):
         checkout.test(f"test_good_{number}.py", GOOD)
     kill = "import ctypes\nfor pid in range(1, 64):\n    ctypes.CDLL(None).kill(pid, 9)\nos._exit(0)\n"

@@ -52,7 +52,7 @@ def test_links_and_make_targets_exist(path: Path) -> None:
         assert set(words.split()) <= targets, words
 
 
-def test_the_changelog_knows_the_version() -> None:
+def test_changelog_has_the_version() -> None:
     """The version is either released, with a heading and a date, or what the text calls unreleased."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
