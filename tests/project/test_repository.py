@@ -51,6 +51,13 @@ def test_importing_cli_loads_no_third_party_package() -> None:
     assert loaded == "[]"
 
 
+def test_importing_engine_loads_no_docker_py() -> None:
+    heavy = ("docker", "requests", "tenacity")
+    modules = "builder.engine.client, builder.engine.container"
+    loaded = python_in_root(f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])")
+    assert loaded == "[]"
+
+
 def test_check_imports_no_protocol() -> None:
     """A warm check reads files: it needs neither the job nor the events, nor what runs a container."""
     names = ("events", "job", "typed_json", "agent.__main__", "engine.container", "engine.log_pump")

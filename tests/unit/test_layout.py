@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,10 +119,24 @@ def test_third_party_imports_are_listed_and_lazy(path: Path) -> None:
     assert not eager, f"{path} imports {eager} when it is imported itself"
 
 
-def test_print_is_called_by_main_modules_only() -> None:
-    printing = set()
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                printing.add(dotted(path))
-    assert printing <= {"builder.cli.main", "builder.agent.__main__"}
+@pytest.mark.parametrize("path", named(MODULES))
+def test_print_is_called_by_main_modules_only(path: Path) -> None:
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    prints = [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+    assert not prints or dotted(path) in ("builder.cli.main", "builder.agent.__main__")
+
+
+#: Modules and functions that start processes.
+STARTERS = {"subprocess", "multiprocessing", "pty", "psutil.Popen", "asyncio.subprocess"}
+STARTERS |= {f"os.{name}" for name in vars(os) if name.startswith(("fork", "exec", "spawn", "posix_spawn", "popen"))}
+STARTERS |= {"os.system", "concurrent.futures.ProcessPoolExecutor"}
+
+
+@pytest.mark.parametrize("path", named(sorted((ROOT / "tests" / "unit").rglob("*.py"))))
+def test_units_start_no_process(path: Path) -> None:
+    """What starts one is in tests/agent, tests/cli, tests/host or tests/project, as are helpers that do."""
+    used = set(imports(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.add(f"{node.value.id}.{node.attr}")
+    assert [name for name in sorted(used) if name in STARTERS or name.split(".")[0] in STARTERS] == []

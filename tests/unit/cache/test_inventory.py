@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from builder.cache import inventory
 from builder.cache.entries import MISSING, elf_problem
@@ -25,42 +23,16 @@ NAME = f"cache/sm90_fp8_gemm_1d2d.{HASH}"
 KEY = "T32MIOZEMOB77T7YLOYO2H74KX47NJXKEGJG75KQVAKWSMNJ6VZA"
 
 
-def elf(size: int = 4096, *, wide: bool = True, order: str = "<", nobits: int = 0) -> bytes:
-    """An ELF file of this size: contents, one section over them, a blank one and NOBITS, then the tables."""
-    header, section, segment = (64, 64, 56) if wide else (52, 40, 32)
-    count = 3
-    sections_at = size - count * section - segment
-    segments_at = size - segment
-    ident = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]) + bytes(9)
-    word = "Q" if wide else "I"
-    head = ident + struct.pack(
-        f"{order}HHI{word}{word}{word}IHHHHHH",
-        2,
-        190,
-        1,
-        0,
-        segments_at,
-        sections_at,
-        0,
-        header,
-        segment,
-        1,
-        section,
-        count,
-        1,
-    )
-    body = bytes(sections_at - header)
-
-    def entry(kind: int, offset: int, length: int) -> bytes:
-        tail = struct.pack(f"{order}II{word}{word}", 0, 0, 1, 0)
-        return struct.pack(f"{order}II{word}{word}{word}{word}", 1, kind, 0, 0, offset, length) + tail
-
-    table = entry(0, 0, 0) + entry(1, header, sections_at - header) + entry(8, header, nobits)
-    if wide:
-        load = struct.pack(f"{order}IIQQQQQQ", 1, 5, header, 0, 0, sections_at - header, 0, 0)
-    else:
-        load = struct.pack(f"{order}IIIIIIII", 1, header, 0, 0, sections_at - header, 0, 5, 0)
-    made = head + body + table + load
+def elf(size: int = 4096) -> bytes:
+    """An ELF file of this size: contents, one section over them and a blank one, then the tables."""
+    header, section, segment, count = 64, 64, 56, 2
+    sections_at, segments_at = size - count * section - segment, size - segment
+    ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
+    counts = (0, header, segment, 1, section, count, 1)
+    head = ident + struct.pack("<HHIQQQIHHHHHH", 2, 190, 1, 0, segments_at, sections_at, *counts)
+    body = sections_at - header
+    table = bytes(section) + struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, header, body, 0, 0, 1, 0)
+    made = head + bytes(body) + table + struct.pack("<IIQQQQQQ", 1, 5, header, 0, 0, body, 0, 0)
     assert len(made) == size
     return made
 
@@ -98,18 +70,6 @@ def problem(family: Family, directory: Path, name: str) -> str | None:
 # ELF
 
 
-@pytest.mark.parametrize("wide", [True, False])
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_elf_shorter_or_longer_than_its_tables(tmp_path: Path, wide: bool, order: str) -> None:
-    path = tmp_path / "kernel.cubin"
-    data = elf(1024, wide=wide, order=order, nobits=1 << 30)
-    path.write_bytes(data)
-    assert elf_problem(str(path), path.name) is None
-    for size in range(len(data)):
-        path.write_bytes(data[:size])
-        assert (elf_problem(str(path), path.name) or "").startswith("kernel.cubin is "), size
-
-
 def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     path, data = tmp_path / "kernel.cubin", elf(32768)
     assert elf_problem(str(path), path.name) == "kernel.cubin is missing"
@@ -127,18 +87,6 @@ def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     for content, text in expected.items():
         path.write_bytes(content)
         assert elf_problem(str(path), path.name) == text
-
-
-@settings(max_examples=300, deadline=None)
-@given(flips=st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 255)), min_size=1, max_size=8))
-def test_elf_damaged_never_raises(tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]) -> None:
-    data = bytearray(elf(1024))
-    for at, value in flips:
-        data[at if at < 64 else 1024 - at % 248 - 1] = value
-    path = tmp_path_factory.getbasetemp() / "flipped.cubin"
-    path.write_bytes(data)
-    found = elf_problem(str(path), path.name)
-    assert found is None or found.startswith("flipped.cubin is ")
 
 
 # DeepGEMM
@@ -287,13 +235,6 @@ def test_check_refuses_names_outside_the_directory(tmp_path: Path, name: str) ->
     assert inventory.check(DEEP_GEMM, tmp_path, name) == "not a name of an entry"
     if name not in ("cache", "a/b", "cache/a/b"):
         assert inventory.check(INDUCTOR, tmp_path, name) == "not a name of an entry"
-
-
-@settings(max_examples=200, deadline=None)
-@given(name=st.text(max_size=300), family=st.sampled_from(FAMILIES))
-def test_check_answers_any_name(tmp_path_factory: pytest.TempPathFactory, name: str, family: Family) -> None:
-    assert inventory.check(family, tmp_path_factory.getbasetemp() / "nowhere", name) is not None
-    assert inventory.check(family, tmp_path_factory.getbasetemp() / "nowhere", f"cache/{name}") is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))

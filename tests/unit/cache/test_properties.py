@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.cache import coverage, inventory, marker_files, markers, toolchain
@@ -348,14 +348,14 @@ def test_elf_damaged_is_named_or_whole(place: Path, data: bytes) -> None:
     assert problem is None or ELF_PROBLEM.fullmatch(problem), problem
 
 
-def test_elf_cut_anywhere_is_named(place: Path) -> None:
+@pytest.mark.parametrize("data", ELVES, ids=["64-little", "64-big", "32-little", "32-big"])
+def test_elf_cut_anywhere_is_named(place: Path, data: bytes) -> None:
     path = place / "kernel.cubin"
-    for data in ELVES:
-        path.write_bytes(data)
-        assert elf_problem(str(path), path.name) is None
-        for size in range(len(data)):
-            path.write_bytes(data[:size])
-            assert ELF_PROBLEM.fullmatch(elf_problem(str(path), path.name) or ""), size
+    path.write_bytes(data)
+    assert elf_problem(str(path), path.name) is None
+    for size in reversed(range(len(data))):
+        os.truncate(path, size)
+        assert ELF_PROBLEM.fullmatch(elf_problem(str(path), path.name) or ""), size
 
 
 file_names = st.one_of(
@@ -418,8 +418,9 @@ def assert_inventory(family: Family, base: Path) -> None:
     inventory.remove_host_specific(family, base)
 
 
-@FUZZ
-@given(st.sampled_from(FAMILIES), st.dictionaries(file_names, trees, max_size=4))
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
+@settings(FUZZ, max_examples=-(-EXAMPLES // len(FAMILIES)))
+@given(tree=st.dictionaries(file_names, trees, max_size=4))
 def test_scan_of_any_tree_is_an_inventory(place: Path, family: Family, tree: dict[bytes, Any]) -> None:
     base = clear(place / "family" / ("0" * 16))
     base.parent.mkdir(exist_ok=True)
@@ -431,17 +432,20 @@ def test_scan_of_any_tree_is_an_inventory(place: Path, family: Family, tree: dic
 @given(st.sampled_from(FAMILIES), st.one_of(texts, st.lists(texts, max_size=4).map("/".join)))
 def test_check_of_any_entry_name_answers(root: Path, family: Family, name: str) -> None:
     base = Path(directory(str(root), family.name, toolchain.family_key(record(), family.name)))
-    problem = inventory.check(family, base, name)
-    assert problem is not None
-    assert harmless(problem)
+    for asked in (name, f"cache/{name}"):
+        problem = inventory.check(family, base, asked)
+        assert problem is not None
+        assert harmless(problem)
 
 
 def group(base: Path, name: str) -> dict[str, Any]:
     return {"child_paths": {file: f"{base}/{name}/{file}" for file in ("mm.cubin", "mm.ptx")}}
 
 
-@FUZZ
-@given(st.data(), st.sampled_from(["triton", "deep_gemm"]), st.sampled_from([None, "/jit"]))
+@pytest.mark.parametrize("family", ["triton", "deep_gemm"])
+@pytest.mark.parametrize("mount", [None, "/jit"])
+@settings(FUZZ, max_examples=-(-EXAMPLES // 4))
+@given(data=st.data())
 def test_entry_mutated_is_named_or_valid(place: Path, data: st.DataObject, family: str, mount: str | None) -> None:
     base = clear(place / family / ("0" * 16))
     base.parent.mkdir(exist_ok=True)

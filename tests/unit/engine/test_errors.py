@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,13 +178,6 @@ def test_api_version_is_common_to_both(tmp_path: Path, newest: str, oldest: str,
         engine = Engine(url, timeout=2).connect()
         assert engine.api_version == spoken
         engine.close()
-
-
-def test_importing_engine_loads_no_docker_py() -> None:
-    heavy = ("docker", "requests", "tenacity")
-    modules = "builder.engine.client, builder.engine.container"
-    code = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in {heavy}))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- what is asked of the engine ---

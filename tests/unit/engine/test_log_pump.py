@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import events
+from builder.engine import log_pump
 from builder.engine.api import ContainerSpec
 from builder.engine.log_pump import Pump
 from builder.engine.log_resume import Received, Resume, stored_form
@@ -440,7 +441,8 @@ def test_pump_broken_attachment_loses_and_doubles_nothing(bench: Bench) -> None:
     assert pump.complete
 
 
-def test_pump_broken_attachment_follows_running_container(bench: Bench) -> None:
+def test_pump_broken_attachment_follows_running_container(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_pump, "_EXIT_LAG", 0.1)
     pump, container = bench.pump(out("before\n"), HANG)
     bench.engine.start(container.id)
     assert poll(lambda: pump.received, Deadline(5), every=0.001)
@@ -460,7 +462,7 @@ def test_pump_unreachable_end_is_a_problem(bench: Bench) -> None:
     bench.engine.start(container.id)
     assert container.ended.wait(5)
     bench.engine.lost = True
-    pump.finish(Deadline(1.5))
+    pump.finish(Deadline(0.5))
     assert not pump.complete
     assert any("the engine is away" in problem for problem in pump.problems)
     assert bench.log()["out"] == b"a\n"
