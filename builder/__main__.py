@@ -9,25 +9,25 @@ _INTERRUPTED = 130
 
 
 def main() -> int:
-    """The exit status of one invocation, whenever a SIGINT comes."""
-    heard = False
+    """Run one invocation; return its exit status, also for a SIGINT at any moment."""
+    handled = False
     try:
-        import signal  # it loads others, and a SIGINT meanwhile is caught here already
+        import signal  # inside the try: it imports other modules, and a SIGINT may arrive meanwhile
 
-        # Not so in the background of a script, which has it ignored.
-        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if heard:
-            # Nothing is owed to anybody yet, and an exception in the middle of an import may be lost or shown.
+        # Background jobs of a script have SIGINT ignored, and keep it so.
+        handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if handled:
+            # Nothing is to be cleaned up yet, and an exception inside an import may be lost or printed.
             signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
         from builder.cli.main import main as run
 
-        if heard:
+        if handled:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = run()
     except KeyboardInterrupt:
         status = _INTERRUPTED
-    if heard:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said; what is left takes moments
+    if handled:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the result is written; the interpreter only has to exit
     return status
 
 

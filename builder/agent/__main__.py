@@ -12,31 +12,23 @@ import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from builder import events
-from builder.agent import maintenance, probe, prune, simulated_gpu, views
 from builder.agent.guard import Guard, Stopped, end
 from builder.agent.output import Output
-from builder.agent.warm import Warming, write_memo
 from builder.cache import layout
 from builder.events import FAILED
 from builder.job import JOB_VARIABLE, Job
-from builder.recording import Request, fields_of
+
+if TYPE_CHECKING:
+    from builder.agent.warm import Warming
+    from builder.task import Task
 
 NO_JOB = 2
 
 #: Modes that hold one lock: the path of its file.
 LOCKS = {"lock": layout.run_lock, "views": layout.views_lock, "hold": layout.hold_lock}
-#: Modes for a whole cache root.
-UPKEEP = {
-    "sweep": maintenance.sweep,
-    "verify": maintenance.verify,
-    "prune": prune.prune,
-    "status": maintenance.status,
-    "families": maintenance.families,
-    "survey": maintenance.survey,
-    **views.MODES,
-}
 
 
 def main() -> int:
@@ -52,7 +44,9 @@ def main() -> int:
     output = Output(job.nonce, secrets, limit=job.log_limit)
     task = job.task
     guard = Guard(job, lambda: _report_lifetime(job, output, warming))
-    warming = Warming(job, task, output, guard) if task is not None and job.mode == "run" else None
+    warming: Warming | None = None
+    if task is not None and job.mode == "run":
+        warming = _warming(job, task, output, guard)
     try:
         guard.start()
         if warming is not None:
@@ -65,11 +59,11 @@ def main() -> int:
             status = _record(job, output, guard)
         elif job.mode in LOCKS:
             status = _lock(job, output, guard)
-        elif job.mode in UPKEEP:
-            status = _upkeep(job, output, guard)
-        else:
+        elif job.mode == "run":
             output.say("mode run needs a task")
             status = NO_JOB
+        else:
+            status = _maintain(job, output, guard)
     except Stopped as stopped:
         status = 128 + stopped.signum
     except Exception as error:  # noqa: BLE001 - a defect becomes a verdict, with its traceback in the log
@@ -84,8 +78,17 @@ def main() -> int:
     return status
 
 
+def _warming(job: Job, task: Task, output: Output, guard: Guard) -> Warming:
+    from builder.agent.warm import Warming  # each mode imports what it needs: a job waits for its probe
+
+    return Warming(job, task, output, guard)
+
+
 def _probe(job: Job, output: Output) -> int:
     """Report the toolchain, prepare the root and write the memo."""
+    from builder.agent import probe, simulated_gpu
+    from builder.agent.warm import write_memo
+
     root = Path(job.mount)
     env = {} if job.task is None else dict(job.task.env)
     with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
@@ -108,6 +111,8 @@ def _probe(job: Job, output: Output) -> int:
 
 def _toolchain(job: Job, output: Output) -> int:
     """Report the toolchain of this process's own environment, real GPUs included. Writes nothing to the root."""
+    from builder.agent import probe
+
     environ = {**os.environ, **({} if job.task is None else job.task.env)}
     record = probe.probe(environ=environ, mount=job.mount, image=job.image)
     output.event(events.ToolchainProbed(record))
@@ -117,6 +122,7 @@ def _toolchain(job: Job, output: Output) -> int:
 def _record(job: Job, output: Output, guard: Guard) -> int:
     """Record what the test files of a request launch."""
     from builder.agent import launch_recorder  # no other mode runs code of a checkout
+    from builder.recording import Request, fields_of
 
     try:
         request = Request.from_json(Path(job.record).read_text(encoding="utf-8"))
@@ -148,9 +154,21 @@ def _lock(job: Job, output: Output, guard: Guard) -> int:
         guard.check()
 
 
-def _upkeep(job: Job, output: Output, guard: Guard) -> int:
+def _maintain(job: Job, output: Output, guard: Guard) -> int:
+    """Run a mode for a whole cache root."""
+    from builder.agent import maintenance, prune, views
+
+    modes = {
+        "sweep": maintenance.sweep,
+        "verify": maintenance.verify,
+        "prune": prune.prune,
+        "status": maintenance.status,
+        "families": maintenance.families,
+        "survey": maintenance.survey,
+        **views.MODES,
+    }
     try:
-        return UPKEEP[job.mode](job, output, guard)
+        return modes[job.mode](job, output, guard)
     except (layout.LayoutError, OSError) as error:
         output.say(str(error))
         return FAILED

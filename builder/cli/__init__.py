@@ -1,4 +1,4 @@
 """argv, environment and signals in, one exit status out. `commands` has one module per verb: options → run → report.
 
-The only reader of os.environ and the only caller of print.
+Reads the environment for all host code but the connection to the engine. The only caller of print on the host.
 """

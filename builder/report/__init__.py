@@ -1,4 +1,4 @@
 """What people and machines get to read: results, tables, live lines, GitHub, metrics, webhook.
 
-Pure data in; the console is the only writer. Decides nothing.
+Pure data in; the console is the only writer to a stream. Decides nothing.
 """
