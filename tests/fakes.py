@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import fcntl
 import itertools
+import json
 import os
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -263,3 +265,45 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+# --- HTTP on a unix socket -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening(path: Path, answer: Callable[[bytes], bytes | None]) -> Iterator[str]:
+    """A unix socket whose every request gets this answer; None: silence."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            held.append(connection)
+            request = connection.recv(65536)
+            reply = answer(request) if request else b""
+            if reply:
+                connection.sendall(reply)
+            if reply is not None:
+                connection.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"unix://{path}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+        for connection in held:
+            connection.close()
+
+
+def http(body: object, status: str = "200 OK") -> bytes:
+    data = json.dumps(body).encode() if not isinstance(body, bytes) else body
+    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data

@@ -19,7 +19,7 @@ from builder.engine.api import STDERR, STDOUT, Attachment, Containers
 from builder.engine.errors import NotFoundError
 from builder.engine.log_resume import Received, Resume
 from builder.engine.log_sinks import MARKS, Display, Lines, LogFile, Sinks, Tail
-from builder.engine.streams import BrokenFramesError, Demux
+from builder.engine.streams import Demux
 from builder.errors import BuilderError, EngineLostError
 from builder.events import Event
 from builder.host.deadlines import Attempt, Deadline, poll
@@ -121,7 +121,7 @@ class Pump:
             self._release_thread(Deadline(0.1))
             if lost:
                 self.problems.append("the log ends where the engine was lost: what came after that was not read")
-        except (BuilderError, BrokenFramesError) as error:
+        except BuilderError as error:
             self.problems.append(f"the end of the log could not be read: {error}")
         finally:
             self._close(deadline)
@@ -183,7 +183,7 @@ class Pump:
                     return demux.between_frames
                 for stream, data in demux.pieces(view[:size]):
                     self._feed(stream, data)
-        except (OSError, ValueError, BrokenFramesError):
+        except (OSError, ValueError):
             return False
 
     def _follow(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import tarfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from builder.engine import images
 from builder.engine.api import Image
 from builder.engine.client import Engine
+from builder.errors import EngineRefusedError
+from tests.fakes import http, listening
 
 SERVING = Image(id="sha256:" + "5" * 64, ref="lmsysorg/sglang:v0.5.23")
 
@@ -101,3 +106,68 @@ def test_identity_changes_with_setup() -> None:
     one, other = images.identity(SERVING.id, ("a", "b")), images.identity(SERVING.id, ("a b",))
     assert one.startswith("sha256:")
     assert len({SERVING.id, one, other}) == 3
+
+
+# --- pulls -----------------------------------------------------------------------------------------------------------
+
+
+def pulled(*messages: dict[str, object], found: bool = True) -> Callable[[bytes], bytes]:
+    """An engine whose pull sends these messages."""
+
+    def answer(request: bytes) -> bytes:
+        path = request.split(b" ", 2)[1]
+        if b"/images/create" in path:
+            return http(b"\r\n".join(json.dumps(message).encode() for message in messages) + b"\r\n")
+        if b"/images/" in path:
+            none = http({"message": "No such image"}, "404 Not Found")
+            return http({"Id": "sha256:x", "Config": None}) if found else none
+        return http({"ApiVersion": "1.41", "MinAPIVersion": "1.12"})
+
+    return answer
+
+
+def layer(name: str, status: str, current: int = 0, total: int = 0) -> dict[str, object]:
+    return {"id": name, "status": status, "progressDetail": {"current": current, "total": total} if total else {}}
+
+
+def test_pull_progress_repeats_nothing(tmp_path: Path) -> None:
+    messages: list[dict[str, object]] = [
+        {"id": "v1", "status": "Pulling from sglang"},
+        layer("a", "Already exists"),
+        layer("b", "Pulling fs layer"),
+        *(layer("b", "Downloading", at << 20, 4 << 30) for at in range(0, 4096, 64)),
+        layer("b", "Extracting", 1, 2),
+        layer("b", "Pull complete"),
+        {"status": "Status: Downloaded newer image"},
+    ]
+    said: list[str] = []
+    with listening(tmp_path / "s", pulled(*messages)) as url, contextlib.closing(Engine(url, timeout=2)) as engine:
+        assert engine.pull("sglang:v1", said.append).id == "sha256:x"
+    assert said == [
+        "sglang:v1: 1 of 1 layers",
+        "sglang:v1: 1 of 2 layers",
+        "sglang:v1: 1 of 2 layers, 0 of 4 GiB of the next",
+        "sglang:v1: 1 of 2 layers, 1 of 4 GiB of the next",
+        "sglang:v1: 1 of 2 layers, 2 of 4 GiB of the next",
+        "sglang:v1: 1 of 2 layers, 3 of 4 GiB of the next",
+        "sglang:v1: 1 of 2 layers",
+        "sglang:v1: 2 of 2 layers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        (pulled(layer("a", "Downloading", 1, 2), {"error": "manifest unknown\x1b[1m"}), "manifest unknown"),
+        (pulled(found=False), "does not have it"),
+    ],
+)
+def test_pull_failure_names_reason(tmp_path: Path, engine: Callable[[bytes], bytes], told: str) -> None:
+    with (
+        listening(tmp_path / "s", engine) as url,
+        contextlib.closing(Engine(url, timeout=2)) as client,
+        pytest.raises(EngineRefusedError, match=told) as refused,
+    ):
+        client.pull("sglang:v1")
+    assert refused.value.message.startswith("cannot pull sglang:v1: ")
+    assert "\x1b" not in refused.value.message
