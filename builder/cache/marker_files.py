@@ -82,8 +82,8 @@ class Marker:
 class MarkerFile:
     """A file where a marker should be: the marker, or why it is none.
 
-    path: below the root, printable. folder: name of its directory. written: its mtime. newer: the only problem is that
-    it has another schema.
+    path: below the root, printable. folder: name of its directory. written: its mtime. newer: its schema is a later
+    one, so that it may be a marker that a newer version wrote.
     """
 
     path: str
@@ -198,8 +198,10 @@ def _parsed(document: Any) -> Marker:
     if not isinstance(document, dict):
         raise _NotAMarkerError("it is not an object")
     schema = document.get("schema")
-    if schema != SCHEMA:
-        raise _NotAMarkerError(f"its schema is {_shown(schema)}, this program knows {SCHEMA}", newer=True)
+    if type(schema) is not int or schema != SCHEMA:
+        # Newer ones stop the removal of kernels, so nothing else may count as one. A bool is no schema.
+        newer = type(schema) is int and schema > SCHEMA
+        raise _NotAMarkerError(f"its schema is {_shown(schema)}, this program knows {SCHEMA}", newer=newer)
     claims: Any = document.get("claims")
     if not _is_texts(claims):
         raise _NotAMarkerError("its claims are not a list of names")

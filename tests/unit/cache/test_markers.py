@@ -375,6 +375,7 @@ def _instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
         (lambda path: path.write_text("3"), "it is not an object"),
         (lambda path: os.truncate(path, 65 << 20), f"it is too large: {65 << 20} bytes"),
         (_mutated(lambda marker: marker.update(schema=2)), "its schema is 2, this program knows 1"),
+        (_mutated(lambda marker: marker.update(schema=True)), "its schema is true, this program knows 1"),
         (_mutated(lambda marker: marker.pop("schema")), "its schema is null, this program knows 1"),
         (_mutated(lambda marker: marker.update(claims="deep_gemm")), "its claims are not a list of names"),
         (_mutated(lambda marker: marker.update(claims=[["deep_gemm"]])), "its claims are not a list of names"),
