@@ -120,10 +120,12 @@ class Generations:
     def markers(self) -> list[str]:
         """``task@image`` of every marker that is there."""
         found = []
-        for path in self.root.glob("markers/*/*.json"):
-            marker = marker_files.read(path)
-            assert marker is not None
-            found.append(f"{marker.label}@{int((marker.observed.image or '')[7:], 16)}")
+        for folder, _, names in os.walk(self.root / "markers"):  # skips a folder that a prune removes meanwhile
+            for path in (Path(folder, name) for name in names if name.endswith(".json")):
+                marker = marker_files.read(path)
+                assert marker is not None or not path.exists()
+                if marker is not None:
+                    found.append(f"{marker.label}@{int((marker.observed.image or '')[7:], 16)}")
         return sorted(found)
 
 

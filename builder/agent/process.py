@@ -175,6 +175,13 @@ class Child:
             self._changed.wait(0.1)
             self._changed.clear()
 
+    def wait_ended(self, seconds: float | None = None) -> None:
+        """Wait until the child has ended and all of its output is copied, at most `seconds`. Raises as `wait` does.
+
+        Not `wait(lambda: self.ended)`: a child that ends between the two looks at it would leave output unread.
+        """
+        self.wait(lambda: False, seconds)
+
     def stop(self) -> None:
         """Send SIGTERM, then SIGKILL to everything that descends from the child. Returns when all of it has ended."""
         process = self._process

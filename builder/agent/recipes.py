@@ -98,7 +98,7 @@ def compile_deep_gemm(context: PassContext) -> Watch:
     with context.child(model_argv(context.task, "sglang.compile_deep_gemm"), watch) as child:
         if not child.wait(lambda: watch.succeeded):
             raise Failed(child.describe_end(f" without the line {COMPILED!r}"))
-        child.wait(lambda: child.ended, SETTLE_SECONDS)
+        child.wait_ended(SETTLE_SECONDS)
     return watch
 
 
@@ -112,7 +112,7 @@ def command(context: PassContext) -> Watch:
     except re.error as error:
         raise Failed(f"success is no regular expression: {error}") from None
     with context.child(task.argv, watch) as child:
-        child.wait(lambda: child.ended)
+        child.wait_ended()
         if child.status:
             raise Failed(child.describe_end())
         if task.success is not None and not watch.succeeded:
@@ -197,7 +197,7 @@ def compile_shapes(
     watch = _watch(r"^warm-cache shapes: all \d+ shapes done", pool=True)
     script = Path(__file__).with_name("shape_pool.py")
     with context.child(["python3", str(script), json.dumps(request, separators=(",", ":"))], watch) as child:
-        child.wait(lambda: child.ended)
+        child.wait_ended()
         if child.status == 0 and watch.succeeded:
             return watch
         failed = f" (first: {watch.failed_shapes[0]})" if watch.failed_shapes else f"; {child.describe_end()}"

@@ -84,7 +84,7 @@ def test_container_removed_is_task_failure(cli: Cli, aftermath: Aftermath) -> No
 
 
 @pytest.mark.fault("container paused and resumed", how="docker pause, 2 s, docker unpause", holds="0: nothing is lost")
-def test_container_paused_is_ended_by_silence(cli: Cli, aftermath: Aftermath) -> None:
+def test_container_paused_and_resumed_loses_nothing(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("waits", WAITING))
     builder = cli.start("warm", "--json")
     builder.says("line 0")
