@@ -298,10 +298,16 @@ def test_pid_limit_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
     holds="11: the reason names the limit",
 )
 @pytest.mark.parametrize(
-    ("more", "said"),
-    [(-2, "cannot start python3: "), (-1, "cannot read the output of python3: can't start new thread")],
+    ("more", "reasons"),
+    [
+        (-2, ["cannot start python3: "]),
+        # One process or thread of the image's init may come or go between the count and the second pass.
+        (-1, ["cannot read the output of python3: can't start new thread", "cannot start python3: "]),
+    ],
 )
-def test_pid_limit_at_second_pass_is_not_verified(cli: Cli, aftermath: Aftermath, more: int, said: str) -> None:
+def test_pid_limit_at_second_pass_is_not_verified(
+    cli: Cli, aftermath: Aftermath, more: int, reasons: list[str]
+) -> None:
     code = KERNEL + "print('line 0', flush=True)\n" + GATE + READY
     cli.manifest(command("kernels", code, families=["triton"]))
     builder = cli.start("warm", "--json")
@@ -309,7 +315,8 @@ def test_pid_limit_at_second_pass_is_not_verified(cli: Cli, aftermath: Aftermath
     update(cli, PidsLimit=tasks_of(cli) + more)  # two of them, the child and a thread for its output, end with the pass
     aftermath.begins()
     (cli.root / "go").touch()
-    ended = aftermath.over(cli, builder, 11, f"second pass: {said}")
+    ended = aftermath.over(cli, builder, 11, "second pass: cannot ")
+    assert any(f"second pass: {reason}" in told(ended) for reason in reasons), told(ended)
     assert "PID limit" in told(ended)
     assert numbers(cli.log("kernels")) == [0]
 
