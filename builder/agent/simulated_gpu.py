@@ -53,7 +53,7 @@ def _compile(gpu: Gpu, environ: Mapping[str, str], folder: Path) -> None:
         "GPU_SHARED": gpu.shared,
         "GPU_L2": gpu.l2,
     }
-    common = ["-shared", "-fPIC", "-w", "-fno-builtin", f"-I{include}"]
+    common = ["-shared", "-fPIC", "-w", "-fno-builtin", f"-I{_SOURCES}", f"-I{include}"]
     common += [f"-D{name}={value}" for name, value in numbers.items()]
     rest = folder / "rest.c"
     driver, runtime = _SOURCES / "driver.c", _SOURCES / "runtime.c"

@@ -29,7 +29,7 @@ PROGRAM_ROOT = "/opt/warm-cache"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: What the warm-up image holds of this package: the ground, the cache root on disk, and the in-container program.
-AGENT_FILES = ("*.py", "cache/*.py", "agent/*.py", "agent/stub_driver/*.c")
+AGENT_FILES = ("*.py", "cache/*.py", "agent/*.py", "agent/stub_driver/*.[ch]")
 
 #: How many of the last lines of a build's output a failure shows again.
 _TAIL = 20

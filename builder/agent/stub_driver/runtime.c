@@ -1,11 +1,14 @@
-/* EXPERIMENTAL, for a machine without a GPU: preloaded over libcudart.so (pretend.py compiles it and gives the numbers).
+/* Preloaded over libcudart.so, for machines without a GPU. EXPERIMENTAL in the warm-up image, a TEST DOUBLE in the
+ * stand-in image.
  *
- * One pretended GPU. Device memory is host memory that is given when touched, and a launch does nothing: nothing is ever
- * computed.
+ * It describes the devices of devices.h with the numbers that its compiler gets (GPU_NAME, GPU_MAJOR, ...). Device memory is
+ * host memory that is allocated when touched, and a launch does nothing: nothing is ever computed.
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
+#include <devices.h>
 #include <dlfcn.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,17 +17,24 @@
 
 #define OK cudaSuccess
 #define FREE_MEMORY (GPU_MEMORY - (1ull << 30))
-#define UNKNOWN(device) do { if ((device) != 0) return cudaErrorInvalidDevice; } while (0)
+#define CHECK(d) do { if ((d) < 0 || (d) >= device_count()) return cudaErrorInvalidDevice; } while (0)
+#define MAX_DEVICES 64
+/* The memory of device d has the addresses [BASE + d TiB, BASE + (d + 1) TiB): a pointer shows its device. */
+#define BASE 0x100000000000ul
+#define PAGE 0x1ffffful
+
+static __thread int current;
+static uintptr_t taken[MAX_DEVICES];
 
 /* devices */
-cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return OK; }
-cudaError_t cudaGetDevice(int *d) { *d = 0; return OK; }
-cudaError_t cudaSetDevice(int d) { UNKNOWN(d); return OK; }
+cudaError_t cudaGetDeviceCount(int *n) { *n = device_count(); return *n ? OK : cudaErrorNoDevice; }
+cudaError_t cudaGetDevice(int *d) { *d = current; return OK; }
+cudaError_t cudaSetDevice(int d) { CHECK(d); current = d; return OK; }
 
 cudaError_t cudaDeviceGetPCIBusId(char *text, int length, int d)
 {
-    UNKNOWN(d);
-    snprintf(text, length, "0000:01:00.0");
+    CHECK(d);
+    snprintf(text, length, "0000:%02x:00.0", device_number(d) + 1);
     return OK;
 }
 
@@ -44,10 +54,11 @@ cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d)
 
 static cudaError_t describe(struct cudaDeviceProp *p, int d)
 {
-    UNKNOWN(d);
+    CHECK(d);
     memset(p, 0, sizeof *p);
     strcpy(p->name, GPU_NAME);
-    p->pciBusID = 1;
+    p->uuid.bytes[3] = (char)device_number(d);
+    p->pciBusID = device_number(d) + 1;
     p->major = GPU_MAJOR;
     p->minor = GPU_MINOR;
     p->multiProcessorCount = GPU_SMS;
@@ -70,7 +81,9 @@ cudaError_t cudaGetDeviceProperties_v2(struct cudaDeviceProp *p, int d) { return
 /* memory */
 cudaError_t cudaMalloc(void **p, size_t n)
 {
-    *p = mmap(NULL, n ? n : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    size_t bytes = n ? n : 1, reserved = (bytes + PAGE) & ~PAGE;
+    void *where = (void *)(BASE + ((uintptr_t)current << 40) + __sync_fetch_and_add(&taken[current], reserved));
+    *p = mmap(where, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return *p == MAP_FAILED ? cudaErrorMemoryAllocation : OK;
 }
 
@@ -84,9 +97,11 @@ cudaError_t cudaMemset2DAsync(void *p, size_t pitch, int v, size_t width, size_t
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p)
 {
+    uintptr_t at = (uintptr_t)p;
     memset(a, 0, sizeof *a);
     a->type = cudaMemoryTypeDevice;
     a->devicePointer = (void *)p;
+    if (at >= BASE && at < BASE + ((uintptr_t)MAX_DEVICES << 40)) a->device = (at - BASE) >> 40;
     return OK;
 }
 

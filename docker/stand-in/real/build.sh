@@ -11,6 +11,7 @@ trap 'echo "error: build.sh line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 TAG=${1:-warm-cache-stand-in:real}
 HERE=$(dirname "$(readlink -f "$0")")
+DRIVER=$(readlink -f "$HERE/../../../builder/agent/stub_driver")   # shared with the warm-up image
 CACHE=${WARM_CACHE_STAND_IN_CACHE:-$HOME/.cache/warm-cache-stand-in}
 HOME_IN_IMAGE=/opt/standin
 SITE=$HOME_IN_IMAGE/venv/lib/python3.11/site-packages
@@ -20,7 +21,10 @@ LABEL=io.sglang.warm-cache.stand-in
 fail() { trap - ERR; echo "error: $*" >&2; exit 1; }
 step() { printf '%6ds  %s\n' "$SECONDS" "$1" >&2; }
 
-KEY=$(cd "$HERE" && find . -type f ! -name '*.pyc' ! -name README.md | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16)
+KEY=$({
+  cd "$HERE" && find . -type f ! -name '*.pyc' ! -name README.md | LC_ALL=C sort | xargs sha256sum
+  cd "$DRIVER" && sha256sum driver.c runtime.c
+} | sha256sum | cut -c1-16)
 mkdir -p "$CACHE"
 CACHE=$(readlink -f "$CACHE")
 TAR=$CACHE/real-$KEY.tar
@@ -99,6 +103,8 @@ mv "$WHEELS" "$SCRATCH/uv-cache"
 trap 'mv "$SCRATCH/uv-cache" "$WHEELS" 2>/dev/null || :' EXIT
 cp "$UV" "$SCRATCH/uv"
 cp -r "$HERE/." "$SCRATCH/src/"
+mkdir "$SCRATCH/src/src/stub_driver"
+cp "$DRIVER/driver.c" "$DRIVER/runtime.c" "$SCRATCH/src/src/stub_driver/"
 cp /etc/resolv.conf "$ROOT/etc/resolv.conf"
 cp -L "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" "$SCRATCH/ca.crt"
 

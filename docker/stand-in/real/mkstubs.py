@@ -2,8 +2,9 @@
 
     mkstubs.py SITE_PACKAGES OUT        needs gcc, binutils, and cuda.h below $CUDA_HOME/include
 
-Every library that they name gets a stub with the symbols that they want from it (returning 0); libcuda.so.1 and the
-preloaded runtime come from src/. Run it before elfcut.py, which drops the tables that `nm` reads.
+Every library that they name gets a stub with the symbols that they need from it (returning 0); libcuda.so.1 and the
+preloaded runtime are those of builder/agent/stub_driver, with several devices. Run it before elfcut.py, which drops the
+tables that `nm` reads.
 """
 
 import os
@@ -13,6 +14,15 @@ import sys
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "src"
+DRIVER = SOURCES / "stub_driver"  # put there by build.sh
+H200 = {
+    "GPU_MAJOR": 9,
+    "GPU_MINOR": 0,
+    "GPU_SMS": 132,
+    "GPU_MEMORY": f"{141 << 30}ull",
+    "GPU_SHARED": 232448,
+    "GPU_L2": 62914560,
+}
 #: Libraries whose symbols carry no version: told by their names.
 UNVERSIONED = {
     "libnccl.so.2": "p?nccl",
@@ -58,16 +68,23 @@ def make_library(name, versioned, plain, out):
 
 
 def make_driver(include, out):
-    """libcuda.so.1: what fakecuda.c defines, and every other function that cuda.h declares, old names included."""
-    source = (SOURCES / "fakecuda.c").read_text()
+    """libcuda.so.1: what driver.c defines, and every other function that cuda.h declares, old names included."""
+    source = (DRIVER / "driver.c").read_text()
     names = set()
     for mode in ([], ["-D__CUDA_API_VERSION_INTERNAL"]):
         text = output("gcc", "-E", "-P", *mode, f"-I{include}", str(include / "cuda.h"))
         names |= set(re.findall(r"\b(cu[A-Z]\w*)\s*\(", text))
     rest = sorted(name for name in names if not re.search(rf"\b{name}\s*\(", source))
     (out / "stub.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in rest))
-    sources = [SOURCES / "fakecuda.c", out / "stub.c"]
-    compile_shared(f"-I{include}", *sources, "-o", out / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+    sources = [DRIVER / "driver.c", out / "stub.c"]
+    flags = describe("NVIDIA H200 (stand-in)", include)
+    compile_shared(*flags, *sources, "-o", out / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+
+
+def describe(name, include):
+    """Compiler flags for GPUs of this name."""
+    numbers = {**H200, "GPU_NAME": f'"{name}"'}
+    return [f"-I{SOURCES}", f"-I{include}", *(f"-D{key}={value}" for key, value in numbers.items())]
 
 
 def main():
@@ -79,7 +96,7 @@ def main():
     for name in sorted(needed - own - {"libcuda.so.1"}):
         make_library(name, versioned, plain, out)
     make_driver(include, out)
-    compile_shared(f"-I{include}", SOURCES / "fakert.c", "-o", out / "fakert.so", "-ldl")
+    compile_shared(*describe("NVIDIA H200", include), DRIVER / "runtime.c", "-o", out / "fakert.so", "-ldl")
     for scratch in ("stub.c", "map"):
         (out / scratch).unlink(missing_ok=True)
 
