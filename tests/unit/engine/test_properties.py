@@ -5,7 +5,7 @@ Each reader has its documented ways to say no; no other exception, no hang, and 
 ``WARM_CACHE_EXAMPLES`` is the number of examples for each property: 100 unless it says otherwise (the whole file then
 takes seconds), 10000 in the long mode::
 
-    WARM_CACHE_EXAMPLES=10000 pytest tests/unit -k properties
+    WARM_CACHE_EXAMPLES=10000 pytest tests/unit
 """
 
 from __future__ import annotations
