@@ -58,35 +58,49 @@ class Judgement:
 def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, strict: bool = False) -> Judgement:
     """Compare the task with the markers below `root` and their entries with the disk.
 
+    The first rule that applies decides:
+
+    1. A marker of the task's coverage and present keys, under any label, whose entries are all valid: warm. A label is
+       only a name for the work. Markers of real GPUs are tried before those of simulated ones, then those of the
+       task's own label, then the newest.
+    2. Such a marker of the task's own label, the first in this order: ``entries`` if some are missing or invalid,
+       ``unverified`` if all are valid but `strict` requires another proof.
+    3. An unreadable file where the task's marker should be: ``marker-unreadable``.
+    4. A marker of the same label and coverage with other keys: ``compile``.
+    5. A marker of the same label with another coverage: ``coverage``.
+    6. ``no-marker``.
+
     Reads only, never raises for what it finds. strict: only a marker with the proof ``verified`` counts.
     """
     now = coverage(task, record=record, config_digest=config_digest)
     keys = toolchain.family_keys(record)
     name = folder_name(task.label, now)
     found = [_sufficient(item, task) for item in marker_files.folder(root, name)]
-    good = [(item, item.marker) for item in found if item.marker is not None]
-    same = [(item, marker) for item, marker in good if marker.coverage == now]
-    # What a real GPU proved has priority over newer markers that were made without one.
-    same.sort(key=lambda pair: pair[1].proof == PRETENDED)
-    cold = [_against_disk(root, item, marker, record, strict) for item, marker in same if _has_keys(marker, keys)]
-    for judgement in cold:
+    others = [_sufficient(item, task) for item in marker_files.duplicates(root, name)]
+    candidates = [
+        (item, item.marker)
+        for item in (*found, *others)
+        if item.marker is not None and item.marker.coverage == now and _has_keys(item.marker, keys)
+    ]
+    candidates.sort(key=lambda pair: (pair[1].proof == PRETENDED, pair[0].folder != name, -pair[0].written))
+    judged = []
+    for item, marker in candidates:
+        judgement = _against_disk(root, item, marker, record, strict)
         if judgement.state == "warm":
-            usage.note(root, str(judgement.path))
+            usage.note(root, item.path)
             return judgement
-    for item in marker_files.duplicates(root, name):
-        # The same work under another label: a label is only what people call it.
-        marker = _sufficient(item, task).marker
-        if marker is not None and marker.coverage == now and _has_keys(marker, keys):
-            judgement = _against_disk(root, item, marker, record, strict)
-            if judgement.state == "warm":
-                return judgement
-    if cold:
-        return cold[0]
+        if item.folder == name:
+            judged.append(judgement)
+    if judged:
+        return judged[0]
+    good = [(item, item.marker) for item in found if item.marker is not None]
     for item in found:
         if item.marker is None and (not good or Path(item.path).stem == _expected(task, keys)):
             return Judgement("cold", "marker-unreadable", f"{item.path}: {item.problem}", path=item.path)
+    same = [(item, marker) for item, marker in good if marker.coverage == now]
     if same:
-        return _against_toolchain(*same[0], record, keys)
+        # As above, a marker of a real GPU is the one to compare with.
+        return _against_toolchain(*min(same, key=lambda pair: pair[1].proof == PRETENDED), record, keys)
     nearest = [(item, item.marker) for item in marker_files.neighbours(root, task.label) if item.marker is not None]
     for item, marker in sorted(nearest, key=lambda pair: pair[0].written, reverse=True):
         if rows := differences(marker.coverage, now):

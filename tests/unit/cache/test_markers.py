@@ -344,6 +344,23 @@ def test_judge_prefers_marker_of_real_gpu(warm: Path) -> None:
     assert judge(warm).path == str(path.relative_to(warm))
 
 
+def test_judge_prefers_marker_of_real_gpu_under_other_label(warm: Path) -> None:
+    proven = path_of(warm)
+    other = dataclasses.replace(TASK, label="another-label")
+    own = markers.publish(warm, build(other, proof=markers.PRETENDED))
+    os.utime(warm / own, (time.time() + 100, time.time() + 100))
+    assert judge(warm, other).path == judge(warm, other, strict=True).path == proven
+    (warm / proven).unlink()
+    assert judge(warm, other).path == own
+
+
+def test_judge_prefers_own_label_over_newer_marker_of_other_label(warm: Path) -> None:
+    own = path_of(warm)
+    newer = markers.publish(warm, build(dataclasses.replace(TASK, label="another-label")))
+    os.utime(warm / newer, (time.time() + 100, time.time() + 100))
+    assert judge(warm).path == own
+
+
 # Garbage
 
 
