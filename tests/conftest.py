@@ -3,6 +3,9 @@
 Environment, set by `make test`: DOCKER_HOST (the engine, and the only way to it), WARM_CACHE_TEST_IMAGE and
 WARM_CACHE_STAND_IN (tags of the tiny and of the real stand-in image on it), WARM_CACHE_TESTS_COMPLETE=1 (nothing may be
 missing but GPUs).
+
+.github/CONTRIBUTING.md names the folders of tests; beside those there, tests/host/ holds hooks, locks and NVML with
+processes of their own.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 
 from builder.engine.client import Engine
 from builder.errors import BuilderError
 from tests.program import Program, assemble
+from tests.stub_nvml.stub import a_driver, a_library  # noqa: F401 - fixtures
 
 TINY = "WARM_CACHE_TEST_IMAGE"
 REAL = "WARM_CACHE_STAND_IN"
@@ -93,6 +98,15 @@ def until() -> Callable[..., None]:
             pause.wait(0.02)
 
     return until
+
+
+@pytest.fixture
+def sleeper() -> Iterator[psutil.Popen]:
+    """A process that does nothing until the test is over."""
+    process = psutil.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

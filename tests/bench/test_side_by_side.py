@@ -14,7 +14,7 @@ from builder.run.schedule import Capacity, PlannedTask, lower_bound
 from tests.bench.measuring import Series, show, write_down
 from tests.engine.cli import READY, command
 from tests.engine.gpumachine import GpuCli, gpu_image
-from tests.stub_nvml.stub import Driver, a_driver, a_library  # noqa: F401 - fixtures
+from tests.stub_nvml.stub import Driver
 
 pytestmark = [pytest.mark.bench, pytest.mark.engine, pytest.mark.timeout(900)]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from builder.engine.client import Engine
 from tests.engine import faults
-from tests.engine.cli import READY, Cli, command
+from tests.engine.cli import READY, Cli, a_cli, command, request  # noqa: F401 - a fixture
+from tests.engine.gpumachine import gpu_image
 from tests.engine.workshop import Proxy, Workshop
 
 
@@ -34,6 +37,32 @@ def proxy(docker_host: str, tmp_path: Path) -> Iterator[Proxy]:
     made = Proxy(tmp_path / "proxy.sock", docker_host)
     yield made
     made.close()
+
+
+@pytest.fixture
+def volume(cli: Cli) -> Iterator[str]:
+    """The name of a volume that does not exist yet; removed at the end, after the containers of `cli`."""
+    name = f"test-{os.urandom(6).hex()}"
+    yield name
+    cli.close()
+    with cli.engine() as engine:
+        if engine.has_volume(name):
+            request(engine, "DELETE", "/volumes/{0}", name)
+
+
+@pytest.fixture(scope="session")
+def gpu_images(
+    tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str
+) -> Iterator[Callable[[int], str]]:
+    """``gpu_images(count)``: the tag of the tiny image with so many simulated GPUs, built once."""
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def built(count: int) -> str:
+            context = tmp_path_factory.mktemp("gpu-image")
+            return stack.enter_context(gpu_image(context, docker_host, tiny_image, count))
+
+        yield built
 
 
 @pytest.fixture(scope="session")

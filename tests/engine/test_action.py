@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.actions import ROOT, Runner
-from tests.engine.cli import READY, Cli, a_cli, command, shapes  # noqa: F401 - a fixture
+from tests.engine.cli import READY, Cli, command, shapes
 
 pytestmark = pytest.mark.engine
 

@@ -24,7 +24,6 @@ from tests.engine.cli import (
     READY,
     Cli,
     Ended,
-    a_cli,  # noqa: F401 - a fixture
     command,
     server,
     shapes,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from builder.engine.client import Engine
-from tests.engine.cli import LABEL, Cli, Ended, a_cli, command, shapes  # noqa: F401 - a fixture
+from tests.engine.cli import LABEL, Cli, Ended, command, shapes
 from tests.engine.door import Door
 
 pytestmark = pytest.mark.engine

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from builder.host.deadlines import Deadline, poll
-from tests.engine.cli import PROGRAM, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import PROGRAM, Cli, command, shapes, wait_for
 from tests.engine.faults import Aftermath, OwnEngine, are_warm, changed, numbers, time_passes, told
 from tests.engine.workshop import Proxy
 

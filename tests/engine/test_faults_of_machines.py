@@ -11,7 +11,7 @@ import pytest
 
 from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
-from tests.engine.cli import GATE, READY, Cli, a_cli, command, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import GATE, READY, Cli, command, shapes
 from tests.engine.faults import Aftermath, OwnEngine, changed, numbers, told
 
 pytestmark = pytest.mark.engine

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.cli import GATE, PROGRAM, READY, ROOT, Cli, Running, a_cli, command, shapes, wait_for  # noqa: F401
+from tests.engine.cli import GATE, PROGRAM, READY, ROOT, Cli, Running, command, shapes, wait_for
 from tests.engine.door import Door
 from tests.engine.faults import Aftermath, are_warm, numbers, time_passes, told
 

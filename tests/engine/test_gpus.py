@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import pytest
 
 from builder.cache import layout
 from tests.engine.cli import GATE, READY, Ended, command, wait_for
-from tests.engine.gpumachine import GpuCli, gpu_image
-from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
+from tests.engine.gpumachine import GpuCli
+from tests.stub_nvml.stub import GB, Driver
 
 pytestmark = pytest.mark.engine
 
@@ -26,9 +26,8 @@ GPUS = 2
 
 
 @pytest.fixture(scope="module", name="image")
-def a_gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
-    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, GPUS) as tag:
-        yield tag
+def a_gpu_image(gpu_images: Callable[[int], str]) -> str:
+    return gpu_images(GPUS)
 
 
 @pytest.fixture(name="cli")
@@ -37,14 +36,6 @@ def a_gpu_cli(tmp_path: Path, docker_host: str, image: str, driver: Driver) -> I
     cli = GpuCli.on(tmp_path / "user", docker_host, image, driver)
     yield cli
     cli.close()
-
-
-@pytest.fixture
-def sleeper() -> Iterator[psutil.Popen]:
-    process = psutil.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def problems(ended: Ended) -> list[str]:

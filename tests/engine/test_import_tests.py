@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.checkout import Checkout
-from tests.engine.cli import Cli, a_cli  # noqa: F401 - a fixture
+from tests.engine.cli import Cli
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from builder.engine.errors import NotFoundError
 from builder.host.deadlines import Deadline, poll
-from tests.engine.cli import Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import Cli, command, server, shapes, wait_for
 from tests.engine.faults import Aftermath, numbers
 
 pytestmark = pytest.mark.engine

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from builder.engine.client import Engine
 from builder.engine.images import serving_id
 from builder.errors import EngineRefusedError
 from builder.flock import open_lock, try_lock
-from tests.engine.cli import Cli, a_cli, request, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import Cli, request, shapes, wait_for
 from tests.engine.test_engine import context
 from tests.generations import Generations, unvouched
 
@@ -125,16 +124,6 @@ def test_prune_killed_leaves_valid_root(cli: Cli, made: Generations) -> None:
     assert not any(made.place(number).exists() for number in (1, 2, 3))
     assert list(cli.root.glob("aside/pruned/*")) == []
     assert cli.run("check").status == 0
-
-
-@pytest.fixture
-def volume(cli: Cli) -> Iterator[str]:
-    name = f"test-{os.urandom(6).hex()}"
-    yield name
-    cli.close()
-    with cli.engine() as engine:
-        if engine.has_volume(name):
-            request(engine, "DELETE", "/volumes/{0}", name)
 
 
 def test_prune_of_volume_runs_in_container(cli: Cli, volume: str) -> None:

@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import pytest
 from builder.manifest.load import load
 from tests.checkout import Checkout
 from tests.engine.cli import ROOT
-from tests.engine.gpumachine import GpuCli, gpu_image
-from tests.stub_nvml.stub import Driver, a_driver, a_library  # noqa: F401 - fixtures
+from tests.engine.gpumachine import GpuCli
+from tests.stub_nvml.stub import Driver
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -77,9 +77,8 @@ def lines(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", name="image")
-def an_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
-    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, 8) as tag:
-        yield tag
+def an_image(gpu_images: Callable[[int], str]) -> str:
+    return gpu_images(8)
 
 
 @pytest.fixture(scope="module")

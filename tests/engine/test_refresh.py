@@ -18,7 +18,7 @@ import pytest
 from builder.engine.client import Engine
 from builder.errors import EngineRefusedError
 from builder.flock import open_lock, try_lock
-from tests.engine.cli import Cli, Ended, a_cli, command, request, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import Cli, Ended, command, request, shapes, wait_for
 from tests.engine.door import Door
 from tests.engine.test_engine import context
 from tests.engine.test_prune import forget

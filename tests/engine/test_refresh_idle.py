@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from builder.engine.client import Engine
 from builder.flock import try_lock
 from builder.host import gpu_locks
 from tests.engine.cli import Cli, Ended, request, shapes
-from tests.engine.gpumachine import GpuCli, gpu_image
-from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
+from tests.engine.gpumachine import GpuCli
+from tests.stub_nvml.stub import GB, Driver
 
 pytestmark = pytest.mark.engine
 
@@ -23,17 +23,8 @@ GPUS = 2
 
 
 @pytest.fixture(scope="module", name="image")
-def a_gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
-    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, GPUS) as tag:
-        yield tag
-
-
-@pytest.fixture
-def sleeper() -> Iterator[psutil.Popen]:
-    process = psutil.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
+def a_gpu_image(gpu_images: Callable[[int], str]) -> str:
+    return gpu_images(GPUS)
 
 
 def deferred(cli: Cli, reason: str) -> None:

@@ -15,7 +15,7 @@ from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
 from builder.host.deadlines import Deadline
 from builder.job import JOB_VARIABLE
-from tests.engine.cli import GATE, READY, Cli, Ended, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import GATE, READY, Cli, Ended, command, server, shapes, wait_for
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import pytest
 
 from builder.engine.client import Engine
 from builder.report import live
-from tests.engine.cli import READY, SHAPE, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import READY, SHAPE, Cli, command, server, shapes, wait_for
 from tests.engine.faults import Aftermath, changed, time_passes
-from tests.engine.gpumachine import GpuCli, gpu_image
+from tests.engine.gpumachine import GpuCli
 from tests.engine.workshop import Proxy
-from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
+from tests.stub_nvml.stub import GB, Driver
 
 pytestmark = pytest.mark.engine
 
@@ -47,9 +47,8 @@ def requests(engine: Engine, container: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", name="image")
-def a_gpu_image(tmp_path_factory: pytest.TempPathFactory, docker_host: str, tiny_image: str) -> Iterator[str]:
-    with gpu_image(tmp_path_factory.mktemp("gpu-image"), docker_host, tiny_image, GPUS) as tag:
-        yield tag
+def a_gpu_image(gpu_images: Callable[[int], str]) -> str:
+    return gpu_images(GPUS)
 
 
 @pytest.fixture

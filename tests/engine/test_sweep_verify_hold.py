@@ -15,7 +15,7 @@ import pytest
 from builder.cache import layout
 from builder.cache.families import FAMILIES
 from builder.engine.client import Engine
-from tests.engine.cli import GATE, READY, Cli, Running, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import GATE, READY, Cli, Running, command, server, shapes, wait_for
 
 pytestmark = pytest.mark.engine
 
@@ -59,17 +59,6 @@ def other(cli: Cli, tmp_path_factory: pytest.TempPathFactory, docker_host: str, 
     another.root = cli.root
     yield another
     another.close()
-
-
-@pytest.fixture
-def volume(cli: Cli) -> Iterator[str]:
-    """The name of a volume that does not exist yet."""
-    name = f"test-{os.urandom(6).hex()}"
-    yield name
-    cli.close()
-    with cli.engine() as engine:
-        if engine.has_volume(name):
-            engine._request("DELETE", "/volumes/{0}", name)
 
 
 # --- sweep -----------------------------------------------------------------------------------------------------------

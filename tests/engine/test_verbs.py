@@ -27,7 +27,7 @@ import pytest
 
 from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
-from tests.engine.cli import LABEL, Cli, a_cli, command, server, shapes, wait_for  # noqa: F401 - a fixture
+from tests.engine.cli import LABEL, Cli, command, server, shapes, wait_for
 
 pytestmark = pytest.mark.engine
 

@@ -25,7 +25,6 @@ from tests.engine.cli import (
     LABEL,
     READY,
     Cli,
-    a_cli,  # noqa: F401 - a fixture
     command,
     shapes,
     wait_for,

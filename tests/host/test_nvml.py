@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from builder.host.gpus import GpuProcess
-from tests.stub_nvml.stub import GB, Driver, a_driver, a_library  # noqa: F401 - fixtures
+from tests.stub_nvml.stub import GB, Driver
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,14 +45,6 @@ def snapshot(environ: Mapping[str, str], *before: str, **options: Any) -> dict[s
     assert done.stderr == ""
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-@pytest.fixture
-def sleeper() -> Iterator[psutil.Popen]:
-    process = psutil.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def test_idle_gpus_have_no_processes(driver: Driver) -> None:
