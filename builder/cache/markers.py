@@ -55,14 +55,22 @@ class Judgement:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
-def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, strict: bool = False) -> Judgement:
+def judge(
+    root: Path,
+    task: Task,
+    *,
+    record: Record,
+    config_digest: str | None,
+    strict: bool = False,
+    run: str | None = None,
+) -> Judgement:
     """Compare the task with the markers below `root` and their entries with the disk.
 
     The first rule that applies decides:
 
     1. A marker of the task's coverage and present keys, under any label, whose entries are all valid: warm. A label is
-       only a name for the work. Markers of real GPUs are tried before those of simulated ones, then those of the
-       task's own label, then the newest.
+       only a name for the work. Markers that `run` wrote are tried first, then those of real GPUs before those of
+       simulated ones, those of the task's own label before others, and newer ones before older ones.
     2. Such a marker of the task's own label, the first in this order: ``entries`` if some are missing or invalid,
        ``unverified`` if all are valid but `strict` requires another proof.
     3. An unreadable file where the task's marker should be: ``marker-unreadable``.
@@ -71,6 +79,7 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
     6. ``no-marker``.
 
     Reads only, never raises for what it finds. strict: only a marker with the proof ``verified`` counts.
+    run: id of a run; None: no run has priority.
     """
     now = coverage(task, record=record, config_digest=config_digest)
     keys = toolchain.family_keys(record)
@@ -82,7 +91,15 @@ def judge(root: Path, task: Task, *, record: Record, config_digest: str | None, 
         for item in (*found, *others)
         if item.marker is not None and item.marker.coverage == now and _has_keys(item.marker, keys)
     ]
-    candidates.sort(key=lambda pair: (pair[1].proof == PRETENDED, pair[0].folder != name, -pair[0].written))
+
+    def priority(candidate: tuple[MarkerFile, Marker]) -> tuple[bool, bool, bool, float]:
+        item, marker = candidate
+        # A forced run on a simulated GPU leaves the marker of a real one in place. Its result depends on its own
+        # marker, and with the other one here it would seem to have written none.
+        other_run = run is None or marker.observed.run != run
+        return other_run, marker.proof == PRETENDED, item.folder != name, -item.written
+
+    candidates.sort(key=priority)
     judged = []
     for item, marker in candidates:
         judgement = _against_disk(root, item, marker, record, strict)

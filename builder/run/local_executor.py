@@ -121,6 +121,7 @@ class LocalExecutor:
             root=self.root,
             store=model_store.home(self._environ),
             strict=self.context.options.strict,
+            run=self.context.run_id,
         )
         return Plan(tuple(replace(item, judgement=self._without_image(item.judgement)) for item in plan.items))
 

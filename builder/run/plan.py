@@ -69,19 +69,20 @@ def make_plan(
     root: Path,
     store: Path | None,
     strict: bool = False,
+    run: str | None = None,
 ) -> Plan:
-    """Judge every task by the cache root (or a copy of its index) at ``root``."""
-    return Plan(tuple(_item(task, records[probe_env(task)], root, store, strict) for task in tasks))
+    """Judge every task by the cache root (or a copy of its index) at ``root``; `run`'s markers have priority."""
+    return Plan(tuple(_item(task, records[probe_env(task)], root, store, strict, run) for task in tasks))
 
 
-def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bool) -> Item:
+def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bool, run: str | None) -> Item:
     digest, problem = None, None
     if needs_config(task):
         if store is None and not task.model.startswith("/"):
             problem = "no model store: set [models] store"
         else:
             digest, problem = config_digest(store or Path("/nonexistent"), task.model, task.revision)
-    judgement = markers.judge(root, task, record=record, config_digest=digest, strict=strict)
+    judgement = markers.judge(root, task, record=record, config_digest=digest, strict=strict, run=run)
     return Item(task, record, digest, problem, judgement)
 
 

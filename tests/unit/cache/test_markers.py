@@ -354,6 +354,15 @@ def test_judge_prefers_marker_of_real_gpu_under_other_label(warm: Path) -> None:
     assert judge(warm, other).path == own
 
 
+def test_judge_prefers_marker_of_given_run(warm: Path) -> None:
+    proven = path_of(warm)
+    simulated = markers.publish(warm, build(proof=markers.PRETENDED, observed=Observed(run="this")))
+    assert judge(warm, run="this").path == simulated
+    assert judge(warm, run="another").path == judge(warm).path == proven
+    # What does not hold does not win.
+    assert judge(warm, run="this", strict=True).path == proven
+
+
 def test_judge_prefers_own_label_over_newer_marker_of_other_label(warm: Path) -> None:
     own = path_of(warm)
     newer = markers.publish(warm, build(dataclasses.replace(TASK, label="another-label")))

@@ -52,7 +52,9 @@ def record() -> Record:
     }
 
 
-def publish(root: Path, task: Task, *, run: str = RUN, seconds: float | None = None) -> None:
+def publish(
+    root: Path, task: Task, *, run: str = RUN, seconds: float | None = None, proof: str = "nothing-claimed"
+) -> None:
     """Write a marker of the task, as the agent does at its end."""
     marker = markers.build(
         task,
@@ -61,7 +63,7 @@ def publish(root: Path, task: Task, *, run: str = RUN, seconds: float | None = N
         shapes=[],
         claims=[],
         entries={},
-        proof="nothing-claimed",
+        proof=proof,
         second_pass_added=None,
         observed=Observed(run=run, seconds=seconds),
     )
@@ -109,7 +111,7 @@ class FakeExecutor:
         return {(): record()}
 
     def plan(self, tasks: Sequence[Task]) -> Plan:
-        return make_plan(tasks, self.records(tasks), root=self.root, store=None)
+        return make_plan(tasks, self.records(tasks), root=self.root, store=None, run=RUN)
 
     @contextlib.contextmanager
     def snapshot(self, tasks: Sequence[Task]) -> Iterator[tuple[Path, Plan]]:
@@ -186,6 +188,19 @@ def test_forced_warm_task_runs_again(tmp_path: Path) -> None:
     executor = FakeExecutor(tmp_path, task("one"), force=True)
     run(executor)
     assert executor.result("one").state == "warmed"
+
+
+def test_forced_task_on_simulated_gpu_is_warmed_although_a_real_gpu_has_a_marker(tmp_path: Path) -> None:
+    publish(tmp_path, task("one"), run="another")
+    executor = FakeExecutor(tmp_path, task("one"), force=True)
+
+    def do(task: Task) -> Execution:
+        publish(tmp_path, task, proof="pretended")
+        return ended(replace(WARMED, proof="pretended"))
+
+    executor.do = do
+    run(executor)
+    assert (executor.result("one").state, executor.result("one").proof) == ("warmed", "pretended")
 
 
 def test_tasks_that_fit_run_at_the_same_time_on_other_gpus(tmp_path: Path) -> None:
