@@ -6,6 +6,7 @@ import ast
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,14 @@ MOST_LINES = 500
 LONGER: dict[str, str] = {}
 
 
+@cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Dotted names of all modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from named_by(node)
 
@@ -113,7 +119,7 @@ def test_third_party_imports_are_listed_and_lazy(path: Path) -> None:
     ours = sys.stdlib_module_names | {"builder", "tomllib"}  # tomllib came with Python 3.11
     found = {name.split(".")[0] for name in imports(path)} - ours
     assert found <= set(THIRD_PARTY.get(dotted(path), "").split()), f"{path} imports {found}"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = syntax(path)
     top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     eager = {name.split(".")[0] for node in top for name in named_by(node)} - ours
     assert not eager, f"{path} imports {eager} when it is imported itself"
@@ -121,7 +127,7 @@ def test_third_party_imports_are_listed_and_lazy(path: Path) -> None:
 
 @pytest.mark.parametrize("path", named(MODULES))
 def test_print_is_called_by_main_modules_only(path: Path) -> None:
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    calls = [node.func for node in ast.walk(syntax(path)) if isinstance(node, ast.Call)]
     prints = [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "print"]
     assert not prints or dotted(path) in ("builder.cli.main", "builder.agent.__main__")
 
@@ -136,7 +142,7 @@ STARTERS |= {"os.system", "concurrent.futures.ProcessPoolExecutor"}
 def test_units_start_no_process(path: Path) -> None:
     """What starts one is in tests/agent, tests/cli, tests/host or tests/project, as are helpers that do."""
     used = set(imports(path))
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             used.add(f"{node.value.id}.{node.attr}")
     assert [name for name in sorted(used) if name in STARTERS or name.split(".")[0] in STARTERS] == []
