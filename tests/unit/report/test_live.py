@@ -42,11 +42,14 @@ def test_live_lines_on_a_stuck_terminal_drop_text(monkeypatch: pytest.MonkeyPatc
             stuck.wait(20)
             return super().write(text)
 
-    console = Console(Stopped(), terminal=True)
+    stream = Stopped()
+    console = Console(stream, terminal=True)
     with LiveProgress(console, lambda: "", every=0.01):
         for number in range(4010):
             console.say(str(number))
+    assert stream.getvalue() == "", "the run waited for the terminal"
     stuck.set()
+    assert poll(lambda: "lines not shown; the log file has them" in stream.getvalue(), Deadline(10), every=0.01)
 
 
 def test_text_during_live_lines_is_all_shown() -> None:
