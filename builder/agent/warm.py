@@ -31,7 +31,7 @@ from builder.cache import families, inventory, layout, markers, model_store, rem
 from builder.cache.coverage import needs_config
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
-from builder.cache.marker_files import Observed
+from builder.cache.marker_files import Observed, Proof
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
 from builder.task import RECIPES, Task
@@ -47,7 +47,7 @@ class Proven:
 
     claims: list[str]  # families
     used: Mapping[str, set[str]]  # entries by family
-    proof: str
+    proof: Proof
     doubt: str  # why the proof is weaker than requested, or how it was reached
 
 
@@ -275,7 +275,7 @@ class Warming:
 
     def _prove(
         self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]
-    ) -> tuple[str, str]:
+    ) -> tuple[Proof, str]:
         """Return the proof's name and, if it is weaker than requested, why."""
         if self._task.verify == "inventory":
             return "inventory", ""
@@ -298,7 +298,7 @@ class Warming:
 
     def _second_pass(
         self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]
-    ) -> tuple[str, str]:
+    ) -> tuple[Proof, str]:
         self._phase("second pass")
         try:
             doubt = passes.second(context, first)

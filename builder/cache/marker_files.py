@@ -1,5 +1,7 @@
 """Markers as files: their format, where they are, and whether a file holds a marker at all.
 
+The fields of a marker are here (`Marker`); whether it makes a task warm, and how one is published, is in `markers`.
+
 ``markers/<label>-<coverage digest>/<digest of the claimed keys>.json``. Every user of a machine may write to the cache
 root, so each file found there is read as a marker of this schema, or as a reason why it is none.
 """
@@ -11,13 +13,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from builder import files, text
 from builder.cache.coverage import coverage_digest
 from builder.cache.families import FAMILY, is_key
 
 SCHEMA = 1
+
+#: What a marker's claim rests on:
+#: verified: a second pass in a new process added nothing, and every claimed family has entries.
+#: steady: the first pass ended when nothing was compiled any more; there was no second one.
+#: inventory: the listed entries were valid at the end; the second pass was absent or incomplete, or a family is empty.
+#: nothing-claimed: no family is claimed, so that there was nothing to prove.
+#: pretended: the run was on a simulated GPU, so that it is never as good as verified.
+Proof = Literal["verified", "steady", "inventory", "nothing-claimed", "pretended"]
 
 _LIMIT = 64 << 20
 #: Numbers of a marker above these are not believed: seconds and GPUs, bytes.
@@ -58,7 +68,8 @@ class Observed:
 class Marker:
     """One marker. claims: by family. coverage: see `coverage`. toolchain: digest of all family keys of its run.
 
-    table: TABLE_VERSION of its keys. shapes: DeepGEMM problems that the run compiled. written: ISO 8601, UTC.
+    proof: a `Proof`, or any other text that the file has. table: TABLE_VERSION of its keys. shapes: DeepGEMM problems
+    that the run compiled. written: ISO 8601, UTC.
     """
 
     label: str

@@ -3,6 +3,8 @@
 A marker is a claim about the disk, checked against the disk each time it is read: it holds only while the entries that
 it lists are there and valid. Any file may lie where a marker should be (half a file, another schema, a directory, a
 FIFO); that is a reason to be cold, never an error.
+
+The judgement is here, with `build` and `publish`; the fields of a marker and its file format are in `marker_files`.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ from builder.cache import inventory, marker_files, toolchain, usage
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import MISSING
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
-from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, folder_name
+from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, Proof, folder_name
 from builder.cache.toolchain import Record
 from builder.task import RECIPES, Task
 from builder.text import printable
 
-#: The proof of a second pass in a new process that added nothing. Others: steady, inventory, nothing-claimed.
-VERIFIED = "verified"
-#: The same, on a GPU that was not there: never as good as verified.
-PRETENDED = "pretended"
+VERIFIED: Proof = "verified"
+PRETENDED: Proof = "pretended"
 
 Row = tuple[str, str, str]
-#: Why a task is cold; "" for a warm one. Details: of ``compile`` and ``coverage`` ``<factor> was A is B``, of
-#: ``entries`` ``N missing, M invalid (first: …)``, of ``marker-unreadable`` path and problem. ``unknown``: the image.
+#: Why a task is cold; "" for a warm one. After the colon of each: its meaning, and the detail in parentheses.
+#: no-marker: none of the task's label is there to compare with, and none of the same work holds.
+#: compile: the key of a claimed family is another one (``<factor> was A is B``).
+#: coverage: the marker is for other arguments, model, sglang and so on (``<factor> was A is B``).
+#: entries: entries that the marker lists are missing or invalid (``N missing, M invalid (first: …)``).
+#: marker-unreadable: the file where the marker should be holds none (its path and the problem).
+#: unverified: the marker would do, but `strict` requires the proof ``verified``.
+#: unknown: keys differ by the image alone, and the present image is unknown (the families, and what to do).
 Kind = Literal["", "no-marker", "compile", "coverage", "entries", "marker-unreadable", "unverified", "unknown"]
 
 
@@ -133,7 +139,7 @@ def build(
     config_digest: str | None,
     claims: Iterable[str],
     entries: Mapping[str, Collection[str]],
-    proof: str,
+    proof: Proof,
     second_pass_added: int | None,
     shapes: Iterable[str],
     observed: Observed,

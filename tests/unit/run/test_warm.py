@@ -17,7 +17,7 @@ import pytest
 from builder import events
 from builder.cache import markers
 from builder.cache.families import FAMILIES
-from builder.cache.marker_files import Observed
+from builder.cache.marker_files import Observed, Proof
 from builder.cache.toolchain import Record
 from builder.errors import BudgetError, EngineLostError, Interrupted, PreflightError, TasksError
 from builder.host.cancel import Cancel
@@ -53,7 +53,7 @@ def record() -> Record:
 
 
 def publish(
-    root: Path, task: Task, *, run: str = RUN, seconds: float | None = None, proof: str = "nothing-claimed"
+    root: Path, task: Task, *, run: str = RUN, seconds: float | None = None, proof: Proof = "nothing-claimed"
 ) -> None:
     """Write a marker of the task, as the agent does at its end."""
     marker = markers.build(
