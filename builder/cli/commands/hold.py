@@ -47,7 +47,7 @@ def run(args: HoldArgs, invocation: Invocation) -> int:
     if not args.command:
         raise UsageError("which command? It follows after two dashes: warm-cache hold [option ...] -- CMD")
     manifest = None if args.cache and not args.names_manifest else invocation.manifest()
-    # The signals that the job ignores, before this program has handlers of its own.
+    # The signals that the job ignores: read before this program installs its handlers.
     ignored = [signum for signum in foreground.FORWARDED if signal.getsignal(signum) is signal.SIG_IGN]
     holding = held(
         manifest.cache if manifest else invocation.cache(str(args.cache)),
