@@ -49,7 +49,8 @@ def expected_time(executor: Executor, items: Sequence[Item], estimates: Mapping[
 
 def planned_task(item: Item, estimates: Mapping[str, Estimate]) -> PlannedTask:
     estimate = estimates[item.task.label]
-    return PlannedTask(item.task.label, item.task.gpus, estimate.seconds, estimate.sure)
+    gpus = 0 if item.config_problem else item.task.gpus  # a task that cannot run needs none
+    return PlannedTask(item.task.label, gpus, estimate.seconds, estimate.sure)
 
 
 def duplicates(items: Sequence[Item]) -> tuple[list[Item], dict[str, Item]]:

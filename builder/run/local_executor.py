@@ -28,6 +28,7 @@ from builder.run.executor import Allocation, Execution, Reservation, Watcher
 from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.run.schedule import Capacity
 from builder.task import PRETEND_VARIABLE, Task
+from builder.text import counted
 
 #: Where the cache is mounted, if neither a manifest nor --cache names the place.
 MOUNT = Path("/jit")
@@ -62,7 +63,8 @@ class LocalExecutor:
     @property
     def record(self) -> Record:
         """The toolchain record of the first task's environment."""
-        return next(iter(self.records(self.context.manifest.tasks).values()))
+        tasks = self.context.manifest.tasks
+        return self.records(tasks)[probe_env(tasks[0]) if tasks else ()]
 
     @property
     def unknown_image(self) -> str:
@@ -123,7 +125,14 @@ class LocalExecutor:
             strict=self.context.options.strict,
             run=self.context.run_id,
         )
-        return Plan(tuple(replace(item, judgement=self._without_image(item.judgement)) for item in plan.items))
+        return Plan(tuple(self._in_this_environment(item) for item in plan.items))
+
+    def _in_this_environment(self, item: Item) -> Item:
+        """Return the item as this environment can run it, and judged by what is known of its image."""
+        here, problem = len(self.record["gpus"]), item.config_problem
+        if problem is None and item.task.gpus > here:
+            problem = f"it needs {counted(item.task.gpus, 'GPU')}, and {here or 'none'} can be seen here"
+        return replace(item, config_problem=problem, judgement=self._without_image(item.judgement))
 
     @contextlib.contextmanager
     def snapshot(self, tasks: Sequence[Task]) -> Iterator[tuple[Path, Plan]]:
@@ -191,11 +200,10 @@ class LocalExecutor:
     # --- tasks -------------------------------------------------------------------------------------------------------
 
     def capacity(self) -> Capacity:
-        """Return the GPUs that are here, and never fewer than one task needs: that task then fails by itself."""
+        """Return the GPUs that are here: other GPUs of this machine belong to other jobs."""
         manifest = self.context.manifest
         here = min(manifest.gpus.count, len(self.record["gpus"]))
-        widest = max((task.gpus for task in manifest.tasks), default=0)
-        return Capacity(tuple(range(max(here, widest))), manifest.run.parallel)
+        return Capacity(tuple(range(here)), manifest.run.parallel)
 
     def heading(self) -> str:
         return "in this environment"

@@ -165,9 +165,9 @@ class AgentProcess:
 
     def run(self, *, task: Deadline, silence: float, budget: Deadline, grace: float, cancel: Cancel) -> Ended:
         """Run it until it ends, or has to; return why it was ended. silence, grace: seconds."""
+        process = self._start()
         self.file.open()
         self._display.open()
-        process = self._start()
         pumps = [
             threading.Thread(target=self._pump, args=(stream, mark), daemon=True)
             for stream, mark in ((process.stdout, "out"), (process.stderr, "err"))
@@ -189,7 +189,7 @@ class AgentProcess:
                     continue
                 break
         finally:
-            self._end(process, min(grace, CANCEL_GRACE) if ended == "cancelled" else grace + 1)
+            self._end(process, grace + 1, cancel)
             for pump in pumps:
                 pump.join(5.0)
             self._display.close(1.0)
@@ -213,13 +213,20 @@ class AgentProcess:
             raise PreflightError(f"this machine can't run it: {sys.executable}: {error.strerror}") from None
         return process
 
-    def _end(self, process: subprocess.Popen[bytes], grace: float) -> None:
-        """SIGTERM, after `grace` seconds SIGKILL, then SIGKILL to everything that it left."""
+    def _end(self, process: subprocess.Popen[bytes], grace: float, cancel: Cancel) -> None:
+        """SIGTERM, after `grace` seconds SIGKILL, then SIGKILL to everything that it left.
+
+        The first signal to this program shortens the grace to CANCEL_GRACE, the second ends it.
+        """
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(grace)
+            limit = Deadline(grace)
+            while process.poll() is None and not limit.expired and cancel.requests < 2:
+                if cancel.is_set:
+                    limit = limit.within(max(0.0, CANCEL_GRACE - cancel.elapsed))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05)
         if process.poll() is None:
             process.kill()
         self.status = process.wait()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.cache.markers import VERIFIED
+from builder.cache.markers import VERIFIED, reservation
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
 from builder.events import Verdict
 from builder.report.results import Report, TaskResult
@@ -38,8 +38,8 @@ def result_of_execution(executor: Executor, item: Item, execution: Execution) ->
     result.entries = {} if result.state == "cold" else verdict.entries  # those of a cold task may be another's
     result.added, result.added_bytes = verdict.added, verdict.added_bytes
     result.loaded = readable(verdict.loaded or "")
-    result.proof = verdict.proof
-    result.verified = result.state == "warmed" and verdict.proof == VERIFIED
+    if result.state != "warmed":
+        result.proof = verdict.proof
     return result
 
 
@@ -67,7 +67,10 @@ def _judge(executor: Executor, item: Item, execution: Execution, verdict: Verdic
     marker = now.judgement.marker
     if marker is None or marker.observed.run != executor.context.run_id:
         return result_of(item, "failed", "its verdict is warmed, but the marker is an older one")
-    return result_of(now, "warmed", reason)
+    result = result_of(now, "warmed", reason)
+    result.proof, result.verified = marker.proof, marker.proof == VERIFIED
+    result.reservation = reservation(marker)
+    return result
 
 
 def raise_if_fatal(execution: Execution, result: TaskResult) -> None:

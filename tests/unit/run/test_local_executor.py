@@ -76,7 +76,8 @@ def test_each_environment_is_probed_once(tmp_path: Path, probed: PROBED) -> None
         ("8", 8, (4, 4), 8),
         ("4", 8, (4, 2), 4),  # fewer are here than the manifest has
         ("8", 2, (2, 1), 2),
-        ("0", 8, (4, 4), 4),  # one after the other, and each fails by itself
+        ("0", 8, (4, 4), 0),
+        ("2", 8, (4, 1, 1), 2),  # a task that is too wide makes no GPU of another job visible to the others
         ("0", 0, (0, 0), 0),
     ],
 )
@@ -95,6 +96,18 @@ def test_capacity_is_of_the_gpus_here(
 def test_visible_gpus_count_among_those_visible_here(visible: str | None, devices: tuple[int, ...], names: str) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert ",".join(local_job.visible_gpus(environ, devices)) == names
+
+
+def test_task_wider_than_the_gpus_here_is_a_problem_of_its_own(tmp_path: Path, probed: PROBED) -> None:
+    wide, narrow = task("wide", gpus=4), task("narrow", gpus=1)
+    plan = local(tmp_path, wide, narrow, GPUS="2").plan((wide, narrow))
+    assert [item.config_problem for item in plan.items] == ["it needs 4 GPUs, and 2 can be seen here", None]
+
+
+def test_record_is_that_of_the_first_task(tmp_path: Path, probed: PROBED) -> None:
+    executor = local(tmp_path, task(env={"CUDA_HOME": "/other"}), task("two"))
+    executor.records(executor.context.manifest.tasks)
+    assert executor.record is executor.records(())[(("CUDA_HOME", "/other"),)]
 
 
 def test_unknown_image_refuses_to_warm(tmp_path: Path, probed: PROBED) -> None:
