@@ -1,7 +1,8 @@
 """What tests of faults share: what has to be true after every one of them, and the table of README.md made of them.
 
-A test of a fault carries ``@pytest.mark.fault(FAULT, how=…, holds=…)``: a row of the table. README.md has exactly these
-rows, in this order, which tests/unit/test_fault_table.py asserts. `make faults` writes it, with what the run measured.
+A test of a fault, or one of its parameters, carries ``@pytest.mark.fault(FAULT, how=…, holds=…)``: a row of the table.
+README.md has exactly these rows, in this order, which tests/project/test_fault_table.py asserts. `make faults` writes
+it, with what the run measured.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,9 +65,11 @@ class Aftermath:
     @classmethod
     def of(cls, request: pytest.FixtureRequest) -> Aftermath:
         """Of the test that asks."""
-        assert request.node.get_closest_marker("fault"), "the fault has no row in the table"
+        node = request.node
+        assert node.get_closest_marker("fault"), "the fault has no row in the table"
+        of_function = any(mark.name == "fault" for mark in getattr(node.function, "pytestmark", ()))
         seconds = request.config.stash.setdefault(SECONDS, {})
-        return cls(seconds, f"{request.node.path.stem}.{request.node.originalname}")
+        return cls(seconds, f"{node.path.stem}.{node.originalname if of_function else node.name}")
 
     def begins(self) -> None:
         """The fault is there from now on."""
@@ -206,10 +210,19 @@ def rows() -> list[Row]:
     for path in sorted(HERE.glob("test_*.py")):
         module = importlib.import_module(f"tests.engine.{path.stem}")
         for name, value in vars(module).items():
-            marks = [mark for mark in getattr(value, "pytestmark", ()) if mark.name == "fault"]
-            test = f"{path.stem}.{name}"
-            found += [Row(mark.args[0], mark.kwargs["how"], mark.kwargs["holds"], test) for mark in marks]
+            for mark, test in _marks(name, getattr(value, "pytestmark", ())):
+                found.append(Row(mark.args[0], mark.kwargs["how"], mark.kwargs["holds"], f"{path.stem}.{test}"))
     return found
+
+
+def _marks(name: str, marks: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+    """The `fault` marks of a test and of its parameters, each with the name of what carries it."""
+    for mark in marks:
+        if mark.name == "fault":
+            yield mark, name
+        elif mark.name == "parametrize":
+            for case in mark.args[1]:
+                yield from _marks(f"{name}[{getattr(case, 'id', None)}]", getattr(case, "marks", ()))
 
 
 def table(found: list[Row], seconds: Mapping[str, float], old: Mapping[str, str]) -> str:

@@ -96,18 +96,38 @@ def stored(kept: Path) -> set[int]:
 # --- the engine itself -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(
-    "engine killed and started again during a task, live-restore on",
-    how="SIGKILL to dockerd, and a new one",
-    holds="0: the container goes on, and so does its log, with every line that the engine stored",
+@pytest.mark.parametrize(
+    "signal_name",
+    [
+        pytest.param(
+            "KILL",
+            id="killed",
+            marks=pytest.mark.fault(
+                "engine killed and started again during a task, live-restore on",
+                how="SIGKILL to dockerd, and a new one",
+                holds="0: the container goes on, and so does its log, with every line that the engine stored",
+            ),
+        ),
+        pytest.param(
+            "TERM",
+            id="in-order",
+            marks=pytest.mark.fault(
+                "engine restarted in order during a task, live-restore on",
+                how="SIGTERM to dockerd, and a new one",
+                holds="0: the container goes on, and so does its log, with every line that the engine stored",
+            ),
+        ),
+    ],
 )
-def test_engine_killed_with_live_restore_run_goes_on(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
+def test_engine_restarted_with_live_restore_run_goes_on(
+    own: Cli, own_engine: OwnEngine, aftermath: Aftermath, signal_name: str
+) -> None:
     restart(own_engine, LIVE)
     builder = own.start("warm", "--json")
     builder.says("line 20")
     kept = keep(own, own_engine)
     aftermath.begins()
-    restart(own_engine, LIVE, signal="KILL")
+    restart(own_engine, LIVE, signal=signal_name)
     further(own)
     sweeper = own.start("sweep", "--lock-timeout", "0s").end()
     assert (sweeper.status, "removed" in sweeper.said) == (15, False), "its builder lives"
@@ -116,55 +136,42 @@ def test_engine_killed_with_live_restore_run_goes_on(own: Cli, own_engine: OwnEn
     has_all_that_was_stored(own, kept)
 
 
-@pytest.mark.fault(
-    "engine killed and started again during a task, live-restore off",
-    how="SIGKILL to dockerd, and a new one, which ends what the old one ran",
-    holds="11: the task failed; what the engine had of its log is there",
+@pytest.mark.parametrize(
+    ("signal_name", "reason"),
+    [
+        pytest.param(
+            "KILL",
+            "SIGTERM",
+            id="killed",
+            marks=pytest.mark.fault(
+                "engine killed and started again during a task, live-restore off",
+                how="SIGKILL to dockerd, and a new one, which ends what the old one ran",
+                holds="11: the task failed; what the engine had of its log is there",
+            ),
+        ),
+        pytest.param(
+            "TERM",
+            "stopped by SIGTERM",
+            id="in-order",
+            marks=pytest.mark.fault(
+                "engine restarted in order during a task, live-restore off",
+                how="SIGTERM to dockerd, which ends what it runs, and a new one",
+                holds="11: the task failed, stopped by SIGTERM; its log is whole",
+            ),
+        ),
+    ],
 )
-def test_engine_killed_and_restarted_is_engine_lost(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
-    restart(own_engine)
-    builder = own.start("warm", "--json")
-    builder.says("line 20")
-    aftermath.begins()
-    own_engine.kill()
-    assert under_lease(own), "nobody is there to end it"
-    own_engine.up()
-    aftermath.over(own, builder, 11, "SIGTERM")
-    is_whole(own)
-
-
-@pytest.mark.fault(
-    "engine restarted in order during a task, live-restore on",
-    how="SIGTERM to dockerd, and a new one",
-    holds="0: the container goes on, and so does its log, with every line that the engine stored",
-)
-def test_engine_restarted_with_live_restore_log_is_complete(
-    own: Cli, own_engine: OwnEngine, aftermath: Aftermath
+def test_engine_restarted_without_live_restore_is_task_failure(
+    own: Cli, own_engine: OwnEngine, aftermath: Aftermath, signal_name: str, reason: str
 ) -> None:
-    restart(own_engine, LIVE)
-    builder = own.start("warm", "--json")
-    builder.says("line 20")
-    kept = keep(own, own_engine)
-    aftermath.begins()
-    restart(own_engine, LIVE)
-    further(own)
-    go(own)
-    aftermath.over(own, builder, 0, warm=["counts"])
-    has_all_that_was_stored(own, kept)
-
-
-@pytest.mark.fault(
-    "engine restarted in order during a task, live-restore off",
-    how="SIGTERM to dockerd, which ends what it runs, and a new one",
-    holds="11: the task failed, stopped by SIGTERM; its log is whole",
-)
-def test_engine_restarted_is_engine_lost(own: Cli, own_engine: OwnEngine, aftermath: Aftermath) -> None:
     restart(own_engine)
     builder = own.start("warm", "--json")
     builder.says("line 20")
     aftermath.begins()
-    restart(own_engine)
-    aftermath.over(own, builder, 11, "stopped by SIGTERM")
+    own_engine.kill(signal_name)
+    assert signal_name == "TERM" or under_lease(own), "nobody is there to end it"
+    own_engine.up()
+    aftermath.over(own, builder, 11, reason)
     is_whole(own)
 
 

@@ -254,42 +254,47 @@ def tasks_of(cli: Cli) -> int:
         return int(usage["pids_stats"]["current"])
 
 
-@pytest.mark.fault(
-    "out of memory inside the container",
-    how="docker update: a limit of 256 MiB, and a task that wants more",
-    holds="11: memory is named in the reason",
+@pytest.mark.parametrize(
+    ("code", "limits", "reason"),
+    [
+        pytest.param(
+            "held = [b'x' * (64 << 20) for _ in range(100)]\n",
+            {"Memory": 256 << 20, "MemorySwap": 256 << 20},
+            "out of memory inside the container",
+            id="memory",
+            marks=pytest.mark.fault(
+                "out of memory inside the container",
+                how="docker update: a limit of 256 MiB, and a task that wants more",
+                holds="11: memory is named in the reason",
+            ),
+        ),
+        pytest.param(
+            "import os\nos.fork()\n",
+            {"PidsLimit": 2},
+            "Resource temporarily unavailable",
+            id="processes",
+            marks=pytest.mark.fault(
+                "PID limit reached by a task",
+                how="docker update: no process more than there are, and a task that forks",
+                holds="11: the reason is the task's own last line",
+            ),
+        ),
+    ],
 )
-def test_out_of_memory(cli: Cli, aftermath: Aftermath) -> None:
+def test_limit_reached_by_task_is_task_failure(
+    cli: Cli, aftermath: Aftermath, code: str, limits: dict[str, int], reason: str
+) -> None:
     with cli.engine() as engine:
-        if not engine.info.get("MemoryLimit"):
+        if "Memory" in limits and not engine.info.get("MemoryLimit"):
             pytest.skip("this engine cannot limit memory, and without a limit the task would take the machine's")
-    code = "print('line 0', flush=True)\n" + GATE + "held = [bytes(1 << 20) * 64 for _ in range(100)]\n" + READY
-    code = code.replace("bytes(1 << 20)", "b'x' * (1 << 20)")
-    cli.manifest(command("eats", code))
+    cli.manifest(command("limited", "print('line 0', flush=True)\n" + GATE + code + READY))
     builder = cli.start("warm", "--json")
     builder.says("line 0")
-    update(cli, Memory=256 << 20, MemorySwap=256 << 20)
+    update(cli, **limits)
     aftermath.begins()
     (cli.root / "go").touch()
-    aftermath.over(cli, builder, 11, "out of memory inside the container")
-    assert numbers(cli.log("eats")) == [0]
-
-
-@pytest.mark.fault(
-    "PID limit reached by a task",
-    how="docker update: no process more than there are, and a task that forks",
-    holds="11: the reason is the task's own last line",
-)
-def test_pid_limit_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
-    code = "print('line 0', flush=True)\n" + GATE + "import os\nos.fork()\n" + READY
-    cli.manifest(command("forks", code))
-    builder = cli.start("warm", "--json")
-    builder.says("line 0")
-    update(cli, PidsLimit=2)
-    aftermath.begins()
-    (cli.root / "go").touch()
-    aftermath.over(cli, builder, 11, "Resource temporarily unavailable")
-    assert numbers(cli.log("forks")) == [0]
+    aftermath.over(cli, builder, 11, reason)
+    assert numbers(cli.log("limited")) == [0]
 
 
 @pytest.mark.fault(

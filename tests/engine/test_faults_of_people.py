@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,56 +45,98 @@ def ask(cli: Cli, path: str, **params: object) -> None:
 # --- its container ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("container killed by another client", how="docker kill", holds="11: ended by SIGKILL, from outside")
-def test_container_killed_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
-    cli.manifest(command("dies", WAITING))
-    builder = cli.start("warm", "--json")
-    builder.says("line 0")
-    aftermath.begins()
+def kill(cli: Cli, _builder: Running) -> None:
     ask(cli, "/containers/{0}/kill")
-    ended = aftermath.over(cli, builder, 11, "the container was ended by SIGKILL (status 137) and gave no verdict")
-    assert "from outside: not by this builder, and not for memory" in told(ended)
-    assert numbers(cli.log("dies")) == [0]
 
 
-@pytest.mark.fault("container renamed by another client", how="docker rename", holds="0: it is known by its id")
-def test_container_renamed_is_followed_by_id(cli: Cli, aftermath: Aftermath) -> None:
-    cli.manifest(command("waits", WAITING))
-    builder = cli.start("warm", "--json")
-    builder.says("line 0")
-    aftermath.begins()
-    ask(cli, "/containers/{0}/rename", name=f"warm-cache-test-{os.urandom(6).hex()}")
-    (cli.root / "go").touch()
-    aftermath.over(cli, builder, 0, warm=["waits"])
-    assert numbers(cli.log("waits")) == [0, 1]
-
-
-@pytest.mark.fault(
-    "container removed by another client", how="docker rm --force", holds="11: removed by another client"
-)
-def test_container_removed_is_task_failure(cli: Cli, aftermath: Aftermath) -> None:
-    cli.manifest(command("vanishes", WAITING))
-    builder = cli.start("warm", "--json")
-    builder.says("line 0")
-    aftermath.begins()
+def remove(cli: Cli, _builder: Running) -> None:
     with cli.engine() as engine:
         engine.remove(container(cli), force=True)
-    ended = aftermath.over(cli, builder, 11)
-    assert any(words in told(ended) for words in ("was removed by another client", "was ended by SIGKILL")), told(ended)
-    assert numbers(cli.log("vanishes")) == [0]
 
 
-@pytest.mark.fault("container paused and resumed", how="docker pause, 2 s, docker unpause", holds="0: nothing is lost")
-def test_container_paused_and_resumed_loses_nothing(cli: Cli, aftermath: Aftermath) -> None:
-    cli.manifest(command("waits", WAITING))
-    builder = cli.start("warm", "--json")
-    builder.says("line 0")
-    aftermath.begins()
+def rename(cli: Cli, _builder: Running) -> None:
+    ask(cli, "/containers/{0}/rename", name=f"warm-cache-test-{os.urandom(6).hex()}")
+
+
+def pause(cli: Cli, builder: Running) -> None:
     ask(cli, "/containers/{0}/pause")
     (cli.root / "go").touch()
     time_passes(2)
     assert builder.process.poll() is None
     ask(cli, "/containers/{0}/unpause")
+
+
+@pytest.mark.parametrize(
+    ("end", "reasons"),
+    [
+        pytest.param(
+            kill,
+            [
+                r"the container was ended by SIGKILL \(status 137\) and gave no verdict",
+                "from outside: not by this builder, and not for memory",
+            ],
+            id="killed",
+            marks=pytest.mark.fault(
+                "container killed by another client",
+                how="docker kill",
+                holds="11: ended by SIGKILL, from outside",
+            ),
+        ),
+        pytest.param(
+            remove,
+            ["was removed by another client|was ended by SIGKILL"],
+            id="removed",
+            marks=pytest.mark.fault(
+                "container removed by another client",
+                how="docker rm --force",
+                holds="11: removed by another client",
+            ),
+        ),
+    ],
+)
+def test_container_ended_by_another_client_is_task_failure(
+    cli: Cli, aftermath: Aftermath, end: Callable[[Cli, Running], None], reasons: list[str]
+) -> None:
+    cli.manifest(command("waits", WAITING))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    end(cli, builder)
+    ended = aftermath.over(cli, builder, 11)
+    assert all(re.search(reason, told(ended)) for reason in reasons), told(ended)
+    assert numbers(cli.log("waits")) == [0]
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(
+            rename,
+            id="renamed",
+            marks=pytest.mark.fault(
+                "container renamed by another client", how="docker rename", holds="0: it is known by its id"
+            ),
+        ),
+        pytest.param(
+            pause,
+            id="paused",
+            marks=pytest.mark.fault(
+                "container paused and resumed",
+                how="docker pause, 2 s, docker unpause",
+                holds="0: nothing is lost",
+            ),
+        ),
+    ],
+)
+def test_container_disturbed_by_another_client_finishes_its_task(
+    cli: Cli, aftermath: Aftermath, disturb: Callable[[Cli, Running], None]
+) -> None:
+    cli.manifest(command("waits", WAITING))
+    builder = cli.start("warm", "--json")
+    builder.says("line 0")
+    aftermath.begins()
+    disturb(cli, builder)
+    (cli.root / "go").touch()
     aftermath.over(cli, builder, 0, warm=["waits"])
     assert numbers(cli.log("waits")) == [0, 1]
 
