@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from builder.errors import UsageError
 from builder.task import Task
 from builder.typed_json import from_object
 
 JOB_VARIABLE = "WARM_CACHE_JOB"
 
+#: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
+MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 SCHEMA = 1
 
 #: What the program is to do. ``probe``: find out the toolchain, prepare the root, write the memo. ``toolchain``: find
@@ -102,6 +105,17 @@ class Job:
         128 KiB. Only what cannot be UTF-8 (half a surrogate pair) is escaped."""
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+    def variable(self) -> dict[str, str]:
+        """Return ``WARM_CACHE_JOB`` with its value. Raises UsageError if it is longer than Linux takes."""
+        document = self.to_json()
+        if len(document.encode()) > MAX_JOB:
+            raise UsageError(
+                f"{self.task.label if self.task else self.mode}: its argv, env and shapes make a job of "
+                f"{len(document.encode())} bytes, and the kernel's limit for one variable is {MAX_JOB}. Put long "
+                "values into a file in the image."
+            )
+        return {JOB_VARIABLE: document}
 
     @classmethod
     def from_json(cls, text: str) -> Job:

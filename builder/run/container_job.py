@@ -19,7 +19,7 @@ from builder.engine.api import ContainerSpec, Mount
 from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.log_pump import EventCallback
-from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError, UsageError
+from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import JOB_VARIABLE, Job, Mode, PrunePolicy, RunOrigin, ServingImage, ViewRequest
@@ -31,9 +31,6 @@ from builder.task import Task
 
 if TYPE_CHECKING:
     from builder.run.container_executor import ContainerExecutor
-
-#: Linux takes no longer string in an environment (MAX_ARG_STRLEN, 32 pages), name and terminator included.
-MAX_JOB = 131072 - len(JOB_VARIABLE) - 2
 
 #: Bytes that a launch recorder's container gets, its temporary files included, and those alone.
 RECORDER_MEMORY, RECORDER_SCRATCH = 2 << 30, 512 << 20
@@ -220,15 +217,9 @@ def _root(executor: ContainerExecutor, read_only: bool) -> tuple[Mount, ...]:
 def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:
     """Return the container's environment. Secrets never enter the job, a label or a log."""
     context = executor.context
-    document, models = job.to_json(), context.manifest.models
-    if len(document.encode()) > MAX_JOB:
-        label = job.task.label if job.task else job.mode
-        raise UsageError(
-            f"{label}: its argv, env and shapes make a job of {len(document.encode())} bytes, and the kernel's "
-            f"limit for one variable is {MAX_JOB}. Put long values into a file in the image."
-        )
+    models = context.manifest.models
     # Python finds the program by the working directory; an image may have set PYTHONSAFEPATH against that.
-    env = {JOB_VARIABLE: document, "PYTHONSAFEPATH": ""}
+    env = {**job.variable(), "PYTHONSAFEPATH": ""}
     if models.store:
         env["HF_HOME"] = STORE
         env["HF_HUB_OFFLINE"] = "0" if models.writable else "1"

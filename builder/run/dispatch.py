@@ -112,7 +112,7 @@ class Dispatcher:
         self._estimates = estimates
         self._capacity = executor.capacity()
         self._concurrent = self._capacity.width([planned_task(item, estimates) for item in self._waiting]) > 1
-        self._count, self._started, self._ended = len(items), 0, 0
+        self._count, self._started, self._ended = len(self._waiting), 0, 0  # duplicates never start
         self._running: list[_TaskThread] = []
         self._errors: list[BaseException] = []
         self._schedule, self._scheduled, self._is_sure = Schedule((), 0.0), time.monotonic(), True

@@ -25,7 +25,7 @@ from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import BuilderError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import JOB_VARIABLE, Job, RunOrigin, ServingImage
+from builder.job import Job, RunOrigin, ServingImage
 from builder.processes import describe_status
 from builder.run.context import Context
 from builder.run.executor import Allocation, Ended, Execution, Watcher
@@ -123,7 +123,7 @@ def probe(environ: Mapping[str, str], root: Path, image: ServingImage, env: Mapp
     try:
         done = subprocess.run(
             _COMMAND,
-            env={**environ, JOB_VARIABLE: job.to_json()},
+            env={**environ, **job.variable()},
             stdin=lease,
             check=False,
             capture_output=True,
@@ -202,7 +202,7 @@ class AgentProcess:
             with _starting:
                 process = subprocess.Popen(
                     _COMMAND,
-                    env={**self._environ, JOB_VARIABLE: self._job.to_json()},
+                    env={**self._environ, **self._job.variable()},
                     stdin=subprocess.PIPE,  # never written to: that our end is open is the lease
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

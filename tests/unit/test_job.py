@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builder import events
+from builder.errors import UsageError
 from builder.job import Job, RunOrigin, ServingImage
 from builder.task import Shape, Task
 from tests.strategies import (
@@ -97,3 +98,9 @@ def test_job_cut_anywhere_is_refused() -> None:
     for size in range(len(text)):
         with pytest.raises(ValueError, match="does not hold a job"):
             Job.from_json(text[:size])
+
+
+def test_variable_too_long_for_linux_is_refused_with_the_tasks_name() -> None:
+    task = Task(label="large-tp8", model="m", recipe="command", env={"X": "x" * 140_000})
+    with pytest.raises(UsageError, match="large-tp8: its argv, env and shapes make a job of"):
+        Job(mode="run", nonce="n", mount="/jit", task=task).variable()
