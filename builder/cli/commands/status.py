@@ -134,10 +134,7 @@ def _show(console: Console, found: _Status) -> None:
         labels = ", ".join(row.label for row in found.markers if row.reservation == reservation)
         console.say(f"{labels}: {reservation}")
     if found.markers:
-        console.say(
-            f"these tasks took {duration(found.seconds)} of warm-ups and {found.gpu_minutes:.1f} GPU-minutes, "
-            "as far as markers record it"
-        )
+        console.say(f"markers record {duration(found.seconds)} of warm-ups and {found.gpu_minutes:.1f} GPU-minutes")
     if found.users:
         console.table(("used now by", "how"), [[row.who, row.how] for row in found.users])
     else:
