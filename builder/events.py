@@ -97,7 +97,7 @@ class EntryCounts(Event, wire="entries"):
 
 @dataclass(frozen=True)
 class Quarantined(Event, wire="swept"):
-    """A leftover or an invalid entry was moved aside."""
+    """A leftover or an invalid entry was moved to quarantine."""
 
     family: str
     key: str

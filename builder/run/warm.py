@@ -90,4 +90,4 @@ def show(progress: TaskProgress, output: TaskOutput, event: events.Event) -> Non
         case events.Phase():
             output.remark(printable(event.phase))
         case events.Quarantined():
-            output.remark(f"moved aside {printable(f'{event.family}/{event.path}: {event.why}')}")
+            output.remark(f"quarantined {printable(f'{event.family}/{event.path}: {event.why}')}")

@@ -200,7 +200,7 @@ def test_real_damaged_entry_alone_is_recompiled(warmed: Warmed, copy: Path, tmp_
     )
     assert run.status == 0, run.err
     assert run.task("dense")["entries_added"] == 1
-    assert "moved aside deep_gemm/" in run.err
+    assert "quarantined deep_gemm/" in run.err
     assert warm_cache("check", "--manifest", warmed.manifest, "--cache", copy).status == 0
 
 
