@@ -12,47 +12,13 @@ from hypothesis import strategies as st
 from builder.report.console import Console
 from builder.report.results import TaskResult
 from builder.report.tables import TASK_COLUMNS, task_table
+from tests.results import RESULTS
 from tests.strategies import FUZZ, texts
 
 
 def console(**options: Any) -> tuple[Console, io.StringIO]:
     stream = io.StringIO()
     return Console(stream, terminal=options.pop("terminal", False), **options), stream
-
-
-RESULTS = [
-    TaskResult(
-        "V3-tp8",
-        "deepseek-ai/V3",
-        "0a",
-        "warm",
-        entries={"deep_gemm": 412},
-        proof="verified",
-        verified=True,
-        since="2026-11-23",
-    ),
-    TaskResult(
-        "V3.2-tp8",
-        "deepseek-ai/V3.2",
-        "0b",
-        "warmed",
-        seconds=221.0,
-        added={"deep_gemm": 518},
-        proof="verified",
-        verified=True,
-    ),
-    TaskResult(
-        "Flash-tp4",
-        "x/Flash",
-        "0c",
-        "failed",
-        'crash: "Scheduler hit an exception"',
-        seconds=52.2,
-        proof="verified",
-        verified=True,
-        log="logs/Flash-tp4.log",
-    ),
-]
 
 
 def test_table_in_a_pipe_has_one_line_a_task_and_no_colour() -> None:
