@@ -107,6 +107,14 @@ def test_reading_verbs_start_no_container(warmed: Watched, verb: str, options: t
     assert {path: path.stat().st_mtime_ns for path in warmed.root.rglob("*")} == before
 
 
+def test_warm_check_loads_neither_events_nor_job(warmed: Watched) -> None:
+    ended = warmed.run("check", environ={"PYTHONPROFILEIMPORTTIME": "1"})
+    loaded = {line.rpartition("|")[2].strip() for line in ended.err.splitlines()}
+    assert ended.status == 0
+    assert "builder.cache.markers" in loaded
+    assert not loaded & {"builder.events", "builder.job", "builder.engine.container", "builder.engine.log_pump"}
+
+
 def test_cold_check_of_known_image_starts_nothing(warmed: Watched) -> None:
     warmed.manifest(shapes(), command("command", KERNEL, families=["triton"]), shapes("new"))
     try:
