@@ -33,7 +33,7 @@ from builder.job import JOB_VARIABLE, Job
 __all__ = ["Cancel", "ContainerOutcome", "Deadlines", "Sinks", "run_container"]
 
 T = TypeVar("T")
-EndReason = Literal["exited", "timeout", "silence", "budget", "cancelled", "lost"]
+EndReason = Literal["exited", "start", "timeout", "silence", "budget", "cancelled", "lost"]
 
 #: Seconds. Stopping, the end of the log and the removal together take less than 5 after a cancellation: a CI system
 #: kills a cancelled step after 7.5.
@@ -238,8 +238,7 @@ class _ContainerLife:
             if quiet >= deadlines.silence:
                 return "silence"
             if start.expired and not pump.received:
-                self.problems.append(f"{self._name} had no output within {deadlines.start:.0f} s of its start")
-                return "timeout"
+                return "start"
             left = min(
                 _INSPECT_EVERY,
                 task.left(),

@@ -72,11 +72,11 @@ def run_all(executor: Executor, items: Sequence[Item], estimates: Mapping[str, E
 
 
 class _TaskThread:
-    """One task's thread. bell: a descriptor that gets a byte when it ends."""
+    """One task's thread. wake_writer: a descriptor that gets a byte when it ends."""
 
-    def __init__(self, item: Item, allocation: Allocation, running: RunningTask, do: Do, bell: int) -> None:
+    def __init__(self, item: Item, allocation: Allocation, running: RunningTask, do: Do, wake_writer: int) -> None:
         self.item, self.allocation, self.task = item, allocation, running.task
-        self._running, self._do, self._bell = running, do, bell
+        self._running, self._do, self._wake_writer = running, do, wake_writer
         self.error: BaseException | None = None
         self.finished = False
         self._thread = threading.Thread(target=self._run, name=f"task {item.task.label}", daemon=True)
@@ -89,7 +89,7 @@ class _TaskThread:
             self.error = error
         finally:
             self.finished = True
-            os.write(self._bell, b".")
+            os.write(self._wake_writer, b".")
 
     @property
     def running(self) -> RunningTask:
@@ -112,16 +112,17 @@ class Dispatcher:
         self._estimates = estimates
         self._capacity = executor.capacity()
         self._concurrent = self._capacity.width([planned_task(item, estimates) for item in self._waiting]) > 1
-        self._count, self._started, self._ended = len(self._waiting), 0, 0  # duplicates never start
+        # Tasks that start: no duplicates, and none that the budget refuses.
+        self._count, self._started, self._ended = len(self._waiting), 0, 0
         self._running: list[_TaskThread] = []
         self._errors: list[BaseException] = []
         self._schedule, self._scheduled, self._is_sure = Schedule((), 0.0), time.monotonic(), True
-        self._ear, self._bell = os.pipe()
+        self._wake_reader, self._wake_writer = os.pipe()
         self._live = LiveProgress(self._context.console, self.summary)
 
     def close(self) -> None:
-        os.close(self._ear)
-        os.close(self._bell)
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
 
     def run(self) -> None:
         """Run everything. Tasks notice a signal themselves; it is raised here after their end."""
@@ -176,7 +177,7 @@ class Dispatcher:
             cancel=self._context.cancel,
         )
         self._live.add(progress)
-        self._running.append(_TaskThread(item, allocation, running, self._do, self._bell))
+        self._running.append(_TaskThread(item, allocation, running, self._do, self._wake_writer))
 
     def _refuse_late(self, item: Item, left: float) -> bool:
         """Return whether the task cannot end within the budget; then that is its result."""
@@ -193,15 +194,16 @@ class Dispatcher:
         state = "warm" if item.warm else "cold"  # warm: forced, and its entries still exist
         self._context.report.add_result(replace(before(item), state=state, reason=reason, short_of_budget=True))
         self._context.console.say(f"{item.task.label}: {state} ({reason})")
+        self._count -= 1
         return True
 
     def _wait(self) -> None:
         """Wait until a task has ended, or several."""
-        while not select.select([self._ear], [], [], _POLL)[0]:
+        while not select.select([self._wake_reader], [], [], _POLL)[0]:
             # The kernel may deliver a signal to any thread, which wakes no other, and Python runs its handler in this
             # one: so this thread has to run now and then.
             pass
-        os.read(self._ear, 1)
+        os.read(self._wake_reader, 1)
         for thread in [thread for thread in self._running if thread.finished]:
             thread.join()
             self._running.remove(thread)

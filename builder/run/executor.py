@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from builder.run.schedule import Capacity
     from builder.task import Task
 
-#: Why a task's program was ended; ``exited``: it ended by itself. lost: the engine stopped answering.
-Ended = Literal["exited", "timeout", "silence", "budget", "cancelled", "lost"]
+#: Why a task's program was ended; ``exited``: it ended by itself. start: no output in time;
+#: lost: the engine stopped answering.
+Ended = Literal["exited", "start", "timeout", "silence", "budget", "cancelled", "lost"]
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,6 @@ class InChild:
             tail = program.tail.lines()
         if ended == "exited" and program.status == 0:
             return ""
-        how = "took too long" if ended in ("timeout", "silence") else f"ended with status {program.status}"
+        how = "took too long" if ended in ("start", "timeout", "silence") else f"ended with status {program.status}"
         last = f": {tail[-1]}" if tail else ""
         return f"the recorder ({sys.executable}) {how}{last}"

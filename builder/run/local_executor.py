@@ -20,7 +20,7 @@ from builder.cache import environment, layout, model_store, toolchain
 from builder.cache.environment import IMAGE_VARIABLE, Described, ImageIdentity, Standing
 from builder.cache.markers import Judgement, difference
 from builder.cache.toolchain import Record
-from builder.errors import PreflightError, UsageError
+from builder.errors import CANNOT_RUN, PreflightError, UsageError
 from builder.host.locks import open_lock
 from builder.run import local_job
 from builder.run.context import Context
@@ -173,11 +173,11 @@ class LocalExecutor:
         try:
             layout.prepare(self.root)
         except layout.LayoutError as error:
-            raise PreflightError(f"this machine can't run it: {error}") from None
+            raise PreflightError(f"{CANNOT_RUN}: {error}") from None
         closed = [name for name in ("markers", "images") if not os.access(self.root / name, os.W_OK)]
         if closed:
             raise PreflightError(
-                f"this machine can't run it: {' and '.join(closed)} in {self.root} cannot be written here. A container "
+                f"{CANNOT_RUN}: {' and '.join(closed)} in {self.root} cannot be written here. A container "
                 "that may vouch for kernels gets the whole root writable, not what warm-cache env prints"
             )
 

@@ -22,7 +22,7 @@ from builder import __version__, events, processes
 from builder.cache.environment import ImageIdentity
 from builder.cache.toolchain import Record, sound
 from builder.engine.log_sinks import Display, Lines, LogFile, Tail
-from builder.errors import BuilderError, PreflightError
+from builder.errors import CANNOT_RUN, BuilderError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import Job, RunOrigin, ServingImage
@@ -130,7 +130,7 @@ def probe(environ: Mapping[str, str], root: Path, image: ServingImage, env: Mapp
             timeout=PROBE_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise PreflightError(f"this machine can't run it: {sys.executable}: {error}") from None
+        raise PreflightError(f"{CANNOT_RUN}: {sys.executable}: {error}") from None
     finally:
         os.close(lease)
         os.close(ours)
@@ -166,14 +166,14 @@ class AgentProcess:
     def run(self, *, task: Deadline, silence: float, budget: Deadline, grace: float, cancel: Cancel) -> Ended:
         """Run it until it ends, or has to; return why it was ended. silence, grace: seconds."""
         process = self._start()
-        self.file.open()
-        self._display.open()
         pumps = [
             threading.Thread(target=self._pump, args=(stream, mark), daemon=True)
             for stream, mark in ((process.stdout, "out"), (process.stderr, "err"))
         ]
         ended: Ended = "exited"
         try:
+            self.file.open()
+            self._display.open()
             for pump in pumps:
                 pump.start()
             while process.poll() is None:
@@ -190,8 +190,11 @@ class AgentProcess:
                 break
         finally:
             self._end(process, grace + 1, cancel)
-            for pump in pumps:
-                pump.join(5.0)
+            for pump, stream in zip(pumps, (process.stdout, process.stderr), strict=True):
+                if pump.ident is not None:
+                    pump.join(5.0)
+                elif stream is not None:  # there was no room for a thread that closes it at its end
+                    stream.close()
             self._display.close(1.0)
             self.file.close()
         self.problems += [problem for problem in (self.file.problem, self._display.problem) if problem]
@@ -210,7 +213,7 @@ class AgentProcess:
                 )
                 _running.add(process.pid)
         except OSError as error:
-            raise PreflightError(f"this machine can't run it: {sys.executable}: {error.strerror}") from None
+            raise PreflightError(f"{CANNOT_RUN}: {sys.executable}: {error.strerror}") from None
         return process
 
     def _end(self, process: subprocess.Popen[bytes], grace: float, cancel: Cancel) -> None:

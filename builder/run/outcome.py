@@ -20,6 +20,7 @@ from builder.text import counted, duration, readable, sentence
 
 #: Why a program was ended before it had a verdict → the task's state, and the reason for people.
 ENDED_EARLY = {
+    "start": ("failed", "start: no output within {run.start:.0f} s of the container's start"),
     "timeout": ("failed", "timeout: not finished after {task.timeout:.0f} s"),
     "silence": ("failed", "silence: no output for {task.silence:.0f} s"),
     "budget": ("cold", "budget: the run's budget ended while it was compiling"),
@@ -49,7 +50,7 @@ def _judge(executor: Executor, item: Item, execution: Execution, verdict: Verdic
         state, reason = ENDED_EARLY[execution.ended]
         if state == "cold" and item.warm:  # forced, and its entries still exist
             state = "warm"
-        result = result_of(item, state, reason.format(task=item.task))
+        result = result_of(item, state, reason.format(task=item.task, run=executor.context.manifest.run))
         result.short_of_budget = execution.ended == "budget"
         return result
     if execution.verdict is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline
 from builder.job import Job
 from builder.run import local_job
 from builder.run.executor import Watcher
@@ -34,3 +36,27 @@ def test_signal_while_a_program_is_ended_shortens_its_grace(
         agent._end(stubborn, 60.0, cancel)
         assert least <= time.monotonic() - began < most
     assert agent.status == -signal.SIGKILL
+
+
+def test_program_without_room_for_a_thread_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = Watcher(lambda _stream, _line: None, lambda _event: None)
+    agent = local_job.AgentProcess(
+        Job(mode="run", nonce="n", mount="/jit"), dict(os.environ), watcher, tmp_path / "log"
+    )
+    started: list[subprocess.Popen[bytes]] = []
+    start = agent._start
+
+    def start_and_keep() -> subprocess.Popen[bytes]:
+        started.append(start())
+        return started[0]
+
+    def no_thread() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(agent, "_start", start_and_keep)
+    monkeypatch.setattr(agent._display, "open", no_thread)
+    deadline = Deadline(30)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        agent.run(task=deadline, silence=30, budget=deadline, grace=1, cancel=Cancel())
+    assert started[0].poll() is not None
+    assert not agent.file.is_open

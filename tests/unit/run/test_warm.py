@@ -224,6 +224,38 @@ def test_task_longer_than_the_budget_does_not_start(tmp_path: Path) -> None:
     assert not [step for step in executor.steps if " on " in step]
 
 
+def test_titles_count_the_tasks_that_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, task("long"), run="another", seconds=500.0)
+    tasks = task("long"), task("short"), replace(task("short"), label="twin")
+    executor = FakeExecutor(tmp_path, *tasks, budget=60.0, force=True)
+    publish(tmp_path, task("short"), run="another", seconds=1.0)
+    titles: list[str] = []
+    execute = executor.execute
+
+    def keep_title(item: Item, where: Allocation, watcher: Watcher) -> Execution:
+        titles.append(where.title)
+        return execute(item, where, watcher)
+
+    monkeypatch.setattr(executor, "execute", keep_title)
+    run(executor)
+    assert [title.split()[0] for title in titles] == ["[1/1]"]
+
+
+def test_proof_of_a_warmed_task_is_that_of_its_marker(tmp_path: Path) -> None:
+    executor = FakeExecutor(tmp_path, task("one"))
+
+    def do(task: Task) -> Execution:
+        publish(tmp_path, task, proof="pretended")
+        return ended(replace(WARMED, proof="verified"))
+
+    executor.do = do
+    run(executor)
+    result = executor.result("one")
+    assert (result.state, result.proof, result.verified, bool(result.reservation)) == (
+        "warmed", "pretended", False, True
+    )  # fmt: skip
+
+
 def test_task_without_a_turn_is_cold_for_the_budget(tmp_path: Path) -> None:
     executor = FakeExecutor(tmp_path, task("one"), task("two"), budget=0.0)
     with pytest.raises(BudgetError, match="the budget ended with 2 of 2 tasks still cold"):
@@ -252,6 +284,7 @@ def test_duplicate_task_gets_the_result_of_the_first(tmp_path: Path) -> None:
     [
         (ended(), "failed", "the program ended and gave no verdict"),
         (ended(how="timeout"), "failed", "timeout: not finished after 1200 s"),
+        (ended(how="start"), "failed", "start: no output within 120 s of the container's start"),
         (ended(how="cancelled"), "cold", "interrupted"),
         (ended(events.Verdict(state="partial", reason="two of three")), "partial", "two of three"),
         (ended(events.Verdict(state="stopped", reason="stopped")), "failed", "stopped"),
