@@ -27,7 +27,7 @@ from builder.host.gpus import GpuSnapshot, Nvml
 from builder.run import preflight
 from builder.run.cache_root import CacheRoot
 from builder.run.context import Context
-from builder.run.executor import Allocation, Execution, Reservation, Watcher
+from builder.run.executor import PROBE_TIMEOUT, Allocation, Execution, Reservation, Watcher
 from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.task import Task
 
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 #: Exit statuses of a container's init that finds no such program, or may not run it.
 NO_PYTHON = (126, 127)
-
-#: A probe reads metadata and asks two libraries: well under a second. The rest is for a slow disk. Seconds.
-PROBE_TIMEOUT = 120.0
 
 
 @dataclass(eq=False)

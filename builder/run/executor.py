@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from builder.run.schedule import Capacity
     from builder.task import Task
 
+#: Seconds for a probe, which reads metadata and asks two libraries in less than one: the rest is for a slow disk.
+PROBE_TIMEOUT = 120.0
+
 #: Why a task's program was ended; ``exited``: it ended by itself. start: no output in time;
 #: lost: the engine stopped answering.
 Ended = Literal["exited", "start", "timeout", "silence", "budget", "cancelled", "lost"]

@@ -28,13 +28,11 @@ from builder.host.deadlines import Deadline
 from builder.job import Job, RunOrigin, ServingImage
 from builder.processes import describe_status
 from builder.run.context import Context
-from builder.run.executor import Allocation, Ended, Execution, Watcher
+from builder.run.executor import PROBE_TIMEOUT, Allocation, Ended, Execution, Watcher
 from builder.task import Task
 
 #: Seconds that the program gets to end by itself after a cancellation: a cancelled CI step has 7.5 s in all.
 CANCEL_GRACE = 3.0
-#: Seconds for a probe, which takes less than one: the rest is for a slow disk.
-PROBE_TIMEOUT = 120.0
 #: The program, with no word in the environment of what it starts, and with nothing of this directory on its path.
 _START = (
     "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
