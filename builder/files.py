@@ -18,11 +18,15 @@ UNREADABLE = "is unreadable"
 
 
 class UnreadableError(Exception):
-    """A file that cannot be used. The message is the reason, without the path. missing: it does not exist."""
+    """A file that cannot be used. The message is the reason, without the path.
 
-    def __init__(self, why: str, *, missing: bool = False) -> None:
+    missing: it does not exist. refused: the system did not let this process read it, so that it may be good.
+    """
+
+    def __init__(self, why: str, *, missing: bool = False, refused: bool = False) -> None:
         super().__init__(why)
         self.missing = missing
+        self.refused = refused
 
 
 def why(error: BaseException) -> str:
@@ -43,7 +47,7 @@ def open_regular(path: str) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.ELOOP:
             raise UnreadableError("is a symbolic link") from None
-        raise UnreadableError(f"{UNREADABLE}: {why(error)}") from None
+        raise UnreadableError(f"{UNREADABLE}: {why(error)}", refused=True) from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
@@ -69,7 +73,7 @@ def read_bytes(path: str, limit: int) -> bytes:
             data += more
         return data
     except OSError as error:
-        raise UnreadableError(f"{UNREADABLE}: {why(error)}") from None
+        raise UnreadableError(f"{UNREADABLE}: {why(error)}", refused=True) from None
     finally:
         os.close(fd)
 

@@ -29,6 +29,7 @@ from builder.agent.progress import EntryProgress
 from builder.agent.recipes import Passes
 from builder.cache import families, inventory, layout, markers, model_store, removal, toolchain
 from builder.cache.coverage import needs_config
+from builder.cache.entries import EntryProblem
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
 from builder.cache.marker_files import Observed, Proof
@@ -290,7 +291,7 @@ class Warming:
         with self._compile_lock.exclusive():
             return self._second_pass(passes, context, first, self._scan(), claims)
 
-    def _is_in_progress(self, family: str, entry: str, problem: str) -> bool:
+    def _is_in_progress(self, family: str, entry: str, problem: EntryProblem) -> bool:
         """Return whether another task may be making this invalid entry now."""
         return self._compile_lock.active and inventory.may_be_in_progress(
             FAMILY[family], self._directory(family), entry, problem, now=time.time()

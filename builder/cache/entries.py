@@ -2,24 +2,52 @@
 
 Names keep their undecodable bytes as Python's surrogate escapes; problems are always printable. What cannot be read is
 an entry with a problem, never an exception.
+
+The text of a problem holds names that a job has chosen, so nothing is decided by it: `ProblemKind` is what counts.
 """
 
 from __future__ import annotations
 
+import enum
 import os
 import posixpath
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from builder.cache.families import Family
 from builder.files import UNREADABLE, UnreadableError, is_dir, listing, matches, open_regular, read_json, walk, why
 from builder.text import printable
 
-MISSING = "missing"
 
-#: The one problem of a Triton entry that a compile in progress has as well: the group file is written last.
-NO_GROUP = "no __grp__ file"
+class ProblemKind(enum.Enum):
+    """What a problem means for the entry."""
+
+    #: There is no such entry.
+    MISSING = enum.auto()
+    #: Something of it cannot be read, so that it may be good.
+    UNREADABLE = enum.auto()
+    #: A Triton entry without its group file, which is written last: a compile in progress looks the same.
+    UNFINISHED = enum.auto()
+    #: It is not what its program writes.
+    INVALID = enum.auto()
+
+
+@dataclass(frozen=True)
+class EntryProblem:
+    """Why an entry is not valid. text: for people, printable, names the file."""
+
+    kind: ProblemKind
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+MISSING = EntryProblem(ProblemKind.MISSING, "missing")
+_UNFINISHED = EntryProblem(ProblemKind.UNFINISHED, "no __grp__ file")
+_UNLISTED = EntryProblem(ProblemKind.UNREADABLE, f"{UNREADABLE}: a directory that cannot be listed")
 
 _JSON_LIMIT = 4 << 20
 _ELF_SUFFIXES = (".so", ".o", ".cubin")
@@ -70,7 +98,7 @@ NAMES: Mapping[str, Callable[[Family, str], Iterator[str]]] = {
 # Problems, by layout
 
 
-def problem_of(family: Family, base: str, name: str, mount: str | None) -> str | None:
+def problem_of(family: Family, base: str, name: str, mount: str | None) -> EntryProblem | None:
     """Return what is wrong with an entry, naming the file; None when it is valid; MISSING when it does not exist."""
     path = f"{base}/{name}"
     try:
@@ -78,30 +106,47 @@ def problem_of(family: Family, base: str, name: str, mount: str | None) -> str |
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
     except (OSError, ValueError) as error:
-        return f"{UNREADABLE}: {why(error)}"
+        return _refused(error)
     if family.layout == "files":
         if stat.S_ISDIR(mode):
-            return MISSING if listing(path) is not None else f"{UNREADABLE}: a directory that cannot be listed"
+            return MISSING if listing(path) is not None else _UNLISTED
         return _file_problem(path, name)
     if not stat.S_ISDIR(mode):
-        return "is not a directory"
+        return _invalid("is not a directory")
     if family.layout == "deep_gemm":
-        problems = _deep_gemm_problems(path, name)
-    else:
-        problems = _triton_problems(family, base, name, mount)
-    if problems == [MISSING]:
-        return MISSING
-    return printable("; ".join(problems[:3])) or None
+        return _joined(_deep_gemm_problems(path, name))
+    return _joined(_triton_problems(family, base, name, mount))
 
 
-def _deep_gemm_problems(path: str, name: str) -> list[str]:
+def _joined(problems: list[EntryProblem]) -> EntryProblem | None:
+    """Return all problems of an entry as one: with something unreadable in it, all of it may be good."""
+    if len(problems) < 2:
+        return problems[0] if problems else None
+    kinds = {problem.kind for problem in problems}
+    kind = ProblemKind.UNREADABLE if ProblemKind.UNREADABLE in kinds else ProblemKind.INVALID
+    return EntryProblem(kind, "; ".join(problem.text for problem in problems[:3]))
+
+
+def _invalid(text: str) -> EntryProblem:
+    return EntryProblem(ProblemKind.INVALID, printable(text))
+
+
+def _refused(error: Exception, label: str = "") -> EntryProblem:
+    return EntryProblem(ProblemKind.UNREADABLE, printable(f"{label} {UNREADABLE}: {why(error)}".lstrip()))
+
+
+def _unusable(error: UnreadableError, label: str) -> EntryProblem:
+    return EntryProblem(ProblemKind.UNREADABLE if error.refused else ProblemKind.INVALID, printable(f"{label} {error}"))
+
+
+def _deep_gemm_problems(path: str, name: str) -> list[EntryProblem]:
     """sgl-deep-gemm <= 0.1.7 writes ``kernel.<name>.<hash>/{kernel.cu,kernel.cubin}``; 0.2 writes ``<name>.<hash>/``
     with ``meta.json`` and ``.committed`` as well, and takes a directory without the latter for a miss, forever."""
     directory = name.rpartition("/")[2]
     old = directory.startswith("kernel.") and directory.count(".") >= 2
     problems = []
     if not old and not _is_regular(f"{path}/.committed"):
-        problems.append("no .committed")
+        problems.append(_invalid("no .committed"))
     if problem := elf_problem(f"{path}/kernel.cubin", "kernel.cubin"):
         problems.append(problem)
     if problem := _not_empty(f"{path}/kernel.cu", "kernel.cu"):
@@ -109,18 +154,18 @@ def _deep_gemm_problems(path: str, name: str) -> list[str]:
     if not old:
         try:
             if not isinstance(read_json(f"{path}/meta.json", _JSON_LIMIT), dict):
-                problems.append("meta.json is not an object")
+                problems.append(_invalid("meta.json is not an object"))
         except UnreadableError as error:
-            problems.append(f"meta.json {error}")
+            problems.append(_unusable(error, "meta.json"))
     return problems
 
 
-def _triton_problems(family: Family, base: str, name: str, mount: str | None) -> list[str]:
+def _triton_problems(family: Family, base: str, name: str, mount: str | None) -> list[EntryProblem]:
     """A kernel is found through ``__grp__<file>``, which lists its files by absolute path. Directories without a group
     hold a compiled launcher or driver helper (``.so``), or autotune results."""
     items = _finished(family, f"{base}/{name}")
     if items is None:
-        return [f"{UNREADABLE}: a directory that cannot be listed"]
+        return [_UNLISTED]
     if not items:
         return [MISSING]
     names = sorted(item.name for item in items)
@@ -128,7 +173,7 @@ def _triton_problems(family: Family, base: str, name: str, mount: str | None) ->
     if groups:
         loose = [file for file in names if file.endswith(".so")]
     elif any(file.endswith(_TRITON_PARTS) for file in names):
-        return [NO_GROUP]
+        return [_UNFINISHED]
     else:
         loose = names
     problems = [problem for file in loose if (problem := _file_problem(f"{base}/{name}/{file}", file))]
@@ -137,19 +182,19 @@ def _triton_problems(family: Family, base: str, name: str, mount: str | None) ->
     return problems
 
 
-def _group_problems(family: Family, base: str, name: str, group: str, mount: str | None) -> list[str]:
+def _group_problems(family: Family, base: str, name: str, group: str, mount: str | None) -> list[EntryProblem]:
     try:
         document = read_json(f"{base}/{name}/{group}", _JSON_LIMIT)
     except UnreadableError as error:
-        return [f"{group} {error}"]
+        return [_unusable(error, group)]
     children = document.get("child_paths") if isinstance(document, dict) else None
     if not isinstance(children, dict) or not children:
-        return [f"{group} has no child_paths"]
+        return [_invalid(f"{group} has no child_paths")]
     below = f"/{family.name}/{posixpath.basename(posixpath.normpath(base))}/{name}/"
     problems = []
     for child, recorded in children.items():
         if not isinstance(recorded, str) or "/" in child or "\0" in child:
-            problems.append(f"{group} has no path for {child[:100]}")
+            problems.append(_invalid(f"{group} has no path for {child[:100]}"))
             continue
         place = posixpath.normpath(recorded)
         if mount is not None:
@@ -158,13 +203,14 @@ def _group_problems(family: Family, base: str, name: str, group: str, mount: str
             here = place == posixpath.normpath(f"{base}/{name}/{child}") or place.endswith(below + child)
         if not here:
             # All other children have the same problem.
-            return [*problems, f"{group} points to {recorded[:300]}, not here: it was made under another mount path"]
+            elsewhere = f"{group} points to {recorded[:300]}, not here: it was made under another mount path"
+            return [*problems, _invalid(elsewhere)]
         if problem := _file_problem(f"{base}/{name}/{child}", child):
             problems.append(problem)
     return problems
 
 
-def _file_problem(path: str, name: str) -> str | None:
+def _file_problem(path: str, name: str) -> EntryProblem | None:
     """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's."""
     label = printable(name.rpartition("/")[2])
     if name.endswith(_ELF_SUFFIXES):
@@ -172,22 +218,22 @@ def _file_problem(path: str, name: str) -> str | None:
     try:
         fd, size = open_regular(path)
     except UnreadableError as error:
-        return f"{label} {error}"
+        return _unusable(error, label)
     try:
         magic = os.pread(fd, 4, 0)
     except OSError as error:
-        return f"{label} {UNREADABLE}: {why(error)}"
+        return _refused(error, label)
     finally:
         os.close(fd)
     if not size:
-        return f"{label} is empty"
+        return _invalid(f"{label} is empty")
     return elf_problem(path, label) if magic == _ELF_MAGIC else None
 
 
 # ELF
 
 
-def elf_problem(path: str, label: str) -> str | None:
+def elf_problem(path: str, label: str) -> EntryProblem | None:
     """Return what is wrong with an ELF file, beginning with `label`; None when it is as long as its tables require.
 
     Only the header and the two tables are read: a cache holds gigabytes, and every check reads a marker's entries.
@@ -195,18 +241,16 @@ def elf_problem(path: str, label: str) -> str | None:
     try:
         fd, size = open_regular(path)
     except UnreadableError as error:
-        return f"{label} {error}"
+        return _unusable(error, label)
     try:
-        if not size:
-            return f"{label} is empty"
-        problem = _tables(fd, size)
+        problem = _tables(fd, size) if size else "is empty"
     except OSError as error:
-        problem = f"{UNREADABLE}: {why(error)}"
+        return _refused(error, label)
     except struct.error:
         problem = "is damaged: its ELF tables do not parse"
     finally:
         os.close(fd)
-    return f"{label} {problem}" if problem else None
+    return _invalid(f"{label} {problem}") if problem else None
 
 
 def _tables(fd: int, size: int) -> str | None:
@@ -293,11 +337,13 @@ def _is_regular(path: str) -> bool:
         return False
 
 
-def _not_empty(path: str, label: str) -> str | None:
+def _not_empty(path: str, label: str) -> EntryProblem | None:
     try:
         status = os.lstat(path)
+    except FileNotFoundError:
+        return _invalid(f"{label} is missing")
     except OSError as error:
-        return f"{label} is missing" if isinstance(error, FileNotFoundError) else f"{label} {UNREADABLE}: {why(error)}"
+        return _refused(error, label)
     if not stat.S_ISREG(status.st_mode):
-        return f"{label} is not a regular file"
-    return None if status.st_size else f"{label} is empty"
+        return _invalid(f"{label} is not a regular file")
+    return None if status.st_size else _invalid(f"{label} is empty")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from builder.cache.entries import MISSING, NAMES, NO_GROUP, problem_of, size_and_times
+from builder.cache.entries import NAMES, EntryProblem, ProblemKind, problem_of, size_and_times
 from builder.cache.families import Family
 from builder.cache.layout import FamilyDirectory, family_directories
 from builder.files import UNREADABLE, is_dir, listing, matches, walk, why
@@ -47,14 +47,14 @@ class Entry:
 
     name: posix, from the family's directory. bytes: of all its files. used_ns: mtime of the stamp that a hit touches, 0
     where the family has none. written_ns: newest mtime of its other files, 0 where a use changes it too. problem: why
-    it is not valid, naming the file.
+    it is not valid.
     """
 
     name: str
     bytes: int
     used_ns: int
     written_ns: int
-    problem: str | None
+    problem: EntryProblem | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Inventory:
         return frozenset(name for name, entry in self.entries.items() if entry.problem is None)
 
     @functools.cached_property
-    def invalid(self) -> dict[str, str]:
+    def invalid(self) -> dict[str, EntryProblem]:
         """The problem of each entry that has one."""
         return {name: entry.problem for name, entry in self.entries.items() if entry.problem is not None}
 
@@ -90,18 +90,18 @@ def scan(family: Family, directory: Path, *, mount: str | None = None) -> Invent
     for name in NAMES[family.layout](family, base):
         size, used_ns, written_ns = size_and_times(family, base, name)
         problem = problem_of(family, base, name, mount)
-        if problem != MISSING:  # removed between listing and reading
+        if problem is None or problem.kind is not ProblemKind.MISSING:  # removed between listing and reading
             entries[name] = Entry(name, size, used_ns, written_ns, problem)
     return Inventory(entries)
 
 
-def check(family: Family, directory: Path, name: str, *, mount: str | None = None) -> str | None:
-    """Return the problem of one named entry, or None when it is valid; ``missing`` when there is no such entry.
+def check(family: Family, directory: Path, name: str, *, mount: str | None = None) -> EntryProblem | None:
+    """Return the problem of one named entry, or None when it is valid.
 
     Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
     """
     if not _NAME[family.layout].fullmatch(name):
-        return "not a name of an entry"
+        return EntryProblem(ProblemKind.INVALID, "not a name of an entry")
     return problem_of(family, str(directory), name, mount)
 
 
@@ -158,10 +158,10 @@ def sweep(
     base = str(directory)
     doomed = {name: (reason, True) for name, reason in _leftovers(family, base)}
     for name, problem in scan(family, directory, mount=mount).invalid.items():
-        if UNREADABLE in problem:
+        if problem.kind is ProblemKind.UNREADABLE:
             continue  # another user's file may be good
         whole = _whole(family, name)
-        reason = problem if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
+        reason = problem.text if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
         doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
     moved = []
     for name, (reason, by_age) in sorted(doomed.items()):
@@ -182,9 +182,10 @@ def sweep(
     return moved
 
 
-def may_be_in_progress(family: Family, directory: Path, name: str, problem: str, *, now: float) -> bool:
+def may_be_in_progress(family: Family, directory: Path, name: str, problem: EntryProblem, *, now: float) -> bool:
     """Return whether this invalid entry may be in progress, so that `sweep` leaves it for now."""
-    if UNREADABLE in problem or _whole(family, name) != name or not _may_be_in_progress(family, problem):
+    unreadable = problem.kind is ProblemKind.UNREADABLE
+    if unreadable or _whole(family, name) != name or not _may_be_in_progress(family, problem):
         return False
     newest = _newest(f"{directory}/{name}")
     return newest is None or newest > now - IN_PROGRESS
@@ -226,8 +227,8 @@ def bad_entries(directory: FamilyDirectory, *, now: float) -> tuple[int, dict[st
     """Return the number of entries, and the problem of each that is not valid. now: seconds since the epoch."""
     family, path = directory.family, directory.path
     found = scan(family, path, mount=directory.mount())
-    bad = dict(found.invalid)
-    for name, problem in bad.items():
+    bad = {name: problem.text for name, problem in found.invalid.items()}
+    for name, problem in found.invalid.items():
         if may_be_in_progress(family, path, name, problem, now=now):
             bad[name] = f"{problem} (it was written to just now, and may be in progress)"
     for name in (".", "cache") if family.layout == "deep_gemm" else (".",):
@@ -272,9 +273,9 @@ def _whole(family: Family, name: str) -> str:
     return name
 
 
-def _may_be_in_progress(family: Family, problem: str) -> bool:
+def _may_be_in_progress(family: Family, problem: EntryProblem) -> bool:
     """Return whether an invalid entry of this family can be in progress."""
-    return {"deep_gemm": False, "triton": problem == NO_GROUP, "files": True}[family.layout]
+    return {"deep_gemm": False, "triton": problem.kind is ProblemKind.UNFINISHED, "files": True}[family.layout]
 
 
 def _newest(path: str) -> float | None:

@@ -18,7 +18,7 @@ from typing import Literal
 from builder import files
 from builder.cache import inventory, marker_files, toolchain, usage
 from builder.cache.coverage import brief, coverage, describe, differences
-from builder.cache.entries import MISSING
+from builder.cache.entries import ProblemKind
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
 from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, Proof, folder_name
 from builder.cache.toolchain import Record
@@ -244,7 +244,7 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
             problem = inventory.check(FAMILY[family], place, name, mount=mount)
             if problem is None:
                 continue
-            gone = problem == MISSING
+            gone = problem.kind is ProblemKind.MISSING
             missing, invalid = missing + gone, invalid + (not gone)
             first = first or f"{family}/{printable(name)[:200]}" + ("" if gone else f": {problem}")
     if missing or invalid:

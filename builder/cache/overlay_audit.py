@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.cache.entries import MISSING, problem_of
+from builder.cache.entries import ProblemKind, problem_of
 from builder.cache.families import FAMILY, Family, is_key
 from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
 from builder.files import UnreadableError, matches, open_regular
@@ -228,13 +228,13 @@ class _Place:
         odd = next((name for name in sorted(names) if self._is_odd(touched.files.get(name))), None)
         if odd is not None:
             # Never opened: a device may do anything.
-            after: str | None = f"{short(odd.rpartition('/')[2])} is {_kind_of(touched.files.get(odd))}"
-        else:
-            after = problem_of(family, str(self._merged), entry, self._mount)
-        if after == MISSING:
+            detail = f"{short(odd.rpartition('/')[2])} is {_kind_of(touched.files.get(odd))}"
+            return self._finding("damaged" if before else "foreign", entry, detail), False
+        after = problem_of(family, str(self._merged), entry, self._mount)
+        if after is not None and after.kind is ProblemKind.MISSING:
             return (self._finding("deleted", entry) if before else None), False
         if after is not None:
-            return self._finding("damaged" if before else "foreign", entry, after), False
+            return self._finding("damaged" if before else "foreign", entry, after.text), False
         if not before:
             return self._made("compiled", entry), False
         lost = names & touched.deleted - touched.files.keys()

@@ -14,10 +14,12 @@ from typing import Any
 
 from builder import files
 from builder.cache import inventory
+from builder.cache.entries import EntryProblem, ProblemKind
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
 from builder.cache.inventory import Entry, Inventory
 from builder.cache.layout import FamilyDirectory
+from builder.text import printable
 
 SCHEMA = 1
 _LIMIT = 256 << 20
@@ -85,9 +87,9 @@ def _compared(place: FamilyDirectory, old: Inventory, new: Inventory, began: flo
             yield Finding(place.family.name, short(place.key), kind, short(name), "", size, first, last)
     for name, problem in new.invalid.items():
         if name in old.valid:
-            yield Finding(place.family.name, short(place.key), "damaged", short(name), problem)
+            yield Finding(place.family.name, short(place.key), "damaged", short(name), problem.text)
         elif name not in old.entries:
-            yield Finding(place.family.name, short(place.key), "foreign", short(name), problem)
+            yield Finding(place.family.name, short(place.key), "foreign", short(name), problem.text)
     for name in old.valid - new.entries.keys():
         yield Finding(place.family.name, short(place.key), "deleted", short(name))
     stamped = {name for name in old.valid & new.valid if new.entries[name].used_ns}
@@ -104,13 +106,26 @@ def _taken(place: FamilyDirectory) -> dict[str, Any]:
         "family": place.family.name,
         "key": place.key,
         "path": str(place.path),
-        "entries": [[each.name, each.bytes, each.used_ns, each.written_ns, each.problem] for each in entries],
+        "entries": [
+            [each.name, each.bytes, each.used_ns, each.written_ns, each.problem and each.problem.text]
+            for each in entries
+        ],
         "locks": locks,
     }
 
 
 def _inventory(rows: list[Any]) -> Inventory:
-    return Inventory({row[0]: Entry(str(row[0]), int(row[1]), int(row[2]), int(row[3]), row[4]) for row in rows})
+    """Return the entries as they were recorded. Of a problem the text is kept: that there is one is what counts."""
+    return Inventory(
+        {
+            str(name): Entry(str(name), int(size), int(used), int(written), _problem(text))
+            for name, size, used, written, text in rows
+        }
+    )
+
+
+def _problem(text: Any) -> EntryProblem | None:
+    return None if text is None else EntryProblem(ProblemKind.INVALID, printable(str(text)))
 
 
 def _places(document: Mapping[str, Any]) -> Iterator[tuple[FamilyDirectory, tuple[dict[str, int], Inventory]]]:

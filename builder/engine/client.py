@@ -15,12 +15,11 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from builder.engine.api import Attachment, ContainerSpec, ListedContainer, State
-from builder.engine.errors import NotFoundError
+from builder.engine.errors import NotFoundError, RemovalInProgressError
 from builder.engine.images import Images
 from builder.engine.podman import STATES, OutputDrain, is_between_states, stored_log
 from builder.engine.streams import Demux, HijackedConnection
 from builder.engine.volumes import Volumes, listed_container
-from builder.errors import EngineRefusedError
 from builder.host.deadlines import Deadline, poll, retry_reads
 
 #: Seconds for a start: the GPU driver's hook initialises every GPU that no process keeps awake.
@@ -63,11 +62,8 @@ class Engine(Images, Volumes):
             retry_reads(lambda: self._remove(container, force), is_between_states)
         except NotFoundError:
             return
-        except EngineRefusedError as error:
-            # Another client is removing it at this moment.
-            if "in progress" not in error.message or not poll(
-                lambda: self._is_removed(container), Deadline(self._quick), every=0.05
-            ):
+        except RemovalInProgressError:
+            if not poll(lambda: self._is_removed(container), Deadline(self._quick), every=0.05):
                 raise
 
     def _remove(self, container: str, force: bool) -> None:

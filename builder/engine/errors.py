@@ -26,6 +26,42 @@ class MissingSourceError(EngineRefusedError):
         self.source = source
 
 
+class NoGpuDriverError(EngineRefusedError):
+    """The engine knows no driver for GPUs. It refuses at start, not at create."""
+
+
+class GpuToolkitError(EngineRefusedError):
+    """The container toolkit could not hand out the GPUs."""
+
+
+class NoInitError(EngineRefusedError):
+    """Podman's host lacks the init that every container gets."""
+
+
+class BetweenStatesError(EngineRefusedError):
+    """Podman removes no container that is just ending: a retry may succeed."""
+
+
+class RemovalInProgressError(EngineRefusedError):
+    """Another client is removing the container at this moment."""
+
+
+class LinkLoopError(EngineRefusedError):
+    """The path leads through too many symbolic links."""
+
+
+#: An engine has no codes for these, only a text. They are recognised here and nowhere else.
+_KINDS: tuple[tuple[str, type[EngineRefusedError]], ...] = (
+    ("could not select device driver", NoGpuDriverError),  # … "" with capabilities: [[gpu]]
+    ("nvidia-container-cli", GpuToolkitError),
+    ("CDI device injection failed", GpuToolkitError),
+    ("container-init binary not found", NoInitError),
+    ("container state improper", BetweenStatesError),
+    ("is already in progress", RemovalInProgressError),  # removal of container … is already in progress
+    ("too many links", LinkLoopError),
+)
+
+
 def refusal(action: str, status: int, explanation: str) -> EngineRefusedError:
     """Return the error for a request that the engine refused. action: begins the sentence, ``cannot start X``."""
     text = f"{action}: {explanation.strip().rstrip('.') or f'the engine answered with status {status}'}"
@@ -34,7 +70,8 @@ def refusal(action: str, status: int, explanation: str) -> EngineRefusedError:
         remedy = f"The engine's host has no {missing[1]}: create it there, or correct the path"
         return MissingSourceError(f"{text}. {remedy}", missing[1], status=status)
     remedy = _remedy(explanation)
-    kind = NotFoundError if status == 404 else EngineRefusedError
+    known = NotFoundError if status == 404 else EngineRefusedError
+    kind = next((each for phrase, each in _KINDS if phrase in explanation), known)
     return kind(f"{text}. {remedy}" if remedy else text, status=status)
 
 

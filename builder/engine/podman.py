@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from builder.engine.api import Attachment, State
-from builder.engine.errors import NotFoundError
+from builder.engine.errors import BetweenStatesError, NotFoundError
 from builder.engine.log_resume import PIECE, stored_form
-from builder.errors import EngineRefusedError
 from builder.host.deadlines import Deadline, poll
 
 Frames = Iterator[tuple[int, bytes]]
@@ -35,7 +34,7 @@ def is_podman(info: Mapping[str, Any]) -> bool:
 
 def is_between_states(error: BaseException) -> bool:
     """Return whether Podman refused to remove a container because it was just ending."""
-    return isinstance(error, EngineRefusedError) and "container state improper" in error.message
+    return isinstance(error, BetweenStatesError)
 
 
 class OutputDrain:

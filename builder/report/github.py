@@ -60,7 +60,7 @@ def write_files(report: Report, status: int, error: BuilderError | None, environ
 def outputs(report: Report, status: int, error: BuilderError | None) -> dict[str, str]:
     """Return the outputs for later steps: ``state``, ``toolchain``, and for env ``docker-args``."""
     if report.verb == "env":
-        return {"docker-args": report.text} if report.text and report.text.startswith("--mount ") else {}
+        return {"docker-args": report.text} if report.text and report.docker_arguments else {}
     if report.verb not in REPORTED:
         return {}
     return {"state": state(report, status, error), "toolchain": report.toolchain or ""}

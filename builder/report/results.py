@@ -74,6 +74,8 @@ class Report:
     seconds: float = 0.0
     #: Text that the verb prints on stdout.
     text: str | None = None
+    #: `text` is arguments of ``docker run``.
+    docker_arguments: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def set_tasks(self, tasks: Sequence[TaskResult]) -> None:

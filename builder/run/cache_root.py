@@ -22,7 +22,7 @@ from builder.cache import families, marker_files, model_store
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
-from builder.engine.errors import MissingSourceError
+from builder.engine.errors import LinkLoopError, MissingSourceError, NotFoundError
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
 from builder.host.cancel import REMOVE_WITHIN, Cancel
@@ -227,10 +227,8 @@ class CacheRoot:
         """Unpack `source` below `target`. Regular files and directories only, no link or device."""
         try:
             stream = self._engine.archive(container, source)
-        except EngineRefusedError as error:
-            if error.status == 404 or "too many links" in error.message:
-                return
-            raise
+        except (NotFoundError, LinkLoopError):
+            return
         try:
             # Closed on every exit: the engine cannot remove the container while an archive of it is open.
             with contextlib.closing(stream), tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:

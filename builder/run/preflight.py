@@ -11,7 +11,7 @@ from pathlib import Path
 from builder.cache import layout
 from builder.cache.toolchain import Record
 from builder.engine.client import Engine
-from builder.engine.errors import MissingSourceError
+from builder.engine.errors import GpuToolkitError, MissingSourceError, NoGpuDriverError, NoInitError
 from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot
@@ -119,21 +119,18 @@ def _wanted(manifest: Manifest) -> str:
 
 
 def no_driver(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
-    """Return the problem if the engine refused a container for its GPUs, else None.
-
-    It refuses at start, not at create: ``could not select device driver "" with capabilities: [[gpu]]``.
-    """
-    if "could not select device driver" in error.message:
+    """Return the problem if the engine refused a container for its GPUs, else None."""
+    if isinstance(error, NoGpuDriverError):
         text = f'{_wanted(manifest)} wanted, none found: the engine knows no "gpu" device driver.'
         return Problem("GPUs", text, "Install nvidia-container-toolkit and restart dockerd.")
-    if "nvidia-container-cli" in error.message or "CDI device injection failed" in error.message:
+    if isinstance(error, GpuToolkitError):
         return Problem("GPUs", f"{_wanted(manifest)} wanted, but the container toolkit failed: {error.message}.")
     return None
 
 
 def no_init(error: EngineRefusedError) -> Problem | None:
     """Return the problem if Podman refused a container for its init, else None."""
-    if "container-init binary not found" not in error.message:
+    if not isinstance(error, NoInitError):
         return None
     text = "this engine is Podman, and the init that every container gets is missing on its host."
     return Problem("engine", text, "Run there: apt-get install catatonit (or: dnf install catatonit).")

@@ -28,7 +28,9 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
         _env_here(args, invocation)
         return
     with invocation.containers(invocation.context(invocation.manifest())) as executor:
-        invocation.report.text = job_environment.render(executor, args.format or "docker")
+        form = args.format or "docker"
+        invocation.report.text = job_environment.render(executor, form)
+        invocation.report.docker_arguments = form == "docker"
         _refuse_cold(invocation.report)
 
 

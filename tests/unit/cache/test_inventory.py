@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from builder.cache import inventory
-from builder.cache.entries import MISSING, elf_problem
+from builder.cache.entries import MISSING, EntryProblem, ProblemKind, elf_problem
 from builder.cache.families import FAMILIES, FAMILY, Family
 
 DEEP_GEMM, TRITON, INDUCTOR = FAMILY["deep_gemm"], FAMILY["triton"], FAMILY["inductor"]
@@ -64,7 +64,16 @@ def problem(family: Family, directory: Path, name: str) -> str | None:
     found = inventory.check(family, directory, name)
     listed = inventory.scan(family, directory).entries.get(name)
     assert found == (MISSING if listed is None else listed.problem)
-    return found
+    return text_of(found)
+
+
+def text_of(found: EntryProblem | None) -> str | None:
+    return None if found is None else found.text
+
+
+def invalid(family: Family, directory: Path) -> dict[str, str]:
+    """The text of each problem."""
+    return {name: found.text for name, found in inventory.scan(family, directory).invalid.items()}
 
 
 # ELF
@@ -72,7 +81,7 @@ def problem(family: Family, directory: Path, name: str) -> str | None:
 
 def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     path, data = tmp_path / "kernel.cubin", elf(32768)
-    assert elf_problem(str(path), path.name) == "kernel.cubin is missing"
+    assert text_of(elf_problem(str(path), path.name)) == "kernel.cubin is missing"
     expected = {
         b"": "kernel.cubin is empty",
         b"\x7fELF": "kernel.cubin is cut: 4 bytes, less than an ELF header",
@@ -86,7 +95,7 @@ def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     }
     for content, text in expected.items():
         path.write_bytes(content)
-        assert elf_problem(str(path), path.name) == text
+        assert text_of(elf_problem(str(path), path.name)) == text
 
 
 # DeepGEMM
@@ -178,7 +187,7 @@ def _bind(path: Path) -> None:
 def test_deep_gemm_damage_is_named(tmp_path: Path, damage: Damage, text: str) -> None:
     damage(deep_gemm_entry(tmp_path))
     assert problem(DEEP_GEMM, tmp_path, NAME) == text
-    assert inventory.scan(DEEP_GEMM, tmp_path).invalid == {NAME: text}
+    assert invalid(DEEP_GEMM, tmp_path) == {NAME: text}
 
 
 def test_deep_gemm_socket_in_entry_is_invalid(tmp_path: Path) -> None:
@@ -232,9 +241,9 @@ def test_check_of_500_entries_reads_little(tmp_path: Path) -> None:
 )
 def test_check_refuses_names_outside_the_directory(tmp_path: Path, name: str) -> None:
     deep_gemm_entry(tmp_path)
-    assert inventory.check(DEEP_GEMM, tmp_path, name) == "not a name of an entry"
+    assert text_of(inventory.check(DEEP_GEMM, tmp_path, name)) == "not a name of an entry"
     if name not in ("cache", "a/b", "cache/a/b"):
-        assert inventory.check(INDUCTOR, tmp_path, name) == "not a name of an entry"
+        assert text_of(inventory.check(INDUCTOR, tmp_path, name)) == "not a name of an entry"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
@@ -261,7 +270,7 @@ def test_triton_paths_are_compared_with_the_mount(tmp_path: Path) -> None:
     # From the host, or through the engine, the root lies elsewhere than where the container has it.
     assert inventory.check(TRITON, directory, KEY) is None
     assert inventory.check(TRITON, directory, KEY, mount="/jit/") is None
-    assert "another mount path" in (inventory.check(TRITON, directory, KEY, mount="/cache") or "")
+    assert "another mount path" in (text_of(inventory.check(TRITON, directory, KEY, mount="/cache")) or "")
     assert inventory.scan(TRITON, directory, mount="/cache").valid == frozenset()
 
 
@@ -297,6 +306,29 @@ def test_triton_damage_is_named(tmp_path: Path, damage: Damage, text: str) -> No
     assert problem(TRITON, tmp_path, KEY) == text
 
 
+PRETENDERS = ("is unreadable", "missing", "no __grp__ file")
+
+
+@pytest.mark.parametrize("name", PRETENDERS)
+def test_problem_is_invalid_whatever_its_file_is_called(tmp_path: Path, name: str) -> None:
+    """A job may name a file like the text of another state: it is quarantined all the same, and at once."""
+    entry = triton_entry(tmp_path)
+    (entry / f"{name}.so").write_bytes(elf()[:99])
+    (entry / f"__grp__{name}.json").write_bytes(b"{")
+    found = inventory.check(TRITON, tmp_path, KEY)
+    assert found is not None and found.kind is ProblemKind.INVALID and name in found.text
+    assert not inventory.may_be_in_progress(TRITON, tmp_path, KEY, found, now=time.time())
+    assert inventory.sweep(TRITON, tmp_path, tmp_path.parent / "aside", now=time.time(), older_than=600)
+
+
+@pytest.mark.parametrize("name", PRETENDERS)
+def test_file_entry_is_quarantined_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / f"{name}.so").write_bytes(elf()[:99])
+    moved = inventory.sweep(INDUCTOR, tmp_path / "files", tmp_path / "aside", now=time.time() + 9, older_than=1)
+    assert [path for path, _ in moved] == [f"{name}.so"]
+
+
 def test_triton_launcher_needs_no_group(tmp_path: Path) -> None:
     for name, file, data in (("LAUNCHER", "__triton_launcher.so", elf()), ("TUNED", "mm.autotune.json", b"{}")):
         (tmp_path / name).mkdir()
@@ -311,7 +343,7 @@ def test_triton_key_in_progress_is_no_entry(tmp_path: Path) -> None:
     (tmp_path / "BEGUN" / "tmp.pid_7_abc").mkdir(parents=True)
     (tmp_path / "BEGUN" / "tmp.pid_7_abc" / "mm.ttir").touch()
     assert inventory.scan(TRITON, tmp_path).entries == {}
-    assert problem(TRITON, tmp_path, "BEGUN") == MISSING
+    assert problem(TRITON, tmp_path, "BEGUN") == MISSING.text
 
 
 # Plain files
@@ -341,7 +373,7 @@ def test_scan_tells_entries_from_other_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     _bind(tmp_path / "socket")
     assert inventory.scan(INDUCTOR, tmp_path).valid == set(good)
-    assert inventory.scan(INDUCTOR, tmp_path).invalid == {}
+    assert invalid(INDUCTOR, tmp_path) == {}
     assert inventory.scan(INDUCTOR, tmp_path).bytes == sum(map(len, good.values()))
 
 
@@ -350,7 +382,7 @@ def test_file_entry_damage_is_named(tmp_path: Path) -> None:
     for name, data in damaged.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    assert inventory.scan(INDUCTOR, tmp_path).invalid == {
+    assert invalid(INDUCTOR, tmp_path) == {
         "empty.py": "empty.py is empty",
         "a/cut.so": f"cut.so is cut: 99 of {4096 - 56} bytes",
         "cut-elf": f"cut-elf is cut: 2000 of {4096 - 56} bytes",
@@ -365,10 +397,10 @@ def test_scan_handles_undecodable_names(tmp_path: Path) -> None:
     Path(os.fsdecode(raw)).write_bytes(elf()[:70])
     (found,) = inventory.scan(INDUCTOR, tmp_path).entries.values()
     assert os.fsencode(found.name) == b"caf\xe9\xff.so"
-    assert (found.problem or "").encode() == f"caf\\udce9\\udcff.so is cut: 70 of {4096 - 56} bytes".encode()
+    assert (text_of(found.problem) or "").encode() == f"caf\\udce9\\udcff.so is cut: 70 of {4096 - 56} bytes".encode()
     # Through a marker's JSON and back.
     name = json.loads(json.dumps(found.name))
-    assert problem(INDUCTOR, tmp_path, name) == found.problem
+    assert problem(INDUCTOR, tmp_path, name) == text_of(found.problem)
     assert inventory.sweep(INDUCTOR, tmp_path, tmp_path / "aside", now=time.time() + 9, older_than=1)
     assert not Path(os.fsdecode(raw)).exists()
 
@@ -387,7 +419,7 @@ def test_unreadable_directory_is_one_invalid_entry(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "scandir", refusing)
     found = inventory.scan(INDUCTOR, tmp_path)
     assert found.valid == {"open.py"}
-    assert found.invalid == {"closed": "is unreadable: a directory that cannot be listed"}
+    assert invalid(INDUCTOR, tmp_path) == {"closed": "is unreadable: a directory that cannot be listed"}
     # Nobody can tell how old it is, nor that it is bad.
     assert inventory.sweep(INDUCTOR, tmp_path, tmp_path.parent / "aside", now=1e12, older_than=0) == []
 

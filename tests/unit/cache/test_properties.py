@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.cache import coverage, inventory, marker_files, markers, toolchain
-from builder.cache.entries import elf_problem
+from builder.cache.entries import ProblemKind, elf_problem
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
 from builder.cache.marker_files import Marker, Observed, folder_name
 from builder.cache.toolchain import Record
@@ -345,7 +345,7 @@ def test_elf_damaged_is_named_or_whole(place: Path, data: bytes) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is wanted
     problem = elf_problem(str(path), path.name)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-    assert problem is None or ELF_PROBLEM.fullmatch(problem), problem
+    assert problem is None or ELF_PROBLEM.fullmatch(problem.text), problem
 
 
 @pytest.mark.parametrize("data", ELVES, ids=["64-little", "64-big", "32-little", "32-big"])
@@ -355,7 +355,8 @@ def test_elf_cut_anywhere_is_named(place: Path, data: bytes) -> None:
     assert elf_problem(str(path), path.name) is None
     for size in reversed(range(len(data))):
         os.truncate(path, size)
-        assert ELF_PROBLEM.fullmatch(elf_problem(str(path), path.name) or ""), size
+        problem = elf_problem(str(path), path.name)
+        assert problem is not None and ELF_PROBLEM.fullmatch(problem.text), size
 
 
 file_names = st.one_of(
@@ -403,8 +404,8 @@ def assert_inventory(family: Family, base: Path) -> None:
     assert found.bytes >= 0
     for name, entry in found.entries.items():
         assert inventory.check(family, base, name) == entry.problem
-        assert entry.problem is None or harmless(entry.problem), entry.problem
-        assert entry.problem is None or len(entry.problem) < 4000
+        assert entry.problem is None or harmless(entry.problem.text), entry.problem
+        assert entry.problem is None or len(entry.problem.text) < 4000
     assert found.valid | found.invalid.keys() == found.entries.keys()
     aside = clear(base.parent / "aside")
     moved = inventory.sweep(family, base, aside, now=time.time() + 1e6, older_than=600.0)
@@ -414,7 +415,7 @@ def assert_inventory(family: Family, base: Path) -> None:
     assert len(list(aside.iterdir()) if aside.exists() else []) == len(moved)
     # What is left is valid, or may not be moved because nobody could read it.
     if family.claimable:
-        assert all("is unreadable" in problem for problem in after.invalid.values()), after.invalid
+        assert all(problem.kind is ProblemKind.UNREADABLE for problem in after.invalid.values()), after.invalid
     inventory.remove_host_specific(family, base)
 
 
@@ -435,7 +436,7 @@ def test_check_of_any_entry_name_answers(root: Path, family: Family, name: str) 
     for asked in (name, f"cache/{name}"):
         problem = inventory.check(family, base, asked)
         assert problem is not None
-        assert harmless(problem)
+        assert harmless(problem.text)
 
 
 def group(base: Path, name: str) -> dict[str, Any]:
@@ -466,5 +467,5 @@ def test_entry_mutated_is_named_or_valid(place: Path, data: st.DataObject, famil
     else:
         victim.write_bytes(data.draw(damaged(victim.read_bytes())))
     problem = inventory.check(FAMILY[family], base, name, mount=mount)
-    assert problem is None or harmless(problem)
+    assert problem is None or harmless(problem.text)
     assert_inventory(FAMILY[family], base)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from builder.engine.errors import MissingSourceError, NotFoundError, is_transient, loss, refusal
+from builder.engine.errors import MissingSourceError, NotFoundError, RemovalInProgressError, is_transient, loss, refusal
 from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutError
 
 
@@ -37,6 +37,7 @@ def test_refusal_without_message_names_status() -> None:
 
 def test_refusal_404_is_not_found() -> None:
     assert isinstance(refusal("x", 404, "No such container: y"), NotFoundError)
+    assert not isinstance(refusal("cannot remove is already in progress", 409, "Conflict"), RemovalInProgressError)
     assert not isinstance(refusal("x", 409, "Conflict"), NotFoundError)
 
 

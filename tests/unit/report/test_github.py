@@ -94,9 +94,9 @@ def test_write_files_outside_github_writes_nothing(environ: Mapping[str, str], t
 def test_outputs_of_env_are_docker_arguments() -> None:
     found = report(verb="env")
     found.text = "--mount type=bind,src=/a,dst=/jit -e A=b"
-    assert github.outputs(found, 0, None) == {"docker-args": found.text}
-    found.text = "export A=b"
     assert github.outputs(found, 0, None) == {}
+    found.docker_arguments = True
+    assert github.outputs(found, 0, None) == {"docker-args": found.text}
 
 
 def test_write_files_that_cannot_be_written_are_warnings(environ: Mapping[str, str], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from builder.cache.toolchain import Record
 from builder.engine.api import Image
 from builder.engine.client import Engine
-from builder.engine.errors import MissingSourceError
-from builder.errors import EngineRefusedError, Problem
+from builder.engine.errors import MissingSourceError, refusal
+from builder.errors import Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage, HostGpus
 from builder.manifest.load import Manifest, load
@@ -145,7 +145,7 @@ def test_preflight_full_disk(write: Write, tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_preflight_gpu_refusal_is_a_gpu_problem(write: Write, message: str, text: str) -> None:
-    problem = preflight.no_driver(write(gpus='count = 8\nname = "H200"'), EngineRefusedError(message))
+    problem = preflight.no_driver(write(gpus='count = 8\nname = "H200"'), refusal("cannot start it", 500, message))
     assert problem is not None
     assert problem.location == "GPUs"
     assert problem.text.startswith("8 × H200 wanted")
@@ -158,7 +158,7 @@ def test_preflight_mount_refusal_names_its_setting(write: Write, tmp_path: Path)
         problem = preflight.no_source(manifest, MissingSourceError("cannot create it", str(path)))
         assert problem == Problem(place, f"the engine's host has no {path}.", f"Run there: mkdir -p {path}")
     assert preflight.no_source(manifest, MissingSourceError("cannot create it", "/elsewhere")) is None
-    assert preflight.no_driver(manifest, EngineRefusedError("no space left on device")) is None
+    assert preflight.no_driver(manifest, refusal("x", 500, "no space left on device")) is None
 
 
 # --- GPUs in use ---
