@@ -10,6 +10,7 @@ family and its key are given, to that family directory.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -24,27 +25,27 @@ _KINDS: dict[str, type[Event]] = {}
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events. wire_name: the value of the key ``event``."""
+    """Base of all events. wire_name: the value of the key ``event``, the class's name in lower case: ``bad_entry``."""
 
     wire_name: ClassVar[str] = ""
 
-    def __init_subclass__(cls, *, wire: str) -> None:
-        cls.wire_name = wire
-        _KINDS[wire] = cls
+    def __init_subclass__(cls) -> None:
+        cls.wire_name = re.sub(r"\B[A-Z]", r"_\g<0>", cls.__name__).lower()
+        _KINDS[cls.wire_name] = cls
 
 
 # --- every mode ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Phase(Event, wire="phase"):
+class Phase(Event):
     """What the program does from now on, in a few words for people."""
 
     phase: str
 
 
 @dataclass(frozen=True)
-class End(Event, wire="end"):
+class End(Event):
     """The last line. Bytes that the program wrote to each stream, this line not included."""
 
     stdout: int
@@ -52,7 +53,7 @@ class End(Event, wire="end"):
 
 
 @dataclass(frozen=True)
-class Locked(Event, wire="locked"):
+class Locked(Event):
     """Modes ``lock``, ``views`` and ``hold``: the lock at `path` is held from now on."""
 
     path: str
@@ -62,14 +63,14 @@ class Locked(Event, wire="locked"):
 
 
 @dataclass(frozen=True)
-class ToolchainProbed(Event, wire="toolchain"):
+class ToolchainProbed(Event):
     """The toolchain record of this environment (`cache.toolchain`)."""
 
     record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Started(Event, wire="start"):
+class Started(Event):
     """The environment is probed; the task starts."""
 
     pid: int
@@ -79,7 +80,7 @@ class Started(Event, wire="start"):
 
 
 @dataclass(frozen=True)
-class Progress(Event, wire="progress"):
+class Progress(Event):
     """How far the current phase is."""
 
     done: int
@@ -88,7 +89,7 @@ class Progress(Event, wire="progress"):
 
 
 @dataclass(frozen=True)
-class EntryCounts(Event, wire="entries"):
+class EntryCounts(Event):
     """Entries by family, counted and not validated."""
 
     families: Mapping[str, int]
@@ -96,7 +97,7 @@ class EntryCounts(Event, wire="entries"):
 
 
 @dataclass(frozen=True)
-class Quarantined(Event, wire="swept"):
+class Quarantined(Event):
     """A leftover or an invalid entry was moved to quarantine."""
 
     family: str
@@ -106,7 +107,7 @@ class Quarantined(Event, wire="swept"):
 
 
 @dataclass(frozen=True)
-class Verdict(Event, wire="verdict"):
+class Verdict(Event):
     """The outcome of a task."""
 
     state: Literal["warmed", "failed", "partial", "skipped", "stopped"] = "failed"
@@ -127,7 +128,7 @@ class Verdict(Event, wire="verdict"):
 
 
 @dataclass(frozen=True)
-class Removed(Event, wire="removed"):
+class Removed(Event):
     """Something was deleted from the quarantine; with no family and key, an unused view or generation."""
 
     family: str
@@ -136,7 +137,7 @@ class Removed(Event, wire="removed"):
 
 
 @dataclass(frozen=True)
-class Kept(Event, wire="kept"):
+class Kept(Event):
     """Something would be deleted, and may not be."""
 
     family: str
@@ -146,7 +147,7 @@ class Kept(Event, wire="kept"):
 
 
 @dataclass(frozen=True)
-class BadEntry(Event, wire="bad"):
+class BadEntry(Event):
     """Mode ``verify``: an entry is not valid, and was not moved."""
 
     family: str
@@ -156,7 +157,7 @@ class BadEntry(Event, wire="bad"):
 
 
 @dataclass(frozen=True)
-class Checked(Event, wire="checked"):
+class Checked(Event):
     """Mode ``verify``: a family directory is done."""
 
     family: str
@@ -165,7 +166,7 @@ class Checked(Event, wire="checked"):
 
 
 @dataclass(frozen=True)
-class Pruned(Event, wire="pruned"):
+class Pruned(Event):
     """Mode ``prune``: one step was done, or refused."""
 
     kind: str  # marker, memo, family or entries
@@ -178,12 +179,12 @@ class Pruned(Event, wire="pruned"):
 
 
 @dataclass(frozen=True)
-class Planned(Pruned, wire="planned"):
+class Planned(Pruned):
     """Mode ``prune``, dry run: one step that would be done, or refused."""
 
 
 @dataclass(frozen=True)
-class Freed(Event, wire="freed"):
+class Freed(Event):
     """Mode ``prune``, once: the sum."""
 
     before: int  # bytes of the root
@@ -198,7 +199,7 @@ class Freed(Event, wire="freed"):
 
 
 @dataclass(frozen=True)
-class FamilyContents(Event, wire="holding"):
+class FamilyContents(Event):
     """Mode ``status``: one family directory."""
 
     family: str
@@ -209,7 +210,7 @@ class FamilyContents(Event, wire="holding"):
 
 
 @dataclass(frozen=True)
-class MarkerUsed(Event, wire="used"):
+class MarkerUsed(Event):
     """Mode ``status``: when a marker was last used."""
 
     path: str
@@ -217,7 +218,7 @@ class MarkerUsed(Event, wire="used"):
 
 
 @dataclass(frozen=True)
-class FamilyDescribed(Event, wire="described"):
+class FamilyDescribed(Event):
     """Mode ``families``: one family directory, with the factors that its key stands for, where they are known."""
 
     family: str
@@ -227,7 +228,7 @@ class FamilyDescribed(Event, wire="described"):
 
 
 @dataclass(frozen=True)
-class MetricSample(Event, wire="sample"):
+class MetricSample(Event):
     """Mode ``survey``: one number about the root."""
 
     metric: str
@@ -239,7 +240,7 @@ class MetricSample(Event, wire="sample"):
 
 
 @dataclass(frozen=True)
-class FamilyOmitted(Event, wire="omitted"):
+class FamilyOmitted(Event):
     """Mode ``view-create``: a family directory is not in the view's generation."""
 
     family: str
@@ -248,7 +249,7 @@ class FamilyOmitted(Event, wire="omitted"):
 
 
 @dataclass(frozen=True)
-class ViewState(Event, wire="view"):
+class ViewState(Event):
     """Modes ``view-create`` and ``view-list``: one view. Without a readable record only its name and size are known."""
 
     view: str
@@ -261,7 +262,7 @@ class ViewState(Event, wire="view"):
 
 
 @dataclass(frozen=True)
-class GenerationState(Event, wire="generation"):
+class GenerationState(Event):
     """Mode ``view-list``: one generation."""
 
     id: str
@@ -271,23 +272,26 @@ class GenerationState(Event, wire="generation"):
     views: tuple[str, ...]  # names of the views that are based on it
 
 
-@dataclass(frozen=True)
-class AuditFinding(Event, wire="finding"):
-    """Mode ``view-audit``: one thing that the job changed; the fields of `cache.findings.Finding`."""
+@dataclass(frozen=True, order=True)
+class Finding(Event):
+    """Mode ``view-audit``: one change by a job; see `cache.findings`.
+
+    path: from the family's directory, or from the root where no family is known.
+    """
 
     family: str
     key: str
-    kind: str
+    kind: str  # one of cache.findings.KINDS
     path: str
     detail: str = ""
-    bytes: int = 0
-    began: float = 0.0
+    bytes: int = 0  # of the entry as it is now
+    began: float = 0.0  # first and last write of its files; 0.0 where unknown
     ended: float = 0.0
-    shape: str = ""
+    shape: str = ""  # of DeepGEMM, where the times of sglang's locks show it
 
 
 @dataclass(frozen=True)
-class Audited(Event, wire="audited"):
+class Audited(Event):
     """Mode ``view-audit``, once: the sum of all findings, of which only the foremost are events."""
 
     used: int  # entries that were hit
@@ -301,7 +305,7 @@ class Audited(Event, wire="audited"):
 
 
 @dataclass(frozen=True)
-class LaunchRecorded(Event, wire="recorded"):
+class LaunchRecorded(Event):
     """Mode ``record``: one record of a test file, as `recording.from_mapping` reads it. file: below the checkout."""
 
     file: str

@@ -169,7 +169,7 @@ def audit(job: Job, output: Output, guard: Guard) -> int:
 def report(found: Audit, output: Output) -> None:
     """Write the foremost findings as events, and the sum of all."""
     for finding in foremost(found.findings, MOST_REPORTED):
-        output.event(events.AuditFinding(**vars(finding)))
+        output.event(finding)
     output.event(
         events.Audited(
             used=found.used,

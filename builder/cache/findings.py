@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder.cache.families import Family
+from builder.events import Finding
 from builder.files import listing, matches
 from builder.task import Shape
 from builder.text import printable, shortened
@@ -29,25 +30,6 @@ JIT = ("compiled", "rewritten")
 _LOCK = re.compile(r"([A-Z][A-Z0-9_]{0,80})_n(\d{1,12})_k(\d{1,12})_g(\d{1,12})\.lock", re.ASCII)
 _LONGEST = 240
 _SERVER = 'A task with the job\'s server covers them:\n# [[task]], model = "…", recipe = "serve", argv = ["…"]'
-
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    """One change by a job. path: from the family's directory, or from the root where no family is known.
-
-    bytes: of the entry as it is now. began, ended: first and last write of its files, in seconds since the epoch; 0.0
-    where unknown. shape: of DeepGEMM, where the times of sglang's locks show it.
-    """
-
-    family: str
-    key: str
-    kind: str
-    path: str
-    detail: str = ""
-    bytes: int = 0
-    began: float = 0.0
-    ended: float = 0.0
-    shape: str = ""
 
 
 @dataclass

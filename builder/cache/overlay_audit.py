@@ -21,7 +21,8 @@ from pathlib import Path
 
 from builder.cache.entries import ProblemKind, problem_of
 from builder.cache.families import FAMILY, Family, is_key
-from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
+from builder.cache.findings import Audit, shape_of_lock, short, span, with_shapes
+from builder.events import Finding
 from builder.files import UnreadableError, matches, open_regular
 from builder.task import Shape
 

@@ -16,9 +16,10 @@ from builder import files
 from builder.cache import inventory
 from builder.cache.entries import EntryProblem, ProblemKind
 from builder.cache.families import FAMILIES, FAMILY
-from builder.cache.findings import Audit, Finding, shape_of_lock, short, span, with_shapes
+from builder.cache.findings import Audit, shape_of_lock, short, span, with_shapes
 from builder.cache.inventory import Entry, Inventory
 from builder.cache.layout import FamilyDirectory
+from builder.events import Finding
 from builder.text import printable
 
 SCHEMA = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from builder.cache import findings
 from builder.cache.findings import KINDS, Audit
 from builder.errors import ColdError
+from builder.events import Finding
 
 #: Findings that are listed for people; the document has more.
 MOST_LISTED = 40
@@ -70,7 +70,7 @@ def document_of(found: Audit) -> dict[str, Any]:
     }
 
 
-def _row(finding: findings.Finding) -> Mapping[str, Any]:
+def _row(finding: Finding) -> Mapping[str, Any]:
     return {**vars(finding), "began": round(finding.began, 3), "ended": round(finding.ended, 3)}
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from builder import events
-from builder.cache.findings import KINDS, Audit, Finding
+from builder.cache.findings import KINDS, Audit
 from builder.engine.api import Mount, Volume
 from builder.engine.lease import LABEL
 from builder.errors import (
@@ -262,8 +262,8 @@ def audited(executor: ContainerExecutor, job: str) -> Audit:
 
     def on_event(event: Event) -> None:
         match event:
-            case events.AuditFinding():
-                found.findings.append(Finding(**maintenance.row(event)))
+            case events.Finding():
+                found.findings.append(events.Finding(**maintenance.row(event)))
             case events.Audited():
                 found.used = event.used
                 found.asked = [Shape(*row) for row in event.asked]

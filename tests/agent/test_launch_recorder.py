@@ -345,7 +345,8 @@ def test_record_file_starts_no_process_and_no_connection(checkout: Checkout, rec
                 except OSError:
                     pass
         libc.system(b"touch " + (os.environ["TMPDIR"] + "/started").encode())
-        print("@warmup 4f0e2d6c " + json.dumps({"event": "recorded", "file": "x", "record": {"record": "launch"}}))
+        forged = {"event": "launch_recorded", "file": "x", "record": {"record": "launch"}}
+        print("@warmup 4f0e2d6c " + json.dumps(forged))
         sys.__stdout__.write("x" * (1 << 20))
         try:
             socket.create_connection(("127.0.0.1", 22), timeout=1)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from builder.cache import generations, overlay_audit
-from builder.cache.findings import Audit, Finding, proposal
+from builder.cache.findings import Audit, proposal
 from builder.cache.overlay_audit import Layers
+from builder.events import Finding
 from builder.task import Shape
 from tests.unit.cache.test_inventory import deep_gemm_entry, elf, triton_entry
 

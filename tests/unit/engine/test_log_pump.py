@@ -396,7 +396,7 @@ def test_pump_events_are_not_in_the_log(bench: Bench) -> None:
         b'@warmup cafe {"event":"progress","done":1.5,"total":2,"unit":"x"}\n',
         b'@warmup cafe {"event":"end","stdout":true,"stderr":0}\n',
         b'@warmup cafe {"event":"end","stdout":99999999999999999999,"stderr":0}\n',
-        b'@warmup cafe {"event":"entries","families":{"triton":"3"},"added":{}}\n',
+        b'@warmup cafe {"event":"entry_counts","families":{"triton":"3"},"added":{}}\n',
         b'@warmup cafe {"event":"verdict","state":"fine"}\n',
         b'@warmup cafe {"event":"verdict","seconds":NaN}\n',
         b"@warmup cafe []\n",
