@@ -33,6 +33,7 @@ def record(number: int, **factors: str) -> Record:
         },
         "gpus": [],
         "sglang": {"version": f"0.5.{number}", "commit": "abc"},
+        "variables": {},
         "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
     }
 

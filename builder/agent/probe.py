@@ -23,8 +23,9 @@ from typing import Any
 
 from builder import files
 from builder.agent import packages
+from builder.cache import variables
 from builder.cache.families import PACKAGES
-from builder.cache.toolchain import SCHEMA, Record, distinct, switches
+from builder.cache.toolchain import SCHEMA, Record, distinct, factor_variables, switches
 from builder.job import ServingImage
 from builder.task import PRETEND_VARIABLE
 
@@ -54,6 +55,7 @@ def probe(
     mount: the cache root as they see it.
     inherited: the environment without the task's own variables, for the record's switches; None: this process's.
     """
+    inherited = os.environ if inherited is None else inherited
     triton = packages.find("triton")
     compilers = start_compilers(environ, None if triton is None else triton.place)
     gpu_facts = start([sys.executable, "-I", "-S", "-c", _GPU_FACTS], environ)
@@ -85,7 +87,8 @@ def probe(
         "factors": {name: factors[name] for name in sorted(factors)},
         "gpus": gpus,
         "sglang": {"version": sglang.version if sglang else None, "commit": commit},
-        "switches": switches(os.environ if inherited is None else inherited),
+        "switches": switches(inherited),
+        "variables": factor_variables(inherited, cuda_home(environ)),
         "observed": {
             "driver": driver,
             "python": sys.version.split()[0],
@@ -105,10 +108,7 @@ def start_compilers(environ: Mapping[str, str], site: str | None) -> dict[str, s
     """
     path = environ.get("PATH")
     commands: dict[str, list[str]] = {}
-    # The order of DeepGEMM (cuda_helpers.py), torch (cpp_extension.py) and tvm-ffi.
-    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
-    candidates = [f"{home}/bin/nvcc" if home else None, shutil.which("nvcc", path=path), "/usr/local/cuda/bin/nvcc"]
-    if nvcc := _first_executable(candidates):
+    if nvcc := find_nvcc(environ):
         commands["nvcc"] = [nvcc]
     if own := environ.get("DG_JIT_NVCC_COMPILER"):
         commands["deep_gemm_nvcc"] = [own]
@@ -124,6 +124,22 @@ def start_compilers(environ: Mapping[str, str], site: str | None) -> dict[str, s
         if ptxas := _first_executable([named, f"{site}/triton/backends/nvidia/bin/{name}" if site else None]):
             commands[name] = [ptxas]
     return {name: start([*command, "--version"], environ) for name, command in commands.items()}
+
+
+def find_nvcc(environ: Mapping[str, str]) -> str | None:
+    """Return the nvcc that is found with this environment; None where there is none."""
+    # The order of DeepGEMM (cuda_helpers.py), torch (cpp_extension.py) and tvm-ffi.
+    home = environ.get(variables.CUDA_HOME) or environ.get(variables.CUDA_PATH)
+    on_path = shutil.which("nvcc", path=environ.get("PATH"))
+    return _first_executable([f"{home}/bin/nvcc" if home else None, on_path, f"{variables.DEFAULT_HOME}/bin/nvcc"])
+
+
+def cuda_home(environ: Mapping[str, str]) -> str:
+    """Return the toolkit's directory as FlashInfer, torch and tvm-ffi write it into their build files."""
+    named = environ.get(variables.CUDA_HOME) or environ.get(variables.CUDA_PATH)
+    if named is None and (nvcc := find_nvcc(environ)) is not None:
+        named = posixpath.dirname(posixpath.dirname(nvcc))
+    return posixpath.normpath(named) if named else variables.DEFAULT_HOME
 
 
 def _first_executable(paths: Iterable[str | None]) -> str | None:

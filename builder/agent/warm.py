@@ -119,11 +119,14 @@ class Warming:
         layout.prepare(self._root)
         self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
         environ = simulated_gpu.environment({**os.environ, **task.env}, self._temporary)
-        record = probe.probe(environ=environ, mount=self._job.mount, image=self._job.image)
+        probed = probe.probe(environ=environ, mount=self._job.mount, image=self._job.image)
+        record = toolchain.of_task(probed, task.env)
         self._keys = toolchain.family_keys(record)
         self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
         self._guard.check()
         self._prepare_families(record)
+        write_memo(self._root, self._job, probed, task.env, known=True)
+        self._quarantine_leftovers()
         self._compile_lock.acquire()
         digest = model_store.require(task, environ) if needs_config(task) else None
         # The families' variables override those of the image and of the task.
@@ -231,13 +234,14 @@ class Warming:
             removal.clear_host_specific(self._root, name, self._keys[name])
 
     def _prepare_families(self, record: toolchain.Record) -> None:
-        """Prepare directories, take shared locks until the process ends, write the memo, quarantine leftovers."""
+        """Make the directory of every family, for jobs to mount, and take shared locks until the process ends."""
         for name, key in sorted(self._keys.items()):
             layout.describe_family(self._root, name, key, toolchain.family_factors(record, name))
             if FAMILY[name].host_specific:
                 removal.clear_host_specific(self._root, name, key)  # left by a killed container
             self._locks[name] = self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
-        write_memo(self._root, self._job, record, self._task.env, known=True)
+
+    def _quarantine_leftovers(self) -> None:
         for family in FAMILIES:
             key = self._keys[family.name]
             moved = inventory.sweep(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder import sglang_args
+from builder.cache import variables
 from builder.cache.model_store import is_directory
 from builder.cache.toolchain import Record
 from builder.task import PRETEND_VARIABLE, RECIPES, Task
@@ -55,9 +56,13 @@ def needs_config(task: Task) -> bool:
 
 
 def _environment(task: Task, record: Record) -> dict[str, str]:
-    """Return the task's variables over the switches of its environment, without those of the toolchain."""
-    variables = {**record.get("switches", {}), **task.env}
-    return {name: value for name, value in sorted(variables.items()) if name != PRETEND_VARIABLE}
+    """Return the task's variables over the switches of its environment, without those that are factors of nothing."""
+    every = {**record.get("switches", {}), **task.env}
+    return {
+        name: value
+        for name, value in sorted(every.items())
+        if name != PRETEND_VARIABLE and not variables.is_inert(name)
+    }
 
 
 def _in_image(task: Task, record: Record) -> str | None:

@@ -83,7 +83,9 @@ def _triton_names(family: Family, base: str) -> Iterator[str]:
 def _file_names(family: Family, base: str) -> Iterator[str]:
     for name, item in walk(base, family.transient):
         host_specific = "/" not in name and matches(name, family.host_specific)
-        if item is None or (item.is_file(follow_symlinks=False) and not host_specific):
+        if name.partition("/")[0] in family.apart or host_specific:
+            continue
+        if item is None or item.is_file(follow_symlinks=False):
             yield name
 
 

@@ -82,6 +82,7 @@ class Family:
     leftovers: (pattern, why it is unsafe or useless); a pattern with a slash is matched from the family's directory
     on, component by component, one without is matched against the name at any depth.
     host_specific: names, directly in the family's directory, that are true on one host only: never entries.
+    apart: names, directly in the family's directory, of what no compiler made: never entries, and copied nowhere.
     whole: patterns of directories that are published by one rename, so that they are quarantined only as a whole.
     rewritten: names of files that a mere use writes anew, so that a new time is no sign of a compilation.
     renamed: every file of an entry is published by rename and never written again, so that a hard link of it stays as
@@ -98,6 +99,7 @@ class Family:
     transient: tuple[str, ...] = TRANSIENT
     leftovers: tuple[tuple[str, str], ...] = ()
     host_specific: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     rewritten: tuple[str, ...] = REWRITTEN
     renamed: bool = False
@@ -202,6 +204,9 @@ FAMILIES: tuple[Family, ...] = (
         factors=("image", "gpu_name"),
         shared=False,
         leftovers=(("*.tmp", f"write {_ABANDONED}"), ("tmp.pid_*", f"write {_ABANDONED}")),
+        # No caches of compilers: a table of embeddings that each boot writes anew (SGLANG_QWEN4_PLE_FILE_DIR, srt/
+        # environ.py of 0.5.23), and configurations of models that runai's streamer loads.
+        apart=("ple", "model_streamer"),
         # Keyed by CUDA_VISIBLE_DEVICES alone; on another host its answers are wrong.
         host_specific=("gpu_p2p_access_cache_for_*",),
         # FlashInfer's tuning results (flashinfer_autotune.py): every server saves what it has loaded.

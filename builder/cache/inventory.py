@@ -249,7 +249,7 @@ def _leftovers(family: Family, base: str) -> Iterator[tuple[str, str]]:
             anywhere.append((pattern, reason))
     if anywhere:
         for name, item in walk(base, ()):
-            for pattern, reason in anywhere if item else ():
+            for pattern, reason in anywhere if item and name.partition("/")[0] not in family.apart else ():
                 if fnmatchcase(name.rpartition("/")[2], pattern):
                     yield name, reason
 

@@ -271,11 +271,13 @@ class _Place:
                 return name
 
     def _is_transient(self, name: str) -> bool:
-        """Return whether the name is of a lock, a build in progress, or a file that is true on one host only."""
+        """Return whether the name is of a lock, a build in progress, or no compiler's."""
         parts = name.split("/")
         family = self._family
-        return any(matches(part, family.transient) for part in parts) or (
-            len(parts) == 1 and matches(name, family.host_specific)
+        return (
+            any(matches(part, family.transient) for part in parts)
+            or parts[0] in family.apart
+            or (len(parts) == 1 and matches(name, family.host_specific))
         )
 
     @staticmethod

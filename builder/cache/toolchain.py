@@ -7,6 +7,7 @@ The record is JSON::
      "gpus":     [{"index", "uuid", "name", "compute_capability", "sm_count", "memory_bytes"}],
      "sglang":   {"version": text or null, "commit": text or null},
      "switches": {variable: text},                     # that every process there has, a task's own not among them
+     "variables": {variable: text},                    # factors of families, where they are set (`variables`)
      "observed": {"driver", "python", "problems": [text], "pretended": a GPU that is not there, or null}}
 
 `agent.probe` makes it. What is absent is null, never guessed: an absent compiler is another toolchain than any
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeGuard
 
 from builder import files
+from builder.cache import variables
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION
 from builder.task import PRETEND_VARIABLE
 
@@ -50,11 +52,12 @@ class RecordObserved(TypedDict, total=False):
     pretended: str | None
 
 
-class _Switches(TypedDict, total=False):
+class _Variables(TypedDict, total=False):
     switches: dict[str, str]  # earlier versions did not record them
+    variables: dict[str, str]  # nor these
 
 
-class Record(_Switches):
+class Record(_Variables):
     """A toolchain record as JSON holds it; `sound` checks what was read."""
 
     schema: int
@@ -87,29 +90,6 @@ PROBE_ENV: tuple[str, ...] = (
 #: Variables by which sglang and DeepGEMM decide what to compile: they are part of what a task covers.
 SWITCHES: tuple[str, ...] = ("SGLANG_*", "SGL_*", "DG_*")
 
-#: Of those, what cannot change a kernel: who and where it is, how loud, for how long, and what continuous integration
-#: keeps its books with (srt/environ.py of 0.5.23; DeepGEMM's own, by what enters its keys).
-INERT: tuple[str, ...] = (
-    "SGLANG_BUILD_COMMIT",
-    "SGLANG_CI_*",
-    "SGLANG_CUDA_COREDUMP*",
-    "SGLANG_HEALTH_CHECK_TIMEOUT",
-    "SGLANG_HOST_IP",
-    "SGLANG_IMAGE_TAG",
-    "SGLANG_IS_IN_CI*",
-    "SGLANG_LOG*",
-    "SGLANG_PORT",
-    "SGLANG_TEST_*",
-    "SGLANG_WARMUP_TIMEOUT",
-    "DG_JIT_DUMP_*",
-    "DG_JIT_PRINT_*",
-    "DG_PRINT_CONFIGS",
-    # Whatever else they are: no secret's value is recorded.
-    "*_KEY",
-    "*PASSWORD*",
-    "*SECRET*",
-    "*_TOKEN",
-)
 _PLACES = frozenset(variable for family in FAMILIES for variable, _ in family.env)
 
 _MEMO_LIMIT = 4 << 20
@@ -121,18 +101,29 @@ def switches(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environ.items())
-        if _matches(name, SWITCHES) and name not in _PLACES and not _matches(name, INERT)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in SWITCHES)
+        and name not in _PLACES
+        and not variables.is_inert(name)
     }
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def factor_variables(environ: Mapping[str, str], cuda_home: str) -> dict[str, str]:
+    """Return the variables of this environment that are factors of families. cuda_home: as compilers find it."""
+    return variables.of_process({**environ, variables.CUDA_HOME: cuda_home}, _PLACES)
+
+
+def of_task(record: Record, own: Mapping[str, str]) -> Record:
+    """Return the record as it is for a task with these variables of its own."""
+    return {**record, "variables": variables.of_task(record.get("variables", {}), own, _PLACES)}
 
 
 def family_factors(record: Record, family: str) -> dict[str, str | None]:
-    """Return the factors of one family, in the table's order."""
+    """Return the factors of one family, in the table's order, and then the variables that are set."""
     factors = record["factors"]
-    return {name: factors.get(name) for name in FAMILY[family].factors}
+    return {
+        **{name: factors.get(name) for name in FAMILY[family].factors},
+        **variables.of_family(record.get("variables", {}), family),
+    }
 
 
 def family_key(record: Record, family: str) -> str:
@@ -168,6 +159,7 @@ def sound(record: Any) -> TypeGuard[Record]:
         and isinstance(sglang, dict)
         and all(name in sglang and isinstance(sglang[name], (str, type(None))) for name in ("version", "commit"))
         and _texts(record.get("switches", {}), (str,))
+        and _texts(record.get("variables", {}), (str,))
         and isinstance(observed, dict)
     )
 
@@ -229,7 +221,8 @@ def read_memo(
         record = memo.record
         model, seen = gpu_model(record), _text(record["observed"].get("driver"))
         if (
-            record["factors"].get("mount") == posixpath.normpath(mount)
+            "variables" in record  # else an earlier version's: it may lack factors that a task's container finds
+            and record["factors"].get("mount") == posixpath.normpath(mount)
             and memo.env == _probe_env(env)
             and (gpus is None or model is None or gpus == model)
             and (driver is None or seen is None or driver == seen)
@@ -257,11 +250,15 @@ def write_memo(root: Path, image_id: str, record: Record, *, env: Mapping[str, s
     new = ProbeMemo(image_id, _probe_env(env), TABLE_VERSION, record)
     same = new.circumstances()
     before = _current(path, image_id)
-    if known and any(m.circumstances() == same and m.record["factors"] == record["factors"] for m in before):
+    if known and any(m.circumstances() == same and _alike(m.record, record) for m in before):
         return
     memos = [new, *(memo for memo in before if memo.circumstances() != same)][:_MEMO_KEEP]
     rows = [{"table": memo.table, "env": memo.env, "record": memo.record} for memo in memos]
     _write(path, {"schema": SCHEMA, "image": image_id, "memos": rows})
+
+
+def _alike(one: Record, other: Record) -> bool:
+    return one["factors"] == other["factors"] and one.get("variables") == other.get("variables")
 
 
 def drop_memos(path: Path, toolchain: str) -> None:

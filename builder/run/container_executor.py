@@ -154,7 +154,8 @@ class ContainerExecutor:
             record = self._remembered(env, host)
             # Podman does not report that it has no GPUs to give: only a container shows it.
             doubted = self.context.options.creates and bool(self.context.manifest.gpus.count) and self.engine.podman
-            self._records[env] = self.probe(env) if record is None or doubted else record
+            found = self.probe(env) if record is None or doubted else record
+            self._records[env] = toolchain.of_task(found, dict(env))
         return self._records
 
     def remembers(self, tasks: Sequence[Task]) -> bool:

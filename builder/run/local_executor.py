@@ -83,7 +83,7 @@ class LocalExecutor:
             record = local_job.probe(self._environ, self.root, local_job.serving_image(self._image), own)
             if self._image is None:
                 self._image = environment.recognised(self.root, record)
-            self._records[env] = environment.of_image(record, self._image)
+            self._records[env] = toolchain.of_task(environment.of_image(record, self._image), own)
         report = self.context.report
         assert self._image is not None
         report.image_id, report.extra["image_known"] = self._image.id, self._image.how

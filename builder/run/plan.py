@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builder.cache import markers, toolchain
+from builder.cache import markers, toolchain, variables
 from builder.cache.coverage import coverage, coverage_digest, needs_config
 from builder.cache.model_store import config_digest
 from builder.cache.toolchain import Record
@@ -18,8 +18,14 @@ ProbeEnv = tuple[tuple[str, str], ...]
 
 
 def probe_env(task: Task) -> ProbeEnv:
-    """Return the variables of a task that change what a probe finds (another nvcc, another preload)."""
-    return tuple(sorted((name, value) for name, value in task.env.items() if name in toolchain.PROBE_ENV))
+    """Return the variables of a task that change its record: what a probe finds, and factors of families."""
+    return tuple(
+        sorted(
+            (name, value)
+            for name, value in task.env.items()
+            if name in toolchain.PROBE_ENV or variables.factor_of(name) is not None
+        )
+    )
 
 
 @dataclass(frozen=True)

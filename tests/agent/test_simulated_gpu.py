@@ -35,6 +35,7 @@ RECORD: Record = {
     "factors": {"compute_capability": "9.0", "mount": "/jit"},
     "gpus": [{"name": "NVIDIA H200"}],
     "sglang": {"version": "0.5.23", "commit": None},
+    "variables": {},
     "observed": {"driver": None, "python": "3.12", "problems": [], "pretended": None},
 }
 

@@ -651,3 +651,15 @@ def test_host_specific_files_are_removed(tmp_path: Path) -> None:
     assert inventory.remove_host_specific(family, tmp_path / "gone") == []
     shutil.rmtree(tmp_path / "gpu_p2p_access_cache_for_dir")
     assert inventory.remove_host_specific(family, tmp_path) == []
+
+
+def test_what_no_compiler_made_is_no_entry(tmp_path: Path) -> None:
+    for name in (
+        "ple/table.bin",
+        "model_streamer/x/config.json",
+        "gpu_p2p_access_cache_for_0.json",
+        "torch/ple/k.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert set(inventory.scan(FAMILY["sglang_cache"], tmp_path).entries) == {"torch/ple/k.json"}

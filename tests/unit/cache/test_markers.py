@@ -45,6 +45,7 @@ def record(**factors: str | None) -> Record:
         "factors": {**{name: f"{name} 1" for name in names}, **known, **factors},
         "gpus": [],
         "sglang": {"version": "0.5.23", "commit": "abc"},
+        "variables": {},
         "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
     }
 

@@ -71,6 +71,7 @@ def record(**factors: str | None) -> Record:
         "factors": {**{name: f"{name} 1\nline two" for name in names}, "mount": "/jit", **factors},
         "gpus": [{"index": 0, "uuid": "GPU-1", "name": "NVIDIA H200", "compute_capability": "9.0"}],
         "sglang": {"version": "0.5.23", "commit": "abc"},
+        "variables": {},
         "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
     }
 

@@ -32,6 +32,7 @@ def record(**factors: str | None) -> Record:
         "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit", **factors},
         "gpus": [dict(H200), {**H200, "index": 1, "uuid": "GPU-1"}],
         "sglang": {"version": "0.5.23", "commit": None},
+        "variables": {},
         "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
     }
 
@@ -171,3 +172,13 @@ def test_memo_replaced_by_fifo_does_not_block(tmp_path: Path) -> None:
     path.parent.mkdir()
     os.mkfifo(path)
     assert remembered(tmp_path) is None
+
+
+def test_memo_without_variables_is_asked_for_again(tmp_path: Path) -> None:
+    """An earlier version did not record them; a task's container would find factors that the memo lacks."""
+    old = record()
+    del old["variables"]
+    toolchain.write_memo(tmp_path, IMAGE, old, env={})
+    assert toolchain.read_memo(tmp_path, IMAGE, mount="/jit", gpus=None, driver=None, env={}) is None
+    toolchain.write_memo(tmp_path, IMAGE, record(), env={}, known=True)
+    assert toolchain.read_memo(tmp_path, IMAGE, mount="/jit", gpus=None, driver=None, env={}) == record()

@@ -44,6 +44,7 @@ RECORD: Record = {
     "factors": {},
     "gpus": [],
     "sglang": {"version": "0.5.23", "commit": "abc"},
+    "variables": {},
     "observed": {},
 }
 SCHEMA = jsonschema.Draft202012Validator(schema())

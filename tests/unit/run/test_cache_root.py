@@ -126,6 +126,7 @@ def root(tmp_path: Path) -> Path:
         "factors": {factor: None for family in FAMILIES for factor in family.factors},
         "gpus": [],
         "sglang": {"version": None, "commit": None},
+        "variables": {},
         "observed": {},
     }
     marker = markers.build(

@@ -28,6 +28,7 @@ def record(sglang: str = "0.5.23", **factors: str) -> Record:
         "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit", **factors},
         "gpus": [],
         "sglang": {"version": sglang, "commit": "abc"},
+        "variables": {},
         "observed": {"driver": None, "python": "3.12.3", "problems": []},
     }
 

@@ -98,6 +98,7 @@ def test_preflight_probe_decides_about_gpus(write: Write, monkeypatch: pytest.Mo
             "factors": {},
             "gpus": [{"name": name} for name in names],
             "sglang": {"version": None, "commit": None},
+            "variables": {},
             "observed": {},
         }
 

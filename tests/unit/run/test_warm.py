@@ -48,6 +48,7 @@ def record() -> Record:
         "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit"},
         "gpus": [],
         "sglang": {"version": "0.5.23", "commit": "abc"},
+        "variables": {},
         "observed": {"driver": None, "python": "3.12.3", "problems": []},
     }
 
