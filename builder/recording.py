@@ -82,7 +82,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Unrecorded:
     """A test, class or file whose launches are not, or not all, recorded."""
 
     state: State
@@ -104,10 +104,10 @@ class FileEnd:
     listed: bool
 
 
-Record = Launch | Problem | FileEnd
-_KINDS: Mapping[str, type[Launch | Problem | FileEnd]] = {
+Record = Launch | Unrecorded | FileEnd
+_KINDS: Mapping[str, type[Launch | Unrecorded | FileEnd]] = {
     "launch": Launch,
-    "problem": Problem,
+    "problem": Unrecorded,
     "end": FileEnd,
 }
 

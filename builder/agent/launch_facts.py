@@ -17,7 +17,7 @@ from builder.agent.launch_unknown import MISSING, Unknown
 
 
 @dataclass(frozen=True)
-class Gpu:
+class CudaGpu:
     """A GPU as CUDA describes it. capability: major and minor; memory: MiB, as nvidia-smi prints it."""
 
     name: str
@@ -27,10 +27,10 @@ class Gpu:
 
 
 #: Sources: NVIDIA's CUDA GPU table (capability), nvidia-smi of SXM boards (MiB), the architectures' white papers (SMs).
-GPUS: Mapping[str, Gpu] = {
-    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 81559, 132),
-    "H200": Gpu("NVIDIA H200", (9, 0), 143771, 132),
-    "B200": Gpu("NVIDIA B200", (10, 0), 183359, 148),
+GPUS: Mapping[str, CudaGpu] = {
+    "H100": CudaGpu("NVIDIA H100 80GB HBM3", (9, 0), 81559, 132),
+    "H200": CudaGpu("NVIDIA H200", (9, 0), 143771, 132),
+    "B200": CudaGpu("NVIDIA B200", (10, 0), 183359, 148),
 }
 
 #: Variables of the tests' jobs, as upstream's workflows set them (``_pr-test-stage.yml`` and its runners). The RDMA
@@ -56,7 +56,7 @@ class _Properties:
     warp_size: int = 32
 
 
-def table(gpu: Gpu, count: int) -> dict[str, Any]:
+def table(gpu: CudaGpu, count: int) -> dict[str, Any]:
     """Return what is known: qualified names first, then names that answer alike in any module."""
     major, minor = gpu.capability
     memory = gpu.memory << 20

@@ -20,14 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from builder.agent import confinement
-from builder.recording import LONGEST_LINE, FileEnd, Launch, Problem, Record, Request, TestFile, decode
+from builder.recording import LONGEST_LINE, FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode
 
 #: Records of one file: more are no test's.
 _MOST_RECORDS = 4096
 _CHUNK = 1 << 16
 _FILE_SIZE = 64 << 20
 
-#: Called with the file and each of its records; the last one of each file is a `FileEnd`, or a `Problem` of the file.
+#: Called with the file and each of its records; a file's last one is a `FileEnd`, or an `Unrecorded` of the file.
 Report = Callable[[TestFile, Record], None]
 
 
@@ -151,7 +151,7 @@ def _finish(child: _Child, request: Request, report: Report) -> None:
     elif not why and child.end is not None and child.end.launches != child.launches:
         why = f"it reported {child.launches} launches of {child.end.launches}"
     if why or child.end is None:
-        report(child.file, Problem("not-understood", "", f"{child.file.path}:1", why))
+        report(child.file, Unrecorded("not-understood", "", f"{child.file.path}:1", why))
     else:
         report(child.file, child.end)
 

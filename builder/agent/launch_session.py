@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from builder.agent import launch_facts, launch_functions, launch_modules, launch_patches, launch_unknown
-from builder.recording import FileEnd, Launch, Problem, Request, State, TestFile, encode
+from builder.recording import FileEnd, Launch, Request, State, TestFile, Unrecorded, encode
 
 TEMPORARY = "TEMPORARY"
 #: Variables that no launch depends on: set by an evaluation's client, in the test's process.
@@ -45,7 +45,7 @@ def record_file(request: Request, file: TestFile, descriptor: int, scratch: str)
     leave = os._exit
     lock = threading.Lock()
 
-    def send(record: Launch | Problem | FileEnd) -> None:
+    def send(record: Launch | Unrecorded | FileEnd) -> None:
         data = encode(record)
         with lock:
             while data:
@@ -126,7 +126,7 @@ class _Session:
         why = self._plain(" ".join(why.split()))[:_WHY]
         if (state, test, location, why) not in self._told:
             self._told.add((state, test, location, why))
-            self._send(Problem(state, test, location, why))
+            self._send(Unrecorded(state, test, location, why))
 
     def guessed(self, name: str) -> None:
         """Report a branch on a predicate that is unknown; of an object, it asks about no machine."""

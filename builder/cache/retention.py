@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.cache import removal
-from builder.cache.survey import Dir, Holdings, Mark, Memo, Object, survey
+from builder.cache.survey import Dir, Holdings, Memo, Object, SurveyedMarker, survey
 from builder.job import PrunePolicy
 from builder.text import age, counted, size
 
@@ -102,18 +102,18 @@ class _Choice:
             mark.path: why for mark in self.held.marks for place in mark.dirs if (why := self.pinned.get(place))
         }
 
-    def _serves(self, mark: Mark) -> bool:
+    def _serves(self, mark: SurveyedMarker) -> bool:
         """Return whether tasks of the current image, or of the manifest, need this marker."""
         if mark.folder not in self.policy.folders and mark.task not in self.policy.tasks:
             return False
         return any(all(keys.get(family) == key for family, key in mark.keys.items()) for keys in self.policy.keys)
 
-    def drop(self, mark: Mark, why: str) -> None:
+    def drop(self, mark: SurveyedMarker, why: str) -> None:
         if mark.path not in self.needed and mark.path not in self.stuck:
             self.dropped.setdefault(mark.path, why)
 
     @property
-    def kept(self) -> list[Mark]:
+    def kept(self) -> list[SurveyedMarker]:
         return [mark for mark in self.held.marks if mark.path not in self.dropped]
 
     def generations(self) -> set[str]:
@@ -227,9 +227,9 @@ def _bysize(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
             choice.drop(mark, f"least recently used, and the root is over {size(limit)}")
 
 
-def _oldest_generation(choice: _Choice) -> tuple[float, list[Mark]] | None:
+def _oldest_generation(choice: _Choice) -> tuple[float, list[SurveyedMarker]] | None:
     """Return the least recently used toolchain of those that may be dropped, with its last use."""
-    found: dict[str, list[Mark]] = {}
+    found: dict[str, list[SurveyedMarker]] = {}
     for mark in choice.kept:
         if mark.path not in choice.needed and mark.path not in choice.stuck:
             found.setdefault(mark.toolchain, []).append(mark)
@@ -237,7 +237,7 @@ def _oldest_generation(choice: _Choice) -> tuple[float, list[Mark]] | None:
     return min(dated, key=lambda pair: pair[0], default=None)
 
 
-def _used(choice: _Choice, mark: Mark) -> float:
+def _used(choice: _Choice, mark: SurveyedMarker) -> float:
     """Return the last use of a marker, or of directories that only its toolchain has."""
     alone = [
         choice.held.dirs[place].used

@@ -30,7 +30,7 @@ Dir = tuple[str, str]  # family, key
 
 
 @dataclass(frozen=True)
-class Mark:
+class SurveyedMarker:
     """A marker. path: below the root. folder: name of its directory. task: its label, for people.
 
     toolchain: of the run that wrote it. keys, entries: by claimed family. image: id of the image of that run, or "".
@@ -80,7 +80,7 @@ class Holdings:
     without what only generations and views hold, which is `view_bytes`.
     """
 
-    marks: tuple[Mark, ...]
+    marks: tuple[SurveyedMarker, ...]
     memos: tuple[Memo, ...]
     strangers: Mapping[str, str]
     newer: bool
@@ -112,8 +112,8 @@ def survey(root: Path) -> Holdings:
     return Holdings(
         marks=tuple(found),
         memos=tuple(memos(root)),
-        strangers={path: problem for path, problem, _ in strangers},
-        newer=any(newer for _, _, newer in strangers),
+        strangers={stranger.path: stranger.problem for stranger in strangers},
+        newer=any(stranger.newer for stranger in strangers),
         dirs=dirs,
         entries=entries,
         bytes=total,
@@ -121,19 +121,19 @@ def survey(root: Path) -> Holdings:
     )
 
 
-def marks(root: Path) -> tuple[list[Mark], list[tuple[str, str, bool]]]:
-    """Return every marker, and of other files in their place (path, problem, whether only the schema is another)."""
+def marks(root: Path) -> tuple[list[SurveyedMarker], list[marker_files.MarkerFile]]:
+    """Return every marker, and the other files in their place."""
     readable, strangers = [], []
     for found in marker_files.every(root):
         if found.marker is None:
-            strangers.append((found.path, found.problem, found.newer))
+            strangers.append(found)
         else:
-            readable.append(_mark(root, found, found.marker))
+            readable.append(_surveyed(root, found, found.marker))
     return readable, strangers
 
 
-def _mark(root: Path, found: marker_files.MarkerFile, marker: marker_files.Marker) -> Mark:
-    return Mark(
+def _surveyed(root: Path, found: marker_files.MarkerFile, marker: marker_files.Marker) -> SurveyedMarker:
+    return SurveyedMarker(
         path=found.path,
         folder=found.folder,
         task=text.printable(marker.label or found.folder)[:200],

@@ -20,6 +20,7 @@ from builder.cli.options import VERBS
 from builder.cli.parser import CommandLine, CommandLineError
 from builder.cli.signals import Signals
 from builder.errors import (
+    CANNOT_RUN,
     BuilderError,
     DefectError,
     Interrupted,
@@ -239,9 +240,9 @@ def _unexpected(raised: Exception) -> BuilderError:
         )
     if isinstance(raised, OSError) and raised.errno in SHORTAGES:
         place = f"{raised.filename}: " if raised.filename else ""
-        return PreflightError(f"this machine can't run it: {place}{raised.strerror}")
+        return PreflightError(f"{CANNOT_RUN}: {place}{raised.strerror}")
     if isinstance(raised, RuntimeError) and str(raised) == NO_THREAD:
-        return PreflightError("this machine can't run it: it has no room for one more thread (ulimit -u, pids.max)")
+        return PreflightError(f"{CANNOT_RUN}: it has no room for one more thread (ulimit -u, pids.max)")
     return DefectError(
         f"a defect in warm-cache: {type(raised).__name__}: {raised}. Run again with -v for the traceback."
     )

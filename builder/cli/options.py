@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from builder.errors import Problem
+from builder.errors import CANNOT_RUN, Problem
 from builder.manifest.load import profiles
 
 T = TypeVar("T")
@@ -348,7 +348,7 @@ MEANS: dict[int, str] = {
     2: "usage or manifest",
     10: "something is cold",
     11: "some tasks failed, were partial, timed out or were skipped",
-    12: "this machine can't run it",
+    12: CANNOT_RUN,
     13: "GPUs were not released",
     14: "the budget ended with tasks still cold",
     15: "cache or GPUs are busy",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from builder import sglang_args
 from builder.manifest import neutral
-from builder.recording import Launch, Problem
+from builder.recording import Launch, Unrecorded
 from builder.task import RECIPES, Task
 from builder.text import printable
 
@@ -65,13 +65,13 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list(found.values())
 
 
-def known(launches: Iterable[Launch]) -> tuple[list[Launch], list[Problem]]:
+def known(launches: Iterable[Launch]) -> tuple[list[Launch], list[Unrecorded]]:
     """Return the launches without unknown words that a kernel may depend on, and a problem for each other one."""
     found, problems = [], []
     for launch in launches:
         why = _unknown(launch)
         if why:
-            problems.append(Problem("not-understood", launch.test, launch.location, why))
+            problems.append(Unrecorded("not-understood", launch.test, launch.location, why))
         else:
             found.append(launch)
     return found, problems
@@ -219,7 +219,7 @@ def _argv_lines(argv: Sequence[str]) -> list[str]:
 def as_text(
     compared: Sequence[Compared],
     unneeded: Sequence[str],
-    problems: Sequence[Problem],
+    problems: Sequence[Unrecorded],
     manifest: str,
     counts: str,
 ) -> str:
@@ -235,7 +235,7 @@ def as_text(
     return "\n".join(map(printable, lines))
 
 
-def describe(problem: Problem) -> str:
+def describe(problem: Unrecorded) -> str:
     """Return one line for a test of which not all launches are recorded."""
     name = f" {problem.test}" if problem.test else ""
     state = problem.state.replace("-", " ")

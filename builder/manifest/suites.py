@@ -17,8 +17,7 @@ from pathlib import Path
 
 from builder import files
 from builder.errors import Problem, UsageError
-from builder.recording import Problem as Unrecorded
-from builder.recording import TestFile
+from builder.recording import TestFile, Unrecorded
 from builder.text import did_you_mean, printable
 
 _PARAMETERS = ("est_time", "suite", "nightly", "disabled")  # as positional arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from builder.errors import BuilderError, ProblemsError
@@ -60,6 +60,23 @@ class TaskResult:
 
 
 @dataclass
+class GpuResult:
+    """One GPU of the machine, as it was before the run; the fields are keys of the document.
+
+    held_by: ids of the processes that used it.
+    free_again_seconds: longest time that it was in use after a task; None: it never was free again, or no task ran.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    memory_total_bytes: int | None
+    memory_used_bytes: int | None
+    held_by: list[int]
+    free_again_seconds: float | None = None
+
+
+@dataclass
 class Report:
     """The result of a run; complete at every moment, so that an interrupted run has a report too."""
 
@@ -69,7 +86,7 @@ class Report:
     toolchain: str | None = None
     cache: str = ""
     tasks: list[TaskResult] = field(default_factory=list)
-    gpus: list[dict[str, Any]] = field(default_factory=list)
+    gpus: list[GpuResult] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     #: Text that the verb prints on stdout.
@@ -127,7 +144,7 @@ class Report:
                 }
                 for task in self.tasks
             ],
-            "gpus": self.gpus,
+            "gpus": [asdict(gpu) for gpu in self.gpus],
             "warnings": self.warnings,
             "seconds": round(self.seconds, 3),
             **self.extra,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from builder import events
 from builder.engine.container import Deadlines
-from builder.errors import BuilderError, DefectError, EngineLostError, PreflightError, Problem
+from builder.errors import CANNOT_RUN, BuilderError, DefectError, EngineLostError, PreflightError, Problem
 from builder.events import FAILED
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
@@ -170,7 +170,7 @@ class _Holder:
             return
         if outcome.exit_code == FAILED:
             problem = Problem("cache", outcome.tail[-1] if outcome.tail else f"{lock.name} cannot be taken.")
-            self._failure = PreflightError("this machine can't run it", [problem])
+            self._failure = PreflightError(CANNOT_RUN, [problem])
         elif not self._cancel.is_set:
             message = f"the container that holds {lock.name} {describe(outcome)}"
             self._failure = EngineLostError(message, notes=outcome.tail)

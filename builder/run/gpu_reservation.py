@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.errors import DeferredError, GpusHeldError, PreflightError, Problem
+from builder.errors import CANNOT_RUN, DeferredError, GpusHeldError, PreflightError, Problem
 from builder.host import gpu_locks, hooks
 from builder.host.deadlines import Deadline, poll
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
+from builder.report.results import GpuResult
 from builder.run import preflight
 from builder.run.context import Context
 from builder.run.plan import Item
@@ -255,19 +256,18 @@ class GpuReservation:
             self._context.cancel.wait(_EVERY)
             self._context.cancel.check()
         self._context.report.gpus = [
-            {
-                "index": gpu.index,
-                "uuid": gpu.uuid,
-                "name": gpu.name,
-                "memory_total_bytes": gpu.total,
-                "memory_used_bytes": gpu.used,
-                "held_by": [process.pid for process in gpu.processes or ()],
-                "free_again_seconds": None,
-            }
+            GpuResult(
+                index=gpu.index,
+                uuid=gpu.uuid,
+                name=gpu.name,
+                memory_total_bytes=gpu.total,
+                memory_used_bytes=gpu.used,
+                held_by=[process.pid for process in gpu.processes or ()],
+            )
             for gpu in snapshot.gpus
         ]
         if problems and not self._context.options.allow_busy:
-            raise PreflightError("this machine can't run it now", problems)
+            raise PreflightError(f"{CANNOT_RUN} now", problems)
         self._context.report.warnings += [problem.text for problem in problems]
 
     @contextlib.contextmanager
@@ -314,9 +314,9 @@ class GpuReservation:
     def _report(self, freed: dict[str, float]) -> None:
         """Report the longest wait of all tasks; None for a GPU that is not free yet."""
         for entry in self._context.report.gpus:
-            seconds = freed.get(entry["uuid"])
-            before = entry["free_again_seconds"] or 0.0
-            entry["free_again_seconds"] = None if seconds is None else round(max(before, seconds), 3)
+            seconds = freed.get(entry.uuid)
+            before = entry.free_again_seconds or 0.0
+            entry.free_again_seconds = None if seconds is None else round(max(before, seconds), 3)
 
     def _held(self, before: GpuSnapshot) -> list[Held]:
         now = self._executor.gpu_snapshot()

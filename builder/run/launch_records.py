@@ -19,7 +19,7 @@ from typing import Protocol
 
 from builder import files
 from builder.events import Event, LaunchRecorded
-from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, decode, encode, from_mapping
+from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode, encode, from_mapping
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: What of the program decides what is recorded.
@@ -49,7 +49,7 @@ class FileRecords:
 
     file: TestFile
     launches: list[Launch] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Unrecorded] = field(default_factory=list)
     end: FileEnd | None = None
     broken: bool = False
 
@@ -111,7 +111,7 @@ def record(request: Request, recorder: Recorder, store: Store | None) -> list[Fi
 
 
 def _blame(records: FileRecords, why: str) -> None:
-    records.add(Problem("not-understood", "", f"{records.file.path}:1", why))
+    records.add(Unrecorded("not-understood", "", f"{records.file.path}:1", why))
 
 
 def workers() -> int:

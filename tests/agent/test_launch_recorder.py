@@ -13,7 +13,7 @@ import pytest
 
 from builder import events
 from builder.job import Job
-from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, from_mapping
+from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, from_mapping
 from tests.checkout import Checkout
 from tests.program import NONCE, ROOT
 
@@ -31,8 +31,8 @@ class Recorded:
     def launches(self, name: str) -> list[Launch]:
         return [each for each in self.records.get(name, []) if isinstance(each, Launch)]
 
-    def problems(self, name: str) -> list[Problem]:
-        return [each for each in self.records.get(name, []) if isinstance(each, Problem)]
+    def problems(self, name: str) -> list[Unrecorded]:
+        return [each for each in self.records.get(name, []) if isinstance(each, Unrecorded)]
 
     def ended(self, name: str) -> bool:
         return isinstance(self.records[name][-1], FileEnd)

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, decode, encode
+from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode, encode
 
 LAUNCH = Launch("TestIt.setUpClass", "test/a.py:7", "pd", "org/m", ("--tp", "8"), (("A", "1"),))
 
 
 @pytest.mark.parametrize(
     "record",
-    [LAUNCH, Problem("skipped", "TestIt", "test/a.py:1", "why"), FileEnd(3, ("a.py",), ("b.py",), listed=True)],
+    [LAUNCH, Unrecorded("skipped", "TestIt", "test/a.py:1", "why"), FileEnd(3, ("a.py",), ("b.py",), listed=True)],
 )
 def test_decode_returns_what_was_encoded(record: Record) -> None:
     line = encode(record)

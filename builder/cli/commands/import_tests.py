@@ -17,7 +17,7 @@ from builder.cli.options import ManifestArgs
 from builder.errors import ColdError, UsageError
 from builder.manifest import from_tests, rewrite, suites
 from builder.manifest.load import Manifest, load, without_tasks
-from builder.recording import Launch, Problem, Request
+from builder.recording import Launch, Request, Unrecorded
 from builder.run import launch_recorders, launch_records
 from builder.text import counted
 
@@ -75,8 +75,8 @@ def _report(
     manifest: Manifest | None,
     update: Path | None,
     launches: Sequence[Launch],
-    problems: Sequence[Problem],
-    unclear: Sequence[Problem],
+    problems: Sequence[Unrecorded],
+    unclear: Sequence[Unrecorded],
     selection: suites.Selection,
 ) -> None:
     extra: dict[str, Any] = {

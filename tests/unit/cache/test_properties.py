@@ -39,12 +39,6 @@ STEP = 1 if EXAMPLES > 100 else 3
 pytestmark = pytest.mark.timeout(120 + EXAMPLES * 0.2)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One directory for all examples, which write over each other's files."""
-    return tmp_path_factory.mktemp("properties")
-
-
 # --- markers and memos ---
 
 TASK = Task(

@@ -52,12 +52,6 @@ RUNS = settings(FUZZ, max_examples=max(1, EXAMPLES // 3))
 pytestmark = pytest.mark.timeout(120 + EXAMPLES * 0.2)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One directory for all examples, which write over each other's files."""
-    return tmp_path_factory.mktemp("properties")
-
-
 def frame(stream: int, data: bytes) -> bytes:
     return struct.pack(">BxxxL", stream, len(data)) + data
 

@@ -10,7 +10,7 @@ import pytest
 
 from builder.manifest import from_tests, neutral
 from builder.manifest.load import Overrides, load
-from builder.recording import Kind, Launch, Problem
+from builder.recording import Kind, Launch, Unrecorded
 from builder.task import Task
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -110,5 +110,5 @@ def test_manifest_covers_every_launch_it_was_printed_from(tmp_path: Path) -> Non
 
 
 def test_describe_shows_no_marks() -> None:
-    problem = Problem("not-understood", "TestIt", "a.py:1", f"depends on {UNKNOWN}")
+    problem = Unrecorded("not-understood", "TestIt", "a.py:1", f"depends on {UNKNOWN}")
     assert from_tests.describe(problem) == "not understood: a.py:1 TestIt: depends on torch.x()"

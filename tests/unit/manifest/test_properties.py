@@ -50,12 +50,6 @@ RECORD: Record = {
 SCHEMA = jsonschema.Draft202012Validator(schema())
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One directory for all examples, which write over each other's files."""
-    return tmp_path_factory.mktemp("properties")
-
-
 MANIFEST = '''\
 schema = 1
 [image]

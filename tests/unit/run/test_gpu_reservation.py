@@ -13,6 +13,7 @@ from builder.errors import GpusHeldError
 from builder.host.cancel import Cancel
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
 from builder.manifest.load import GpusSpec
+from builder.report.results import GpuResult
 from builder.run.gpu_reservation import TOLERANCE, GpuReservation
 
 OURS, THEIRS = "0" * 64, "f" * 64
@@ -35,7 +36,7 @@ class FakeExecutor:
             manifest=SimpleNamespace(gpus=GpusSpec(release_timeout=timeout)),
             options=SimpleNamespace(allow_busy=allow_busy),
             console=SimpleNamespace(say=self.said.append),
-            report=SimpleNamespace(gpus=[{"uuid": "GPU-0", "free_again_seconds": None}], warnings=[], extra={}),
+            report=SimpleNamespace(gpus=[GpuResult(0, "GPU-0", "", None, None, [])], warnings=[], extra={}),
         )
 
     def gpu_snapshot(self) -> GpuSnapshot:
@@ -69,7 +70,7 @@ def test_idle_gpu_is_free_at_once() -> None:
 def test_busy_gpu_is_free_after_a_while() -> None:
     executor = task(holding(SERVER), holding(SERVER), IDLE, timeout=20)
     assert executor.said[-1].startswith("GPUs free again after 0.")
-    assert executor.context.report.gpus[0]["free_again_seconds"] > 0
+    assert executor.context.report.gpus[0].free_again_seconds > 0
 
 
 def test_process_that_stays_is_named_with_its_removed_container() -> None:

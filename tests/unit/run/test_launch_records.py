@@ -9,7 +9,7 @@ import pytest
 
 from builder import events
 from builder.events import Event, LaunchRecorded
-from builder.recording import FileEnd, Launch, Problem, Record, Request, TestFile, fields_of
+from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, fields_of
 from builder.run.launch_records import FileRecords, Store, record
 
 A, B, C = (TestFile(f"test/{name}.py", 8) for name in "abc")
@@ -68,7 +68,7 @@ def test_record_blames_file_that_ends_recorder_and_goes_on(request_: Request) ->
     recorder = Recorder((B,))
     found = record(request_, recorder, None)
     assert launches(found) == [launch(A), launch(C)]
-    assert found[1].problems == [Problem("not-understood", "", "test/b.py:1", "it was killed")]
+    assert found[1].problems == [Unrecorded("not-understood", "", "test/b.py:1", "it was killed")]
     assert recorder.asked == [(A, B, C), (B, C), (C,)]
 
 
