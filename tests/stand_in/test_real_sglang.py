@@ -352,6 +352,24 @@ def serve_manifest(tmp_path: Path, image: str, recipe: str) -> Path:
     return manifest
 
 
+#: What sglang's JIT modules, Triton's driver module and FlashInfer look for while they compile.
+TOOLS = """
+import importlib.metadata as metadata, os, shutil, sysconfig
+from packaging.requirements import Requirement
+wanted = [Requirement(text) for text in metadata.requires("torch") if text.startswith("triton")]
+assert all(metadata.version(each.name) in each.specifier for each in wanted), metadata.version("triton")
+assert shutil.which("ninja") and shutil.which("c++")
+assert os.path.isfile(sysconfig.get_path("include") + "/Python.h")
+assert os.path.isfile(os.environ["CUDA_HOME"] + "/lib64/libcudart.so")
+"""
+
+
+def test_real_image_has_what_jit_looks_for(docker_host: str, stand_in_image: str) -> None:
+    command = ["docker", "-H", docker_host, "run", "--rm", "--network", "none", stand_in_image, "python3", "-c", TOOLS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_real_server_answers_and_is_warmed(tmp_path: Path, stand_in_image: str) -> None:
     manifest = serve_manifest(tmp_path, stand_in_image, "serve")
     run = warm_cache(

@@ -64,7 +64,7 @@ for name in bin sbin lib lib64; do ln -s "usr/$name" "$ROOT/$name"; done
 chmod 1777 "$ROOT/tmp" "$ROOT/var/tmp"
 
 # 1. The base system: what these packages need, asked of an empty package database; unpacked, no maintainer scripts.
-PACKAGES="python3.11 gcc g++ binutils libc-bin coreutils bash dash sed grep gawk findutils procps util-linux numactl tini"
+PACKAGES="python3.11 libpython3.11-dev gcc g++ binutils libc-bin coreutils bash dash sed grep gawk findutils procps util-linux numactl tini"
 : >"$CACHE/no-packages"
 apt_get() {
   apt-get -qq -o Dir::State::status="$CACHE/no-packages" -o Dir::Cache::archives="$DEBS" -o APT::Install-Recommends=0 \
@@ -85,6 +85,7 @@ done
 [ -e "$ROOT/bin/sh" ] || ln -s dash "$ROOT/bin/sh"
 [ -e "$ROOT/usr/bin/awk" ] || ln -s gawk "$ROOT/usr/bin/awk"
 ln -sf gcc "$ROOT/usr/bin/cc"
+ln -sf g++ "$ROOT/usr/bin/c++"
 ln -sf python3.11 "$ROOT/usr/bin/python3"
 printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/:/bin/false\n' >"$ROOT/etc/passwd"
 printf 'root:x:0:\nnogroup:x:65534:\n' >"$ROOT/etc/group"
@@ -142,7 +143,10 @@ ldconfig
 /.build/uv venv -q --python /usr/bin/python3.11 $HOME_IN_IMAGE/venv
 /.build/uv pip install -q --no-deps --python $HOME_IN_IMAGE/venv/bin/python -r /.build/requirements.txt
 /usr/bin/python3.11 /.build/src/mkstubs.py $SITE $HOME_IN_IMAGE/stubs
-rm -f $CUDA/lib/libcudart.so.13
+# The stub takes the runtime's place, and its names: programs that are linked while they run look for them in lib64.
+ln -sf $HOME_IN_IMAGE/stubs/libcudart.so.13 $CUDA/lib/libcudart.so.13
+ln -s libcudart.so.13 $CUDA/lib/libcudart.so
+ln -s lib $CUDA/lib64
 cp -r /.build/src/src/shim /.build/src/shapes.py /.build/src/tri.py $HOME_IN_IMAGE/
 cp -r /.build/src/tiny-model $HOME_IN_IMAGE/tiny
 IN_ROOT
@@ -164,7 +168,8 @@ for lib in triton/_C/libtriton.so torch/lib/libtorch_cpu.so torch/lib/libtorch_p
 done
 rm -rf "$ROOT$SITE"/triton/{backends/nvidia/lib/cupti*,_C/libproton.so,instrumentation} \
   "$ROOT$SITE"/torch/{bin/protoc*,bin/test_*,test,lib/*.a} "$ROOT$CUDA"/lib/*.a \
-  "$ROOT"/usr/share/gcc/python "$ROOT/usr/bin/lto-dump-12" "$ROOT"/usr/lib/gcc/x86_64-linux-gnu/12/{lto1,*san*.a,*san*.so}
+  "$ROOT"/usr/share/gcc/python "$ROOT/usr/bin/lto-dump-12" "$ROOT"/usr/lib/gcc/x86_64-linux-gnu/12/{lto1,*san*.a,*san*.so} \
+  "$ROOT"/usr/lib/x86_64-linux-gnu/libpython3.11*.a "$ROOT"/usr/lib/python3.11/config-3.11-x86_64-linux-gnu
 step "slimmed"
 
 # 4. One start of each mode writes the byte code that is really used (all of it would be 370 MB).
