@@ -130,7 +130,7 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
 def remove_generations(root: Path, guard: Guard) -> None:
     """Remove every generation that no view uses, the newest included; the next view makes its own.
 
-    A generation holds hard links: while it exists, removing a file of the root frees no bytes.
+    A generation is as large as the root was: what is removed there stays in it.
     """
     guard.acquire(layout.generations_lock(root), exclusive=True)
     for generation in _unused(root, spare=0):

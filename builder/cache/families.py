@@ -85,9 +85,9 @@ class Family:
     apart: names, directly in the family's directory, of what no compiler made: never entries, and copied nowhere.
     whole: patterns of directories that are published by one rename, so that they are quarantined only as a whole.
     rewritten: names of files that a mere use writes anew, so that a new time is no sign of a compilation.
-    renamed: every file of an entry is published by rename and never written again, so that a hard link of it stays as
-    it is. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of the others:
-    ninja, quack and torch's loader write in place, and the rest was not examined.
+    renamed: every file of an entry is published by rename and never written again, so that it can be copied while a
+    process compiles. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of
+    the others: ninja, quack and torch's loader write in place, and the rest was not examined.
     """
 
     name: str

@@ -4,16 +4,17 @@
 markers. It is built under a temporary name and published by one rename. The id is a digest of names, sizes and times of
 its files, so that an unchanged root has one generation, however many views are made.
 
-A file that its program publishes by rename (`Family.renamed`) gets a hard link here and costs nothing; a file that may
-be written in place would change under a view, so it is copied (once: the next generation links to this copy). A family
-of that kind is not read while a process compiles into it: its state in the newest generation is used again, or the
-family is omitted and reported.
+A generation shares no file with the root, where a job may write: what it holds is a copy, made once; the next
+generation links to this copy. Where the file system can (XFS, Btrfs), a copy shares its blocks and costs nothing. A
+file that may be written in place is not read while a process compiles into its family: the state in the newest
+generation is used again, or the family is omitted and reported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import os
@@ -34,6 +35,10 @@ STAMP = ".committed"
 
 _TRIES = 5
 _BATCH = 4096
+#: Part of every id: raise it when what a generation holds changes, so that no old one is used again.
+_VERSION = 2
+#: ioctl of Linux: make one file share the blocks of another (linux/fs.h).
+_FICLONE = 0x40049409
 #: A link that cannot be made, where a copy can.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
@@ -53,7 +58,7 @@ class Omitted:
 
 @dataclass(frozen=True)
 class _File:
-    """One file of a generation. link: a hard link is enough. dated: a new time is a sign of new content."""
+    """One file of a generation. link: it is of an earlier one. dated: a new time is a sign of new content."""
 
     name: str
     source: str
@@ -203,7 +208,7 @@ def _family(
                     source=str(base / name),
                     size=status.st_size,
                     time_ns=status.st_mtime_ns,
-                    link=(family.renamed or base != root) and not stamp,
+                    link=base != root and not stamp,
                     dated=not stamp and not matches(file, family.rewritten),
                 )
 
@@ -220,7 +225,7 @@ def _plain(root: Path, name: str) -> Iterator[_File]:
     """Yield a file of this program, which always publishes by rename."""
     status = _status(root / name)
     if status is not None:
-        yield _File(name, str(root / name), status.st_size, status.st_mtime_ns, link=True, dated=True)
+        yield _File(name, str(root / name), status.st_size, status.st_mtime_ns, link=False, dated=True)
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -240,7 +245,7 @@ def _locked(path: Path, shared: bool, locks: contextlib.ExitStack) -> bool:
 
 
 def _digest(files: list[_File]) -> str:
-    total = hashlib.sha256()
+    total = hashlib.sha256(f"{_VERSION}\n".encode())
     for file in sorted(files, key=lambda file: file.name):
         state = f"{file.size} {file.time_ns}" if file.dated else "-"
         total.update(f"{file.name}\0{state}\n".encode("utf-8", "surrogateescape"))
@@ -263,6 +268,7 @@ def _build(root: Path, place: Path, files: list[_File], newest: str | None, chec
             _put(file, new / file.name, before)
         layout.prepare(new)
         shutil.copystat(root, new)
+        _flush(new)
         new.rename(place)
     except BaseException:
         remove(new, place.parent)
@@ -283,7 +289,7 @@ def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
 
 def _put(file: _File, target: Path, before: Path | None) -> None:
     earlier = _status(before / file.name) if before is not None and (file.dated or file.stamp) else None
-    same = earlier is not None and file.is_like(earlier)
+    same = earlier is not None and file.is_like(earlier) and not _is_same(earlier, file.source)
     sources = [file.source] if file.link else []
     sources += [f"{before}/{file.name}"] if same else []
     for source in sources:
@@ -301,23 +307,44 @@ def _put(file: _File, target: Path, before: Path | None) -> None:
     _copy(file, target)
 
 
+def _is_same(status: os.stat_result, path: str) -> bool:
+    """Return whether the path is another name of this file: generations of earlier versions linked to the root."""
+    now = _status(Path(path))
+    return now is not None and os.path.samestat(status, now)
+
+
 def _copy(file: _File, target: Path) -> None:
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        source = os.open(file.source, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            source = os.open(file.source, flags | os.O_NOATIME)  # a copy is no use
+        except PermissionError:
+            source = os.open(file.source, flags)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise _ChangedError from None
         raise
     with os.fdopen(source, "rb") as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        if file.size:
-            os.fsync(writer.fileno())
+        try:
+            fcntl.ioctl(writer, _FICLONE, source)
+        except OSError:
+            shutil.copyfileobj(reader, writer, 1 << 20)
         status = os.fstat(source)
     if file.dated and not file.is_like(status):
         raise _ChangedError
     _like(target, status)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _flush(path: Path) -> None:
+    """Wait until everything that was written to this file system is on the disk."""
+    import ctypes  # once per generation
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        ctypes.CDLL(None, use_errno=True).syncfs(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _like(path: Path, status: os.stat_result) -> None:

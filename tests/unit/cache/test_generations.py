@@ -98,16 +98,37 @@ def test_generation_is_unchanged_by_later_writes(root: Path, family: str) -> Non
     assert held(place) == before
 
 
+def test_generation_shares_no_file_with_the_root(root: Path) -> None:
+    """A job that has a family's directory may write into any file there, in place."""
+    place = published(root)
+    before = held(place)
+    inodes = {path.stat().st_ino for path in place.rglob("*") if path.is_file()}
+    for path in root.rglob("*"):
+        if path.is_file() and place.parent not in path.parents:
+            assert path.stat().st_ino not in inodes, path
+            path.write_bytes(b"poison")
+    assert held(place) == before
+
+
+def test_generation_of_an_earlier_version_is_not_linked_to(root: Path) -> None:
+    """It shared files with the root."""
+    first = published(root)
+    name = f"deep_gemm/{KEY}/{NAME}/kernel.cubin"
+    (first / name).unlink()
+    os.link(root / name, first / name)
+    deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
+    assert (published(root) / name).stat().st_ino != (root / name).stat().st_ino
+
+
 def test_generation_links_unchanged_files(root: Path) -> None:
     first = published(root)
     deep_gemm_entry(root / "deep_gemm" / KEY, "cache/new.1")
     second = published(root)
-    inodes = [base / f"deep_gemm/{KEY}/{NAME}/kernel.cubin" for base in (root, first, second)]
-    assert len({path.stat().st_ino for path in inodes}) == 1
-    copies = [base / f"flashinfer/{KEY}/ab/one.so" for base in (root, first, second)]
-    assert len({path.stat().st_ino for path in copies}) == 2
-    assert copies[1].stat().st_ino == copies[2].stat().st_ino
-    assert copies[0].stat().st_mtime_ns == copies[1].stat().st_mtime_ns, "ninja compares times"
+    for name in (f"deep_gemm/{KEY}/{NAME}/kernel.cubin", f"flashinfer/{KEY}/ab/one.so"):
+        copies = [base / name for base in (root, first, second)]
+        assert len({path.stat().st_ino for path in copies}) == 2
+        assert copies[1].stat().st_ino == copies[2].stat().st_ino
+        assert copies[0].stat().st_mtime_ns == copies[1].stat().st_mtime_ns, "ninja compares times"
 
 
 def test_publish_with_family_in_progress_uses_newest_generation(root: Path) -> None:
