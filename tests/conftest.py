@@ -10,7 +10,11 @@ processes of their own.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +53,26 @@ def missing(marker: str) -> str | None:
             engine.close()
     except BuilderError as error:
         return error.message
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside the time limit of a test, which is no limit for its neighbours
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    uses_engine = any(item.get_closest_marker(marker) for marker in NEEDS)
+    with engine_turn(alone=item.get_closest_marker("alone") is not None) if uses_engine else contextlib.nullcontext():
+        return (yield)
+
+
+@contextlib.contextmanager
+def engine_turn(*, alone: bool) -> Iterator[None]:
+    """One test's turn on the engine that all processes of tests share; with ``alone``, while no other test has one."""
+    engine = hashlib.sha256(os.environ.get("DOCKER_HOST", "").encode()).hexdigest()[:12]
+    stem = Path(tempfile.gettempdir()) / f"warm-cache-tests-{os.getuid()}-{engine}"
+    with stem.with_suffix(".next").open("a") as entrance, stem.with_suffix(".turn").open("a") as turn:
+        # Who waits at the turn keeps the entrance: else the shared turns of others could follow each other for ever.
+        fcntl.flock(entrance, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(entrance, fcntl.LOCK_UN)
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

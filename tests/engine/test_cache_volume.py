@@ -202,6 +202,7 @@ def test_signal_ends_lock_container(user: Volume) -> None:
     user.left_nothing()
 
 
+@pytest.mark.alone
 def test_builder_killed_lock_container_ends(user: Volume) -> None:
     user.manifest(command("one", "print('at it', flush=True)\n" + GATE))
     builder = user.start("warm")

@@ -142,12 +142,12 @@ def test_signal_during_stop_shortens_grace(workshop: Workshop) -> None:
     began = time.monotonic()
 
     def cancel() -> None:
-        poll(lambda: time.monotonic() - began > 1.2, Deadline(10), every=0.02)
+        poll(lambda: time.monotonic() - began > 2.7, Deadline(10), every=0.02)
         workshop.cancel.set(signal.SIGTERM)
 
     when_ready(workshop, cancel)
-    outcome = workshop.run(source=STUBBORN, deadlines={"task": 0.5, "grace": 30})
-    assert time.monotonic() - began < 7
+    outcome = workshop.run(source=STUBBORN, deadlines={"task": 2.0, "grace": 30})
+    assert time.monotonic() - began < 9
     check(outcome, "timeout", 137)
 
 
@@ -272,6 +272,7 @@ except BlockingIOError:
 """
 
 
+@pytest.mark.alone
 def test_builder_killed_container_ends_and_sweep_removes_it(workshop: Workshop) -> None:
     spec = workshop.spec(source=WAITING)
     state = workshop.directory / "state"

@@ -304,6 +304,7 @@ def test_engine_socket_hanging_at_start_is_reported_in_time(far: Cli, proxy: Pro
     how="a socket before the engine's stops passing anything on; a patience of 3 s instead of 60",
     holds="16; the container ends by its lease, and is removed by the next builder",
 )
+@pytest.mark.alone
 def test_engine_socket_hanging_during_task_is_engine_lost(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     builder = far.start(
         "warm",
@@ -331,6 +332,7 @@ def test_engine_socket_hanging_during_task_is_engine_lost(far: Cli, proxy: Proxy
     how="a socket before the engine's stops passing anything on; SIGTERM",
     holds="143, within 5 s; the container ends by its lease, and is removed by the next builder",
 )
+@pytest.mark.alone
 def test_signal_while_engine_socket_hangs_ends_run_in_time(far: Cli, proxy: Proxy, aftermath: Aftermath) -> None:
     builder = far.start("warm", "--json")
     builder.says("line 20")
@@ -377,6 +379,7 @@ HANGS = {
     "the next builder removes it",
 )
 @pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
+@pytest.mark.alone
 def test_signal_while_one_request_hangs_ends_run_in_time(
     far: Cli, proxy: Proxy, aftermath: Aftermath, hang: Hang
 ) -> None:

@@ -351,6 +351,7 @@ def as_nobody(*program: str) -> tuple[str, ...]:
     "cache is the builder's own",
 )
 @pytest.mark.parametrize("mode", [0o755, 0o700], ids=["readable", "closed"])
+@pytest.mark.alone
 def test_builder_without_root_works(nobody: Cli, mode: int, request: pytest.FixtureRequest) -> None:
     clock = Aftermath.of(request)
     nobody.root.chmod(mode)
@@ -395,6 +396,7 @@ def out_of_service(ledger: Path, acquire: str) -> dict[str, object]:
     how="SIGKILL, with a [gpus] acquire that refuses SIGTERM",
     holds="acquire ends within 5 s, and the next builder does the release",
 )
+@pytest.mark.alone
 def test_builder_killed_during_acquire_hook_is_released(cli: Cli, aftermath: Aftermath) -> None:
     ledger = cli.place / "ledger"
     stubborn = f"trap '' TERM; echo $$ > {cli.place}/pid; echo draining; sleep 600 & wait; sleep 600"
@@ -419,6 +421,7 @@ def test_builder_killed_during_acquire_hook_is_released(cli: Cli, aftermath: Aft
     how="rmdir while the builder starts in it, with [gpus] acquire and release",
     holds="0: that is said, and acquire and release run in /",
 )
+@pytest.mark.alone
 def test_working_directory_removed_absolute_paths_work(cli: Cli, aftermath: Aftermath) -> None:
     ledger = cli.place / "ledger"
     cli.manifest(shapes(), gpus=out_of_service(ledger, f"pwd >> {ledger}"))

@@ -271,6 +271,7 @@ def test_gpu_lock_held_waits_for_its_turn(cli: GpuCli, killed: bool) -> None:
     assert ended.status == 0, ended.said
 
 
+@pytest.mark.alone
 def test_builder_killed_waiting_run_sweeps_first(cli: GpuCli, sleeper: psutil.Popen) -> None:
     cli.gpus(command("one", GATE + READY), command("two", READY))
     first = cli.start("warm", "--json")

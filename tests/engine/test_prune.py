@@ -107,6 +107,7 @@ def test_prune_waits_for_running_builder(cli: Cli, made: Generations) -> None:
         os.close(descriptor)
 
 
+@pytest.mark.alone
 def test_prune_killed_leaves_valid_root(cli: Cli, made: Generations) -> None:
     made.warmed(3, ["a", "b", "c"], days=40, entries=300)
     prune = cli.start("prune", "--keep", "1", "--older-than", "10d")

@@ -17,7 +17,7 @@ from tests.engine.cli import Cli, Ended, request, shapes
 from tests.engine.gpumachine import GpuCli
 from tests.stub_nvml.stub import GB, Driver
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]  # a machine is idle if no test uses it
 
 GPUS = 2
 

@@ -182,6 +182,7 @@ def test_signal_stops_concurrent_containers_in_time_of_one(cli: Cli) -> None:
     assert all("SIGTERM is refused" in cli.last_lines(f"m{number}-tp8") for number in range(3))
 
 
+@pytest.mark.alone
 def test_builder_killed_all_its_containers_end(cli: Cli) -> None:
     cli.manifest(*(gated(name) for name in ("one", "two", "three")), run={"parallel": 2})
     builder = cli.start("warm")

@@ -75,6 +75,7 @@ def killed(cli: Cli) -> None:
     aged(next(cli.root.glob("triton/*/*/tmp.pid_7_k")))
 
 
+@pytest.mark.alone
 def test_sweep_removes_leftovers_of_killed_builder(cli: Cli) -> None:
     killed(cli)
     with cli.engine() as engine:
@@ -361,6 +362,7 @@ def test_hold_container_killed_is_a_warning(cli: Cli, held: Running) -> None:
     cli.left_nothing()
 
 
+@pytest.mark.alone
 def test_hold_killed_removes_its_container(cli: Cli, held: Running) -> None:
     with cli.engine() as engine:
         (container,) = cli.containers(engine)
