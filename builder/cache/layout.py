@@ -48,7 +48,8 @@ def prepare(root: Path) -> str:
                 _write(path, fresh)
                 known = _read(path)
         for lock in (run_lock(root), hold_lock(root), views_lock(root)):
-            lock.touch()
+            if not lock.exists():  # of a root that is read-only here nothing is touched
+                lock.touch()
     except OSError as error:
         place = error.filename or root
         raise LayoutError(

@@ -15,8 +15,19 @@ STDOUT, STDERR = 1, 2
 #: sglang pins memory for its GPUs, and CUDA's host compilers recurse deeply.
 ULIMITS: Mapping[str, int] = {"memlock": -1, "stack": 67108864}
 
-#: Processes and threads of a confined container.
-CONFINED_PIDS = 512
+#: What is left of the engine's default capabilities: files of any owner are read, written and given their modes, as a
+#: cache root or a model store of another user needs.
+CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER")
+
+#: Processes and threads of a container that compiles, and of any other.
+COMPILING_PIDS, PIDS = 32768, 512
+
+#: Bytes of memory, swap included, of a container that does not compile.
+MEMORY = 2 << 30
+
+#: File systems in memory for a container whose root file system is read-only. Programs are run in them: a probe
+#: compiles.
+SCRATCH: Mapping[str, str] = {"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=1g"}  # noqa: S108 - the container's own
 
 #: One log file without rotation, because rotation makes every follower lose lines. The daemon's default may rotate.
 LOG_OPTIONS: Mapping[str, str] = {"max-size": "1000g", "max-file": "1"}
@@ -83,13 +94,16 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerSpec:
-    """A container to create. Sizes in bytes, durations in seconds.
+    """A container to create, with as little power as `least power` in docker/README.md says. Sizes in bytes.
 
     gpus: how many, -1 for all, or their ids; 0: none.
     stdin: open it; the engine closes it for good when its one client disconnects.
+    stop_timeout: seconds.
     memory: limit of all processes together; None: no limit.
     tmpfs: path → mount options.
-    confined: drop all capabilities, gain none, a read-only root file system, at most `CONFINED_PIDS` processes.
+    read_only: its root file system.
+    capabilities: what it keeps; all others are dropped, and none can be gained.
+    pids: limit of its processes and threads together.
     """
 
     image: str
@@ -108,7 +122,9 @@ class ContainerSpec:
     workdir: str = ""
     stdin: bool = False
     memory: int | None = None
-    confined: bool = False
+    read_only: bool = False
+    capabilities: tuple[str, ...] = CAPABILITIES
+    pids: int = PIDS
 
     def body(self) -> dict[str, Any]:
         """Return the create request. Everything else is the default: not privileged, not auto-removed."""
@@ -121,6 +137,11 @@ class ContainerSpec:
             "Tmpfs": dict(self.tmpfs),
             "Ulimits": [{"Name": name, "Soft": value, "Hard": value} for name, value in self.ulimits.items()],
             "LogConfig": {"Type": "json-file", "Config": dict(LOG_OPTIONS)},
+            "CapDrop": ["ALL"],
+            "CapAdd": list(self.capabilities),
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": self.read_only,
+            "PidsLimit": self.pids,
         }
         if self.gpus:
             devices = {"Count": self.gpus} if isinstance(self.gpus, int) else {"DeviceIDs": list(self.gpus)}
@@ -129,9 +150,6 @@ class ContainerSpec:
             host["ShmSize"] = self.shm_size
         if self.memory is not None:
             host |= {"Memory": self.memory, "MemorySwap": self.memory}
-        if self.confined:
-            host |= {"CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges"], "ReadonlyRootfs": True}
-            host["PidsLimit"] = CONFINED_PIDS
         body: dict[str, Any] = {
             "Image": self.image,
             "Env": [f"{name}={value}" for name, value in self.env.items()],

@@ -20,7 +20,7 @@ from typing import IO, cast
 from builder import files
 from builder.cache import families, marker_files, model_store
 from builder.cache.model_store import STORE_MOUNT as STORE
-from builder.engine.api import ContainerSpec, Mount
+from builder.engine.api import MEMORY, ContainerSpec, Mount
 from builder.engine.client import Engine
 from builder.engine.errors import LinkLoopError, MissingSourceError, NotFoundError
 from builder.engine.lease import Lease
@@ -179,6 +179,8 @@ class CacheRoot:
             labels=lease.labels("read", READ_LIFETIME),
             mounts=(mount,),
             network="none",
+            read_only=True,
+            memory=MEMORY,
         )
         container: str | None = None
         try:

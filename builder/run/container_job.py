@@ -7,15 +7,17 @@ Several may run at the same time, each from its own thread. What they share is r
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from builder import __version__
 from builder.cache.model_store import STORE_MOUNT as STORE
-from builder.engine.api import ContainerSpec, Mount
+from builder.engine.api import COMPILING_PIDS, MEMORY, SCRATCH, ContainerSpec, Mount
 from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.log_pump import EventCallback
@@ -32,10 +34,10 @@ from builder.task import Task
 if TYPE_CHECKING:
     from builder.run.container_executor import ContainerExecutor
 
-#: Bytes that a launch recorder's container gets, its temporary files included, and those alone.
-RECORDER_MEMORY, RECORDER_SCRATCH = 2 << 30, 512 << 20
-#: Modes whose containers get GPUs, models, secrets and a network.
-COMPILES = ("run", "probe")
+#: Bytes of temporary files of a launch recorder's container.
+RECORDER_SCRATCH = 512 << 20
+#: Modes whose containers see GPUs. Of these only ``run`` gets models, secrets and a network.
+SEES_GPUS = ("run", "probe")
 #: Modes that only read, some of them what an untrusted job left: they get the root read-only.
 READS = ("view-list", "view-audit", "status", "families", "survey")
 
@@ -101,7 +103,7 @@ def run(
 ) -> ContainerOutcome:
     """Run one container in this mode to its end. Raises PreflightError where no GPU can be had.
 
-    Only what compiles, or probes the toolchain, gets GPUs, models, secrets and a network.
+    Only what compiles, or probes the toolchain, gets GPUs; only what compiles gets models, secrets and a network.
     """
     context = executor.context
     job = _job(executor, mode, task, deadlines, request)
@@ -143,7 +145,7 @@ def _labelled(problem: str, spec: ContainerSpec, task: Task, request: ContainerR
 def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlines, request: ContainerRequest) -> Job:
     context = executor.context
     manifest, lease = context.manifest, executor.lease
-    secrets = manifest.container.secrets if mode in COMPILES else ()
+    secrets = manifest.container.secrets if mode == "run" else ()
     return Job(
         mode=mode,
         nonce=lease.nonce,
@@ -170,22 +172,27 @@ def _spec(
     executor: ContainerExecutor, job: Job, task: Task, deadlines: Deadlines, request: ContainerRequest
 ) -> ContainerSpec:
     context = executor.context
-    manifest, compiles = context.manifest, job.mode in COMPILES
+    manifest = context.manifest
     if job.mode == "record":
         return _recorder(executor, job, task, request)
-    return ContainerSpec(
+    spec = ContainerSpec(
         image=executor.warmup.id,
         name=f"warm-cache-{context.run_id}-{job.mode}-{task.label}"[:120],
         entrypoint=["python3", "-m", "builder.agent"],
         command=[],
         env=_environment(executor, job),
         labels=executor.lease.labels(task.label, job.lifetime),
-        mounts=(*_root(executor, job.mode in READS), *(_store(manifest) if compiles else ()), *request.mounts),
-        gpus=_devices(manifest, request.devices) if compiles else 0,
+        mounts=(*_root(executor, job.mode), *request.mounts),
+        gpus=_devices(manifest, request.devices) if job.mode in SEES_GPUS else 0,
         shm_size=manifest.container.shm_size,
-        network=manifest.container.network if compiles else "none",
+        network="none",
         workdir=PROGRAM_ROOT,
         stop_timeout=int(deadlines.grace) + 1,
+    )
+    if job.mode != "run":
+        return replace(spec, read_only=True, tmpfs=SCRATCH, memory=MEMORY)
+    return replace(
+        spec, mounts=(*spec.mounts, *_store(manifest)), network=manifest.container.network, pids=COMPILING_PIDS
     )
 
 
@@ -203,15 +210,39 @@ def _recorder(executor: ContainerExecutor, job: Job, task: Task, request: Contai
         tmpfs={"/tmp": f"size={RECORDER_SCRATCH},mode=1777"},  # noqa: S108 - the container's own
         workdir=PROGRAM_ROOT,
         stop_timeout=int(job.grace) + 1,
-        memory=RECORDER_MEMORY,
-        confined=True,
+        memory=MEMORY,
+        read_only=True,
+        capabilities=(),
     )
 
 
-def _root(executor: ContainerExecutor, read_only: bool) -> tuple[Mount, ...]:
-    """Return the mount of the cache root; none where a verb that only reads must not make a root."""
-    there = executor.context.options.creates or executor.cache.exists()
-    return (replace(executor.cache.mount(), read_only=read_only),) if there else ()
+def _root(executor: ContainerExecutor, mode: Mode) -> tuple[Mount, ...]:
+    """Return the mounts of the cache root; none where a verb that only reads must not make a root."""
+    if not (executor.context.options.creates or executor.cache.exists()):
+        return ()
+    mount = executor.cache.mount()
+    if mode == "probe":
+        # Where the folder of memos is missing or cannot be seen from here, the first task writes the memo.
+        return replace(mount, read_only=True), *_memos(executor)
+    return (replace(mount, read_only=mode in READS),)
+
+
+def _memos(executor: ContainerExecutor) -> tuple[Mount, ...]:
+    """Return the mount of the root's folder of memos alone; none where this process cannot see that it is a folder."""
+    cache, engine = executor.context.manifest.cache, executor.engine
+    if not engine.local:
+        return ()
+    path = str(cache.root or "")
+    if not path:
+        volume = engine.volume(str(cache.volume))
+        path = volume.mountpoint if volume and volume.driver == "local" and not volume.options else ""
+    folder = f"{path}/images"
+    try:
+        # The engine would follow a link, to anywhere on its host.
+        is_folder = bool(path) and stat.S_ISDIR(os.lstat(folder).st_mode)
+    except OSError:
+        return ()
+    return (Mount(source=folder, target=f"{cache.mount}/images"),) if is_folder else ()
 
 
 def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:

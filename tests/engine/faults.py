@@ -24,6 +24,8 @@ import pytest
 
 from builder.engine.client import Engine
 from builder.host.deadlines import Deadline, poll
+from tests.engine import attacks
+from tests.engine.attacks import line
 from tests.engine.cli import ROOT, Cli, Ended, Running
 
 HERE = Path(__file__).resolve().parent
@@ -227,22 +229,16 @@ def _marks(name: str, marks: Iterable[Any]) -> Iterator[tuple[Any, str]]:
 
 def table(found: list[Row], seconds: Mapping[str, float], old: Mapping[str, str]) -> str:
     """README.md; old: the seconds of tests that this run has not measured."""
-    lines = [HEAD, _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines = [HEAD, line(COLUMNS), line(["---"] * len(COLUMNS))]
     for row in found:
         known = f"{math.ceil(seconds[row.test] * 10) / 10:.1f}" if row.test in seconds else old.get(row.test, "–")
-        lines.append(_line([row.fault, row.how, row.holds, known, f"`{row.test}`"]))
-    return "".join(lines)
-
-
-def _line(cells: Collection[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+        lines.append(line([row.fault, row.how, row.holds, known, f"`{row.test}`"]))
+    return "".join([*lines, "\n", attacks.section(attacks.attacks())])
 
 
 def written() -> list[list[str]]:
     """The table's rows as README.md has them, cell by cell."""
-    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[2:]]
-    return [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
+    return attacks.cells(TABLE.read_text(encoding="utf-8").partition(attacks.HEADING)[0])
 
 
 def write(seconds: Mapping[str, float]) -> None:

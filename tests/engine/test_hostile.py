@@ -37,6 +37,11 @@ def remove_image(cli: Cli, tag: str) -> None:
     subprocess.run(["docker", "-H", cli.host, "rmi", "-f", tag], check=False, capture_output=True)
 
 
+@pytest.mark.attack(
+    "forged verdict: a task prints events with the nonce that it reads from /proc, and kills the program",
+    by="image",
+    holds="11: marker, exit status and the bytes on disk decide",
+)
 def test_forged_verdict_is_not_warm(cli: Cli) -> None:
     cli.manifest(command("forge", READY))
     cli.warm()
@@ -46,6 +51,11 @@ def test_forged_verdict_is_not_warm(cli: Cli) -> None:
     assert "SIGKILL" in cold.task("forge")["reason"]
 
 
+@pytest.mark.attack(
+    "forged verdict beside an older marker of the same task",
+    by="image",
+    holds="11: the older marker vouches for nothing",
+)
 def test_forged_verdict_with_older_marker_is_failed(cli: Cli) -> None:
     """The task behaves once, and forges when there is a file: its coverage, and so its marker, are the same."""
     code = f"import os\nif os.path.exists('/jit/go'): exec({FORGE!r})\n" + READY
@@ -56,6 +66,11 @@ def test_forged_verdict_with_older_marker_is_failed(cli: Cli) -> None:
     assert (again.status, again.task("forge")["state"]) == (11, "failed")
 
 
+@pytest.mark.attack(
+    "a task removes the kernels of an earlier task of the run",
+    by="image",
+    holds="11: the earlier task is failed at the end of the run",
+)
 def test_later_task_removing_entries_fails_earlier_task(cli: Cli) -> None:
     cli.manifest(shapes("first"), command("thief", "import shutil; shutil.rmtree('/jit/deep_gemm')\n" + READY))
     ended = cli.run("warm", "--json")
@@ -98,6 +113,11 @@ def test_reading_verb_creates_no_cache_root(cli: Cli, verb: str) -> None:
     assert not cli.root.exists()
 
 
+@pytest.mark.attack(
+    "a reference of the model store names a path outside of it",
+    by="manifest",
+    holds="nothing outside of the store is read",
+)
 def test_model_store_reference_outside_store_is_refused(cli: Cli, elsewhere: Door) -> None:
     """Read through the engine, as a store of another machine is; the reference names a file above the copy."""
     cli.model("org/m")
@@ -140,6 +160,11 @@ def test_unusual_images_are_warmed_or_named(
     assert says in ended.said
 
 
+@pytest.mark.attack(
+    "a job of more bytes than the kernel takes in one variable",
+    by="manifest",
+    holds="2: refused before anything is created",
+)
 def test_job_too_large_for_environment_is_refused(cli: Cli) -> None:
     cli.manifest(command("long", READY + "#" * 140_000))
     ended = cli.run("warm", "--json")

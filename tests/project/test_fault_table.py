@@ -1,4 +1,4 @@
-"""tests/engine/README.md has the rows that the tests of faults have, and no others."""
+"""tests/engine/README.md has the rows that the tests of faults and attacks have, and no others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import faults
+from tests.engine import attacks, faults
 
 
 def test_fault_table_equals_marks_of_tests() -> None:
@@ -27,3 +27,8 @@ def test_fault_table_round_trips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ["a | b", "`| head`", "0", "1.3", "`test_x.test_y`"],
         ["c", "d", "11", "2.0", "`test_x.test_z`"],
     ]
+
+
+def test_attack_table_equals_marks_of_tests() -> None:
+    text = attacks.TABLE.read_text(encoding="utf-8")
+    assert text.endswith(attacks.section(attacks.attacks())), "python3 -m tests.engine.attacks writes it again"

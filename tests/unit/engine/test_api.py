@@ -49,6 +49,11 @@ def test_create_request_body_is_exact() -> None:
                 {"Name": "stack", "Soft": 67108864, "Hard": 67108864},
             ],
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "1000g", "max-file": "1"}},
+            "CapDrop": ["ALL"],
+            "CapAdd": ["CHOWN", "DAC_OVERRIDE", "FOWNER"],
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": False,
+            "PidsLimit": 512,
             "DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]], "Count": 8}],
         },
     }
