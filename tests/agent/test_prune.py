@@ -220,12 +220,12 @@ def test_prune_killed_leaves_valid_markers_and_next_finishes(program: Program, m
         return len([*made.root.glob("markers/*"), *made.root.glob("*/*"), *made.root.glob("aside/pruned/*/cache/*")])
 
     whole = there()
-    for kills in range(40):
+    for kills in range(15):
         running = program.start(None, mode="prune", prune=wanted, job_max=0.0)
         # Further into it each time, from the first marker on.
         while there() == whole and running.process.poll() is None:
             pass
-        deadline = time.monotonic() + kills * 0.004
+        deadline = time.monotonic() + kills * 0.012
         while time.monotonic() < deadline and running.process.poll() is None:
             pass
         running.process.send_signal(signal.SIGKILL)
