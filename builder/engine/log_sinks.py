@@ -6,6 +6,9 @@ per region, and per line only for the lines that people see.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +25,8 @@ MARKS = {STDOUT: "out", STDERR: "err"}
 #: A longer line is cut into lines of this many bytes.
 MAX_LINE = 1 << 20
 TAIL_LINES = 30
+#: Of a log file: what a task prints may be confidential.
+LOG_MODE = 0o600
 
 _SHOWN_CHARACTERS = 2000
 _QUEUE_BYTES = 1 << 20
@@ -78,6 +83,16 @@ class Lines:
         return cut
 
 
+def _private(path: Path) -> int:
+    """Return a descriptor of the emptied file, whose mode is `LOG_MODE` if this user may set it. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, LOG_MODE)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) != LOG_MODE:
+        with contextlib.suppress(OSError):  # another user's file
+            os.fchmod(descriptor, LOG_MODE)
+    return descriptor
+
+
 class LogFile:
     """The complete log. A failure to write ends the file, never the draining; `problem` describes it."""
 
@@ -91,10 +106,10 @@ class LogFile:
         return self._file is not None
 
     def open(self) -> None:
-        """Begin a new file."""
+        """Begin a new file, which other users cannot read."""
         if self.path is not None:
             try:
-                self._file = self.path.open("wb", buffering=0)
+                self._file = os.fdopen(_private(self.path), "wb", buffering=0)
             except OSError as error:
                 self._fail(error)
 

@@ -97,7 +97,7 @@ def save_log(engine: Containers, container: ListedContainer, directory: Path) ->
     try:
         for stream, entry in engine.log_frames(container.id, follow=False, tail=SAVED_ENTRIES):
             if not file.is_open:
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 file.open()
             if stream in lines and (region := lines[stream].feed(entry)):
                 file.write(MARKS[stream], region)

@@ -12,6 +12,7 @@ from typing import Any
 from builder.manifest.document import Table
 from builder.manifest.fields import OverrideReader, key, read
 from builder.manifest.values import (
+    SECRET_VALUE,
     a_boolean,
     a_string,
     a_variable,
@@ -37,7 +38,17 @@ _SPAN = r"\s*([0-9]{1,3})(?:-([0-9]{1,3}))?\s*"
 #: The longest part of a wrong value in characters that a message repeats.
 _SHOWN = 80
 
+
+@kind("command line", **a_string.schema)
+def setup_line(value: Any) -> str:
+    text = a_string(value)
+    if SECRET_VALUE.search(text):
+        raise ValueError("it holds what looks like an access token, which the image's history would keep; leave it out")
+    return text
+
+
 command_lines = list_of(a_string, "command lines")
+setup_lines = list_of(setup_line, "command lines")
 reference = matching("[A-Za-z0-9][A-Za-z0-9._/:@-]*", "an image reference")
 network_name = matching("[A-Za-z0-9][A-Za-z0-9_.-]*", "a network name")
 volume_name = matching("[A-Za-z0-9][A-Za-z0-9_.-]+", "a volume name")
@@ -136,7 +147,7 @@ class ImageSpec:
         option="image",
     )
     setup: tuple[str, ...] = key(
-        command_lines,
+        setup_lines,
         (),
         "Command lines run when the warm-up image is built, so that it equals the image that the tests run in.",
         '["pip install --no-deps ./sglang"]',

@@ -54,7 +54,7 @@ class Context:
 
         directory = self.options.log_dir
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
         return directory / f"{label}.log"

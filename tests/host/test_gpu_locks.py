@@ -58,21 +58,29 @@ def as_user(uid: int, act: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
-@pytest.mark.parametrize("maker", [0, NOBODY])
-def test_locks_of_two_users_exclude_each_other(maker: int) -> None:
-    """Either of them may have made directory and file; in sticky directories the kernel guards files of others."""
+def test_locks_of_two_users_exclude_each_other() -> None:
+    """Root's directory, a file of the other: in sticky directories the kernel guards files of others."""
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o1777)
         directory = Path(parent, "locks")
-        assert as_user(
-            maker, lambda: gpu_locks.usable_directories([directory]) == [directory] and is_free(directory, "gpu")
-        )
-        assert (directory / "gpu.lock").stat().st_uid == maker
+        assert gpu_locks.usable_directories([directory]) == [directory]
         assert as_user(NOBODY, lambda: is_free(directory, "gpu"))
+        assert (directory / "gpu.lock").stat().st_uid == NOBODY
         descriptor = gpu_locks.open_lock_file(directory, "gpu")
+        assert (directory / "gpu.lock").stat().st_uid == 0
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         assert as_user(NOBODY, lambda: not is_free(directory, "gpu"))
         os.close(descriptor)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_lock_directory_of_another_user_is_not_used() -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o1777)
+        directory = Path(parent, "locks")
+        assert as_user(NOBODY, lambda: gpu_locks.usable_directories([directory]) == [directory])
+        assert as_user(NOBODY, lambda: is_free(directory, "gpu"))
+        assert gpu_locks.usable_directories([directory]) == [Path(f"{directory}-0")]
 
 
 def test_wait_names_the_holder_and_times_out(shared: list[Path]) -> None:

@@ -144,3 +144,54 @@ def test_usable_directories_made_concurrently_are_one(tmp_path: Path) -> None:
     for descriptor in held:
         os.close(descriptor)
     assert [path.name for path in tmp_path.iterdir()] == ["locks"]
+
+
+@pytest.mark.attack(
+    "the directory of GPU locks is another user's, or has no sticky bit, so that its files can be replaced",
+    by="other user",
+    holds="it is not used, and named with the remedy; builders of one user still exclude each other",
+)
+@pytest.mark.parametrize(("uid", "mode"), [(65534, 0o1777), (None, 0o777)])
+def test_locked_directory_of_others_is_named_and_private_one_used(
+    shared: list[Path], monkeypatch: pytest.MonkeyPatch, uid: int | None, mode: int
+) -> None:
+    real = os.lstat
+    for directory in shared:
+        directory.mkdir()
+        directory.chmod(mode)
+        (directory / "other").touch()
+
+    def lstat(path: Path) -> os.stat_result:
+        found = real(path)
+        return os.stat_result([*found[:4], uid, *found[5:10]]) if uid and path in shared else found
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    waiting = Waiting()
+    with waiting.locked("a"):
+        assert [str(directory) in text for directory, text in zip(shared, waiting.warned, strict=True)] == [True, True]
+        assert all(gpu_locks.TMPFILES in text for text in waiting.warned)
+        private = Path(f"{shared[1]}-{os.geteuid()}")
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700 and not is_free(private, "a")
+    assert [path.name for directory in shared for path in directory.iterdir()] == ["other", "other"]
+
+
+@pytest.mark.attack(
+    "a lock file of a GPU is removed, by the user who made it, while a builder waits for it",
+    by="other user",
+    holds="the builder locks the file that is there then; root's builder takes files of others over",
+)
+def test_locked_file_replaced_while_waited_for_is_locked_again(shared: list[Path]) -> None:
+    directory = gpu_locks.usable_directories()[0]
+    held = gpu_locks.open_lock_file(directory, "a")
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    def replace() -> None:
+        (directory / "a.lock").unlink()
+        os.close(gpu_locks.open_lock_file(directory, "a"))
+        os.close(held)
+
+    timer = threading.Timer(0.1, replace)
+    timer.start()
+    with Waiting(20).locked("a"):
+        assert not is_free(directory, "a")
+    timer.join()

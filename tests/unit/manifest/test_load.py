@@ -350,3 +350,10 @@ class TestSelect:
         first, second = caught.value.problems
         assert "did you mean 'DeepSeek-V3.2" in str(first)
         assert "known: " in str(second)
+
+
+def test_setup_holding_token_is_refused_by_name(write: Write) -> None:
+    """Image history keeps the command lines."""
+    token = "hf_" + "A" * 24
+    said = only_problem(write(HEAD.replace("[cache]", f'setup = ["true", "echo {token}"]\n[cache]') + TASK))
+    assert "item 2: it holds what looks like an access token" in said and token not in said
