@@ -78,6 +78,16 @@ def read_bytes(path: str, limit: int) -> bytes:
         os.close(fd)
 
 
+def read_proc(path: str) -> str:
+    """Return the text of a file of /proc, whose size says nothing. Raises UnreadableError."""
+    fd, _ = open_regular(path)
+    with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+        try:
+            return file.read(1 << 20)
+        except OSError as error:
+            raise UnreadableError(f"{UNREADABLE}: {why(error)}") from None
+
+
 def read_json(path: str, limit: int) -> Any:
     """Return the document in the file. Raises UnreadableError, also for what is not JSON or nested too deeply."""
     data = read_bytes(path, limit)

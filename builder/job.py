@@ -38,10 +38,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class ServingImage:
-    """Identity of the image that the program runs in. Where id is None, families of one image have no key."""
+    """Identity of the image that the program runs in.
+
+    id: by which an engine, or a person, names it. content: of its layers and environment, whatever the engine; None
+    where nobody could see them. names: every other name of it.
+    """
 
     id: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    content: str | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from builder.cache import layout, marker_files, markers, toolchain, usage
+from builder.cache import layout, marker_files, markers, memos, toolchain, usage
 from builder.cache.families import FAMILIES, directory
 from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
+from builder.job import ServingImage
 from builder.task import Task
 
 DAY = 86400.0
@@ -23,18 +24,14 @@ CUBIN += struct.pack("<IIIIIIIIII", 0, 1, 0, 0, 52, 40, 0, 0, 0, 0)
 def record(number: int, **factors: str) -> Record:
     """The environment of the image of this number: every family is its own, but for what factors say."""
     names = {factor for family in FAMILIES for factor in family.factors}
+    made = {**{name: f"{name} {number}" for name in names}, "mount": "/jit", "image": image(number), **factors}
+    gpu = {"name": made["gpu_name"], "compute_capability": made["compute_capability"], "sm_count": made["sm_count"]}
     return {
-        "schema": 1,
-        "factors": {
-            **{name: f"{name} {number}" for name in names},
-            "mount": "/jit",
-            "image": image(number),
-            **factors,
-        },
-        "gpus": [],
-        "sglang": {"version": f"0.5.{number}", "commit": "abc"},
-        "variables": {},
-        "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
+        "schema": 2,
+        "factors": dict(made),
+        "gpus": [gpu],
+        "sglang": {"version": f"0.5.{number}", "commit": "abc", "sources": None},
+        "observed": {"driver": made["driver"], "python": "3.12.3", "problems": []},
     }
 
 
@@ -61,7 +58,7 @@ class Generations:
         that all of them have. size: bytes of padding in each entry.
         """
         made = self.made.setdefault(number, record(number, **factors))
-        toolchain.write_memo(self.root, image(number), made, env={})
+        memos.write_memo(self.root, ServingImage(image(number)), made, env={})
         keys = toolchain.family_keys(made)
         for family, key in keys.items():
             layout.describe_family(self.root, family, key, toolchain.family_factors(made, family))
@@ -86,7 +83,7 @@ class Generations:
             self.age(usage.stamp_path(self.root, path), days)
         for family, key in keys.items():
             self.age(Path(directory(str(self.root), family, key)), days)
-        self.age(toolchain.memo_path(self.root, image(number)), days)
+        self.age(memos.memo_path(self.root, image(number)), days)
         return made
 
     def entry(self, key: str, name: str, *, size: int = 0, days: float | None = None) -> Path:

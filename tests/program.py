@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from builder import events
+from builder.cache import memos
+from builder.cache.toolchain import Record
 from builder.events import Event, Verdict
 from builder.job import JOB_VARIABLE, Job, ServingImage
 from builder.task import Task
@@ -110,6 +112,10 @@ class Program:
             "HOME": str(place),
             "CUDA_HOME": str(place),
         }
+
+    def record(self) -> Record:
+        """What the root remembers of the image and of this machine."""
+        return next(record for memo in memos.known_images(self.root) for record in memos.records(self.root, memo))
 
     def task(self, play: str = "", **fields: Any) -> Task:
         known: dict[str, Any] = {

@@ -87,7 +87,7 @@ def _warming(job: Job, task: Task, output: Output, guard: Guard) -> Warming:
 def _probe(job: Job, output: Output) -> int:
     """Report the toolchain, prepare the root and write the memo."""
     from builder.agent import probe, simulated_gpu
-    from builder.agent.warm import write_memo
+    from builder.cache import memos
 
     root = Path(job.mount)
     env = {} if job.task is None else dict(job.task.env)
@@ -101,7 +101,7 @@ def _probe(job: Job, output: Output) -> int:
     output.event(events.ToolchainProbed(record))
     try:
         layout.prepare(root)
-        write_memo(root, job, record, env)
+        memos.write_memo(root, job.image, record, env=env)
     except (layout.LayoutError, OSError) as error:
         # The record is reported all the same; a root that cannot be written is an error of the next step.
         output.say(str(error))

@@ -2,7 +2,8 @@
 
 A package's identity is its version and a digest of its payload: the rows of its RECORD that the wheel brought, which
 pip and uv write alike. Left out are ``.dist-info`` (INSTALLER, REQUESTED, direct_url.json), ``__pycache__`` (only pip
-lists it) and everything outside of site-packages (scripts: their text names the interpreter).
+lists it) and everything outside of site-packages (scripts: their text names the interpreter). An editable install has
+no such rows: a digest of its files' contents stands for them.
 """
 
 from __future__ import annotations
@@ -10,15 +11,36 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
+from builder import files
 from builder.cache.families import DEEP_GEMM_PACKAGES
 
 if TYPE_CHECKING:
     import importlib.metadata
+    from importlib.machinery import ModuleSpec
+
+#: What a distribution installs for import, where its name does not tell.
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "flashinfer-python": ("flashinfer",),
+    "apache-tvm-ffi": ("tvm_ffi",),
+    "sgl-deep-gemm": ("deep_gemm",),
+    "sgl-kernel": ("sgl_kernel", "deep_gemm"),
+    "quack-kernels": ("quack",),
+    "nvidia-cutlass-dsl": ("nvidia_cutlass_dsl", "cutlass"),
+}
+
+#: Names in a source tree that are not the package's code.
+_NO_CONTENT = ("__pycache__", "*.pyc", ".git", "build", "*.egg-info")
+#: Bytes of a file above which its size and time stand for its content (libraries of an editable torch have gigabytes).
+_WHOLE = 64 << 20
 
 #: The first sgl-deep-gemm with ``meta.json`` and ``.committed`` in its cache, and without paths in its keys.
 _DEEP_JIT = (0, 2, 0)
@@ -36,18 +58,62 @@ class Package:
     payload: tuple[tuple[str, str], ...] | None  # path and hash of each file of its wheel; None: it has no RECORD
     editable: bool
     place: str  # the folder that it is installed in
+    source: str | None = None  # the folder that an editable install was made of
 
-    def identity(self, build: str | None) -> str:
-        """Return a line that differs if the package differs. build: stands for the contents of an editable install."""
+    def identity(self) -> str:
+        """Return a line that differs if the package differs."""
         if self.editable or self.payload is None:
             how = "editable" if self.editable else "without RECORD"
-            return f"{self.version} {how}, {build or 'build unknown'}"
+            return f"{self.version} {how} {self._contents() or 'its files were not found'}"
         rows = "\n".join(f"{path} {digest}" for path, digest in sorted(self.payload))
         return f"{self.version} {hashlib.sha256(rows.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+
+    def folders(self) -> list[str]:
+        """Return the folders of its code: where it is installed, or in the tree of an editable install."""
+        names = MODULES.get(self.name) or (self.name.replace("-", "_"),)
+        places = [self.place]
+        if self.source is not None:
+            places = [f"{self.source}/{below}".rstrip("/") for below in ("", "python", "src")]
+        elif self.editable:  # no direct_url.json: import finds it, without importing it
+            specs = [_spec(name) for name in names]
+            return [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
+        found = [f"{place}/{name}" for place in places for name in names]
+        return [folder for folder in found if Path(folder).is_dir()]
+
+    def _contents(self) -> str | None:
+        """Return 16 hex digits over the contents of its files; None where there are none."""
+        digest, any_file = hashlib.sha256(), False
+        for folder in self.folders():
+            for name, item in sorted(files.walk(folder, _NO_CONTENT), key=lambda found: found[0]):
+                if item is not None and not files.is_dir(item):
+                    digest.update(f"{name}\0{_content(item)}\0".encode("utf-8", "surrogateescape"))
+                    any_file = True
+        return digest.hexdigest()[:16] if any_file else None
 
     def holds(self, prefix: str) -> bool:
         """Return whether a path of the payload begins with the prefix."""
         return any(path.startswith(prefix) for path, _ in self.payload or ())
+
+
+def _content(item: os.DirEntry[str]) -> str:
+    """Return a digest of a file's content; of a very large one, or what is no file, its size and time."""
+    try:
+        status = item.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= _WHOLE:
+            with Path(item.path).open("rb") as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    except OSError as error:
+        return f"unreadable: {error.errno}"
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    from importlib.util import find_spec  # with the finders of editable installs
+
+    try:
+        return find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return None
 
 
 def payload_of(record: str) -> tuple[tuple[str, str], ...]:
@@ -78,24 +144,26 @@ def find(name: str, path: Sequence[str] | None = None) -> Package | None:
         payload = payload_of(record) if record else None
     except csv.Error:
         payload = None
+    source = _editable_source(_text(found, "direct_url.json"))
     return Package(
         name=name,
         version=version,
         payload=payload or None,
-        editable=_is_editable_install(_text(found, "direct_url.json")) or _looks_editable(payload),
+        editable=source is not None or _looks_editable(payload),
         place=str(found.locate_file("")),
+        source=source,
     )
 
 
-def identity(names: Iterable[str], build: str | None, path: Sequence[str] | None = None) -> str | None:
+def identity(names: Iterable[str], path: Sequence[str] | None = None) -> str | None:
     """Return the identity of these distributions together; None if none of them is installed."""
     found = [package for name in names if (package := find(name, path))]
     if len(found) < 2:
-        return found[0].identity(build) if found else None
-    return "; ".join(f"{package.name} {package.identity(build)}" for package in found)
+        return found[0].identity() if found else None
+    return "; ".join(f"{package.name} {package.identity()}" for package in found)
 
 
-def deep_gemm(build: str | None, path: Sequence[str] | None = None) -> dict[str, str | None]:
+def deep_gemm(path: Sequence[str] | None = None) -> dict[str, str | None]:
     """Return the factors ``deep_gemm``, ``deep_gemm_format`` and ``deep_gemm_path`` of the DeepGEMM in use."""
     for name in DEEP_GEMM_PACKAGES:
         package = find(name, path)
@@ -106,7 +174,7 @@ def deep_gemm(build: str | None, path: Sequence[str] | None = None) -> dict[str,
         else:
             new = package.holds("deep_gemm/include/deep_jit/")
         return {
-            "deep_gemm": package.identity(build) if name == "sgl-deep-gemm" else f"{name} {package.identity(build)}",
+            "deep_gemm": package.identity() if name == "sgl-deep-gemm" else f"{name} {package.identity()}",
             "deep_gemm_format": "deep_jit" if new else "jit",
             "deep_gemm_path": None if new else f"{package.place.rstrip('/')}/deep_gemm",
         }
@@ -153,9 +221,16 @@ def _json(text: str | None) -> dict[str, object]:
     return data if isinstance(data, dict) else {}
 
 
-def _is_editable_install(text: str | None) -> bool:
-    info = _json(text).get("dir_info")
-    return isinstance(info, dict) and info.get("editable") is True
+def _editable_source(text: str | None) -> str | None:
+    """Return the folder of an editable install; None for any other install."""
+    document = _json(text)
+    info, url = document.get("dir_info"), document.get("url")
+    if not isinstance(info, dict) or info.get("editable") is not True:
+        return None
+    try:
+        return unquote(urlsplit(url).path).rstrip("/") if isinstance(url, str) else ""
+    except ValueError:
+        return ""
 
 
 def _looks_editable(payload: tuple[tuple[str, str], ...] | None) -> bool:

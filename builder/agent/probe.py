@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from builder import files
-from builder.agent import packages
-from builder.cache import variables
+from builder.agent import packages, sglang_build
+from builder.cache import kernel_sources, toolchain, variables
 from builder.cache.families import PACKAGES
 from builder.cache.toolchain import SCHEMA, Record, distinct, factor_variables, switches
 from builder.job import ServingImage
@@ -35,7 +35,6 @@ SECONDS = 20.0
 #: Assemblers of Triton: the second one from compute capability 9.0 (Triton 3.9) or 10.0 (before) on.
 PTXAS = ("ptxas", "ptxas-blackwell")
 
-_COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")
 _ROOT = str(Path(__file__).resolve().parents[2])
 _GPU_FACTS = f"import sys; sys.path.insert(0, {_ROOT!r}); from builder.agent import gpu_probe; gpu_probe.main()"
 
@@ -60,14 +59,15 @@ def probe(
     compilers = start_compilers(environ, None if triton is None else triton.place)
     gpu_facts = start([sys.executable, "-I", "-S", "-c", _GPU_FACTS], environ)
 
-    commit = _commit(environ, image)
-    build = f"commit {commit}" if commit else (f"image {image.id}" if image.id else None)
-    sglang = packages.find("sglang")
-    factors: dict[str, str | None] = {name: packages.identity(names, build) for name, names in PACKAGES.items()}
-    factors.update(packages.deep_gemm(build))
+    sglang = sglang_build.build(environ, image)
+    factors: dict[str, str | None] = {name: packages.identity(names) for name, names in PACKAGES.items()}
+    factors.update(packages.deep_gemm())
+    factors["sglang_csrc"] = kernel_sources.group_digest(sglang["sources"], "tvm_ffi")
+    factors["sglang_extensions"] = kernel_sources.group_digest(sglang["sources"], "torch_extensions")
+    factors["sglang_build"] = toolchain.build_name(sglang["version"], sglang["commit"])
     factors["torch_cuda"] = _torch_cuda()
     factors.update(_host_abi())
-    factors.update(mount=posixpath.normpath(mount), image=image.id or None)
+    factors.update(mount=posixpath.normpath(mount), image=image.content or image.id, isa=toolchain.isa())
 
     problems: list[str] = []
     until = time.monotonic() + SECONDS
@@ -86,7 +86,7 @@ def probe(
         "schema": SCHEMA,
         "factors": {name: factors[name] for name in sorted(factors)},
         "gpus": gpus,
-        "sglang": {"version": sglang.version if sglang else None, "commit": commit},
+        "sglang": sglang,
         "switches": switches(inherited),
         "variables": factor_variables(inherited, cuda_home(environ)),
         "observed": {
@@ -196,14 +196,6 @@ def _gpus(text: str | None, problems: list[str]) -> tuple[list[dict[str, Any]], 
     except (ValueError, AttributeError, TypeError):
         problems.append("GPU facts: unintelligible answer")
         return [], None
-
-
-def _commit(environ: Mapping[str, str], image: ServingImage) -> str | None:
-    """Return the commit that sglang was built from: as the image declares it, or as it was installed."""
-    for value in (environ.get("SGLANG_BUILD_COMMIT"), *map(image.labels.get, _COMMIT_LABELS)):
-        if value and value.strip() not in ("", "unknown"):
-            return value.strip()
-    return packages.commit("sglang")
 
 
 def _torch_cuda() -> str | None:

@@ -19,7 +19,7 @@ from builder import events, files, text
 from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
-from builder.cache import layout, removal, survey, toolchain, usage
+from builder.cache import layout, memos, removal, survey, usage
 from builder.cache.families import directory
 from builder.cache.retention import PrunePlan, PruneStep, plan
 from builder.events import FAILED, WARMED
@@ -96,7 +96,7 @@ def _do(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, i
             _drop_marker(root, step.name)
             return step, 0
         if step.kind == "memo":
-            toolchain.drop_memos(root / step.name, step.key)
+            memos.drop_memos(root, root / step.name, step.key)
             return step, 0
         if step.kind == "family":
             return _drop_family(root, step, job, now)

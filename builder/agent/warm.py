@@ -27,7 +27,7 @@ from builder.agent.pass_context import Partial, PassContext
 from builder.agent.process import Failed
 from builder.agent.progress import EntryProgress
 from builder.agent.recipes import Passes
-from builder.cache import families, inventory, layout, markers, model_store, removal, toolchain
+from builder.cache import families, inventory, layout, markers, memos, model_store, removal, toolchain
 from builder.cache.coverage import needs_config
 from builder.cache.entries import EntryProblem
 from builder.cache.families import FAMILIES, FAMILY
@@ -125,7 +125,7 @@ class Warming:
         self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
         self._guard.check()
         self._prepare_families(record)
-        write_memo(self._root, self._job, probed, task.env, known=True)
+        memos.write_memo(self._root, self._job.image, probed, env=task.env, known=True)
         self._quarantine_leftovers()
         self._compile_lock.acquire()
         digest = model_store.require(task, environ) if needs_config(task) else None
@@ -396,9 +396,3 @@ class Warming:
                 "compiled-on": "no GPU" if pretended else "GPU",
             },
         )
-
-
-def write_memo(root: Path, job: Job, record: toolchain.Record, env: Mapping[str, str], *, known: bool = False) -> None:
-    """Write the record into the image's memo, if the image has an id. Raises OSError."""
-    if job.image.id:
-        toolchain.write_memo(root, job.image.id, record, env=env, known=known)

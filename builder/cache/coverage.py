@@ -14,19 +14,19 @@ from typing import Any
 from builder import sglang_args
 from builder.cache import variables
 from builder.cache.model_store import is_directory
-from builder.cache.toolchain import Record
+from builder.cache.toolchain import Record, release
 from builder.task import PRETEND_VARIABLE, RECIPES, Task
 from builder.text import printable
 
 
 def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
     """Return the coverage factors, in the order in which a difference is named; JSON types only."""
-    sglang, recipe = record["sglang"], RECIPES[task.recipe]
+    recipe = RECIPES[task.recipe]
     # sglang's own parser ignores the order of a server's options; a command's argv may depend on it.
     argv = list(task.argv) if task.recipe == "command" else sglang_args.normalised(task.argv)
     factors: dict[str, Any] = {
-        "sglang": sglang["version"],
-        "sglang commit": sglang["commit"],
+        # A build changes with every commit, and compiles the same kernels of the same sources: markers record it.
+        "sglang": release(record["sglang"]["version"]),
         "model": task.model,
         "revision": task.revision,
         "config.json": config_digest or _in_image(task, record),
@@ -69,6 +69,14 @@ def _in_image(task: Task, record: Record) -> str | None:
     """Return what represents the config.json of a model in the image."""
     in_image = needs_config(task) and is_directory(task.model)
     return f"in the image {record['factors'].get('image')}" if in_image else None
+
+
+def of_schema_1(factors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return coverage as markers of schema 1 have it, in the terms of today: the build is no factor any more."""
+    version = factors.get("sglang")
+    renamed = {**factors, "sglang": release(version) if isinstance(version, str) else version}
+    renamed.pop("sglang commit", None)
+    return renamed
 
 
 def coverage_digest(factors: Mapping[str, Any]) -> str:

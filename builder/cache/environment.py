@@ -1,8 +1,8 @@
 """This process's environment against a cache root: which image it is, and which families' kernels it would find.
 
-A container does not show the image it was made of. It is taken from the id that was passed at its start, or from the
-memo of an image with the same build commit and the same value of every other factor. Otherwise it is unknown, and so
-are the families that belong to one image. Reads only; never raises for what it finds.
+A container does not show the image it was made of. It is taken from the name that was passed at its start, or from the
+memo of an image with the same build of sglang and the same value of every other factor. Families are found without it.
+Reads only; never raises for what it finds.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder import text
-from builder.cache import layout, toolchain
+from builder.cache import kernel_sources, layout, toolchain
 from builder.cache.coverage import differences
-from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION, Family
+from builder.cache.families import FAMILIES, TABLE_VERSION, Family
+from builder.cache.memos import known_images
 from builder.cache.toolchain import Record, Sglang
 
 #: Names, in a container, the image that its caches belong to. `warm-cache env` prints it with the image's id.
 IMAGE_VARIABLE = "WARM_CACHE_IMAGE_ID"
-#: The factor that families of one image alone have.
+#: Recorded, and no factor of any family: what is in the image besides packages.
 IMAGE = "image"
 
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
@@ -31,46 +32,62 @@ Row = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class ImageIdentity:
-    """id: the builder's on the host, or None. how: how it is known, or why it is not, for people."""
+    """id: a name of the image, or None. how: how it is known, or why it is not, for people.
+
+    content, commit: of the image, from its memo; None where none is there.
+    """
 
     id: str | None
     how: str
+    content: str | None = None
     commit: str | None = None
 
 
-def named_image(root: Path, *names: str | None) -> ImageIdentity | None:
-    """Return the image of the first of these names that is an id, with its commit from a memo; None without one."""
+def named_image(root: Path, record: Record, *names: str | None) -> ImageIdentity | None:
+    """Return the image of the first of these names that is an id, as its memo describes it; None without one."""
     for name in names:
         if name and _ID.fullmatch(name):
-            commits = [record["sglang"]["commit"] for known, record in toolchain.known_images(root) if known == name]
-            return ImageIdentity(name, "it was named", commits[0] if commits else None)
+            memos = [memo for memo in known_images(root) if name in memo.names]
+            # A checkout that was installed into the container is not the image's build.
+            same = [memo for memo in memos if _build(memo.record) == _build(record)]
+            commit = same[0].record["sglang"]["commit"] if same else None
+            return ImageIdentity(name, "it was named", memos[0].record["factors"].get(IMAGE) if memos else None, commit)
     return None
 
 
 def recognised(root: Path, record: Record) -> ImageIdentity:
     """Return the only image among the memos below `root` that fits this record, which has no image."""
     commit = record["sglang"]["commit"]
-    alike = sorted({name for name, known in toolchain.known_images(root) if _alike(known, record)})
     if commit is None:
         return ImageIdentity(None, "nothing here says which build of sglang this is")
+    alike = {memo.image: memo for memo in known_images(root) if _alike(memo.record, record)}
     build = f"build {text.printable(commit)[:40]}"
     if not alike:
         return ImageIdentity(None, f"the cache knows no image of {build} with these packages")
     if len(alike) > 1:
         return ImageIdentity(None, f"the cache knows {len(alike)} images of {build}")
-    return ImageIdentity(alike[0], f"the only one known of {build}", commit)
+    (name, memo), *_ = alike.items()
+    return ImageIdentity(name, f"the only one known of {build}", memo.record["factors"].get(IMAGE), commit)
 
 
 def of_image(record: Record, image: ImageIdentity) -> Record:
     """Return the record as it is in this image."""
-    factors = {**record["factors"], IMAGE: image.id}
     sglang: Sglang = {**record["sglang"], "commit": record["sglang"]["commit"] or image.commit}
+    build = toolchain.build_name(sglang["version"], sglang["commit"])
+    factors = {**record["factors"], IMAGE: image.content or image.id, "sglang_build": build}
     return {**record, "factors": factors, "sglang": sglang}
+
+
+def _build(record: Record) -> tuple[Any, ...]:
+    sglang = record["sglang"]
+    return sglang["version"], kernel_sources.digest(sglang["sources"])
 
 
 def _alike(known: Record, record: Record) -> bool:
     return known["sglang"] == record["sglang"] and all(
-        known["factors"].get(name) == value for name, value in record["factors"].items() if name != IMAGE
+        known["factors"].get(name) == value
+        for name, value in record["factors"].items()
+        if name != IMAGE and name not in toolchain.HOST_FACTORS
     )
 
 
@@ -78,14 +95,13 @@ def _alike(known: Record, record: Record) -> bool:
 class Standing:
     """One family in this environment.
 
-    state: ``found``: its directory exists; ``differs``: only directories of other keys do; ``absent``: there is none;
-    ``unknown``: it belongs to an image, and this image is unknown. key: None where unknown.
+    state: ``found``: its directory exists; ``differs``: only directories of other keys do; ``absent``: there is none.
     nearest: the key that differs least. rows: what differs from it: (factor, was, is).
     """
 
     family: str
-    state: Literal["found", "differs", "absent", "unknown"]
-    key: str | None
+    state: Literal["found", "differs", "absent"]
+    key: str
     nearest: str | None = None
     rows: list[Row] = field(default_factory=list)
 
@@ -118,23 +134,11 @@ def described(root: Path) -> Iterator[Described]:
             yield Described(*directory.name, record.written, record.factors)
 
 
-def known_keys(record: Record) -> dict[str, str]:
-    """Return the key of every family; without an image, not those of families that belong to one."""
-    return {name: key for name, key in toolchain.family_keys(record).items() if not _unknown(record, FAMILY[name])}
-
-
-def _unknown(record: Record, family: Family) -> bool:
-    return IMAGE in family.factors and record["factors"].get(IMAGE) is None
-
-
 def _standing(known: Sequence[Described], family: Family, record: Record) -> Standing:
     now: dict[str, Any] = dict(toolchain.family_factors(record, family.name))
-    unknown = _unknown(record, family)
-    key = None if unknown else toolchain.family_key(record, family.name)
+    key = toolchain.family_key(record, family.name)
     if any(each.key == key for each in known):
         return Standing(family.name, "found", key)
-    if unknown:
-        del now[IMAGE]
     nearest = None
     for each in known:
         if each.factors is None:
@@ -145,8 +149,6 @@ def _standing(known: Sequence[Described], family: Family, record: Record) -> Sta
     if nearest is None:
         return Standing(family.name, "absent", key)
     other, rows, _ = nearest
-    if unknown and not rows:
-        return Standing(family.name, "unknown", None, other)
     if not rows:  # equal factors under another key: the table itself changed
         rows = [("table", "another version", str(TABLE_VERSION))]
     return Standing(family.name, "differs", key, other, rows)

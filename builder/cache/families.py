@@ -41,6 +41,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     ),
     "quack": ("quack-kernels",),
     "tilelang": ("tilelang",),
+    "deep_ep": ("deep-ep",),
 }
 
 #: Distributions with DeepGEMM, the first that is present counts: its wheel, upstream's, sgl-kernel (sglang <= 0.5.11).
@@ -76,7 +77,9 @@ class Family:
     env: (variable, path below the family's directory; "" is the directory itself).
     factors: names of factors in the toolchain record.
     layout: how entries are recognised: ``deep_gemm`` | ``triton`` | ``files``.
-    shared: images with equal factors may use one directory. Where not, ``image`` is among the factors.
+    shared: images with equal factors may use one directory. Where not, the build of sglang is among the factors.
+    sources: packages (factors of PACKAGES, or ``sglang``) whose files ninja compares the entries with: an entry that is
+    older than one of them would be compiled again. Empty: entries are found by content.
     claimable: a task may claim it in its marker. Where not, the driver manages it and nothing in it is ever moved.
     transient: shell patterns of one path component that are never entries.
     leftovers: (pattern, why it is unsafe or useless); a pattern with a slash is matched from the family's directory
@@ -95,6 +98,7 @@ class Family:
     factors: tuple[str, ...]
     layout: str = "files"
     shared: bool = True
+    sources: tuple[str, ...] = ()
     claimable: bool = True
     transient: tuple[str, ...] = TRANSIENT
     leftovers: tuple[tuple[str, str], ...] = ()
@@ -126,11 +130,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="deep_ep",
         # DeepEP's own JIT (its version 2): keyed by source and flags, with the path of its headers and without their
-        # content, so that images must not share it.
+        # content, so that the package is a factor.
         env=(("EP_JIT_CACHE_DIR", ""),),
-        factors=("image", "torch", "nvcc", "compute_capability"),
+        factors=("deep_ep", "torch", "nvcc", "compute_capability", *HOST_ABI),
         layout="deep_gemm",
-        shared=False,
         leftovers=(("tmp/*", f"build {_ABANDONED}"),),
     ),
     Family(
@@ -147,15 +150,16 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inductor",
         env=(("TORCHINDUCTOR_CACHE_DIR", ""),),
-        factors=("torch", "triton", "torch_cuda", "gpu_name", *HOST_ABI),
+        # Its C++ is compiled for the instructions of this CPU.
+        factors=("torch", "triton", "torch_cuda", "gpu_name", "isa", *HOST_ABI),
         leftovers=(("*.tmp", f"write {_ABANDONED}"), ("tmp.pid_*", f"write {_ABANDONED}")),
     ),
     Family(
         name="flashinfer",
         # FlashInfer appends .cache/flashinfer to its base. Its FLASHINFER_CUBIN_DIR stays in the image on purpose.
         env=(("FLASHINFER_WORKSPACE_BASE", ""), ("TRTLLM_DG_CACHE_DIR", "trtllm_deep_gemm")),
-        factors=("flashinfer", "torch", "nvcc", "compute_capability", *HOST_ABI, "image"),
-        shared=False,
+        factors=("flashinfer", "torch", "nvcc", "compute_capability", *HOST_ABI),
+        sources=("flashinfer", "torch", "tvm_ffi"),
         leftovers=(("trtllm_deep_gemm/tmp/*", f"build {_ABANDONED}"), ("*.tmp", f"write {_ABANDONED}")),
     ),
     Family(
@@ -170,8 +174,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="tvm_ffi",
         env=(("TVM_FFI_CACHE_DIR", ""),),
-        factors=("image", "torch", *HOST_ABI),
-        shared=False,
+        factors=("tvm_ffi", "sglang_csrc", "torch", "nvcc", *HOST_ABI),
+        sources=("sglang", "tvm_ffi", "torch", "flashinfer"),
     ),
     Family(
         name="cute_dsl",
@@ -193,15 +197,15 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="torch_extensions",
         env=(("TORCH_EXTENSIONS_DIR", ""),),
-        factors=("image", "torch", *HOST_ABI),
-        shared=False,
+        factors=("torch", "sglang_extensions", "nvcc", *HOST_ABI),
+        sources=("sglang", "torch"),
         # torch's FileBaton is the file's existence, so the lock of a killed owner is waited for without end.
         leftovers=(("lock", "lock file whose owner is gone: every later loader waits for it forever"),),
     ),
     Family(
         name="sglang_cache",
         env=(("SGLANG_CACHE_DIR", ""),),
-        factors=("image", "gpu_name"),
+        factors=("sglang_build", "torch", "triton", "flashinfer", "gpu_name"),
         shared=False,
         leftovers=(("*.tmp", f"write {_ABANDONED}"), ("tmp.pid_*", f"write {_ABANDONED}")),
         # No caches of compilers: a table of embeddings that each boot writes anew (SGLANG_QWEN4_PLE_FILE_DIR, srt/

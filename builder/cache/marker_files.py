@@ -11,15 +11,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from builder import files, text
-from builder.cache.coverage import coverage_digest
+from builder.cache import kernel_sources
+from builder.cache.coverage import coverage_digest, of_schema_1
 from builder.cache.families import FAMILY, is_key
+from builder.cache.toolchain import build_name
 
-SCHEMA = 1
+SCHEMA = 2
+#: Schemas that are understood. Markers of schema 1 know one build and no kernel sources, and their folder has the
+#: digest of a coverage with the build in it.
+READABLE = (1, 2)
+#: Builds that a marker keeps: the last ones that proved it.
+BUILDS_KEPT = 8
 
 #: What a marker's claim rests on:
 #: verified: a second pass in a new process added nothing, and every claimed family has entries.
@@ -65,11 +72,43 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Build:
+    """A build of sglang that proved a marker.
+
+    sources: digest of its kernel sources, None if unknown. proof: see `Marker`. time: of the proof, seconds since the
+    epoch; 0 if unknown.
+    """
+
+    version: str | None = None
+    commit: str | None = None
+    sources: str | None = None
+    proof: str = ""
+    time: int = 0
+
+    @property
+    def name(self) -> str | None:
+        """The build for people."""
+        return build_name(self.version, self.commit)
+
+
+@dataclass(frozen=True)
+class Prebuild:
+    """What a run's prebuild, on CPU cores, was good for. keys: those that it used, by family.
+
+    misses: DeepGEMM problems that it was asked for, and that were compiled on a GPU in spite of it.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    misses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Marker:
     """One marker. claims: by family. coverage: see `coverage`. toolchain: digest of all family keys of its run.
 
     proof: a `Proof`, or any other text that the file has. table: TABLE_VERSION of its keys. shapes: DeepGEMM problems
-    that the run compiled. written: ISO 8601, UTC.
+    that the run compiled. written: ISO 8601, UTC. builds: of sglang that proved it, the most recent first.
+    sources: kernel sources of the first of them. prebuild: of the run, None without one. schema: of the file.
     """
 
     label: str
@@ -81,6 +120,10 @@ class Marker:
     second_pass_added: int | None = None
     shapes: tuple[str, ...] = ()
     written: str = ""
+    builds: tuple[Build, ...] = ()
+    sources: Mapping[str, str] | None = None
+    prebuild: Prebuild | None = None
+    schema: int = SCHEMA
     observed: Observed = field(default_factory=Observed)
 
     @property
@@ -199,6 +242,9 @@ def encoded(marker: Marker) -> bytes:
         "second_pass_added": marker.second_pass_added,
         "shapes": marker.shapes,
         "written": marker.written,
+        "builds": [asdict(build) for build in marker.builds[:BUILDS_KEPT]],
+        "sources": marker.sources,
+        "prebuild": None if marker.prebuild is None else asdict(marker.prebuild),
         "observed": {**marker.observed.others, **known},
     }
     return json.dumps(document, indent=1).encode("ascii") + b"\n"
@@ -209,10 +255,10 @@ def _parsed(document: Any) -> Marker:
     if not isinstance(document, dict):
         raise _NotAMarkerError("it is not an object")
     schema = document.get("schema")
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema not in READABLE:
         # Newer ones stop the removal of kernels, so nothing else may count as one. A bool is no schema.
         newer = type(schema) is int and schema > SCHEMA
-        raise _NotAMarkerError(f"its schema is {_shown(schema)}, this program knows {SCHEMA}", newer=newer)
+        raise _NotAMarkerError(f"its schema is {_shown(schema)}, this program knows 1 and {SCHEMA}", newer=newer)
     claims: Any = document.get("claims")
     if not _is_texts(claims):
         raise _NotAMarkerError("its claims are not a list of names")
@@ -222,21 +268,55 @@ def _parsed(document: Any) -> Marker:
     keys = _each(document.get("keys"), claims, _is_key, "key")
     entries = _each(document.get("entries"), claims, _is_texts, "entries")
     factors = _each(document.get("factors"), claims, _is_object, "factors")
-    coverage, proof, shapes = document.get("coverage"), document.get("proof"), document.get("shapes")
+    coverage, proof, sources = document.get("coverage"), document.get("proof"), document.get("sources")
     if not isinstance(coverage, dict) or not isinstance(proof, str):
         raise _NotAMarkerError("it has no coverage or no proof")
+    builds = _builds(document.get("builds")) if schema == SCHEMA else _of_schema_1(document, coverage, proof)
     return Marker(
         label=_text(document.get("label")) or "",
         claims={name: Claim(keys[name], factors[name], tuple(entries[name])) for name in claims},
-        coverage=coverage,
+        coverage=coverage if schema == SCHEMA else of_schema_1(coverage),
         proof=proof,
         toolchain=_text(document.get("toolchain")),
         table=_whole(document.get("table")),
         second_pass_added=_whole(document.get("second_pass_added")),
-        shapes=tuple(shape for shape in shapes if isinstance(shape, str)) if isinstance(shapes, list) else (),
+        shapes=_texts(document.get("shapes")),
         written=_text(document.get("written")) or "",
+        builds=builds,
+        sources=sources if kernel_sources.is_sources(sources) else None,
+        prebuild=_prebuild(document.get("prebuild")),
+        schema=schema,
         observed=_observed(document.get("observed")),
     )
+
+
+def _builds(rows: Any) -> tuple[Build, ...]:
+    return tuple(
+        Build(
+            version=_text(row.get("version")),
+            commit=_text(row.get("commit")),
+            sources=_text(row.get("sources")),
+            proof=_text(row.get("proof")) or "",
+            time=_second(row.get("time")),
+        )
+        for row in (rows[:BUILDS_KEPT] if isinstance(rows, list) else ())
+        if isinstance(row, dict)
+    )
+
+
+def _of_schema_1(document: Mapping[str, Any], coverage: Mapping[str, Any], proof: str) -> tuple[Build, ...]:
+    """Return the one build of a marker of schema 1, which had it in its coverage."""
+    observed = document.get("observed")
+    time = _second(observed.get("time")) if isinstance(observed, dict) else 0
+    return (Build(_text(coverage.get("sglang")), _text(coverage.get("sglang commit")), None, proof, time),)
+
+
+def _prebuild(document: Any) -> Prebuild | None:
+    if not isinstance(document, dict):
+        return None
+    keys = document.get("keys")
+    sound = {name: key for name, key in keys.items() if _is_key(key)} if isinstance(keys, dict) else {}
+    return Prebuild(sound, _texts(document.get("misses")))
 
 
 def _observed(document: Any) -> Observed:
@@ -280,6 +360,15 @@ def _is_texts(value: Any) -> bool:
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _second(value: Any) -> int:
+    """Return a time in seconds since the epoch, 0 for what is none."""
+    return value if type(value) is int and 0 <= value < 1 << 40 else 0
 
 
 def _text(value: Any) -> str | None:

@@ -13,22 +13,25 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from builder import files
-from builder.cache import inventory, marker_files, toolchain, usage
+from builder.cache import build_proofs, inventory, marker_files, toolchain, usage
+from builder.cache.build_proofs import BuildProof, Builds
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
-from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, Proof, folder_name
+from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, Prebuild, Proof, folder_name
 from builder.cache.toolchain import Record
 from builder.task import RECIPES, Task
-from builder.text import printable
+from builder.text import age, printable
 
 VERIFIED: Proof = "verified"
 PRETENDED: Proof = "pretended"
 
 Row = tuple[str, str, str]
+
+
 #: Why a task is cold; "" for a warm one. After the colon of each: its meaning, and the detail in parentheses.
 #: no-marker: none of the task's label is there to compare with, and none of the same work holds.
 #: compile: the key of a claimed family is another one (``<factor> was A is B``).
@@ -36,8 +39,9 @@ Row = tuple[str, str, str]
 #: entries: entries that the marker lists are missing or invalid (``N missing, M invalid (first: …)``).
 #: marker-unreadable: the file where the marker should be holds none (its path and the problem).
 #: unverified: the marker would do, but `strict` requires the proof ``verified``.
-#: unknown: keys differ by the image alone, and the present image is unknown (the families, and what to do).
-Kind = Literal["", "no-marker", "compile", "coverage", "entries", "marker-unreadable", "unverified", "unknown"]
+#: build: the marker would do, but only another build of sglang proved it, and this one's own proof is wanted.
+#: age: the marker would do, but its proof is older than is wanted.
+Kind = Literal["", "no-marker", "compile", "coverage", "entries", "marker-unreadable", "unverified", "build", "age"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Judgement:
     """Whether a task is warm.
 
     marker, path (below the root): the marker that was judged, or the nearest one. differences: (factor, was, is)
-    against it, in full.
+    against it, in full. proof: of a warm task, and of one that is cold for its build or age alone.
     """
 
     state: Literal["warm", "cold"]
@@ -54,6 +58,7 @@ class Judgement:
     marker: Marker | None = None
     path: str | None = None
     differences: list[Row] = field(default_factory=list)
+    proof: BuildProof | None = None
 
     @property
     def reason(self) -> str:
@@ -68,6 +73,8 @@ def judge(
     record: Record,
     config_digest: str | None,
     strict: bool = False,
+    build: Builds = "any",
+    max_age: float | None = None,
     run: str | None = None,
 ) -> Judgement:
     """Compare the task with the markers below `root` and their entries with the disk.
@@ -77,16 +84,19 @@ def judge(
     1. A marker of the task's coverage and present keys, under any label, whose entries are all valid: warm. A label is
        only a name for the work. Markers that `run` wrote are tried first, then those of real GPUs before those of
        simulated ones, those of the task's own label before others, and newer ones before older ones.
+       Markers of schema 1 have a folder of another name: they are looked for where nothing else is warm.
     2. Such a marker of the task's own label, the first in this order: ``entries`` if some are missing or invalid,
-       ``unverified`` if all are valid but `strict` requires another proof.
+       ``unverified``, ``build`` or ``age`` if all are valid but another proof is wanted.
     3. An unreadable file where the task's marker should be: ``marker-unreadable``.
     4. A marker of the same label and coverage with other keys: ``compile``.
     5. A marker of the same label with another coverage: ``coverage``.
     6. ``no-marker``.
 
     Reads only, never raises for what it finds. strict: only a marker with the proof ``verified`` counts.
+    build: ``same``: only a proof of this build of sglang counts. max_age: of the proof, in seconds; None: any.
     run: id of a run; None: no run has priority.
     """
+    wanted = _Wanted(strict, build, max_age)
     now = coverage(task, record=record, config_digest=config_digest)
     keys = toolchain.family_keys(record)
     name = folder_name(task.label, now)
@@ -108,12 +118,22 @@ def judge(
     candidates.sort(key=priority)
     judged = []
     for item, marker in candidates:
-        judgement = _against_disk(root, item, marker, record, strict)
+        judgement = _against_disk(root, item, marker, record, wanted)
         if judgement.state == "warm":
             usage.note(root, item.path)
             return judgement
         if item.folder == name:
             judged.append(judgement)
+    neighbours = marker_files.neighbours(root, task.label)
+    for item, marker in _of_schema_1(neighbours, task, now):
+        if _has_keys(marker, keys):
+            judgement = _against_disk(root, item, marker, record, wanted)
+            if judgement.state == "warm":
+                usage.note(root, item.path)
+                return judgement
+            judged.append(judgement)
+        elif item.folder != name:
+            found.append(item)
     if judged:
         return judged[0]
     good = [(item, item.marker) for item in found if item.marker is not None]
@@ -124,12 +144,19 @@ def judge(
     if same:
         # As above, a marker of a real GPU is the one to compare with.
         return _against_toolchain(*min(same, key=lambda pair: pair[1].proof == PRETENDED), record, keys)
-    nearest = [(item, item.marker) for item in marker_files.neighbours(root, task.label) if item.marker is not None]
+    nearest = [(item, item.marker) for item in neighbours if item.marker is not None]
     for item, marker in sorted(nearest, key=lambda pair: pair[0].written, reverse=True):
         if rows := differences(marker.coverage, now):
             every = _toolchain_row(marker, keys) + rows
             return Judgement("cold", "coverage", difference(rows[0]), marker, item.path, every)
     return Judgement("cold", "no-marker")
+
+
+def _of_schema_1(found: Iterable[MarkerFile], task: Task, now: Mapping[str, Any]) -> list[tuple[MarkerFile, Marker]]:
+    """Return the markers of schema 1 with this coverage, most recent first."""
+    old = [_sufficient(item, task) for item in found if item.marker is not None and item.marker.schema == 1]
+    pairs = [(item, item.marker) for item in old if item.marker is not None and item.marker.coverage == now]
+    return sorted(pairs, key=lambda pair: pair[0].written, reverse=True)
 
 
 def build(
@@ -143,6 +170,7 @@ def build(
     second_pass_added: int | None,
     shapes: Iterable[str],
     observed: Observed,
+    prebuild: Prebuild | None = None,
 ) -> Marker:
     """Return the marker of a warmed task.
 
@@ -156,6 +184,7 @@ def build(
     }
     if proof == VERIFIED and not (claimed and all(claim.entries for claim in claimed.values())):
         proof = "inventory" if claimed else "nothing-claimed"
+    sglang = record["sglang"]
     return Marker(
         label=task.label,
         claims=claimed,
@@ -166,6 +195,9 @@ def build(
         second_pass_added=second_pass_added,
         shapes=tuple(shapes),
         written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        builds=(replace(build_proofs.build_of(sglang), proof=proof, time=int(time.time())),),
+        sources=sglang["sources"],
+        prebuild=prebuild,
         observed=observed,
     )
 
@@ -191,10 +223,15 @@ def publish(root: Path, marker: Marker) -> str:
        writers wins; both were right.
     4. The directory is fsynced: only now does a crash of the machine keep the new name. Before, it may keep the old
        file, which is only older. Without step 2 it could keep the new name on an empty file.
+
+    The builds of the marker that it replaces stay, after its own.
     """
     # A marker made without a GPU never replaces one that a real GPU proved.
     kind = ".pretended" if marker.proof == PRETENDED else ""
     path = f"markers/{folder_name(marker.label, marker.coverage)}/{toolchain.digest(marker.keys)}{kind}.json"
+    if (before := marker_files.read(root / path)) is not None:
+        earlier = [each for each in before.builds if not any(build_proofs.is_same(each, own) for own in marker.builds)]
+        marker = replace(marker, builds=(*marker.builds, *earlier))
     files.write_atomically(root / path, marker_files.encoded(marker))
     usage.stamp(root, path)
     return path
@@ -234,7 +271,16 @@ def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:
     return item
 
 
-def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, strict: bool) -> Judgement:
+@dataclass(frozen=True)
+class _Wanted:
+    """Which proof counts, as in `judge`."""
+
+    strict: bool
+    build: Builds
+    max_age: float | None
+
+
+def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, wanted: _Wanted) -> Judgement:
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
     for family, claim in marker.claims.items():
@@ -251,10 +297,21 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
         text = f"{missing} missing, {invalid} invalid"
         rows = [("entries", str(total), f"{total - missing - invalid} valid, {text}")]
         return Judgement("cold", "entries", f"{text} (first: {first})", marker, item.path, rows)
-    proven = marker.proof == VERIFIED and bool(marker.claims) and all(claim.entries for claim in marker.claims.values())
-    if strict and not proven:
+    whole = bool(marker.claims) and all(claim.entries for claim in marker.claims.values())
+    proofs = build_proofs.of_marker(marker, record["sglang"], written=item.written)
+    counts = [proof for proof in proofs if not wanted.strict or (proof.build.proof == VERIFIED and whole)]
+    if not counts:
         return Judgement("cold", "unverified", "", marker, item.path, [("proof", describe(marker.proof), VERIFIED)])
-    return Judgement("warm", marker=marker, path=item.path)
+    own = [proof for proof in counts if proof.same or wanted.build == "any"]
+    if not own:
+        rows = [("build", describe(counts[0].build.name), describe(counts[0].this.name))]
+        return Judgement("cold", "build", counts[0].sentence, marker, item.path, rows, counts[0])
+    young = [proof for proof in own if wanted.max_age is None or proof.age <= wanted.max_age]
+    if not young:
+        newest = min(own, key=lambda proof: proof.age)
+        detail = f"proven {age(newest.age)} ago, on {newest.date}, and wanted {age(wanted.max_age or 0)} ago at most"
+        return Judgement("cold", "age", detail, marker, item.path, [("proof", newest.date, "")], newest)
+    return Judgement("warm", marker=marker, path=item.path, proof=young[0])
 
 
 def _against_toolchain(item: MarkerFile, marker: Marker, record: Record, keys: Mapping[str, str]) -> Judgement:

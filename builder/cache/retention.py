@@ -96,7 +96,7 @@ class _Choice:
     def __post_init__(self) -> None:
         self.dropped: dict[str, str] = {}
         self.needed = {mark.path for mark in self.held.marks if self._serves(mark)}
-        self.current = {memo.toolchain for memo in self.held.memos if memo.image == self.policy.image}
+        self.current = {name for memo in self.held.memos if self.policy.image in memo.names for name in memo.toolchains}
         # A directory that cannot be removed keeps the markers that claim it: they stay true as long as it exists.
         self.stuck = {
             mark.path: why for mark in self.held.marks for place in mark.dirs if (why := self.pinned.get(place))
@@ -129,14 +129,14 @@ class _Choice:
             memo
             for memo in self.held.memos
             # A young memo was probed for a warm-up that has not written its markers yet.
-            if memo.toolchain in generations or self.now - memo.written < self.job_max
+            if not generations.isdisjoint(memo.toolchains) or self.now - memo.written < self.job_max
         ]
 
     def places(self) -> set[Dir]:
         """Return the family directories that a kept marker or memo, or the policy, refers to."""
         found = {place for keys in self.policy.keys for place in keys.items()}
         for memo in self.kept_memos():
-            found |= set(memo.keys.items())
+            found |= {place for keys in memo.keys for place in keys.items()}
         for mark in self.kept:
             found |= mark.dirs
         return found
@@ -167,8 +167,8 @@ def decide(
             if now - entry.used >= policy.older_than:
                 goes.setdefault(place, {})[name] = entry
     after = _bysize(choice, goes)
-    named = {mark.image for mark in held.marks} | {memo.image for memo in held.memos}
-    kept = {mark.image for mark in choice.kept} | {memo.image for memo in choice.kept_memos()} | {policy.image}
+    named = {mark.image for mark in held.marks}.union(*(memo.names for memo in held.memos))
+    kept = {mark.image for mark in choice.kept}.union({policy.image}, *(memo.names for memo in choice.kept_memos()))
     return PrunePlan(
         steps=tuple(_steps(choice, goes)),
         before=held.bytes,
@@ -264,7 +264,7 @@ def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterato
     kept = choice.kept_memos()
     for memo in choice.held.memos:
         if memo not in kept:
-            yield PruneStep("memo", memo.path, "its toolchain is not kept", key=memo.toolchain)
+            yield PruneStep("memo", memo.path, "its toolchain is not kept", key=(*memo.toolchains, "")[0])
     places = choice.places()
     for place, item in sorted(choice.held.dirs.items()):
         if place not in places and not choice.held.newer:

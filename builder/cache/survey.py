@@ -18,6 +18,7 @@ from builder.cache import marker_files, toolchain, usage
 from builder.cache.entries import NAMES
 from builder.cache.families import FAMILY, directory
 from builder.cache.layout import family_directories
+from builder.cache.memos import memos_in, records
 
 #: Layouts with independent entries, so that one of them may be removed without the others.
 ALONE = ("deep_gemm", "triton")
@@ -54,12 +55,16 @@ class SurveyedMarker:
 
 @dataclass(frozen=True)
 class Memo:
-    """One record of an image's memo. path: below the root, of the file; keys: of every family."""
+    """One record of an image's memo. path: below the root, of the file.
+
+    names: of the image. keys: of every family, on each machine that used the root, the last one first.
+    toolchains: of these keys.
+    """
 
     path: str
-    image: str
-    keys: Mapping[str, str]
-    toolchain: str
+    names: frozenset[str]
+    keys: tuple[Mapping[str, str], ...]
+    toolchains: tuple[str, ...]
     written: float
 
 
@@ -155,9 +160,9 @@ def memos(root: Path) -> Iterator[Memo]:
             written = item.stat(follow_symlinks=False).st_mtime
         except OSError:
             continue
-        for memo in toolchain.memos_in(Path(item.path)):
-            keys = toolchain.family_keys(memo.record)
-            yield Memo(f"images/{item.name}", memo.image, keys, toolchain.digest(keys), written)
+        for memo in memos_in(Path(item.path)):
+            keys = tuple(toolchain.family_keys(record) for record in records(root, memo))
+            yield Memo(f"images/{item.name}", memo.names, keys, tuple(map(toolchain.digest, keys)), written)
 
 
 @dataclass
@@ -224,8 +229,9 @@ def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
     found = survey(root)
     users: dict[Dir, set[str]] = {}
     for memo in found.memos:
-        for place in memo.keys.items():
-            users.setdefault(place, set()).add(memo.toolchain)
+        for keys, name in zip(memo.keys, memo.toolchains, strict=True):
+            for place in keys.items():
+                users.setdefault(place, set()).add(name)
     for place, item in sorted(found.dirs.items()):
         entries = count(root, place)
         for name in sorted(users.get(place, {"none"})):

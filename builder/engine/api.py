@@ -40,6 +40,7 @@ class Image:
     id: ``sha256:…``.
     ref: the name or id it was looked up by.
     digests: ``repository@sha256:…``, one for each registry it came from.
+    layers, env: of its file system, in their order, and its variables, as its config has them.
     """
 
     id: str
@@ -47,6 +48,8 @@ class Image:
     digests: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     workdir: str = ""
+    layers: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
 
     def has_digest(self, digest: str) -> bool:
         """Return whether a registry has this image under this digest."""

@@ -53,6 +53,8 @@ class Images(EngineConnection):
             digests=tuple(data.get("RepoDigests") or ()),
             labels=config.get("Labels") or {},
             workdir=config.get("WorkingDir") or "",
+            layers=tuple((data.get("RootFS") or {}).get("Layers") or ()),
+            env=tuple(config.get("Env") or ()),
         )
 
     def images(self) -> list[ListedImage]:
@@ -203,6 +205,22 @@ def identity(serving_id: str, setup: Sequence[str]) -> str:
     if not setup:
         return serving_id
     return "sha256:" + hashlib.sha256(json.dumps([serving_id, list(setup)]).encode()).hexdigest()
+
+
+def content(image: Image, setup: Sequence[str]) -> str | None:
+    """Return the identity of an image's content, the same in every engine; None where the engine shows no layers.
+
+    The id is a digest of the config in one image store, and of the manifest in another.
+    """
+    if not image.layers:
+        return None
+    text = json.dumps([list(image.layers), sorted(image.env), list(setup)])
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def names(image: Image, setup: Sequence[str]) -> tuple[str, ...]:
+    """Return the identities by which other engines and registries know the image: manifest digests."""
+    return tuple(sorted({identity(each.rpartition("@")[2], setup) for each in image.digests}))
 
 
 def serving_id(image: ListedImage) -> str | None:

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.cache import environment, toolchain
+from builder.cache import environment, memos, toolchain
 from builder.cache.environment import Described
 from builder.cache.toolchain import Record
 from builder.engine.api import Image
 from builder.engine.client import Engine
-from builder.engine.images import identity, warmup_image
+from builder.engine.images import content, identity, names, warmup_image
 from builder.engine.lease import Lease
 from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.cancel import ANSWER_WITHIN
 from builder.host.gpus import GpuSnapshot, Nvml
+from builder.job import ServingImage
 from builder.run import preflight
 from builder.run.cache_root import CacheRoot
 from builder.run.context import Context
@@ -90,6 +91,12 @@ class ContainerExecutor:
     def identity(self) -> str:
         """The id of the serving image with the manifest's setup commands, for families that belong to one image."""
         return identity(self.serving.id, self.context.manifest.image.setup)
+
+    @property
+    def serving_names(self) -> ServingImage:
+        """Every name of the serving image with its setup commands, as jobs and memos have them."""
+        serving, setup = self.serving, self.context.manifest.image.setup
+        return ServingImage(self.identity, serving.labels, content(serving, setup), names(serving, setup))
 
     @functools.cached_property
     def warmup(self) -> Image:
@@ -165,12 +172,13 @@ class ContainerExecutor:
 
     def _remembered(self, env: ProbeEnv, host: gpus.HostGpus | None) -> Record | None:
         with self.cache.view(entries=False) as root:
-            return toolchain.read_memo(
+            return memos.read_memo(
                 root,
-                self.identity,
+                self.serving_names,
                 mount=self.context.manifest.cache.mount,
                 gpus=host.model if host else None,
                 driver=host.driver if host else None,
+                isa=toolchain.isa() if self.engine.local else None,
                 env=dict(env),
             )
 

@@ -24,7 +24,7 @@ from builder.engine.log_pump import EventCallback
 from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import JOB_VARIABLE, Job, Mode, PrunePolicy, RunOrigin, ServingImage, ViewRequest
+from builder.job import JOB_VARIABLE, Job, Mode, PrunePolicy, RunOrigin, ViewRequest
 from builder.manifest.load import Manifest
 from builder.run import preflight
 from builder.run.executor import Allocation, Execution, Watcher
@@ -150,7 +150,7 @@ def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlin
         mode=mode,
         nonce=lease.nonce,
         mount=manifest.cache.mount,
-        image=ServingImage(executor.identity, executor.serving.labels),
+        image=executor.serving_names,
         task=task,
         lease=lease.target,
         lifetime=deadlines.task + deadlines.grace + manifest.run.start,

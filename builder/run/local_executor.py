@@ -18,9 +18,8 @@ from pathlib import Path
 from builder import files, processes
 from builder.cache import environment, layout, model_store, toolchain
 from builder.cache.environment import IMAGE_VARIABLE, Described, ImageIdentity, Standing
-from builder.cache.markers import Judgement, difference
 from builder.cache.toolchain import Record
-from builder.errors import CANNOT_RUN, PreflightError, UsageError
+from builder.errors import CANNOT_RUN, PreflightError
 from builder.host.locks import open_lock
 from builder.run import local_job
 from builder.run.context import Context
@@ -32,8 +31,6 @@ from builder.text import counted
 
 #: Where the cache is mounted, if neither a manifest nor --cache names the place.
 MOUNT = Path("/jit")
-#: How to name the image.
-NAMING = f"Start the container with what `warm-cache env` prints, which sets {IMAGE_VARIABLE}, or pass --image sha256:…"
 
 
 class LocalExecutor:
@@ -42,7 +39,8 @@ class LocalExecutor:
     def __init__(self, context: Context, root: Path, named_image: str | None = None) -> None:
         self.context, self.root = context, root
         self._environ = context.options.environ
-        self._image = environment.named_image(root, named_image, self._environ.get(IMAGE_VARIABLE))
+        self._names = named_image, self._environ.get(IMAGE_VARIABLE)
+        self._image: ImageIdentity | None = None
         self._records: dict[ProbeEnv, Record] = {}
         report = context.report
         report.image_ref, report.cache = "this environment", str(root)
@@ -66,11 +64,6 @@ class LocalExecutor:
         tasks = self.context.manifest.tasks
         return self.records(tasks)[probe_env(tasks[0]) if tasks else ()]
 
-    @property
-    def unknown_image(self) -> str:
-        """Why the image is not known, and how to name it."""
-        return f"{self.image.how}. {NAMING}"
-
     def families(self) -> list[Standing]:
         """Return how each family compares with the directories of the root."""
         return environment.compare(self.described(), self.record)
@@ -80,14 +73,15 @@ class LocalExecutor:
         wanted = {probe_env(task) for task in (tasks or self.context.manifest.tasks)} or {()}
         for env in sorted(wanted - self._records.keys()):
             own = {name: value for name, value in env if name != PRETEND_VARIABLE}  # only the GPUs here count
-            record = local_job.probe(self._environ, self.root, local_job.serving_image(self._image), own)
+            record = local_job.probe(self._environ, self.root, own)
             if self._image is None:
-                self._image = environment.recognised(self.root, record)
+                named = environment.named_image(self.root, record, *self._names)
+                self._image = named or environment.recognised(self.root, record)
             self._records[env] = toolchain.of_task(environment.of_image(record, self._image), own)
         report = self.context.report
         assert self._image is not None
         report.image_id, report.extra["image_known"] = self._image.id, self._image.how
-        report.toolchain = toolchain.digest(environment.known_keys(next(iter(self._records.values()))))
+        report.toolchain = toolchain.digest(toolchain.family_keys(next(iter(self._records.values()))))
         return self._records
 
     def _other_python(self) -> str | None:
@@ -128,11 +122,11 @@ class LocalExecutor:
         return Plan(tuple(self._in_this_environment(item) for item in plan.items))
 
     def _in_this_environment(self, item: Item) -> Item:
-        """Return the item as this environment can run it, and judged by what is known of its image."""
+        """Return the item as this environment can run it."""
         here, problem = len(self.record["gpus"]), item.config_problem
         if problem is None and item.task.gpus > here:
             problem = f"it needs {counted(item.task.gpus, 'GPU')}, and {here or 'none'} can be seen here"
-        return replace(item, config_problem=problem, judgement=self._without_image(item.judgement))
+        return replace(item, config_problem=problem)
 
     @contextlib.contextmanager
     def snapshot(self, tasks: Sequence[Task]) -> Iterator[tuple[Path, Plan]]:
@@ -140,17 +134,6 @@ class LocalExecutor:
 
     def described(self) -> Sequence[Described]:
         return list(environment.described(self.root))
-
-    def _without_image(self, judgement: Judgement) -> Judgement:
-        """Return a judgement that does not take an unknown image for another one."""
-        if self.image.id is not None or judgement.kind != "compile":
-            return judgement
-        rows = [row for row in judgement.differences if row[0] != "toolchain"]
-        known = [row for row in rows if not (row[0].endswith(f" {environment.IMAGE}") and row[2] == "absent")]
-        if known:
-            return replace(judgement, detail=difference(known[0]))
-        names = ", ".join(row[0].rpartition(" ")[0] for row in rows)
-        return replace(judgement, kind="unknown", detail=f"{names} may be of another image; {self.unknown_image}")
 
     # --- around a run ------------------------------------------------------------------------------------------------
 
@@ -165,11 +148,6 @@ class LocalExecutor:
 
         Containers of test jobs get the markers read-only: their jobs may add kernels, and no markers.
         """
-        if self.image.id is None:
-            raise UsageError(
-                f"which image is this? {self.image.how[0].upper()}{self.image.how[1:]}, and some caches belong to one "
-                f"image. {NAMING}"
-            )
         try:
             layout.prepare(self.root)
         except layout.LayoutError as error:

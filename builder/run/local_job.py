@@ -46,11 +46,10 @@ _running: set[int] = set()
 _starting = threading.Lock()
 
 
-def serving_image(image: ImageIdentity | None) -> ServingImage:
+def serving_image(image: ImageIdentity) -> ServingImage:
     """Return what is known of this environment's image, as a job has it."""
-    if image is None:
-        return ServingImage()
-    return ServingImage(image.id, {"ai.sglang.build.commit": image.commit} if image.commit else {})
+    labels = {"ai.sglang.build.commit": image.commit} if image.commit else {}
+    return ServingImage(image.id, labels, image.content)
 
 
 def run_task(
@@ -110,13 +109,13 @@ def visible_gpus(environ: Mapping[str, str], devices: Sequence[int]) -> list[str
     return [here[index] if index < len(here) else str(index) for index in devices]
 
 
-def probe(environ: Mapping[str, str], root: Path, image: ServingImage, env: Mapping[str, str]) -> Record:
-    """Return the toolchain record of this environment. Writes nothing.
+def probe(environ: Mapping[str, str], root: Path, env: Mapping[str, str]) -> Record:
+    """Return the toolchain record of this environment, whatever its image. Writes nothing.
 
-    env: the task's own variables. image: as far as it is known.
+    env: the task's own variables.
     """
     task = Task(label="probe", model="", recipe="command", env=dict(env))
-    job = Job(mode="toolchain", nonce=os.urandom(8).hex(), mount=str(root), image=image, task=task)
+    job = Job(mode="toolchain", nonce=os.urandom(8).hex(), mount=str(root), task=task)
     lease, ours = os.pipe()
     try:
         done = subprocess.run(

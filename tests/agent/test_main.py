@@ -28,11 +28,6 @@ def marker_files(program: Program) -> list[Path]:
     return list(program.root.glob("markers/*/*.json"))
 
 
-def memo(program: Program) -> toolchain.Record:
-    found: toolchain.Record = json.loads(next(program.root.glob("images/*.json")).read_text())["memos"][0]["record"]
-    return found
-
-
 # Modes
 
 
@@ -79,7 +74,7 @@ def test_probe_reports_toolchain_and_writes_memo(program: Program) -> None:
     assert record["sglang"]["version"] == "0.5.23"
     assert (record["factors"]["deep_gemm"] or "").startswith("0.2.3.post2 ")
     assert "release 13.0" in (record["factors"]["nvcc"] or "")
-    assert memo(program) == record
+    assert program.record() == record
     assert done.seconds < 3
 
 
@@ -107,7 +102,7 @@ def test_task_is_warmed_verified_and_judged_warm(program: Program) -> None:
     judged = markers.judge(
         program.root,
         task,
-        record=memo(program),
+        record=program.record(),
         config_digest=config_digest(program.place, task.model, None)[0],
         strict=True,
     )

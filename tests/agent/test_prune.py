@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import generations, layout, retention, toolchain, usage
+from builder.cache import generations, layout, memos, retention, toolchain, usage
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
 from builder.cache.retention import PrunePlan
@@ -70,7 +70,8 @@ def test_decide_keeps_newest_toolchains_of_each_task(program: Program, made: Gen
     assert made.place(3, "inductor").is_dir()
     assert not (made.root / "deep_gemm" / f"{made.key(1)}.json").exists()
     assert sorted(path.name for path in (made.root / "images").iterdir()) == [
-        toolchain.memo_path(made.root, image(number)).name for number in (3, 4)
+        "hosts.json",
+        *(memos.memo_path(made.root, image(number)).name for number in (3, 4)),
     ]
     assert unvouched(made.root) == []
     total = done.all(events.Freed)[0]
@@ -201,7 +202,7 @@ def test_prune_of_garbage_never_raises_and_newer_marker_keeps_kernels(program: P
     (made.root / "deep_gemm" / ("f" * 16)).symlink_to("/etc")
     (made.root / "markers" / "newer").mkdir()
     newer = made.root / "markers" / "newer" / "1.json"
-    newer.write_text('{"schema": 2}')
+    newer.write_text('{"schema": 3}')
     done = pruned(program, policy(made, 2, keep=1))
     assert made.place(1).is_dir()
     assert "no kernels are removed" in " ".join(done.all(events.Freed)[0].left)

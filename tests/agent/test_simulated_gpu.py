@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import marker_files, markers, toolchain
+from builder.cache import marker_files, markers, memos
 from builder.cache.coverage import coverage
 from builder.cache.toolchain import Record
 from builder.errors import UsageError
+from builder.job import ServingImage
 from builder.manifest import load
 from builder.run.job_environment import common_env
 from builder.task import PRETEND_VARIABLE, Shape, Task
@@ -31,10 +32,10 @@ argv = ["--tp", "8"]
 shapes = ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"]
 """
 RECORD: Record = {
-    "schema": 1,
+    "schema": 2,
     "factors": {"compute_capability": "9.0", "mount": "/jit"},
     "gpus": [{"name": "NVIDIA H200"}],
-    "sglang": {"version": "0.5.23", "commit": None},
+    "sglang": {"version": "0.5.23", "commit": None, "sources": None},
     "variables": {},
     "observed": {"driver": None, "python": "3.12", "problems": [], "pretended": None},
 }
@@ -73,21 +74,24 @@ def test_simulated_gpu_with_impossible_manifest_is_refused(
 
 
 def test_simulated_and_real_records_stay_apart(tmp_path: Path) -> None:
+    image = ServingImage("sha256:1")
+
     def known(env: dict[str, str], **host: str | None) -> Any:
-        return toolchain.read_memo(
-            tmp_path, "sha256:1", mount="/jit", gpus=host.get("gpus"), driver=host.get("driver"), env=env
+        return memos.read_memo(
+            tmp_path, image, mount="/jit", gpus=host.get("gpus"), driver=host.get("driver"), isa=None, env=env
         )
 
     pretending = {PRETEND_VARIABLE: "H200"}
     marked: Record = {**RECORD, "observed": {**RECORD["observed"], "pretended": "H200"}}
-    toolchain.write_memo(tmp_path, "sha256:1", marked, env=pretending)
+    memos.write_memo(tmp_path, image, marked, env=pretending)
     assert known({}, gpus="NVIDIA H200", driver="580.1") is None
     real: Record = {**RECORD, "observed": {**RECORD["observed"], "driver": "580.1"}}
-    toolchain.write_memo(tmp_path, "sha256:1", real, env={})
-    toolchain.write_memo(tmp_path, "sha256:1", marked, env=pretending)
-    assert known({}, gpus="NVIDIA H200", driver="580.1") == real
-    assert known({}, gpus="NVIDIA H200", driver="590.0") is None
-    assert known(pretending, gpus="NVIDIA L4", driver="470.0") == marked, "the host's own GPUs do not count"
+    memos.write_memo(tmp_path, image, real, env={})
+    memos.write_memo(tmp_path, image, marked, env=pretending)
+    assert known({}, gpus="NVIDIA H200")["observed"].get("pretended") is None
+    assert known({}, gpus="NVIDIA H200", driver="590.0")["factors"]["driver"] == "590.0"
+    found = known(pretending, gpus="NVIDIA L4", driver="470.0")
+    assert (found["gpus"], found["observed"]["pretended"]) == (marked["gpus"], "H200"), "the host's own do not count"
 
 
 @pytest.fixture
@@ -119,7 +123,7 @@ def test_simulated_marker_is_cold_under_strict(program: Program, stub: dict[str,
     read = marker_files.read(path)
     assert read is not None
     assert markers.reservation(read) == said
-    record = json.loads(next(program.root.glob("images/*.json")).read_text())["memos"][0]["record"]
+    record = program.record()
     real = shapes_task(program, env={})  # as a machine with GPUs asks, whose family key is the same
     judged = markers.judge(program.root, real, record=record, config_digest=None)
     assert (judged.state, judged.marker) == ("warm", read)

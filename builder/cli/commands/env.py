@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from builder.cache import environment, families
+from builder.cache import families, toolchain
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import ColdError, UsageError
@@ -46,17 +46,13 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
         )
     manifest = invocation.named_manifest()
     local = invocation.local(manifest)
-    standings = local.families()
     if missing := local.missing_root():
         raise ColdError(f"{missing}: there is nothing that variables could point at")
     job_environment.judge(local)
     variables = {
         **(job_environment.common_env(manifest.tasks) if manifest else {}),
-        **families.environment(str(local.root), environment.known_keys(local.record)),
+        **families.environment(str(local.root), toolchain.family_keys(local.record)),
     }
-    unknown = [standing.family for standing in standings if standing.key is None]
-    if unknown:
-        invocation.console.say(f"left out: {', '.join(unknown)}, which belong to one image; {local.unknown_image}")
     if form == "json":
         document = {"toolchain": invocation.report.toolchain, "env": variables}
         invocation.report.text = json.dumps(document, indent=2)

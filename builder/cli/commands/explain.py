@@ -83,7 +83,7 @@ def show_families(console: Console, report: Report, standings: Sequence[Standing
         for each in standings
     ]
     if shown:
-        rows = [[each.family, each.state, each.key or "–", _against(each)] for each in shown]
+        rows = [[each.family, each.state, each.key, _against(each)] for each in shown]
         console.table(("family", "state", "key", "against the nearest one"), rows, styles={})
 
 
@@ -94,7 +94,7 @@ def show_here(local: LocalExecutor, *, everything: bool) -> list[Standing]:
     shown = [standing for standing in standings if everything or standing.state != "found"]
     show_families(console, report, standings, [] if local.missing_root() else shown)
     image = local.image
-    if everything or any(standing.state == "unknown" for standing in shown):
+    if everything:
         console.say(f"image {image.id[:19]}… ({image.how})" if image.id else f"image unknown: {image.how}")
     cold = any(task.state == "cold" for task in report.tasks)
     for problem in local.record["observed"]["problems"] if cold or everything else ():
@@ -109,4 +109,4 @@ def _against(standing: Standing) -> str:
         before, after = brief(was, now)
         texts.append(f"{factor} was {before} is {after}")
     bound = standing.state == "differs" and not families.FAMILY[standing.family].shared
-    return "; ".join(texts) + (" (belongs to one image: never shared)" if bound else "")
+    return "; ".join(texts) + (" (belongs to one build: never shared)" if bound else "")

@@ -26,8 +26,8 @@ def install(
         (info / "direct_url.json").write_text(direct_url if isinstance(direct_url, str) else json.dumps(direct_url))
 
 
-def identity(site: Path, name: str = "thing", build: str | None = "image x") -> str | None:
-    return packages.identity([name], build, [str(site)])
+def identity(site: Path, name: str = "thing") -> str | None:
+    return packages.identity([name], [str(site)])
 
 
 # Packages
@@ -68,27 +68,47 @@ def test_package_of_other_content_or_version_differs(tmp_path: Path, change: tup
 
 def test_package_absent_is_none(tmp_path: Path) -> None:
     assert identity(tmp_path) is None
-    assert packages.identity(["a", "b"], None, [str(tmp_path / "nowhere")]) is None
+    assert packages.identity(["a", "b"], [str(tmp_path / "nowhere")]) is None
+
+
+@pytest.mark.parametrize("below", ["", "python", "src"])
+def test_package_editable_is_identified_by_contents(tmp_path: Path, below: str) -> None:
+    tree = tmp_path / "tree with blanks"
+    code = tree / below / "thing" / "csrc" / "a.cuh"
+    code.parent.mkdir(parents=True)
+    code.write_text("one")
+    url = {"url": (tree).as_uri(), "dir_info": {"editable": True}}
+    install(tmp_path, "thing", "1.0", "thing/__init__.py,sha256=aa,1\n", direct_url=url)
+    before = identity(tmp_path) or ""
+    assert before.startswith("1.0 editable ")
+    (code.parent / "__pycache__").mkdir()
+    (code.parent / "__pycache__" / "a.pyc").touch()
+    assert identity(tmp_path) == before
+    code.write_text("two")
+    assert identity(tmp_path) != before
 
 
 @pytest.mark.parametrize(
-    ("rows", "direct_url"),
+    "rows",
     [
-        ("thing/__init__.py,sha256=aa,1\n", {"url": "file:///src", "dir_info": {"editable": True}}),
-        ("__editable__.thing-1.0.pth,sha256=aa,1\n__editable___thing_1_0_finder.py,sha256=bb,1\n", None),
-        ("_thing_editable.py,sha256=aa,1\n_thing_editable.pth,sha256=bb,1\n", None),
-        ("_editable_impl_thing.pth,sha256=aa,1\n", None),
+        "__editable__.thing-1.0.pth,sha256=aa,1\n__editable___thing_1_0_finder.py,sha256=bb,1\n",
+        "_thing_editable.py,sha256=aa,1\n_thing_editable.pth,sha256=bb,1\n",
+        "_editable_impl_thing.pth,sha256=aa,1\n",
     ],
 )
-def test_package_editable_is_identified_by_build(tmp_path: Path, rows: str, direct_url: Any) -> None:
-    install(tmp_path, "thing", "1.0", rows, direct_url=direct_url)
-    assert identity(tmp_path, build="commit abc") == "1.0 editable, commit abc"
-    assert identity(tmp_path, build=None) == "1.0 editable, build unknown"
+def test_package_editable_in_other_places_is_searched_by_import(tmp_path: Path, rows: str) -> None:
+    install(tmp_path, "thing", "1.0", rows)
+    assert identity(tmp_path) == "1.0 editable its files were not found"
 
 
-def test_package_without_record_is_identified_by_build(tmp_path: Path) -> None:
+def test_package_without_record_is_identified_by_contents(tmp_path: Path) -> None:
     install(tmp_path, "thing", "1.0")
-    assert identity(tmp_path, build="image x") == "1.0 without RECORD, image x"
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "a.py").write_text("one")
+    before = identity(tmp_path) or ""
+    assert before.startswith("1.0 without RECORD ")
+    (tmp_path / "thing" / "a.py").write_text("two")
+    assert identity(tmp_path) != before
 
 
 def test_package_with_pth_in_wheel_is_not_editable(tmp_path: Path) -> None:
@@ -96,11 +116,11 @@ def test_package_with_pth_in_wheel_is_not_editable(tmp_path: Path) -> None:
     install(tmp_path, "nvidia-cutlass-dsl", "4.8.0", "nvidia_cutlass_dsl_packages.pth,sha256=zH,116\n")
     install(tmp_path, "nvidia-cutlass-dsl-libs-base", "4.8.0", "nvidia_cutlass_dsl/a.so,sha256=aa,1\n")
     names = ["nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-cu13"]
-    one = packages.identity(names, None, [str(tmp_path)]) or ""
+    one = packages.identity(names, [str(tmp_path)]) or ""
     assert "editable" not in one
     assert "nvidia-cutlass-dsl-libs-base 4.8.0 " in one
     install(tmp_path, "nvidia-cutlass-dsl-libs-cu13", "4.8.0", "nvidia_cutlass_dsl/b.so,sha256=aa,1\n")
-    assert packages.identity(names, None, [str(tmp_path)]) != one
+    assert packages.identity(names, [str(tmp_path)]) != one
 
 
 @pytest.mark.parametrize(
@@ -134,7 +154,7 @@ OLD = "deep_gemm/__init__.py,sha256=aa,1\n"
 )
 def test_deep_gemm_package_and_format(tmp_path: Path, name: str, version: str, rows: str, form: str) -> None:
     install(tmp_path, name, version, rows)
-    found = packages.deep_gemm(None, [str(tmp_path)])
+    found = packages.deep_gemm([str(tmp_path)])
     assert found["deep_gemm_format"] == form
     assert version in (found["deep_gemm"] or "")
     # The old format has its install path in every key.
@@ -143,13 +163,13 @@ def test_deep_gemm_package_and_format(tmp_path: Path, name: str, version: str, r
 
 def test_deep_gemm_absent_in_kernel_package(tmp_path: Path) -> None:
     install(tmp_path, "sgl-kernel", "0.4.0", "sgl_kernel/__init__.py,sha256=aa,1\n")
-    assert set(packages.deep_gemm(None, [str(tmp_path)]).values()) == {None}
+    assert set(packages.deep_gemm([str(tmp_path)]).values()) == {None}
 
 
 def test_deep_gemm_own_wheel_wins(tmp_path: Path) -> None:
     install(tmp_path, "sgl-kernel", "0.3.9", OLD)
     install(tmp_path, "sgl-deep-gemm", "0.2.5", NEW)
-    assert (packages.deep_gemm(None, [str(tmp_path)])["deep_gemm"] or "").startswith("0.2.5 ")
+    assert (packages.deep_gemm([str(tmp_path)])["deep_gemm"] or "").startswith("0.2.5 ")
 
 
 def test_commit_of_vcs_install_is_read(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from builder import files
 from builder.cache import coverage, inventory, marker_files, markers, toolchain
 from builder.cache.families import FAMILIES, FAMILY, directory
-from builder.cache.marker_files import Claim, Marker, Observed
+from builder.cache.marker_files import Build, Claim, Marker, Observed
 from builder.cache.toolchain import Record
 from builder.task import RECIPES, Task
 
@@ -41,10 +41,10 @@ def record(**factors: str | None) -> Record:
     names = {factor for family in FAMILIES for factor in family.factors}
     known = {"mount": "/jit", "nvcc": NVCC, "deep_gemm_nvcc": NVCC, "deep_gemm": "0.2.3.post2 aaaa"}
     return {
-        "schema": 1,
+        "schema": 2,
         "factors": {**{name: f"{name} 1" for name in names}, **known, **factors},
         "gpus": [],
-        "sglang": {"version": "0.5.23", "commit": "abc"},
+        "sglang": {"version": "0.5.23", "commit": "abc", "sources": None},
         "variables": {},
         "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
     }
@@ -92,7 +92,8 @@ def warm(tmp_path: Path) -> Path:
         entry(tmp_path, record(), name)
     markers.publish(tmp_path, build())
     read = marker_files.read(tmp_path / path_of(tmp_path))
-    assert judge(tmp_path) == markers.Judgement("warm", marker=read, path=path_of(tmp_path))
+    judgement = judge(tmp_path)
+    assert (judgement.state, judgement.marker, judgement.path) == ("warm", read, path_of(tmp_path))
     return tmp_path
 
 
@@ -205,10 +206,8 @@ def test_judge_cold_when_coverage_factor_of_task_differs(warm: Path, changed: di
 
 def test_judge_cold_when_other_coverage_factor_differs(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bumped = record()
-    bumped["sglang"] = {"version": "0.5.24", "commit": "abc"}
+    bumped["sglang"] = {"version": "0.5.24", "commit": "abc", "sources": None}
     assert judge(warm, made=bumped).reason == "coverage: sglang was 0.5.23 is 0.5.24"
-    bumped["sglang"] = {"version": "0.5.23", "commit": None}
-    assert judge(warm, made=bumped).reason == "coverage: sglang commit was abc is absent"
     assert judge(warm, config_digest=None).reason == f"coverage: config.json was {CONFIG} is absent"
     bumped_recipe = dataclasses.replace(RECIPES["compile-deep-gemm"], version=2)
     monkeypatch.setattr(coverage, "RECIPES", {"compile-deep-gemm": bumped_recipe})
@@ -401,9 +400,9 @@ def _instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
         (lambda path: path.write_text("[]"), "it is not an object"),
         (lambda path: path.write_text("3"), "it is not an object"),
         (lambda path: os.truncate(path, 65 << 20), f"it is too large: {65 << 20} bytes"),
-        (_mutated(lambda marker: marker.update(schema=2)), "its schema is 2, this program knows 1"),
-        (_mutated(lambda marker: marker.update(schema=True)), "its schema is true, this program knows 1"),
-        (_mutated(lambda marker: marker.pop("schema")), "its schema is null, this program knows 1"),
+        (_mutated(lambda marker: marker.update(schema=3)), "its schema is 3, this program knows 1 and 2"),
+        (_mutated(lambda marker: marker.update(schema=True)), "its schema is true, this program knows 1 and 2"),
+        (_mutated(lambda marker: marker.pop("schema")), "its schema is null, this program knows 1 and 2"),
         (_mutated(lambda marker: marker.update(claims="deep_gemm")), "its claims are not a list of names"),
         (_mutated(lambda marker: marker.update(claims=[["deep_gemm"]])), "its claims are not a list of names"),
         (
@@ -522,7 +521,7 @@ def test_marker_of_earlier_version_is_read(tmp_path: Path) -> None:
         "keys": {"deep_gemm": "0123456789abcdef"},
         "factors": {"deep_gemm": {"nvcc": NVCC, "deep_gemm_path": None}},
         "toolchain": "fedcba9876543210",
-        "coverage": {"sglang": "0.5.23", "argv": ["--tp", "8"]},
+        "coverage": {"sglang": "0.5.23", "sglang commit": "abc", "argv": ["--tp", "8"]},
         "entries": {"deep_gemm": ENTRIES},
         "proof": "verified",
         "second_pass_added": 0,
@@ -556,6 +555,8 @@ def test_marker_of_earlier_version_is_read(tmp_path: Path) -> None:
         second_pass_added=0,
         shapes=("GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1",),
         written="2026-11-24T09:36:47Z",
+        builds=(Build("0.5.23", "abc", None, "verified", 1795512000),),
+        schema=1,
         observed=Observed(
             run="20261124-093647-ab12",
             image="sha256:1",
@@ -567,7 +568,8 @@ def test_marker_of_earlier_version_is_read(tmp_path: Path) -> None:
             others={"host": "h", "builder": "0.1.0", "time": 1795512000, "compiled-on": "GPU"},
         ),
     )
-    assert json.loads(marker_files.encoded(read)) == document
+    path.write_bytes(marker_files.encoded(read))
+    assert marker_files.read(path) == dataclasses.replace(read, schema=2)
 
 
 # Publishing

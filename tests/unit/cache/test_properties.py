@@ -15,11 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from builder.cache import coverage, inventory, marker_files, markers, toolchain
+from builder.cache import coverage, inventory, marker_files, markers, memos, toolchain
 from builder.cache.entries import ProblemKind, elf_problem
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
 from builder.cache.marker_files import Marker, Observed, folder_name
 from builder.cache.toolchain import Record
+from builder.job import ServingImage
 from builder.task import Task
 from tests.strategies import (
     EXAMPLES,
@@ -58,13 +59,17 @@ REASONS = re.compile(
 )
 
 
+#: Factors of the machine, as its GPU below has them.
+HOST = {"compute_capability": "9.0", "driver": "570.1", "gpu_name": "NVIDIA H200", "isa": "x86-64-v4", "sm_count": None}
+
+
 def record(**factors: str | None) -> Record:
     names = {factor for family in FAMILIES for factor in family.factors}
     return {
-        "schema": 1,
-        "factors": {**{name: f"{name} 1\nline two" for name in names}, "mount": "/jit", **factors},
+        "schema": 2,
+        "factors": {**{name: f"{name} 1\nline two" for name in names}, "mount": "/jit", **HOST, **factors},
         "gpus": [{"index": 0, "uuid": "GPU-1", "name": "NVIDIA H200", "compute_capability": "9.0"}],
-        "sglang": {"version": "0.5.23", "commit": "abc"},
+        "sglang": {"version": "0.5.23", "commit": "abc", "sources": None},
         "variables": {},
         "observed": {"driver": "570.1", "python": "3.12.3", "problems": []},
     }
@@ -166,7 +171,8 @@ def truth(root: Path, data: bytes) -> bool:
         found = json.loads(data)
         right = document()
         return bool(
-            found["schema"] == 1
+            type(found["schema"]) is int
+            and found["schema"] in (1, 2)
             and found["coverage"] == right["coverage"]
             and isinstance(found["proof"], str)
             and all(FAMILY[family].claimable for family in found["claims"])
@@ -223,8 +229,9 @@ IMAGE = "sha256:" + "a" * 64
 
 def memo() -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "image": IMAGE,
+        "names": [IMAGE],
         "memos": [
             {"table": 1, "env": {"PATH": "/bin"}, "record": record()},
             {"table": 1, "env": {}, "record": record()},
@@ -233,18 +240,20 @@ def memo() -> dict[str, Any]:
 
 
 def read_memo(root: Path, data: bytes) -> Record | None:
-    path = toolchain.memo_path(root, IMAGE)
+    memos.write_memo(root, ServingImage("sha256:other"), record(), env=TASK.env)  # which tells of this machine
+    path = memos.memo_path(root, IMAGE)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-    found = toolchain.read_memo(root, IMAGE, mount="/jit", gpus="NVIDIA H200", driver="570.1", env=TASK.env)
+    image = ServingImage(IMAGE)
+    seen: dict[str, Any] = {"mount": "/jit", "gpus": "NVIDIA H200", "driver": "570.1", "isa": None, "env": TASK.env}
+    found = memos.read_memo(root, image, **seen)
     if found is not None:
         assert found["factors"]["mount"] == "/jit"
         assert all(re.fullmatch(r"[0-9a-f]{16}", key) for key in toolchain.family_keys(found).values())
         assert_judged(judge(root, found))
         # What one reads another writes beside its own.
-        toolchain.write_memo(root, IMAGE, record(), env={})
-        again = toolchain.read_memo(root, IMAGE, mount="/jit", gpus="NVIDIA H200", driver="570.1", env=TASK.env)
-        assert again is not None
+        memos.write_memo(root, image, record(), env={})
+        assert memos.read_memo(root, image, **seen) is not None
     return found
 
 

@@ -35,6 +35,6 @@ def test_plan_with_junk_for_marker_removes_kernels(tmp_path: Path, document: str
     assert planned(tmp_path, document) == (True, False)
 
 
-@pytest.mark.parametrize("schema", [2, 99])
+@pytest.mark.parametrize("schema", [3, 99])
 def test_plan_with_marker_of_newer_schema_keeps_kernels(tmp_path: Path, schema: int) -> None:
     assert planned(tmp_path, f'{{"schema": {schema}}}') == (False, True)

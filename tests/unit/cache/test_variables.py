@@ -15,10 +15,10 @@ HOME = variables.DEFAULT_HOME
 
 def record(home: str = HOME, **environ: str) -> Record:
     return {
-        "schema": 1,
+        "schema": 2,
         "factors": {factor: f"{factor} 1" for family in FAMILIES for factor in family.factors},
         "gpus": [],
-        "sglang": {"version": "0.5.23", "commit": None},
+        "sglang": {"version": "0.5.23", "commit": None, "sources": None},
         "switches": toolchain.switches(environ),
         "variables": toolchain.factor_variables(environ, home),
         "observed": {},

@@ -40,10 +40,10 @@ from tests.strategies import EXAMPLES, FUZZ, attempt, damaged, harmless, numbers
 pytestmark = pytest.mark.timeout(120 + EXAMPLES * 0.2)
 
 RECORD: Record = {
-    "schema": 1,
+    "schema": 2,
     "factors": {},
     "gpus": [],
-    "sglang": {"version": "0.5.23", "commit": "abc"},
+    "sglang": {"version": "0.5.23", "commit": "abc", "sources": None},
     "variables": {},
     "observed": {},
 }

@@ -122,10 +122,10 @@ def root(tmp_path: Path) -> Path:
     (root / "locks").mkdir()
     (root / "locks" / "run.lock").touch()
     record: Record = {
-        "schema": 1,
+        "schema": 2,
         "factors": {factor: None for family in FAMILIES for factor in family.factors},
         "gpus": [],
-        "sglang": {"version": None, "commit": None},
+        "sglang": {"version": None, "commit": None, "sources": None},
         "variables": {},
         "observed": {},
     }

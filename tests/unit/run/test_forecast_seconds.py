@@ -24,10 +24,10 @@ TASK = Task(label="model", model="org/model", recipe="command", argv=("serve",),
 def record(sglang: str = "0.5.23", **factors: str) -> Record:
     names = {factor for family in FAMILIES for factor in family.factors}
     return {
-        "schema": 1,
+        "schema": 2,
         "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit", **factors},
         "gpus": [],
-        "sglang": {"version": sglang, "commit": "abc"},
+        "sglang": {"version": sglang, "commit": "abc", "sources": None},
         "variables": {},
         "observed": {"driver": None, "python": "3.12.3", "problems": []},
     }

@@ -13,7 +13,6 @@ import pytest
 from builder.cache import markers
 from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
-from builder.errors import UsageError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.manifest.load import without_tasks
@@ -34,7 +33,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> PROBED:
     """The task environments that were probed. The record has the GPUs of the variable GPUS of the environment."""
     seen: PROBED = []
 
-    def probe(environ: Mapping[str, str], _root: Path, _image: Any, env: Mapping[str, str]) -> Record:
+    def probe(environ: Mapping[str, str], _root: Path, env: Mapping[str, str]) -> Record:
         seen.append(dict(env))
         gpus = [{"name": "H200", "index": index} for index in range(int(environ.get("GPUS", "0")))]
         return {**record(1), "gpus": gpus}
@@ -110,11 +109,10 @@ def test_record_is_that_of_the_first_task(tmp_path: Path, probed: PROBED) -> Non
     assert executor.record is executor.records(())[(("CUDA_HOME", "/other"),)]
 
 
-def test_unknown_image_refuses_to_warm(tmp_path: Path, probed: PROBED) -> None:
+def test_unknown_image_can_be_warmed(tmp_path: Path, probed: PROBED) -> None:
     executor = local(tmp_path, task(), named=None)
-    with pytest.raises(UsageError, match="which image is this"):
-        executor.prepare()
-    assert list(tmp_path.iterdir()) == []
+    executor.prepare()
+    assert executor.image.id is None and executor.missing_root() == ""
 
 
 def test_prepare_lays_out_the_root(tmp_path: Path, probed: PROBED) -> None:

@@ -94,10 +94,10 @@ def test_preflight_probe_decides_about_gpus(write: Write, monkeypatch: pytest.Mo
 
     def record(*names: str) -> Record:
         return {
-            "schema": 1,
+            "schema": 2,
             "factors": {},
             "gpus": [{"name": name} for name in names],
-            "sglang": {"version": None, "commit": None},
+            "sglang": {"version": None, "commit": None, "sources": None},
             "variables": {},
             "observed": {},
         }

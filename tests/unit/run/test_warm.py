@@ -44,10 +44,10 @@ def task(label: str, **more: Any) -> Task:
 def record() -> Record:
     names = {factor for family in FAMILIES for factor in family.factors}
     return {
-        "schema": 1,
+        "schema": 2,
         "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit"},
         "gpus": [],
-        "sglang": {"version": "0.5.23", "commit": "abc"},
+        "sglang": {"version": "0.5.23", "commit": "abc", "sources": None},
         "variables": {},
         "observed": {"driver": None, "python": "3.12.3", "problems": []},
     }

@@ -1,0 +1,90 @@
+"""Proofs by builds of sglang: whether a proof is of this build, and if of another, whether that one's kernels do here.
+
+A build changes with every commit of sglang; its kernels only where its kernel sources change.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from builder.cache import kernel_sources as sources_of
+from builder.cache.kernel_sources import Changed, Relation
+from builder.cache.marker_files import Build, Marker
+from builder.cache.toolchain import Sglang
+
+#: Whose proof counts: that of any build of sglang of the same release, or of this build alone.
+Builds = Literal["any", "same"]
+
+
+@dataclass(frozen=True)
+class BuildProof:
+    """What the proof of one build of sglang is worth for this build.
+
+    same: it is this build. kernel_sources: whether both compile from the same sources. changed: how these differ,
+    where it is known.
+    """
+
+    build: Build
+    this: Build
+    same: bool
+    kernel_sources: Relation
+    changed: Changed | None = None
+
+    @property
+    def age(self) -> float:
+        """Seconds since the proof."""
+        return max(0.0, time.time() - self.build.time)
+
+    @property
+    def date(self) -> str:
+        return time.strftime("%Y-%m-%d", time.gmtime(self.build.time))
+
+    @property
+    def sentence(self) -> str:
+        """Who proved it, and when, where it was another build."""
+        if self.same:
+            return ""
+        text = f"proven by build {self.build.name or 'unknown'} on {self.date}, this is {self.this.name or 'unknown'}"
+        return f"{text}; {self.warning}" if self.warning else text
+
+    @property
+    def warning(self) -> str:
+        """What to expect where kernel sources changed."""
+        if self.kernel_sources != "changed":
+            return ""
+        if self.changed is None:
+            return "kernel-relevant files differ: expect compilation"
+        number = self.changed.files
+        files = "1 kernel-relevant file differs" if number == 1 else f"{number} kernel-relevant files differ"
+        return f"{files}: expect compilation in {', '.join(self.changed.families)}"
+
+
+def build_of(sglang: Sglang) -> Build:
+    """Return the build of a record, as a marker has it."""
+    return Build(sglang["version"], sglang["commit"], sources_of.digest(sglang["sources"]))
+
+
+def is_same(one: Build, other: Build) -> bool:
+    """Return whether two proofs are of one build."""
+    return (one.version, one.commit, one.sources) == (other.version, other.commit, other.sources)
+
+
+def of_marker(marker: Marker, sglang: Sglang, *, written: float) -> list[BuildProof]:
+    """Return what each build of a marker proves for this one: of this build, of its sources, then the newest.
+
+    written: time of its file.
+    """
+    this, found = build_of(sglang), []
+    for number, build in enumerate(marker.builds or (Build(proof=marker.proof),)):
+        each = build if build.time else replace(build, time=int(written))
+        relation: Relation = "unknown"
+        changed = None
+        if each.sources is not None and this.sources is not None:
+            relation = "same" if each.sources == this.sources else "changed"
+            if relation == "changed" and number == 0 and marker.sources and sglang["sources"]:
+                changed = sources_of.changed(marker.sources, sglang["sources"])
+        same = marker.schema != 1 and bool(marker.builds) and is_same(each, this)
+        found.append(BuildProof(each, this, same, "same" if same else relation, changed))
+    return sorted(found, key=lambda proof: (not proof.same, proof.kernel_sources != "same", proof.changed is None))

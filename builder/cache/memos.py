@@ -1,0 +1,304 @@
+"""Memos: what an image is made of, kept in the root so that whoever knows the image asks no container.
+
+``<root>/images/<digest>.json`` holds the records of one image, without the factors of the machine that they were made
+on (`toolchain.HOST_FACTORS`), so that it is true wherever the image runs. ``<root>/images/hosts.json`` holds what those
+machines had; a memo's reader adds what its own machine has::
+
+    {"schema": 2, "image": name, "names": [name], "memos": [{"table", "env", "record"}]}
+    {"schema": 2, "hosts": [{"env", "gpus", "driver", "isa"}]}
+
+An image has several names: the digest of its config is its id in one image store, that of its manifest in another, and
+a pod knows only the latter. The file is named by the digest of its layers and environment where they can be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder import files
+from builder.cache.families import TABLE_VERSION
+from builder.cache.toolchain import (
+    HOST_FACTORS,
+    PROBE_ENV,
+    SCHEMA,
+    Record,
+    RecordObserved,
+    digest,
+    distinct,
+    family_keys,
+    sound,
+)
+from builder.job import ServingImage
+from builder.task import PRETEND_VARIABLE
+
+_LIMIT = 4 << 20
+_KEEP = 16
+_HOSTS = "hosts.json"
+
+
+@dataclass(frozen=True)
+class ProbeMemo:
+    """A remembered record, without the factors of a machine.
+
+    image: as the writer named the image; names: every known name. env: the variables of the task that a probe sees.
+    table: TABLE_VERSION of the program that wrote it.
+    """
+
+    image: str
+    names: frozenset[str]
+    env: Mapping[str, Any]
+    table: Any
+    record: Record
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a probe found of its machine, under these variables of a task. gpus: as a record has them."""
+
+    env: Mapping[str, Any]
+    gpus: list[dict[str, Any]]
+    driver: str | None
+    isa: str | None
+
+    @property
+    def model(self) -> str | None:
+        """Its GPU models as `read_memo` compares them; "" for no GPU, None for nameless ones."""
+        names = distinct(self.gpus, "name")
+        return names if names is not None else (None if self.gpus else "")
+
+
+def memo_path(root: Path, name: str) -> Path:
+    """Return the file of an image's records, without the colon of its name, which other programs mistake."""
+    return root / "images" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name).lstrip('.-') or 'image'}.json"
+
+
+def memos_in(path: Path) -> list[ProbeMemo]:
+    """Return the memos of a file, most recent first, of any table version; none where it holds none."""
+    document = _document(path)
+    image, names, memos = document.get("image"), document.get("names"), document.get("memos")
+    if document.get("schema") != SCHEMA or not isinstance(image, str) or not isinstance(memos, list):
+        return []
+    known = frozenset([image, *(name for name in (names if isinstance(names, list) else ()) if isinstance(name, str))])
+    return [
+        ProbeMemo(image, known, row["env"], row.get("table"), row["record"])
+        for row in memos
+        if isinstance(row, dict) and isinstance(row.get("env"), dict) and sound(row.get("record"))
+    ]
+
+
+def hosts(root: Path) -> list[Host]:
+    """Return what is known of machines that used this root, most recent first."""
+    document = _document(root / "images" / _HOSTS)
+    rows = document.get("hosts")
+    if document.get("schema") != SCHEMA or not isinstance(rows, list):
+        return []
+    return [found for row in rows if (found := _host(row)) is not None]
+
+
+def read_memo(
+    root: Path,
+    image: ServingImage,
+    *,
+    mount: str,
+    gpus: str | None,
+    driver: str | None,
+    isa: str | None,
+    env: Mapping[str, str],
+) -> Record | None:
+    """Return the record that a probe would make in this image on this machine, if enough of it is remembered.
+
+    gpus: names of the GPU models that the machine sees, sorted and joined by ", " ("" for none).
+    driver, isa: its driver's version and instruction set level. None for any: the caller cannot see it, and what was
+    seen last counts.
+    env: the task's environment. With a simulated GPU the machine's do not count.
+    """
+    wanted = _probe_env(env)
+    if wanted.get(PRETEND_VARIABLE):
+        gpus = driver = None
+    host = _seen(root, wanted, gpus, driver, isa)
+    if host is None:
+        return None
+    for memo in _current(root, image):
+        if memo.record["factors"].get("mount") == posixpath.normpath(mount) and memo.env == wanted:
+            return on_host(memo.record, host)
+    return None
+
+
+def on_host(record: Record, host: Host) -> Record:
+    """Return a memo's record as it is on this machine."""
+    factors = {
+        **record["factors"],
+        "compute_capability": distinct(host.gpus, "compute_capability"),
+        "driver": host.driver,
+        "gpu_name": distinct(host.gpus, "name"),
+        "isa": host.isa,
+        "sm_count": distinct(host.gpus, "sm_count"),
+    }
+    return {**record, "factors": factors, "gpus": host.gpus, "observed": {**record["observed"], "driver": host.driver}}
+
+
+def records(root: Path, memo: ProbeMemo) -> Iterator[Record]:
+    """Yield a memo's record as it is on every known machine."""
+    for host in hosts(root):
+        if host.env == memo.env:
+            yield on_host(memo.record, host)
+
+
+def known_images(root: Path) -> list[ProbeMemo]:
+    """Return every memo below `root` that is valid for this program."""
+    return [
+        memo
+        for item in files.listing(str(root / "images")) or ()
+        if item.name.endswith(".json") and item.name != _HOSTS
+        for memo in memos_in(Path(item.path))
+        if memo.table == TABLE_VERSION
+    ]
+
+
+def write_memo(root: Path, image: ServingImage, record: Record, *, env: Mapping[str, str], known: bool = False) -> None:
+    """Remember the record of this image and task environment, next to those of others. Raises OSError.
+
+    known: keep what is there of this machine with the same factors: a task may see fewer GPUs than there are.
+    """
+    if image.id is None:
+        return
+    wanted = _probe_env(env)
+    host = Host(wanted, list(record["gpus"]), record["factors"].get("driver"), record["factors"].get("isa"))
+    portable = _portable(record)
+    before = _current(root, image)
+    if not any(_same(memo, wanted, portable) for memo in before[:_KEEP] if memo.names >= _names(image)):
+        mount = portable["factors"].get("mount")
+        others = [memo for memo in before if (memo.env, memo.record["factors"].get("mount")) != (wanted, mount)]
+        rows = [{"table": TABLE_VERSION, "env": wanted, "record": portable}]
+        rows += [{"table": memo.table, "env": memo.env, "record": memo.record} for memo in others]
+        names = _names(image).union(*(memo.names for memo in before))
+        document = {"schema": SCHEMA, "image": image.id, "names": sorted(names), "memos": rows[:_KEEP]}
+        path = _path(root, image)
+        # An earlier version, or a writer who did not see the layers, named the file by another name.
+        others_of_it = {*_named(root, image), memo_path(root, image.id)} - {path}
+        _write(path, document)
+        for other in others_of_it:
+            other.unlink(missing_ok=True)
+    _write_host(root, host, known)
+
+
+def drop_memos(root: Path, path: Path, toolchain: str) -> None:
+    """Remove the memos of this toolchain, on the machine that used the root last. Raises OSError.
+
+    With the last memo the file is removed. toolchain: "" for memos of no known machine.
+    """
+    document = _document(path)
+    rows = document.get("memos")
+    if not isinstance(rows, list):
+        return
+    gone = []
+    for memo in memos_in(path):
+        last = next(records(root, memo), None)
+        if toolchain == ("" if last is None else digest(family_keys(last))):
+            gone.append((memo.env, memo.record))
+    left = [row for row in rows if not isinstance(row, dict) or (row.get("env"), row.get("record")) not in gone]
+    if left:
+        _write(path, {**document, "memos": left})
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _seen(root: Path, env: Mapping[str, str], gpus: str | None, driver: str | None, isa: str | None) -> Host | None:
+    """Return this machine: as it was seen before, with what the caller sees now."""
+    for host in hosts(root):
+        if host.env == env and (gpus is None or host.model is None or gpus == host.model):
+            return Host(env, host.gpus, driver or host.driver, isa or host.isa)
+    return None
+
+
+def _same(memo: ProbeMemo, env: Mapping[str, str], record: Record) -> bool:
+    return memo.env == env and memo.record == record
+
+
+def _portable(record: Record) -> Record:
+    """Return the record without what is the machine's."""
+    factors = {name: value for name, value in record["factors"].items() if name not in HOST_FACTORS}
+    observed: RecordObserved = {**record["observed"], "driver": None}
+    return {**record, "factors": factors, "gpus": [], "observed": observed}
+
+
+def _write_host(root: Path, host: Host, known: bool) -> None:
+    def circumstances(each: Host) -> tuple[Any, ...]:
+        return each.env, each.model, each.isa
+
+    before = hosts(root)
+    same = [each for each in before if circumstances(each) == circumstances(host)]
+    if any(each == host or (known and each.driver == host.driver) for each in same):
+        return
+    rows = [host, *(each for each in before if each not in same)][:_KEEP]
+    document = [{"env": each.env, "gpus": each.gpus, "driver": each.driver, "isa": each.isa} for each in rows]
+    _write(root / "images" / _HOSTS, {"schema": SCHEMA, "hosts": document})
+
+
+def _host(row: Any) -> Host | None:
+    if not isinstance(row, dict):
+        return None
+    env, gpus = row.get("env"), row.get("gpus")
+    sound_gpus = isinstance(gpus, list) and all(
+        isinstance(gpu, dict) and isinstance(gpu.get("name"), (str, type(None))) for gpu in gpus
+    )
+    if not isinstance(env, dict) or not sound_gpus:
+        return None
+    return Host(env, list(gpus or ()), _text(row.get("driver")), _text(row.get("isa")))
+
+
+def _names(image: ServingImage) -> frozenset[str]:
+    return frozenset(name for name in (image.id, image.content, *image.names) if name)
+
+
+def _path(root: Path, image: ServingImage) -> Path:
+    """Return the image's file: by its content, or the one that has its name, or a new one of its name."""
+    if image.content:
+        return memo_path(root, image.content)
+    named = _named(root, image)
+    return named[0] if named else memo_path(root, image.id or "")
+
+
+def _named(root: Path, image: ServingImage) -> list[Path]:
+    """Return the files that know the image by one of its names."""
+    wanted = _names(image)
+    found = []
+    for item in files.listing(str(root / "images")) or ():
+        if item.name.endswith(".json") and item.name != _HOSTS:
+            path = Path(item.path)
+            if any(memo.names & wanted for memo in memos_in(path)[:1]):
+                found.append(path)
+    return found
+
+
+def _current(root: Path, image: ServingImage) -> list[ProbeMemo]:
+    """Return the memos of this image and of this program's table: by its content if they are there, else by name."""
+    own = memos_in(memo_path(root, image.content)) if image.content else []
+    paths = [] if own else _named(root, image)
+    return [memo for memo in (own or [m for path in paths for m in memos_in(path)]) if memo.table == TABLE_VERSION]
+
+
+def _probe_env(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: env[name] for name in PROBE_ENV if name in env}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = files.read_json(str(path), _LIMIT)
+    except files.UnreadableError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii"))
