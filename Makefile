@@ -16,6 +16,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 # As many tests at a time. Half of a test's time is spent waiting for containers.
 WORKERS ?= 2
+UPSTREAM ?=
 
 .PHONY: help
 help: ## Show this help
@@ -85,6 +86,11 @@ bench-here: $(VENV)/.ready
 	@docker/stand-in/tiny/make-image.sh $(TINY)
 	docker/stand-in/real/build.sh $(STAND_IN)
 	WARM_CACHE_TEST_IMAGE=$(TINY) WARM_CACHE_STAND_IN=$(STAND_IN) WARM_CACHE_TESTS_COMPLETE=1 $(BIN)/pytest -m bench -s tests/bench $(ARGS)
+
+.PHONY: profiles
+profiles: $(VENV)/.ready ## Make the packaged profiles again from a checkout of sglang (UPSTREAM=DIR)
+	@[ -d "$(UPSTREAM)/test/registered" ] || { echo "error: UPSTREAM=DIR names no checkout of sglang" >&2; exit 2; }
+	$(BIN)/python -m tests.profiles "$(UPSTREAM)"
 
 .PHONY: dist
 dist: $(VENV)/.ready ## Build the wheel and the source distribution into dist/

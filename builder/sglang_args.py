@@ -18,6 +18,7 @@ DATA_PARALLEL = ("--dp", "--dp-size", "--data-parallel-size")
 DP_ATTENTION = "--enable-dp-attention"
 #: Of sglang 0.5.23, for both of them.
 ATTENTION_DP = ("--attn-dp-size",)
+DISAGGREGATION = ("--disaggregation-mode",)
 CHUNKED_PREFILL = ("--chunked-prefill-size",)
 LOAD_FORMAT = ("--load-format",)
 DRAFT_LOAD_FORMAT = ("--speculative-draft-load-format",)

@@ -37,6 +37,13 @@ _SERVERS = ("sglang.launch_server", "sglang.launch_pd_server", "sglang.srt.entry
 _BENCHES = re.compile(r"sglang\.(bench_|benchmark\.)(one_batch|offline_throughput|one_batch_server|latency)\w*")
 #: Functions of ``sglang.test`` that evaluate a server, or download what it is evaluated with.
 _MEASUREMENTS = ("run_eval", "get_input_ids")
+#: Fields of ServerArgs whose option is not spelt like the field (``cli_name`` of ``server_args.py``, 2026-08-22).
+_OPTION_OF_FIELD = {
+    "fp8_gemm_runner_backend": "--fp8-gemm-backend",
+    "fp4_gemm_runner_backend": "--fp4-gemm-backend",
+    "ep_join_mode": "--elastic-ep-join-mode",
+    "ep_join_rank_offset": "--elastic-ep-join-rank-offset",
+}
 _LOCATED = ("--model-path", "--model", "--host", "--port", "--lb-host", "--lb-port", "--api-key")
 
 
@@ -82,6 +89,8 @@ def facts(launched: Launched) -> dict[str, Any]:
         "sglang.srt.entrypoints.engine.Engine": Engine,
         "sglang.srt.server_args.ServerArgs": ServerArgs,
         "sglang.srt.entrypoints.http_server.launch_server": launch_server,
+        # A server takes the name of what is downloaded as well as its path.
+        "huggingface_hub.snapshot_download": lambda repo_id=None, *_args, **_kwargs: repo_id,
     }
 
 
@@ -140,8 +149,11 @@ def _launch_with_fields(launched: Launched, given: Mapping[str, Any], args: Sequ
     if args:
         model = args[0] if model is None else model
     words: list[object] = []
+    adapters = fields.get("lora_paths")
+    if isinstance(adapters, dict):
+        fields["lora_paths"] = [f"{name}={path}" for name, path in adapters.items()]
     for name, value in fields.items():
-        option = "--" + name.replace("_", "-")
+        option = _OPTION_OF_FIELD.get(name) or "--" + name.replace("_", "-")
         if value is None or value is False:
             continue
         if value is True:

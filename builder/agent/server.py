@@ -17,6 +17,9 @@ from builder.agent.pass_context import PassContext, model_argv
 from builder.agent.process import Child, Failed
 
 HOST = "127.0.0.1"
+#: The other half of a pair of servers that is not there: with this address a prefill or decode server answers alone
+#: (``FAKE_BOOTSTRAP_HOST`` of sglang 0.5.12 to 0.5.23, which uses it for its own warm-up).
+_ALONE = "2.2.2.2"
 
 
 class Client:
@@ -129,10 +132,15 @@ def generate(context: PassContext, child: Child, client: Client, number: int) ->
         prompts = [
             [5 + (7 * step + 13 * index + 31 * number + rank) % 90 for step in range(length)] for rank in range(ranks)
         ]
-        body = {
+        body: dict[str, Any] = {
             "input_ids": prompts[0] if ranks == 1 else prompts,
             "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
         }
+        if sglang_args.value(context.task.argv, sglang_args.DISAGGREGATION) in ("prefill", "decode"):
+            rooms = [rank * (2**63 // ranks) + rank for rank in range(ranks)]
+            body |= {"bootstrap_host": _ALONE, "bootstrap_room": rooms[0]}
+            if ranks > 1:
+                body |= {"bootstrap_host": [_ALONE] * ranks, "bootstrap_room": rooms}
         status, answer = client.request(child, "/generate", body, seconds=600)
         if child.ended:
             raise Failed(f"the server ended during a request of {length} tokens: {child.describe_end()}")

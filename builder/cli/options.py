@@ -140,13 +140,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "before": {"metavar": "FILE", "help": "before a job: record what the cache holds"},
     "after": {"metavar": "FILE", "help": "after the job: compare with that record"},
     "here": {"action": "store_true", "help": "in the environment that this runs in: no engine, nothing to install"},
-    "suite": {"metavar": "NAME", "help": "only tests of this suite, by upstream's name for it (* matches)"},
+    "suite": {
+        "metavar": "NAME",
+        "help": "only tests of this suite, by upstream's name (* matches); several with commas",
+    },
     "gpu": {
         "metavar": "GPU",
         "choices": ("H200", "H100", "B200"),
-        "help": "the GPU that the tests find: H200 (default), H100 or B200",
+        "help": "the GPU that the tests find: H200, H100 or B200 (default: the manifest's, else H200)",
     },
     "update": {"metavar": "FILE", "help": "rewrite the tasks of this manifest in place"},
+    "anew": {"action": "store_true", "help": "with --update: write every task again, also those that cover a launch"},
     "records": {"metavar": "DIR", "help": "where records are kept for the next run (default: the user's cache)"},
     "keep": {"metavar": "N", "help": "how many toolchains to keep for each task (default 2)"},
     "older-than": {"metavar": "14d", "help": "remove what was not used for this long"},
@@ -198,7 +202,7 @@ known. In GitHub Actions every cold task is annotated.""",
     ),
     "explain": Verb(
         "per task: why it is warm or cold, factor by factor",
-        "warm-cache explain --profile h200 --only DeepSeek-V3.2",
+        "warm-cache explain --profile h200 --only GLM-5.2-FP8",
         ("only", "strict"),
         here=True,
         details="""Reads what check reads, and which toolchain each directory of the cache is for. Writes nothing. A
@@ -278,7 +282,7 @@ programs.""",
     "import-tests": Verb(
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",
         "warm-cache import-tests test --suite base-c-test-8-gpu-h200 --here",
-        ("manifest", "profile", "image", "cache", "suite", "gpu", "update", "records", "pull"),
+        ("manifest", "profile", "image", "cache", "suite", "gpu", "update", "anew", "records", "pull"),
         arguments=(Argument("paths", "PATH", "test files of a checkout of sglang, or folders of them", many=True),),
         needs="nothing",
         text=True,
@@ -289,8 +293,9 @@ programs.""",
         "disabled is named with its line.\n\n"
         "Without a manifest: prints one. With --manifest or --profile: which launches no task covers, and in which "
         "flags the nearest task differs; and, where everything was recorded, which tasks no test needs. With --update "
-        "the tasks of that file are rewritten instead. Exit 0 when every launch is covered and everything was "
-        "recorded, 10 otherwise.",
+        "the tasks of that file are rewritten instead: those that cover a launch stay, or with --anew none of them. "
+        "The recipe is compile-deep-gemm where DeepGEMM compiles a model's matrix products, else serve. Exit 0 when "
+        "every launch is covered and everything was recorded, 10 otherwise.",
         exits=(0, 10),
     ),
     "completion": Verb(

@@ -1,4 +1,4 @@
-"""What tests launch, against the tasks of a manifest: which launches a task covers, and the tasks that would cover all.
+"""What tests launch, against the tasks of a manifest: which launches a task covers, and which tasks cover none.
 
 A launch is covered by a task of the same model with the same flags and at least the same environment. What is compared
 is what the flags mean, not how they are spelt: ``--tp=8`` and ``--tensor-parallel-size 8``, an option and its beginning
@@ -22,23 +22,7 @@ from builder.text import printable
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
 #: An unknown value's name in its marks (`builder.agent.launch_unknown`).
 _UNKNOWN = re.compile("\ue0f0([^\ue0f0\ue0f1]*)\ue0f1")
-_TEMPORARY = "TEMPORARY"
-_HEAD = """\
-# What the tests in {what} launch, as
-# `warm-cache import-tests` recorded it. Pass --image and --cache, or add [image] ref and [cache] root here. What the
-# CI's workflow sets for all of its tests is in none of them: it belongs into [defaults] env
-# (SGLANG_JIT_DEEPGEMM_FAST_WARMUP = "1").
-schema = 1
-
-[gpus]
-count = {gpus}
-
-[defaults]
-recipe = "compile-deep-gemm"
-timeout = "20m"
-silence = "10m"
-"""
-
+TEMPORARY = "TEMPORARY"
 Flags = Mapping[str, str]
 
 
@@ -94,7 +78,7 @@ def _unknown(launch: Launch) -> str:
 def environment_of(launch: Launch) -> list[tuple[str, str]]:
     """Return the variables of a launch that a kernel may depend on: no temporary path is one."""
     return [
-        (name, value) for name, value in launch.env if not neutral.is_neutral_variable(name) and _TEMPORARY not in value
+        (name, value) for name, value in launch.env if not neutral.is_neutral_variable(name) and TEMPORARY not in value
     ]
 
 
@@ -121,7 +105,7 @@ def differences(launch: Launch, task: Task) -> tuple[str, ...]:
     found = []
     for name in sorted(wanted.keys() | given.keys()):
         want, have = wanted.get(name), given.get(name)
-        if want is not None and _TEMPORARY in want:
+        if want is not None and TEMPORARY in want:
             continue
         if have is None:
             found.append(f"{name} {want}".rstrip() + " is missing")
@@ -174,56 +158,15 @@ def _switch(value: str) -> str:
 # Printing
 
 
-def as_manifest(launches: Sequence[Launch], paths: Sequence[str]) -> str:
-    """A manifest of these launches; what several tests share stands there once."""
-    gpus = max(map(_gpus, launches), default=8)
-    lines = [_HEAD.format(what=printable(" ".join(paths)), gpus=gpus).rstrip()]
-    return "\n".join([*lines, *(f"\n{block}" for block in as_tasks(launches, gpus))])
-
-
-def as_tasks(launches: Sequence[Launch], gpus: int) -> list[str]:
-    """Return a ``[[task]]`` for every launch; launches that are the same for kernels share one.
-
-    gpus: the number that a task has by default.
-    """
-    same_launches: dict[tuple[object, ...], list[Launch]] = {}
-    for launch in launches:
-        key = (launch.model, tuple(sorted(flags_of(launch.argv).items())), tuple(environment_of(launch)))
-        same_launches.setdefault(key, []).append(launch)
-    blocks = []
-    for same in same_launches.values():
-        launch = same[0]
-        tests = dict.fromkeys(f"# {printable(each.location)} {printable(each.test)}" for each in same)
-        lines = [*tests, "[[task]]", f"model = {_toml(launch.model)}"]
-        if _gpus(launch) != gpus:
-            lines.append(f"gpus = {_gpus(launch)}")
-        env = environment_of(launch)
-        if env:
-            lines.append("env = { " + ", ".join(f"{_key(name)} = {_toml(value)}" for name, value in env) + " }")
-        lines += ["argv = [", *(f"    {line}," for line in _argv_lines(launch.argv)), "]"]
-        blocks.append("\n".join(lines))
-    return blocks
-
-
-def _argv_lines(argv: Sequence[str]) -> list[str]:
-    """An option and its values on each line. A word that begins with @ would be the name of a group."""
-    front, options, rest = sglang_args.split(argv)
-    kept = [option.words for option in options if not neutral.differs_from_run_to_run(option.name)]
-    lines = [line for line in (front, *kept, rest) if line and not any(_TEMPORARY in word for word in line)]
-    return [
-        ", ".join(_toml(f"@{word}" if word.startswith("@") and word != "@" else word) for word in line)
-        for line in lines
-    ]
-
-
 def as_text(
     compared: Sequence[Compared],
     unneeded: Sequence[str],
     problems: Sequence[Unrecorded],
+    others: Sequence[tuple[Launch, str]],
     manifest: str,
     counts: str,
 ) -> str:
-    """The comparison for people. manifest: its path; counts: of how many files."""
+    """The comparison for people. others: launches that no recipe warms; manifest: its path; counts: number of files."""
     cold = [each for each in compared if not each.covered]
     lines = [f"{len(compared) - len(cold)} of {len(compared)} launches in {counts} are covered by {manifest}"]
     for each in cold:
@@ -231,8 +174,14 @@ def as_text(
         nearest = f"the nearest task is {each.task}:" if each.task else "no task has this model"
         lines += [f"  {nearest}", *(f"    {difference}" for difference in each.differences)]
     lines += [f"no test needs: {label}" for label in unneeded]
+    lines += [not_warmable(launch, why) for launch, why in others]
     lines += map(describe, problems)
     return "\n".join(map(printable, lines))
+
+
+def not_warmable(launch: Launch, why: str) -> str:
+    """Return one line for a launch that no recipe warms."""
+    return printable(f"no recipe warms: {launch.location} {launch.test}: {launch.model}: {why}")
 
 
 def describe(problem: Unrecorded) -> str:
@@ -240,20 +189,3 @@ def describe(problem: Unrecorded) -> str:
     name = f" {problem.test}" if problem.test else ""
     state = problem.state.replace("-", " ")
     return printable(_UNKNOWN.sub(r"\1", f"{state}: {problem.location}{name}: {problem.why or 'no reason is given'}"))
-
-
-def _gpus(launch: Launch) -> int:
-    flags = flags_of(launch.argv)
-    sizes = [flags.get(name, "1") for name in ("--tp", "--pp")]
-    return int(sizes[0]) * int(sizes[1]) if all(re.fullmatch(r"[0-9]{1,4}", size) for size in sizes) else 1
-
-
-def _toml(text: str) -> str:
-    """A TOML string; literal where that is easier to read."""
-    if '"' in text and "'" not in text and text.isprintable():
-        return f"'{text}'"
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)

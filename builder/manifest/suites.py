@@ -24,6 +24,7 @@ _PARAMETERS = ("est_time", "suite", "nightly", "disabled")  # as positional argu
 _REGISTER = re.compile(r"register_\w+_ci")
 #: Bytes; no source that people wrote is longer.
 _LARGEST = 16 << 20
+_LARGEST_REF = 4096
 #: Folders that hold no tests, however many files are below them.
 _SKIPPED = ("__pycache__", ".git", "node_modules")
 #: Files that support tests, and hold none.
@@ -52,11 +53,13 @@ class Selection:
 
 
 def select(paths: Sequence[str], suite: str | None) -> Selection:
-    """Return the files at or below these paths that belong to the suite (a name or a glob; None: any, and files without
-    a registration too). Raises UsageError.
+    """Return the files at or below these paths that belong to a suite. Raises UsageError.
+
+    suite: names or globs, with commas between them; None: any, and files without a registration too.
     """
     given = _given(paths)
     checkout = _checkout(given)
+    wanted = None if suite is None else [each.strip() for each in suite.split(",")]
     chosen: list[TestFile] = []
     problems: list[Unrecorded] = []
     passed_over = 0
@@ -66,7 +69,7 @@ def select(paths: Sequence[str], suite: str | None) -> Selection:
             text = files.read_bytes(str(path), _LARGEST)
         except files.UnreadableError as error:
             raise UsageError(f"{printable(str(path))} {error}") from None
-        if suite is not None and not _may_be_of(text, suite):
+        if wanted is not None and not any(_may_be_of(text, each) for each in wanted):
             passed_over += 1
             continue
         try:
@@ -75,7 +78,7 @@ def select(paths: Sequence[str], suite: str | None) -> Selection:
             line = getattr(error, "lineno", None) or 1
             problems.append(Unrecorded("not-understood", "", f"{name}:{line}", f"not understood: {error}"))
             continue
-        mine = [each for each in registrations if suite is None or fnmatch.fnmatchcase(each.suite, suite)]
+        mine = [each for each in registrations if wanted is None or _is_of(each.suite, wanted)]
         running = [each for each in mine if not each.disabled]
         if running:
             chosen.append(TestFile(name, max(map(_gpus, running))))
@@ -87,7 +90,25 @@ def select(paths: Sequence[str], suite: str | None) -> Selection:
             passed_over += 1
     if not chosen and not problems:
         raise UsageError(_nothing(given, suite))
+    if wanted is not None and len(wanted) > 1:
+        _check_each(given, wanted)
     return Selection(checkout, tuple(chosen), tuple(problems), passed_over)
+
+
+def _is_of(suite: str, wanted: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(suite, each) for each in wanted)
+
+
+def _check_each(given: Sequence[Path], wanted: Sequence[str]) -> None:
+    """Raise UsageError if one of several suites has no file."""
+    known = _known(given)
+    problems = [
+        Problem(f"--suite {printable(each)}", "there is no such suite.", did_you_mean(each, sorted(known)))
+        for each in wanted
+        if not any(fnmatch.fnmatchcase(suite, each) for suite in known)
+    ]
+    if problems:
+        raise UsageError("not all of these suites exist", problems)
 
 
 def read(source: bytes) -> tuple[list[Registration], bool]:
@@ -108,6 +129,25 @@ def read(source: bytes) -> tuple[list[Registration], bool]:
         else:
             others = others or bool(_REGISTER.fullmatch(name))
     return found, others
+
+
+def commit_of(checkout: Path) -> str:
+    """Return the commit that a checkout's ``.git`` folder names; "" where it names none. Runs no git."""
+    try:
+        head = files.read_bytes(str(checkout / ".git" / "HEAD"), _LARGEST_REF).decode("ascii", "replace").strip()
+        if reference := re.fullmatch(r"ref: (refs/heads/[\w./-]{1,200})", head):
+            head = _reference(checkout / ".git", reference[1])
+    except files.UnreadableError:
+        return ""
+    return head if re.fullmatch(r"[0-9a-f]{40}", head) else ""
+
+
+def _reference(git: Path, name: str) -> str:
+    try:
+        return files.read_bytes(str(git / name), _LARGEST_REF).decode("ascii", "replace").strip()
+    except files.UnreadableError:
+        packed = files.read_bytes(str(git / "packed-refs"), _LARGEST).decode("ascii", "replace")
+        return next((line[:40] for line in packed.splitlines() if line[41:] == name), "")
 
 
 def _registration(call: ast.Call) -> Registration:
@@ -196,11 +236,17 @@ def _checkout(given: Sequence[Path]) -> Path:
 def _nothing(given: Sequence[Path], suite: str | None) -> str:
     if suite is None:
         return f"no test of CUDA in {len(given)} files"
+    known = _known(given)
+    hint = did_you_mean(suite, known) if known else "none of them is registered for CUDA"
+    return f"no suite {suite!r} in {len(given)} files; {hint}"
+
+
+def _known(given: Sequence[Path]) -> set[str]:
+    """Return the names of the suites that these files are of."""
     known: set[str] = set()
     for path in given:
         try:
             known |= {each.suite for each in read(files.read_bytes(str(path), _LARGEST))[0]}
         except (files.UnreadableError, SyntaxError, ValueError, RecursionError, MemoryError):
             continue
-    hint = did_you_mean(suite, known) if known else "none of them is registered for CUDA"
-    return f"no suite {suite!r} in {len(given)} files; {hint}"
+    return known

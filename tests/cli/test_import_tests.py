@@ -17,6 +17,10 @@ class TestOne(CustomTestCase):
     def test_it(self):
         popen_launch_server("org/one", DEFAULT_URL_FOR_TEST, 9, other_args=["--tp", "8", "--nccl-port", "11"])
 """
+ENCODER = """
+    def test_encoder(self):
+        popen_launch_server("org/one", DEFAULT_URL_FOR_TEST, 9, other_args=["--encoder-only"])
+"""
 MANIFEST = """\
 schema = 1
 [image]
@@ -111,6 +115,36 @@ def test_update_rewrites_tasks_alone(verb: Verb) -> None:
     assert "org/stale" not in text
     assert verb("--suite", SUITE, "--update", verb.manifest)[1]["updated"] == {"kept": 2, "added": 0, "removed": 0}
     assert verb.manifest.read_text() == text
+
+
+def test_update_anew_writes_servers_again_and_keeps_the_rest(verb: Verb) -> None:
+    verb.checkout.test("test_one.py", ONE)
+    command = '[[task]]\nmodel = "org/mine"\nrecipe = "command"\nargv = ["true"]\nsuccess = "x"\n'
+    verb.manifest.write_text(f"{MANIFEST}\n{command}")
+    status, document = verb("--suite", SUITE, "--update", verb.manifest, "--anew")
+    assert status == 0
+    assert document["updated"] == {"kept": 1, "added": 1, "removed": 2}
+    text = verb.manifest.read_text()
+    assert text.startswith(MANIFEST[: MANIFEST.index("[[task]]")])
+    assert command in text
+    assert f"# Recorded from a checkout of sglang, suite {SUITE}, GPU H200: 1 of 1 launches in 1 file" in text
+    assert verb("--suite", SUITE, "--update", verb.manifest, "--anew")[0] == 0
+    assert verb.manifest.read_text() == text
+
+
+def test_launch_that_no_recipe_warms_is_named_and_not_counted(verb: Verb) -> None:
+    verb.checkout.test("test_one.py", f"{ONE}{ENCODER}")
+    status, document = verb("--suite", SUITE, "--manifest", verb.manifest)
+    assert status == 0
+    assert [each["why"] for each in document["not_warmable"]] == ["an encoder alone generates no tokens"]
+    assert "no recipe warms: test/registered/test_one.py" in document["import-tests"]
+
+
+def test_gpu_is_that_of_the_manifest(verb: Verb) -> None:
+    verb.checkout.test("test_one.py", ONE)
+    verb.manifest.write_text(MANIFEST.replace("count = 8", 'count = 8\nname = "B200"'))
+    assert verb("--suite", SUITE, "--manifest", verb.manifest)[1]["source"]["gpu"] == "B200"
+    assert verb("--suite", SUITE, "--manifest", verb.manifest, "--gpu", "H100")[1]["source"]["gpu"] == "H100"
 
 
 def test_update_removes_no_task_when_a_test_failed(verb: Verb) -> None:

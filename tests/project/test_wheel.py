@@ -75,4 +75,4 @@ def test_wheel_works_without_checkout(wheel: Path, tmp_path: Path) -> None:
         "print(*m.profiles(), len(m.load(profile='h200').tasks), 'FROM' in builder.engine.images.dockerfile())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["h100-4", "h200", "stand-in", "9", "True"], done.stderr
+    assert done.stdout.split() == ["b200-8", "h100-4", "h200", "stand-in", "16", "True"], done.stderr

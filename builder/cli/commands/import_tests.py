@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from builder.cli.invocation import Invocation
-from builder.cli.options import ManifestArgs
+from builder.cli.options import OPTIONS, ManifestArgs
 from builder.errors import ColdError, UsageError
-from builder.manifest import from_tests, rewrite, suites
+from builder.manifest import from_tests, recorded_tasks, rewrite, suites
 from builder.manifest.load import Manifest, load, without_tasks
 from builder.recording import Launch, Request, Unrecorded
 from builder.run import launch_recorders, launch_records
+from builder.task import RECIPES
 from builder.text import counted
 
 #: Seconds that the engine has to answer.
@@ -35,6 +36,7 @@ class ImportTestsArgs(ManifestArgs):
     suite: str | None = None
     gpu: str | None = None
     update: str | None = None
+    anew: bool = False
     records: str | None = None
     pull: bool = False
     here: bool = False
@@ -48,12 +50,14 @@ def run(args: ImportTestsArgs, invocation: Invocation) -> None:
     update = Path(args.update) if args.update else None
     if update is not None and args.names_manifest:
         raise UsageError("--update and --manifest or --profile exclude each other: it is compared with what it updates")
+    if args.anew and update is None:
+        raise UsageError("--anew says how --update rewrites a manifest; pass --update FILE")
     manifest = _updated(update) if update is not None else invocation.named_manifest()
     selection = suites.select(args.paths, args.suite)
     request = Request(
         checkout=str(selection.checkout),
         files=selection.files,
-        gpu=args.gpu or "H200",
+        gpu=args.gpu or _gpu_of(manifest),
         workers=launch_records.workers(),
     )
     with invocation.signals.handled(), _recorder(args, invocation, manifest) as recorder:
@@ -63,36 +67,48 @@ def run(args: ImportTestsArgs, invocation: Invocation) -> None:
     problems = [*selection.problems, *(problem for each in records for problem in each.problems), *unknown]
     # Of what names no launcher, nothing can be missed.
     harmless = {problem for each in records if not each.may_launch(request.checkout) for problem in each.problems}
-    if not launches and not problems:
+    launches, others = recorded_tasks.warmable(launches, request.gpu)
+    if not launches and not others and not problems:
         raise UsageError(f"no test in {counted(len(request.files), 'file')} launches a server")
     unclear = [each for each in problems if each.state in _UNCLEAR and each not in harmless]
-    _report(args, invocation, manifest, update, launches, problems, unclear, selection)
+    source = recorded_tasks.Source(
+        suites.commit_of(selection.checkout), args.suite or "", request.gpu, len(selection.files)
+    )
+    _report(args, invocation, manifest, Recorded(launches, others, problems, unclear, selection, source))
 
 
-def _report(
-    args: ImportTestsArgs,
-    invocation: Invocation,
-    manifest: Manifest | None,
-    update: Path | None,
-    launches: Sequence[Launch],
-    problems: Sequence[Unrecorded],
-    unclear: Sequence[Unrecorded],
-    selection: suites.Selection,
-) -> None:
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded. others: launches that no recipe warms, and why; unclear: problems that may hide a launch."""
+
+    launches: Sequence[Launch]
+    others: Sequence[tuple[Launch, str]]
+    problems: Sequence[Unrecorded]
+    unclear: Sequence[Unrecorded]
+    selection: suites.Selection
+    source: recorded_tasks.Source
+
+
+def _report(args: ImportTestsArgs, invocation: Invocation, manifest: Manifest | None, found: Recorded) -> None:
     extra: dict[str, Any] = {
-        "launches": [_document(launch) for launch in launches],
-        "problems": [vars(each) for each in problems],
-        "not_understood": [vars(each) for each in unclear],
+        "launches": [_document(launch) for launch in found.launches],
+        "not_warmable": [{**_document(launch), "why": why} for launch, why in found.others],
+        "problems": [vars(each) for each in found.problems],
+        "not_understood": [vars(each) for each in found.unclear],
+        "source": asdict(found.source),
     }
     compared: list[from_tests.Compared] = []
     if manifest is None:
-        invocation.report.text = from_tests.as_manifest(launches, args.paths)
-        for problem in problems:
-            invocation.console.say(from_tests.describe(problem))
+        invocation.report.text = recorded_tasks.as_manifest(found.launches, args.paths, found.source.gpu)
+        for line in [
+            *(from_tests.not_warmable(launch, why) for launch, why in found.others),
+            *map(from_tests.describe, found.problems),
+        ]:
+            invocation.console.say(line)
     else:
-        compared, unneeded = from_tests.compare(launches, manifest.tasks)
+        compared, unneeded = from_tests.compare(found.launches, manifest.tasks)
         # A launch that was not recorded may need any task.
-        unneeded = [] if unclear else unneeded
+        unneeded = [] if found.unclear else unneeded
         extra["launches"] = [
             {
                 **_document(each.launch),
@@ -103,43 +119,64 @@ def _report(
             for each in compared
         ]
         extra["unneeded"] = unneeded
-        others = f" ({selection.passed_over} of other suites passed over)" if selection.passed_over else ""
-        counts = f"{counted(len(selection.files), 'file')}{others}"
-        invocation.report.text = from_tests.as_text(compared, unneeded, problems, manifest.path, counts)
-        if update is not None:
-            _update(invocation, update, manifest, compared, unneeded)
+        selection = found.selection
+        passed_over = f" ({selection.passed_over} of other suites passed over)" if selection.passed_over else ""
+        counts = f"{counted(len(selection.files), 'file')}{passed_over}"
+        invocation.report.text = from_tests.as_text(
+            compared, unneeded, found.problems, found.others, manifest.path, counts
+        )
+        if args.update:
+            _update(args, invocation, manifest, found, compared, unneeded)
             compared = []
     invocation.report.extra |= extra
     cold = [each for each in compared if not each.covered]
     parts = [f"{len(cold)} of {len(compared)} launches covered by no task"] if cold else []
-    if unclear:
-        tests = counted(len({(each.location, each.test) for each in unclear}), "test")
+    if found.unclear:
+        tests = counted(len({(each.location, each.test) for each in found.unclear}), "test")
         parts.append(f"{tests} not, or not all, recorded")
     if parts:
         raise ColdError("; ".join(parts))
 
 
 def _update(
+    args: ImportTestsArgs,
     invocation: Invocation,
-    path: Path,
     manifest: Manifest,
+    found: Recorded,
     compared: Sequence[from_tests.Compared],
     unneeded: Sequence[str],
 ) -> None:
     """Rewrite the tasks of a manifest: keep those that cover a launch, remove the others, and add missing ones.
 
-    Removes none while something is not understood.
+    Removes none while something is not understood. With ``--anew`` every task that starts a server is written again,
+    below a note that says what they were recorded from.
     """
+    path = Path(args.update or "")
     text = path.read_bytes().decode("utf-8")
-    missing = [each.launch for each in compared if not each.covered]
-    going = {number for number, task in enumerate(manifest.tasks) if task.label in unneeded}
-    added = from_tests.as_tasks(missing, manifest.gpus.count)
-    result = rewrite.replace_tasks(text, lambda number: number not in going, added)
+    gpus, gpu = manifest.gpus.count, found.source.gpu
+    if args.anew:
+        added = recorded_tasks.as_tasks(found.launches, gpus, gpu)
+        going = {number for number, task in enumerate(manifest.tasks) if RECIPES[task.recipe].server}
+        note = recorded_tasks.note([*found.launches, *(launch for launch, _ in found.others)], found.source)
+        result = rewrite.replace_tasks(
+            recorded_tasks.without_note(text), lambda number: number not in going, [note, *added]
+        )
+    else:
+        missing = [each.launch for each in compared if not each.covered]
+        going = {number for number, task in enumerate(manifest.tasks) if task.label in unneeded}
+        added = recorded_tasks.as_tasks(missing, gpus, gpu)
+        result = rewrite.replace_tasks(text, lambda number: number not in going, added)
     if result != text:
         rewrite.write(path, result)
     kept = len(manifest.tasks) - len(going)
     invocation.console.say(f"{path}: {counted(kept, 'task')} kept, {len(added)} added, {len(going)} removed")
     invocation.report.extra["updated"] = {"kept": kept, "added": len(added), "removed": len(going)}
+
+
+def _gpu_of(manifest: Manifest | None) -> str:
+    """Return the GPU that a manifest's ``[gpus] name`` names, else H200."""
+    name = (manifest.gpus.name or "") if manifest is not None else ""
+    return next((gpu for gpu in OPTIONS["gpu"]["choices"] if gpu in name), "H200")
 
 
 def _updated(path: Path) -> Manifest:

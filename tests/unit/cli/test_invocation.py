@@ -42,7 +42,7 @@ def test_cache_slash_is_refused(bench: Bench, root: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "which manifest? Pass --manifest FILE or --profile NAME (h100-4, h200, stand-in)"),
+        ([], "which manifest? Pass --manifest FILE or --profile NAME (b200-8, h100-4, h200, stand-in)"),
         (["--profile", "h20"], "error: --profile: there is no profile 'h20'; did you mean 'h200'? Exit 2."),
         (["--manifest", "a", "--profile", "h200"], "--manifest a and --profile h200 exclude each other"),
         (["--manifest", "/no/such/file"], "error: --manifest /no/such/file: No such file or directory. Name a file"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.manifest import from_tests, neutral
+from builder.manifest import from_tests, neutral, recorded_tasks
 from builder.manifest.load import Overrides, load
 from builder.recording import Kind, Launch, Unrecorded
 from builder.task import Task
@@ -100,7 +100,7 @@ def stored() -> list[tuple[str, Launch]]:
 def test_manifest_covers_every_launch_it_was_printed_from(tmp_path: Path) -> None:
     launches = from_tests.distinct(each for _, each in stored())
     path = tmp_path / "printed.toml"
-    path.write_text(from_tests.as_manifest(launches, ["test/registered"]))
+    path.write_text(recorded_tasks.as_manifest(launches, ["test/registered"], "H200"))
     manifest = load(path, overrides=Overrides(image="tiny:1", cache="/data/cache"))
     compared, unneeded = from_tests.compare(launches, manifest.tasks)
     assert [each for each in compared if not each.covered] == []
