@@ -47,7 +47,7 @@ demo-here: $(VENV)/.ready
 
 .PHONY: warm-cache
 warm-cache: $(VENV)/.ready ## Warm the h200 profile on this machine's GPUs (ARGS="--cache DIR --image REF …")
-	@$(BIN)/warm-cache warm --profile h200 $(ARGS)
+	@$(BIN)/warm-cache warm --profile h200 --create $(ARGS)
 
 .PHONY: test
 test: lint ## Run lint, types and all tests, with whatever images they need

@@ -134,6 +134,7 @@ class Warming:
         environ.update(families.environment(self._job.mount, self._keys))
         self._before = self._scan()
         done = self._compile(passes, environ)
+        self._require_undamaged(done.claims)
         pretended = record["observed"]["pretended"]
         proof = markers.PRETENDED if pretended else done.proof
         self.verdict = replace(self.verdict, proof=proof, reason=done.doubt)
@@ -277,6 +278,27 @@ class Warming:
                 compiled = "" if first.shapes or not requires else ": the log names no shape, so nothing was compiled"
                 raise Failed(f"{name} is required and {why}{compiled}")
         return claims, used
+
+    def _require_undamaged(self, claims: list[str]) -> None:
+        """Raise Partial for entries of claimed families that were damaged before and still are.
+
+        They could not be quarantined (another owner, another file system, written to just now), and a program that
+        takes what exists for complete would fail on them.
+        """
+        suspect = [name for name in claims if self._before[name].invalid]
+        after = self._scan() if suspect else {}
+        for name in suspect:
+            damaged = {
+                entry: problem
+                for entry, problem in after[name].invalid.items()
+                if entry in self._before[name].invalid and not self._is_in_progress(name, entry, problem)
+            }
+            if damaged:
+                first = min(damaged)
+                raise Partial(
+                    f"{name}: {counted(len(damaged), 'damaged entry')} could not be quarantined (first: {first}: "
+                    f"{damaged[first]}); warm-cache verify --repair tries again"
+                )
 
     def _prove(
         self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]

@@ -88,6 +88,7 @@ class Invocation:
         strict: bool = False,
         allow_busy: bool = False,
         creates: bool = False,
+        create: bool = False,
     ) -> Context:
         """Return the context of a run. log_dir: None for the default place; the rest as in `Options`."""
         chosen = _absolute(log_dir, self.args.location("log-dir")) if log_dir else self.default_log_dir
@@ -100,6 +101,7 @@ class Invocation:
             strict=strict,
             allow_busy=allow_busy,
             creates=creates,
+            create=create,
         )
         return Context(
             manifest=manifest,
@@ -135,7 +137,13 @@ class Invocation:
                 yield executor
 
     def local(
-        self, manifest: Manifest | None, *, force: bool = False, strict: bool = False, log_dir: str | None = None
+        self,
+        manifest: Manifest | None,
+        *,
+        force: bool = False,
+        strict: bool = False,
+        create: bool = False,
+        log_dir: str | None = None,
     ) -> LocalExecutor:
         """Return a way to run tasks in this environment, on the cache where it is mounted here. Raises UsageError.
 
@@ -150,7 +158,7 @@ class Invocation:
         if root is None:
             raise UsageError(f"--cache {args.cache}: with --here, the directory is wanted where the cache is mounted")
         logs = log_dir or str(Path(tempfile.gettempdir(), f"warm-cache-logs-{self.run_id}"))
-        context = self.context(manifest or without_tasks(), log_dir=logs, force=force, strict=strict)
+        context = self.context(manifest or without_tasks(), log_dir=logs, force=force, strict=strict, create=create)
         return local_executor.LocalExecutor(context, root, args.image)
 
     @functools.cached_property

@@ -123,6 +123,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "json": {"action": "store_true", "help": "print one JSON document on stdout, and the rest on stderr"},
     "verbose": {"action": "store_true", "help": "show image builds, and a traceback with a defect"},
     "force": {"action": "store_true", "help": "run warm tasks too"},
+    "create": {"action": "store_true", "help": "make the cache root if it does not exist"},
     "allow-busy": {"action": "store_true", "help": "start even if other processes use a GPU"},
     "pull": {"action": "store_true", "help": "pull the image first"},
     "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
@@ -184,11 +185,12 @@ VERBS = {
     "warm": Verb(
         "make every task of the manifest warm",
         "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
-        ("only", "force", "strict", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
+        ("only", "force", "strict", "create", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
         here=True,
         details="""Reads the manifest, the engine, the model store and the GPUs. Everything below the cache root is
-written by containers; each task's complete log is written to --log-dir. With --here there is no container: tasks run in
-this environment, which has to be the one of the tests.""",
+written by containers; each task's complete log is written to --log-dir. A root that does not exist is an error
+without --create. With --here there is no container: tasks run in this environment, which has to be the one of the
+tests.""",
         exits=(0, 11, 13, 14, 15),
     ),
     "check": Verb(
@@ -196,8 +198,9 @@ this environment, which has to be the one of the tests.""",
         "warm-cache check --profile h200 --cache /data/sglang-jit",
         ("only", "strict", "on-cold"),
         here=True,
-        details="""Reads markers and the entries that they list. Writes nothing, and starts no container if the image is
-known. In GitHub Actions every cold task is annotated.""",
+        details="""Reads markers and the entries that they list. An image that was never used with this cache is
+looked at in a container, for which the warm-up image is built, and what was found is kept in the folder images of the
+root; otherwise no container is started, and nothing is written. In GitHub Actions every cold task is annotated.""",
         exits=(0, 10),
     ),
     "explain": Verb(
@@ -239,13 +242,14 @@ that no view uses.""",
         "warm-cache refresh --profile h200 --when-idle 10m --metrics FILE.prom",
         (
             *("manifest", "profile", "cache", "image", "models"),
-            *("allow-busy", "budget", "timeout", "silence", "lock-timeout", "log-dir"),
+            *("create", "allow-busy", "budget", "timeout", "silence", "lock-timeout", "log-dir"),
             *("when-idle", "metrics", "webhook", *POLICY),
         ),
         needs="nothing",
-        details="""Asks the registry whether the image has moved, without pulling it. Kernels of a new image are added
-to those in use, which stay until the policy of prune removes them. If nothing has changed, no container is started. A
-second refresh of the same cache ends at once with 15, unless --lock-timeout lets it wait.""",
+        details="""A cache root that does not exist is an error without --create. Asks the registry whether the image
+has moved, without pulling it. Kernels of a new image are added to those in use, which stay until the policy of prune
+removes them. If nothing has changed, no container is started. A second refresh of the same cache ends at once with
+15, unless --lock-timeout lets it wait.""",
         exits=(0, 11, 13, 14, 15, 17),
     ),
     "prune": Verb(
@@ -340,8 +344,9 @@ programs.""",
         "everything that prevents this machine from running the manifest",
         "warm-cache doctor --profile h200",
         ("allow-busy",),
-        details="""Reads the machine, the engine, the driver and the cache root; changes nothing. Each warning has its
-remedy, and 12 means that a warm-up cannot run.""",
+        details="""Reads the machine, the engine, the driver and the cache root, and looks at the GPUs in a container,
+for which the warm-up image is built. What that container found is kept in the folder images of a cache root; nothing
+else is written there. Each warning has its remedy, and 12 means that a warm-up cannot run.""",
         exits=(0,),
     ),
 }

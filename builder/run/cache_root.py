@@ -124,6 +124,22 @@ class CacheRoot:
                         self._fetch_model(str(container), model, copy)
                 yield copy
 
+    def is_shared(self) -> bool:
+        """Return False where the engine has another directory at the root's path than this process.
+
+        So it is after a mount that only one of them has: of a disk that was mounted after the engine had started in a
+        mount namespace of its own, for example. Compared is layout.json, by its contents and its time.
+        """
+        direct = self.direct()
+        if direct is None:
+            return True  # everything is read through the engine
+        with self._scratch() as copy, self._reader() as container:
+            if container is None:
+                return False
+            with self._copying():
+                self._fetch(container, ("layout.json",), copy)
+            return _is_same(_identity(copy), _identity(direct))
+
     def prove(self, volume: str) -> None:
         """Read through this volume, mounted as a job mounts it in place of the root.
 
@@ -238,6 +254,22 @@ class CacheRoot:
                     _extract(tar, member, target)
         except tarfile.TarError as error:
             raise EngineLostError(f"the engine's archive of {source} broke off or is none: {error}") from error
+
+
+def _identity(root: Path) -> tuple[bytes, float] | None:
+    """Return contents and time of a root's layout.json; None without one."""
+    path = root / "layout.json"
+    try:
+        return files.read_bytes(str(path), 1 << 16), path.stat().st_mtime
+    except (files.UnreadableError, OSError):
+        return None
+
+
+def _is_same(one: tuple[bytes, float] | None, other: tuple[bytes, float] | None) -> bool:
+    """Return whether two files are the same: an archive may have whole seconds."""
+    if one is None or other is None:
+        return one is other
+    return one[0] == other[0] and abs(one[1] - other[1]) <= 1.0
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:

@@ -137,6 +137,21 @@ class ContainerExecutor:
             self.prepare()
         return "" if self.cache.exists() else f"{self.cache.name} does not exist"
 
+    def require_root(self) -> None:
+        """Raise PreflightError where the root does not exist and may not be made: its name may be misspelt."""
+        options = self.context.options
+        self.context.report.cache = self.root_name
+        if options.create or self.cache.exists():
+            return
+        missing = preflight.missing_root(self.context.manifest, creates=options.creates)
+        others = preflight.problems(self.context.manifest, self.engine) if options.creates else ()
+        raise PreflightError(CANNOT_RUN, [*(each for each in others if each.location != missing.location), missing])
+
+    def require_shared_root(self) -> None:
+        """Raise PreflightError where containers would write to another directory than the one that is read here."""
+        if not self.cache.is_shared():
+            raise PreflightError(CANNOT_RUN, [preflight.other_root(self.context.manifest)])
+
     def plan(self, tasks: Sequence[Task]) -> Plan:
         with self.snapshot(tasks) as (_, plan):
             return plan
@@ -155,8 +170,13 @@ class ContainerExecutor:
             yield root, plan
 
     def records(self, tasks: Sequence[Task]) -> Mapping[ProbeEnv, Record]:
-        """Return records from the memo where it holds, else from a probe's container."""
+        """Return records from the memo where it holds, else from a probe's container.
+
+        Raises PreflightError where the GPUs of this machine are not those that the manifest wants.
+        """
         host = gpus.host_gpus() if self.engine.local else None
+        if problems := list(preflight.gpu_problems(self.context.manifest, host)):
+            raise PreflightError(CANNOT_RUN, problems)
         for env in sorted({probe_env(task) for task in tasks} - self._records.keys()):
             record = self._remembered(env, host)
             # Podman does not report that it has no GPUs to give: only a container shows it.
@@ -168,19 +188,24 @@ class ContainerExecutor:
     def remembers(self, tasks: Sequence[Task]) -> bool:
         """Return whether `records` would start no container for these tasks."""
         host = gpus.host_gpus() if self.engine.local else None
+        if any(preflight.gpu_problems(self.context.manifest, host)):
+            return False
         return all(self._remembered(env, host) is not None for env in {probe_env(task) for task in tasks})
 
     def _remembered(self, env: ProbeEnv, host: gpus.HostGpus | None) -> Record | None:
+        manifest = self.context.manifest
         with self.cache.view(entries=False) as root:
-            return memos.read_memo(
+            record = memos.read_memo(
                 root,
                 self.serving_names,
-                mount=self.context.manifest.cache.mount,
+                mount=manifest.cache.mount,
                 gpus=host.model if host else None,
                 driver=host.driver if host else None,
                 isa=toolchain.isa() if self.engine.local else None,
                 env=dict(env),
             )
+        # A probe that was refused for its GPUs has left a memo: only another probe can show that they are right now.
+        return None if record is None or any(preflight.gpu_problems(manifest, None, record)) else record
 
     def described(self) -> Sequence[Described]:
         """Return the family directories; where the root cannot be read from here, a container reads it."""
@@ -243,6 +268,7 @@ class ContainerExecutor:
     def run_lock(self) -> contextlib.AbstractContextManager[None]:
         from builder.run import cache_locks
 
+        self.require_shared_root()
         return cache_locks.held(self)
 
     def reserve_gpus(self, items: Sequence[Item]) -> contextlib.AbstractContextManager[Reservation]:
@@ -302,7 +328,7 @@ class ContainerExecutor:
         from builder.run import container_job
 
         self.prepare()
-        if self.context.options.creates and self.cache.create():
+        if self.context.options.create and self.cache.create():
             self.context.console.say(f"created {self.cache.name}")
         outcome = container_job.run_probe(self, env, PROBE_TIMEOUT)
         self.context.cancel.check()
@@ -316,7 +342,7 @@ class ContainerExecutor:
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
             raise BuilderError(f"the probe of {ref} reported nothing: {why}", notes=outcome.tail)
         record = found[-1]
-        problems = list(preflight.seen_problems(self.context.manifest, record, podman=self.engine.podman))
+        problems = list(preflight.gpu_problems(self.context.manifest, None, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)
         return record

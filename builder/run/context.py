@@ -27,7 +27,8 @@ class Options:
     force: bool = False  # run warm tasks too
     strict: bool = False  # only a marker whose second pass added nothing counts as warm
     allow_busy: bool = False  # start even if other processes use a GPU
-    creates: bool = False  # the verb may make a cache root that does not exist
+    creates: bool = False  # the verb writes a cache root
+    create: bool = False  # it may make one that does not exist
 
 
 @dataclass(frozen=True, kw_only=True)

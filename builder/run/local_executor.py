@@ -19,7 +19,7 @@ from builder import files, processes
 from builder.cache import environment, layout, model_store, toolchain
 from builder.cache.environment import IMAGE_VARIABLE, Described, ImageIdentity, Standing
 from builder.cache.toolchain import Record
-from builder.errors import CANNOT_RUN, PreflightError
+from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.host.locks import open_lock
 from builder.run import local_job
 from builder.run.context import Context
@@ -148,6 +148,9 @@ class LocalExecutor:
 
         Containers of test jobs get the markers read-only: their jobs may add kernels, and no markers.
         """
+        if not self.root.is_dir() and not self.context.options.create:
+            problem = Problem("cache", f"there is no directory {self.root} here.", "To make one, pass --create.")
+            raise PreflightError(CANNOT_RUN, [problem])
         try:
             layout.prepare(self.root)
         except layout.LayoutError as error:

@@ -14,12 +14,15 @@ from builder.engine.client import Engine
 from builder.engine.errors import GpuToolkitError, MissingSourceError, NoGpuDriverError, NoInitError
 from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
-from builder.host.gpus import GpuProcess, GpuSnapshot
+from builder.host.gpus import GpuProcess, GpuSnapshot, HostGpus
 from builder.manifest.load import Manifest
+from builder.text import did_you_mean
 
 #: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
 #: some GB).
 MIN_FREE_BYTES = 512 << 20
+_DIRECTORY = "Set [cache] root to a directory on a local file system."
+_CREATE = "To make a new one there, pass --create."
 
 
 def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
@@ -49,29 +52,36 @@ def _host(manifest: Manifest, image: bool) -> Iterator[Problem]:
 
 
 def _gpus(manifest: Manifest, image: bool) -> Iterator[Problem]:
-    """Yield problems that the host's driver shows. The probe's container decides: `seen_problems`."""
-    wanted = manifest.gpus
-    if not wanted.count:
-        return
+    """Yield problems that the host's driver shows; where it shows no GPU, a container of the image decides."""
     host = gpus.host_gpus()
-    if host is None or not host.names:
-        if not image:
-            what = "no NVIDIA driver is loaded on this machine" if host is None else "the driver sees no GPU"
-            yield Problem(
-                "GPUs",
-                f"{_wanted(manifest)} wanted, none found: {what}.",
-                "Install the NVIDIA driver and nvidia-container-toolkit, then restart dockerd.",
-            )
+    if manifest.gpus.count and not image and (host is None or not host.names):
+        what = "no NVIDIA driver is loaded on this machine" if host is None else "the driver sees no GPU"
+        yield Problem(
+            "GPUs",
+            f"{_wanted(manifest)} wanted, none found: {what}.",
+            "Install the NVIDIA driver and nvidia-container-toolkit, then restart dockerd.",
+        )
+    yield from gpu_problems(manifest, host)
+
+
+def gpu_problems(
+    manifest: Manifest, host: HostGpus | None, record: Record | None = None, *, podman: bool = False
+) -> Iterator[Problem]:
+    """Yield problems of the GPUs: number and names. Every verb judges by this, each time.
+
+    host: the GPUs that this machine's driver lists, None where it cannot be seen. record: what a probe's container was
+    given, now or by its memo. podman: whether the engine is Podman.
+    """
+    if not manifest.gpus.count:
         return
-    yield from _count_and_names(manifest, list(host.names))
-
-
-def seen_problems(manifest: Manifest, record: Record, *, podman: bool = False) -> Iterator[Problem]:
-    """Yield problems of the GPUs that the probe's container was given. podman: whether the engine is Podman."""
-    if manifest.gpus.count and podman and not record.get("gpus"):
+    if host is not None and host.names:
+        yield from _count_and_names(manifest, list(host.names))
+    if record is None:
+        return
+    if podman and not record.get("gpus"):
         text = f"{_wanted(manifest)} wanted, the container got none: this engine is Podman, which ignores the request."
         yield Problem("GPUs", text, "Set DOCKER_HOST to a Docker Engine with nvidia-container-toolkit.")
-    elif manifest.gpus.count:
+    else:
         yield from _count_and_names(manifest, [str(gpu.get("name")) for gpu in record.get("gpus", ())])
 
 
@@ -144,6 +154,38 @@ def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
     return None
 
 
+def missing_root(manifest: Manifest, *, creates: bool) -> Problem:
+    """Return the problem of a cache root that does not exist. creates: whether the verb would make one if asked to."""
+    cache = manifest.cache
+    root = cache.root
+    if root is None:
+        return Problem("cache", f"there is no volume {cache.volume}.", _CREATE if creates else "")
+    if root.exists():
+        return Problem("cache", f"{root} is not a directory.", _DIRECTORY)
+    if creates and not root.parent.is_dir():
+        return next(_cache(manifest))
+    near = did_you_mean(root.name, _directories(root.parent))
+    text = f"there is no cache at {root}" + (f"; {near}" if near.startswith("did you mean") else ".")
+    return Problem("cache", text, _CREATE if creates else "")
+
+
+def other_root(manifest: Manifest) -> Problem:
+    """Return the problem of a root whose path is another directory for the engine."""
+    return Problem(
+        "cache",
+        f"the engine has another directory at {manifest.cache.root} than this process: a file system was mounted there "
+        "that only one of them sees.",
+        "Restart the engine after that mount, or set [cache] root to a directory that both see.",
+    )
+
+
+def _directories(parent: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in parent.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
 def _cache(manifest: Manifest) -> Iterator[Problem]:
     root = manifest.cache.root
     if root is None:
@@ -161,7 +203,7 @@ def _cache(manifest: Manifest) -> Iterator[Problem]:
             )
         return
     if not root.is_dir():
-        yield Problem("cache", f"{root} is not a directory.", "Set [cache] root to a directory on a local file system.")
+        yield Problem("cache", f"{root} is not a directory.", _DIRECTORY)
         return
     if foreign := layout.foreign(root):
         yield Problem(

@@ -189,6 +189,30 @@ def test_command_rewriting_entry_in_place_is_not_verified(program: Program, hit:
     assert bool(marker_files(program)) == hit
 
 
+def test_command_is_partial_while_damaged_entry_of_claimed_family_stays(program: Program) -> None:
+    """It was written to just now, as after a kill: it may not be quarantined yet, and the program takes it for done."""
+    code = (
+        "import os, pathlib; folder = pathlib.Path(os.environ['TVM_FFI_CACHE_DIR'])\n"
+        "for name in ('kernel_1', 'kernel_2'):\n"
+        "    kernel = folder / name / 'kernel.ptx'\n"
+        "    kernel.parent.mkdir(exist_ok=True)\n"
+        "    if not kernel.exists(): kernel.write_text('// kernel')\n"
+    )
+    task = program.command(code, families=("tvm_ffi",))
+    assert program.run(task).verdict.state == "warmed"
+    (damaged,) = program.root.glob("tvm_ffi/*/kernel_1/kernel.ptx")
+    damaged.write_text("")
+    for marker in marker_files(program):
+        marker.unlink()
+    done = program.run(task)
+    assert (done.verdict.state, done.verdict.marker) == ("partial", None)
+    assert "1 damaged entry could not be quarantined (first: kernel_1" in done.verdict.reason
+    assert marker_files(program) == []
+    os.utime(damaged, (1, 1))
+    os.utime(damaged.parent, (1, 1))
+    assert program.run(task).verdict.state == "warmed"
+
+
 def test_command_without_claims_runs_once(program: Program) -> None:
     done = program.run(program.command("print('done')"))
     assert (done.verdict.proof, done.verdict.state) == ("nothing-claimed", "warmed")

@@ -135,6 +135,7 @@ class Cli:
             "XDG_RUNTIME_DIR": str(self.place / "run"),
             "PYTHONPATH": str(ROOT),
             "LC_ALL": "C.UTF-8",
+            "WARM_CACHE_CREATE": "1",
         }
         return {**kept, **own}
 

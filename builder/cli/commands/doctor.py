@@ -48,6 +48,7 @@ def _doctor(executor: ContainerExecutor) -> None:
     if problems:
         raise PreflightError(CANNOT_RUN, problems)
     executor.probe(probe_env(manifest.tasks[0]))
+    executor.require_shared_root()
     warnings = sum(result.state == WARN for result in results.values())
     console.say(
         f"this machine can run {counted(len(manifest.tasks), 'task')} of {manifest.image.ref}"

@@ -25,8 +25,10 @@ class PruneArgs(PolicyArgs):
 def run(args: PruneArgs, invocation: Invocation) -> None:
     """Remove what the limits do not keep, or show what would be removed."""
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
+    wanted = limits(args, manifest.cache)
     with invocation.containers(invocation.context(manifest)) as executor:
-        prune.prune(executor, limits(args, manifest.cache), dry_run=args.dry_run)
+        executor.require_root()
+        prune.prune(executor, wanted, dry_run=args.dry_run)
 
 
 def limits(args: PolicyArgs, cache: CacheSpec) -> Limits:

@@ -21,6 +21,7 @@ from builder.run.notify import RefreshSettings
 class RefreshArgs(PolicyArgs):
     """Arguments of `refresh`."""
 
+    create: bool = False
     allow_busy: bool = False
     budget: str | None = None
     timeout: str | None = None
@@ -42,13 +43,17 @@ def run(args: RefreshArgs, invocation: Invocation) -> None:
         budget=args.budget, timeout=args.timeout, silence=args.silence, lock_timeout=args.lock_timeout
     )
     settings = _settings(args, manifest)
-    context = invocation.context(manifest, log_dir=args.log_dir, allow_busy=args.allow_busy, creates=True)
+    limits = prune.limits(args, manifest.cache)
+    context = invocation.context(
+        manifest, log_dir=args.log_dir, allow_busy=args.allow_busy, creates=True, create=args.create
+    )
     with (
         invocation.signals.handled(),
         notify.notified(context, settings) as record,
         invocation.connected(context) as executor,
     ):
-        refresh.refresh(executor, settings, prune.limits(args, manifest.cache), record)
+        executor.require_root()
+        refresh.refresh(executor, settings, limits, record)
 
 
 def _settings(args: RefreshArgs, manifest: Manifest) -> RefreshSettings:

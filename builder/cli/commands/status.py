@@ -94,7 +94,8 @@ def run(args: StatusArgs, invocation: Invocation) -> None:
     """Report what the cache holds, how old it is, what uses it, and what it cost."""
     console, report = invocation.console, invocation.report
     with invocation.containers(invocation.context(invocation.manifest())) as executor:
-        found = _read(executor) if executor.cache.exists() else _Status()
+        executor.require_root()
+        found = _read(executor)
         report.cache = executor.root_name
         report.extra.update(
             families=list(map(vars, found.families)),

@@ -33,6 +33,7 @@ def run(args: VerifyArgs, invocation: Invocation) -> None:
     """Check every entry. Raises ColdError if one is bad; with repair, if one still is."""
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
     with invocation.containers(invocation.context(manifest)) as executor:
+        executor.require_root()
         _verify(executor, args.repair)
 
 

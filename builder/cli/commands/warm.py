@@ -16,6 +16,7 @@ class WarmArgs(ManifestArgs):
     only: tuple[str, ...] = ()
     force: bool = False
     strict: bool = False
+    create: bool = False
     allow_busy: bool = False
     budget: str | None = None
     timeout: str | None = None
@@ -36,7 +37,9 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         lock_timeout=args.lock_timeout,
     )
     if args.here:
-        local = invocation.local(manifest, force=args.force, strict=args.strict, log_dir=args.log_dir)
+        local = invocation.local(
+            manifest, force=args.force, strict=args.strict, create=args.create, log_dir=args.log_dir
+        )
         with invocation.signals.handled():
             warm.warm(local)
         return
@@ -48,6 +51,8 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         strict=args.strict,
         allow_busy=args.allow_busy,
         creates=True,
+        create=args.create,
     )
     with invocation.containers(context) as executor:
+        executor.require_root()
         warm.warm(executor)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from builder.cli.commands.prune import PruneArgs, limits
+from builder.cli.main import main
 from builder.errors import UsageError
 from builder.manifest.load import CacheSpec
 from builder.run.prune import Limits, PruneRow, summary
@@ -35,3 +36,10 @@ def test_summary_counts_rows_of_each_kind() -> None:
     rows = [PruneRow(kind, "x") for kind in ("marker", "family", "family", "entries", "entries", "aside", "image")]
     assert summary(rows) == "1 marker, 2 family directories, 2 sets of entries, 1 image, 1 quarantined item"
     assert summary([]) == ""
+
+
+@pytest.mark.parametrize("verb", ["prune", "refresh"])
+def test_wrong_value_is_judged_before_the_machine(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
+    assert main([verb, "--profile", "h200", "--keep", "two"], environ=nowhere) == 2
+    assert "--keep  a number of at least 1 is wanted, found 'two'" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import cast
 
 import pytest
 
-from builder.cache import markers
+from builder.cache import layout, markers
 from builder.cache.families import FAMILIES
 from builder.cache.marker_files import Observed
 from builder.cache.model_store import config_digest
@@ -373,3 +373,32 @@ def test_remote_store_copy_has_refs_and_configs_only(make: Make, root: Path, sto
         assert config_digest(view, "org/missing", None)[0] is None
         assert not list(view.rglob("*.safetensors"))
     assert engine.here == {}
+
+
+def test_root_is_shared_when_the_engine_sees_the_same_layout(make: Make, root: Path) -> None:
+    layout.prepare(root)
+    engine = Elsewhere(root, local=True)
+    assert make(engine).is_shared()
+    assert engine.here == {}
+
+
+def test_root_is_not_shared_when_the_engine_sees_another_directory(make: Make, root: Path, tmp_path: Path) -> None:
+    """A disk that was mounted after the engine had started in a mount namespace of its own."""
+    layout.prepare(root)
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    assert not make(Elsewhere(hidden, local=True)).is_shared()
+    layout.prepare(hidden)
+    assert not make(Elsewhere(hidden, local=True)).is_shared()
+
+
+def test_root_that_only_the_engine_laid_out_is_not_shared(make: Make, root: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    layout.prepare(hidden)
+    assert not make(Elsewhere(hidden, local=True)).is_shared()
+
+
+def test_root_on_another_machine_is_read_through_the_engine_alone(make: Make, root: Path) -> None:
+    engine = Elsewhere(root, local=False)
+    assert make(engine).is_shared()
+    assert engine.created == 0

@@ -13,6 +13,7 @@ import pytest
 from builder.cache import markers
 from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
+from builder.errors import PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.manifest.load import without_tasks
@@ -119,6 +120,10 @@ def test_prepare_lays_out_the_root(tmp_path: Path, probed: PROBED) -> None:
     root = tmp_path / "jit"
     executor = local(root, task())
     assert executor.missing_root() == f"there is no directory {root} here"
+    with pytest.raises(PreflightError) as caught:
+        executor.prepare()
+    assert [problem.remedy for problem in caught.value.problems] == ["To make one, pass --create."]
+    root.mkdir()
     executor.prepare()
     assert executor.missing_root() == ""
     with executor.run_lock():

@@ -102,10 +102,10 @@ def test_preflight_probe_decides_about_gpus(write: Write, monkeypatch: pytest.Mo
             "observed": {},
         }
 
-    (problem,) = preflight.seen_problems(manifest, record("NVIDIA H200"))
+    (problem,) = preflight.gpu_problems(manifest, None, record("NVIDIA H200"))
     assert problem.text == "2 × H200 wanted, 1 found (NVIDIA H200)."
-    assert list(preflight.seen_problems(manifest, record("NVIDIA H200", "NVIDIA H200"))) == []
-    assert list(preflight.seen_problems(write(), record())) == []
+    assert list(preflight.gpu_problems(manifest, None, record("NVIDIA H200", "NVIDIA H200"))) == []
+    assert list(preflight.gpu_problems(write(), None, record())) == []
 
 
 def test_preflight_remote_engine_checks_image_only(write: Write, tmp_path: Path) -> None:
