@@ -124,7 +124,7 @@ def differences(launch: Launch, task: Task) -> tuple[str, ...]:
 
 def flags_of(argv: Iterable[str]) -> dict[str, str]:
     """Options of a server and their values, each in one spelling; of a repeated one the last, as with argparse."""
-    found = {option.name: option.values for option in sglang_args.split(argv)[1]}
+    found = {option.name: option.values for option in sglang_args.split(neutral.with_newer_names(argv))[1]}
     ranks = found.pop(sglang_args.ATTENTION_DP[0], None)
     if ranks not in (None, ("1",)):  # of 0.5.23, for both
         found |= {sglang_args.DATA_PARALLEL[0]: ranks or (), sglang_args.DP_ATTENTION: ()}

@@ -1,4 +1,6 @@
-"""Options and variables of a server that no kernel depends on, which are ignored when a launch is compared with a task.
+"""Options and variables of a server that no kernel depends on, and options that have another name by now.
+
+The first are ignored when a launch is compared with a task, the second count as their newer name.
 
 Names and meanings are those of ``sglang/srt/server_args.py`` of 0.5.23 and of upstream's tree of 2026-08-22
 (d315eb7250). What decides a shape, a backend, a dtype, a parallelism or how a batch is made up is not in here.
@@ -7,7 +9,10 @@ Names and meanings are those of ``sglang/srt/server_args.py`` of 0.5.23 and of u
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
+
+from builder import sglang_args
 
 #: What an option is about → such options.
 _ABOUT: Mapping[str, tuple[str, ...]] = {
@@ -143,6 +148,28 @@ _ABOUT: Mapping[str, tuple[str, ...]] = {
 #: Option → what it is about. An address, a path or a seed differs from run to run, and is left out of a manifest.
 OPTIONS: Mapping[str, str] = {name: about for about, names in _ABOUT.items() for name in names}
 
+#: An option's older name → the words that take its place, in front of its values. Both are read by the server of
+#: 2026-08-22, the older ones with a warning; most of those are gone from 0.5.23.
+_RENAMED: Mapping[str, tuple[str, ...]] = {
+    "--cuda-graph-bs": ("--cuda-graph-bs-decode",),
+    "--cuda-graph-max-bs": ("--cuda-graph-max-bs-decode",),
+    "--disable-piecewise-cuda-graph": ("--cuda-graph-backend-prefill", "disabled"),
+    "--enable-breakable-cuda-graph": ("--cuda-graph-backend-prefill", "breakable"),
+    "--enforce-piecewise-cuda-graph": ("--cuda-graph-backend-prefill", "tc_piecewise"),
+    "--piecewise-cuda-graph-compiler": ("--cuda-graph-tc-compiler",),
+    "--piecewise-cuda-graph-max-tokens": ("--cuda-graph-max-bs-prefill",),
+    "--piecewise-cuda-graph-tokens": ("--cuda-graph-bs-prefill",),
+    "--enable-dsa-prefill-context-parallel": ("--enable-prefill-cp",),
+    "--enable-nsa-prefill-context-parallel": ("--enable-prefill-cp",),
+    "--enable-prefill-context-parallel": ("--enable-prefill-cp",),
+    "--enable-gdn-replayssm-spec": ("--enable-linear-replayssm-spec",),
+    "--mamba-scheduler-strategy": ("--mamba-radix-cache-strategy",),
+    "--nsa-decode-backend": ("--dsa-decode-backend",),
+    "--nsa-prefill-backend": ("--dsa-prefill-backend",),
+    "--speculative-dflash-draft-window-size": ("--speculative-draft-window-size",),
+    "--stream-output": ("--incremental-streaming-output",),
+}
+
 #: Variables, with * for any rest: where something listens, writes, logs or waits.
 VARIABLES = (
     "MC_*",  # Mooncake's transfer engine
@@ -176,3 +203,10 @@ def differs_from_run_to_run(name: str) -> bool:
 def is_neutral_variable(name: str) -> bool:
     """Return whether no kernel depends on this variable."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in VARIABLES)
+
+
+def with_newer_names(argv: Iterable[str]) -> list[str]:
+    """Return a server's arguments with the newer name of each option that has one."""
+    front, options, rest = sglang_args.split(argv)
+    words = ((*_RENAMED[each.spelt], *each.values) if each.spelt in _RENAMED else each.words for each in options)
+    return [*front, *itertools.chain.from_iterable(words), *rest]

@@ -127,7 +127,7 @@ def _test(launch: Launch) -> str:
 
 def _argv_lines(argv: Sequence[str]) -> list[str]:
     """Options and their values, as many on a line as fit. A word that begins with @ would be the name of a group."""
-    front, options, rest = sglang_args.split(argv)
+    front, options, rest = sglang_args.split(neutral.with_newer_names(argv))
     kept = [option.words for option in options if not neutral.differs_from_run_to_run(option.name)]
     groups = [group for group in (front, *kept, rest) if group and not any(TEMPORARY in word for word in group)]
     lines: list[str] = []

@@ -35,6 +35,14 @@ INDEX = ("layout.json", "images", "markers")
 READ_LIFETIME = 3600.0
 
 
+def exists(manifest: Manifest, engine: Engine) -> bool:
+    """Return False where the manifest's root certainly does not exist; True also for a directory on another machine."""
+    root = manifest.cache.root
+    if root is None:
+        return engine.has_volume(str(manifest.cache.volume))
+    return root.is_dir() if engine.local else True
+
+
 class CacheRoot:
     """Reads one cache root. Nothing is opened before it is needed."""
 
@@ -71,10 +79,7 @@ class CacheRoot:
 
     def exists(self) -> bool:
         """Return False where the root certainly does not exist; True also for a directory on another machine."""
-        root = self._manifest.cache.root
-        if root is None:
-            return self._engine.has_volume(str(self._manifest.cache.volume))
-        return root.is_dir() if self._engine.local else True
+        return exists(self._manifest, self._engine)
 
     def create(self) -> bool:
         """Make a missing root directory, not its parents (a typo must not become a tree); return whether it did."""

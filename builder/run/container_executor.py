@@ -25,7 +25,7 @@ from builder.host import gpus
 from builder.host.cancel import ANSWER_WITHIN
 from builder.host.gpus import GpuSnapshot, Nvml
 from builder.job import ServingImage
-from builder.run import preflight
+from builder.run import cache_root, preflight
 from builder.run.cache_root import CacheRoot
 from builder.run.context import Context
 from builder.run.executor import PROBE_TIMEOUT, Allocation, Execution, Reservation, Watcher
@@ -139,12 +139,13 @@ class ContainerExecutor:
 
     def require_root(self) -> None:
         """Raise PreflightError where the root does not exist and may not be made: its name may be misspelt."""
-        options = self.context.options
-        self.context.report.cache = self.root_name
-        if options.create or self.cache.exists():
+        options, manifest = self.context.options, self.context.manifest
+        if options.create or cache_root.exists(manifest, self.engine):
             return
-        missing = preflight.missing_root(self.context.manifest, creates=options.creates)
-        others = preflight.problems(self.context.manifest, self.engine) if options.creates else ()
+        missing = preflight.missing_root(manifest, creates=options.creates)
+        if not options.creates:
+            raise PreflightError(missing.text.removesuffix("."))
+        others = preflight.problems(manifest, self.engine)
         raise PreflightError(CANNOT_RUN, [*(each for each in others if each.location != missing.location), missing])
 
     def require_shared_root(self) -> None:
@@ -265,11 +266,14 @@ class ContainerExecutor:
         if has_pending_releases(self.context.options.state_dir):
             self.sweep()
 
-    def run_lock(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def run_lock(self) -> Iterator[None]:
         from builder.run import cache_locks
 
-        self.require_shared_root()
-        return cache_locks.held(self)
+        # Where a container holds the lock, it has laid out the root that the engine has.
+        with cache_locks.held(self):
+            self.require_shared_root()
+            yield
 
     def reserve_gpus(self, items: Sequence[Item]) -> contextlib.AbstractContextManager[Reservation]:
         from builder.run import gpu_reservation

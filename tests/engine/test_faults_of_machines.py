@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
-from tests.engine.cli import GATE, READY, Cli, command, shapes
+from tests.engine.cli import GATE, PROGRAM, READY, Cli, command, shapes
 from tests.engine.faults import Aftermath, OwnEngine, changed, numbers, told
 
 pytestmark = pytest.mark.engine
@@ -139,6 +140,31 @@ def test_cache_directory_read_only_is_preflight_error(
     ended = aftermath.over(cli, cli.start("warm", "--json"), 12, "Read-only file system", warm=["shapes"])
     assert [task["state"] for task in ended.document["tasks"]] == ["warm", "failed", "cold"]
     cli.close()
+
+
+@pytest.mark.fault(
+    "cache directory is another one for the engine",
+    how="a tmpfs over the directory, in the builder's mount namespace alone",
+    holds="12 before the first task: that the engine has another directory there",
+)
+@pytest.mark.parametrize("known", [False, True], ids=["new-root", "warm-root"])
+def test_cache_directory_of_engine_is_another_one_is_preflight_error(
+    cli: Cli, aftermath: Aftermath, known: bool
+) -> None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a mount namespace of its own takes root")
+    cli.manifest(shapes())
+    cli.root.mkdir()
+    if known:
+        assert cli.run("warm").status == 0
+    script = 'mount -t tmpfs none "$0" && exec "$@"'
+    program = ("unshare", "--mount", "sh", "-c", script, str(cli.root), *PROGRAM)
+    builder = cli.start("warm", "--json", program=program)
+    aftermath.begins()
+    ended = aftermath.over(
+        cli, builder, 12, f"the engine has another directory at {cli.root}", warm=["shapes"] if known else []
+    )
+    assert [task["state"] for task in ended.document["tasks"]] == ["cold"]
 
 
 @pytest.mark.fault(

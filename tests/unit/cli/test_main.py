@@ -117,7 +117,7 @@ def test_github_error_text_is_no_command(bench: Bench) -> None:
 def test_all_warm_prints_nothing_to_do(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(act: Act) -> str:
         monkeypatch.setattr(warm, "warm", lambda executor: act(executor, executor.context.manifest.tasks))
-        bench.run("warm")
+        bench.run("warm", "--create")
         return bench.capsys.readouterr().out
 
     def interrupted(executor: ContainerExecutor, tasks: tuple[Task, ...]) -> None:

@@ -32,6 +32,8 @@ def task(*argv: str, model: str = "org/m", **env: str) -> Task:
         (("--mem-frac", "0.85"), ("--mem-fraction-static", "0.85")),
         (("--deepep-config", '{"a": 1}'), ("--deepep-config", '{"a":1}')),
         (("--tp", "8", "--nccl-port", "11300"), ("--tp", "8")),
+        (("--mamba-scheduler-strategy=extra_buffer",), ("--mamba-radix-cache-strategy", "extra_buffer")),
+        (("--disable-piecewise-cuda-graph", "--tp", "8"), ("--tp", "8", "--cuda-graph-backend-prefill=disabled")),
         (("--tp", "8"), ("--tp", "8", "--reasoning-parser", "glm45", "--enable-metrics", "--watchdog-timeout", "900")),
         (("--dir-of-mine", "TEMPORARY", "--tp", "8"), ("--tp", "8")),
     ],
