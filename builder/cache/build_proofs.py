@@ -13,9 +13,22 @@ from builder.cache import kernel_sources as sources_of
 from builder.cache.kernel_sources import Changed, Relation
 from builder.cache.marker_files import Build, Marker
 from builder.cache.toolchain import Sglang
+from builder.text import printable
 
 #: Whose proof counts: that of any build of sglang of the same release, or of this build alone.
 Builds = Literal["any", "same"]
+
+
+@dataclass(frozen=True)
+class ProofWanted:
+    """Which proof counts. strict: only one with the kind ``verified``. max_age: seconds; None: any age."""
+
+    strict: bool = False
+    build: Builds = "any"
+    max_age: float | None = None
+
+
+ANY_PROOF = ProofWanted()
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class BuildProof:
         """Who proved it, and when, where it was another build."""
         if self.same:
             return ""
-        text = f"proven by build {self.build.name or 'unknown'} on {self.date}, this is {self.this.name or 'unknown'}"
+        before, now = (printable(each.name or "unknown")[:80] for each in (self.build, self.this))
+        text = f"proven by build {before} on {self.date}, this is {now}"
         return f"{text}; {self.warning}" if self.warning else text
 
     @property

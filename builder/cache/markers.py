@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from builder import files
 from builder.cache import build_proofs, inventory, marker_files, toolchain, usage
-from builder.cache.build_proofs import BuildProof, Builds
+from builder.cache.build_proofs import BuildProof, ProofWanted
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
 from builder.cache.families import FAMILY, TABLE_VERSION, directory
@@ -73,8 +73,7 @@ def judge(
     record: Record,
     config_digest: str | None,
     strict: bool = False,
-    build: Builds = "any",
-    max_age: float | None = None,
+    wanted: ProofWanted | None = None,
     run: str | None = None,
 ) -> Judgement:
     """Compare the task with the markers below `root` and their entries with the disk.
@@ -92,11 +91,10 @@ def judge(
     5. A marker of the same label with another coverage: ``coverage``.
     6. ``no-marker``.
 
-    Reads only, never raises for what it finds. strict: only a marker with the proof ``verified`` counts.
-    build: ``same``: only a proof of this build of sglang counts. max_age: of the proof, in seconds; None: any.
+    Reads only, never raises for what it finds. wanted: which proof counts; strict: short for one that is strict.
     run: id of a run; None: no run has priority.
     """
-    wanted = _Wanted(strict, build, max_age)
+    wanted = wanted or ProofWanted(strict)
     now = coverage(task, record=record, config_digest=config_digest)
     keys = toolchain.family_keys(record)
     name = folder_name(task.label, now)
@@ -271,16 +269,7 @@ def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:
     return item
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """Which proof counts, as in `judge`."""
-
-    strict: bool
-    build: Builds
-    max_age: float | None
-
-
-def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, wanted: _Wanted) -> Judgement:
+def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, wanted: ProofWanted) -> Judgement:
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
     for family, claim in marker.claims.items():

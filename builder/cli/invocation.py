@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.cache.build_proofs import ANY_PROOF, ProofWanted
 from builder.cli.options import VERBS, Args, ManifestArgs
 from builder.cli.signals import Signals
 from builder.engine.client import Engine
@@ -85,7 +86,7 @@ class Invocation:
         log_dir: str | None = None,
         pull: bool = False,
         force: bool = False,
-        strict: bool = False,
+        wanted: ProofWanted = ANY_PROOF,
         allow_busy: bool = False,
         creates: bool = False,
         create: bool = False,
@@ -98,7 +99,7 @@ class Invocation:
             environ=self.environ,
             pull=pull,
             force=force,
-            strict=strict,
+            wanted=wanted,
             allow_busy=allow_busy,
             creates=creates,
             create=create,
@@ -141,7 +142,7 @@ class Invocation:
         manifest: Manifest | None,
         *,
         force: bool = False,
-        strict: bool = False,
+        wanted: ProofWanted = ANY_PROOF,
         create: bool = False,
         log_dir: str | None = None,
     ) -> LocalExecutor:
@@ -158,7 +159,7 @@ class Invocation:
         if root is None:
             raise UsageError(f"--cache {args.cache}: with --here, the directory is wanted where the cache is mounted")
         logs = log_dir or str(Path(tempfile.gettempdir(), f"warm-cache-logs-{self.run_id}"))
-        context = self.context(manifest or without_tasks(), log_dir=logs, force=force, strict=strict, create=create)
+        context = self.context(manifest or without_tasks(), log_dir=logs, force=force, wanted=wanted, create=create)
         return local_executor.LocalExecutor(context, root, args.image)
 
     @functools.cached_property

@@ -180,6 +180,9 @@ class _Program:
         report = self.report
         total = len(report.tasks)
         if error is None and all(task.state == "warm" and task.seconds is None for task in report.tasks):
+            for text in dict.fromkeys(task.proven_by.sentence for task in report.tasks if task.proven_by):
+                if text:
+                    self.console.say(text)
             more = " Nothing to do." if report.verb == "warm" else ""
             self.console.say(
                 f"warm-cache: {total} of {counted(total, 'task')} warm for toolchain {report.toolchain} "

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from builder.errors import CANNOT_RUN, Problem
+from builder.cache.build_proofs import Builds, ProofWanted
+from builder.errors import CANNOT_RUN, Problem, UsageError
 from builder.manifest.load import profiles
+from builder.manifest.values import positive_seconds
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -63,6 +65,22 @@ class ManifestArgs(Args):
     def names_manifest(self) -> bool:
         """Return whether a manifest or a profile was given."""
         return bool(self.manifest or self.profile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofArgs(ManifestArgs):
+    """The options that say which proof makes a task warm: PROOF."""
+
+    build: str | None = None
+    max_proof_age: str | None = None
+
+    def wanted(self, build: Builds, *, strict: bool = False) -> ProofWanted:
+        """Return which proof counts. build: where the option was not given. Raises UsageError."""
+        problems: list[Problem] = []
+        age = self.converted("max-proof-age", self.max_proof_age, positive_seconds, None, problems)
+        if problems:
+            raise UsageError(str(problems[0]), problems)
+        return ProofWanted(strict, "same" if (self.build or build) == "same" else "any", age)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +145,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "allow-busy": {"action": "store_true", "help": "start even if other processes use a GPU"},
     "pull": {"action": "store_true", "help": "pull the image first"},
     "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
+    "build": {
+        "metavar": "any|same",
+        "choices": ("any", "same"),
+        "help": "any: a proof by another build of the same release of sglang counts, the default of check, explain and "
+        "env; same: only this build's own, the default of warm and refresh",
+    },
+    "max-proof-age": {"metavar": "7d", "help": "a task whose proof is older is cold"},
     "budget": {"metavar": "55m", "help": "how long the whole run may take"},
     "timeout": {"metavar": "20m", "help": "how long one task may take"},
     "silence": {"metavar": "10m", "help": "how long a task may write nothing"},
@@ -179,13 +204,17 @@ SHARED: dict[Needs, tuple[str, ...]] = {
     "nothing": ("json", "verbose"),
 }
 STARTS = ("pull", "log-dir")
+PROOF = ("build", "max-proof-age")
 POLICY = ("keep", "older-than", "max-size", "images")
 
 VERBS = {
     "warm": Verb(
         "make every task of the manifest warm",
         "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
-        ("only", "force", "strict", "create", "allow-busy", "budget", "timeout", "silence", "lock-timeout", *STARTS),
+        (
+            *("only", "force", "strict", *PROOF, "create", "allow-busy"),
+            *("budget", "timeout", "silence", "lock-timeout", *STARTS),
+        ),
         here=True,
         details="""Reads the manifest, the engine, the model store and the GPUs. Everything below the cache root is
 written by containers; each task's complete log is written to --log-dir. A root that does not exist is an error
@@ -196,7 +225,7 @@ tests.""",
     "check": Verb(
         "report warm or cold per task; exit 0 or 10",
         "warm-cache check --profile h200 --cache /data/sglang-jit",
-        ("only", "strict", "on-cold"),
+        ("only", "strict", *PROOF, "on-cold"),
         here=True,
         details="""Reads markers and the entries that they list. An image that was never used with this cache is
 looked at in a container, for which the warm-up image is built, and what was found is kept in the folder images of the
@@ -206,7 +235,7 @@ root; otherwise no container is started, and nothing is written. In GitHub Actio
     "explain": Verb(
         "per task: why it is warm or cold, factor by factor",
         "warm-cache explain --profile h200 --only GLM-5.2-FP8",
-        ("only", "strict"),
+        ("only", "strict", *PROOF),
         here=True,
         details="""Reads what check reads, and which toolchain each directory of the cache is for. Writes nothing. A
 cache that cannot be read directly is read by a container.""",
@@ -243,7 +272,7 @@ that no view uses.""",
         (
             *("manifest", "profile", "cache", "image", "models"),
             *("create", "allow-busy", "budget", "timeout", "silence", "lock-timeout", "log-dir"),
-            *("when-idle", "metrics", "webhook", *POLICY),
+            *("when-idle", "metrics", "webhook", *PROOF, *POLICY),
         ),
         needs="nothing",
         details="""A cache root that does not exist is an error without --create. Asks the registry whether the image
@@ -275,7 +304,7 @@ never fails the command. Signals are passed on to the command.""",
     "env": Verb(
         "mounts and variables of a test job that must hit the cache",
         "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
-        ("format",),
+        ("format", *PROOF),
         text=True,
         here=True,
         details="""Reads what check reads, and writes to stdout alone. For a cold cache they are printed too, with

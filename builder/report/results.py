@@ -5,11 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from builder.errors import BuilderError, ProblemsError
 
 JSON_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ProvenBy:
+    """The build of sglang that proved a task, against the one that is here.
+
+    age: seconds since then. sentence: "" where it is the same build. warning: what to expect of changed sources.
+    """
+
+    build: Literal["same", "other"]
+    kernel_sources: Literal["same", "changed", "unknown"]
+    age: float
+    sentence: str = ""
+    warning: str = ""
 
 
 @dataclass
@@ -40,13 +54,15 @@ class TaskResult:
     log: str | None = None
     tail: Sequence[str] = ()
     short_of_budget: bool = False
+    proven_by: ProvenBy | None = None
 
     @property
     def note(self) -> str:
         """Return the text of the last column of the table."""
         parts = [self.reason]
         if self.state == "warm":
-            parts.insert(0, f"since {self.since}" if self.since else "")
+            by = self.proven_by.sentence if self.proven_by else ""
+            parts.insert(0, by or (f"since {self.since}" if self.since else ""))
         if self.state == "warm":
             parts.append(self.reservation)
         if self.state in ("warm", "warmed") and self.loaded not in ("", "weights"):
@@ -96,11 +112,15 @@ class Report:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def set_tasks(self, tasks: Sequence[TaskResult]) -> None:
-        """Replace all results; add one warning for each reservation that tasks have."""
+        """Replace all results; add one warning for each reservation, and each change of sources, that tasks have."""
         self.tasks = list(tasks)
-        for reservation in dict.fromkeys(task.reservation for task in self.tasks if task.reservation):
-            labels = ", ".join(task.label for task in self.tasks if task.reservation == reservation)
-            if (warning := f"{labels}: {reservation}") not in self.warnings:
+        found: dict[str, list[str]] = {}
+        for task in self.tasks:
+            changed = task.proven_by.warning if task.proven_by and task.state == "warm" else ""
+            for text in filter(None, (task.reservation, changed)):
+                found.setdefault(text, []).append(task.label)
+        for text, labels in found.items():
+            if (warning := f"{', '.join(labels)}: {text}") not in self.warnings:
                 self.warnings.append(warning)
 
     def add_result(self, result: TaskResult) -> None:
@@ -140,6 +160,9 @@ class Report:
                     "verified": task.verified and task.proven is not None,
                     "reservation": task.reservation or None,
                     "proof": task.proven,
+                    "build": task.proven_by and task.proven_by.build,
+                    "kernel_sources": task.proven_by and task.proven_by.kernel_sources,
+                    "proof_age": task.proven_by and round(task.proven_by.age),
                     "log": task.log,
                 }
                 for task in self.tasks

@@ -164,8 +164,8 @@ class ContainerExecutor:
         # Directories of other toolchains need not be copied.
         keys = {pair for record in records.values() for pair in toolchain.family_keys(record).items()}
         with self.cache.view(keys=keys) as root, self.cache.store_view(models) as store:
-            strict, run = self.context.options.strict, self.context.run_id
-            plan = make_plan(tasks, records, root=root, store=store, strict=strict, run=run)
+            wanted, run = self.context.options.wanted, self.context.run_id
+            plan = make_plan(tasks, records, root=root, store=store, wanted=wanted, run=run)
             self.context.report.toolchain = plan.digest
             self.context.report.cache = self.cache.name
             yield root, plan

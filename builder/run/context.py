@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.cache.build_proofs import ANY_PROOF, ProofWanted
+
 if TYPE_CHECKING:
     from builder.host.cancel import Cancel
     from builder.host.deadlines import Deadline
@@ -25,7 +27,7 @@ class Options:
     environ: Mapping[str, str]
     pull: bool = False  # pull the image first
     force: bool = False  # run warm tasks too
-    strict: bool = False  # only a marker whose second pass added nothing counts as warm
+    wanted: ProofWanted = ANY_PROOF  # which proof makes a task warm
     allow_busy: bool = False  # start even if other processes use a GPU
     creates: bool = False  # the verb writes a cache root
     create: bool = False  # it may make one that does not exist

@@ -116,7 +116,7 @@ class LocalExecutor:
             self.records(tasks),
             root=self.root,
             store=model_store.home(self._environ),
-            strict=self.context.options.strict,
+            wanted=self.context.options.wanted,
             run=self.context.run_id,
         )
         return Plan(tuple(self._in_this_environment(item) for item in plan.items))

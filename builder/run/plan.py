@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.cache import markers, toolchain, variables
+from builder.cache.build_proofs import ProofWanted
 from builder.cache.coverage import coverage, coverage_digest, needs_config
 from builder.cache.model_store import config_digest
 from builder.cache.toolchain import Record
-from builder.report.results import TaskResult
+from builder.report.results import ProvenBy, TaskResult
 from builder.task import Task
 from builder.text import printable
 
@@ -74,26 +75,42 @@ def make_plan(
     *,
     root: Path,
     store: Path | None,
-    strict: bool = False,
+    wanted: ProofWanted | None = None,
     run: str | None = None,
 ) -> Plan:
     """Judge every task by the cache root (or a copy of its index) at ``root``; `run`'s markers have priority."""
-    return Plan(tuple(_item(task, records[probe_env(task)], root, store, strict, run) for task in tasks))
+    return Plan(tuple(_item(task, records[probe_env(task)], root, store, wanted, run) for task in tasks))
 
 
-def _item(task: Task, record: Record, root: Path, store: Path | None, strict: bool, run: str | None) -> Item:
+def _item(
+    task: Task, record: Record, root: Path, store: Path | None, wanted: ProofWanted | None, run: str | None
+) -> Item:
     digest, problem = None, None
     if needs_config(task):
         if store is None and not task.model.startswith("/"):
             problem = "no model store: set [models] store"
         else:
             digest, problem = config_digest(store or Path("/nonexistent"), task.model, task.revision)
-    judgement = markers.judge(root, task, record=record, config_digest=digest, strict=strict, run=run)
+    judgement = markers.judge(root, task, record=record, config_digest=digest, wanted=wanted, run=run)
     return Item(task, record, digest, problem, judgement)
 
 
 def result_of(item: Item, state: str, reason: str = "") -> TaskResult:
-    return TaskResult(item.task.label, item.task.model, item.key, state, reason)
+    return TaskResult(item.task.label, item.task.model, item.key, state, reason, proven_by=_proven_by(item))
+
+
+def _proven_by(item: Item) -> ProvenBy | None:
+    """Return which build of sglang proved a task; None where nothing of its marker holds."""
+    proof = item.judgement.proof
+    if proof is None:
+        return None
+    return ProvenBy(
+        build="same" if proof.same else "other",
+        kernel_sources=proof.kernel_sources,
+        age=proof.age,
+        sentence=proof.sentence,
+        warning=proof.warning,
+    )
 
 
 def before(item: Item) -> TaskResult:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from builder.cli.invocation import Invocation
-from builder.cli.options import ManifestArgs
+from builder.cli.options import ProofArgs
 from builder.errors import ColdError
 from builder.report.console import Console
 from builder.report.results import Report
@@ -20,7 +20,7 @@ REMEDY_HERE = "warm-cache warm, on the host or in a trusted job here, warms them
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckArgs(ManifestArgs):
+class CheckArgs(ProofArgs):
     """Arguments of `check`."""
 
     only: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ def run(args: CheckArgs, invocation: Invocation) -> None:
     if args.here:
         _check_here(args, invocation)
         return
-    context = invocation.context(invocation.manifest(only=args.only), strict=args.strict)
+    context = invocation.context(invocation.manifest(only=args.only), wanted=args.wanted("any", strict=args.strict))
     with invocation.containers(context) as executor:
         check(executor, args.on_cold)
 
@@ -65,7 +65,7 @@ def _check_here(args: CheckArgs, invocation: Invocation) -> None:
 
     console, report = invocation.console, invocation.report
     manifest = invocation.named_manifest(only=args.only)
-    local = invocation.local(manifest, strict=args.strict)
+    local = invocation.local(manifest, wanted=args.wanted("any", strict=args.strict))
     judge(local)
     families = explain.show_here(local, everything=False)
     if manifest is not None:

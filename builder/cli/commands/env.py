@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from builder.cache import families, toolchain
 from builder.cli.invocation import Invocation
-from builder.cli.options import ManifestArgs
+from builder.cli.options import ProofArgs
 from builder.errors import ColdError, UsageError
 from builder.report.results import Report
 from builder.run import job_environment
@@ -15,7 +15,7 @@ from builder.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnvArgs(ManifestArgs):
+class EnvArgs(ProofArgs):
     """Arguments of `env`."""
 
     format: str | None = None
@@ -27,7 +27,8 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
     if args.here:
         _env_here(args, invocation)
         return
-    with invocation.containers(invocation.context(invocation.manifest())) as executor:
+    context = invocation.context(invocation.manifest(), wanted=args.wanted("any"))
+    with invocation.containers(context) as executor:
         form = args.format or "docker"
         invocation.report.text = job_environment.render(executor, form)
         invocation.report.docker_arguments = form == "docker"
@@ -45,7 +46,7 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
             "--format docker starts a container, and --here is for processes inside one: use shell, github or json"
         )
     manifest = invocation.named_manifest()
-    local = invocation.local(manifest)
+    local = invocation.local(manifest, wanted=args.wanted("any"))
     if missing := local.missing_root():
         raise ColdError(f"{missing}: there is nothing that variables could point at")
     job_environment.judge(local)

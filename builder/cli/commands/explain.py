@@ -10,7 +10,7 @@ from builder.cache import environment, families
 from builder.cache.coverage import brief
 from builder.cache.environment import Standing
 from builder.cli.invocation import Invocation
-from builder.cli.options import ManifestArgs
+from builder.cli.options import ProofArgs
 from builder.report.console import Console
 from builder.report.results import Report
 from builder.run.job_environment import judge
@@ -19,7 +19,7 @@ from builder.run.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainArgs(ManifestArgs):
+class ExplainArgs(ProofArgs):
     """Arguments of `explain`."""
 
     only: tuple[str, ...] = ()
@@ -31,12 +31,14 @@ def run(args: ExplainArgs, invocation: Invocation) -> None:
     """Report what differs from the nearest marker for each task, and from the nearest directory for each family."""
     console, report = invocation.console, invocation.report
     if args.here:
-        local = invocation.local(invocation.named_manifest(only=args.only), strict=args.strict)
+        local = invocation.local(
+            invocation.named_manifest(only=args.only), wanted=args.wanted("any", strict=args.strict)
+        )
         plan = judge(local)
         show_here(local, everything=True)
         show_tasks(console, report, plan)
         return
-    context = invocation.context(invocation.manifest(only=args.only), strict=args.strict)
+    context = invocation.context(invocation.manifest(only=args.only), wanted=args.wanted("any", strict=args.strict))
     with invocation.containers(context) as executor:
         plan = judge(executor)
         show_tasks(console, report, plan)
@@ -51,6 +53,8 @@ def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
     for index, result in enumerate(report.tasks):
         judgement = plan.items[index].judgement if plan else None
         because = f", because {result.reason}" if result.reason else f", since {result.since}"
+        if result.proven_by and result.proven_by.sentence and not result.reason:
+            because += f"; {result.proven_by.sentence}"
         if result.reservation:
             because += f"; {result.reservation}"
         console.say(f"{result.label}: {result.state}{because}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from builder.cli.commands import prune
 from builder.cli.invocation import Invocation
-from builder.cli.options import PolicyArgs
+from builder.cli.options import PolicyArgs, ProofArgs
 from builder.errors import Problem, UsageError
 from builder.manifest.load import Manifest
 from builder.manifest.values import a_string, seconds
@@ -18,7 +18,7 @@ from builder.run.notify import RefreshSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefreshArgs(PolicyArgs):
+class RefreshArgs(PolicyArgs, ProofArgs):
     """Arguments of `refresh`."""
 
     create: bool = False
@@ -45,7 +45,12 @@ def run(args: RefreshArgs, invocation: Invocation) -> None:
     settings = _settings(args, manifest)
     limits = prune.limits(args, manifest.cache)
     context = invocation.context(
-        manifest, log_dir=args.log_dir, allow_busy=args.allow_busy, creates=True, create=args.create
+        manifest,
+        log_dir=args.log_dir,
+        wanted=args.wanted("same"),
+        allow_busy=args.allow_busy,
+        creates=True,
+        create=args.create,
     )
     with (
         invocation.signals.handled(),

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
-from builder.cli.options import ManifestArgs
+from builder.cli.options import ProofArgs
 from builder.run import warm
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmArgs(ManifestArgs):
+class WarmArgs(ProofArgs):
     """Arguments of `warm`."""
 
     only: tuple[str, ...] = ()
-    force: bool = False
     strict: bool = False
+    force: bool = False
     create: bool = False
     allow_busy: bool = False
     budget: str | None = None
@@ -38,7 +38,11 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
     )
     if args.here:
         local = invocation.local(
-            manifest, force=args.force, strict=args.strict, create=args.create, log_dir=args.log_dir
+            manifest,
+            force=args.force,
+            wanted=args.wanted("same", strict=args.strict),
+            create=args.create,
+            log_dir=args.log_dir,
         )
         with invocation.signals.handled():
             warm.warm(local)
@@ -48,7 +52,7 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         log_dir=args.log_dir,
         pull=args.pull,
         force=args.force,
-        strict=args.strict,
+        wanted=args.wanted("same", strict=args.strict),
         allow_busy=args.allow_busy,
         creates=True,
         create=args.create,

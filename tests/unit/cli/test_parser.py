@@ -119,7 +119,7 @@ def test_option_not_utf8_is_refused(bench: Bench, option: str) -> None:
 )
 def test_switch_variables_are_parsed(bench: Bench, value: str, strict: bool) -> None:
     assert bench.run("check", WARM_CACHE_STRICT=value) == 0
-    assert bench.executors[-1].context.options.strict is strict
+    assert bench.executors[-1].context.options.wanted.strict is strict
 
 
 def test_list_variable_is_split_at_commas(bench: Bench) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.cache import markers
+from builder.cache.build_proofs import ProofWanted
 from builder.cache.families import FAMILIES
 from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
@@ -119,5 +120,5 @@ def test_model_in_the_store_is_identified_by_its_config(tmp_path: Path) -> None:
 def test_strict_judges_weaker_proof_cold(tmp_path: Path) -> None:
     publish(tmp_path, COMMAND)
     assert only((COMMAND,), tmp_path)[0].warm
-    (item,) = only((COMMAND,), tmp_path, strict=True)
+    (item,) = only((COMMAND,), tmp_path, wanted=ProofWanted(strict=True))
     assert (item.warm, item.judgement.reason) == (False, "unverified")

@@ -1,0 +1,242 @@
+"""Builds that change with every commit: whose proof counts for this one, and what changed kernel sources are worth."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.cache import coverage, kernel_sources, marker_files, markers, toolchain
+from builder.cache.build_proofs import ProofWanted
+from builder.cache.families import FAMILIES, directory
+from builder.cache.kernel_sources import families_of, pack
+from builder.cache.marker_files import Build, Observed
+from builder.cache.markers import Judgement
+from builder.cache.toolchain import Record
+from builder.task import Task
+
+TASK = Task(label="m", model="org/m", recipe="command", argv=("true",), families=("inductor",))
+FILES = {f"kernels/ops/{number}.py": b"@triton.jit" for number in range(20)} | {"kernels/jit/a.cuh": b"//"}
+
+
+def sources(files: dict[str, bytes]) -> dict[str, str]:
+    groups: dict[str, list[str]] = {}
+    for path, content in files.items():
+        groups.setdefault(" ".join(families_of(path, content)), []).append(pack(path, content))
+    return {group: "".join(sorted(packed)) for group, packed in groups.items()}
+
+
+def record(commit: str | None = "a" * 40, files: dict[str, bytes] | None = None, version: str = "0.5.23") -> Record:
+    names = {factor for family in FAMILIES for factor in family.factors}
+    return {
+        "schema": 2,
+        "factors": {**{name: f"{name} 1" for name in names}, "mount": "/jit"},
+        "gpus": [],
+        "sglang": {"version": version, "commit": commit, "sources": sources(FILES if files is None else files)},
+        "variables": {},
+        "observed": {"driver": None, "python": "3.12", "problems": []},
+    }
+
+
+def publish(root: Path, made: Record, **fields: Any) -> Path:
+    place = Path(directory(str(root), "inductor", toolchain.family_key(made, "inductor")))
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "a.py").write_text("code")
+    known: dict[str, Any] = {"proof": "verified", "second_pass_added": 0, "shapes": [], "observed": Observed()}
+    entries = {"claims": ["inductor"], "entries": {"inductor": ["a.py"]}}
+    marker = markers.build(TASK, record=made, config_digest=None, **{**known, **entries, **fields})
+    return root / markers.publish(root, marker)
+
+
+def judge(root: Path, made: Record, **wanted: Any) -> Judgement:
+    return markers.judge(root, TASK, record=made, config_digest=None, wanted=ProofWanted(**wanted))
+
+
+def aged(path: Path, seconds: float) -> None:
+    """The marker as if its proof were older by so much."""
+    document = json.loads(path.read_text())
+    for build in document["builds"]:
+        build["time"] -= seconds
+    path.write_text(json.dumps(document))
+
+
+def test_judge_warm_by_proof_of_this_build(tmp_path: Path) -> None:
+    publish(tmp_path, record())
+    for build in ("any", "same"):
+        proof = judge(tmp_path, record(), build=build).proof
+        assert proof is not None and proof.same and proof.kernel_sources == "same" and proof.sentence == ""
+        assert proof.age < 60
+
+
+@pytest.mark.parametrize("version", ["0.5.23", "0.5.23.dev7+gbbbbbbbbb.d20261128"])
+def test_judge_warm_by_proof_of_other_build_of_the_release(tmp_path: Path, version: str) -> None:
+    publish(tmp_path, record())
+    other = record("b" * 40, version=version)
+    judgement = judge(tmp_path, other, strict=True)
+    assert judgement.state == "warm" and judgement.proof is not None
+    assert (judgement.proof.same, judgement.proof.kernel_sources, judgement.proof.warning) == (False, "same", "")
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    this = version if "+" in version else f"{version} (bbbbbbbbbbbb)"
+    assert judgement.proof.sentence == f"proven by build 0.5.23 (aaaaaaaaaaaa) on {today}, this is {this}"
+    cold = judge(tmp_path, other, build="same")
+    assert (cold.state, cold.kind, cold.reason) == ("cold", "build", f"build: {judgement.proof.sentence}")
+
+
+def test_judge_cold_for_other_release(tmp_path: Path) -> None:
+    publish(tmp_path, record())
+    assert judge(tmp_path, record(version="0.5.24.dev1+gabc1234")).reason == "coverage: sglang was 0.5.23 is 0.5.24"
+
+
+def test_judge_counts_changed_sources_and_names_their_families(tmp_path: Path) -> None:
+    publish(tmp_path, record())
+    files = {**FILES, "kernels/ops/1.py": b"@triton.jit 2", "kernels/jit/new.cuh": b"//"}
+    del files["kernels/ops/2.py"]
+    judgement = judge(tmp_path, record("b" * 40, files))
+    assert judgement.state == "warm" and judgement.proof is not None and judgement.proof.kernel_sources == "changed"
+    assert judgement.proof.warning == "3 kernel-relevant files differ: expect compilation in sglang_jit, triton"
+    assert judge(tmp_path, record("b" * 40, files), build="same").reason.endswith("in sglang_jit, triton")
+
+
+def test_judge_with_edited_checkout_of_the_same_commit(tmp_path: Path) -> None:
+    publish(tmp_path, record())
+    edited = judge(tmp_path, record(files={**FILES, "kernels/ops/1.py": b"@triton.jit 2"}))
+    assert edited.proof is not None and not edited.proof.same
+    assert edited.proof.warning == "1 kernel-relevant file differs: expect compilation in triton"
+
+
+def test_judge_cold_when_proof_too_old(tmp_path: Path) -> None:
+    aged(publish(tmp_path, record()), 10 * 86400)
+    assert judge(tmp_path, record()).state == "warm"
+    assert judge(tmp_path, record(), max_age=11 * 86400.0).state == "warm"
+    judgement = judge(tmp_path, record(), max_age=7 * 86400.0)
+    assert judgement.kind == "age" and judgement.reason.startswith("age: proven 10 d ago, on 20")
+
+
+def test_publish_keeps_the_last_builds(tmp_path: Path) -> None:
+    for number in range(10):
+        path = publish(tmp_path, record(f"{number}" * 40))
+    publish(tmp_path, record("5" * 40))
+    marker = marker_files.read(path)
+    assert marker is not None
+    assert [build.commit[:1] for build in marker.builds if build.commit] == ["5", "9", "8", "7", "6", "4", "3", "2"]
+    assert judge(tmp_path, record("3" * 40), build="same").state == "warm"
+    assert judge(tmp_path, record("1" * 40), build="same").kind == "build"
+
+
+def test_judge_strict_takes_the_verified_proof_of_an_earlier_build(tmp_path: Path) -> None:
+    publish(tmp_path, record("a" * 40))
+    publish(tmp_path, record("b" * 40), proof="inventory")
+    assert judge(tmp_path, record("b" * 40), strict=True).state == "warm"
+    assert judge(tmp_path, record("b" * 40), strict=True, build="same").kind == "build"
+
+
+def of_schema_1(path: Path, made: Record) -> None:
+    """Make of a marker what an earlier version would have written, in the folder that it would have had."""
+    document = json.loads(path.read_text())
+    for name in ("builds", "sources", "prebuild"):
+        del document[name]
+    sglang = made["sglang"]
+    document["schema"] = 1
+    document["coverage"] = {**document["coverage"], "sglang": sglang["version"], "sglang commit": sglang["commit"]}
+    document["observed"]["time"] = int(time.time()) - 5 * 86400
+    folder = path.parent.parent / f"m-{coverage.coverage_digest(document['coverage'])}"
+    folder.mkdir()
+    (folder / path.name).write_text(json.dumps(document))
+    path.unlink()
+    path.parent.rmdir()
+
+
+def test_judge_reads_marker_of_schema_1_as_proof_of_another_build(tmp_path: Path) -> None:
+    of_schema_1(publish(tmp_path, record()), record())
+    judgement = judge(tmp_path, record("b" * 40), strict=True)
+    assert judgement.state == "warm" and judgement.proof is not None
+    assert (judgement.proof.same, judgement.proof.kernel_sources) == (False, "unknown")
+    assert 4 * 86400 < judgement.proof.age < 6 * 86400
+    assert judge(tmp_path, record(), build="same").kind == "build"
+    # Its own proof goes beside it.
+    publish(tmp_path, record())
+    assert judge(tmp_path, record(), build="same").state == "warm"
+
+
+def test_judge_names_what_differs_from_marker_of_schema_1(tmp_path: Path) -> None:
+    of_schema_1(publish(tmp_path, record()), record())
+    other = record()
+    other["factors"]["torch"] = "torch 2"
+    assert judge(tmp_path, other).reason.startswith("compile: inductor ")
+    assert judge(tmp_path, record(version="0.5.24")).reason == "coverage: sglang was 0.5.23 is 0.5.24"
+
+
+def test_builds_with_odd_content_never_raise(tmp_path: Path) -> None:
+    path = publish(tmp_path, record())
+    contents: list[Any] = [
+        None,
+        3,
+        [None],
+        [{}],
+        [{"time": "x", "proof": 3}],
+        [{"time": -1, "version": "\x1b[31m\n"}],
+        {},
+    ]
+    for odd in contents:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "builds": odd, "sources": odd}))
+        for build in ("any", "same"):
+            judgement = judge(tmp_path, record(), build=build, max_age=1e9)
+            assert "\x1b" not in judgement.reason and "\n" not in judgement.reason
+    os.utime(path, (-5, -5))
+    assert judge(tmp_path, record(), max_age=60.0).state == "cold"
+
+
+# Sources
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "families"),
+    [
+        ("kernels/ops/attention/a.py", b"@triton.jit\ndef f(): ...", ("triton",)),
+        ("kernels/ops/moe/a.py", b"load_jit('x')\n@triton.jit", ("sglang_jit", "triton")),
+        ("kernels/jit/csrc/a.cuh", b"", ("sglang_jit",)),
+        ("jit_kernel/csrc/a.cuh", b"", ("tvm_ffi",)),
+        ("kernels/ops/diffusion/ext/a.cpp", b"", ("torch_extensions",)),
+        ("srt/layers/moe/moe_runner/triton_utils/configs/triton_3_8_0/E=1.json", b"{}", ("triton",)),
+        ("srt/layers/deep_gemm_wrapper/compile_utils.py", b"", ("deep_gemm",)),
+        ("srt/layers/linear.py", b"import torch", ()),
+        ("kernels/ops/gemm/smallm_fp8_gfx950/a.cuh", b"", ()),
+        ("kernels/jit/csrc/hip/a.cuh", b"", ()),
+        ("kernels/ops/chip/a.py", b"@triton.jit", ("triton",)),
+        ("kernels/README.md", b"@triton.jit", ()),
+    ],
+)
+def test_file_belongs_to_families(path: str, content: bytes, families: tuple[str, ...]) -> None:
+    assert families_of(path, content) == families
+
+
+def test_changed_counts_a_file_once_that_moves_between_families() -> None:
+    was = sources({"kernels/a.py": b"@triton.jit"})
+    now = sources({"kernels/a.py": b"@triton.jit load_jit"})
+    assert kernel_sources.changed(was, now) == kernel_sources.Changed(1, ("sglang_jit", "triton"))
+    assert kernel_sources.changed(was, was) == kernel_sources.Changed(0, ())
+
+
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [
+        ("0.5.23", "0.5.23"),
+        ("0.5.23.post1", "0.5.23.post1"),
+        ("0.5.24.dev12+g1a2b3c4d5", "0.5.24"),
+        ("0.5.23+g1a2b3c4d5.d20261128", "0.5.23"),
+        ("0.6.0rc1.dev3", "0.6.0rc1"),
+        (None, None),
+    ],
+)
+def test_release_of_version(version: str | None, release: str | None) -> None:
+    assert toolchain.release(version) == release
+
+
+def test_build_is_named_by_commit_unless_version_has_it() -> None:
+    assert Build("0.5.24.dev1+gabcdef123", "abcdef1234567890").name == "0.5.24.dev1+gabcdef123"
+    assert Build("0.5.23", "abcdef1234567890").name == "0.5.23 (abcdef123456)"
+    assert Build(None, None).name is None
