@@ -301,6 +301,54 @@ class Audited(Event):
     truncated: str = ""  # why there may be more
 
 
+# --- prebuilding -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelsPlanned(Event):
+    """Mode ``plan``: the entries that a shape needs: M, names. tasks: labels of models that ask for the shape."""
+
+    shape: str
+    m_values: tuple[int, ...]
+    chunked_prefill_size: int
+    kernels: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class ModelWalked(Event):
+    """Mode ``plan``: the shapes that a task asks for. source: ``sglang`` (its own code) or ``table`` (ours)."""
+
+    task: str
+    source: Literal["sglang", "table"]
+    shapes: tuple[str, ...]
+    note: str = ""  # why sglang's own code did not tell
+
+
+@dataclass(frozen=True)
+class PrebuildProblem(Event):
+    """Modes ``plan`` and ``prebuild``: something that was not done. what: a shape, a task, or names of entries."""
+
+    what: tuple[str, ...]
+    kind: Literal["shape", "task", "entries", "all"]
+    why: str
+
+
+@dataclass(frozen=True)
+class KernelsPrebuilt(Event):
+    """Mode ``prebuild``, once, at the end: names of entries by what became of them."""
+
+    key: str  # of deep_gemm
+    made: int
+    present: int  # before
+    missing: tuple[str, ...]
+    bytes: int  # of what was made
+    workers: int  # at the same time, at most
+    worker_bytes: int  # of the largest worker with its compiler; 0: none was measured
+    cpu_seconds: float
+    import_seconds: float
+    paused: float  # seconds, under pressure
+
+
 # --- recording launches ----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from builder.errors import UsageError
-from builder.task import Task
+from builder.task import Gpu, Shape, Task
 from builder.typed_json import from_object
 
 JOB_VARIABLE = "WARM_CACHE_JOB"
@@ -24,9 +24,11 @@ SCHEMA = 1
 
 #: What the program is to do. ``probe``: find out the toolchain, prepare the root, write the memo. ``toolchain``: find
 #: it out, and write nothing. ``run``: warm one task. ``lock``, ``views``, ``hold``: hold one lock until the end.
-#: ``record``: record what test files launch. The others work on a whole cache root.
+#: ``record``: record what test files launch. ``plan``: name the kernels of shapes. ``prebuild``: compile named kernels.
+#: The others work on a whole cache root.
 Mode = Literal[
-    "probe", "toolchain", "run", "lock", "views", "hold", "record", "sweep", "verify", "prune", "status", "families",
+    "probe", "toolchain", "run", "lock", "views", "hold", "record", "plan", "prebuild",
+    "sweep", "verify", "prune", "status", "families",
     "survey", "view-create", "view-drop", "view-list", "view-audit",
 ]  # fmt: skip
 
@@ -84,6 +86,38 @@ class PrunePolicy:
 
 
 @dataclass(frozen=True)
+class PlannedShape:
+    """A shape, the Ms to compile it for, and after the plan pass which M makes which entries.
+
+    m_values: empty for sglang's own, made from `chunked_prefill_size`; None there: the default of the GPU.
+    """
+
+    shape: Shape
+    m_values: tuple[int, ...] = ()
+    chunked_prefill_size: int | None = None
+    kernels: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class PrebuildRequest:
+    """The object of the modes ``plan`` and ``prebuild``, on a simulated GPU.
+
+    models: tasks whose shapes sglang's own code tells. key: of deep_gemm, where the GPU stage looks for entries.
+    workers: the most at the same time. memory: bytes for all workers together; None: what is available.
+    cpus: the processors to use; empty: all. gentle: give way to whatever else runs here.
+    """
+
+    gpu: Gpu
+    shapes: tuple[PlannedShape, ...] = ()
+    models: tuple[Task, ...] = ()
+    key: str = ""
+    workers: int = 0  # 0: one for each processor
+    memory: int | None = None
+    cpus: tuple[int, ...] = ()
+    gentle: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that the in-container program needs for one mode. Durations in seconds."""
 
@@ -104,6 +138,8 @@ class Job:
     prune: PrunePolicy | None = None
     view: ViewRequest = ViewRequest()
     record: str = ""  # mode ``record``: path of a `recording.Request`
+    prebuild: PrebuildRequest | None = None
+    simulate: Gpu | None = None  # mode ``toolchain``: as on this GPU, where there is none
     observed: RunOrigin | None = None
 
     def to_json(self) -> str:

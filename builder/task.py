@@ -29,9 +29,14 @@ class Gpu:
     l2: int
 
 
-#: The models that `[gpus] pretend` accepts (numbers from NVIDIA's data sheet and deviceQuery).
+#: The models that `[gpus] pretend` accepts. DeepGEMM's keys depend on capability and number of SMs alone. None of this
+#: was measured here. Capability, and 227 KiB of shared memory a block: CUDA C++ Programming Guide, figures of 9.0 and
+#: 10.0. SMs, memory and L2: NVIDIA's data sheets of the SXM models; B200's 148 SMs: sglang 0.5.23
+#: (custom_all_reduce_v2.py).
 GPUS: Mapping[str, Gpu] = {
     "H200": Gpu(name="NVIDIA H200", capability=(9, 0), sms=132, memory=141 << 30, shared=232448, l2=62914560),
+    "H100": Gpu(name="NVIDIA H100 80GB HBM3", capability=(9, 0), sms=132, memory=80 << 30, shared=232448, l2=52428800),
+    "B200": Gpu(name="NVIDIA B200", capability=(10, 0), sms=148, memory=180 << 30, shared=232448, l2=132120576),
 }
 
 

@@ -57,6 +57,8 @@ def main() -> int:
             status = _toolchain(job, output)
         elif job.mode == "record":
             status = _record(job, output, guard)
+        elif job.mode in ("plan", "prebuild"):
+            status = _prebuild(job, output, guard)
         elif job.mode in LOCKS:
             status = _lock(job, output, guard)
         elif job.mode == "run":
@@ -110,11 +112,20 @@ def _probe(job: Job, output: Output) -> int:
 
 
 def _toolchain(job: Job, output: Output) -> int:
-    """Report the toolchain of this process's own environment, real GPUs included. Writes nothing to the root."""
+    """Report the toolchain of this process's own environment, with its real GPUs or a simulated one. Writes nothing."""
     from builder.agent import probe
 
     environ = {**os.environ, **({} if job.task is None else job.task.env)}
-    record = probe.probe(environ=environ, mount=job.mount, image=job.image)
+    with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
+        if job.simulate is not None:
+            from builder.agent import simulated_gpu
+
+            try:
+                environ = simulated_gpu.environment(environ, place, job.simulate)
+            except simulated_gpu.Impossible as why:
+                output.say(str(why))
+                return FAILED
+        record = probe.probe(environ=environ, mount=job.mount, image=job.image)
     output.event(events.ToolchainProbed(record))
     return 0
 
@@ -133,6 +144,13 @@ def _record(job: Job, output: Output, guard: Guard) -> int:
         request, lambda file, record: output.event(events.LaunchRecorded(file.path, fields_of(record))), guard.check
     )
     return 0
+
+
+def _prebuild(job: Job, output: Output, guard: Guard) -> int:
+    """Name kernels, or compile named ones, without a GPU."""
+    from builder.agent import prebuild
+
+    return (prebuild.plan if job.mode == "plan" else prebuild.prebuild)(job, output, guard)
 
 
 def _lock(job: Job, output: Output, guard: Guard) -> int:

@@ -17,8 +17,10 @@ from typing import Any
 
 # CUdevice_attribute, cuda.h
 _MULTIPROCESSOR_COUNT = 16
+_L2_CACHE_SIZE = 38
 _CAPABILITY_MAJOR = 75
 _CAPABILITY_MINOR = 76
+_SHARED_MEMORY_PER_BLOCK = 97  # that a kernel may opt in to
 
 _DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/nvidia/version")
 
@@ -87,6 +89,8 @@ def _gpu(cuda: ctypes.CDLL, index: int, problems: list[str]) -> dict[str, Any] |
         "compute_capability": f"{major}.{attribute(_CAPABILITY_MINOR)}" if major else None,
         "sm_count": attribute(_MULTIPROCESSOR_COUNT) or None,
         "memory_bytes": memory.value or None,
+        "shared_bytes": attribute(_SHARED_MEMORY_PER_BLOCK) or None,
+        "l2_bytes": attribute(_L2_CACHE_SIZE) or None,
     }
 
 

@@ -10,7 +10,6 @@ The attention kernels of DeepGEMM that V3.2's indexer uses are in no list: sglan
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,26 +80,11 @@ def wanted(root: Path, task: Task, environ: Mapping[str, str]) -> tuple[Shape, .
                 raise NotUnderstood(f"the config.json of {task.model} cannot be read")
             found.update(dict.fromkeys(of_config(config, task.argv, environ)))
         else:
-            found.update(dict.fromkeys(of_markers(root, task.model)))
+            found.update(dict.fromkeys(marker_files.shapes_of(root, task.model)))
     if not found:
         hint = 'warm it once with compile-deep-gemm, or set shapes_from = "config"'
         raise NotUnderstood(f"no earlier run of {task.model} left a marker that names shapes: {hint}")
     return tuple(found)
-
-
-def of_markers(root: Path, model: str) -> tuple[Shape, ...]:
-    """Return every shape in markers below `root` for this model, whatever their toolchain and argv."""
-    found: set[Shape] = set()
-    for file in marker_files.every(root):
-        if file.marker is not None and file.marker.coverage.get("model") == model:
-            found.update(_parsed(file.marker.shapes))
-    return tuple(sorted(found))
-
-
-def _parsed(texts: Iterable[str]) -> Iterable[Shape]:
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            yield Shape.parse(text)
 
 
 def of_config(

@@ -22,21 +22,23 @@ class Impossible(Exception):
     """No GPU can be simulated here. The message is the reason."""
 
 
-def environment(environ: Mapping[str, str], parent: str) -> dict[str, str]:
+def environment(environ: Mapping[str, str], parent: str, gpu: Gpu | None = None) -> dict[str, str]:
     """Return the environment in which CUDA finds the simulated GPU, if one is requested. Raises Impossible.
 
-    parent: the folder in which the stub driver is compiled.
+    parent: the folder in which the stub driver is compiled. gpu: the one to simulate; None: that of the environment.
     """
     wanted = environ.get(PRETEND_VARIABLE)
-    if not wanted:
+    if gpu is None and not wanted:
         return dict(environ)
-    if wanted not in GPUS:
+    if gpu is None and wanted not in GPUS:
         raise Impossible(f"no GPU to pretend is called {wanted!r}; known: {', '.join(GPUS)}")
+    chosen = gpu or GPUS[str(wanted)]
     folder = Path(parent) / "stub_driver"
     folder.mkdir(exist_ok=True)
-    _compile(GPUS[wanted], environ, folder)
+    _compile(chosen, environ, folder)
     return {
         **environ,
+        PRETEND_VARIABLE: wanted or chosen.name,
         "LD_PRELOAD": " ".join(filter(None, (str(folder / "libpretended.so"), environ.get("LD_PRELOAD")))),
         "LD_LIBRARY_PATH": ":".join(filter(None, (str(folder), environ.get("LD_LIBRARY_PATH")))),
     }

@@ -55,6 +55,11 @@ _TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdg
 
 _ELF_MAGIC = b"\x7fELF"
 
+#: The symbol of the cubin by which the plan pass of a prebuild names kernels (agent.prebuild_plan). DeepGEMM would load
+#: it. Its size by nvcc 13.0 is 3.6 kB (sm_90a) and 5.1 kB (sm_100a), and that of the smallest kernel 12 kB.
+PLAN_ONLY = "warm_cache_plan_only"
+_PLAN_ONLY_BYTES = 8192
+
 #: By whether the file is a 64-bit one, from elf.h; other fields are skipped. Header: where the segments and the
 #: sections are, then size and number of each. Row of a table: kind, offset and length of what it describes.
 _HEADER = {True: "32xQQ6xHHHH2x", False: "28xII6xHHHH2x"}
@@ -246,6 +251,8 @@ def elf_problem(path: str, label: str) -> EntryProblem | None:
         return _unusable(error, label)
     try:
         problem = _tables(fd, size) if size else "is empty"
+        if problem is None and size <= _PLAN_ONLY_BYTES and PLAN_ONLY.encode() in os.pread(fd, size, 0):
+            problem = "is of the plan pass of a prebuild, and no kernel"
     except OSError as error:
         return _refused(error, label)
     except struct.error:

@@ -8,6 +8,7 @@ root, so each file found there is read as a marker of this schema, or as a reaso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from builder.cache import kernel_sources
 from builder.cache.coverage import coverage_digest, of_schema_1
 from builder.cache.families import FAMILY, is_key
 from builder.cache.toolchain import build_name
+from builder.task import Shape
 
 SCHEMA = 2
 #: Schemas that are understood. Markers of schema 1 know one build and no kernel sources, and their folder has the
@@ -191,6 +193,17 @@ def every(root: Path) -> Iterator[MarkerFile]:
     for item in files.listing(str(root / "markers")) or ():
         if files.is_dir(item):
             yield from folder(root, item.name)
+
+
+def shapes_of(root: Path, model: str) -> tuple[Shape, ...]:
+    """Return every shape in markers below `root` for this model, whatever their toolchain and argv."""
+    found: set[Shape] = set()
+    for file in every(root):
+        if file.marker is not None and file.marker.coverage.get("model") == model:
+            for text in file.marker.shapes:
+                with contextlib.suppress(ValueError):
+                    found.add(Shape.parse(text))
+    return tuple(sorted(found))
 
 
 def neighbours(root: Path, label: str) -> list[MarkerFile]:

@@ -4,7 +4,8 @@ The record is JSON::
 
     {"schema": 2,
      "factors":  {name: text or null},                 # every factor that families.py names
-     "gpus":     [{"index", "uuid", "name", "compute_capability", "sm_count", "memory_bytes"}],
+     "gpus":     [{"index", "uuid", "name", "compute_capability", "sm_count", "memory_bytes",
+                  "shared_bytes", "l2_bytes"}],     # of one block, and of the GPU; earlier versions had neither
      "sglang":   {"version": text or null, "commit": text or null, "sources": see `kernel_sources`, or null},
      "switches": {variable: text},                     # that every process there has, a task's own not among them
      "variables": {variable: text},                    # factors of families, where they are set (`variables`)

@@ -88,6 +88,7 @@ class Invocation:
         force: bool = False,
         wanted: ProofWanted = ANY_PROOF,
         allow_busy: bool = False,
+        prebuild_only: bool = False,
         creates: bool = False,
         create: bool = False,
     ) -> Context:
@@ -101,6 +102,7 @@ class Invocation:
             force=force,
             wanted=wanted,
             allow_busy=allow_busy,
+            prebuild_only=prebuild_only,
             creates=creates,
             create=create,
         )
@@ -145,6 +147,7 @@ class Invocation:
         wanted: ProofWanted = ANY_PROOF,
         create: bool = False,
         log_dir: str | None = None,
+        prebuild_only: bool = False,
     ) -> LocalExecutor:
         """Return a way to run tasks in this environment, on the cache where it is mounted here. Raises UsageError.
 
@@ -159,7 +162,14 @@ class Invocation:
         if root is None:
             raise UsageError(f"--cache {args.cache}: with --here, the directory is wanted where the cache is mounted")
         logs = log_dir or str(Path(tempfile.gettempdir(), f"warm-cache-logs-{self.run_id}"))
-        context = self.context(manifest or without_tasks(), log_dir=logs, force=force, wanted=wanted, create=create)
+        context = self.context(
+            manifest or without_tasks(),
+            log_dir=logs,
+            force=force,
+            wanted=wanted,
+            create=create,
+            prebuild_only=prebuild_only,
+        )
         return local_executor.LocalExecutor(context, root, args.image)
 
     @functools.cached_property

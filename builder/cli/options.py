@@ -143,6 +143,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "force": {"action": "store_true", "help": "run warm tasks too"},
     "create": {"action": "store_true", "help": "make the cache root if it does not exist"},
     "allow-busy": {"action": "store_true", "help": "start even if other processes use a GPU"},
+    "prebuild-only": {
+        "action": "store_true",
+        "help": "only compile DeepGEMM's kernels on CPU cores; on a machine without GPUs, too",
+    },
     "pull": {"action": "store_true", "help": "pull the image first"},
     "strict": {"action": "store_true", "help": "only a marker whose second pass added nothing counts as warm"},
     "build": {
@@ -212,14 +216,17 @@ VERBS = {
         "make every task of the manifest warm",
         "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
         (
-            *("only", "force", "strict", *PROOF, "create", "allow-busy"),
+            *("only", "force", "strict", *PROOF, "create", "prebuild-only", "allow-busy"),
             *("budget", "timeout", "silence", "lock-timeout", *STARTS),
         ),
         here=True,
         details="""Reads the manifest, the engine, the model store and the GPUs. Everything below the cache root is
 written by containers; each task's complete log is written to --log-dir. A root that does not exist is an error
 without --create. With --here there is no container: tasks run in this environment, which has to be the one of the
-tests.""",
+tests.
+
+With --prebuild-only no task runs and no GPU is used: kernels of cold tasks are compiled for the GPU of the manifest
+([gpus] name) and nothing is proven. It exits with 11 where a kernel that was named is missing.""",
         exits=(0, 11, 13, 14, 15),
     ),
     "check": Verb(

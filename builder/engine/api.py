@@ -107,6 +107,8 @@ class ContainerSpec:
     read_only: its root file system.
     capabilities: what it keeps; all others are dropped, and none can be gained.
     pids: limit of its processes and threads together.
+    cpus: the processors it may use (``0-3,8``); "": all. cpu_shares: its weight beside other containers, of 1024 by
+    default; None: the engine's.
     """
 
     image: str
@@ -128,6 +130,8 @@ class ContainerSpec:
     read_only: bool = False
     capabilities: tuple[str, ...] = CAPABILITIES
     pids: int = PIDS
+    cpus: str = ""
+    cpu_shares: int | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the create request. Everything else is the default: not privileged, not auto-removed."""
@@ -153,6 +157,10 @@ class ContainerSpec:
             host["ShmSize"] = self.shm_size
         if self.memory is not None:
             host |= {"Memory": self.memory, "MemorySwap": self.memory}
+        if self.cpus:
+            host["CpusetCpus"] = self.cpus
+        if self.cpu_shares is not None:
+            host["CpuShares"] = self.cpu_shares
         body: dict[str, Any] = {
             "Image": self.image,
             "Env": [f"{name}={value}" for name, value in self.env.items()],

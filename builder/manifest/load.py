@@ -21,6 +21,7 @@ from builder.manifest.sections import (
     GpusSpec,
     ImageSpec,
     ModelsSpec,
+    PrebuildSpec,
     RefreshSpec,
     RunSpec,
     read_cache,
@@ -33,8 +34,8 @@ from builder.task import Task
 from builder.text import did_you_mean, printable
 
 __all__ = [
-    "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides", "RefreshSpec",
-    "RunSpec",
+    "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides",
+    "PrebuildSpec", "RefreshSpec", "RunSpec",
     "cache_of", "load", "profiles", "select",
 ]  # fmt: skip
 
@@ -52,6 +53,7 @@ class Manifest:
     container: ContainerSpecs
     gpus: GpusSpec
     run: RunSpec
+    prebuild: PrebuildSpec
     refresh: RefreshSpec
     tasks: tuple[Task, ...]
 
@@ -94,6 +96,7 @@ def without_tasks(image: str = "") -> Manifest:
         container=ContainerSpecs(),
         gpus=GpusSpec(count=0),
         run=RunSpec(),
+        prebuild=PrebuildSpec(),
         refresh=RefreshSpec(),
         tasks=(),
     )
@@ -165,6 +168,7 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
         container=read(ContainerSpecs(), root.table("container"), options),
         gpus=gpus,
         run=read(RunSpec(), root.table("run"), options),
+        prebuild=read(PrebuildSpec(), root.table("prebuild"), options),
         refresh=read(RefreshSpec(), root.table("refresh"), options),
         tasks=read_tasks(root, gpus, options),
     )

@@ -311,6 +311,37 @@ class RefreshSpec:
     )
 
 
+@kind('boolean or `"proven"`', enum=[True, False, "proven"])
+def when_enabled(value: Any) -> bool | str:
+    if not isinstance(value, bool) and value != "proven":
+        raise ValueError(f'expected true, false or "proven", found {value!r}')
+    return bool(value) if isinstance(value, bool) else "proven"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrebuildSpec:
+    """The first stage of a run: DeepGEMM's kernels compiled on all CPU cores, before any task uses a GPU."""
+
+    enabled: bool | str = key(
+        when_enabled,
+        "proven",
+        "Whether `warm` and `refresh` prebuild; `proven`: where a hardware proof of this GPU is recorded.",
+        "true",
+    )
+    when: str = key(
+        one_of(("idle", "always"), "time to prebuild"),
+        "idle",
+        "Whether it runs while other processes use a GPU. `always`: then with half the cores, and the least weight.",
+        '"always"',
+    )
+    workers: int | None = key(
+        positive, None, "How many kernels are compiled at the same time; not set: one on each core.", "32"
+    )
+    memory: int | None = key(
+        size, None, "Size in bytes that all workers together may take; not set: what is free.", '"64g"'
+    )
+
+
 def read_image(table: Table, overrides: OverrideReader) -> ImageSpec:
     image = read(ImageSpec(), table, overrides)
     if not (table.has("ref") or overrides.given("image")):

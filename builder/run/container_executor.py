@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from builder.cache import environment, memos, toolchain
 from builder.cache.environment import Described
@@ -34,6 +34,8 @@ from builder.task import Task
 
 if TYPE_CHECKING:
     from builder.engine.sweep import Swept
+    from builder.events import Event
+    from builder.job import PrebuildRequest
     from builder.run.schedule import Capacity
 
 #: Exit statuses of a container's init that finds no such program, or may not run it.
@@ -213,7 +215,7 @@ class ContainerExecutor:
         root = self.cache.direct()
         if root is not None:
             return list(environment.described(root))
-        from builder.events import Event, FamilyDescribed
+        from builder.events import FamilyDescribed
         from builder.run import maintenance
 
         found: list[Event] = []
@@ -279,6 +281,33 @@ class ContainerExecutor:
         from builder.run import gpu_reservation
 
         return gpu_reservation.reserved(self, items)
+
+    @property
+    def shares_machine(self) -> bool:
+        return self.engine.local
+
+    def gpus_in_use(self) -> str:
+        if not self.context.manifest.gpus.count:
+            return ""
+        if not self.engine.local:
+            return "the engine is on another machine, whose GPUs cannot be seen from here"
+        snapshot = self.gpu_snapshot()
+        if snapshot.absent:
+            return f"whether its GPUs are idle is not known ({snapshot.absent})"
+        found = list(preflight.busy(snapshot, self.container_names))
+        return found[0].text.rstrip(".") if found else ""
+
+    def run_prebuild(
+        self,
+        mode: Literal["plan", "prebuild"],
+        env: Mapping[str, str],
+        request: PrebuildRequest,
+        seconds: float,
+        on_event: Callable[[Event], None],
+    ) -> str:
+        from builder.run import container_job
+
+        return container_job.run_prebuild(self, mode, env, request, seconds, on_event)
 
     @functools.cached_property
     def nvml(self) -> Nvml:

@@ -11,9 +11,9 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from builder import __version__
 from builder.cache.model_store import STORE_MOUNT as STORE
@@ -21,10 +21,11 @@ from builder.engine.api import COMPILING_PIDS, MEMORY, SCRATCH, ContainerSpec, M
 from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.log_pump import EventCallback
-from builder.errors import CANNOT_RUN, EngineRefusedError, PreflightError
+from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError
+from builder.events import PrebuildProblem
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import JOB_VARIABLE, Job, Mode, PrunePolicy, RunOrigin, ViewRequest
+from builder.job import JOB_VARIABLE, Job, Mode, PrebuildRequest, PrunePolicy, RunOrigin, ViewRequest
 from builder.manifest.load import Manifest
 from builder.run import preflight
 from builder.run.executor import Allocation, Execution, Watcher
@@ -55,11 +56,14 @@ class ContainerRequest:
     repair: bool = False  # mode verify: quarantine bad entries
     prune: PrunePolicy | None = None  # mode prune
     view: ViewRequest = field(default_factory=ViewRequest)  # modes of views
+    prebuild: PrebuildRequest | None = None  # modes plan and prebuild
     record: str = ""  # mode record: path of the launch recorder's request in the container
     mounts: tuple[Mount, ...] = ()  # besides the cache root
 
 
 NOTHING_ELSE = ContainerRequest()
+#: The least weight that an engine takes.
+LEAST_SHARES = 2
 
 
 def run_task(executor: ContainerExecutor, task: Task, allocation: Allocation, watcher: Watcher) -> Execution:
@@ -92,6 +96,34 @@ def run_probe(executor: ContainerExecutor, env: ProbeEnv, timeout: float) -> Con
     task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=timeout)
     start = executor.context.manifest.run.start
     return run(executor, "probe", task, Deadlines(task=timeout, silence=timeout, start=start, grace=2.0))
+
+
+def run_prebuild(
+    executor: ContainerExecutor,
+    mode: Literal["plan", "prebuild"],
+    env: Mapping[str, str],
+    request: PrebuildRequest,
+    seconds: float,
+    on_event: EventCallback,
+) -> str:
+    """Run a container of the prebuild. Returns why it did not end well, or ""."""
+    run_spec = executor.context.manifest.run
+    limits = Deadlines(task=seconds, silence=seconds, start=run_spec.start, grace=run_spec.grace)
+    outcome = run(
+        executor,
+        mode,
+        Task(label=mode, model="", recipe="command", env=dict(env), timeout=seconds),
+        limits,
+        ContainerRequest(prebuild=request, on_event=on_event, budget=executor.context.budget),
+    )
+    if outcome.ended == "lost":
+        raise EngineLostError(f"the engine was lost while the container of mode {mode} ran")
+    if outcome.ended != "exited":
+        return f"{mode}: it was ended for its {outcome.ended} after {outcome.seconds:.0f} s"
+    if outcome.exit_code:
+        known = any(isinstance(event, PrebuildProblem) and event.kind == "all" for event in outcome.events)
+        return "" if known else f"{mode}: the container {describe(outcome)}"
+    return ""
 
 
 def run(
@@ -164,6 +196,7 @@ def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlin
         prune=request.prune,
         view=request.view,
         record=request.record,
+        prebuild=request.prebuild,
         observed=RunOrigin(socket.gethostname(), __version__, executor.serving.ref, context.run_id),
     )
 
@@ -175,6 +208,8 @@ def _spec(
     manifest = context.manifest
     if job.mode == "record":
         return _recorder(executor, job, task, request)
+    if job.prebuild is not None:
+        return _prebuilder(executor, job, job.prebuild, task)
     spec = ContainerSpec(
         image=executor.warmup.id,
         name=f"warm-cache-{context.run_id}-{job.mode}-{task.label}"[:120],
@@ -213,6 +248,32 @@ def _recorder(executor: ContainerExecutor, job: Job, task: Task, request: Contai
         memory=MEMORY,
         read_only=True,
         capabilities=(),
+    )
+
+
+def _prebuilder(executor: ContainerExecutor, job: Job, prebuild: PrebuildRequest, task: Task) -> ContainerSpec:
+    """Return a container without GPUs, secrets and network; a plan pass, whose entries are no kernels, gets no cache.
+
+    What it writes beside the cache is in memory, and counts among the memory that it may take.
+    """
+    plans = job.mode == "plan"
+    return ContainerSpec(
+        image=executor.warmup.id,
+        name=f"warm-cache-{executor.context.run_id}-{job.mode}",
+        entrypoint=["python3", "-m", "builder.agent"],
+        # Where NVIDIA's runtime is the engine's default, an image's own variable would ask for all GPUs.
+        env={**_environment(executor, job), "NVIDIA_VISIBLE_DEVICES": "void"},
+        labels=executor.lease.labels(task.label, job.lifetime),
+        mounts=_store(executor.context.manifest) if plans else _root(executor, job.mode),
+        shm_size=executor.context.manifest.container.shm_size,
+        network="none",
+        tmpfs={"/tmp": "exec,mode=1777"},  # noqa: S108 - the container's own
+        workdir=PROGRAM_ROOT,
+        stop_timeout=int(job.grace) + 1,
+        memory=prebuild.memory if prebuild.gentle else None,
+        cpus=",".join(map(str, prebuild.cpus)),
+        cpu_shares=LEAST_SHARES if prebuild.gentle else None,
+        pids=COMPILING_PIDS,
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from builder.cache.toolchain import Record
     from builder.events import Event, Verdict
     from builder.host.cancel import Cancel
+    from builder.job import PrebuildRequest
     from builder.report.progress import TaskProgress
     from builder.run.context import Context
     from builder.run.plan import Item, Plan, ProbeEnv
@@ -119,6 +120,26 @@ class Executor(Protocol):
 
     def run_lock(self) -> AbstractContextManager[None]:
         """Hold the root's run lock. Raises BusyError when another builder keeps it for ``[run] lock_timeout``."""
+
+    @property
+    def shares_machine(self) -> bool:
+        """Whether tasks run on this machine, so that its processors and memory are theirs."""
+
+    def gpus_in_use(self) -> str:
+        """Return what else uses the GPUs of the manifest, or that it cannot be known; "" where they are idle."""
+
+    def run_prebuild(
+        self,
+        mode: Literal["plan", "prebuild"],
+        env: Mapping[str, str],
+        request: PrebuildRequest,
+        seconds: float,
+        on_event: Callable[[Event], None],
+    ) -> str:
+        """Run the agent in a mode of the prebuild, without GPUs, and ``plan`` without the cache root.
+
+        Returns why it did not end well, or "". env: of the tasks. seconds: that it may take.
+        """
 
     def reserve_gpus(self, items: Sequence[Item]) -> AbstractContextManager[Reservation]:
         """Hold this machine and its GPUs for these items. Raises PreflightError and BusyError."""

@@ -11,9 +11,10 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from builder import files, processes
 from builder.cache import environment, layout, model_store, toolchain
@@ -26,8 +27,12 @@ from builder.run.context import Context
 from builder.run.executor import Allocation, Execution, Reservation, Watcher
 from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
 from builder.run.schedule import Capacity
-from builder.task import PRETEND_VARIABLE, Task
+from builder.task import PRETEND_VARIABLE, Gpu, Task
 from builder.text import counted
+
+if TYPE_CHECKING:
+    from builder.events import Event
+    from builder.job import PrebuildRequest
 
 #: Where the cache is mounted, if neither a manifest nor --cache names the place.
 MOUNT = Path("/jit")
@@ -42,6 +47,8 @@ class LocalExecutor:
         self._names = named_image, self._environ.get(IMAGE_VARIABLE)
         self._image: ImageIdentity | None = None
         self._records: dict[ProbeEnv, Record] = {}
+        #: The GPU to simulate, where kernels are prebuilt on a machine without any.
+        self.simulate: Gpu | None = None
         report = context.report
         report.image_ref, report.cache = "this environment", str(root)
         if (other := self._other_python()) is not None:
@@ -73,7 +80,7 @@ class LocalExecutor:
         wanted = {probe_env(task) for task in (tasks or self.context.manifest.tasks)} or {()}
         for env in sorted(wanted - self._records.keys()):
             own = {name: value for name, value in env if name != PRETEND_VARIABLE}  # only the GPUs here count
-            record = local_job.probe(self._environ, self.root, own)
+            record = local_job.probe(self._environ, self.root, own, self.simulate)
             if self._image is None:
                 named = environment.named_image(self.root, record, *self._names)
                 self._image = named or environment.recognised(self.root, record)
@@ -83,6 +90,10 @@ class LocalExecutor:
         report.image_id, report.extra["image_known"] = self._image.id, self._image.how
         report.toolchain = toolchain.digest(toolchain.family_keys(next(iter(self._records.values()))))
         return self._records
+
+    def forget_records(self) -> None:
+        """Probe again at the next use: on the GPU that is simulated from now on."""
+        self._records.clear()
 
     def _other_python(self) -> str | None:
         """Return the python3 that tests would start, if it is of another environment than this one."""
@@ -124,7 +135,7 @@ class LocalExecutor:
     def _in_this_environment(self, item: Item) -> Item:
         """Return the item as this environment can run it."""
         here, problem = len(self.record["gpus"]), item.config_problem
-        if problem is None and item.task.gpus > here:
+        if problem is None and item.task.gpus > here and not self.context.options.prebuild_only:
             problem = f"it needs {counted(item.task.gpus, 'GPU')}, and {here or 'none'} can be seen here"
         return replace(item, config_problem=problem)
 
@@ -155,7 +166,8 @@ class LocalExecutor:
             layout.prepare(self.root)
         except layout.LayoutError as error:
             raise PreflightError(f"{CANNOT_RUN}: {error}") from None
-        closed = [name for name in ("markers", "images") if not os.access(self.root / name, os.W_OK)]
+        needed = ("deep_gemm",) if self.context.options.prebuild_only else ("markers", "images")
+        closed = [name for name in needed if (self.root / name).exists() and not os.access(self.root / name, os.W_OK)]
         if closed:
             raise PreflightError(
                 f"{CANNOT_RUN}: {' and '.join(closed)} in {self.root} cannot be written here. A container "
@@ -172,6 +184,25 @@ class LocalExecutor:
             yield
         finally:
             os.close(descriptor)
+
+    @property
+    def shares_machine(self) -> bool:
+        return True
+
+    def gpus_in_use(self) -> str:
+        """The GPUs of a container are its job's; other jobs on this machine cannot be seen from here."""
+        return ""
+
+    def run_prebuild(
+        self,
+        mode: Literal["plan", "prebuild"],
+        env: Mapping[str, str],
+        request: PrebuildRequest,
+        seconds: float,
+        on_event: Callable[[Event], None],
+    ) -> str:
+        image = local_job.serving_image(self.image)
+        return local_job.run_prebuild(self.context, self.root, image, mode, env, request, seconds, on_event)
 
     @contextlib.contextmanager
     def reserve_gpus(self, items: Sequence[Item]) -> Iterator[Reservation]:

@@ -14,9 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from builder import __version__, events, processes
 from builder.cache.environment import ImageIdentity
@@ -25,11 +25,11 @@ from builder.engine.log_sinks import Display, Lines, LogFile, Tail
 from builder.errors import CANNOT_RUN, BuilderError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import Job, RunOrigin, ServingImage
+from builder.job import Job, PrebuildRequest, RunOrigin, ServingImage
 from builder.processes import describe_status
 from builder.run.context import Context
 from builder.run.executor import PROBE_TIMEOUT, Allocation, Ended, Execution, Watcher
-from builder.task import Task
+from builder.task import Gpu, Task
 
 #: Seconds that the program gets to end by itself after a cancellation: a cancelled CI step has 7.5 s in all.
 CANCEL_GRACE = 3.0
@@ -103,19 +103,68 @@ def run_task(
     )
 
 
+def run_prebuild(
+    context: Context,
+    root: Path,
+    image: ServingImage,
+    mode: Literal["plan", "prebuild"],
+    env: Mapping[str, str],
+    request: PrebuildRequest,
+    seconds: float,
+    on_event: Callable[[events.Event], None],
+) -> str:
+    """Run the program in a mode of the prebuild. Returns why it did not end well, or ""."""
+    spec = context.manifest
+    task = Task(label=mode, model="", recipe="command", env=dict(env), timeout=seconds)
+    job = Job(
+        mode=mode,
+        nonce=os.urandom(8).hex(),
+        mount=str(root),
+        image=image,
+        task=task,
+        lifetime=seconds + spec.run.grace + spec.run.start,
+        grace=spec.run.grace,
+        log_limit=spec.container.log_limit,
+        workdir=str(Path.cwd()),
+        prebuild=request,
+    )
+    reported: list[str] = []
+
+    def take(event: events.Event) -> None:
+        if isinstance(event, events.PrebuildProblem) and event.kind == "all":
+            reported.append(event.why)
+        on_event(event)
+
+    watcher = Watcher(lambda stream, line: None, take)
+    agent = AgentProcess(job, context.options.environ, watcher, context.log_path(f"prebuild-{mode}"))
+    with context.cancel.shield():
+        ended = agent.run(
+            task=Deadline(seconds),
+            silence=seconds,
+            budget=context.budget,
+            grace=spec.run.grace,
+            cancel=context.cancel,
+        )
+    if ended != "exited":
+        return f"{mode}: it was ended for its {ended}"
+    if agent.status and not reported:
+        return f"{mode}: the program ended with {describe_status(agent.status)}"
+    return ""
+
+
 def visible_gpus(environ: Mapping[str, str], devices: Sequence[int]) -> list[str]:
     """Return names of these devices for CUDA_VISIBLE_DEVICES; they count among those that are visible here."""
     here = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return [here[index] if index < len(here) else str(index) for index in devices]
 
 
-def probe(environ: Mapping[str, str], root: Path, env: Mapping[str, str]) -> Record:
+def probe(environ: Mapping[str, str], root: Path, env: Mapping[str, str], simulate: Gpu | None = None) -> Record:
     """Return the toolchain record of this environment, whatever its image. Writes nothing.
 
-    env: the task's own variables.
+    env: the task's own variables. simulate: a GPU to find in the place of the real ones.
     """
     task = Task(label="probe", model="", recipe="command", env=dict(env))
-    job = Job(mode="toolchain", nonce=os.urandom(8).hex(), mount=str(root), task=task)
+    job = Job(mode="toolchain", nonce=os.urandom(8).hex(), mount=str(root), task=task, simulate=simulate)
     lease, ours = os.pipe()
     try:
         done = subprocess.run(

@@ -13,7 +13,7 @@ from builder import events
 from builder.cache import toolchain
 from builder.report.progress import TaskProgress
 from builder.report.task_output import TaskOutput, open_output
-from builder.run import dispatch, forecast, outcome
+from builder.run import dispatch, forecast, outcome, prebuild
 from builder.run.context import Context
 from builder.run.executor import Allocation, Executor, Reservation, Watcher
 from builder.run.forecast import Estimate
@@ -35,13 +35,18 @@ def warm(executor: Executor) -> None:
     with executor.run_lock():
         with executor.snapshot(tasks) as (root, plan):  # another builder may have finished while this one waited
             estimates = forecast.expected_seconds(root, plan.items)
+            known = prebuild.known_shapes(root, plan.items)
         context.report.set_tasks(plan.results())
         announce(executor, plan, estimates)
         items = to_do(context, plan)
         forecast.require_space(executor, items)
+        stage = prebuild.run(executor, items, known)
+        if context.options.prebuild_only:
+            return
         with executor.reserve_gpus(items) as gpus:
             dispatch.run_all(executor, items, estimates, lambda item, where: warm_task(executor, gpus, item, where))
         outcome.recheck(executor, tasks)
+        prebuild.finish(executor, stage)
     outcome.raise_unless_warm(context)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from builder.agent import model_shapes
 from builder.agent.model_shapes import CONTIGUOUS, DENSE, MASKED, NotUnderstood
+from builder.cache import marker_files
 from builder.task import Shape
 from tests.program import Program
 
@@ -166,11 +167,9 @@ def test_shapes_of_markers_ignore_other_models_and_garbage(program: Program, tmp
     marker = json.loads(path.read_text())
     (path.parent / "strange.json").write_text(json.dumps({**marker, "shapes": ["no shape", 7, None]}))
     (program.root / "markers" / "a-file").write_text("x")
-    assert model_shapes.of_markers(program.root, str(program.model)) == tuple(
-        sorted(map(Shape.parse, marker["shapes"]))
-    )
-    assert model_shapes.of_markers(program.root, "other") == (other,)
-    assert model_shapes.of_markers(program.root, "third") == ()
+    assert marker_files.shapes_of(program.root, str(program.model)) == tuple(sorted(map(Shape.parse, marker["shapes"])))
+    assert marker_files.shapes_of(program.root, "other") == (other,)
+    assert marker_files.shapes_of(program.root, "third") == ()
 
 
 def test_shapes_of_markers_and_config_need_no_server(program: Program) -> None:
@@ -181,7 +180,7 @@ def test_shapes_of_markers_and_config_need_no_server(program: Program) -> None:
     )
     done = program.run(task)
     assert done.status == 0, done.verdict
-    of_markers = model_shapes.of_markers(program.root, str(program.model))
+    of_markers = marker_files.shapes_of(program.root, str(program.model))
     assert set(map(Shape.parse, done.verdict.shapes)) == V3_TP8 | {Shape(DENSE, 64, 64), *of_markers}
     assert f"{len(done.verdict.shapes)} shapes, ".encode() in done.stderr
 

@@ -31,6 +31,8 @@ network = "none"
 shm_size = "1g"
 [gpus]
 {gpus}
+[prebuild]
+enabled = {prebuild}
 [[task]]
 model = "stand-in/shapes"
 recipe = "shapes"
@@ -54,7 +56,8 @@ class Cache:
         self.root, self._place = place / "cache", place
         self.manifest = place / "manifest.toml"
         gpus, env = driver
-        self.manifest.write_text(MANIFEST.format(image=image, workers=workers, gpus=gpus, env=env))
+        prebuild = "true" if driver is PRETENDED else "false"
+        self.manifest.write_text(MANIFEST.format(image=image, workers=workers, gpus=gpus, env=env, prebuild=prebuild))
 
     def start(self, verb: str, *options: str) -> subprocess.Popen[str]:
         more = ["--log-dir", str(self._place / "logs")] if verb == "warm" else []
@@ -78,7 +81,7 @@ class Cache:
 
 @pytest.fixture(scope="module")
 def pretended(tmp_path_factory: pytest.TempPathFactory, stand_in_image: str) -> tuple[Cache, dict[str, Any]]:
-    """One worker, on a GPU that only the program pretends."""
+    """One worker, on a GPU that only the program pretends, after a prebuild."""
     cache = Cache(tmp_path_factory.mktemp("shapes") / "one", stand_in_image, 1, PRETENDED)
     status, document = cache.run("warm")
     assert status == 0, document
@@ -127,6 +130,13 @@ def _include(place: Path, image: str, docker_host: str) -> Path:
     finally:
         subprocess.run([*docker, "rm", "-f", container], capture_output=True, check=True)
     return place / "include"
+
+
+def test_prebuild_leaves_tasks_nothing_to_compile(pretended: tuple[Cache, dict[str, Any]]) -> None:
+    cache, document = pretended
+    stage, (task,) = document["prebuild"], document["tasks"]
+    assert (stage["state"], stage["made"], stage["missing"]) == ("done", len(cache.kernels()), [])
+    assert (task["entries_added"], stage["gpu_kernels"]) == (0, 0)
 
 
 def test_simulated_gpu_warm_is_reported_and_cold_under_strict(pretended: tuple[Cache, dict[str, Any]]) -> None:

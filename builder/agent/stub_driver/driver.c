@@ -38,6 +38,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = GPU_MINOR; break;
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = GPU_SMS; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = GPU_SHARED; break;
+    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = GPU_L2; break;
     default: *value = 0;
     }
     return OK;

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
-from builder.run import warm
+from builder.host import gpus
+from builder.run import prebuild, warm
+from builder.task import GPUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class WarmArgs(ProofArgs):
     lock_timeout: str | None = None
     pull: bool = False
     log_dir: str | None = None
+    prebuild_only: bool = False
     here: bool = False
 
 
@@ -43,8 +46,12 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
             wanted=args.wanted("same", strict=args.strict),
             create=args.create,
             log_dir=args.log_dir,
+            prebuild_only=args.prebuild_only,
         )
         with invocation.signals.handled():
+            if args.prebuild_only and not local.record["gpus"]:
+                local.simulate = GPUS[prebuild.simulated_name(manifest)]
+                local.forget_records()
             warm.warm(local)
         return
     context = invocation.context(
@@ -54,9 +61,12 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         force=args.force,
         wanted=args.wanted("same", strict=args.strict),
         allow_busy=args.allow_busy,
+        prebuild_only=args.prebuild_only,
         creates=True,
         create=args.create,
     )
     with invocation.containers(context) as executor:
+        if args.prebuild_only and manifest.gpus.count and executor.engine.local and not gpus.host_gpus():
+            executor.context = replace(context, manifest=prebuild.on_simulated_gpu(manifest))
         executor.require_root()
         warm.warm(executor)

@@ -6,7 +6,7 @@ import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -186,6 +186,8 @@ def test_commit_of_vcs_install_is_read(tmp_path: Path) -> None:
 class FakeCuda:
     """libcuda with two devices; functions that are not named are not there, as in an old driver."""
 
+    ATTRIBUTES: ClassVar = {16: 132, 38: 62914560, 75: 9, 76: 0, 97: 232448}
+
     def __init__(self, *, init: int = 0, count: int = 2, without: tuple[str, ...] = ()) -> None:
         self.init, self.count, self.without = init, count, without
 
@@ -194,7 +196,7 @@ class FakeCuda:
             "cuInit": lambda flags: self.init,
             "cuDeviceGetCount": lambda count: self._set(count, self.count),
             "cuDeviceGet": self._set,
-            "cuDeviceGetAttribute": lambda value, which, device: self._set(value, {16: 132, 75: 9, 76: 0}[which]),
+            "cuDeviceGetAttribute": lambda value, which, device: self._set(value, self.ATTRIBUTES[which]),
             "cuDeviceGetName": self._name,
             "cuDeviceTotalMem_v2": lambda memory, device: self._set(memory, 1 << 37),
             "cuDeviceGetUuid": lambda raw, device: ctypes.memset(raw, 0x11, 16) and 0,
@@ -230,6 +232,8 @@ def test_gpu_facts_are_read_from_libcuda(monkeypatch: pytest.MonkeyPatch) -> Non
         "compute_capability": "9.0",
         "sm_count": 132,
         "memory_bytes": 1 << 37,
+        "shared_bytes": 232448,
+        "l2_bytes": 62914560,
     }
     assert found["problems"] == []
 
@@ -259,7 +263,7 @@ def test_gpu_stub_without_answers_is_absent(monkeypatch: pytest.MonkeyPatch) -> 
     )
     (gpu,) = gpus(monkeypatch, stub)["gpus"]
     assert {name: value for name, value in gpu.items() if name != "index"} == dict.fromkeys(
-        ("uuid", "name", "compute_capability", "sm_count", "memory_bytes")
+        ("uuid", "name", "compute_capability", "sm_count", "memory_bytes", "shared_bytes", "l2_bytes")
     )
 
 

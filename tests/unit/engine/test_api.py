@@ -7,6 +7,12 @@ import pytest
 from builder.engine.api import ContainerSpec, Mount
 
 
+def test_create_request_limits_what_it_may_take() -> None:
+    host = ContainerSpec(image="i", name="n", memory=1 << 30, cpus="0,2", cpu_shares=2).body()["HostConfig"]
+    assert (host["CpusetCpus"], host["CpuShares"]) == ("0,2", 2)
+    assert host["Memory"] == host["MemorySwap"] == 1 << 30, "no swap"
+
+
 def test_create_request_body_is_exact() -> None:
     spec = ContainerSpec(
         image="i",

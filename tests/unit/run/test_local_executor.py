@@ -34,7 +34,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> PROBED:
     """The task environments that were probed. The record has the GPUs of the variable GPUS of the environment."""
     seen: PROBED = []
 
-    def probe(environ: Mapping[str, str], _root: Path, env: Mapping[str, str]) -> Record:
+    def probe(environ: Mapping[str, str], _root: Path, env: Mapping[str, str], _gpu: Any) -> Record:
         seen.append(dict(env))
         gpus = [{"name": "H200", "index": index} for index in range(int(environ.get("GPUS", "0")))]
         return {**record(1), "gpus": gpus}

@@ -22,6 +22,7 @@ from builder.cache.toolchain import Record
 from builder.errors import BudgetError, EngineLostError, Interrupted, PreflightError, TasksError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
+from builder.job import PrebuildRequest
 from builder.manifest.load import without_tasks
 from builder.manifest.sections import GpusSpec, RunSpec
 from builder.report.console import Console
@@ -135,6 +136,14 @@ class FakeExecutor:
         self.steps.append("lock")
         yield
         self.steps.append("unlock")
+
+    shares_machine = True
+
+    def gpus_in_use(self) -> str:
+        return ""
+
+    def run_prebuild(self, mode: str, env: Any, request: PrebuildRequest, seconds: float, on_event: Any) -> str:
+        raise AssertionError("no task here asks for a prebuild")
 
     @contextlib.contextmanager
     def reserve_gpus(self, items: Sequence[Item]) -> Iterator[FakeExecutor]:

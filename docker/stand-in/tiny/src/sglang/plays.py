@@ -15,6 +15,10 @@
 | dies-at-contig | a contiguous kind kills its process, as the kernel does when memory runs out |
 | grows-in-second-pass | every pass makes one entry that no other asks for |
 | no-kernels | the success line, and nothing compiled |
+| nvcc-fails | the compiler fails for every kernel of a tile above the first |
+| disk-full | no kernel but the first can be written |
+| worker-dies-once | the process that compiles a kernel of the second tile is killed, the first time |
+| worker-dies | the process that compiles a kernel of the second tile is killed |
 | oom | takes memory until something gives |
 | binary | invalid UTF-8, megabyte lines, NUL bytes, no final newline; success |
 | leak-secret | prints HF_TOKEN, whole and in two writes; success |
@@ -22,6 +26,7 @@
 | NAME@dummy | the play of this name where the weights are dummies, none elsewhere |
 """
 
+import errno
 import os
 import signal
 import sys
@@ -44,6 +49,24 @@ def play() -> str:
     """The play that was asked for; empty for none."""
     name, _, only = os.environ.get("TINY_PLAY", "").partition("@")
     return "" if only == "dummy" and not DUMMIES else name
+
+
+def at_kernel(tile: int) -> None:
+    """What befalls a process that is about to compile a kernel. A plan pass, which compiles nothing, is spared."""
+    name = play()
+    if tile < 2 or "DG_JIT_NVCC_COMPILER" in os.environ:
+        return
+    if name == "nvcc-fails":
+        raise RuntimeError("NVCC compilation failed: a test double plays a crash of its compiler")
+    if name == "disk-full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if name in ("worker-dies", "worker-dies-once") and tile == 2:
+        mark = os.path.join(os.environ["DG_JIT_CACHE_DIR"], "tmp", "died")
+        if name == "worker-dies-once" and os.path.exists(mark):
+            return
+        os.makedirs(os.path.dirname(mark), exist_ok=True)
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def at_load() -> None:

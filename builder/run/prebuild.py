@@ -1,0 +1,384 @@
+"""The first stage of a run: DeepGEMM's kernels compiled on CPU cores, before any task uses a GPU.
+
+A plan pass in a container without the cache root names the kernels of every cold task; a second container compiles
+those that the cache lacks, each once, whichever tasks ask for it. The GPU is simulated from this host's probe record.
+No marker is written: the tasks run as ever, hit what is there and prove it. So a failure is a warning, and costs time
+only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from builder import events
+from builder.cache import marker_files, toolchain
+from builder.cache.toolchain import Record
+from builder.errors import BuilderError, Problem, TasksError, UsageError
+from builder.host import machine
+from builder.job import MAX_JOB, PlannedShape, PrebuildRequest
+from builder.run import proofs
+from builder.run.executor import Executor
+from builder.run.plan import Item
+from builder.sglang_args import chunked_prefill_size
+from builder.task import GPUS, PRETEND_VARIABLE, RECIPES, Gpu, Shape, Task
+from builder.text import counted, printable, size, span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from builder.manifest.load import Manifest
+
+#: Seconds for a plan pass: one import, and a second for each shape.
+PLAN_TIMEOUT = 900.0
+#: Seconds for compiling, unless the run's budget ends before.
+COMPILE_TIMEOUT = 3600.0
+#: Bytes of the plan in one job, the rest of which is small.
+_PLAN_BYTES = MAX_JOB - 16384
+#: Problems that are shown; the report has all of them.
+_SHOWN = 5
+
+#: State of the stage. off: not wanted; unfit: not possible here, or not now.
+State = Literal["off", "unfit", "nothing", "done", "incomplete", "failed"]
+
+
+@dataclass
+class Stage:
+    """What became of the stage. Numbers are of entries of deep_gemm.
+
+    tasks: label → where its shapes are from. missing: names that were planned and are not there.
+    """
+
+    state: State
+    reason: str = ""
+    seconds: float = 0.0
+    named: int = 0
+    present: int = 0
+    made: int = 0
+    made_bytes: int = 0
+    workers: int = 0
+    worker_bytes: int = 0
+    cpu_seconds: float = 0.0
+    import_seconds: float = 0.0
+    paused: float = 0.0
+    keys: list[str] = field(default_factory=list)
+    tasks: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    #: Kernels that tasks compiled although the stage ran; None before they did.
+    gpu_kernels: int | None = None
+
+
+def known_shapes(root: Path, items: Iterable[Item]) -> dict[str, tuple[Shape, ...]]:
+    """Return model → shapes that markers of earlier runs name, for tasks that use them. root: the cache's index."""
+    models = {item.task.model for item in items if _asks(item) and _is_walked(item.task)}
+    models |= {item.task.model for item in items if "markers" in item.task.shapes_from}
+    return {model: marker_files.shapes_of(root, model) for model in sorted(models)}
+
+
+def run(executor: Executor, items: Sequence[Item], known: Mapping[str, Sequence[Shape]]) -> Stage:
+    """Run the stage for these items, as far as it is wanted and possible, and put it into the report.
+
+    known: shapes of earlier runs, by model. Raises Interrupted; with ``--prebuild-only``, where something is missing,
+    TasksError.
+    """
+    began, only = time.monotonic(), executor.context.options.prebuild_only
+    stage = _wanted(executor, items, only)
+    if stage is None:
+        stage = Stage("nothing")
+        try:
+            _Prebuild(executor, known, items, stage).run()
+        except BuilderError as error:
+            executor.context.cancel.check()
+            stage.state, stage.reason = "failed", error.message
+    stage.seconds = round(time.monotonic() - began, 1)
+    executor.context.report.extra["prebuild"] = asdict(stage)
+    _report(executor, stage)
+    if only and stage.state not in ("done", "nothing"):
+        raise TasksError(f"the prebuild is not complete: {stage.reason or f'{len(stage.missing)} kernels are missing'}")
+    return stage
+
+
+def finish(executor: Executor, stage: Stage) -> None:
+    """Add to the report what tasks compiled after the stage."""
+    if stage.state in ("off", "unfit"):
+        return
+    tasks = executor.context.report.tasks
+    stage.gpu_kernels = sum(task.added.get("deep_gemm", 0) for task in tasks)
+    executor.context.report.extra["prebuild"] = asdict(stage)
+    executor.context.console.say(
+        f"kernels of DeepGEMM: {stage.made} made on CPU cores before, {stage.gpu_kernels} by tasks on GPUs"
+    )
+
+
+def simulated_name(manifest: Manifest) -> str:
+    """Return the GPU to simulate for this manifest where there is none. Raises UsageError where it names none."""
+    wanted = manifest.gpus.pretend or manifest.gpus.name or ""
+    known = [name for name in GPUS if wanted and (wanted in GPUS[name].name or name in wanted)]
+    if not known:
+        text = f"{printable(repr(wanted))} is no GPU that can be simulated" if wanted else "it names no GPU"
+        remedy = f"set name, or pretend, to one of {', '.join(GPUS)}."
+        raise UsageError("which GPU?", [Problem(f"{manifest.path} [gpus]", f"{text}:", remedy)])
+    return known[0]
+
+
+def on_simulated_gpu(manifest: Manifest) -> Manifest:
+    """Return the manifest for a machine without GPUs: the same tasks, for the same family keys."""
+    name = simulated_name(manifest)
+    tasks = tuple(replace(task, env={**task.env, PRETEND_VARIABLE: name}) for task in manifest.tasks)
+    gpus = replace(manifest.gpus, count=0, devices=None, pretend=name)
+    return replace(manifest, gpus=gpus, tasks=tasks)
+
+
+# --- whether ---------------------------------------------------------------------------------------------------------
+
+
+def _wanted(executor: Executor, items: Sequence[Item], only: bool) -> Stage | None:
+    """Return why the stage does not run; None if it does."""
+    spec = executor.context.manifest.prebuild
+    if only:
+        return None
+    if spec.enabled is False:
+        return Stage("off", "[prebuild] enabled is false")
+    if not any(_asks(item) for item in items):
+        return Stage("off", "no cold task asks for kernels of DeepGEMM")
+    if spec.enabled == "proven":
+        names = {str(gpu.get("name")) for item in items for gpu in item.record["gpus"]}
+        unproven = sorted(name for name in names if proofs.find(name) is None)
+        if not names or unproven:
+            what = ", ".join(unproven) or "a machine without GPUs"
+            return Stage("off", f"not proven on {printable(what)}; see [prebuild] enabled")
+    if spec.when == "idle" and (use := executor.gpus_in_use()):
+        return Stage("unfit", f'{use}, and [prebuild] when is "idle"')
+    return None
+
+
+def _asks(item: Item) -> bool:
+    """Return whether a task may ask for kernels of DeepGEMM."""
+    task = item.task
+    if item.config_problem or not (task.recipe == "shapes" or RECIPES[task.recipe].server):
+        return False
+    return task.families is None or "deep_gemm" in task.families
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tasks with one environment, in which sglang is imported once."""
+
+    env: Mapping[str, str]
+    gpu: Gpu
+    key: str
+    items: tuple[Item, ...]
+
+
+class _Prebuild:
+    """One stage: plans of all groups, then their kernels."""
+
+    def __init__(
+        self, executor: Executor, known: Mapping[str, Sequence[Shape]], items: Sequence[Item], stage: Stage
+    ) -> None:
+        self._executor, self._known, self._stage = executor, known, stage
+        self._context = executor.context
+        self._groups = list(_groups(item for item in items if _asks(item)))
+        spec = self._context.manifest.prebuild
+        busy = executor.gpus_in_use() != ""
+        limits = _limits(busy, executor.shares_machine)
+        self._limits = replace(limits, workers=spec.workers or 0, memory=spec.memory or limits.memory)
+
+    def run(self) -> None:
+        self._executor.start()
+        seen: set[str] = set()
+        for group in self._groups:
+            planned = self._plan(group)
+            new = []
+            for shape in planned:
+                rest = _without(shape, seen)
+                seen |= {name for _, names in rest.kernels for name in names}
+                new += [rest] if rest.kernels else []
+            for batch in _batches(new):
+                self._compile(group, batch)
+        self._stage.named = len(seen)
+        if not self._stage.named and not self._stage.problems:
+            return
+        complete = not self._stage.missing and not self._stage.problems
+        self._stage.state = "done" if complete else "incomplete"
+        if self._stage.problems:
+            self._stage.reason = self._stage.problems[0]
+
+    def _plan(self, group: _Group) -> list[PlannedShape]:
+        shapes = list(dict.fromkeys(shape for item in group.items for shape in self._shapes(item.task)))
+        models = [item.task for item in group.items if _is_walked(item.task)]
+        if not shapes and not models:
+            return []
+        request = replace(self._limits, gpu=group.gpu, shapes=tuple(shapes), models=tuple(models))
+        found: list[PlannedShape] = []
+
+        def on_event(event: events.Event) -> None:
+            if isinstance(event, events.KernelsPlanned):
+                shape = Shape.parse(event.shape)
+                found.append(PlannedShape(shape, event.m_values, event.chunked_prefill_size, event.kernels))
+            elif isinstance(event, events.ModelWalked):
+                note = f"{event.source} ({event.note})" if event.note else event.source
+                self._stage.tasks[event.task] = f"{counted(len(event.shapes), 'shape')} of {note}"
+            else:
+                self._note(event)
+
+        self._do("plan", group, request, PLAN_TIMEOUT, on_event)
+        return found
+
+    def _shapes(self, task: Task) -> Iterator[PlannedShape]:
+        """Yield the shapes that are known on the host: the task's own, and those of earlier runs."""
+        listed = dict.fromkeys([*task.shapes, *self._known.get(task.model, ())])
+        size = chunked_prefill_size(task.argv, -1)
+        for shape in listed:
+            yield PlannedShape(shape, task.m_values, size if size > 0 else None)
+        if listed:
+            self._stage.tasks[task.label] = f"{counted(len(listed), 'shape')} of the manifest or of markers"
+
+    def _compile(self, group: _Group, shapes: Sequence[PlannedShape]) -> None:
+        request = replace(self._limits, gpu=group.gpu, shapes=tuple(shapes), key=group.key)
+        self._do("prebuild", group, request, COMPILE_TIMEOUT, self._note)
+
+    def _do(
+        self,
+        mode: Literal["plan", "prebuild"],
+        group: _Group,
+        request: PrebuildRequest,
+        seconds: float,
+        on_event: Callable[[events.Event], None],
+    ) -> None:
+        budget = self._context.budget.left()
+        if budget <= 0:
+            self._stage.problems.append("the run's budget ended")
+            return
+        why = self._executor.run_prebuild(mode, group.env, request, min(seconds, budget), on_event)
+        self._context.cancel.check()
+        if why and why not in self._stage.problems:
+            self._stage.problems.append(why)
+
+    def _note(self, event: events.Event) -> None:
+        stage = self._stage
+        if isinstance(event, events.PrebuildProblem):
+            what = ", ".join(event.what[:2]) + (f" and {len(event.what) - 2} more" if len(event.what) > 2 else "")
+            stage.problems.append(printable(f"{what}: {event.why}" if what else event.why))
+        elif isinstance(event, events.KernelsPrebuilt):
+            stage.made += event.made
+            stage.present += event.present
+            stage.made_bytes += event.bytes
+            stage.missing += event.missing
+            stage.workers = max(stage.workers, event.workers)
+            stage.worker_bytes = max(stage.worker_bytes, event.worker_bytes)
+            stage.cpu_seconds = round(stage.cpu_seconds + event.cpu_seconds, 1)
+            stage.import_seconds = round(stage.import_seconds + event.import_seconds, 1)
+            stage.paused = round(stage.paused + event.paused, 1)
+            stage.keys = sorted({*stage.keys, event.key})
+        elif isinstance(event, events.Phase):
+            self._context.console.say(f"  {printable(event.phase)}")
+
+
+def _is_walked(task: Task) -> bool:
+    """Return whether sglang's own model code is asked for the task's shapes."""
+    return RECIPES[task.recipe].server or "config" in task.shapes_from
+
+
+def _groups(items: Iterable[Item]) -> Iterator[_Group]:
+    """Yield the tasks of each environment together, in their order."""
+    found: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        key = toolchain.family_key(item.record, "deep_gemm")
+        found.setdefault((tuple(sorted(item.task.env.items())), key), []).append(item)
+    for (env, key), members in found.items():
+        yield _Group(dict(env), gpu_of(members[0].record), key, tuple(members))
+
+
+def gpu_of(record: Record) -> Gpu:
+    """Return the GPU of a probe record, for simulation. Figures that it lacks are those of the nearest known model.
+
+    Raises BuilderError where it has no GPU, or several kinds.
+    """
+    gpus = record["gpus"]
+    kinds = {(gpu.get("compute_capability"), gpu.get("sm_count")) for gpu in gpus}
+    if len(kinds) != 1 or None in next(iter(kinds)):
+        raise BuilderError(f"the probe found {'GPUs that it cannot tell, or of several kinds' if gpus else 'no GPU'}")
+    first = gpus[0]
+    capability = tuple(int(part) for part in str(first["compute_capability"]).split("."))
+    same = [gpu for gpu in GPUS.values() if gpu.capability == capability]
+    near = min(same or GPUS.values(), key=lambda gpu: abs(gpu.memory - int(first.get("memory_bytes") or 0)))
+    return Gpu(
+        name=str(first.get("name") or near.name),
+        capability=(capability[0], capability[1] if len(capability) > 1 else 0),
+        sms=int(first["sm_count"]),
+        memory=int(first.get("memory_bytes") or near.memory),
+        shared=int(first.get("shared_bytes") or near.shared),
+        l2=int(first.get("l2_bytes") or near.l2),
+    )
+
+
+def _limits(busy: bool, shares_machine: bool) -> PrebuildRequest:
+    """Return the limits of workers on this machine: beside other work half the cores, and memory that nothing uses.
+
+    busy: other processes use its GPUs. shares_machine: the containers run on this machine, so that its numbers count.
+    """
+    request = PrebuildRequest(gpu=GPUS["H200"], gentle=busy)
+    memory = machine.memory() if shares_machine else None
+    if memory is None:
+        return request
+    if busy:
+        return replace(request, cpus=machine.half_of_cores(), memory=memory.free)
+    return replace(request, memory=memory.available * 9 // 10)
+
+
+def _without(shape: PlannedShape, seen: set[str]) -> PlannedShape:
+    """Return the shape with those kernels alone that no shape before it makes."""
+    kernels = [(m, tuple(name for name in names if name not in seen)) for m, names in shape.kernels]
+    return replace(shape, kernels=tuple((m, names) for m, names in kernels if names))
+
+
+def _batches(shapes: Sequence[PlannedShape]) -> Iterator[list[PlannedShape]]:
+    """Yield the shapes in as few lists as fit into one job each."""
+    batch: list[PlannedShape] = []
+    length = 0
+    for shape in shapes:
+        for part in _parts(shape):
+            bytes_ = len(repr(asdict(part)))
+            if batch and length + bytes_ > _PLAN_BYTES:
+                yield batch
+                batch, length = [], 0
+            batch.append(part)
+            length += bytes_
+    if batch:
+        yield batch
+
+
+def _parts(shape: PlannedShape, kernels: int = 500) -> Iterator[PlannedShape]:
+    for at in range(0, len(shape.kernels), kernels):
+        yield replace(shape, m_values=(), kernels=shape.kernels[at : at + kernels])
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def _report(executor: Executor, stage: Stage) -> None:
+    say, warnings = executor.context.console.say, executor.context.report.warnings
+    if stage.state == "off":
+        return
+    if stage.state == "unfit":
+        say(f"prebuild: not run: {stage.reason}")
+        return
+    text = f"prebuild: {counted(stage.named, 'kernel')} named, {stage.present} there, {stage.made} made"
+    if stage.made:
+        text += f" ({size(stage.made_bytes)}) by {counted(stage.workers, 'worker')} of {size(stage.worker_bytes)}"
+    text += f" in {span(stage.seconds)}"
+    if stage.keys:
+        text += f", key {', '.join(stage.keys)}"
+    say(text)
+    for problem in stage.problems[:_SHOWN]:
+        warnings.append(f"prebuild: {problem}")
+    if len(stage.problems) > _SHOWN:
+        warnings.append(f"prebuild: {len(stage.problems) - _SHOWN} more problems; see prebuild in --json")
