@@ -16,6 +16,9 @@ from typing import Any
 
 UNREADABLE = "is unreadable"
 
+#: Longest number in a document.
+_DIGITS = 400
+
 
 class UnreadableError(Exception):
     """A file that cannot be used. The message is the reason, without the path.
@@ -37,34 +40,50 @@ def why(error: BaseException) -> str:
 def open_regular(path: str) -> tuple[int, int]:
     """Return a descriptor for reading and the size of a regular file. Raises UnreadableError for anything else.
 
-    O_NONBLOCK because opening a FIFO for reading would wait for a writer; a device or socket never passes the check.
-    Checking a file is no use of it: its access time stays as it was, where this process owns it.
+    The path itself may be no link; its directories may be: see `beneath` for what lies below an untrusted one.
     """
     try:
-        fd = _open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UnreadableError("is missing", missing=True) from None
+        return reopened(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.ELOOP:
-            raise UnreadableError("is a symbolic link") from None
-        raise UnreadableError(f"{UNREADABLE}: {why(error)}", refused=True) from None
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise UnreadableError("is not a regular file")
-    return fd, status.st_size
+        raise unreadable(error) from None
 
 
-def _open(path: str, flags: int) -> int:
+def reopened(known: int) -> tuple[int, int]:
+    """Return a descriptor for reading, and the size, of the file of this O_PATH descriptor, which is closed.
+
+    The type is known before the file is opened: opening a device may do harm, and opening a FIFO would wait.
+    Checking a file is no use of it: its access time stays as it was, where this process owns it.
+    Raises UnreadableError for anything but a regular file, OSError where it cannot be opened.
+    """
     try:
-        return os.open(path, flags | os.O_NOATIME)
-    except PermissionError:
-        return os.open(path, flags)
+        status = os.fstat(known)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableError("is a symbolic link" if stat.S_ISLNK(status.st_mode) else "is not a regular file")
+        path, flags = f"/proc/self/fd/{known}", os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags | os.O_NOATIME), status.st_size
+        except PermissionError:
+            return os.open(path, flags), status.st_size
+    finally:
+        os.close(known)
+
+
+def unreadable(error: OSError | ValueError) -> UnreadableError:
+    """Return the reason for this error of the operating system, or of a path that can be none."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return UnreadableError("is missing", missing=True)
+    if getattr(error, "errno", None) == errno.ELOOP:
+        return UnreadableError("lies behind a symbolic link, which is not followed")
+    return UnreadableError(f"{UNREADABLE}: {why(error)}", refused=True)
 
 
 def read_bytes(path: str, limit: int) -> bytes:
     """Return the whole file. Raises UnreadableError, also when it is larger than `limit` bytes."""
-    fd, size = open_regular(path)
+    return read_whole(*open_regular(path), limit)
+
+
+def read_whole(fd: int, size: int, limit: int) -> bytes:
+    """Return the content of this descriptor, which is closed. Raises UnreadableError, see `read_bytes`."""
     try:
         if size > limit:
             raise UnreadableError(f"is too large: {size} bytes")
@@ -90,13 +109,24 @@ def read_proc(path: str) -> str:
 
 def read_json(path: str, limit: int) -> Any:
     """Return the document in the file. Raises UnreadableError, also for what is not JSON or nested too deeply."""
-    data = read_bytes(path, limit)
+    return parsed(read_bytes(path, limit))
+
+
+def parsed(data: bytes) -> Any:
+    """Return the document in a file's content. Raises UnreadableError."""
     if not data:
         raise UnreadableError("is empty")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return json.loads(data, parse_int=_number)
+    except (ValueError, RecursionError, MemoryError) as error:
         raise UnreadableError(f"is not JSON: {type(error).__name__}") from None
+
+
+def _number(digits: str) -> int:
+    """Return a whole number. The time for one with many digits grows with their square."""
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def listing(path: str) -> list[os.DirEntry[str]] | None:

@@ -10,10 +10,10 @@ import errno
 import fcntl
 import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from builder import beneath
 from builder.text import printable
 
 LOCKS = Path("/proc/locks")
@@ -29,22 +29,20 @@ class NotALockError(OSError):
         super().__init__(errno.EINVAL, "is no regular file, so it cannot be a lock: remove it", str(path))
 
 
-def open_lock(path: Path, *, create: bool = False) -> int:
+def open_lock(path: Path, *, create: bool = False, root: Path | None = None) -> int:
     """Return a descriptor of a lock file. Raises OSError, and NotALockError for anything but a regular file.
 
-    create: make the file where it is missing, for all users as far as the umask allows.
+    create: make the file where it is missing, for all users as far as the umask allows. root: a directory above the
+    file below which nothing is trusted; without it, the directories of the path are.
     """
-    access = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+    access = os.O_RDWR if create else os.O_RDONLY
     try:
-        descriptor = os.open(path, access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise NotALockError(path) from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise NotALockError(path)
-    return descriptor
+        if root is None:
+            return beneath.open_at(None, str(path), access, create=create)
+        with beneath.Tree(root) as tree:
+            return tree.open_file(path.relative_to(root).as_posix(), access, create=create)
+    except beneath.NotRegularError:
+        raise NotALockError(path) from None
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:

@@ -84,7 +84,7 @@ class Guard:
 
         on_wait: called about twenty times a second meanwhile.
         """
-        descriptor = flock.open_lock(path, create=True)
+        descriptor = flock.open_lock(path, create=True, root=Path(self._job.mount))
         errors: list[OSError] = []
 
         def wait() -> None:

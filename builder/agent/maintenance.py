@@ -81,7 +81,7 @@ def _quarantine(root: Path, place: FamilyDirectory, output: Output) -> None:
     name = place.family.name
     moved = inventory.sweep(
         place.family,
-        place.path,
+        place.tree(),
         layout.quarantine(root, name, place.key),
         now=time.time(),
         older_than=inventory.IN_PROGRESS,

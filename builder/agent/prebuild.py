@@ -28,6 +28,7 @@ from builder.agent.output import Output
 from builder.agent.prebuild_forks import Kernel, ModelWalk, Request, Sweep
 from builder.agent.progress import LOG_SECONDS
 from builder.agent.recipes import CHUNKED_PREFILL_SIZE
+from builder.beneath import Tree
 from builder.cache import families, inventory, layout, model_store, toolchain
 from builder.cache.families import FAMILY
 from builder.events import FAILED, WARMED
@@ -211,7 +212,7 @@ def _compile(
     job: Job, request: PrebuildRequest, place: str, key: str, environ: Mapping[str, str], output: Output, guard: Guard
 ) -> None:
     family = FAMILY["deep_gemm"]
-    directory = Path(families.directory(job.mount, "deep_gemm", key))
+    directory = Tree(job.mount, f"deep_gemm/{key}")
     quarantine = layout.quarantine(Path(job.mount), "deep_gemm", key)
     moved = inventory.sweep(family, directory, quarantine, now=time.time(), older_than=inventory.IN_PROGRESS)
     for path, why in moved:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
+from builder.beneath import Tree
 from builder.cache.families import FAMILY
 from builder.events import EntryCounts, Phase, Progress
 
@@ -51,7 +51,7 @@ class EntryProgress:
     directories: by family.
     """
 
-    def __init__(self, output: Output, directories: Mapping[str, Path], seconds: float = ENTRIES_SECONDS) -> None:
+    def __init__(self, output: Output, directories: Mapping[str, Tree], seconds: float = ENTRIES_SECONDS) -> None:
         self._output, self._directories, self._seconds = output, directories, seconds
         self._first = self._reported = self._counts()
         self._counted = time.monotonic()
@@ -71,15 +71,9 @@ class EntryProgress:
         return {name: _count(FAMILY[name].layout, directory) for name, directory in self._directories.items()}
 
 
-def _count(layout: str, directory: Path) -> int:
-    if layout == "files":
-        total = 0
-        for _, _, files in os.walk(directory):
-            total += len(files)
-            if total > MOST_FILES:
-                break
-        return total
-    try:
-        return sum(1 for _ in (directory / "cache" if layout == "deep_gemm" else directory).iterdir())
-    except OSError:
-        return 0
+def _count(layout: str, directory: Tree) -> int:
+    with directory:
+        if layout == "files":
+            found = (item for _, item in directory.walk() if item is not None and not item.is_dir)
+            return sum(1 for _ in itertools.islice(found, MOST_FILES))
+        return len(directory.some("cache" if layout == "deep_gemm" else "", MOST_FILES) or ())

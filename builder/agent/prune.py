@@ -19,8 +19,8 @@ from builder import events, files, text
 from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
+from builder.beneath import Tree
 from builder.cache import layout, memos, removal, survey, usage
-from builder.cache.families import directory
 from builder.cache.retention import PrunePlan, PruneStep, plan
 from builder.events import FAILED, WARMED
 from builder.job import Job
@@ -43,7 +43,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
         return WARMED
     layout.prepare(root)
     views.remove_generations(root, guard)
-    freed = sum(_delete(path) for path in _leftovers(root))
+    freed = sum(_delete(root, name) for name in _leftovers(root))
     found = plan(root, policy, job_max=job.job_max, now=now)
     for step in found.steps:
         guard.check()
@@ -106,61 +106,62 @@ def _do(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, i
 
 
 def _drop_marker(root: Path, name: str) -> None:
-    path = root / name
-    path.unlink(missing_ok=True)
-    files.sync_directory(path.parent)
-    usage.forget(root, name)
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
+    folder = name.rpartition("/")[0]
+    with Tree(root) as tree:
+        with contextlib.suppress(FileNotFoundError):
+            tree.unlink(name)
+        tree.sync(folder)
+        usage.forget(root, name)
+        with contextlib.suppress(OSError):
+            tree.rmdir(folder)
 
 
 def _drop_family(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
-    path = Path(directory(str(root), step.family, step.key))
     with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now) as refusal:
         if refusal:
             return replace(step, stays=refusal), 0
-        doomed = _move(root, path, f"{step.family}-{step.key}")
-        (path.parent / f"{step.key}.json").unlink(missing_ok=True)
-    return step, _delete(doomed)
+        doomed = _move(root, step, f"{step.family}/{step.key}")
+        with Tree(root) as tree, contextlib.suppress(FileNotFoundError):
+            tree.unlink(f"{step.family}/{step.key}.json")
+    return step, _delete(root, doomed)
 
 
 def _drop_entries(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
-    base = Path(directory(str(root), step.family, step.key))
     freed, stays = 0, ""
-    for name in step.names:
-        with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now, what=base / name) as refusal:
+    for entry in step.names:
+        name = f"{step.family}/{step.key}/{entry}"
+        with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now, what=root / name) as refusal:
             if refusal:
                 stays = stays or refusal
                 continue
-            doomed = _move(root, base / name, f"{step.family}-{step.key}")
-        freed += _delete(doomed)
+            doomed = _move(root, step, name)
+        freed += _delete(root, doomed)
     return (replace(step, stays=stays) if stays and not freed else step), freed
 
 
-def _move(root: Path, path: Path, name: str) -> Path:
-    """Rename it into the folder of what is being deleted."""
-    doomed = root / PRUNED / f"{name}-{os.urandom(16).hex()}"
-    doomed.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(doomed)
-    files.sync_directory(path.parent)
+def _move(root: Path, step: PruneStep, name: str) -> str:
+    """Rename it into the folder of what is being deleted; return its new path below the root."""
+    doomed = f"{PRUNED}/{step.family}-{step.key}-{os.urandom(16).hex()}"
+    with Tree(root) as tree:
+        tree.make_folder(PRUNED)
+        tree.move(name, tree, doomed)
+        tree.sync(name.rpartition("/")[0])
     return doomed
 
 
-def _leftovers(root: Path) -> Iterator[Path]:
-    for item in files.listing(str(root / PRUNED)) or ():
-        yield Path(item.path)
+def _leftovers(root: Path) -> Iterator[str]:
+    with Tree(root) as tree:
+        yield from (item.name for item in tree.listing(PRUNED) or ())
 
 
-def _delete(path: Path) -> int:
+def _delete(root: Path, name: str) -> int:
     """Delete it. Returns the bytes freed: those of files that had no other hard link."""
     freed = 0
-    with contextlib.suppress(OSError):
-        found = [path]
-        if stat.S_ISDIR(path.lstat().st_mode):
-            found += [path / name for name, _ in files.walk(str(path), ())]
-        for item in found:
+    with contextlib.suppress(OSError), Tree(root) as tree:
+        found = [tree.lstat(name)]
+        for _, item in tree.walk(name) if stat.S_ISDIR(found[0].st_mode) else ():
             with contextlib.suppress(OSError):
-                status = item.lstat()
-                if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
-                    freed += status.st_blocks * 512
-    return freed if removal.remove(path) is None else 0
+                found += [item.stat()] if item is not None else []
+        kept = [status for status in found if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1]
+        freed = sum(status.st_blocks * 512 for status in kept)
+    return freed if removal.remove(root, name) is None else 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -18,9 +17,10 @@ from pathlib import Path
 from builder import events, text
 from builder.agent.guard import Guard
 from builder.agent.output import Output
+from builder.beneath import Tree
 from builder.cache import generations, layout, overlay_audit
 from builder.cache.findings import KINDS, Audit, foremost
-from builder.cache.view_records import ViewRecord, home, read, records, write
+from builder.cache.view_records import FOLDER, ViewRecord, home, read, records, write
 from builder.events import FAILED, WARMED
 from builder.job import MERGED, Job
 
@@ -35,16 +35,16 @@ def create(job: Job, output: Output, guard: Guard) -> int:
     root, name, engine = Path(job.mount), job.view.name, job.view.engine
     layout.prepare(root)
     guard.acquire(layout.generations_lock(root), exclusive=True)
-    home(root).mkdir(exist_ok=True)
+    tree = Tree(root)
+    tree.make_folder(FOLDER)
     generations.remove_unfinished(generations.home(root))
     generations.remove_unfinished(home(root))
-    folder = home(root) / name
-    if os.path.lexists(folder):
-        other = read(folder)
+    if tree.exists(f"{FOLDER}/{name}"):
+        other = read(root, name)
         if other is not None and other.engine != engine:
             output.say(f"the view {name} belongs to another engine ({text.printable(other.engine)}): drop it there")
             return FAILED
-        generations.remove(folder, home(root))  # without a volume: left by a killed builder
+        tree.remove(f"{FOLDER}/{name}")  # without a volume: left by a killed builder
     output.event(events.Phase("looking for what is new"))
     generation, omitted = generations.publish(root, check=guard.check)
     record = ViewRecord(name, generation, time.time(), engine)
@@ -56,20 +56,18 @@ def create(job: Job, output: Output, guard: Guard) -> int:
 
 
 def _make(root: Path, record: ViewRecord) -> None:
-    new = home(root) / f".{record.view}.{os.urandom(8).hex()}.tmp"
+    new = f".{record.view}.{os.urandom(8).hex()}.tmp"
+    tree = Tree(root, FOLDER)
     try:
-        for layer in ("upper", "work"):
-            (new / layer).mkdir(parents=True)
+        tree.make_folder(f"{new}/upper")
+        tree.make_folder(f"{new}/work")
         # The top folder that the job sees has the mode and owner of the root.
-        shutil.copystat(root, new / "upper")
-        status = root.stat()
-        with contextlib.suppress(OSError):
-            os.chown(new / "upper", status.st_uid, status.st_gid)
-        write(new, record)
-        new.rename(home(root) / record.view)
+        tree.copy_mode(f"{new}/upper", root.stat())
+        write(root, new, record)
+        tree.move(new, tree, record.view)
     except BaseException:
-        if new.exists():
-            generations.remove(new, home(root))
+        if tree.exists(new):
+            tree.remove(new)
         raise
 
 
@@ -77,10 +75,10 @@ def drop(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``view-drop``: remove the layers of a view; its volume is already removed."""
     root, name = Path(job.mount), job.view.name
     guard.acquire(layout.generations_lock(root), exclusive=True)
-    folder = home(root) / name
-    if os.path.lexists(folder):
-        generations.remove(folder, home(root))
-        output.event(events.Removed("", "", f"views/{name}"))
+    with Tree(root) as tree:
+        if tree.exists(f"{FOLDER}/{name}"):
+            tree.remove(f"{FOLDER}/{name}")
+            output.event(events.Removed("", "", f"views/{name}"))
     generations.remove_unfinished(home(root))
     return WARMED
 
@@ -91,13 +89,13 @@ def list_all(job: Job, output: Output, guard: Guard) -> int:
     views = records(root)
     for name, record in sorted(views.items()):
         if wanted in ("", name):
-            size, count, written = _size(home(root) / name / "upper", guard.check)
+            size, count, written = _size(Tree(root, f"{FOLDER}/{name}/upper"), guard.check)
             state = events.ViewState(**vars(record)) if record else events.ViewState(name)
             idle = time.time() - max(written, state.created)
             output.event(replace(state, bytes=size, files=count, idle=idle))
     for generation in generations.known(root) if not wanted else ():
         tree = generations.tree(root, generation)
-        size, count, _ = _size(tree, guard.check)
+        size, count, _ = _size(Tree(root, f"generations/{generation}"), guard.check)
         users = sorted(name for name, record in views.items() if record and record.generation == generation)
         output.event(events.GenerationState(generation, tree.lstat().st_mtime, size, count, tuple(users)))
     return WARMED
@@ -119,7 +117,8 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
         if record is not None and record.engine != job.view.engine:
             output.event(events.Kept("", "", f"views/{name}", "another engine has its volume"))
         else:
-            generations.remove(home(root) / name, home(root))
+            with Tree(root) as tree:
+                tree.remove(f"{FOLDER}/{name}")
             output.event(events.Removed("", "", f"views/{name}"))
     for generation in _unused(root, spare=1):
         guard.check()
@@ -151,13 +150,13 @@ def _unused(root: Path, *, spare: int) -> list[str]:
 def audit(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``view-audit``: report what the job changed in its view."""
     root, name = Path(job.mount), job.view.name
-    record = read(home(root) / name)
+    record = read(root, name)
     if record is None or not generations.tree(root, record.generation).is_dir():
         output.say(f"the view {name} is not whole: its record or its generation is missing. Drop it")
         return FAILED
     layers = overlay_audit.Layers(
-        lower=generations.tree(root, record.generation),
-        upper=home(root) / name / "upper",
+        lower=Tree(root, f"generations/{record.generation}"),
+        upper=Tree(root, f"{FOLDER}/{name}/upper"),
         merged=Path(MERGED),
         mount=job.mount,
         created=record.created,
@@ -190,25 +189,23 @@ MODES: dict[str, Callable[[Job, Output, Guard], int]] = {
 }
 
 
-def _size(base: Path, check: Callable[[], None]) -> tuple[int, int, float]:
+def _size(base: Tree, check: Callable[[], None]) -> tuple[int, int, float]:
     """Return bytes and number of the files below, and the time of the last write or move there.
 
     Of a tree with more than MOST_VISITED entries, that of a part.
     """
     size = count = visited = 0
     latest = 0.0
-    stack = [str(base)]
+    stack = [""]
     while stack and visited < MOST_VISITED:
-        with contextlib.suppress(OSError), os.scandir(stack.pop()) as items:
-            for item in items:
-                visited += 1
-                if visited > MOST_VISITED:
-                    break
-                check()
-                status = item.stat(follow_symlinks=False)
+        for item in base.some(stack.pop(), MOST_VISITED - visited) or ():
+            visited += 1
+            check()
+            with contextlib.suppress(OSError):
+                status = item.stat()
                 latest = max(latest, status.st_ctime)
                 if stat.S_ISDIR(status.st_mode):
-                    stack.append(item.path)
+                    stack += [] if base.is_too_deep(item.name) else [item.name]
                 else:
                     count += 1
                     size += status.st_size if stat.S_ISREG(status.st_mode) else 0

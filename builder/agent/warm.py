@@ -27,6 +27,7 @@ from builder.agent.pass_context import Partial, PassContext
 from builder.agent.process import Failed
 from builder.agent.progress import EntryProgress
 from builder.agent.recipes import Passes
+from builder.beneath import Tree
 from builder.cache import families, inventory, layout, markers, memos, model_store, removal, toolchain
 from builder.cache.coverage import needs_config
 from builder.cache.entries import EntryProblem
@@ -214,7 +215,7 @@ class Warming:
             grace=max(0.5, self._job.grace - 1.0),
             compile_lock=self._compile_lock,
             entries=lambda: sum(len(found.valid) for found in self._scan().values()),
-            on_tick=EntryProgress(self._output, {name: self._directory(name) for name in self._candidates()}).tick,
+            on_tick=EntryProgress(self._output, {name: self._tree(name) for name in self._candidates()}).tick,
         )
         self._phase(task.recipe)
         first = passes.first(context)
@@ -247,7 +248,7 @@ class Warming:
             key = self._keys[family.name]
             moved = inventory.sweep(
                 family,
-                self._directory(family.name),
+                self._tree(family.name),
                 layout.quarantine(self._root, family.name, key),
                 now=time.time(),
                 older_than=inventory.IN_PROGRESS,
@@ -320,7 +321,7 @@ class Warming:
     def _is_in_progress(self, family: str, entry: str, problem: EntryProblem) -> bool:
         """Return whether another task may be making this invalid entry now."""
         return self._compile_lock.active and inventory.may_be_in_progress(
-            FAMILY[family], self._directory(family), entry, problem, now=time.time()
+            FAMILY[family], self._tree(family), entry, problem, now=time.time()
         )
 
     def _second_pass(
@@ -361,9 +362,7 @@ class Warming:
         return list(RECIPES[self._task.recipe].requires) or [family.name for family in FAMILIES if family.claimable]
 
     def _scan(self) -> dict[str, Inventory]:
-        return {
-            family.name: inventory.scan(family, self._directory(family.name)) for family in FAMILIES if family.claimable
-        }
+        return {family.name: inventory.scan(family, self._tree(family.name)) for family in FAMILIES if family.claimable}
 
     def _count(self, found: Mapping[str, Inventory], *, only: list[str]) -> None:
         """Put into the verdict the valid entries of these families, and what the run added to any family.
@@ -386,8 +385,8 @@ class Warming:
         """Return the shapes of the first pass, as far as it got."""
         return tuple(str(shape) for shape in self._watches[0].shapes) if self._watches else ()
 
-    def _directory(self, family: str) -> Path:
-        return Path(families.directory(self._job.mount, family, self._keys[family]))
+    def _tree(self, family: str) -> Tree:
+        return Tree(self._root, f"{family}/{self._keys[family]}")
 
     def _phase(self, phase: str) -> None:
         self._guard.check()
@@ -396,7 +395,7 @@ class Warming:
     def _weigh(self, done: Proven) -> dict[str, int]:
         """Return the bytes of the entries that the marker lists: a warm-up under other keys needs as many."""
         return {
-            name: sum(inventory.weigh(FAMILY[name], self._directory(name), entry) for entry in done.used[name])
+            name: sum(inventory.weigh(FAMILY[name], self._tree(name), entry) for entry in done.used[name])
             for name in done.claims
         }
 

@@ -9,6 +9,7 @@ The text of a problem holds names that a job has chosen, so nothing is decided b
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import posixpath
 import stat
@@ -16,8 +17,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from builder.beneath import Item, Tree
 from builder.cache.families import Family
-from builder.files import UNREADABLE, UnreadableError, is_dir, listing, matches, open_regular, read_json, walk, why
+from builder.files import UNREADABLE, UnreadableError, matches, why
 from builder.text import printable
 
 
@@ -49,7 +51,12 @@ MISSING = EntryProblem(ProblemKind.MISSING, "missing")
 _UNFINISHED = EntryProblem(ProblemKind.UNFINISHED, "no __grp__ file")
 _UNLISTED = EntryProblem(ProblemKind.UNREADABLE, f"{UNREADABLE}: a directory that cannot be listed")
 
-_JSON_LIMIT = 4 << 20
+#: Bytes of a JSON file of one entry (about 2 kB as they are written), and files of one entry (about ten).
+_JSON_LIMIT = 256 << 10
+_FILES = 4096
+#: Bytes of a table of an ELF file, and of it that are read at once: a sparse file of 4 kB can claim any number.
+_TABLE_LIMIT = 1 << 20
+_CHUNK = 64 << 10
 _ELF_SUFFIXES = (".so", ".o", ".cubin")
 _TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdgcn", ".hsaco")
 
@@ -71,31 +78,34 @@ _SHT_NOBITS = 8
 # Names of entries, by layout
 
 
-def _deep_gemm_names(family: Family, base: str) -> Iterator[str]:
-    for item in listing(f"{base}/cache") or ():
+def _deep_gemm_names(family: Family, tree: Tree) -> Iterator[str]:
+    items = tree.listing("cache")
+    if items is None and not tree.is_dir("cache"):
+        yield "cache"  # a link to a directory, with a name that nothing else has
+    for item in items or ():
         # <name>.<hash>: a directory without a dot (lost+found) is no entry.
-        if "." in item.name[1:] and not matches(item.name, family.transient) and is_dir(item):
-            yield f"cache/{item.name}"
-
-
-def _triton_names(family: Family, base: str) -> Iterator[str]:
-    for item in listing(base) or ():
-        # Triton makes the directory before its first file: with nothing finished in it, it is no entry yet.
-        if not matches(item.name, family.transient) and is_dir(item) and _finished(family, item.path) != []:
+        if item.is_dir and "." in item.last[1:] and not matches(item.last, family.transient):
             yield item.name
 
 
-def _file_names(family: Family, base: str) -> Iterator[str]:
-    for name, item in walk(base, family.transient):
+def _triton_names(family: Family, tree: Tree) -> Iterator[str]:
+    for item in tree.listing() or ():
+        # Triton makes the directory before its first file: with nothing finished in it, it is no entry yet.
+        if item.is_dir and not matches(item.last, family.transient) and _finished(family, tree, item.name) != []:
+            yield item.name
+
+
+def _file_names(family: Family, tree: Tree) -> Iterator[str]:
+    for name, item in tree.walk("", family.transient):
         host_specific = "/" not in name and matches(name, family.host_specific)
         if name.partition("/")[0] in family.apart or host_specific:
             continue
-        if item is None or item.is_file(follow_symlinks=False):
+        if item is None or item.is_file or (item.is_dir and tree.is_too_deep(name)):
             yield name
 
 
 #: Functions that list the names of a layout's entries: (family, its directory) -> names from that directory.
-NAMES: Mapping[str, Callable[[Family, str], Iterator[str]]] = {
+NAMES: Mapping[str, Callable[[Family, Tree], Iterator[str]]] = {
     "deep_gemm": _deep_gemm_names,
     "triton": _triton_names,
     "files": _file_names,
@@ -105,24 +115,33 @@ NAMES: Mapping[str, Callable[[Family, str], Iterator[str]]] = {
 # Problems, by layout
 
 
-def problem_of(family: Family, base: str, name: str, mount: str | None) -> EntryProblem | None:
-    """Return what is wrong with an entry, naming the file; None when it is valid; MISSING when it does not exist."""
-    path = f"{base}/{name}"
+def problem_of(family: Family, tree: Tree, name: str, mount: str | None) -> EntryProblem | None:
+    """Return what is wrong with an entry, naming the file; None when it is valid; MISSING when it does not exist.
+
+    tree: the family's directory.
+    """
     try:
-        mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
+        if family.layout == "files":
+            return _single_problem(tree, name)
+        tree.enter(name)
+    except FileNotFoundError:
         return MISSING
-    except (OSError, ValueError) as error:
-        return _refused(error)
-    if family.layout == "files":
-        if stat.S_ISDIR(mode):
-            return MISSING if listing(path) is not None else _UNLISTED
-        return _file_problem(path, name)
-    if not stat.S_ISDIR(mode):
+    except NotADirectoryError:
         return _invalid("is not a directory")
+    except (OSError, ValueError) as error:
+        return _invalid(why(error)) if getattr(error, "errno", None) == errno.ELOOP else _refused(error)
     if family.layout == "deep_gemm":
-        return _joined(_deep_gemm_problems(path, name))
-    return _joined(_triton_problems(family, base, name, mount))
+        return _joined(_deep_gemm_problems(tree, name))
+    return _joined(_triton_problems(family, tree, name, mount))
+
+
+def _single_problem(tree: Tree, name: str) -> EntryProblem | None:
+    """Return the problem of an entry that is a file. Raises OSError."""
+    if not stat.S_ISDIR(tree.lstat(name).st_mode):
+        return file_problem(tree, name)
+    if tree.is_too_deep(name):
+        return _invalid("is nested too deeply")
+    return MISSING if tree.some(name, 1) is not None else _UNLISTED
 
 
 def _joined(problems: list[EntryProblem]) -> EntryProblem | None:
@@ -146,36 +165,38 @@ def _unusable(error: UnreadableError, label: str) -> EntryProblem:
     return EntryProblem(ProblemKind.UNREADABLE if error.refused else ProblemKind.INVALID, printable(f"{label} {error}"))
 
 
-def _deep_gemm_problems(path: str, name: str) -> list[EntryProblem]:
+def _deep_gemm_problems(tree: Tree, name: str) -> list[EntryProblem]:
     """sgl-deep-gemm <= 0.1.7 writes ``kernel.<name>.<hash>/{kernel.cu,kernel.cubin}``; 0.2 writes ``<name>.<hash>/``
     with ``meta.json`` and ``.committed`` as well, and takes a directory without the latter for a miss, forever."""
     directory = name.rpartition("/")[2]
     old = directory.startswith("kernel.") and directory.count(".") >= 2
     problems = []
-    if not old and not _is_regular(f"{path}/.committed"):
+    if not old and not _is_regular(tree, f"{name}/.committed"):
         problems.append(_invalid("no .committed"))
-    if problem := elf_problem(f"{path}/kernel.cubin", "kernel.cubin"):
+    if problem := file_problem(tree, f"{name}/kernel.cubin"):
         problems.append(problem)
-    if problem := _not_empty(f"{path}/kernel.cu", "kernel.cu"):
+    if problem := _not_empty(tree, f"{name}/kernel.cu", "kernel.cu"):
         problems.append(problem)
     if not old:
         try:
-            if not isinstance(read_json(f"{path}/meta.json", _JSON_LIMIT), dict):
+            if not isinstance(tree.read_json(f"{name}/meta.json", _JSON_LIMIT), dict):
                 problems.append(_invalid("meta.json is not an object"))
         except UnreadableError as error:
             problems.append(_unusable(error, "meta.json"))
     return problems
 
 
-def _triton_problems(family: Family, base: str, name: str, mount: str | None) -> list[EntryProblem]:
+def _triton_problems(family: Family, tree: Tree, name: str, mount: str | None) -> list[EntryProblem]:
     """A kernel is found through ``__grp__<file>``, which lists its files by absolute path. Directories without a group
     hold a compiled launcher or driver helper (``.so``), or autotune results."""
-    items = _finished(family, f"{base}/{name}")
+    items = _finished(family, tree, name)
     if items is None:
         return [_UNLISTED]
     if not items:
         return [MISSING]
-    names = sorted(item.name for item in items)
+    if len(items) > _FILES:
+        return [_invalid(f"it holds more than {_FILES} files")]
+    names = sorted(item.last for item in items)
     groups = [file for file in names if file.startswith("__grp__")]
     if groups:
         loose = [file for file in names if file.endswith(".so")]
@@ -183,20 +204,23 @@ def _triton_problems(family: Family, base: str, name: str, mount: str | None) ->
         return [_UNFINISHED]
     else:
         loose = names
-    problems = [problem for file in loose if (problem := _file_problem(f"{base}/{name}/{file}", file))]
+    problems = [problem for file in loose if (problem := file_problem(tree, f"{name}/{file}"))]
     for group in groups:
-        problems += _group_problems(family, base, name, group, mount)
+        problems += _group_problems(family, tree, name, group, mount)
     return problems
 
 
-def _group_problems(family: Family, base: str, name: str, group: str, mount: str | None) -> list[EntryProblem]:
+def _group_problems(family: Family, tree: Tree, name: str, group: str, mount: str | None) -> list[EntryProblem]:
     try:
-        document = read_json(f"{base}/{name}/{group}", _JSON_LIMIT)
+        document = tree.read_json(f"{name}/{group}", _JSON_LIMIT)
     except UnreadableError as error:
         return [_unusable(error, group)]
     children = document.get("child_paths") if isinstance(document, dict) else None
     if not isinstance(children, dict) or not children:
         return [_invalid(f"{group} has no child_paths")]
+    if len(children) > _FILES:
+        return [_invalid(f"{group} lists more than {_FILES} files")]
+    base = str(tree.path)
     below = f"/{family.name}/{posixpath.basename(posixpath.normpath(base))}/{name}/"
     problems = []
     for child, recorded in children.items():
@@ -212,59 +236,45 @@ def _group_problems(family: Family, base: str, name: str, group: str, mount: str
             # All other children have the same problem.
             elsewhere = f"{group} points to {recorded[:300]}, not here: it was made under another mount path"
             return [*problems, _invalid(elsewhere)]
-        if problem := _file_problem(f"{base}/{name}/{child}", child):
+        if problem := file_problem(tree, f"{name}/{child}"):
             problems.append(problem)
     return problems
 
 
-def _file_problem(path: str, name: str) -> EntryProblem | None:
-    """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's."""
-    label = printable(name.rpartition("/")[2])
-    if name.endswith(_ELF_SUFFIXES):
-        return elf_problem(path, label)
-    try:
-        fd, size = open_regular(path)
-    except UnreadableError as error:
-        return _unusable(error, label)
-    try:
-        magic = os.pread(fd, 4, 0)
-    except OSError as error:
-        return _refused(error, label)
-    finally:
-        os.close(fd)
-    if not size:
-        return _invalid(f"{label} is empty")
-    return elf_problem(path, label) if magic == _ELF_MAGIC else None
+def file_problem(tree: Tree, name: str) -> EntryProblem | None:
+    """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's.
 
-
-# ELF
-
-
-def elf_problem(path: str, label: str) -> EntryProblem | None:
-    """Return what is wrong with an ELF file, beginning with `label`; None when it is as long as its tables require.
-
-    Only the header and the two tables are read: a cache holds gigabytes, and every check reads a marker's entries.
+    Of an ELF file, only the header and the two tables are read: a cache holds gigabytes, and every check reads a
+    marker's entries.
     """
+    label = printable(name.rpartition("/")[2])
     try:
-        fd, size = open_regular(path)
+        fd, size = tree.open_regular(name)
     except UnreadableError as error:
         return _unusable(error, label)
     try:
-        problem = _tables(fd, size) if size else "is empty"
+        if not size:
+            return _invalid(f"{label} is empty")
+        header = os.pread(fd, 64, 0)
+        if header[:4] != _ELF_MAGIC and not name.endswith(_ELF_SUFFIXES):
+            return None
+        problem = _tables(fd, size, header)
         if problem is None and size <= _PLAN_ONLY_BYTES and PLAN_ONLY.encode() in os.pread(fd, size, 0):
             problem = "is of the plan pass of a prebuild, and no kernel"
     except OSError as error:
         return _refused(error, label)
-    except struct.error:
+    except (struct.error, OverflowError, MemoryError):
         problem = "is damaged: its ELF tables do not parse"
     finally:
         os.close(fd)
     return _invalid(f"{label} {problem}") if problem else None
 
 
-def _tables(fd: int, size: int) -> str | None:
+# ELF
+
+
+def _tables(fd: int, size: int, header: bytes) -> str | None:
     """Return what is wrong by header and both tables, without the label; never reads the contents."""
-    header = os.pread(fd, 64, 0)
     if header[:4] != _ELF_MAGIC or (len(header) > 5 and not (header[4] in (1, 2) and header[5] in (1, 2))):
         return "is not ELF"
     wide = header[4:5] == b"\2"
@@ -295,60 +305,78 @@ def _tables(fd: int, size: int) -> str | None:
         end = max(end, at + count * step)
         if end > size:
             return f"is cut: {size} of {end} bytes"
-        rows = struct.iter_unpack(f"{order}{row}{step - least}x", os.pread(fd, count * step, at))
-        # A row of kind NULL describes nothing, and a section of kind NOBITS takes no room in the file.
-        nobits = _SHT_NOBITS if what == "section" else None
-        ends = [offset if kind == nobits else offset + length for kind, offset, length in rows if kind]
-        if not ends:
+        if count * step > _TABLE_LIMIT:
+            return f"is damaged: its {what} table has {count * step} bytes"
+        last = _last_byte(fd, at, count, step, f"{order}{row}{step - least}x", what)
+        if last is None:
             return f"is damaged: its {what} table is blank"
-        end = max(end, *ends)
+        end = max(end, last)
     if not end:
         return "is damaged: it has neither sections nor segments"
     return f"is cut: {size} of {end} bytes" if end > size else None
 
 
+def _last_byte(fd: int, at: int, count: int, step: int, row: str, what: str) -> int | None:
+    """Return the end of what a table describes furthest into the file; None where it describes nothing."""
+    # A row of kind NULL describes nothing, and a section of kind NOBITS takes no room in the file.
+    nobits = _SHT_NOBITS if what == "section" else None
+    rows = max(1, _CHUNK // step)
+    last: int | None = None
+    for first in range(0, count, rows):
+        data = os.pread(fd, min(rows, count - first) * step, at + first * step)
+        ends = [
+            offset if kind == nobits else offset + length
+            for kind, offset, length in struct.iter_unpack(row, data)
+            if kind
+        ]
+        if ends:
+            last = max(ends) if last is None else max(last, *ends)
+    return last
+
+
 # Details
 
 
-def _finished(family: Family, path: str) -> list[os.DirEntry[str]] | None:
-    items = listing(path)
-    return None if items is None else [item for item in items if not matches(item.name, family.transient)]
+def _finished(family: Family, tree: Tree, name: str) -> list[Item] | None:
+    """Return the files of an entry that are no longer being written; one more than `_FILES` at most."""
+    items = tree.some(name, _FILES + 1)
+    return None if items is None else [item for item in items if not matches(item.last, family.transient)]
 
 
-def size_and_times(family: Family, base: str, name: str) -> tuple[int, int, int]:
+def size_and_times(family: Family, tree: Tree, name: str) -> tuple[int, int, int]:
     """Return bytes, use and writing of an entry, times in nanoseconds.
 
     use: mtime of its ``.committed``, which a hit touches; 0 without one.
     writing: newest mtime of its other files, which only compiling changes; 0 where a use changes it too.
     """
-    path, size, used, written = f"{base}/{name}", 0, 0, 0
+    size, used, written = 0, 0, 0
     try:
-        status = os.lstat(path)
+        status = tree.lstat(name)
         if not stat.S_ISDIR(status.st_mode):
             steady = not matches(name.rpartition("/")[2], family.rewritten)
             return status.st_size, 0, status.st_mtime_ns if steady else 0
-        for item in listing(path) or ():
-            found = item.stat(follow_symlinks=False)
+        for item in tree.some(name, _FILES) or ():
+            found = item.stat()
             size += found.st_size if stat.S_ISREG(found.st_mode) else 0
-            if item.name == ".committed":
+            if item.last == ".committed":
                 used = found.st_mtime_ns
-            elif not matches(item.name, family.transient):
+            elif not matches(item.last, family.transient):
                 written = max(written, found.st_mtime_ns)
     except (OSError, ValueError):
         return size, used, 0
     return size, used, written
 
 
-def _is_regular(path: str) -> bool:
+def _is_regular(tree: Tree, name: str) -> bool:
     try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
+        return stat.S_ISREG(tree.lstat(name).st_mode)
     except (OSError, ValueError):
         return False
 
 
-def _not_empty(path: str, label: str) -> EntryProblem | None:
+def _not_empty(tree: Tree, name: str, label: str) -> EntryProblem | None:
     try:
-        status = os.lstat(path)
+        status = tree.lstat(name)
     except FileNotFoundError:
         return _invalid(f"{label} is missing")
     except OSError as error:

@@ -7,16 +7,15 @@ did, and printable in any case.
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from builder.beneath import Tree
 from builder.cache.families import Family
 from builder.events import Finding
-from builder.files import listing, matches
+from builder.files import matches
 from builder.task import Shape
 from builder.text import printable, shortened
 
@@ -29,6 +28,8 @@ JIT = ("compiled", "rewritten")
 #: sglang's lock around the warm-up of one DeepGEMM shape, below the family's directory (sglang 0.5.20 and later).
 _LOCK = re.compile(r"([A-Z][A-Z0-9_]{0,80})_n(\d{1,12})_k(\d{1,12})_g(\d{1,12})\.lock", re.ASCII)
 _LONGEST = 240
+#: Files of one entry whose times are read.
+_MOST_FILES = 4096
 _SERVER = 'A task with the job\'s server covers them:\n# [[task]], model = "…", recipe = "serve", argv = ["…"]'
 
 
@@ -120,30 +121,24 @@ def with_shapes(findings: Iterable[Finding], locks: Sequence[tuple[float, Shape]
     return chosen
 
 
-def span(family: Family, path: Path, *, earliest: float, latest: float) -> tuple[int, float, float]:
+def span(family: Family, tree: Tree, name: str, *, earliest: float, latest: float) -> tuple[int, float, float]:
     """Return bytes, first and last write of an entry's files; stamps, which a hit touches, do not count.
 
     earliest, latest: limits of both times, because every user can set them.
     """
     size, times = 0, []
-    for item in _files(path):
+    names = [item.name for item in tree.some(name, _MOST_FILES) or ()] if tree.is_dir(name) else [name]
+    for file in names:
         try:
-            status = item.stat(follow_symlinks=False) if isinstance(item, os.DirEntry) else item.lstat()
-        except OSError:
+            status = tree.lstat(file)
+        except (OSError, ValueError):
             continue
+        last = file.rpartition("/")[2]
         if stat.S_ISREG(status.st_mode):
             size += status.st_size
-            if item.name != ".committed" and not matches(item.name, family.transient):
+            if last != ".committed" and not matches(last, family.transient):
                 times.append(min(max(status.st_mtime, earliest), latest))
     return size, min(times, default=0.0), max(times, default=0.0)
-
-
-def _files(path: Path) -> Sequence[os.DirEntry[str] | Path]:
-    try:
-        folder = stat.S_ISDIR(path.lstat().st_mode)
-    except (OSError, ValueError):
-        return []
-    return (listing(str(path)) or []) if folder else [path]
 
 
 # The manifest lines that would cover it

@@ -239,7 +239,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _locked(path: Path, shared: bool, locks: contextlib.ExitStack) -> bool:
     """Try the family's lock: shared keeps removers away, exclusive compilers as well."""
-    descriptor = flock.open_lock(path, create=True)
+    descriptor = flock.open_lock(path, create=True, root=path.parent.parent)
     locks.callback(os.close, descriptor)
     return flock.try_lock(descriptor, shared=shared)
 

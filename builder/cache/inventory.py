@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from builder.beneath import Tree
 from builder.cache.entries import NAMES, EntryProblem, ProblemKind, problem_of, size_and_times
 from builder.cache.families import Family
 from builder.cache.layout import FamilyDirectory, family_directories
-from builder.files import UNREADABLE, is_dir, listing, matches, walk, why
+from builder.files import UNREADABLE, matches, why
 from builder.text import printable
 
 #: Seconds without a write after which a file is no longer in progress.
@@ -79,35 +80,35 @@ class Inventory:
         return sum(entry.bytes for entry in self.entries.values())
 
 
-def scan(family: Family, directory: Path, *, mount: str | None = None) -> Inventory:
+def scan(family: Family, directory: Path | Tree, *, mount: str | None = None) -> Inventory:
     """Return every entry in the family's directory; none where there is no such directory.
 
     mount: the cache root as its users see it. Where it is not given, an absolute path within an entry counts as right
-    when it ends in this family, key and entry.
+    when it ends in this family, key and entry. directory: a path is trusted, with every directory above it.
     """
-    base = str(directory)
+    tree = Tree.of(directory)
     entries = {}
-    for name in NAMES[family.layout](family, base):
-        size, used_ns, written_ns = size_and_times(family, base, name)
-        problem = problem_of(family, base, name, mount)
+    for name in NAMES[family.layout](family, tree):
+        size, used_ns, written_ns = size_and_times(family, tree, name)
+        problem = problem_of(family, tree, name, mount)
         if problem is None or problem.kind is not ProblemKind.MISSING:  # removed between listing and reading
             entries[name] = Entry(name, size, used_ns, written_ns, problem)
     return Inventory(entries)
 
 
-def check(family: Family, directory: Path, name: str, *, mount: str | None = None) -> EntryProblem | None:
+def check(family: Family, directory: Path | Tree, name: str, *, mount: str | None = None) -> EntryProblem | None:
     """Return the problem of one named entry, or None when it is valid.
 
     Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
     """
     if not _NAME[family.layout].fullmatch(name):
         return EntryProblem(ProblemKind.INVALID, "not a name of an entry")
-    return problem_of(family, str(directory), name, mount)
+    return problem_of(family, Tree.of(directory), name, mount)
 
 
-def weigh(family: Family, directory: Path, name: str) -> int:
+def weigh(family: Family, directory: Path | Tree, name: str) -> int:
     """Return the bytes of one entry's files; 0 where there is none."""
-    return size_and_times(family, str(directory), name)[0]
+    return size_and_times(family, Tree.of(directory), name)[0]
 
 
 def added(before: Inventory, after: Inventory) -> set[str]:
@@ -143,7 +144,13 @@ def recompiled(before: Inventory, after: Inventory) -> set[str]:
 
 
 def sweep(
-    family: Family, directory: Path, quarantine: Path, *, now: float, older_than: float, mount: str | None = None
+    family: Family,
+    directory: Path | Tree,
+    quarantine: Path | Tree,
+    *,
+    now: float,
+    older_than: float,
+    mount: str | None = None,
 ) -> list[tuple[str, str]]:
     """Rename leftovers and invalid entries into `quarantine`, so that they are compiled anew. Deletes nothing.
 
@@ -155,9 +162,9 @@ def sweep(
     """
     if not family.claimable:
         return []
-    base = str(directory)
-    doomed = {name: (reason, True) for name, reason in _leftovers(family, base)}
-    for name, problem in scan(family, directory, mount=mount).invalid.items():
+    tree, aside = Tree.of(directory), Tree.of(quarantine)
+    doomed = {name: (reason, True) for name, reason in _leftovers(family, tree)}
+    for name, problem in scan(family, tree, mount=mount).invalid.items():
         if problem.kind is ProblemKind.UNREADABLE:
             continue  # another user's file may be good
         whole = _whole(family, name)
@@ -165,14 +172,14 @@ def sweep(
         doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
     moved = []
     for name, (reason, by_age) in sorted(doomed.items()):
-        newest = _newest(f"{base}/{name}") if by_age else now - older_than
+        newest = _newest(tree, name) if by_age else now - older_than
         if newest is None or newest > now - older_than:
             continue
         try:
-            quarantine.mkdir(parents=True, exist_ok=True)
+            aside.make()
             # A new name each time: renaming onto an existing one would delete it.
             tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            (directory / name).rename(quarantine / f"{family.name}-{directory.name}-{tag}-{os.urandom(16).hex()}")
+            tree.move(name, aside, f"{family.name}-{tree.path.name}-{tag}-{os.urandom(16).hex()}")
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -182,22 +189,23 @@ def sweep(
     return moved
 
 
-def may_be_in_progress(family: Family, directory: Path, name: str, problem: EntryProblem, *, now: float) -> bool:
+def may_be_in_progress(family: Family, directory: Path | Tree, name: str, problem: EntryProblem, *, now: float) -> bool:
     """Return whether this invalid entry may be in progress, so that `sweep` leaves it for now."""
     unreadable = problem.kind is ProblemKind.UNREADABLE
     if unreadable or _whole(family, name) != name or not _may_be_in_progress(family, problem):
         return False
-    newest = _newest(f"{directory}/{name}")
+    newest = _newest(Tree.of(directory), name)
     return newest is None or newest > now - IN_PROGRESS
 
 
-def remove_host_specific(family: Family, directory: Path) -> list[str]:
+def remove_host_specific(family: Family, directory: Path | Tree) -> list[str]:
     """Delete the files that are true on this host alone, which no other host may read; return their names."""
     removed = []
-    for item in listing(str(directory)) or ():
-        if matches(item.name, family.host_specific) and not item.is_dir(follow_symlinks=False):
+    tree = Tree.of(directory)
+    for item in tree.listing() or ():
+        if matches(item.name, family.host_specific) and not item.is_dir:
             with contextlib.suppress(OSError):
-                (directory / item.name).unlink()
+                tree.unlink(item.name)
                 removed.append(item.name)
     return sorted(removed)
 
@@ -219,49 +227,48 @@ class Content:
 def contents(root: Path) -> Iterator[Content]:
     """Yield how much each family directory holds."""
     for directory in family_directories(root):
-        found = scan(directory.family, directory.path)
+        found = scan(directory.family, directory.tree())
         yield Content(*directory.name, len(found.valid), len(found.invalid), found.bytes)
 
 
 def bad_entries(directory: FamilyDirectory, *, now: float) -> tuple[int, dict[str, str]]:
     """Return the number of entries, and the problem of each that is not valid. now: seconds since the epoch."""
-    family, path = directory.family, directory.path
-    found = scan(family, path, mount=directory.mount())
+    family, tree = directory.family, directory.tree()
+    found = scan(family, tree, mount=directory.mount())
     bad = {name: problem.text for name, problem in found.invalid.items()}
     for name, problem in found.invalid.items():
-        if may_be_in_progress(family, path, name, problem, now=now):
+        if may_be_in_progress(family, tree, name, problem, now=now):
             bad[name] = f"{problem} (it was written to just now, and may be in progress)"
-    for name in (".", "cache") if family.layout == "deep_gemm" else (".",):
-        if listing(str(path / name)) is None:
-            bad[name] = f"{UNREADABLE}: a directory that cannot be listed"
+    for name in ("", "cache") if family.layout == "deep_gemm" else ("",):
+        if tree.listing(name) is None and name not in bad:
+            bad[name or "."] = f"{UNREADABLE}: a directory that cannot be listed"
     return len(found.entries), bad
 
 
 # What a killed process leaves
 
 
-def _leftovers(family: Family, base: str) -> Iterator[tuple[str, str]]:
+def _leftovers(family: Family, tree: Tree) -> Iterator[tuple[str, str]]:
     anywhere = []
     for pattern, reason in family.leftovers:
         if "/" in pattern:
-            yield from ((name, reason) for name in _glob(base, "", pattern.split("/")))
+            yield from ((name, reason) for name in _glob(tree, "", pattern.split("/")))
         else:
             anywhere.append((pattern, reason))
     if anywhere:
-        for name, item in walk(base, ()):
+        for name, item in tree.walk():
             for pattern, reason in anywhere if item and name.partition("/")[0] not in family.apart else ():
                 if fnmatchcase(name.rpartition("/")[2], pattern):
                     yield name, reason
 
 
-def _glob(base: str, above: str, patterns: list[str]) -> Iterator[str]:
-    for item in listing(f"{base}/{above}") or ():
-        if fnmatchcase(item.name, patterns[0]):
-            name = f"{above}/{item.name}" if above else item.name
+def _glob(tree: Tree, above: str, patterns: list[str]) -> Iterator[str]:
+    for item in tree.listing(above) or ():
+        if fnmatchcase(item.last, patterns[0]):
             if len(patterns) == 1:
-                yield name
-            elif is_dir(item):
-                yield from _glob(base, name, patterns[1:])
+                yield item.name
+            elif item.is_dir:
+                yield from _glob(tree, item.name, patterns[1:])
 
 
 def _whole(family: Family, name: str) -> str:
@@ -278,18 +285,18 @@ def _may_be_in_progress(family: Family, problem: EntryProblem) -> bool:
     return {"deep_gemm": False, "triton": problem.kind is ProblemKind.UNFINISHED, "files": True}[family.layout]
 
 
-def _newest(path: str) -> float | None:
+def _newest(tree: Tree, name: str) -> float | None:
     """Return the latest mtime of a file or of anything in a directory; None where it is unknown."""
     try:
-        status = os.lstat(path)
+        status = tree.lstat(name)
         newest = status.st_mtime
         if stat.S_ISDIR(status.st_mode):
-            if listing(path) is None:
+            if tree.some(name, 1) is None:
                 return None
-            for _, item in walk(path, ()):
+            for _, item in tree.walk(name):
                 if item is None:
                     return None
-                newest = max(newest, item.stat(follow_symlinks=False).st_mtime)
+                newest = max(newest, item.stat().st_mtime)
     except OSError:
         return None
     return newest

@@ -6,19 +6,23 @@ with flock and never unlinked.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder import files, text
+from builder import files, flock, text
+from builder.beneath import Tree
 from builder.cache.families import FAMILIES, FAMILY, Family, is_key
 
 SCHEMA = 1
 FOLDERS = ("images", "markers", "locks")
+LAYOUT = "layout.json"
+QUARANTINE = "aside"
+#: Names of a directory that are looked at to see whether it is a cache root.
+_NAMES = 10_000
 
 _RECORD_LIMIT = 1 << 20
 
@@ -36,20 +40,22 @@ def prepare(root: Path) -> str:
     if stranger := foreign(root):
         raise LayoutError(f"{root} is no cache root, and not empty ({stranger} is in it). Use an empty directory.")
     try:
-        for name in FOLDERS:
-            (root / name).mkdir(parents=True, exist_ok=True)
-        path = root / "layout.json"
-        known = _read(path)
-        if known is None:
-            fresh = {"schema": SCHEMA, "id": _new_id()}
-            _create(path, fresh)  # of several at once the first wins
-            known = _read(path)
-            if known is None:  # the file was there and is garbage
-                _write(path, fresh)
-                known = _read(path)
-        for lock in (run_lock(root), hold_lock(root), views_lock(root)):
-            if not lock.exists():  # of a root that is read-only here nothing is touched
-                lock.touch()
+        root.mkdir(parents=True, exist_ok=True)
+        with Tree(root) as tree:
+            for name in FOLDERS:
+                tree.make_folder(name)
+            known = _read(tree)
+            if known is None:
+                fresh = {"schema": SCHEMA, "id": _new_id()}
+                tree.create(LAYOUT, _encoded(fresh))  # of several at once the first wins
+                known = _read(tree)
+                if known is None:  # the file was there and is garbage
+                    tree.write_atomically(LAYOUT, _encoded(fresh))
+                    known = _read(tree)
+            for lock in (run_lock(root), hold_lock(root), views_lock(root)):
+                # Of a root that is read-only here nothing is touched.
+                if not tree.exists(lock.relative_to(root).as_posix()):
+                    os.close(flock.open_lock(lock, create=True, root=root))
     except OSError as error:
         place = error.filename or root
         raise LayoutError(
@@ -67,9 +73,10 @@ def prepare(root: Path) -> str:
 
 def foreign(root: Path) -> str | None:
     """Return a name in this directory that shows that it is no cache root; None in a root or an empty directory."""
-    own = {"lost+found", "aside", "used", "generations", "views", *FOLDERS, *FAMILY}
-    names = [item.name for item in files.listing(str(root)) or ()]
-    if "layout.json" in names:
+    own = {"lost+found", QUARANTINE, "used", "generations", "views", *FOLDERS, *FAMILY}
+    with Tree(root) as tree:
+        names = [item.name for item in tree.some("", _NAMES) or ()]
+    if LAYOUT in names:
         return None
     return next(
         (text.printable(name) for name in sorted(names) if name not in own and "layout.json." not in name),
@@ -107,30 +114,39 @@ def family_lock(root: Path, family: str, key: str) -> Path:
     return root / "locks" / f"{family}-{key}.lock"
 
 
-def quarantine(root: Path, family: str, key: str) -> Path:
+def quarantine(root: Path, family: str, key: str) -> Tree:
     """Return the directory for leftovers of a family: on the same file system, so that moving them is one rename."""
-    return root / "aside" / f"{family}-{key}"
+    return Tree(root, f"{QUARANTINE}/{family}-{key}")
 
 
 @dataclass(frozen=True)
 class FamilyDirectory:
-    """One directory of one family, of a cache root or of any other place."""
+    """One directory of one family, of a cache root or of any other place.
+
+    root: the cache root that it is in, where it is in one: the path is then not to be trusted.
+    """
 
     family: Family
     key: str
     path: Path
+    root: Path | None = field(default=None, compare=False)
 
     @property
     def name(self) -> tuple[str, str]:
         """Its family and key."""
         return self.family.name, self.key
 
+    def tree(self) -> Tree:
+        """Return the directory, for what is read and written below it."""
+        return Tree(self.path) if self.root is None else Tree(self.root, f"{self.family.name}/{self.key}")
+
     def record(self) -> FamilyRecord:
         """Return what ``<key>.json`` next to it holds."""
-        path = self.path.with_name(f"{self.key}.json")
+        above = Tree(self.path.parent) if self.root is None else Tree(self.root, self.family.name)
         try:
-            document = files.read_json(str(path), _RECORD_LIMIT)
-            written = path.lstat().st_mtime
+            with above:
+                document = above.read_json(f"{self.key}.json", _RECORD_LIMIT)
+                written = above.lstat(f"{self.key}.json").st_mtime
         except (files.UnreadableError, OSError):
             return FamilyRecord()
         factors = document.get("factors") if isinstance(document, dict) else None
@@ -153,10 +169,12 @@ class FamilyRecord:
 def family_directories(root: Path, *, links: bool = False) -> Iterator[FamilyDirectory]:
     """Yield every directory with the name of a family and a key, family by family. links: also links to one."""
     for family in FAMILIES:
-        for item in files.listing(str(root / family.name)) or ():
-            path = Path(item.path)
-            if is_key(item.name) and (path.is_dir() if links else files.is_dir(item)):
-                yield FamilyDirectory(family, item.name, path)
+        with Tree(root) as tree:
+            items = tree.listing(family.name)
+        for item in items or ():
+            path = root / item.name
+            if is_key(item.last) and (path.is_dir() if links else item.is_dir):
+                yield FamilyDirectory(family, item.last, path, root)
 
 
 def claimable_directories(root: Path) -> Iterator[FamilyDirectory]:
@@ -166,10 +184,11 @@ def claimable_directories(root: Path) -> Iterator[FamilyDirectory]:
 
 def describe_family(root: Path, family: str, key: str, factors: Mapping[str, str | None]) -> None:
     """Make the family's directory, and ``<key>.json`` next to it, which lists the factors. Raises OSError."""
-    (root / family / key).mkdir(parents=True, exist_ok=True)
-    path = root / family / f"{key}.json"
-    if not path.exists():
-        _write(path, {"schema": SCHEMA, "family": family, "key": key, "factors": dict(factors)})
+    with Tree(root) as tree:
+        tree.make_folder(f"{family}/{key}")
+        if not tree.exists(f"{family}/{key}.json"):
+            document = {"schema": SCHEMA, "family": family, "key": key, "factors": dict(factors)}
+            tree.write_atomically(f"{family}/{key}.json", _encoded(document))
 
 
 def _new_id() -> str:
@@ -178,25 +197,14 @@ def _new_id() -> str:
     return str(uuid.uuid4())
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii") + b"\n")
+def _encoded(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=1).encode("ascii") + b"\n"
 
 
-def _create(path: Path, document: Mapping[str, Any]) -> None:
-    """Publish a file that must not exist yet: of two writers the first wins, and both then read the same."""
-    sibling = path.with_name(f".{path.name}.{os.urandom(16).hex()}.tmp")
-    try:
-        _write(sibling, document)
-        with contextlib.suppress(FileExistsError):
-            os.link(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(tree: Tree) -> dict[str, Any] | None:
     """Return the layout file; None where it is missing or garbage (a machine that lost power leaves an empty file)."""
     try:
-        found = files.read_json(str(path), 1 << 16)
+        found = tree.read_json(LAYOUT, 1 << 16)
     except files.UnreadableError:
         return None
     if isinstance(found, dict) and isinstance(found.get("schema"), int) and isinstance(found.get("id"), str):

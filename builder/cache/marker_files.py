@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder import files, text
+from builder.beneath import Tree
 from builder.cache import kernel_sources
 from builder.cache.coverage import coverage_digest, of_schema_1
 from builder.cache.families import FAMILY, is_key
@@ -38,7 +39,10 @@ BUILDS_KEPT = 8
 #: pretended: the run was on a simulated GPU, so that it is never as good as verified.
 Proof = Literal["verified", "steady", "inventory", "nothing-claimed", "pretended"]
 
-_LIMIT = 64 << 20
+FOLDER = "markers"
+#: Bytes of a marker: of a quarter of a million entries. Markers of one directory that are read.
+_LIMIT = 16 << 20
+_MOST_FILES = 2000
 #: Numbers of a marker above these are not believed: seconds and GPUs, bytes.
 _MOST = 10_000_000
 _MOST_BYTES = 1 << 50
@@ -163,7 +167,13 @@ class _NotAMarkerError(Exception):
 
 def read(path: Path) -> Marker | None:
     """Return the marker in this file; None where it holds none that this program understands."""
-    return _found(path, "", 0.0).marker
+    with Tree(path.parent) as tree:
+        return read_in(tree, path.name)
+
+
+def read_in(tree: Tree, name: str) -> Marker | None:
+    """Return the marker in this file of a tree, like `read`."""
+    return _found(tree, name, "", 0.0).marker
 
 
 def folder_name(label: str, factors: Mapping[str, Any]) -> str:
@@ -173,26 +183,35 @@ def folder_name(label: str, factors: Mapping[str, Any]) -> str:
 
 def folder(root: Path, name: str) -> list[MarkerFile]:
     """Return every marker file of one directory, most recent first."""
-    base = root / "markers" / name
-    items = files.listing(str(base))
+    with Tree(root, FOLDER) as tree:
+        return _in_folder(tree, name)
+
+
+def _in_folder(tree: Tree, name: str) -> list[MarkerFile]:
+    """Return every marker file of one directory of ``markers``, most recent first."""
+    items = tree.some(name, _MOST_FILES + 1)
+    shown = text.printable(f"{FOLDER}/{name}")
     if items is None:
-        return [MarkerFile(f"markers/{name}", name, 0.0, None, "the directory cannot be read")]
+        return [MarkerFile(shown, name, 0.0, None, "the directory cannot be read")]
     found = []
-    for item in items:
-        if item.name.endswith(".json") and not item.name.startswith("."):
+    for item in items[:_MOST_FILES]:
+        if item.last.endswith(".json") and not item.last.startswith("."):
             try:
-                written = item.stat(follow_symlinks=False).st_mtime
+                written = item.stat().st_mtime
             except OSError:
                 written = 0.0
-            found.append(_found(base / item.name, name, written))
+            found.append(_found(tree, item.name, name, written))
+    if len(items) > _MOST_FILES:
+        found.append(MarkerFile(shown, name, 0.0, None, f"it holds more than {_MOST_FILES} files: not all are read"))
     return sorted(found, key=lambda item: item.written, reverse=True)
 
 
 def every(root: Path) -> Iterator[MarkerFile]:
     """Yield every marker file below `root`, directory by directory."""
-    for item in files.listing(str(root / "markers")) or ():
-        if files.is_dir(item):
-            yield from folder(root, item.name)
+    with Tree(root, FOLDER) as tree:
+        for item in tree.listing() or ():
+            if item.is_dir:
+                yield from _in_folder(tree, item.name)
 
 
 def shapes_of(root: Path, model: str) -> tuple[Shape, ...]:
@@ -209,15 +228,19 @@ def shapes_of(root: Path, model: str) -> tuple[Shape, ...]:
 def neighbours(root: Path, label: str) -> list[MarkerFile]:
     """Return every marker of this label, of any coverage."""
     pattern = re.compile(re.escape(_label(label)) + "-[0-9a-f]{12}")
-    folders = [item.name for item in files.listing(str(root / "markers")) or () if pattern.fullmatch(item.name)]
-    return [found for name in folders for found in folder(root, name)]
+    return [found for name in _folders(root) if pattern.fullmatch(name) for found in folder(root, name)]
 
 
 def duplicates(root: Path, name: str) -> list[MarkerFile]:
     """Return the markers of other labels with the coverage of those in the directory of this name."""
     suffix = name[name.rindex("-") :]
-    names = [item.name for item in files.listing(str(root / "markers")) or ()]
-    return [found for other in names if other.endswith(suffix) and other != name for found in folder(root, other)]
+    others = [other for other in _folders(root) if other.endswith(suffix) and other != name]
+    return [found for other in others for found in folder(root, other)]
+
+
+def _folders(root: Path) -> list[str]:
+    with Tree(root, FOLDER) as tree:
+        return [item.name for item in tree.listing() or ()]
 
 
 def _label(label: str) -> str:
@@ -225,10 +248,10 @@ def _label(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+=@-]+", "-", label).lstrip(".-")[:120] or "task"
 
 
-def _found(path: Path, folder: str, written: float) -> MarkerFile:
-    shown = text.printable(f"markers/{folder}/{path.name}")
+def _found(tree: Tree, name: str, folder: str, written: float) -> MarkerFile:
+    shown = text.printable(f"{FOLDER}/{folder}/{name.rpartition('/')[2]}")
     try:
-        return MarkerFile(shown, folder, written, _parsed(files.read_json(str(path), _LIMIT)))
+        return MarkerFile(shown, folder, written, _parsed(tree.read_json(name, _LIMIT)))
     except files.UnreadableError as error:
         return MarkerFile(shown, folder, written, None, f"it {error}")
     except _NotAMarkerError as error:

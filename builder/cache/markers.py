@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from builder import files
+from builder.beneath import Tree
 from builder.cache import build_proofs, inventory, marker_files, toolchain, usage
 from builder.cache.build_proofs import BuildProof, ProofWanted
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
-from builder.cache.families import FAMILY, TABLE_VERSION, directory
+from builder.cache.families import FAMILY, TABLE_VERSION
 from builder.cache.marker_files import Claim, Marker, MarkerFile, Observed, Prebuild, Proof, folder_name
 from builder.cache.toolchain import Record
 from builder.task import RECIPES, Task
@@ -227,10 +227,12 @@ def publish(root: Path, marker: Marker) -> str:
     # A marker made without a GPU never replaces one that a real GPU proved.
     kind = ".pretended" if marker.proof == PRETENDED else ""
     path = f"markers/{folder_name(marker.label, marker.coverage)}/{toolchain.digest(marker.keys)}{kind}.json"
-    if (before := marker_files.read(root / path)) is not None:
-        earlier = [each for each in before.builds if not any(build_proofs.is_same(each, own) for own in marker.builds)]
-        marker = replace(marker, builds=(*marker.builds, *earlier))
-    files.write_atomically(root / path, marker_files.encoded(marker))
+    with Tree(root) as tree:
+        if (before := marker_files.read_in(tree, path)) is not None:
+            known = marker.builds
+            earlier = [each for each in before.builds if not any(build_proofs.is_same(each, own) for own in known)]
+            marker = replace(marker, builds=(*known, *earlier))
+        tree.write_atomically(path, marker_files.encoded(marker))
     usage.stamp(root, path)
     return path
 
@@ -273,7 +275,7 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
     for family, claim in marker.claims.items():
-        place = Path(directory(str(root), family, claim.key))
+        place = Tree(root, f"{family}/{claim.key}")
         for name in claim.entries:
             total += 1
             problem = inventory.check(FAMILY[family], place, name, mount=mount)

@@ -13,6 +13,7 @@ a pod knows only the latter. The file is named by the digest of its layers and e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import files
+from builder.beneath import Tree
 from builder.cache.families import TABLE_VERSION
 from builder.cache.toolchain import (
     HOST_FACTORS,
@@ -40,6 +42,11 @@ from builder.task import PRETEND_VARIABLE
 _LIMIT = 4 << 20
 _KEEP = 16
 _HOSTS = "hosts.json"
+#: Files of images that are looked at for a name.
+_MOST_FILES = 2000
+
+#: Folder of the memos, below the root.
+FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Host:
 
 def memo_path(root: Path, name: str) -> Path:
     """Return the file of an image's records, without the colon of its name, which other programs mistake."""
-    return root / "images" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name).lstrip('.-') or 'image'}.json"
+    return root / FOLDER / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name).lstrip('.-') or 'image'}.json"
 
 
 def memos_in(path: Path) -> list[ProbeMemo]:
@@ -94,7 +101,7 @@ def memos_in(path: Path) -> list[ProbeMemo]:
 
 def hosts(root: Path) -> list[Host]:
     """Return what is known of machines that used this root, most recent first."""
-    document = _document(root / "images" / _HOSTS)
+    document = _document(root / FOLDER / _HOSTS)
     rows = document.get("hosts")
     if document.get("schema") != SCHEMA or not isinstance(rows, list):
         return []
@@ -152,13 +159,7 @@ def records(root: Path, memo: ProbeMemo) -> Iterator[Record]:
 
 def known_images(root: Path) -> list[ProbeMemo]:
     """Return every memo below `root` that is valid for this program."""
-    return [
-        memo
-        for item in files.listing(str(root / "images")) or ()
-        if item.name.endswith(".json") and item.name != _HOSTS
-        for memo in memos_in(Path(item.path))
-        if memo.table == TABLE_VERSION
-    ]
+    return [memo for path in _files(root) for memo in memos_in(path) if memo.table == TABLE_VERSION]
 
 
 def write_memo(root: Path, image: ServingImage, record: Record, *, env: Mapping[str, str], known: bool = False) -> None:
@@ -184,7 +185,7 @@ def write_memo(root: Path, image: ServingImage, record: Record, *, env: Mapping[
         others_of_it = {*_named(root, image), memo_path(root, image.id)} - {path}
         _write(path, document)
         for other in others_of_it:
-            other.unlink(missing_ok=True)
+            _remove(other)
     _write_host(root, host, known)
 
 
@@ -206,7 +207,7 @@ def drop_memos(root: Path, path: Path, toolchain: str) -> None:
     if left:
         _write(path, {**document, "memos": left})
     else:
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def _seen(root: Path, env: Mapping[str, str], gpus: str | None, driver: str | None, isa: str | None) -> Host | None:
@@ -238,7 +239,7 @@ def _write_host(root: Path, host: Host, known: bool) -> None:
         return
     rows = [host, *(each for each in before if each not in same)][:_KEEP]
     document = [{"env": each.env, "gpus": each.gpus, "driver": each.driver, "isa": each.isa} for each in rows]
-    _write(root / "images" / _HOSTS, {"schema": SCHEMA, "hosts": document})
+    _write(root / FOLDER / _HOSTS, {"schema": SCHEMA, "hosts": document})
 
 
 def _host(row: Any) -> Host | None:
@@ -268,13 +269,24 @@ def _path(root: Path, image: ServingImage) -> Path:
 def _named(root: Path, image: ServingImage) -> list[Path]:
     """Return the files that know the image by one of its names."""
     wanted = _names(image)
-    found = []
-    for item in files.listing(str(root / "images")) or ():
-        if item.name.endswith(".json") and item.name != _HOSTS:
-            path = Path(item.path)
-            if any(memo.names & wanted for memo in memos_in(path)[:1]):
-                found.append(path)
-    return found
+    return [path for path in _files(root) if any(memo.names & wanted for memo in memos_in(path)[:1])]
+
+
+def _files(root: Path) -> list[Path]:
+    """Return the files of images, by name; of a folder with more than that, as many as are read."""
+    with Tree(root, FOLDER) as tree:
+        names = sorted(item.last for item in tree.some("", _MOST_FILES) or ())
+    return [root / FOLDER / name for name in names if name.endswith(".json") and name != _HOSTS]
+
+
+def _folder(path: Path) -> Tree:
+    """Return the directory of this file, which is always a folder of the root."""
+    return Tree(path.parent.parent, path.parent.name)
+
+
+def _remove(path: Path) -> None:
+    with _folder(path) as tree, contextlib.suppress(FileNotFoundError):
+        tree.unlink(path.name)
 
 
 def _current(root: Path, image: ServingImage) -> list[ProbeMemo]:
@@ -294,11 +306,15 @@ def _text(value: Any) -> str | None:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        document = files.read_json(str(path), _LIMIT)
+        with _folder(path) as tree:
+            document = tree.read_json(path.name, _LIMIT)
     except files.UnreadableError:
         return {}
     return document if isinstance(document, dict) else {}
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
-    files.write_atomically(path, json.dumps(document, indent=1).encode("ascii"))
+    tree = _folder(path)
+    tree.make()
+    with tree:
+        tree.write_atomically(path.name, json.dumps(document, indent=1).encode("ascii"))

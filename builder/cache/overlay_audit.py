@@ -1,8 +1,8 @@
 """What a job did to its view: the upper layer against the generation below it and the merged view.
 
-The upper layer belongs to an untrusted job. It is walked once, without following a link and within a budget; only
-regular files in it are opened, and nothing in it raises. A layer with more files than the budget is reported as such
-and not judged.
+The upper layer belongs to an untrusted job. It is walked once, without following a link and within `Bounds`; only
+regular files in it are opened, and nothing in it raises. A layer with more files than that is reported as such and not
+judged; where bytes or seconds end first, what was found until then is reported with the reason.
 
 A deletion is a device in the upper layer, and a directory that was deleted and made again hides what is below by an
 attribute that only a privileged reader sees. So nothing here interprets the overlay's own marks: in a directory that
@@ -15,19 +15,29 @@ import contextlib
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builder.beneath import Tree
 from builder.cache.entries import ProblemKind, problem_of
 from builder.cache.families import FAMILY, Family, is_key
 from builder.cache.findings import Audit, shape_of_lock, short, span, with_shapes
 from builder.events import Finding
-from builder.files import UnreadableError, matches, open_regular
+from builder.files import UnreadableError, matches
 from builder.task import Shape
 
-#: Files and directories of an upper layer that are read.
-BUDGET = 200_000
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one audit may cost. files: also directories, of the upper layer. bytes: that are compared."""
+
+    files: int = 200_000
+    bytes: int = 16 << 30
+    seconds: float = 900.0
+
+
 #: Files that a use of the cache writes to at the top of a root.
 _OURS = re.compile(r"locks/[^/]+\.lock")
 _CHUNK = 1 << 20
@@ -37,15 +47,15 @@ _LONG = 256
 
 @dataclass(frozen=True)
 class Layers:
-    """The directories of a view.
+    """The directories of a view. A path is trusted, with every directory above it.
 
     lower: the generation. upper: what the job wrote. merged: what the job sees, as it is mounted in this process.
     mount: where the job has it. created: of the view, seconds since the epoch.
     """
 
-    lower: Path
-    upper: Path
-    merged: Path
+    lower: Path | Tree
+    upper: Path | Tree
+    merged: Path | Tree
     mount: str
     created: float
 
@@ -59,72 +69,111 @@ class _Touched:
 
 
 class _TooMuchError(Exception):
-    pass
+    """An audit reached one of its bounds. The message is what was reached."""
 
 
-def audit(layers: Layers, *, now: float, check: Callable[[], None], budget: int = BUDGET) -> Audit:
-    """Return everything that the job changed.
+class _Meter:
+    """Counts what an audit costs. check: called from time to time, may raise."""
+
+    def __init__(self, bounds: Bounds, check: Callable[[], None]) -> None:
+        self._bounds, self._check = bounds, check
+        self._files, self._bytes = 0, 0
+        self._until = time.monotonic() + bounds.seconds
+
+    @property
+    def left(self) -> int:
+        """Return how many names of a directory are worth listing."""
+        return self._bounds.files - self._files + 1
+
+    def files(self, number: int) -> None:
+        """Count files of the upper layer. Raises _TooMuchError."""
+        self._files += number
+        if self._files > self._bounds.files:
+            raise _TooMuchError(f"more than {self._bounds.files} files were written")
+        self.pause()
+
+    def bytes(self, number: int) -> None:
+        """Count bytes that are compared. Raises _TooMuchError."""
+        self._bytes += number
+        if self._bytes > self._bounds.bytes:
+            raise _TooMuchError(f"more than {self._bounds.bytes} bytes would have to be compared")
+        self.pause()
+
+    def pause(self) -> None:
+        """Look at the clock. Raises _TooMuchError, and what `check` raises."""
+        self._check()
+        if time.monotonic() > self._until:
+            raise _TooMuchError(f"it took more than {self._bounds.seconds:.0f} s")
+
+
+def audit(layers: Layers, *, now: float, check: Callable[[], None], bounds: Bounds | None = None) -> Audit:
+    """Return everything that the job changed, or as much of it as the bounds allow.
 
     now: seconds since the epoch. check: called from time to time, may raise.
     """
-    found = Audit()
+    found, meter = Audit(), _Meter(bounds or Bounds(), check)
+    trees = _Trees(Tree.of(layers.lower), Tree.of(layers.upper), Tree.of(layers.merged), meter)
     places: dict[tuple[str, str], _Touched] = {}
-    try:
-        for name, status in _walk(layers.upper, budget, check):
-            _sort(layers, name, status, places, found)
-    except _TooMuchError:
-        found.findings.clear()
-        found.truncated = f"more than {budget} files were written: none was judged"
-        return found
     locks: list[tuple[float, Shape]] = []
-    for (name, key), touched in sorted(places.items()):
-        place = _Place(layers, FAMILY[name], key, now)
-        found.findings += place.judge(touched, found, check)
+    try:
+        for name, status in _walk(trees.upper, meter):
+            _sort(trees, name, status, places, found)
+    except _TooMuchError as reached:
+        found.findings.clear()
+        found.truncated = f"{reached}: none was judged"
+        return found
+    for (name, _), touched in places.items():
         for file, status in touched.files.items():
             shape = shape_of_lock(file) if name == "deep_gemm" else None
             if shape is not None and stat.S_ISREG(status.st_mode):
                 locks.append((status.st_mtime, shape))
+    try:
+        for (name, key), touched in sorted(places.items()):
+            place = _Place(trees, layers, FAMILY[name], key, now)
+            for finding in place.judge(touched, found):
+                found.findings.append(finding)
+    except _TooMuchError as reached:
+        found.truncated = f"{reached}: not all was judged"
     found.asked = sorted({shape for _, shape in locks})
     found.findings = sorted(with_shapes(found.findings, locks))
     return found
 
 
-def _walk(base: Path, budget: int, check: Callable[[], None]) -> Iterator[tuple[str, os.stat_result | None]]:
+@dataclass(frozen=True)
+class _Trees:
+    """The layers as they are read."""
+
+    lower: Tree
+    upper: Tree
+    merged: Tree
+    meter: _Meter
+
+
+def _walk(tree: Tree, meter: _Meter) -> Iterator[tuple[str, os.stat_result | None]]:
     """Yield everything below: (name, status, or None for an unreadable directory). Raises _TooMuchError."""
-    stack, seen = [""], 0
+    stack = [""]
     while stack:
         above = stack.pop()
-        try:
-            items = os.scandir(f"{base}/{above}" if above else base)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
+        items = tree.some(above, meter.left)
+        if items is None:
             yield above, None
             continue
-        with items:
-            while True:
-                try:
-                    item = next(items)
-                    status = item.stat(follow_symlinks=False)
-                except StopIteration:
-                    break
-                except FileNotFoundError:
+        for item in items:
+            meter.files(1 + len(item.name) // _LONG)
+            try:
+                status = item.stat()
+            except OSError:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if tree.is_too_deep(item.name):
+                    yield item.name, None
                     continue
-                except OSError:
-                    yield above, None
-                    break
-                name = f"{above}/{item.name}" if above else item.name
-                seen += 1 + len(name) // _LONG
-                if seen > budget:
-                    raise _TooMuchError
-                check()
-                if stat.S_ISDIR(status.st_mode):
-                    stack.append(name)
-                yield name, status
+                stack.append(item.name)
+            yield item.name, status
 
 
 def _sort(
-    layers: Layers,
+    trees: _Trees,
     name: str,
     status: os.stat_result | None,
     places: dict[tuple[str, str], _Touched],
@@ -139,73 +188,66 @@ def _sort(
         found.findings.append(Finding("", "", "foreign", short(name), "a directory that cannot be read"))
         return
     if stat.S_ISDIR(status.st_mode):
-        for gone in _missing(layers, name):
-            _lost(layers, gone, places, found)
+        for gone in _missing(trees, name):
+            _lost(trees, gone, places, found)
         return
     if _is_whiteout(status):
         return  # found by its directory, which is in the upper layer as well
     if touched is not None and below:
         touched.files[below] = status
-    elif not _OURS.fullmatch(name) and not _equal(layers.lower / name, layers.upper / name, status):
-        own = os.path.lexists(layers.lower / name)
+    elif not _OURS.fullmatch(name) and not _equal(trees, name, status):
+        own = trees.lower.exists(name)
         detail = "that differs from the cache's own; no other job sees it" if own else "of no family"
         found.findings.append(Finding("", "", "foreign", short(name), f"{_kind_of(status)} {detail}"))
 
 
-def _missing(layers: Layers, name: str) -> list[str]:
+def _missing(trees: _Trees, name: str) -> list[str]:
     """Return what the generation has in this directory and the merged view has not, or has as another kind."""
-    try:
-        lower = sorted(item.name for item in (layers.lower / name).iterdir())
-    except OSError:
-        return []
     gone = []
-    for item in lower:
+    for item in trees.lower.listing(name) or ():
         try:
-            now = (layers.merged / name / item).lstat().st_mode
+            now = trees.merged.lstat(item.name).st_mode
         except OSError:
             now = 0
-        if stat.S_IFMT(now) != stat.S_IFMT((layers.lower / name / item).lstat().st_mode):
-            gone.append(f"{name}/{item}")
+        if stat.S_IFMT(now) != stat.S_IFMT(item.stat().st_mode):
+            gone.append(item.name)
     return gone
 
 
-def _lost(layers: Layers, name: str, places: dict[tuple[str, str], _Touched], found: Audit) -> None:
+def _lost(trees: _Trees, name: str, places: dict[tuple[str, str], _Touched], found: Audit) -> None:
     """Add a deleted file or directory of the generation to its family directory, or to the findings."""
     parts = name.split("/")
     if parts[0] not in FAMILY:
         found.findings.append(Finding("", "", "deleted", short(name)))
         return
-    family = layers.lower / parts[0]
-    keys = [parts[1]] if len(parts) > 1 else [item.name for item in family.iterdir()]
+    keys = [parts[1]] if len(parts) > 1 else [item.last for item in trees.lower.listing(parts[0]) or ()]
     for key in keys:
         if is_key(key):
             touched = places.setdefault((parts[0], key), _Touched())
-            touched.deleted.update(_files_below(family / key, "/".join(parts[2:])))
+            touched.deleted.update(_files_below(trees.lower, f"{parts[0]}/{key}", parts[2:]))
         else:
             found.findings.append(Finding("", "", "deleted", short(f"{parts[0]}/{key}")))
 
 
-def _files_below(place: Path, name: str) -> Iterator[str]:
-    """Yield the names of all files at or below this, in a generation, which is trusted and of little depth."""
-    start = place / name if name else place
-    if not start.is_dir():
-        yield name
+def _files_below(lower: Tree, place: str, parts: list[str]) -> Iterator[str]:
+    """Yield the names, from a family directory, of all files at or below this in a generation."""
+    start = "/".join([place, *parts])
+    if not lower.is_dir(start):
+        yield "/".join(parts)
         return
-    for folder, _, files in os.walk(start):
-        yield from (str(Path(folder, file).relative_to(place)) for file in files)
+    yield from (name[len(place) + 1 :] for name, item in lower.walk(start) if item is not None and not item.is_dir)
 
 
 class _Place:
     """One family directory of a view."""
 
-    def __init__(self, layers: Layers, family: Family, key: str, now: float) -> None:
-        self._family, self._key = family, key
-        self._lower = layers.lower / family.name / key
-        self._upper = layers.upper / family.name / key
-        self._merged = layers.merged / family.name / key
+    def __init__(self, trees: _Trees, layers: Layers, family: Family, key: str, now: float) -> None:
+        self._family, self._key, self._trees = family, key, trees
+        self._lower = trees.lower.below(f"{family.name}/{key}")
+        self._merged = trees.merged.below(f"{family.name}/{key}")
         self._mount, self._created, self._now = layers.mount, layers.created, now
 
-    def judge(self, touched: _Touched, found: Audit, check: Callable[[], None]) -> Iterator[Finding]:
+    def judge(self, touched: _Touched, found: Audit) -> Iterator[Finding]:
         """Yield findings about every entry that was touched, and about files that belong to none."""
         entries: dict[str, set[str]] = {}
         for name in {*touched.files, *touched.deleted}:
@@ -217,7 +259,7 @@ class _Place:
             else:
                 entries.setdefault(entry, set()).add(name)
         for entry, names in sorted(entries.items()):
-            check()
+            self._trees.meter.pause()
             finding, used = self._entry_finding(entry, names, touched)
             found.used += used
             if finding is not None:
@@ -225,13 +267,13 @@ class _Place:
 
     def _entry_finding(self, entry: str, names: set[str], touched: _Touched) -> tuple[Finding | None, bool]:
         family = self._family
-        before = problem_of(family, str(self._lower), entry, self._mount) is None
+        before = problem_of(family, self._lower, entry, self._mount) is None
         odd = next((name for name in sorted(names) if self._is_odd(touched.files.get(name))), None)
         if odd is not None:
             # Never opened: a device may do anything.
             detail = f"{short(odd.rpartition('/')[2])} is {_kind_of(touched.files.get(odd))}"
             return self._finding("damaged" if before else "foreign", entry, detail), False
-        after = problem_of(family, str(self._merged), entry, self._mount)
+        after = problem_of(family, self._merged, entry, self._mount)
         if after is not None and after.kind is ProblemKind.MISSING:
             return (self._finding("deleted", entry) if before else None), False
         if after is not None:
@@ -246,14 +288,14 @@ class _Place:
             name
             for name in names
             if not matches(name.rpartition("/")[2], (".committed", *family.rewritten))
-            and not _equal(self._lower / name, self._upper / name, touched.files.get(name))
+            and not _equal(self._trees, f"{family.name}/{self._key}/{name}", touched.files.get(name))
         ]
         if changed:
             return self._made("rewritten", entry, f"{short(min(changed).rpartition('/')[2])} holds other bytes"), False
         return None, True
 
     def _made(self, kind: str, entry: str, detail: str = "") -> Finding:
-        size, began, ended = span(self._family, self._merged / entry, earliest=self._created, latest=self._now)
+        size, began, ended = span(self._family, self._merged, entry, earliest=self._created, latest=self._now)
         return self._finding(kind, entry, detail, bytes=size, began=began, ended=ended)
 
     def _finding(self, kind: str, name: str, detail: str = "", **more: float) -> Finding:
@@ -303,15 +345,15 @@ def _kind_of(status: os.stat_result | None) -> str:
     return names.get(stat.S_IFMT(status.st_mode), "something")
 
 
-def _equal(lower: Path, upper: Path, status: os.stat_result | None) -> bool:
+def _equal(trees: _Trees, name: str, status: os.stat_result | None) -> bool:
     """Return whether a file of the upper layer has the bytes of the generation's; times have no meaning."""
     if status is None or not stat.S_ISREG(status.st_mode):
         return False
     with contextlib.ExitStack() as stack:
         files = []
-        for path in (lower, upper):
+        for tree in (trees.lower, trees.upper):
             try:
-                descriptor, size = open_regular(str(path))
+                descriptor, size = tree.open_regular(name)
             except UnreadableError:
                 return False
             files.append((stack.enter_context(os.fdopen(descriptor, "rb")), size))
@@ -320,6 +362,7 @@ def _equal(lower: Path, upper: Path, status: os.stat_result | None) -> bool:
             return False
         try:
             while data := one.read(_CHUNK):
+                trees.meter.bytes(len(data))
                 if data != other.read(_CHUNK):
                     return False
         except OSError:

@@ -21,18 +21,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from builder import flock
+from builder.beneath import Tree
 from builder.cache import inventory, layout, view_records
-from builder.cache.families import FAMILY, KEY, directory
-from builder.files import is_dir, listing, walk, why
+from builder.cache.families import FAMILY, KEY
+from builder.files import why
 
 #: Names that `inventory.sweep` gives to what it moves; other files there are left alone.
-_MOVED = re.compile(rf"(?P<family>[a-z_]+)-(?P<key>{KEY})-[0-9a-f]{{12}}-[0-9a-f]{{32}}")
+_MOVED = re.compile(rf"[a-z_]+-{KEY}-[0-9a-f]{{12}}-[0-9a-f]{{32}}")
+_OWNER = re.compile(rf"(?P<family>[a-z_]+)-(?P<key>{KEY})")
+#: What a removal that was killed has left.
+_KILLED = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _MOUNTS = Path("/proc/self/mountinfo")
 HELD = "a test job holds the cache"
 
@@ -57,20 +60,20 @@ def may_remove(
     create: make missing lock files; without, nothing is written, and a missing lock counts as free.
     Never raises OSError.
     """
-    what = Path(directory(str(root), family, key)) if what is None else what
-    with contextlib.ExitStack() as locks:
+    name = f"{family}/{key}" if what is None else what.relative_to(root).as_posix()
+    with contextlib.ExitStack() as locks, Tree(root) as tree:
         yield (
             _busy(locks, root, family, key, create)
-            or _used(what, job_max, now)
-            or _recorded(root, what)
-            or _viewed(what, mounts)
+            or _used(tree, name, job_max, now)
+            or _recorded(root, root / name)
+            or _viewed(root, name, mounts)
         )
 
 
 def is_held(root: Path) -> bool:
     """Return whether a process holds the cache now. Writes nothing."""
     with contextlib.ExitStack() as locks:
-        return _refused(locks, layout.hold_lock(root), HELD, create=False) is not None
+        return _refused(locks, root, layout.hold_lock(root), HELD, create=False) is not None
 
 
 def clear_quarantine(root: Path, *, job_max: float, now: float) -> Iterator[tuple[str, str, str, str | None]]:
@@ -78,12 +81,12 @@ def clear_quarantine(root: Path, *, job_max: float, now: float) -> Iterator[tupl
 
     Younger than job_max is no refusal, so nothing is yielded for it.
     """
-    for family, key, path in _quarantined(root):
-        name = str(path.relative_to(root))
-        if _used(path, job_max, now) is not None:
-            continue
-        with may_remove(root, family, key, job_max=job_max, now=now, what=path) as refusal:
-            stays = refusal or remove(path)
+    for family, key, name in _quarantined(root):
+        with Tree(root) as tree:
+            if _used(tree, name, job_max, now) is not None:
+                continue
+        with may_remove(root, family, key, job_max=job_max, now=now, what=root / name) as refusal:
+            stays = refusal or remove(root, name)
         yield family, key, name, stays
 
 
@@ -95,25 +98,28 @@ def clear_host_specific(root: Path, family: str, key: str) -> list[str]:
     """
     with contextlib.ExitStack() as locks:
         refusal = _busy(locks, root, family, key)
-        place = Path(directory(str(root), family, key))
+        place = Tree(root, f"{family}/{key}")
         return [] if refusal else inventory.remove_host_specific(FAMILY[family], place)
 
 
-def _quarantined(root: Path) -> Iterator[tuple[str, str, Path]]:
-    for folder in listing(str(root / "aside")) or ():
-        for item in listing(folder.path) or () if is_dir(folder) else ():
-            named = _MOVED.fullmatch(item.name)
-            if named and named["family"] in FAMILY and folder.name == f"{named['family']}-{named['key']}":
-                yield named["family"], named["key"], Path(item.path)
+def _quarantined(root: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield family, key and path below the root of everything in quarantine, and of removals that were killed."""
+    with Tree(root) as tree:
+        for folder in tree.listing(layout.QUARANTINE) or ():
+            owner = _OWNER.fullmatch(folder.last)
+            if not folder.is_dir or owner is None or owner["family"] not in FAMILY:
+                continue
+            for item in tree.listing(folder.name) or ():
+                moved = item.last.startswith(f"{folder.last}-") and _MOVED.fullmatch(item.last)
+                if moved or _KILLED.fullmatch(item.last):
+                    yield owner["family"], owner["key"], item.name
 
 
-def remove(path: Path) -> str | None:
-    """Delete a file or a tree; return why it could not be deleted, or None."""
+def remove(root: Path, name: str) -> str | None:
+    """Delete a file or a tree of this name below the root; return why it could not be deleted, or None."""
     try:
-        if stat.S_ISDIR(path.lstat().st_mode):
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        with Tree(root) as tree:
+            tree.remove(name)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -124,14 +130,14 @@ def remove(path: Path) -> str | None:
 def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str, create: bool = True) -> str | None:
     """Take both locks exclusively, or return which one is held."""
     return _refused(
-        locks, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create
-    ) or _refused(locks, layout.hold_lock(root), HELD, create)
+        locks, root, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create
+    ) or _refused(locks, root, layout.hold_lock(root), HELD, create)
 
 
-def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = True) -> str | None:
+def _refused(locks: contextlib.ExitStack, root: Path, path: Path, held: str, create: bool = True) -> str | None:
     """Take the lock exclusively, or return `held`, or why no process can take it."""
     try:
-        descriptor = flock.open_lock(path, create=create)
+        descriptor = flock.open_lock(path, create=create, root=root)
         locks.callback(os.close, descriptor)
         return None if flock.try_lock(descriptor) else held
     except FileNotFoundError:
@@ -140,30 +146,30 @@ def _refused(locks: contextlib.ExitStack, path: Path, held: str, create: bool = 
         return f"{path.name} cannot be locked: {why(error)}"
 
 
-def _used(what: Path, job_max: float, now: float) -> str | None:
-    touched = _touched(what)
+def _used(tree: Tree, name: str, job_max: float, now: float) -> str | None:
+    touched = _touched(tree, name)
     if touched is None:
         return "it is not known when it was last touched"
     age = max(0.0, now - touched)
     return f"it was touched {age:.0f} s ago, and a job may last {job_max:.0f} s" if age < job_max else None
 
 
-def _touched(what: Path) -> float | None:
+def _touched(tree: Tree, name: str) -> float | None:
     """Return the latest time at which it or anything in it was modified or moved; None where that is unknown.
 
     Of a file in a directory only its own time of modification counts: moving it changes the directory, and a generation
-    that gives it another name, or removes one, is no use of it.
+    that gives it another name, or removes one, is no use of it. What lies too deep to be a kernel does not count.
     """
     try:
-        status = os.lstat(what)
+        status = tree.lstat(name)
         newest = max(status.st_mtime, status.st_ctime)
         if stat.S_ISDIR(status.st_mode):
-            if listing(str(what)) is None:
+            if tree.some(name, 1) is None:
                 return None
-            for _, item in walk(str(what), ()):
+            for _, item in tree.walk(name):
                 if item is None:
                     return None
-                status = item.stat(follow_symlinks=False)
+                status = item.stat()
                 newest = max(newest, status.st_mtime, status.st_ctime if stat.S_ISDIR(status.st_mode) else 0.0)
     except OSError:
         return None
@@ -175,13 +181,13 @@ def _recorded(root: Path, what: Path) -> str | None:
     return None if view is None else f"the view {view} has it below"
 
 
-def _viewed(what: Path, mounts: Path) -> str | None:
+def _viewed(root: Path, name: str, mounts: Path) -> str | None:
     """Return which overlay, of those that this process can see, has it, a parent or a part of it as a lower layer."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    place = os.path.realpath(what)
+    place = f"{os.path.realpath(root)}/{name}"
     for line in lines:
         own, _, rest = line.partition(" - ")
         kind, *more = rest.split(" ")

@@ -6,6 +6,7 @@ rewritten entry shows only by its time, and other files count only where they lo
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -66,7 +67,7 @@ def compare(before: Mapping[str, Any], wanted: list[FamilyDirectory]) -> Audit:
     """Return what has changed since, in the directories of the snapshot and in these."""
     found, locks = Audit(), []
     then, began = dict(_places(before)), float(before["taken"])
-    for place in dict.fromkeys([*then, *wanted]):
+    for place in dict.fromkeys([*wanted, *then]):  # of the same one, that with a root
         stamps, old = then.get(place, ({}, Inventory({})))
         now = _taken(place)
         found.findings += _compared(place, old, _inventory(now["entries"]), began, found)
@@ -84,7 +85,7 @@ def _compared(place: FamilyDirectory, old: Inventory, new: Inventory, began: flo
     again = inventory.recompiled(old, new)
     for kind, names in (("compiled", compiled), ("rewritten", again)):
         for name in names:
-            size, first, last = span(place.family, place.path / name, earliest=began, latest=time.time())
+            size, first, last = span(place.family, place.tree(), name, earliest=began, latest=time.time())
             yield Finding(place.family.name, short(place.key), kind, short(name), "", size, first, last)
     for name, problem in new.invalid.items():
         if name in old.valid:
@@ -98,11 +99,13 @@ def _compared(place: FamilyDirectory, old: Inventory, new: Inventory, began: flo
 
 
 def _taken(place: FamilyDirectory) -> dict[str, Any]:
-    entries = inventory.scan(place.family, place.path).entries.values()
+    entries = inventory.scan(place.family, place.tree()).entries.values()
     locks = {}
-    for item in files.listing(str(place.path / "locks")) or () if place.family.name == "deep_gemm" else ():
-        if shape_of_lock(f"locks/{item.name}") is not None:
-            locks[f"locks/{item.name}"] = item.stat(follow_symlinks=False).st_mtime_ns
+    tree = place.tree()
+    for item in tree.listing("locks") or () if place.family.name == "deep_gemm" else ():
+        if shape_of_lock(item.name) is not None:
+            with contextlib.suppress(OSError):
+                locks[item.name] = item.stat().st_mtime_ns
     return {
         "family": place.family.name,
         "key": place.key,

@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder import files, text
+from builder import text
+from builder.beneath import Tree
 from builder.cache import marker_files, toolchain, usage
 from builder.cache.entries import NAMES
-from builder.cache.families import FAMILY, directory
+from builder.cache.families import FAMILY
 from builder.cache.layout import family_directories
 from builder.cache.memos import memos_in, records
 
@@ -104,16 +105,17 @@ def survey(root: Path) -> Holdings:
     entries: dict[Dir, dict[str, Object]] = {}
     total, view_bytes = 0, 0
     apart = set()
-    for each in family_directories(root):
-        path, family = str(each.path), each.family
-        names = list(NAMES[family.layout](family, path)) if family.layout in ALONE else []
-        dirs[each.name], entries[each.name] = measure.split(path, names)
-        total += dirs[each.name].bytes
-        apart.add(path)
-    # Generations hold other names of the same files, so they are measured last.
-    for item in sorted(files.listing(str(root)) or (), key=lambda item: item.name in VIEWS):
-        size = measure.of(item.path, apart).bytes
-        total, view_bytes = (total, view_bytes + size) if item.name in VIEWS else (total + size, view_bytes)
+    with Tree(root) as tree:
+        for each in family_directories(root):
+            base, family = f"{each.family.name}/{each.key}", each.family
+            names = list(NAMES[family.layout](family, each.tree())) if family.layout in ALONE else []
+            dirs[each.name], entries[each.name] = measure.split(tree, base, names)
+            total += dirs[each.name].bytes
+            apart.add(base)
+        # Generations hold other names of the same files, so they are measured last.
+        for item in sorted(tree.listing() or (), key=lambda item: item.name in VIEWS):
+            size = measure.of(tree, item.name, apart).bytes
+            total, view_bytes = (total, view_bytes + size) if item.name in VIEWS else (total + size, view_bytes)
     return Holdings(
         marks=tuple(found),
         memos=tuple(memos(root)),
@@ -153,16 +155,17 @@ def _surveyed(root: Path, found: marker_files.MarkerFile, marker: marker_files.M
 
 def memos(root: Path) -> Iterator[Memo]:
     """Yield every record of every image's memo that this program understands."""
-    for item in files.listing(str(root / "images")) or ():
-        if not item.name.endswith(".json") or item.name.startswith("."):
-            continue
-        try:
-            written = item.stat(follow_symlinks=False).st_mtime
-        except OSError:
-            continue
-        for memo in memos_in(Path(item.path)):
-            keys = tuple(toolchain.family_keys(record) for record in records(root, memo))
-            yield Memo(f"images/{item.name}", memo.names, keys, tuple(map(toolchain.digest, keys)), written)
+    with Tree(root) as tree:
+        for item in tree.listing("images") or ():
+            if not item.last.endswith(".json") or item.last.startswith("."):
+                continue
+            try:
+                written = item.stat().st_mtime
+            except OSError:
+                continue
+            for memo in memos_in(root / item.name):
+                keys = tuple(toolchain.family_keys(record) for record in records(root, memo))
+                yield Memo(item.name, memo.names, keys, tuple(map(toolchain.digest, keys)), written)
 
 
 @dataclass
@@ -172,39 +175,39 @@ class _Measure:
     accessed: bool
     _seen: set[tuple[int, int]] = field(default_factory=set)
 
-    def of(self, path: str, apart: Collection[str] = ()) -> Object:
+    def of(self, tree: Tree, name: str, apart: Collection[str] = ()) -> Object:
         try:
-            return self._walk(path, os.lstat(path), apart)
+            return self._walk(tree, name, tree.lstat(name), apart)
         except OSError:
             return Object(0, 0.0)
 
-    def split(self, base: str, names: list[str]) -> tuple[Object, dict[str, Object]]:
+    def split(self, tree: Tree, base: str, names: list[str]) -> tuple[Object, dict[str, Object]]:
         """Return the measure of a family directory, and of each of its entries."""
-        entries = {name: self.of(f"{base}/{name}") for name in names}
+        entries = {name: self.of(tree, f"{base}/{name}") for name in names}
         apart = {f"{base}/{name}" for name in names}
-        rest = self._walk(base, os.lstat(base), apart)
+        rest = self.of(tree, base, apart)
         size = rest.bytes + sum(entry.bytes for entry in entries.values())
         return Object(size, max([rest.used, *(entry.used for entry in entries.values())])), entries
 
-    def _walk(self, path: str, status: os.stat_result, apart: Collection[str] = ()) -> Object:
+    def _walk(self, tree: Tree, name: str, status: os.stat_result, apart: Collection[str] = ()) -> Object:
         size, used = self._count(status), usage.touched(status, accessed=False)
-        todo = [path] if stat.S_ISDIR(status.st_mode) else []
+        todo = [name] if stat.S_ISDIR(status.st_mode) else []
         if not todo:
             used = usage.touched(status, accessed=self.accessed)
         while todo:
-            for item in files.listing(todo.pop()) or ():
-                if item.path in apart:
+            for item in tree.listing(todo.pop()) or ():
+                if item.name in apart:
                     continue
                 try:
-                    status = item.stat(follow_symlinks=False)
+                    status = item.stat()
                 except OSError:
                     continue
                 size += self._count(status)
                 # Listing a directory changes its access time, and is no use of its content.
                 is_dir = stat.S_ISDIR(status.st_mode)
                 used = max(used, usage.touched(status, accessed=self.accessed and not is_dir))
-                if is_dir:
-                    todo.append(item.path)
+                if is_dir and not tree.is_too_deep(item.name):
+                    todo.append(item.name)
         return Object(size, used)
 
     def _count(self, status: os.stat_result) -> int:
@@ -217,8 +220,9 @@ class _Measure:
 
 def count(root: Path, place: Dir) -> int:
     """Return the number of entries in a family directory, valid or not."""
-    family, base = FAMILY[place[0]], directory(str(root), *place)
-    return sum(1 for _ in NAMES[family.layout](family, base))
+    family = FAMILY[place[0]]
+    with Tree(root, f"{place[0]}/{place[1]}") as tree:
+        return sum(1 for _ in NAMES[family.layout](family, tree))
 
 
 def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:

@@ -14,20 +14,27 @@ import contextlib
 import os
 from pathlib import Path
 
+from builder.beneath import Tree
+
 FOLDER = "used"
+
+
+def stamp_name(marker: str) -> str:
+    """Return the path, below the root, of the stamp of the marker at this path below the root."""
+    return f"{FOLDER}/{Path(marker).relative_to('markers').as_posix()}"
 
 
 def stamp_path(root: Path, marker: str) -> Path:
     """Return the stamp of the marker at this path below the root."""
-    return root / FOLDER / Path(marker).relative_to("markers")
+    return root / stamp_name(marker)
 
 
 def stamp(root: Path, marker: str) -> None:
     """Record a use by writing. Never raises OSError: no warm-up fails for a stamp."""
-    path = stamp_path(root, marker)
-    with contextlib.suppress(OSError, ValueError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    name = stamp_name(marker)
+    with contextlib.suppress(OSError, ValueError), Tree(root) as tree:
+        tree.make_folder(name.rpartition("/")[0])
+        descriptor = tree.open_file(name, os.O_WRONLY, create=True, mode=0o644)
         try:
             os.write(descriptor, b"\n")  # a file without a byte is never read
             os.utime(descriptor)
@@ -37,8 +44,8 @@ def stamp(root: Path, marker: str) -> None:
 
 def note(root: Path, marker: str) -> None:
     """Record a use by reading alone. Never raises OSError."""
-    with contextlib.suppress(OSError, ValueError):
-        descriptor = os.open(stamp_path(root, marker), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with contextlib.suppress(OSError, ValueError), Tree(root) as tree:
+        descriptor = tree.open_file(stamp_name(marker), os.O_RDONLY)
         try:
             os.read(descriptor, 1)
         finally:
@@ -47,19 +54,20 @@ def note(root: Path, marker: str) -> None:
 
 def last(root: Path, marker: str, written: float) -> float:
     """Return the time of the marker's last use, in seconds since the epoch; at least `written`."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.lstat(stamp_path(root, marker))
+    with contextlib.suppress(OSError, ValueError), Tree(root) as tree:
+        status = tree.lstat(stamp_name(marker))
         return max(written, status.st_mtime, status.st_atime)
     return written
 
 
 def forget(root: Path, marker: str) -> None:
     """Remove the stamp of a marker that is removed."""
-    path = stamp_path(root, marker)
-    with contextlib.suppress(OSError):
-        path.unlink()
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
+    name = stamp_name(marker)
+    with Tree(root) as tree:
+        with contextlib.suppress(OSError):
+            tree.unlink(name)
+        with contextlib.suppress(OSError):
+            tree.rmdir(name.rpartition("/")[0])
 
 
 def touched(status: os.stat_result, *, accessed: bool) -> float:

@@ -18,10 +18,13 @@ from builder.host.deadlines import Deadline, poll
 _RETRY, _NOTICE = 0.2, 0.05
 
 
-def open_lock(path: Path) -> int:
-    """Return a descriptor of an existing lock file. Raises OSError, and PreflightError for what cannot be a lock."""
+def open_lock(path: Path, *, root: Path | None = None) -> int:
+    """Return a descriptor of an existing lock file. Raises OSError, and PreflightError for what cannot be a lock.
+
+    root: see `flock.open_lock`.
+    """
     try:
-        return flock.open_lock(path)
+        return flock.open_lock(path, root=root)
     except flock.NotALockError as error:
         raise PreflightError(f"{path} {error.strerror}") from None
 

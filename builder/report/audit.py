@@ -31,14 +31,14 @@ def raise_if_compiled(found: Audit, job: str) -> None:
 
 def text_of(found: Audit, job: str) -> str:
     """Return a sum for people, then one line for each finding. job: its name in sentences."""
-    if found.truncated:
-        return f"{job} cannot be judged: {found.truncated}"
     lines = []
     if found.jit:
         lines.append(
             f"{job} compiled {_entries(found.jit)} in spite of the cache, in about {found.seconds:.0f} s "
             "(between the first and the last write of their files)"
         )
+    elif found.truncated:
+        lines.append(f"{job} cannot be judged: {found.truncated}")
     else:
         lines.append(f"{job} compiled nothing")
     lines[0] += f"; it hit {_entries(found.used)}" if found.used else ""
@@ -51,6 +51,8 @@ def text_of(found: Audit, job: str) -> str:
             lines.append(f"  {_TITLES[kind]}: {place}{more}{why}")
         if (more_of_kind := found.count(kind) - len(of_kind[:MOST_LISTED])) > 0:
             lines.append(f"  {_TITLES[kind]}: {more_of_kind} more; --json lists {_listed(found, kind)}")
+    if found.jit and found.truncated:
+        lines.append(f"  there may be more: {found.truncated}")
     shapes = sorted({finding.shape for finding in found.findings if finding.shape})
     if shapes:
         lines.append("  shapes: " + "; ".join(shapes))

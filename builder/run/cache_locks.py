@@ -58,7 +58,7 @@ def views(executor: ContainerExecutor) -> Iterator[None]:
 def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterator[None]:
     root = executor.direct_root()
     try:
-        descriptor = open_lock(root / path) if root else None
+        descriptor = open_lock(root / path, root=root) if root else None
     except OSError:
         descriptor = None
     if descriptor is None:

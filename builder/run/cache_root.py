@@ -352,9 +352,8 @@ def _is_closed(path: str) -> bool:
 def _claimed(copy: Path) -> set[str]:
     """Return family directories that any readable marker claims, as ``family/key``."""
     found = set()
-    for path in copy.glob("markers/*/*.json"):
-        marker = marker_files.read(path)
-        for family, key in marker.keys.items() if marker else ():
+    for each in marker_files.every(copy):
+        for family, key in each.marker.keys.items() if each.marker else ():
             if family in families.FAMILY and key.isalnum():
                 found.add(f"{family}/{key}")
     return found

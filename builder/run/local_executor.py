@@ -176,7 +176,7 @@ class LocalExecutor:
 
     @contextlib.contextmanager
     def run_lock(self) -> Iterator[None]:
-        descriptor = open_lock(layout.run_lock(self.root))
+        descriptor = open_lock(layout.run_lock(self.root), root=self.root)
         try:
             self.context.lock_wait().acquire(
                 descriptor, holder_action=f"works on {self.root}", busy=f"{self.root} is in use"

@@ -78,7 +78,7 @@ def refuse_overlap(executor: ContainerExecutor) -> None:
     if root is None or not executor.engine.local:
         return
     with contextlib.suppress(OSError):
-        descriptor = open_lock(root / cache_locks.RUN)
+        descriptor = open_lock(root / cache_locks.RUN, root=root)
         try:
             if not try_lock(descriptor):
                 raise BusyError(

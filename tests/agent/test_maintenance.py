@@ -153,6 +153,7 @@ def test_verify_unlistable_directory_is_bad(root: Path, monkeypatch: pytest.Monk
     (place,) = [
         place for place in family_directories(root) if place.family.name == "deep_gemm" and place.key == KEYS[0]
     ]
+    (place.path / "cache").mkdir(exist_ok=True)
     assert bad_entries(place, now=0.0) == (0, {})
     monkeypatch.setattr(os, "scandir", refuse)
     problem = "is unreadable: a directory that cannot be listed"

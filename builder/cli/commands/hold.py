@@ -96,7 +96,7 @@ def _take(
     if cache.root is not None and here:
         path = layout.hold_lock(cache.root)
         try:
-            descriptor = open_lock(path)
+            descriptor = open_lock(path, root=cache.root)
         except OSError as error:
             if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not _is_root(cache.root):
                 console.say(f"there is no cache at {cache.root} yet, so there is nothing to hold")

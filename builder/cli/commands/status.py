@@ -152,8 +152,8 @@ def _read(executor: ContainerExecutor) -> _Status:
     found = _Status([_FamilyRow(**vars(each), use=_use((each.family, each.key) in current)) for each in directories])
     now = time.time()
     with executor.cache.view(entries=False) as root:
-        for path in sorted(root.glob("markers/*/*.json")):
-            found.markers.append(_marker(path, root, used, current, now))
+        for each in sorted(marker_files.every(root), key=lambda each: each.path):
+            found.markers.append(_marker(each, root, used, current, now))
     found.users = list(_users(executor))
     return found
 
@@ -187,21 +187,23 @@ def _contents(executor: ContainerExecutor) -> tuple[list[inventory.Content], dic
 
 
 def _marker(
-    path: Path, root: Path, used: Mapping[str, float] | None, current: set[tuple[str, str]], now: float
+    found: marker_files.MarkerFile,
+    root: Path,
+    used: Mapping[str, float] | None,
+    current: set[tuple[str, str]],
+    now: float,
 ) -> _MarkerRow:
-    marker = marker_files.read(path)
+    marker = found.marker
     observed = marker.observed if marker else marker_files.Observed()
-    name = str(path.relative_to(root))
-    written, last = None, None
-    with contextlib.suppress(OSError):
-        written = path.lstat().st_mtime
-        last = usage.last(root, name, written) if used is None else used.get(name, written)
+    written, last = found.written or None, None
+    if written is not None:
+        last = usage.last(root, found.path, written) if used is None else used.get(found.path, written)
     seconds, gpus = observed.seconds, observed.gpus
     claims = marker.keys if marker else {}
     return _MarkerRow(
-        task=printable(path.parent.name),
-        label=printable(marker.label)[:60] if marker else printable(path.parent.name),
-        path=printable(name),
+        task=printable(found.folder),
+        label=printable(marker.label)[:60] if marker else printable(found.folder),
+        path=found.path,
         written=_moment(written),
         age_seconds=None if written is None else round(max(0.0, now - written), 3),
         last_used=_moment(last),

@@ -188,7 +188,7 @@ def test_generation_below_a_view_is_kept(root: Path) -> None:
     assert refusal("triton", KEY, place) == said
     assert refusal("triton", KEY, generations.home(root)) == said
     assert refusal("deep_gemm", "f" * 16) is None, "made after the generation"
-    aside = layout.quarantine(root, "triton", KEY)
+    aside = layout.quarantine(root, "triton", KEY).path
     aside.mkdir(parents=True)
     assert refusal("triton", KEY, aside) is None
     (view / "view.json").write_text("garbage")

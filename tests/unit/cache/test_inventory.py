@@ -10,11 +10,13 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from builder.beneath import Tree
 from builder.cache import inventory
-from builder.cache.entries import MISSING, EntryProblem, ProblemKind, elf_problem
+from builder.cache.entries import MISSING, EntryProblem, ProblemKind, file_problem
 from builder.cache.families import FAMILIES, FAMILY, Family
 
 DEEP_GEMM, TRITON, INDUCTOR = FAMILY["deep_gemm"], FAMILY["triton"], FAMILY["inductor"]
@@ -81,7 +83,7 @@ def invalid(family: Family, directory: Path) -> dict[str, str]:
 
 def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     path, data = tmp_path / "kernel.cubin", elf(32768)
-    assert text_of(elf_problem(str(path), path.name)) == "kernel.cubin is missing"
+    assert text_of(file_problem(Tree(path.parent), path.name)) == "kernel.cubin is missing"
     expected = {
         b"": "kernel.cubin is empty",
         b"\x7fELF": "kernel.cubin is cut: 4 bytes, less than an ELF header",
@@ -95,7 +97,7 @@ def test_elf_problem_names_the_fault(tmp_path: Path) -> None:
     }
     for content, text in expected.items():
         path.write_bytes(content)
-        assert text_of(elf_problem(str(path), path.name)) == text
+        assert text_of(file_problem(Tree(path.parent), path.name)) == text
 
 
 # DeepGEMM
@@ -192,7 +194,7 @@ def test_deep_gemm_damage_is_named(tmp_path: Path, damage: Damage, text: str) ->
 
 def test_deep_gemm_socket_in_entry_is_invalid(tmp_path: Path) -> None:
     _replace("kernel.cubin", _bind)(deep_gemm_entry(tmp_path))
-    assert (problem(DEEP_GEMM, tmp_path, NAME) or "").startswith("kernel.cubin is unreadable: ")
+    assert problem(DEEP_GEMM, tmp_path, NAME) == "kernel.cubin is not a regular file"
 
 
 def test_scan_ignores_files_beside_entries(tmp_path: Path) -> None:
@@ -411,10 +413,10 @@ def test_unreadable_directory_is_one_invalid_entry(tmp_path: Path, monkeypatch: 
     (tmp_path / "closed" / "x.py").write_text("x")
     real = os.scandir
 
-    def refusing(path: str) -> object:
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", path)
-        return real(path)
+    def refusing(fd: int) -> object:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("closed"):  # noqa: PTH115
+            raise PermissionError(13, "Permission denied")
+        return real(fd)
 
     monkeypatch.setattr(os, "scandir", refusing)
     found = inventory.scan(INDUCTOR, tmp_path)
@@ -427,8 +429,12 @@ def test_unreadable_directory_is_one_invalid_entry(tmp_path: Path, monkeypatch: 
 def test_unreadable_files_are_invalid_and_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep_gemm_entry(tmp_path)
 
-    def refusing(path: str, *_: object) -> int:
-        raise PermissionError(13, "Permission denied", path)
+    real = os.open
+
+    def refusing(path: str, *arguments: Any, **options: Any) -> int:
+        if path.startswith("/proc/self/fd/"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refusing)
     assert problem(DEEP_GEMM, tmp_path, NAME) == (

@@ -490,6 +490,7 @@ def test_judge_never_raises_for_any_field_content(
 ) -> None:
     root = tmp_path_factory.getbasetemp() / "any-field"
     if not root.exists():
+        root.mkdir()
         markers.publish(root, build())
     path = root / path_of(root)
     marker = json.loads(marker_files.encoded(build()))
@@ -608,8 +609,7 @@ def test_publish_failing_keeps_old_marker(warm: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        target: object = Path if step == "rename" else os
-        patch.setattr(target, step, failing)
+        patch.setattr(os, step, failing)
         with pytest.raises(OSError, match="No space left"):
             markers.publish(warm, build())
     assert (warm / path_of(warm)).read_text() == before

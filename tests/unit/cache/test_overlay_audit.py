@@ -13,7 +13,7 @@ import pytest
 
 from builder.cache import generations, overlay_audit
 from builder.cache.findings import Audit, proposal
-from builder.cache.overlay_audit import Layers
+from builder.cache.overlay_audit import Bounds, Layers
 from builder.events import Finding
 from builder.task import Shape
 from tests.unit.cache.test_inventory import deep_gemm_entry, elf, triton_entry
@@ -39,11 +39,11 @@ class View:
             (self.lower / name).write_text("{}")
         shutil.copytree(self.lower, self.merged, symlinks=True)
 
-    def audit(self, *, budget: int = overlay_audit.BUDGET) -> Audit:
+    def audit(self, *, bounds: Bounds | None = None) -> Audit:
         self.upper.mkdir()
         self._settle("")
         layers = Layers(self.lower, self.upper, self.merged, "/jit", self.created)
-        return overlay_audit.audit(layers, now=time.time(), check=lambda: None, budget=budget)
+        return overlay_audit.audit(layers, now=time.time(), check=lambda: None, bounds=bounds)
 
     def _settle(self, name: str) -> bool:
         """Puts what differs below this directory into the upper layer; whether anything does."""
@@ -252,7 +252,7 @@ def test_audit_beyond_budget_is_not_judged(view: View) -> None:
     many = view.merged / GEMM / "cache" / f"gemm_a.{'a' * 32}"
     for number in range(300):
         (many / f"{number}").write_text("x")
-    found = view.audit(budget=200)
+    found = view.audit(bounds=Bounds(files=200))
     assert found.findings == [] and found.truncated == "more than 200 files were written: none was judged"
 
 

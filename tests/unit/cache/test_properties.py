@@ -15,8 +15,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from builder.beneath import Tree
 from builder.cache import coverage, inventory, marker_files, markers, memos, toolchain
-from builder.cache.entries import ProblemKind, elf_problem
+from builder.cache.entries import ProblemKind, file_problem
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
 from builder.cache.marker_files import Marker, Observed, folder_name
 from builder.cache.toolchain import Record
@@ -347,7 +348,7 @@ def test_elf_damaged_is_named_or_whole(place: Path, data: bytes) -> None:
     path = place / "kernel.cubin"
     path.write_bytes(data)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is wanted
-    problem = elf_problem(str(path), path.name)
+    problem = file_problem(Tree(path.parent), path.name)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert problem is None or ELF_PROBLEM.fullmatch(problem.text), problem
 
@@ -356,10 +357,10 @@ def test_elf_damaged_is_named_or_whole(place: Path, data: bytes) -> None:
 def test_elf_cut_anywhere_is_named(place: Path, data: bytes) -> None:
     path = place / "kernel.cubin"
     path.write_bytes(data)
-    assert elf_problem(str(path), path.name) is None
+    assert file_problem(Tree(path.parent), path.name) is None
     for size in reversed(range(len(data))):
         os.truncate(path, size)
-        problem = elf_problem(str(path), path.name)
+        problem = file_problem(Tree(path.parent), path.name)
         assert problem is not None and ELF_PROBLEM.fullmatch(problem.text), size
 
 

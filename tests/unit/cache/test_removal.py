@@ -72,7 +72,7 @@ def test_may_remove_holds_locks_during_removal(root: Path) -> None:
 
 def test_may_remove_not_when_lock_cannot_be_opened(root: Path) -> None:
     layout.family_lock(root, "triton", KEY).mkdir()
-    assert refusal(root) == f"triton-{KEY}.lock cannot be locked: Is a directory"
+    assert refusal(root) == f"triton-{KEY}.lock cannot be locked: is no regular file, so it cannot be a lock: remove it"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def moved_aside(root: Path) -> Path:
     entry = root / "deep_gemm" / KEY / "cache" / f"kernel.{'0' * 32}"
     entry.mkdir(parents=True)
     (entry / "kernel.cu").write_text("half")
-    aside = layout.quarantine(root, "deep_gemm", KEY)
+    aside = layout.quarantine(root, "deep_gemm", KEY).path
     assert inventory.sweep(FAMILY["deep_gemm"], root / "deep_gemm" / KEY, aside, now=time.time(), older_than=600)
     (found,) = aside.iterdir()
     return found
