@@ -19,7 +19,9 @@ from builder.cache.build_proofs import ANY_PROOF, ProofWanted
 from builder.cli.options import VERBS, Args, ManifestArgs
 from builder.cli.signals import Signals
 from builder.engine.client import Engine
+from builder.engine.lease import home_directory
 from builder.errors import EngineLostError, EngineTimeoutError, Problem, UsageError
+from builder.host import outside
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.manifest.load import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select, without_tasks
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 LOG_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 #: Number of log directories that are kept there.
 LOGS_KEPT = 50
+#: Seconds for removing older ones.
+_TIDYING = 2.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Invocation:
         chosen = _absolute(log_dir, self.args.location("log-dir")) if log_dir else self.default_log_dir
         options = Options(
             log_dir=chosen,
+            log_dir_fallback=None if log_dir else self._log_dir_in(_temporary_home()),
             state_dir=_absolute(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "XDG_RUNTIME_DIR"),
             environ=self.environ,
             pull=pull,
@@ -175,17 +180,20 @@ class Invocation:
     @functools.cached_property
     def default_log_dir(self) -> Path:
         """Return this run's log directory in the default place; the first log makes it."""
-        return self._state_home() / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.run_id[:6]}"
+        return self._log_dir_in(self._state_home())
+
+    @functools.cached_property
+    def _log_name(self) -> str:
+        return f"{time.strftime('%Y%m%d-%H%M%S')}-{self.run_id[:6]}"
+
+    def _log_dir_in(self, base: Path) -> Path:
+        return base / "logs" / self._log_name
 
     def prune_logs(self) -> None:
-        """If this run wrote logs in the default place, remove all but the newest runs' logs there."""
-        if not self.default_log_dir.is_dir():
-            return
-        with contextlib.suppress(OSError):
-            directory = self.default_log_dir.parent
-            runs = sorted(path for path in directory.iterdir() if LOG_NAME.fullmatch(path.name))
-            for path in runs[:-LOGS_KEPT]:
-                shutil.rmtree(path, ignore_errors=True)  # does not follow links
+        """If this run wrote logs in a default place, remove all but the newest runs' logs there."""
+        for place in (self.default_log_dir, self._log_dir_in(_temporary_home())):
+            with contextlib.suppress(OSError, outside.StuckError):
+                outside.call(functools.partial(_prune_logs, place), str(place), _TIDYING)
 
     def _manifest_args(self) -> ManifestArgs:
         assert isinstance(self.args, ManifestArgs), f"{self.verb} has no options that name a manifest"
@@ -218,7 +226,20 @@ class Invocation:
             base = ""
             with contextlib.suppress(RuntimeError):
                 base = str(Path.home() / ".local" / "state")
-        return Path(base or tempfile.gettempdir()) / "warm-cache"
+        return Path(base) / "warm-cache" if base else _temporary_home()
+
+
+def _temporary_home() -> Path:
+    """Return this user's own directory in the temporary one."""
+    return home_directory(Path(tempfile.gettempdir()))
+
+
+def _prune_logs(place: Path) -> None:
+    """Keep the newest LOGS_KEPT directories of runs beside this one, if it exists. Raises OSError."""
+    if place.is_dir():
+        runs = sorted(path for path in place.parent.iterdir() if LOG_NAME.fullmatch(path.name))
+        for path in runs[:-LOGS_KEPT]:
+            shutil.rmtree(path, ignore_errors=True)  # does not follow links
 
 
 def _absolute(path: str, location: str) -> Path:

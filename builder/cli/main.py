@@ -30,15 +30,16 @@ from builder.errors import (
 )
 from builder.host.cancel import Cancel
 from builder.report import github
-from builder.report.console import Console, harmless
+from builder.report.console import PATIENCE, Console, harmless
 from builder.report.results import Report
 from builder.report.tables import TASK_COLUMNS, task_table
 from builder.text import counted, sentence
 
 #: The message of Python's RuntimeError where no more threads may be started.
 NO_THREAD = "can't start new thread"
-#: Seconds after a signal for which a full stream without a reader is waited for.
-READING = 1.0
+#: Seconds after a signal for which a full stream without a reader is waited for; and without a signal, where nobody
+#: sits at a terminal.
+READING, READER = 1.0, 60.0
 #: Third-party packages: import name → name to install.
 PACKAGES = {name: name for name in ("docker", "psutil", "requests", "rich", "tenacity")} | {"pynvml": "nvidia-ml-py"}
 #: Errors of a machine that lacks something, wherever they are raised: no defect of this program.
@@ -61,7 +62,6 @@ def main(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] | None
     try:
         line = parser.parse(argv, environ)
     except SystemExit as stop:  # argparse has printed a help text
-        _silence_broken_stdout()
         return int(stop.code or 0)
     except UsageError as error:
         return _Program(parser.unparsed(argv, environ), environ).finish(error)
@@ -96,7 +96,7 @@ class _Program:
             github=environ.get("GITHUB_ACTIONS") == "true",
             width=shutil.get_terminal_size((80, 24)).columns,
             verbose=line.args.verbose,
-            hurried=lambda: self.cancel.is_due(READING),
+            hurried=self._gave_up,
         )
 
     def run(self, verb: str) -> int:
@@ -113,8 +113,9 @@ class _Program:
         except Exception as raised:  # noqa: BLE001 - every failure ends as a sentence
             error = self.unexpected(raised)
         self.report.seconds = time.monotonic() - self.started
-        if error is not None and self.cancel.signum is not None and not isinstance(error, Interrupted):
-            self.report.warnings.append(error.message)  # of several reasons the signal is the first
+        if self.cancel.signum is not None and not isinstance(error, Interrupted):
+            if error is not None:
+                self.report.warnings.append(error.message)  # of several reasons the signal is the first
             error = Interrupted(self.cancel.signum)
         return self.finish(error, invocation.prune_logs)
 
@@ -135,9 +136,6 @@ class _Program:
             return stopped.exit_code
         finally:
             self.signals.restore()
-        if self.console.stuck:
-            # A thread still waits for a stream without a reader, and the interpreter would wait for that thread.
-            os._exit(status)
         return status
 
     def _finish(self, error: BuilderError | None) -> int:
@@ -149,32 +147,58 @@ class _Program:
             self._report_tasks(error)
         if error is not None:
             self._report_error(error)
-        problems = github.write_files(report, status, error, self.environ) if console.github else []
+        problems = github.write_files(report, status, error, self.environ, self._gave_up) if console.github else []
         for problem in problems:
             report.warnings.append(problem)
             console.say(f"warning: {problem}")
+        # For `env` the file of outputs is a place of its result.
+        unwritten = problems[:1] if report.verb == "env" else []
         if self.line.args.json and report.text is not None:
             report.extra[str(report.verb)] = report.text
         elif report.text is not None:
             # `env` prints for programs. These name jobs and files, and such names may hold commands.
             guarded = self.console.github and report.verb in ("view", "audit")
-            self._print(harmless(report.text) if guarded else report.text, "the result")
+            unwritten += self._print(harmless(report.text) if guarded else report.text, "the result")
         if self.line.args.json:
-            self._print(report.document(status, error), "the JSON document")
-        _silence_broken_stdout()
+            unwritten += self._print(report.document(status, error), "the JSON document")
+        if unwritten and status:
+            console.say(f"warning: {unwritten[0]}")
+        elif unwritten:
+            # A result that nobody gets is no success, whatever it says.
+            error = PreflightError(unwritten[0])
+            status = error.exit_code
+            self._report_error(error)
+        console.close(self._patience)
+        if self.signals.late and (console.stuck or unwritten):
+            return Interrupted(self.signals.late).exit_code
         return status
 
-    def _print(self, text: str, what: str) -> None:
-        """Write a result to stdout. A reader that closed the stream is no failure."""
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            pass
-        except UnicodeEncodeError:  # escape what stdout's encoding lacks
-            print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding), flush=True)
-        except OSError as failed:
-            self.report.warnings.append(f"{what} could not be written: {failed.strerror}")
-            self.console.say(f"warning: {self.report.warnings[-1]}")
+    @property
+    def _patience(self) -> float | None:
+        """Seconds that the last output waits for a reader: without limit where a person is there, who can end it."""
+        return None if any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)) else READER
+
+    def _gave_up(self) -> bool:
+        return self.cancel.is_due(READING) or self.cancel.requests > 1 or bool(self.signals.late)
+
+    def _print(self, text: str, what: str) -> list[str]:
+        """Write a result to stdout; return why it could not be written. A reader that closed it is no failure."""
+        self.console.flush(PATIENCE)
+        if self.console.stuck and self.console.writes_to(sys.stdout):
+            why = "nobody reads it"
+        elif sys.stdout is None:
+            why = "stdout is closed"
+        else:
+            out = Console(sys.stdout, terminal=False, hurried=self._gave_up)
+            out.say(text)
+            out.close(self._patience)
+            failed = out.error
+            if (failed is None and not out.stuck) or isinstance(failed, BrokenPipeError):
+                return []
+            why = (failed.strerror or str(failed)) if isinstance(failed, OSError) else "nobody reads it"
+        problem = f"{what} could not be written: {why}"
+        self.report.warnings.append(problem)
+        return [problem]
 
     def _report_tasks(self, error: BuilderError | None) -> None:
         report = self.report
@@ -219,11 +243,13 @@ class _Program:
             lines.append("last line:" if len(error.notes) == 1 else "last lines:")
             lines += [f"  │ {note}" for note in error.notes]
         # Errors belong on stderr, which is the console's own stream with --json, for env and for hold.
-        stream = Console(
-            _or_nowhere(sys.stderr), terminal=False, github=self.console.github, hurried=lambda: self.console.hurried
-        )
+        self.console.flush(PATIENCE)
+        stream = self.console
+        if not stream.writes_to(sys.stderr):
+            stream = Console(_or_nowhere(sys.stderr), terminal=False, github=self.console.github, hurried=self._gave_up)
         stream.say("\n".join(lines))
-        self.console.stuck = self.console.stuck or stream.stuck
+        if stream is not self.console:
+            stream.close(PATIENCE)
         reasons = [f"{problem.location}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
         self.console.annotate("warm-cache", "\n".join([error.message, *reasons]))
 
@@ -249,13 +275,3 @@ def _unexpected(raised: Exception) -> BuilderError:
     return DefectError(
         f"a defect in warm-cache: {type(raised).__name__}: {raised}. Run again with -v for the traceback."
     )
-
-
-def _silence_broken_stdout() -> None:
-    """Discard what stdout cannot take any more: a closed reader or a full disk shall not be a traceback at exit."""
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,13 +18,15 @@ REPORTING = 2.0
 class Signals:
     """Handlers from `handled` to `restore`. Ctrl-Z is ignored, because a stopped reader blocks its container.
 
-    After the block of `handled` signals do nothing for REPORTING seconds; after that they raise Interrupted again.
+    After the block of `handled` a signal only sets `late`, for REPORTING seconds; after that it raises Interrupted.
     """
 
     def __init__(self, cancel: Cancel) -> None:
         self._cancel = cancel
         self._previous: dict[int, Any] = {}
         self._reporting: Deadline | None = None
+        #: A signal that came while the outcome was reported.
+        self.late: int | None = None
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -52,5 +54,7 @@ class Signals:
             self._cancel.set(signum)
             if not self._cancel.shielded:
                 raise Interrupted(signum)
-        elif self._reporting.expired:
+        elif not self._reporting.expired:
+            self.late = signum
+        else:
             raise Interrupted(signum)

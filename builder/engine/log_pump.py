@@ -18,11 +18,12 @@ from builder import events
 from builder.engine.api import STDERR, STDOUT, Attachment, Containers
 from builder.engine.errors import NotFoundError
 from builder.engine.log_resume import Received, Resume
-from builder.engine.log_sinks import MARKS, Display, Lines, LogFile, Sinks, Tail
+from builder.engine.log_sinks import CLOSING, MARKS, Display, Lines, LogFile, Sinks, Tail
 from builder.engine.streams import Demux
 from builder.errors import BuilderError, EngineLostError
 from builder.events import Event
 from builder.host.deadlines import Attempt, Deadline, poll
+from builder.host.outside import start_thread
 
 EventCallback = Callable[[Event], None]
 
@@ -36,6 +37,8 @@ _EXIT_LAG = 1.0
 GIVE_UP = 60.0
 #: Seconds after the deadline until reading the end of the log is abandoned.
 _ABANDON_AFTER = 0.3
+#: Seconds for a callback that is still running at the end, and for the log's last bytes after the deadline.
+_STUCK, _LAST_BYTES = 6.0, 0.5
 
 
 class Pump:
@@ -63,6 +66,7 @@ class Pump:
         self._feeding = threading.Lock()
         self._closed = False
         self._ended = False
+        self._noted = False
         self._stopped = threading.Event()
         self._whole = True
         self._end: tuple[events.End, int] | None = None
@@ -105,8 +109,7 @@ class Pump:
     def start(self) -> None:
         """Begin to drain."""
         self.last_output = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="log-pump", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, "log-pump")
 
     def finish(self, deadline: Deadline, *, ran: bool = True, lost: bool = False) -> None:
         """Drain the rest after the exit, make the log complete, and close everything. Never raises.
@@ -140,17 +143,29 @@ class Pump:
         attempt.result()
 
     def _close(self, deadline: Deadline) -> None:
+        self._file.hurry()
         self._release_thread(Deadline(0.2))
-        with self._feeding:
-            if not self._closed:
-                self._closed = True
-                for stream, lines in self._lines.items():
-                    self._out(stream, lines.last())
-                os.close(self._write_end)
-                os.close(self._read_end)
-        self._file.close()
+        # A callback that hangs keeps the lock; then its thread has the descriptors, and nothing more is written.
+        if self._feeding.acquire(timeout=min(_STUCK, max(_LAST_BYTES, deadline.left()))):
+            try:
+                self._close_streams()
+            finally:
+                self._feeding.release()
+        else:
+            self.problems.append("handling an event did not end; what came after it is not in the log")
+        least = Deadline(_LAST_BYTES)
+        self._file.close(CLOSING, lambda: least.expired and deadline.expired)
+        self._note_problem()
         self._display.close(min(2.0, max(0.2, deadline.left())))
         self.problems += [problem for problem in (self._file.problem, self._display.problem) if problem]
+
+    def _close_streams(self) -> None:
+        if not self._closed:
+            self._closed = True
+            for stream, lines in self._lines.items():
+                self._out(stream, lines.last())
+            os.close(self._write_end)
+            os.close(self._read_end)
 
     def _release_thread(self, deadline: Deadline) -> None:
         self._stopped.set()
@@ -287,12 +302,16 @@ class Pump:
         if not region:
             return
         mark = MARKS[stream]
-        failed_before = self._file.problem
         self._file.write(mark, region)
-        if self._file.problem and not failed_before:
-            self._display.note(self._file.problem)
+        self._note_problem()
         self._tail.add(region)
         self._display.add(mark, region)
+
+    def _note_problem(self) -> None:
+        """Show the log's problem among its lines, once."""
+        if (problem := self._file.problem) and not self._noted:
+            self._noted = True
+            self._display.note(problem)
 
     def _take_events(self, region: bytes) -> bytes:
         """Handle the events in the region; return the region without them."""

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from builder.engine.api import STDERR, STDOUT
+from builder.host.outside import GiveUp, Writer, never, start_thread
 from builder.text import readable, shortened
 
 #: Prefix of each line in the log file, by stream.
@@ -30,6 +30,10 @@ LOG_MODE = 0o600
 
 _SHOWN_CHARACTERS = 2000
 _QUEUE_BYTES = 1 << 20
+#: Bytes that may wait for the log's file system before the reader of the output waits for it too.
+_BACKLOG = 16 << 20
+#: Seconds without a byte taken after which a log is given up: during the run, and at its end.
+PATIENCE, CLOSING = 30.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -94,54 +98,56 @@ def _private(path: Path) -> int:
 
 
 class LogFile:
-    """The complete log. A failure to write ends the file, never the draining; `problem` describes it."""
+    """The complete log. A failure to write ends the file, never the draining; `problem` describes it.
+
+    It is written in a thread of its own, because a file system may hang. `write` waits for a slow one, but not for
+    longer than PATIENCE without a byte taken, nor once `hurry` was called.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.problem = ""
-        self._file: BinaryIO | None = None
+        self._writer: Writer | None = None
+        self._hurried = False
+        self._gave_up = ""
 
     @property
     def is_open(self) -> bool:
-        return self._file is not None
+        return self._writer is not None
+
+    @property
+    def problem(self) -> str:
+        """Return why the file is not complete; "" as long as nothing is known against it."""
+        error = self._writer.error if self._writer is not None else None
+        why = (getattr(error, "strerror", None) or str(error)) if error is not None else self._gave_up
+        return f"the log {self.path} is not complete: {why}" if why else ""
 
     def open(self) -> None:
         """Begin a new file, which other users cannot read."""
-        if self.path is not None:
-            try:
-                self._file = os.fdopen(_private(self.path), "wb", buffering=0)
-            except OSError as error:
-                self._fail(error)
+        path = self.path
+        if path is not None:
+            writer = Writer(lambda: _private(path), most=2 * _BACKLOG, piece=MAX_LINE)
+            writer.start()
+            self._writer = writer
 
     def write(self, mark: str, region: bytes) -> None:
         """Add these lines, each after the mark."""
-        if self._file is None:
+        if self._writer is None or self.problem:
             return
         begin = f"{mark}| ".encode()
-        data = memoryview(begin + region[:-1].replace(b"\n", b"\n" + begin) + b"\n")
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            self._fail(error)
+        data = begin + region[:-1].replace(b"\n", b"\n" + begin) + b"\n"
+        room = self._writer.wait(_BACKLOG, PATIENCE, give_up=lambda: self._hurried)
+        if not self._writer.put(data) or not (room or self._hurried):
+            self._gave_up = self._gave_up or "its place took no more bytes in time"
 
-    def close(self) -> None:
-        """May be called twice."""
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.close()
-            except OSError as error:
-                self._fail(error)
+    def hurry(self) -> None:
+        """Let no `write` wait any more, in whatever thread it is."""
+        self._hurried = True
 
-    def _fail(self, error: OSError) -> None:
-        self.problem = f"the log {self.path} is not complete: {error.strerror or error}"
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.close()
-            except OSError:
-                return
+    def close(self, seconds: float = CLOSING, give_up: GiveUp = never) -> None:
+        """Wait until all is written, for at most this long without a byte taken. May be called twice."""
+        writer = self._writer
+        if writer is not None and not writer.close(seconds, give_up=give_up) and writer.error is None:
+            self._gave_up = self._gave_up or "its place took no more bytes in time"
 
 
 class Tail:
@@ -177,8 +183,8 @@ class Display:
     def open(self) -> None:
         """Start the thread, if there is a display."""
         if self._show_line is not None:
-            self._thread = threading.Thread(target=self._run, args=(self._show_line,), name="display", daemon=True)
-            self._thread.start()
+            show_line = self._show_line
+            self._thread = start_thread(lambda: self._run(show_line), "display")
 
     def add(self, stream: str, region: bytes) -> None:
         """Queue these lines, or drop them. Never waits."""

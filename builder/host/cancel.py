@@ -20,6 +20,8 @@ T = TypeVar("T")
 #: and for its removal. All ends within 5 s whatever the engine does, because CI systems kill a cancelled step after
 #: 7.5 s. Giving up on a hanging engine is safe: once the builder has exited, the leases end its containers.
 ANSWER_WITHIN, STOP_WITHIN, REMOVE_WITHIN = 1.5, 3.0, 3.6
+#: Seconds after the first signal at which the builder stops waiting for what only tells of the run.
+TOLD_WITHIN = 4.0
 #: Seconds that every request to an engine gets, however late after the signal it is made.
 LEAST_WAIT = 0.3
 
@@ -73,6 +75,10 @@ class Cancel:
     def is_due(self, seconds: float) -> bool:
         """Return whether the end was requested at least `seconds` ago."""
         return self.is_set and self.elapsed >= seconds
+
+    def left_too_late(self) -> bool:
+        """Return whether what tells of the run (metrics, a webhook) is not waited for any more."""
+        return self.requests > 1 or self.is_due(TOLD_WITHIN)
 
     def call_with_deadline(self, call: Callable[[], T], action: str, *, within: float = ANSWER_WITHIN) -> T:
         """Return `call()`'s result; after a cancellation, stop waiting for it.

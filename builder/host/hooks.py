@@ -29,6 +29,8 @@ PENDING_RELEASE = "release.json"
 _TAIL = 20
 #: Seconds between SIGTERM and SIGKILL for a hook that takes too long.
 _GRACE = 2.0
+#: The same after a signal to the builder, which has 5 s for everything.
+_HURRIED_GRACE = 0.5
 #: A longer line of a hook's output is cut. Bytes.
 _LONGEST_LINE = 8192
 
@@ -130,7 +132,7 @@ def _run_line(
         finally:
             stopped = process.poll() is None
             if stopped:
-                end_group(process, _GRACE)
+                end_group(process, _HURRIED_GRACE if hurried() else _GRACE)
             if process.stdout is not None:
                 process.stdout.close()
         with contextlib.suppress(OSError):

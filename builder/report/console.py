@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import re
-import select
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from builder.host.outside import GiveUp, Writer, never
 from builder.report import tables
 from builder.report.tables import STATE_STYLE
 
 #: The mark before a line of a container, of an operator's hook, and of this program between those.
 LOG_MARKS = {"out": "│", "err": "┃", "note": "▸", "hook": "»"}
 
+#: Seconds that a writer of this program waits for a stream that takes nothing.
+PATIENCE = 5.0
+#: Bytes that may wait before a writer waits for them, and before they are dropped.
+_ROOM, _MOST = 1 << 18, 16 << 20
+
 
 class Console:
     """Write lines, tables, groups and annotations. All methods are thread-safe.
 
     Colours and folding only on a terminal; collapsed groups only in GitHub Actions. A closed stream (``| head``) ends
-    the display; the run and its logs continue. A full pipe without reader (``| less``) blocks until ``hurried()``.
+    the display; the run and its logs continue. A stream that nobody reads (``| less``) holds up its writers once, for
+    PATIENCE seconds; what does not fit the queue after that is dropped and counted until somebody reads again.
     """
 
     def __init__(
@@ -41,6 +46,10 @@ class Console:
         self._width = max(40, width)
         self._lock = threading.Lock()
         self._above: Callable[[str], None] | None = None
+        self._writer: Writer | None = None
+        self._waits = True
+        self._dropped = 0
+        self._failure: OSError | ValueError | None = None
         self.verbose = verbose
         self.closed = False
         self.stuck = False
@@ -50,9 +59,21 @@ class Console:
         self._write(harmless(text) if self.github else text)
 
     @property
+    def error(self) -> OSError | ValueError | None:
+        """Return why nothing more can be written to the stream."""
+        return self._failure if self._writer is None else self._writer.error
+
+    def writes_to(self, stream: TextIO | None) -> bool:
+        """Return whether this is the console's own stream."""
+        return self._stream is stream
+
+    @property
     def terminal(self) -> TextIO | None:
         """Return the stream if it is a terminal that live lines can be drawn on, else None."""
-        return self._stream if self._terminal and not self.github and not self.closed else None
+        if not self._terminal or self.github or self.closed:
+            return None
+        self.flush(PATIENCE)  # live lines are drawn by another writer
+        return None if self.stuck else self._stream
 
     def above(self, take: Callable[[str], None] | None) -> None:
         """Pass all further text to ``take``, which draws it above its live lines; None: write it here again."""
@@ -63,31 +84,70 @@ class Console:
         if take is not None and not self.closed:
             take(text)
             return
+        if self._is_closed():
+            return
+        # Characters that the stream's encoding lacks are escaped: an error would end all output.
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        data = f"{text}\n".encode(encoding, "backslashreplace")
         with self._lock:
-            if self.closed:
+            writer = self._started()
+            if writer is None:
+                self._put(data.decode(encoding))
                 return
-            try:
-                # Characters that the stream's encoding lacks are escaped: an error would end all output.
-                encoding = getattr(self._stream, "encoding", None) or "utf-8"
-                self._put(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", encoding)
-            except (OSError, ValueError):
-                self.closed = True
+            self._queue(writer, data)
+        if self._waits and writer.error is None:
+            # The readers of a container's output come by here: nobody waits twice for a stream that nobody reads.
+            self._waits = writer.wait(_ROOM, PATIENCE, give_up=self._hurried)
+        if writer.error is not None:
+            self.closed = True
 
-    def _put(self, text: str, encoding: str) -> None:
+    def _is_closed(self) -> bool:
+        return self.closed
+
+    def _queue(self, writer: Writer, data: bytes) -> None:
+        if self._dropped:
+            note = f"  {LOG_MARKS['note']} {self._dropped} lines not shown: nobody read this output\n".encode()
+            if writer.put(note):
+                self._dropped, self._waits = 0, True
+        if self._dropped or not writer.put(data):
+            self._dropped += data.count(b"\n")
+
+    def _started(self) -> Writer | None:
+        """Return the writer; None for a stream of Python's own, or where there is no room for a thread."""
+        if self._writer is None:
+            try:
+                descriptor = self._stream.fileno()
+                self._stream.flush()
+                writer = Writer(lambda: descriptor, most=_MOST, owned=False)
+                writer.start()
+            except (OSError, ValueError, AttributeError, RuntimeError):
+                return None
+            self._writer = writer
+        return self._writer
+
+    def _put(self, text: str) -> None:
         try:
-            descriptor = self._stream.fileno()
-        except (OSError, ValueError, AttributeError):  # a stream of Python's own, or a closed one
             self._stream.write(text)
             self._stream.flush()
-            return
-        poller, data = select.poll(), memoryview(text.encode(encoding))
-        poller.register(descriptor, select.POLLOUT)
-        while data:
-            while not poller.poll(100):
-                if self._hurried():
-                    self.give_up()
-                    return
-            data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+        except (OSError, ValueError) as error:
+            self._failure = error
+            self.closed = True
+
+    def flush(self, patience: float | None, give_up: GiveUp = never) -> bool:
+        """Wait until all is written; return whether it is. What a stream does not take in time is left to its thread.
+
+        patience: seconds without a byte taken; None waits as long as it takes.
+        """
+        writer, stop = self._writer, lambda: self._hurried() or give_up()
+        if writer is not None and not self.stuck and not writer.wait(0, patience, give_up=stop):
+            self.give_up()
+        return not self.stuck
+
+    def close(self, patience: float | None) -> None:
+        """Write all as `flush` does, and end the thread; nothing more is written."""
+        if self.flush(patience) and self._writer is not None:
+            self._writer.close(patience, give_up=self._hurried)
+        self.closed = True
 
     def give_up(self) -> None:
         """Stop writing: the stream has no reader, and there is no time left to wait for one."""

@@ -6,12 +6,15 @@ another variable. A file that cannot be written is a warning.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
+from builder.host import outside
+from builder.host.outside import GiveUp, StuckError, never
 from builder.report.results import Report
 from builder.report.tables import TASK_COLUMNS, task_table
 from builder.text import counted, readable
@@ -20,6 +23,8 @@ from builder.text import counted, readable
 REPORTED = ("warm", "check", "refresh")
 _OUTPUTS = "GITHUB_OUTPUT"
 _SUMMARY = "GITHUB_STEP_SUMMARY"
+#: Seconds that each file has to take what is written to it.
+TIMEOUT = 5.0
 #: GitHub drops a step's summary above 1 MiB.
 _LONGEST_CELL, _MOST_ROWS = 600, 500
 #: Characters that Markdown, its tables, autolinks, mentions or HTML could interpret.
@@ -36,8 +41,17 @@ _SIGNS = {
 }
 
 
-def write_files(report: Report, status: int, error: BuilderError | None, environ: Mapping[str, str]) -> list[str]:
-    """Append to the files that the runner named; return one sentence per file that could not be written."""
+def write_files(
+    report: Report,
+    status: int,
+    error: BuilderError | None,
+    environ: Mapping[str, str],
+    give_up: GiveUp = never,
+) -> list[str]:
+    """Append to the files that the runner named; return one sentence per file that could not be written.
+
+    give_up: ends the wait for a file that takes nothing before TIMEOUT.
+    """
     if environ.get("GITHUB_ACTIONS") != "true":
         return []
     values = outputs(report, status, error)
@@ -48,13 +62,18 @@ def write_files(report: Report, status: int, error: BuilderError | None, environ
     problems = []
     for name, text in written.items():
         if text and environ.get(name):
+            path, data = Path(environ[name]), text.encode("utf-8", "backslashreplace")
             try:
-                with Path(environ[name]).open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(text)
-            except (OSError, ValueError) as failed:
+                outside.call(functools.partial(_append, path, data), "it", TIMEOUT, give_up=give_up)
+            except (OSError, ValueError, StuckError) as failed:
                 why = failed.strerror if isinstance(failed, OSError) else str(failed)
                 problems.append(f"{name} could not be written: {why}")
     return problems
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
 
 
 def outputs(report: Report, status: int, error: BuilderError | None) -> dict[str, str]:

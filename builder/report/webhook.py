@@ -6,48 +6,51 @@ The URL may hold a secret, as those of chat services do: messages name its host 
 from __future__ import annotations
 
 import re
-import threading
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
 from builder.errors import UsageError
+from builder.host import outside
+from builder.host.outside import GiveUp, StuckError, never
 
-#: Seconds to connect, and between two bytes of the answer; HURRIED: after a signal.
+#: Seconds to connect, and between two bytes of the answer.
 TIMEOUT = (5.0, 10.0)
-HURRIED = (1.0, 1.0)
 #: Seconds for the whole request, with a name server that hangs and an answer that arrives byte by byte.
-ALTOGETHER, ALTOGETHER_HURRIED = 20.0, 2.0
-
-_URL = re.compile(r"https?://[^\s/]+\S*", re.IGNORECASE)
+ALTOGETHER = 20.0
 
 
 def checked(url: str | None, place: str) -> str | None:
     """Return the URL. Raises UsageError, which names the option or variable and not the value, if it is none."""
-    if url is not None and not _URL.fullmatch(url):
+    if url is not None and not _is_url(url):
         raise UsageError(f"{place}: expected a URL that begins with https:// or http:// (the value is not shown)")
     return url
 
 
-def post(url: str, document: Mapping[str, Any], *, hurried: bool = False) -> str:
-    """Send the document; return why it was not accepted, or ""."""
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        _ = parts.port  # a property that refuses what is no port
+    except ValueError:
+        return False
+    known = parts.scheme in ("http", "https") and parts.hostname
+    return bool(known) and not re.search(r"[\s\x00-\x20\x7f]", text)
+
+
+def post(url: str, document: Mapping[str, Any], *, give_up: GiveUp = never) -> str:
+    """Send the document; return why it was not accepted, or "". give_up: polled; true ends the wait."""
     host = urllib.parse.urlsplit(url).hostname or "its host"
-    limit, answer = ALTOGETHER_HURRIED if hurried else ALTOGETHER, [f"{host} did not answer in time"]
-    # requests has no limit for a name look-up or for a whole answer, so the limit is on waiting for the thread.
-    thread = threading.Thread(
-        target=lambda: answer.append(_post(url, host, document, HURRIED if hurried else TIMEOUT)), daemon=True
-    )
-    thread.start()
-    thread.join(limit)
-    return answer[-1]
+    try:
+        # requests has no limit for a name look-up or for a whole answer, so the limit is on waiting for the thread.
+        return outside.call(lambda: _post(url, host, document), host, ALTOGETHER, give_up=give_up)
+    except StuckError:
+        return f"{host} did not answer in time"
+    except Exception as error:  # noqa: BLE001 - whatever a URL makes of the client, it is a remark. Its text has the URL
+        return f"{host}: {type(error).__name__}"
 
 
-def _post(url: str, host: str, document: Mapping[str, Any], timeout: tuple[float, float]) -> str:
+def _post(url: str, host: str, document: Mapping[str, Any]) -> str:
     import requests
 
-    try:
-        with requests.post(url, json=document, timeout=timeout, allow_redirects=False, stream=True) as answer:
-            return "" if answer.ok and not answer.is_redirect else f"{host} answered {answer.status_code}"
-    except (requests.RequestException, ValueError, OSError) as error:
-        # The error's own text would repeat the URL.
-        return f"{host}: {type(error).__name__}"
+    with requests.post(url, json=document, timeout=TIMEOUT, allow_redirects=False, stream=True) as answer:
+        return "" if answer.ok and not answer.is_redirect else f"{host} answered {answer.status_code}"

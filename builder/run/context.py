@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from builder.report.console import Console
     from builder.report.results import Report
 
+#: Seconds that the file system of the logs has to make their directory.
+_PLACE_ANSWERS = 5.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line and the environment add to the manifest."""
 
     log_dir: Path  # absolute; made when the first log is written
+    log_dir_fallback: Path | None = None  # used where log_dir is the default one and cannot be made
     state_dir: Path  # absolute; leases, and releases that are still to be run
     environ: Mapping[str, str]
     pull: bool = False  # pull the image first
@@ -53,12 +57,38 @@ class Context:
         return LockWait(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.cancel)
 
     def log_path(self, label: str) -> Path:
-        """Return the path of a task's log, in a directory that exists. Raises UsageError where it cannot be made."""
-        from builder.errors import UsageError
+        """Return the path of a task's log. Raises UsageError where its directory cannot be made."""
+        return self.log_directory() / f"{label}.log"
 
-        directory = self.options.log_dir
+    def log_directory(self) -> Path:
+        """Make and return the directory for logs. Raises UsageError where it cannot be made.
+
+        A place that does not answer is given up after a moment. The default place has a second one, in the temporary
+        directory, for a HOME that cannot be written.
+        """
+        from builder.engine.lease import private_directory
+        from builder.errors import PreflightError, UsageError
+        from builder.host import outside
+
+        first, second = self.options.log_dir, self.options.log_dir_fallback
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            outside.call(
+                lambda: first.mkdir(mode=0o700, parents=True, exist_ok=True),
+                str(first),
+                _PLACE_ANSWERS,
+                give_up=lambda: self.cancel.is_set,
+            )
+        except outside.StuckError:
+            return first  # each log says the same, as a warning
         except OSError as error:
-            raise UsageError(f"logs cannot be written to {directory}: {error.strerror}; set --log-dir") from error
-        return directory / f"{label}.log"
+            why = f"logs cannot be written to {first}: {error.strerror}; set --log-dir"
+        else:
+            return first
+        if second is None:
+            raise UsageError(why)
+        try:
+            private_directory(second.parents[2])  # no other user's, although anyone may write there
+            second.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (PreflightError, OSError):
+            raise UsageError(why) from None
+        return second

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from builder.errors import CANNOT_RUN, DeferredError, GpusHeldError, PreflightError, Problem
 from builder.host import gpu_locks, hooks
+from builder.host.cancel import TOLD_WITHIN
 from builder.host.deadlines import Deadline, poll
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
 from builder.report.results import GpuResult
@@ -175,7 +176,10 @@ def _record_pending_release(pending: Path, release: hooks.Hooks) -> None:
 
 
 def _release(context: Context, pending: Path, release: hooks.Hooks) -> None:
-    """Put the machine back into service, also after a signal. A second signal ends the wait; it then stays pending."""
+    """Put the machine back into service, also after a signal.
+
+    A second signal, or the end of the time that the first one leaves, ends the wait; it then stays pending.
+    """
     cancel = context.cancel
     with cancel.shield():
         context.console.say("putting this machine back into service:")
@@ -185,7 +189,7 @@ def _release(context: Context, pending: Path, release: hooks.Hooks) -> None:
             context.options.environ,
             functools.partial(context.console.log, "hook"),
             keep_going=True,
-            hurried=lambda: cancel.requests > max(1, times),
+            hurried=lambda: cancel.requests > max(1, times) or cancel.is_due(TOLD_WITHIN),
         )
         if failure is None:
             hooks.clear_pending_release(pending)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from builder import __version__, events, processes
 from builder.cache.environment import ImageIdentity
 from builder.cache.toolchain import Record, sound
-from builder.engine.log_sinks import Display, Lines, LogFile, Tail
+from builder.engine.log_sinks import CLOSING, Display, Lines, LogFile, Tail
 from builder.errors import CANNOT_RUN, BuilderError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
@@ -33,6 +33,9 @@ from builder.task import Gpu, Task
 
 #: Seconds that the program gets to end by itself after a cancellation: a cancelled CI step has 7.5 s in all.
 CANCEL_GRACE = 3.0
+#: Seconds for each of the last steps after a cancellation: the end of an output that another process keeps open, a
+#: display or a log that takes nothing.
+_LAST_OUTPUT = 0.3
 #: The program, with no word in the environment of what it starts, and with nothing of this directory on its path.
 _START = (
     "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
@@ -236,13 +239,15 @@ class AgentProcess:
                 break
         finally:
             self._end(process, grace + 1, cancel)
+            if cancel.is_set:
+                self.file.hurry()
             for pump, stream in zip(pumps, (process.stdout, process.stderr), strict=True):
                 if pump.ident is not None:
-                    pump.join(5.0)
+                    pump.join(_LAST_OUTPUT if cancel.is_set else 5.0)
                 elif stream is not None:  # there was no room for a thread that closes it at its end
                     stream.close()
-            self._display.close(1.0)
-            self.file.close()
+            self._display.close(_LAST_OUTPUT if cancel.is_set else 1.0)
+            self.file.close(_LAST_OUTPUT if cancel.is_set else CLOSING)
         self.problems += [problem for problem in (self.file.problem, self._display.problem) if problem]
         return ended
 

@@ -17,11 +17,15 @@ from typing import Any
 from builder.cache import survey
 from builder.errors import BuilderError, DefectError, Interrupted
 from builder.events import Event, MetricSample
+from builder.host import outside
 from builder.report import metrics, webhook
 from builder.run import maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.context import Context
 from builder.text import counted, printable
+
+#: Seconds that the file of metrics has to take them.
+_METRICS_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRec
                 _write(context, settings, settings.metrics, record, status, seconds)
             if settings.webhook is not None:
                 document = summary(context, record, status, seconds, error)
-                failure = webhook.post(settings.webhook, document, hurried=context.cancel.is_set)
+                failure = webhook.post(settings.webhook, document, give_up=context.cancel.left_too_late)
                 if failure:
                     context.report.warnings.append(f"the webhook was not delivered: {failure}")
 
@@ -113,8 +117,6 @@ def _write(
 ) -> None:
     report, now = context.report, time.time()
     samples = metrics.Samples({"manifest": settings.series, "cache": report.cache})
-    before = metrics.before(path)
-    samples.keep(before, (metrics.SUCCESS, *metrics.CONTENTS))
     samples.add("refresh_last_run_timestamp_seconds", now)
     if status == 0:
         samples.add(metrics.SUCCESS, now)
@@ -128,10 +130,17 @@ def _write(
         samples.add("image_info", 1, **labels)
     for name, value, labels in record.contents:
         samples.add(name, value, **labels)
-    try:
+
+    def write() -> None:
+        samples.keep(metrics.before(path), (metrics.SUCCESS, *metrics.CONTENTS))
         metrics.write(path, samples)
+
+    try:
+        outside.call(write, "its file system", _METRICS_TIMEOUT, give_up=context.cancel.left_too_late)
     except OSError as error:
-        report.warnings.append(f"metrics could not be written to {path}: {error.strerror}")
+        report.warnings.append(f"metrics could not be written to {printable(str(path))}: {error.strerror}")
+    except outside.StuckError as error:
+        report.warnings.append(f"metrics could not be written to {printable(str(path))}: {error}")
 
 
 def summary(

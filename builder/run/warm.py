@@ -76,7 +76,7 @@ def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate]) 
     say = context.console.say
     say(f"warm-cache  {executor.heading()}  cache {executor.root_name}")
     keys = toolchain.family_keys(plan.items[0].record)
-    say(f"toolchain {plan.digest} of {len(keys)} families, logs in {context.options.log_dir}")
+    say(f"toolchain {plan.digest} of {len(keys)} families, logs in {context.log_directory()}")
     items = to_do(context, plan)
     sums = [f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(plan.cold)} warm, {len(items)} to do"]
     if items:

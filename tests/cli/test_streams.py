@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +59,79 @@ def test_ctrl_c_during_imports_prints_no_traceback(module: str) -> None:
     code = INTERRUPTED_IMPORT.format(module=module)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+#: The program, whose patience with a stream that nobody reads is 0.5 s in place of 60.
+IMPATIENT = """
+import sys
+from builder.cli import main as cli
+from builder.__main__ import main
+from builder.report import console
+cli.READER = cli.PATIENCE = console.PATIENCE = 0.5
+sys.exit(main())
+"""
+
+
+def full_pipe() -> tuple[int, int]:
+    """Return the ends of a pipe that takes not one byte more."""
+    reader, end = os.pipe()
+    os.set_blocking(end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end, b"x" * 4096)
+    os.set_blocking(end, True)
+    return reader, end
+
+
+def impatient(words: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", IMPATIENT, *words]
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, text=True, timeout=20, check=False, **streams)
+
+
+def test_stdout_that_nobody_reads_is_no_success() -> None:
+    reader, end = full_pipe()
+    done = impatient(["completion", "bash"], stdout=end, stderr=subprocess.PIPE)
+    assert done.returncode == 12
+    assert done.stderr == "error: the result could not be written: nobody reads it. Exit 12.\n"
+    os.close(reader)
+    os.close(end)
+
+
+def test_stderr_that_nobody_reads_keeps_exit_status() -> None:
+    reader, end = full_pipe()
+    done = impatient(["check", "--manifest", "/no/such/file", "--json"], stdout=subprocess.PIPE, stderr=end)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["exit"] == 2
+    os.close(reader)
+    os.close(end)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_result_on_full_disk_is_no_success(tmp_path: Path) -> None:
+    done = shell("completion bash >/dev/full", tmp_path)
+    assert done.returncode == 12
+    assert done.stderr == "error: the result could not be written: No space left on device. Exit 12.\n"
+    assert shell("completion bash | head -c 10; exit ${PIPESTATUS:-0}", tmp_path).returncode == 0
+
+
+def test_slow_reader_gets_the_whole_result(tmp_path: Path) -> None:
+    done = shell("completion bash | (sleep 1; cat)", tmp_path)
+    assert done.stdout == shell("completion bash", tmp_path).stdout
+
+
+def test_files_of_github_that_hang_are_warnings(tmp_path: Path) -> None:
+    """A FIFO without a reader stands for a file system that hangs."""
+    for name in ("out", "summary"):
+        os.mkfifo(tmp_path / name)
+    environ = {
+        **os.environ,
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_OUTPUT": str(tmp_path / "out"),
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
+    }
+    code = IMPATIENT.replace("sys.exit", "from builder.report import github\ngithub.TIMEOUT = 0.2\nsys.exit")
+    command = [sys.executable, "-c", code, "check", "--manifest", "/no/such/file"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"):
+        assert f"warning: {name} could not be written: it took nothing in time" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_cache_disk_full_is_task_failure(cli: Cli, small: str, aftermath: Afterm
 def test_cache_disk_full_at_marker_is_no_marker(cli: Cli, small: str, aftermath: Aftermath) -> None:
     code = f"""{FILL}
 import os
+import signal
 {KERNEL}print('line', int(os.path.exists('/jit/first')), flush=True)
 if os.path.exists('/jit/first'):
     fill()
@@ -183,6 +185,53 @@ def test_log_disk_full_is_warning(cli: Cli, aftermath: Aftermath) -> None:
     builder.end()
     log.unlink()  # it has no end, and nothing may read it
     aftermath.over(cli, builder, 0, f"the log {log} is not complete: No space left on device", warm=["shapes"])
+
+
+@pytest.mark.fault(
+    "log file's file system hangs, and a task that has a timeout",
+    how="a FIFO without a reader in the log's place, and a task without end that has 5 s",
+    holds="11 in time, and a warning that says that the log is not complete",
+)
+def test_log_that_hangs_keeps_timeout(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("endless", HANGING_LOG, timeout="5s"))
+    log = hanging_log(cli, "endless")
+    builder = cli.start("warm", "--json")
+    builder.says("line 1000")
+    aftermath.begins()
+    ended = builder.end(30)
+    cli.left_nothing()
+    aftermath.clean()
+    assert ended.status == 11
+    assert f"the log {log} is not complete: its place took no more bytes in time" in ended.said
+
+
+@pytest.mark.fault(
+    "signal to the builder while the log file's file system hangs",
+    how="a FIFO without a reader in the log's place; SIGTERM",
+    holds="143, within 5 s",
+)
+def test_signal_while_log_hangs_ends_run_in_time(cli: Cli, aftermath: Aftermath) -> None:
+    cli.manifest(command("endless", HANGING_LOG))
+    hanging_log(cli, "endless")
+    builder = cli.start("warm", "--json")
+    builder.says("line 1000")
+    aftermath.begins()
+    builder.send(signal.SIGTERM)
+    ended = builder.end(5)
+    cli.left_nothing()
+    aftermath.clean()
+    assert ended.status == 143
+
+
+#: Prints more than a pipe takes, and goes on for ever.
+HANGING_LOG = "import time\nfor n in range(20000):\n    print('line', n, flush=True)\ntime.sleep(600)\n"
+
+
+def hanging_log(cli: Cli, label: str) -> Path:
+    cli.logs.mkdir()
+    log = cli.logs / f"{label}.log"
+    os.mkfifo(log)
+    return log
 
 
 @pytest.mark.fault(

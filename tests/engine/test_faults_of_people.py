@@ -163,8 +163,12 @@ def test_reader_closing_stdout_run_goes_on(cli: Cli, aftermath: Aftermath, optio
     are_warm(cli, ["shapes"])
 
 
-@pytest.mark.fault("stdout's disk full", how="/dev/full as stdout of --json", holds="0, and a warning that says so")
-def test_stdout_on_full_disk_is_warning(cli: Cli, aftermath: Aftermath) -> None:
+@pytest.mark.fault(
+    "stdout's disk full",
+    how="/dev/full as stdout of --json",
+    holds="12: what could not be written, and why; the cache is warm",
+)
+def test_stdout_on_full_disk_is_no_success(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(shapes())
     with Path("/dev/full").open("wb", buffering=0) as full:
         builder = cli.start("warm", "--json", stdout=full.fileno())
@@ -172,8 +176,8 @@ def test_stdout_on_full_disk_is_warning(cli: Cli, aftermath: Aftermath) -> None:
     ended = builder.end()
     cli.left_nothing()
     aftermath.clean()
-    assert ended.status == 0
-    assert "warning: the JSON document could not be written: No space left on device" in ended.said
+    assert ended.status == 12
+    assert "error: the JSON document could not be written: No space left on device" in ended.said
     are_warm(cli, ["shapes"])
 
 

@@ -25,7 +25,7 @@ from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
 from builder.host.locks import open_lock
 from builder.manifest.load import CacheSpec
-from builder.report.console import Console
+from builder.report.console import PATIENCE, Console
 from builder.run import cache_locks
 from builder.run.container_executor import ContainerExecutor
 
@@ -57,6 +57,7 @@ def run(args: HoldArgs, invocation: Invocation) -> int:
         cancel=invocation.cancel,
     )
     with invocation.signals.handled(), holding:
+        invocation.console.flush(PATIENCE)  # the command writes to the same stream
         return foreground.run(args.command, invocation.environ, ignored=ignored)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import events
-from builder.engine import log_pump
+from builder.engine import log_pump, log_sinks
 from builder.engine.api import ContainerSpec
 from builder.engine.log_pump import Pump
 from builder.engine.log_resume import Received, Resume, stored_form
@@ -251,6 +252,20 @@ def test_log_file_on_full_disk_is_one_problem() -> None:
     assert file.problem == "the log /dev/full is not complete: No space left on device"
 
 
+def test_log_file_that_hangs_is_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_sinks, "PATIENCE", 0.1)
+    monkeypatch.setattr(log_sinks, "_BACKLOG", 1 << 10)
+    os.mkfifo(tmp_path / "log")
+    file, began = LogFile(tmp_path / "log"), time.monotonic()
+    file.open()
+    for _ in range(100):
+        file.write("out", b"x" * 999 + b"\n")
+    file.close(0.1)
+    assert file.problem == f"the log {tmp_path}/log is not complete: its place took no more bytes in time"
+    assert time.monotonic() - began < 5
+    os.close(os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK))
+
+
 def test_tail_is_last_lines_and_bounded() -> None:
     tail = Tail(3)
     tail.add(b"1\n")
@@ -476,6 +491,23 @@ def test_pump_failing_log_file_goes_on_draining(bench: Bench) -> None:
     problem = "the log /dev/full is not complete: No space left on device"
     assert pump.problems == [problem]
     assert bench.shown.count(("note", problem)) == 1
+
+
+def test_pump_hanging_log_file_ends_in_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_pump, "CLOSING", 0.1)
+    monkeypatch.setattr(log_sinks, "_BACKLOG", 1 << 10)
+    os.mkfifo(bench.path)
+    pump, container = bench.pump(out(b"x\n" * 200_000), HANG)
+    bench.engine.start(container.id)
+    assert poll(lambda: pump.received, Deadline(5), every=0.001)
+    container.end(0)
+    began = time.monotonic()
+    pump.finish(Deadline(0.2))
+    assert time.monotonic() - began < 3
+    problem = f"the log {bench.path} is not complete: its place took no more bytes in time"
+    assert problem in pump.problems
+    assert bench.shown.count(("note", problem)) == 1
+    os.close(os.open(bench.path, os.O_RDONLY | os.O_NONBLOCK))
 
 
 def test_pump_raising_callback_goes_on_draining(bench: Bench) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from builder.errors import UsageError
 from builder.report import webhook
 
 
@@ -49,10 +50,28 @@ def test_post_with_a_stuck_name_server_is_given_up(monkeypatch: pytest.MonkeyPat
         raise socket.gaierror(-3, "never")
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    monkeypatch.setattr(webhook, "ALTOGETHER_HURRIED", 0.2)
     began = time.monotonic()
     try:
-        assert webhook.post("https://hooks.example/SECRET", {}, hurried=True) == "hooks.example did not answer in time"
+        assert (
+            webhook.post("https://hooks.example/SECRET", {}, give_up=lambda: True)
+            == "hooks.example did not answer in time"
+        )
         assert time.monotonic() - began < 5
     finally:
         over.set()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[bad", "http://[::1", "ftp://x/", "https://", "http://:1/", "http://x:y/", "http://a b/", "x", ""]
+)
+def test_invalid_url_is_usage_error_that_hides_it(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        webhook.checked(url, "WARM_CACHE_WEBHOOK")
+    assert caught.value.message == (
+        "WARM_CACHE_WEBHOOK: expected a URL that begins with https:// or http:// (the value is not shown)"
+    )
+
+
+@pytest.mark.parametrize("url", ["http://.../", "http://\udcff/", "https://x..y/", "http://127.0.0.1:0/"])
+def test_post_to_an_odd_url_is_a_remark(url: str) -> None:
+    assert webhook.post(webhook.checked(url, "--webhook") or "", {})
