@@ -126,6 +126,7 @@ class FakeEngine:
         self.hook: Callable[[str, ContainerSpec | None], None] = lambda operation, spec: None
         self.calls: list[str] = []
         self.created: list[ContainerSpec] = []
+        self.identity = ""
         self._ids = itertools.count(1)
 
     # --- as the real one ---

@@ -235,6 +235,10 @@ class Attachment(Protocol):
 class Containers(Protocol):
     """The part of an engine that a container's life needs. Everything raises EngineLostError or EngineRefusedError."""
 
+    @property
+    def identity(self) -> str:
+        """What tells this engine from others."""
+
     def create(self, spec: ContainerSpec) -> str: ...
 
     def start(self, container: str) -> None: ...

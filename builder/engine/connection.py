@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from builder.engine.errors import is_transient, loss, refusal
 from builder.engine.podman import is_podman
-from builder.engine.transport import InfoRequest, Tunnel, is_this_machine, parse_version
+from builder.engine.transport import InfoRequest, Tunnel, identity_of, is_this_machine, parse_version
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.host.deadlines import retry_reads
 from builder.text import readable
@@ -93,6 +93,7 @@ class EngineConnection:
         if info:
             self._local = is_this_machine(info)
             self.podman = is_podman(info)
+            self.identity = identity_of(info)
         # Not from_env(): it requests the version itself, and raises other errors.
         options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
         api_client: Any = docker.APIClient
@@ -165,6 +166,11 @@ class EngineConnection:
     def podman(self) -> bool:
         """Whether it is Podman behind Docker's API; docker/README.md lists what differs there."""
         return is_podman(self.info)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells this engine from others, at whatever address it is reached."""
+        return identity_of(self.info)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ Who may sweep what, process by process: a builder locks its file before the file
 before any container exists. A sweeper that finds the file under its name therefore either fails to lock it (the owner
 lives) or gets the lock (the owner is dead for good: nobody locks that file a second time). A file that is gone, or is
 another one than the label says, proves nothing, and its container is left to its own lifetime.
+
+So the file of a dead owner is kept for as long as a container may name it. It is removed only by a sweeper that had
+its lock first, listed the containers of the very engine that the lease is for after that, and found none that names it:
+the owner made no container after its death, and no other engine's list says anything.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from builder import flock
+from builder import files, flock
 from builder.engine.api import Mount
 from builder.errors import PreflightError
 from builder.host.hooks import PENDING_RELEASE
@@ -33,6 +37,8 @@ TARGET = "/run/warm-cache-lease"
 
 #: Name of the lease file, and prefixes of its directory while it is being made and once it is held.
 FILE = "lease"
+#: Name of the file beside it that has the identity of the lease's engine.
+ENGINE = "engine"
 NEW, HELD = "new-", "held-"
 
 
@@ -42,12 +48,14 @@ class Lease:
     Raises PreflightError if no lease file can be made.
 
     state_dir: a directory on a local file system; the lease gets a directory in it that no other user can enter.
+    engine: identity of the engine whose containers it is for.
     """
 
     target = TARGET
 
-    def __init__(self, state_dir: Path, *, run_id: str, nonce: str | None = None) -> None:
+    def __init__(self, state_dir: Path, *, run_id: str, engine: str = "", nonce: str | None = None) -> None:
         self.run_id = run_id
+        self._engine = engine
         self.nonce = nonce or os.urandom(16).hex()
         self._state_dir = state_dir
         self._descriptor = -1
@@ -74,6 +82,7 @@ class Lease:
             os.fchmod(self._descriptor, 0o644)
             flock.lock(self._descriptor)
             os.write(self._descriptor, self.nonce.encode() + b"\n")
+            (new / ENGINE).write_text(self._engine, encoding="utf-8", errors="backslashreplace")
             held = home / (HELD + new.name.removeprefix(NEW))
             new.rename(held)
         except BaseException:
@@ -152,6 +161,14 @@ def owner_is_dead(labels: Mapping[str, str]) -> bool | None:
         return is_free(descriptor)
     finally:
         os.close(descriptor)
+
+
+def engine_of(directory: Path) -> str | None:
+    """Return the identity of the engine that a lease's directory is for; None where it does not say."""
+    try:
+        return files.read_bytes(str(directory / ENGINE), 4096).decode("utf-8", "replace")
+    except files.UnreadableError:
+        return None
 
 
 def is_free(descriptor: int) -> bool:

@@ -9,11 +9,11 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder import flock
+from builder import files, flock
 from builder.engine.api import Containers, ListedContainer
 from builder.engine.errors import NotFoundError
 from builder.engine.lease import (
@@ -23,6 +23,7 @@ from builder.engine.lease import (
     LABEL_LEASE,
     LABEL_TASK,
     NEW,
+    engine_of,
     home_directory,
     is_free,
     lease_of,
@@ -40,6 +41,8 @@ SAVED_ENTRIES = 10_000
 _ENDED = ("created", "exited", "dead")
 #: A directory that is still named NEW after so many seconds belongs to a builder that died while it made it.
 _NEW_AGE = 3600.0
+#: Dead owners' leases that one sweep removes: each takes a descriptor.
+_LEASES = 256
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,25 @@ def sweep(
 ) -> list[Swept]:
     """Remove containers of dead owners, then dead owners' lease directories that no container refers to.
 
+    A lease is removed by its own engine's sweep alone, and only if it was free before the containers were listed.
+
     grace: seconds between SIGTERM and SIGKILL.
     run_release: receives a dead owner's directory with a pending release, after its containers are removed; returns
     whether the release has run. Until then the directory stays.
     save: receives a container that has ended, before it is removed; returns a sentence about its log, or "".
     """
     swept, referred = [], set()
-    for container in engine.containers([LABEL_LEASE]):
-        result = _sweep_container(engine, container, grace, save)
-        if result is not None:
-            swept.append(result)
-        if result is None or not result.removed:
-            referred.add(str(lease_of(container.labels).get("path")))
-    with contextlib.suppress(OSError):
-        _remove_stale(private_directory(state_dir), referred, run_release)
+    with contextlib.ExitStack() as held:
+        dead = _dead_leases(private_directory(state_dir), held)
+        for container in engine.containers([LABEL_LEASE]):
+            result = _sweep_container(engine, container, grace, save)
+            if result is not None:
+                swept.append(result)
+            if result is None or not result.removed:
+                referred.add(Path(str(lease_of(container.labels).get("path"))).parent)
+        for directory in dead:
+            if directory not in referred:
+                _remove_lease(directory, engine.identity, run_release)
     return swept
 
 
@@ -149,20 +157,29 @@ def _is_past_deadline(labels: Mapping[str, str]) -> bool:
     return text.isdecimal() and len(text) < 16 and time.time() > int(text)
 
 
-def _remove_stale(home: Path, referred: Iterable[str], run_release: Callable[[Path], bool]) -> None:
-    """Remove lease directories of dead owners, except those that a container refers to: they prove the death."""
-    keep = {Path(path).parent for path in referred}
-    for directory in home.iterdir():
-        if directory in keep or directory.is_symlink():
+def _dead_leases(home: Path, held: contextlib.ExitStack) -> list[Path]:
+    """Return lease directories whose owners are dead, and hold their locks: they are dead before what is asked next."""
+    found: list[Path] = []
+    for item in files.listing(str(home)) or ():
+        directory = Path(item.path)
+        if not files.is_dir(item) or len(found) >= _LEASES:
             continue
-        if directory.name.startswith(NEW):
-            if time.time() - directory.stat().st_mtime > _NEW_AGE:
-                shutil.rmtree(directory, ignore_errors=True)
-        elif directory.name.startswith(HELD):
-            try:
-                descriptor = flock.open_lock(directory / FILE)
-            except OSError:
-                continue
-            with contextlib.closing(os.fdopen(descriptor, "rb")):
-                if is_free(descriptor) and (not (directory / PENDING_RELEASE).exists() or run_release(directory)):
+        if item.name.startswith(NEW):
+            with contextlib.suppress(OSError):
+                if time.time() - directory.stat().st_mtime > _NEW_AGE:
                     shutil.rmtree(directory, ignore_errors=True)
+        elif item.name.startswith(HELD):
+            with contextlib.suppress(OSError):
+                descriptor = flock.open_lock(directory / FILE)
+                held.callback(os.close, descriptor)
+                if is_free(descriptor):
+                    found.append(directory)
+    return found
+
+
+def _remove_lease(directory: Path, engine: str, run_release: Callable[[Path], bool]) -> None:
+    """Run a dead owner's release, and remove its lease if it is for this engine: others' containers may name it."""
+    with contextlib.suppress(OSError):
+        settled = not (directory / PENDING_RELEASE).exists() or run_release(directory)
+        if settled and engine_of(directory) == engine:
+            shutil.rmtree(directory, ignore_errors=True)

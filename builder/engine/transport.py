@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from builder.engine.podman import is_podman
 from builder.errors import EngineLostError
 
 
@@ -60,6 +61,15 @@ def is_this_machine(info: Mapping[str, Any]) -> bool:
     """Return whether the engine of this description runs on our kernel, judged by host name and kernel release."""
     here = os.uname()
     return (info.get("Name"), info.get("KernelVersion")) == (here.nodename, here.release)
+
+
+def identity_of(info: Mapping[str, Any]) -> str:
+    """Return what tells the engine of this description from others: its id, kept in its data directory.
+
+    Podman makes up another id for each answer, so there it is host and directory.
+    """
+    names = ("Name", "DockerRootDir") if is_podman(info) or not info.get("ID") else ("ID",)
+    return " ".join(str(info.get(name) or "") for name in names)
 
 
 def parse_version(text: object) -> tuple[int, int] | None:

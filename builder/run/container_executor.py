@@ -228,7 +228,9 @@ class ContainerExecutor:
     def lease(self) -> Lease:
         """The lease of every container of this run; taken with the first one."""
         if self._lease is None:
-            self._lease = self._stack.enter_context(Lease(self.context.options.state_dir, run_id=self.context.run_id))
+            options = self.context.options
+            lease = Lease(options.state_dir, run_id=self.context.run_id, engine=self.engine.identity)
+            self._lease = self._stack.enter_context(lease)
         return self._lease
 
     def prepare(self) -> None:

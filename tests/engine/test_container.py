@@ -250,7 +250,7 @@ from builder.job import Job
 given = json.loads(sys.argv[1])
 def said(stream, line):
     print(line, flush=True)
-with Lease(Path(given["directory"]), run_id="killed") as lease:
+with Lease(Path(given["directory"]), run_id="killed", engine=Engine().connect().identity) as lease:
     run_container(
         Engine().connect(),
         ContainerSpec(image=given["image"], name=given["name"], command=["python3", "-c", given["source"]],

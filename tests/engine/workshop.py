@@ -41,7 +41,7 @@ class Workshop:
         self.shown: list[tuple[str, str]] = []
         self.heard: list[Any] = []
         self.log_path = directory / "task.log"
-        self.lease = Lease(directory, run_id=self.mark)
+        self.lease = Lease(directory, run_id=self.mark, engine=engine.identity)
 
     def spec(self, *steps: Step, source: str = "", **more: Any) -> ContainerSpec:
         """The container of a test: steps, or a program that may use the prelude."""

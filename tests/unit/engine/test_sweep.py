@@ -156,6 +156,39 @@ def test_sweep_removes_only_stale_lease_directories(tmp_path: Path, engine: Fake
         assert left == sorted(["held-pipe", "held-strange", "mine.txt", "new-young", lease.path.parent.name])
 
 
+def test_sweep_on_another_engine_keeps_the_lease(tmp_path: Path, engine: FakeEngine) -> None:
+    labels = dead_owners_labels(tmp_path)
+    made, other = container(engine, labels), FakeEngine()
+    other.identity = "other"
+    assert sweep(other, tmp_path) == []
+    (swept,) = sweep(engine, tmp_path)
+    assert swept.removed and made not in engine.all
+
+
+def test_sweep_keeps_lease_of_owner_that_died_after_its_list(tmp_path: Path, engine: FakeEngine) -> None:
+    """The builder begins, makes a container and dies while a slow sweep stops another one."""
+    container(engine, dead_owners_labels(tmp_path), start=True, name="slow")
+    late: list[str] = []
+
+    def meanwhile(operation: str, spec: ContainerSpec | None) -> None:
+        if operation == "stop" and not late:
+            late.append("")
+            late[0] = container(engine, dead_owners_labels(tmp_path), name="late")
+
+    engine.hook = meanwhile
+    assert [swept.name for swept in sweep(engine, tmp_path)] == ["slow"]
+    assert [(swept.name, swept.removed) for swept in sweep(engine, tmp_path)] == [("late", True)]
+    assert list(private_directory(tmp_path).iterdir()) == []
+
+
+def test_sweep_lease_that_names_no_engine_is_kept(tmp_path: Path, engine: FakeEngine) -> None:
+    labels = dead_owners_labels(tmp_path)
+    directory = Path(json.loads(labels[LABEL_LEASE])["path"]).parent
+    (directory / "engine").unlink()
+    assert sweep(engine, tmp_path) == []
+    assert directory.exists()
+
+
 # --- the pending release ---
 
 
