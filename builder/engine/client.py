@@ -11,16 +11,19 @@ import functools
 import json
 import math
 import posixpath
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from builder.engine import answers
 from builder.engine.api import Attachment, ContainerSpec, ListedContainer, State
 from builder.engine.errors import NotFoundError, RemovalInProgressError
 from builder.engine.images import Images
 from builder.engine.podman import STATES, OutputDrain, is_between_states, stored_log
 from builder.engine.streams import Demux, HijackedConnection
-from builder.engine.volumes import Volumes, listed_container
+from builder.engine.volumes import Volumes, listed_containers
 from builder.host.deadlines import Deadline, poll, retry_reads
+
+T = TypeVar("T")
 
 #: Seconds for a start: the GPU driver's hook initialises every GPU that no process keeps awake.
 START_TIMEOUT = 120.0
@@ -35,20 +38,25 @@ class Engine(Images, Volumes):
         """Create a container and return its id. Never retried: if the answer is lost, look for the name."""
         with self._translated(f"cannot create {spec.name}"):
             answer = self._request("POST", "/containers/create", params={"name": spec.name}, json=spec.body())
-            return str(answer.json()["Id"])
+            return answers.required_text(answers.an_object(answer.json()), "Id")
 
     def start(self, container: str) -> None:
         with self._translated(f"cannot start {container[:12]}"):
             self._request("POST", "/containers/{0}/start", container, timeout=max(START_TIMEOUT, self._timeout))
 
     def state(self, container: str) -> State:
-        status = self._inspected(container)["State"]
-        killed = bool(status.get("OOMKilled"))
-        return State(
-            status=STATES.get(status["Status"], status["Status"]),
-            exit_code=status.get("ExitCode") or 0,
-            oom_killed=killed or (None if self.podman else False),
-        )
+        podman = self.podman
+
+        def read(found: Mapping[str, Any]) -> State:
+            state = answers.inner(found, "State")
+            status = answers.required_text(state, "Status")
+            return State(
+                status=STATES.get(status, status),
+                exit_code=answers.number(state, "ExitCode"),
+                oom_killed=bool(state.get("OOMKilled")) or (None if podman else False),
+            )
+
+        return self._inspected(container, read)
 
     def stop(self, container: str, grace: float) -> None:
         seconds = max(0, math.ceil(grace))
@@ -79,25 +87,20 @@ class Engine(Images, Volumes):
 
     def containers(self, labels: Sequence[str]) -> list[ListedContainer]:
         params = {"all": 1, "filters": json.dumps({"label": list(labels)})}
-        listing = self._read("cannot list containers", lambda: self._get("/containers/json", params=params).json())
-        return [listed_container(entry) for entry in listing]
+        return self._read(
+            "cannot list containers", lambda: listed_containers(self._get("/containers/json", params=params).json())
+        )
 
     def containers_with_gpus(self) -> list[ListedContainer]:
         """Return the running containers that were given GPUs."""
-        listing = self._read("cannot list containers", lambda: self._get("/containers/json").json())
-        found = []
-        for container in map(listed_container, listing or ()):
-            host = self._inspected(container.id).get("HostConfig") or {}
-            if host.get("DeviceRequests") or host.get("Runtime") == "nvidia":
-                found.append(container)
-        return found
+        listing = self._read("cannot list containers", lambda: listed_containers(self._get("/containers/json").json()))
+        return [container for container in listing if self._inspected(container.id, _has_gpus)]
 
-    def _inspected(self, container: str) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = self._read(
+    def _inspected(self, container: str, read: Callable[[Mapping[str, Any]], T]) -> T:
+        return self._read(
             f"cannot inspect {container[:12]}",
-            lambda: self._get("/containers/{0}/json", container, timeout=self._quick).json(),
+            lambda: read(answers.an_object(self._get("/containers/{0}/json", container, timeout=self._quick).json())),
         )
-        return answer
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
@@ -152,20 +155,26 @@ class Engine(Images, Volumes):
 
     def link_target(self, container: str, path: str) -> str | None:
         """Return a symbolic link's target, relative to its directory; "" if it is no link, None if it is missing."""
-        try:
-            response = self._read(
-                f"cannot look at {path} in {container[:12]}",
-                lambda: self._request(
-                    "HEAD", "/containers/{0}/archive", container, params={"path": path}, timeout=self._quick
-                ),
+
+        def read() -> str:
+            response = self._request(
+                "HEAD", "/containers/{0}/archive", container, params={"path": path}, timeout=self._quick
             )
+            status = json.loads(base64.b64decode(response.headers.get("X-Docker-Container-Path-Stat", "e30=")))
+            return answers.text(answers.an_object(status), "linkTarget")
+
+        try:
+            target = self._read(f"cannot look at {path} in {container[:12]}", read)
         except NotFoundError:
             return None
-        status = json.loads(base64.b64decode(response.headers.get("X-Docker-Container-Path-Stat", "e30=")))
-        target = str(status.get("linkTarget") or "")
         # The engine resolves it to an absolute path in the container. Podman gives this same path for what is no link.
         target = "" if target == path else target
         return posixpath.relpath(target, posixpath.dirname(path)) if target.startswith("/") else target
+
+
+def _has_gpus(found: Mapping[str, Any]) -> bool:
+    host = answers.inner(found, "HostConfig")
+    return bool(host.get("DeviceRequests")) or host.get("Runtime") == "nvidia"
 
 
 def _frames(response: Any) -> Iterator[tuple[int, bytes]]:

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from builder.engine import answers
 from builder.engine.errors import is_transient, loss, refusal
 from builder.engine.podman import is_podman
 from builder.engine.transport import InfoRequest, Tunnel, identity_of, is_this_machine, parse_version
@@ -32,6 +33,8 @@ DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 
 #: Seconds for requests that an engine answers from memory. One that takes longer is in trouble.
 QUICK = 10.0
+#: Bytes of a refusal's body that are read.
+_BODY = 1 << 16
 
 
 class EngineConnection:
@@ -54,7 +57,8 @@ class EngineConnection:
     @property
     def url(self) -> str:
         """The engine's address."""
-        return self._given or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET
+        url = self._given or os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET
+        return url.rstrip("/") if url.startswith("unix:///") else url
 
     def connect(self: E) -> E:  # noqa: PYI019 - typing.Self is new in Python 3.11
         """Open the connection. Raises EngineLostError, with what to do, if no usable engine answers."""
@@ -77,8 +81,10 @@ class EngineConnection:
             self._tunnel = None
 
     def _open(self) -> Any:
-        url = self.url
+        url, environ = self.url, dict(os.environ)
         request = None
+        if not url.startswith(("tcp://", "https://", "http://")):
+            environ.pop("DOCKER_TLS_VERIFY", None)  # it says nothing about a socket, and docker-py refuses both
         if url.startswith("ssh://"):
             self._tunnel = Tunnel(url)
             url = self._tunnel.url
@@ -95,7 +101,7 @@ class EngineConnection:
             self.podman = is_podman(info)
             self.identity = identity_of(info)
         # Not from_env(): it requests the version itself, and raises other errors.
-        options = dict(kwargs_from_env(environment={**os.environ, "DOCKER_HOST": url}))
+        options = dict(kwargs_from_env(environment={**environ, "DOCKER_HOST": url}))
         api_client: Any = docker.APIClient
         new_client = functools.partial(api_client, timeout=self._timeout, **options)
         if newest is not None:
@@ -107,10 +113,15 @@ class EngineConnection:
                 return client
             client.close()
         with contextlib.closing(new_client(version="1.40")) as client:
-            answer = client.version(api_version=False)
-        versions = answer if isinstance(answer, dict) else {}
+            # Without a version in its path, every engine answers this.
+            response = client.get(f"{client.base_url}/version", timeout=self._timeout)
+            _raise_for_status(response)
+            versions = answers.an_object(response.json())
         self.api_version = self._negotiated(versions.get("ApiVersion"), versions.get("MinAPIVersion"))
-        return new_client(version=self.api_version)
+        self._client = client = new_client(version=self.api_version)
+        response = client.get(_url(client, "/_ping"), timeout=self._timeout)
+        _raise_for_status(response)
+        return client
 
     def _negotiated(self, engines_newest: object, engines_oldest: object = None) -> str:
         """Return the newest API version that both sides know. Raises EngineLostError if there is none."""
@@ -148,8 +159,9 @@ class EngineConnection:
     @property
     def info(self) -> Mapping[str, Any]:
         """The engine's description of itself and its host."""
-        info: Mapping[str, Any] = self._read("cannot read the engine's description", lambda: self._get("/info").json())
-        return info
+        return self._read(
+            "cannot read the engine's description", lambda: answers.description(self._get("/info").json())
+        )
 
     @property
     def local(self) -> bool:
@@ -182,7 +194,7 @@ class EngineConnection:
         api = self._api
         self._check_listening()
         response = api.request(method, _url(api, path, *names), timeout=timeout or self._timeout, **options)
-        _raise_for_status(api, response)
+        _raise_for_status(response)
         return response
 
     def _check_listening(self) -> None:
@@ -204,7 +216,10 @@ class EngineConnection:
 
     def _socket(self, response: Any) -> socket.socket:
         """Return the socket below a streamed response."""
-        raw = _raw_socket(self._api, response)
+        try:
+            raw = _raw_socket(self._api, response)
+        except AttributeError:  # the answer ended with its head, so there is no connection any more
+            raise answers.ForeignAnswerError(None, "a stream") from None
         found: socket.socket = getattr(raw, "_sock", raw)
         return found
 
@@ -257,19 +272,42 @@ class EngineConnection:
         import docker
         import urllib3
 
+        if isinstance(error, RefusedResponse):
+            return refusal(action, error.status, error.explanation)
         if isinstance(error, docker.errors.APIError):
             return refusal(action, error.status_code or 0, str(error.explanation or ""))
-        # All errors of requests are OSErrors. ValueErrors: answers that are not JSON, or not the engine's frames.
+        # Answers that are not JSON, or not the engine's. To ask again would change nothing.
+        if isinstance(error, (ValueError, RecursionError)):
+            return EngineRefusedError(loss(action, error).message)
+        # All errors of requests are OSErrors.
         lost = (
             docker.errors.DockerException,
             urllib3.exceptions.HTTPError,
             http.client.HTTPException,
             OSError,
-            ValueError,
         )
         if isinstance(error, lost):
             return loss(action, error, hint=self._tunnel.last_error() if self._tunnel else "")
         return None
+
+
+class RefusedResponse(Exception):
+    """A response whose status is none of success."""
+
+    def __init__(self, status: int, explanation: str) -> None:
+        super().__init__(explanation)
+        self.status = status
+        self.explanation = explanation
+
+
+def _raise_for_status(response: Any) -> None:
+    """Raise RefusedResponse with the explanation for a status of failure, whatever its body is."""
+    status = int(response.status_code)
+    if status < 400:
+        return
+    with contextlib.closing(response):
+        body = next(response.iter_content(_BODY), b"")
+        raise RefusedResponse(status, answers.explanation(body))
 
 
 # --- private methods of docker-py ------------------------------------------------------------------------------------
@@ -282,11 +320,6 @@ def _url(api: Any, path: str, *names: str) -> str:
     """Return the request's URL with transport and API version; names are quoted."""
     url: str = api._url(path, *names)  # noqa: SLF001
     return url
-
-
-def _raise_for_status(api: Any, response: Any) -> None:
-    """Raise docker-py's APIError with the engine's explanation."""
-    api._raise_for_status(response)  # noqa: SLF001
 
 
 def _raw_socket(api: Any, response: Any) -> Any:

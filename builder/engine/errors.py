@@ -9,7 +9,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutError
+from builder.errors import EngineLostError, EngineRefusedError, EngineTimeoutError, PreflightError
 
 _SOURCE = re.compile(r"bind source path does not exist: (.+?)\s*$")
 
@@ -50,6 +50,12 @@ class LinkLoopError(EngineRefusedError):
     """The path leads through too many symbolic links."""
 
 
+class UnsupportedVersionError(EngineRefusedError):
+    """The engine speaks newer versions of its API than this client alone: this machine lacks a newer client."""
+
+    exit_code = PreflightError.exit_code
+
+
 #: An engine has no codes for these, only a text. They are recognised here and nowhere else.
 _KINDS: tuple[tuple[str, type[EngineRefusedError]], ...] = (
     ("could not select device driver", NoGpuDriverError),  # … "" with capabilities: [[gpu]]
@@ -59,6 +65,7 @@ _KINDS: tuple[tuple[str, type[EngineRefusedError]], ...] = (
     ("container state improper", BetweenStatesError),
     ("is already in progress", RemovalInProgressError),  # removal of container … is already in progress
     ("too many links", LinkLoopError),
+    ("is too old. Minimum supported API version", UnsupportedVersionError),
 )
 
 
@@ -103,6 +110,8 @@ def is_transient(error: BaseException) -> bool:
 def _remedy(explanation: str) -> str:
     if explanation.startswith("No such image"):
         return "It was removed meanwhile: run again"
+    if "is too old. Minimum supported API version" in explanation:
+        return "Install a newer docker-py: pip install --upgrade docker"
     if "could not select device driver" in explanation:
         return "The engine has no GPU driver: install nvidia-container-toolkit and restart dockerd"
     if "error setting rlimit" in explanation:

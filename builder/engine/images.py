@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from builder.engine import answers
 from builder.engine.api import Image, ListedImage
 from builder.engine.connection import EngineConnection, add_build_credentials
 from builder.engine.errors import NotFoundError
@@ -42,38 +43,49 @@ class Images(EngineConnection):
 
     def image(self, ref: str) -> Image | None:
         """Return the engine's image of this name or id, or None."""
+
+        def read() -> Image:
+            data = answers.an_object(self._get("/images/{0}/json", ref).json())
+            config = answers.inner(data, "Config")
+            return Image(
+                id=answers.required_text(data, "Id"),
+                ref=ref,
+                digests=answers.texts(data, "RepoDigests"),
+                labels=answers.text_map(config, "Labels"),
+                workdir=answers.text(config, "WorkingDir"),
+                layers=answers.texts(answers.inner(data, "RootFS"), "Layers"),
+                env=answers.texts(config, "Env"),
+            )
+
         try:
-            data = self._read(f"cannot look for the image {ref}", lambda: self._get("/images/{0}/json", ref).json())
+            return self._read(f"cannot look for the image {ref}", read)
         except NotFoundError:
             return None
-        config = data.get("Config") or {}
-        return Image(
-            id=data["Id"],
-            ref=ref,
-            digests=tuple(data.get("RepoDigests") or ()),
-            labels=config.get("Labels") or {},
-            workdir=config.get("WorkingDir") or "",
-            layers=tuple((data.get("RootFS") or {}).get("Layers") or ()),
-            env=tuple(config.get("Env") or ()),
-        )
 
     def images(self) -> list[ListedImage]:
         """Return all images of the engine, including untagged ones that others were built on."""
-        listing = self._read("cannot list images", lambda: self._get("/images/json", params={"all": 1}).json())
-        return [
-            ListedImage(
-                id=entry["Id"],
-                tags=tuple(tag for tag in entry.get("RepoTags") or () if tag != _NO_TAG),
-                bytes=entry.get("Size") or 0,
-                labels=entry.get("Labels") or {},
-            )
-            for entry in listing or ()
-        ]
+
+        def read() -> list[ListedImage]:
+            return [
+                ListedImage(
+                    id=answers.required_text(entry, "Id"),
+                    tags=tuple(tag for tag in answers.texts(entry, "RepoTags") if tag != _NO_TAG),
+                    bytes=answers.number(entry, "Size"),
+                    labels=answers.text_map(entry, "Labels"),
+                )
+                for entry in answers.objects(self._get("/images/json", params={"all": 1}).json())
+            ]
+
+        return self._read("cannot list images", read)
 
     def images_in_use(self) -> set[str]:
         """Return the ids of the images of all containers, in every state."""
-        listing = self._read("cannot list containers", lambda: self._get("/containers/json", params={"all": 1}).json())
-        return {entry.get("ImageID") or "" for entry in listing or ()}
+
+        def read() -> set[str]:
+            listing = answers.objects(self._get("/containers/json", params={"all": 1}).json())
+            return {answers.text(entry, "ImageID") for entry in listing}
+
+        return self._read("cannot list containers", read)
 
     def remove_image(self, name: str) -> None:
         """Remove a tag, or an image by its id. One that is missing counts as removed; one in use is refused."""
@@ -85,9 +97,9 @@ class Images(EngineConnection):
         action = f"cannot ask the registry about {ref}"
         with self._translated(action):
             headers = self._registry_credentials(ref)
-            answer = self._request("GET", "/distribution/{0}/json", ref, headers=headers).json()
-        digest = (answer.get("Descriptor") or {}).get("digest") if isinstance(answer, dict) else None
-        if not isinstance(digest, str) or not digest:
+            answer = answers.an_object(self._request("GET", "/distribution/{0}/json", ref, headers=headers).json())
+            digest = answers.text(answers.inner(answer, "Descriptor"), "digest")
+        if not digest:
             raise EngineRefusedError(f"{action}: the engine gave no digest")
         return digest
 
@@ -168,9 +180,14 @@ class PullProgress:
 
     def text(self, message: Mapping[str, Any]) -> str:
         """Return the progress after this message; empty if it reads as before."""
-        name, detail = message.get("id"), message.get("progressDetail") or {}
-        if name and name != self._tag:
-            self._layers[name] = (str(message.get("status")), detail.get("current") or 0, detail.get("total") or 0)
+        name = message.get("id")
+        if isinstance(name, str) and name and name != self._tag:
+            try:
+                detail = answers.inner(message, "progressDetail")
+                sizes = answers.number(detail, "current"), answers.number(detail, "total")
+            except answers.ForeignAnswerError:  # it is only shown
+                sizes = 0, 0
+            self._layers[name] = (str(message.get("status")), *sizes)
         text = self._text()
         if text == self._last:
             return ""

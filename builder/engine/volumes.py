@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from builder.engine import answers
 from builder.engine.api import ListedContainer, Volume
 from builder.engine.connection import EngineConnection
 from builder.engine.errors import NotFoundError
@@ -21,8 +22,9 @@ class Volumes(EngineConnection):
     def volume(self, name: str) -> Volume | None:
         """Return the volume of this name, or None."""
         try:
-            return _volume(
-                self._read(f"cannot look for the volume {name}", lambda: self._get("/volumes/{0}", name).json())
+            return self._read(
+                f"cannot look for the volume {name}",
+                lambda: _volume(answers.an_object(self._get("/volumes/{0}", name).json())),
             )
         except NotFoundError:
             return None
@@ -30,8 +32,12 @@ class Volumes(EngineConnection):
     def volumes(self, label: str) -> list[Volume]:
         """Return the volumes with this label (``name`` or ``name=value``)."""
         params = {"filters": json.dumps({"label": [label]})}
-        answer = self._read("cannot list volumes", lambda: self._get("/volumes", params=params).json())
-        return [_volume(entry) for entry in answer.get("Volumes") or ()]
+
+        def read() -> list[Volume]:
+            answer = answers.an_object(self._get("/volumes", params=params).json())
+            return [_volume(entry) for entry in answers.objects(answer.get("Volumes"))]
+
+        return self._read("cannot list volumes", read)
 
     def create_volume(self, name: str, *, options: Mapping[str, str], labels: Mapping[str, str]) -> None:
         """Create a volume of the local driver. Its options take effect, and fail, only when a container mounts it."""
@@ -47,34 +53,43 @@ class Volumes(EngineConnection):
     def users(self, volume: str) -> list[ListedContainer]:
         """Return the containers, in every state, that mount this volume."""
         params = {"all": 1, "filters": json.dumps({"volume": [volume]})}
-        listing = self._read("cannot list containers", lambda: self._get("/containers/json", params=params).json())
-        return [listed_container(entry) for entry in listing]
+        return self._read(
+            "cannot list containers", lambda: listed_containers(self._get("/containers/json", params=params).json())
+        )
 
     def mounting(self, sources: Collection[str]) -> list[tuple[str, ListedContainer]]:
         """Return (source, container) for every running container that mounts one of these sources.
 
         sources: paths on the engine's host, and names of volumes.
         """
-        listing = self._read("cannot list containers", lambda: self._get("/containers/json").json())
-        found = []
-        for entry in listing:
-            mounts = [mount for mount in entry.get("Mounts") or () if isinstance(mount, dict)]
-            named = {str(mount.get(name)) for mount in mounts for name in ("Source", "Name")}
-            found += [(source, listed_container(entry)) for source in sources if source in named]
-        return found
+
+        def read() -> list[tuple[str, ListedContainer]]:
+            found = []
+            for entry in answers.objects(self._get("/containers/json").json()):
+                mounts = answers.objects(entry.get("Mounts"))
+                named = {str(mount.get(name)) for mount in mounts for name in ("Source", "Name")}
+                found += [(source, _listed_container(entry)) for source in sources if source in named]
+            return found
+
+        return self._read("cannot list containers", read)
 
 
-def listed_container(entry: Mapping[str, Any]) -> ListedContainer:
-    """Return a container from an entry of the engine's listing."""
-    name = (entry.get("Names") or ["/"])[0].lstrip("/")
-    return ListedContainer(entry["Id"], name, entry.get("State") or "", entry.get("Labels") or {})
+def listed_containers(answer: object) -> list[ListedContainer]:
+    """Return the containers of the engine's listing."""
+    return [_listed_container(entry) for entry in answers.objects(answer)]
+
+
+def _listed_container(entry: Mapping[str, Any]) -> ListedContainer:
+    name = (answers.texts(entry, "Names") or ("/",))[0].lstrip("/")
+    identity, labels = answers.required_text(entry, "Id"), answers.text_map(entry, "Labels")
+    return ListedContainer(identity, name, answers.text(entry, "State"), labels)
 
 
 def _volume(data: Mapping[str, Any]) -> Volume:
     return Volume(
-        name=data["Name"],
-        driver=data.get("Driver") or "",
-        mountpoint=data.get("Mountpoint") or "",
-        options=data.get("Options") or {},
-        labels=data.get("Labels") or {},
+        name=answers.required_text(data, "Name"),
+        driver=answers.text(data, "Driver"),
+        mountpoint=answers.text(data, "Mountpoint"),
+        options=answers.text_map(data, "Options"),
+        labels=answers.text_map(data, "Labels"),
     )

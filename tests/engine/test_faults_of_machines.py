@@ -199,6 +199,7 @@ def test_log_that_hangs_keeps_timeout(cli: Cli, aftermath: Aftermath) -> None:
     builder.says("line 1000")
     aftermath.begins()
     ended = builder.end(30)
+    log.unlink()  # nothing may read it
     cli.left_nothing()
     aftermath.clean()
     assert ended.status == 11
@@ -212,12 +213,13 @@ def test_log_that_hangs_keeps_timeout(cli: Cli, aftermath: Aftermath) -> None:
 )
 def test_signal_while_log_hangs_ends_run_in_time(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("endless", HANGING_LOG))
-    hanging_log(cli, "endless")
+    log = hanging_log(cli, "endless")
     builder = cli.start("warm", "--json")
     builder.says("line 1000")
     aftermath.begins()
     builder.send(signal.SIGTERM)
     ended = builder.end(5)
+    log.unlink()
     cli.left_nothing()
     aftermath.clean()
     assert ended.status == 143

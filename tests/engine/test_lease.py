@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.mark.parametrize("kind", ["created", "running", "stubborn", "exited"])
 def test_sweep_container_of_dead_builder_is_removed(workshop: Workshop, kind: str) -> None:
-    labels = killed_owners_labels(workshop.directory)
+    labels = killed_owners_labels(workshop.directory, engine=workshop.engine.identity)
     steps = {"created": [HANG], "running": [HANG], "stubborn": [on_term(None), HANG], "exited": [leave(0)]}[kind]
     spec = workshop.spec(*steps)
     spec = workshop.spec(*steps, labels={**spec.labels, **labels})

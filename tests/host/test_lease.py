@@ -14,15 +14,16 @@ from builder.host.deadlines import Deadline, poll
 from tests.fakes import FakeEngine, is_locked
 
 
-def killed_owners_labels(state: Path, *, lifetime: float = 3600) -> dict[str, str]:
+def killed_owners_labels(state: Path, *, lifetime: float = 3600, engine: str = "") -> dict[str, str]:
     """The labels of a builder that was killed while it held its lease."""
     code = (
         "import json, os, sys; from pathlib import Path; from builder.engine.lease import Lease\n"
-        "lease = Lease(Path(sys.argv[1]), run_id='dead').__enter__()\n"
+        "lease = Lease(Path(sys.argv[1]), run_id='dead', engine=sys.argv[3]).__enter__()\n"
         "print(json.dumps(lease.labels('task', float(sys.argv[2]))), flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(state), str(lifetime)], stdout=subprocess.PIPE, check=False)
+    command = [sys.executable, "-c", code, str(state), str(lifetime), engine]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     labels: dict[str, str] = json.loads(done.stdout)
     return labels
 
