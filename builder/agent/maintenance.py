@@ -87,5 +87,8 @@ def _quarantine(root: Path, place: FamilyDirectory, output: Output) -> None:
         older_than=inventory.IN_PROGRESS,
         mount=place.mount(),
     )
-    for path, why in moved:
-        output.event(events.Quarantined(name, place.key, path, why))
+    for path, why, stays in moved:
+        if stays:
+            output.event(events.Kept(name, place.key, path, f"{why}; {stays}"))
+        else:
+            output.event(events.Quarantined(name, place.key, path, why))

@@ -253,8 +253,11 @@ class Warming:
                 now=time.time(),
                 older_than=inventory.IN_PROGRESS,
             )
-            for path, why in moved:
-                self._output.event(events.Quarantined(family.name, key, path, why))
+            for path, why, stays in moved:
+                if stays:
+                    self._output.event(events.Kept(family.name, key, path, f"{why}; {stays}"))
+                else:
+                    self._output.event(events.Quarantined(family.name, key, path, why))
 
     def _claim(
         self, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]

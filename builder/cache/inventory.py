@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from builder.beneath import Tree
 from builder.cache.entries import NAMES, EntryProblem, ProblemKind, problem_of, size_and_times
@@ -143,6 +144,14 @@ def recompiled(before: Inventory, after: Inventory) -> set[str]:
     }
 
 
+class Leftover(NamedTuple):
+    """Something unsafe in a family's directory. name: from there. stays: why it was not moved; "" where it was."""
+
+    name: str
+    why: str
+    stays: str = ""
+
+
 def sweep(
     family: Family,
     directory: Path | Tree,
@@ -151,14 +160,14 @@ def sweep(
     now: float,
     older_than: float,
     mount: str | None = None,
-) -> list[tuple[str, str]]:
+) -> list[Leftover]:
     """Rename leftovers and invalid entries into `quarantine`, so that they are compiled anew. Deletes nothing.
 
     What may be a build in progress (leftovers, files written in place) is moved only when it was not written to, at any
     depth, for `older_than` seconds before `now` (seconds since the epoch, as file times are). An entry that its program
     publishes by one rename was never visible half-made: invalid, it is damaged, and is moved at once; its age has no
     meaning, because hits touch it. Each move is one rename within a file system: readers see the whole or nothing.
-    Returns (path from the family's directory, why, with the error of a failed move). mount: as in `scan`.
+    Returns what was moved, and what could not be. mount: as in `scan`.
     """
     if not family.claimable:
         return []
@@ -183,9 +192,9 @@ def sweep(
         except FileNotFoundError:
             continue
         except OSError as error:
-            moved.append((name, f"{reason} (not moved: {why(error)})"))
+            moved.append(Leftover(name, reason, f"it cannot be moved: {why(error)}"))
         else:
-            moved.append((name, reason))
+            moved.append(Leftover(name, reason))
     return moved
 
 

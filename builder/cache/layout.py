@@ -207,6 +207,9 @@ def _read(tree: Tree) -> dict[str, Any] | None:
         found = tree.read_json(LAYOUT, 1 << 16)
     except files.UnreadableError:
         return None
-    if isinstance(found, dict) and isinstance(found.get("schema"), int) and isinstance(found.get("id"), str):
-        return found
-    return None
+    if not isinstance(found, dict):
+        return None
+    schema = found.get("schema")
+    if isinstance(schema, (int, float)) and schema > SCHEMA:
+        return found  # what a later version needs besides is its own affair; it is never taken for garbage
+    return found if isinstance(schema, int) and isinstance(found.get("id"), str) else None

@@ -268,7 +268,8 @@ sweep removes them once no job can have them open.""",
         "remove containers of killed builders, and quarantine what they left in the cache",
         "warm-cache sweep --profile h200 --cache /data/sglang-jit",
         ("lock-timeout",),
-        details="""Ends only containers whose builder is known to be dead. Below the cache root leftovers are
+        details="""Ends only containers whose builder is known to be dead, of whatever manifest, and puts the machine
+back into service for a killed builder. That is all without a manifest. With one, below the cache root leftovers are
 quarantined. What was quarantined for [cache] job_max is removed, and so are views whose job is over, and generations
 that no view uses.""",
         exits=(0, 15),

@@ -30,7 +30,12 @@ from builder.task import GPUS
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 #: Paths that cannot be the cache's mount point: the image keeps files below them (kernels.lock, Hugging Face kernels).
-OCCUPIED = ("/", "/root", "/root/.cache")
+OCCUPIED = ("/", "/home", "/opt", "/root", "/root/.cache", "/srv", "/tmp", "/var")  # noqa: S108 - refused, not used
+#: Nor can these, or anything below them: the system, the image's sglang, this program, its model store and its views.
+NEEDED = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin", "/sys", "/usr"),
+    *("/sgl-workspace", "/opt/warm-cache", "/models", "/checkout", "/var/run"),
+)
 VOLUME = "volume:"
 
 _MOUNT = r"/[A-Za-z0-9._/-]*"
@@ -97,8 +102,8 @@ def mount_point(value: Any) -> str:
     if not re.fullmatch(_MOUNT, text) or posixpath.normpath(text) != (text.rstrip("/") or "/"):
         raise ValueError(f"expected an absolute path of letters, digits, '.', '_' and '-', found {text!r}")
     path = posixpath.normpath(text)
-    if path in OCCUPIED:
-        raise ValueError(f"the mount would hide files that the image has in {path}; use a new path such as /jit")
+    if path in OCCUPIED or any(path == needed or path.startswith(f"{needed}/") for needed in NEEDED):
+        raise ValueError(f"the mount would hide what image and program have in {path}; use a new path such as /jit")
     return path
 
 

@@ -39,7 +39,7 @@ def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
 def without_engine(manifest: Manifest, url: str, error: EngineLostError) -> PreflightError:
     """Return the error for an engine that does not answer, and a local engine's machine."""
     problems = [Problem("engine", f"{error.message}.".replace("..", "."))]
-    if url.startswith("unix://"):
+    if url.startswith("unix://") and manifest.tasks:
         problems += _host(manifest, False)
     return PreflightError(CANNOT_RUN, problems)
 

@@ -9,6 +9,17 @@ from builder import events
 from builder.run import cache_locks, maintenance, views
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
+from builder.text import counted
+
+
+def sweep_engine(executor: ContainerExecutor) -> None:
+    """Remove containers of dead owners, and run the releases that they left. No cache and no image is needed."""
+    context = executor.context
+    found = executor.sweep()
+    context.report.extra["containers"] = [dataclasses.asdict(container) for container in found]
+    removed = sum(container.removed for container in found)
+    left = f", {len(found) - removed} left" if len(found) > removed else ""
+    context.console.say(f"{executor.engine.url}: {counted(removed, 'container')} of dead builders removed{left}")
 
 
 def sweep(executor: ContainerExecutor) -> None:

@@ -284,18 +284,17 @@ def _unknown(executor: ContainerExecutor, job: str) -> UsageError:
     return UsageError(f"there is no view {job!r} of {executor.root_name}; {hint}")
 
 
-def drop(executor: ContainerExecutor, job: str) -> None:
-    """Remove a view. Raises UsageError if there is none, and BusyError where a container uses it."""
+def drop(executor: ContainerExecutor, job: str) -> bool:
+    """Remove a view; return whether there was one. Raises BusyError where a container uses it."""
     volume = volume_name(executor, job)
     if not maintenance.has_root(executor):
-        raise _unknown(executor, job)
+        return False
     with cache_locks.views(executor):
         exists = executor.engine.volume(volume) is not None
         _remove(executor, job, volume)
         found: list[Event] = []
         maintenance.run(executor, "view-drop", found.append, ContainerRequest(view=ViewRequest(job)))
-    if not exists and not any(isinstance(event, events.Removed) for event in found):
-        raise _unknown(executor, job)
+    return exists or any(isinstance(event, events.Removed) for event in found)
 
 
 def _remove(executor: ContainerExecutor, job: str, volume: str) -> None:

@@ -96,3 +96,5 @@ def show(progress: TaskProgress, output: TaskOutput, event: events.Event) -> Non
             output.remark(printable(event.phase))
         case events.Quarantined():
             output.remark(f"quarantined {printable(f'{event.family}/{event.path}: {event.why}')}")
+        case events.Kept():
+            output.remark(f"left {printable(f'{event.family}/{event.path}: {event.why}')}")

@@ -27,7 +27,7 @@ def test_every_container_gets_least_power(cli: Cli, monkeypatch: pytest.MonkeyPa
     real = Engine.start
 
     def start(engine: Engine, container: str) -> None:
-        found = engine._inspected(container)
+        found = engine._inspected(container, dict)
         started[found["Name"].split("-")[3]] = dict(found)
         real(engine, container)
 

@@ -1,4 +1,4 @@
-"""The verb `sweep`: remove containers of killed builders, and quarantine unsafe leftovers in the cache."""
+"""The verb `sweep`: remove containers of killed builders, and with a manifest unsafe leftovers in its cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
+from builder.manifest.load import without_tasks
 from builder.run import sweep
 
 
@@ -17,7 +18,11 @@ class SweepArgs(ManifestArgs):
 
 
 def run(args: SweepArgs, invocation: Invocation) -> None:
-    """Remove what killed builders left on the engine and in the cache root."""
-    manifest = invocation.manifest(lock_timeout=args.lock_timeout)
-    with invocation.containers(invocation.context(manifest)) as executor:
-        sweep.sweep(executor)
+    """Remove what killed builders left on the engine, and with a manifest in the cache root."""
+    if args.names_manifest or args.cache or args.image or args.models:
+        manifest = invocation.manifest(lock_timeout=args.lock_timeout)
+        with invocation.containers(invocation.context(manifest)) as executor:
+            sweep.sweep(executor)
+    else:
+        with invocation.containers(invocation.context(without_tasks())) as executor:
+            sweep.sweep_engine(executor)

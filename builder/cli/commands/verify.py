@@ -53,6 +53,9 @@ class _Verification:
                 row = maintenance.row(event)
                 self.quarantined.append(row)
                 self.console.say(f"quarantined {row['family']}/{row['key']}/{row['path']}: {row['why']}")
+            case events.Kept():
+                row = maintenance.row(event)
+                self.console.say(f"left {row['family']}/{row['key']}/{row['path']}: {row['why']}")
             case events.BadEntry():
                 self.bad.append(maintenance.row(event))
             case events.Checked():

@@ -93,10 +93,11 @@ def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
 
 
 def _drop(executor: ContainerExecutor, job: str) -> None:
-    """Remove a view."""
-    views.drop(executor, job)
-    executor.context.report.extra["job"] = job
-    executor.context.console.say(f"the view {job} is removed")
+    """Remove a view. One that is gone is no error: a step that cleans up runs whatever happened before."""
+    removed, context = views.drop(executor, job), executor.context
+    context.report.extra.update(job=job, removed=removed)
+    said = f"the view {job} is removed" if removed else f"there is no view {job} of {executor.root_name}, so it is gone"
+    context.console.say(said)
 
 
 def _list(executor: ContainerExecutor) -> None:

@@ -328,7 +328,7 @@ def test_file_entry_is_quarantined_whatever_it_is_called(tmp_path: Path, name: s
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / f"{name}.so").write_bytes(elf()[:99])
     moved = inventory.sweep(INDUCTOR, tmp_path / "files", tmp_path / "aside", now=time.time() + 9, older_than=1)
-    assert [path for path, _ in moved] == [f"{name}.so"]
+    assert [each.name for each in moved] == [f"{name}.so"]
 
 
 def test_triton_launcher_needs_no_group(tmp_path: Path) -> None:
@@ -508,7 +508,7 @@ def test_used_entries_without_stamps_are_all_valid_ones(tmp_path: Path) -> None:
 
 def swept(family: Family, directory: Path, *, age: float = 100.0, older_than: float = 10.0) -> dict[str, str]:
     found = inventory.sweep(family, directory, directory.parent / "aside", now=time.time() + age, older_than=older_than)
-    return dict(found)
+    return {each.name: f"{each.why} ({each.stays})" if each.stays else each.why for each in found}
 
 
 def test_sweep_quarantines_leftovers_and_bad_entries(tmp_path: Path) -> None:
@@ -630,7 +630,7 @@ def test_sweep_reports_failed_move(tmp_path: Path) -> None:
     directory = tmp_path / "key"
     deep_gemm_entry(directory).joinpath(".committed").unlink()
     (tmp_path / "aside").touch()
-    assert swept(DEEP_GEMM, directory) == {NAME: "no .committed (not moved: File exists)"}
+    assert swept(DEEP_GEMM, directory) == {NAME: "no .committed (it cannot be moved: File exists)"}
     assert (directory / NAME).exists()
 
 

@@ -94,3 +94,11 @@ def test_prepare_accepts_fresh_volume_and_killed_first_run(tmp_path: Path) -> No
     (tmp_path / ".layout.json.abc.tmp").touch()
     (tmp_path / ".layout.json.abc.tmp").with_name("..layout.json.abc.tmp.def.tmp").touch()
     assert layout.prepare(tmp_path) == layout.prepare(tmp_path)
+
+
+@pytest.mark.parametrize("found", ['{"schema": 99}', '{"schema": 99, "id": 7}', '{"schema": 2.5}'])
+def test_prepare_layout_of_later_version_is_never_overwritten(tmp_path: Path, found: str) -> None:
+    (tmp_path / "layout.json").write_text(found)
+    with pytest.raises(layout.LayoutError, match="Use a newer builder or another cache root"):
+        layout.prepare(tmp_path)
+    assert (tmp_path / "layout.json").read_text() == found

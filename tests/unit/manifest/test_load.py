@@ -188,7 +188,7 @@ class TestBad:
             (HEAD + "mount = 'jit'\n" + TASK, "m.toml:6: mount: expected an absolute path of letters"),
             (HEAD + "mount = '/jit/../root'\n" + TASK, "m.toml:6: mount: expected an absolute path of letters"),
             (HEAD + "mount = '/a:b'\n" + TASK, "m.toml:6: mount: expected an absolute path of letters"),
-            (HEAD + "mount = '/root/.cache/'\n" + TASK, "m.toml:6: mount: the mount would hide files that the image has in /root/.cache"),
+            (HEAD + "mount = '/root/.cache/'\n" + TASK, "m.toml:6: mount: the mount would hide what image and program have in /root/.cache"),
             (HEAD + "[gpus]\ncount = '8'\n" + TASK, "m.toml:7: count: expected an integer, found a string: '8'."),
             (HEAD + "[gpus]\ncount = true\n" + TASK, "m.toml:7: count: expected an integer, found a boolean: True."),
             (HEAD + "[gpus]\ncount = -1\n" + TASK, "m.toml:7: count: expected a number of at least 0, found -1."),
