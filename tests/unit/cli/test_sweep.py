@@ -12,6 +12,7 @@ from builder.cli import invocation
 from builder.cli import main as cli
 from builder.engine.api import ContainerSpec
 from builder.engine.lease import Lease
+from builder.host import gpu_locks
 from builder.host.hooks import Hooks, record_pending_release
 from tests.fakes import FakeEngine
 from tests.scripts import HANG, command
@@ -29,8 +30,10 @@ class Engine(FakeEngine):
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     made = Engine()
+    (tmp_path / "locks").mkdir()  # other builders on this machine have nothing to do with it
+    monkeypatch.setattr(gpu_locks.usable_directories, "__defaults__", ((tmp_path / "locks",),))
     monkeypatch.setattr(invocation, "Engine", lambda url, timeout: made)
     yield made
     for container in list(made.all):
