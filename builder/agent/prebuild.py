@@ -215,8 +215,11 @@ def _compile(
     directory = Tree(job.mount, f"deep_gemm/{key}")
     quarantine = layout.quarantine(Path(job.mount), "deep_gemm", key)
     moved = inventory.sweep(family, directory, quarantine, now=time.time(), older_than=inventory.IN_PROGRESS)
-    for path, why in moved:
-        output.event(events.Quarantined("deep_gemm", key, path, why))
+    for path, why, stays in moved:
+        if stays:
+            output.event(events.Kept("deep_gemm", key, path, f"{why}; {stays}"))
+        else:
+            output.event(events.Quarantined("deep_gemm", key, path, why))
 
     def is_there(name: str) -> bool:
         return inventory.check(family, directory, f"cache/{name}") is None
