@@ -244,7 +244,7 @@ def _compile(
             -1,
             place,
             min(_workers(request), len(kernels)),
-            cache=str(directory),
+            cache=str(directory.path),
             kernels=kernels,
             memory=request.memory or 0,
         )
