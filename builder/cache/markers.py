@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder.beneath import Tree
-from builder.cache import build_proofs, inventory, marker_files, toolchain, usage
+from builder.cache import build_proofs, inventory, marker_files, reasons, toolchain, usage
 from builder.cache.build_proofs import BuildProof, ProofWanted
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
@@ -34,7 +34,7 @@ Row = tuple[str, str, str]
 
 #: Why a task is cold; "" for a warm one. After the colon of each: its meaning, and the detail in parentheses.
 #: no-marker: none of the task's label is there to compare with, and none of the same work holds.
-#: compile: the key of a claimed family is another one (``<factor> was A is B``).
+#: compile: the key of a claimed family is another one (``<family> is compiled anew (<factor> A → B) and N more``).
 #: coverage: the marker is for other arguments, model, sglang and so on (``<factor> was A is B``).
 #: entries: entries that the marker lists are missing or invalid (``N missing, M invalid (first: …)``).
 #: marker-unreadable: the file where the marker should be holds none (its path and the problem).
@@ -49,7 +49,8 @@ class Judgement:
     """Whether a task is warm.
 
     marker, path (below the root): the marker that was judged, or the nearest one. differences: (factor, was, is)
-    against it, in full. proof: of a warm task, and of one that is cold for its build or age alone.
+    against it, in full. proof: of a warm task, and of one that is cold for its build or age alone. anew: families that
+    would be compiled anew, the costliest first.
     """
 
     state: Literal["warm", "cold"]
@@ -59,6 +60,7 @@ class Judgement:
     path: str | None = None
     differences: list[Row] = field(default_factory=list)
     proof: BuildProof | None = None
+    anew: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
@@ -306,16 +308,18 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
 
 
 def _against_toolchain(item: MarkerFile, marker: Marker, record: Record, keys: Mapping[str, str]) -> Judgement:
-    rows: list[Row] = []
-    for family, claim in marker.claims.items():
+    changed: dict[str, list[Row]] = {}
+    for family in reasons.by_cost(marker.claims):
+        claim = marker.claims[family]
         if keys[family] == claim.key:
             continue
-        changed = differences(claim.factors, toolchain.family_factors(record, family))
-        if not changed:  # equal factors under another key: the table itself changed
-            changed = [("table", describe(marker.table), describe(TABLE_VERSION))]
-        rows += [(f"{family} {factor}", before, after) for factor, before, after in changed]
-    every = _toolchain_row(marker, keys) + rows
-    return Judgement("cold", "compile", difference(rows[0]), marker, item.path, every)
+        rows = differences(claim.factors, toolchain.family_factors(record, family))
+        # Equal factors under another key: the table itself changed.
+        changed[family] = rows or [("table", describe(marker.table), describe(TABLE_VERSION))]
+    every = [(f"{family} {name}", was, now) for family, rows in changed.items() for name, was, now in rows]
+    detail = reasons.anew(changed, len(marker.claims) - len(changed))
+    every = _toolchain_row(marker, keys) + every
+    return Judgement("cold", "compile", detail, marker, item.path, every, anew=tuple(changed))
 
 
 def _toolchain_row(marker: Marker, keys: Mapping[str, str]) -> list[Row]:

@@ -35,6 +35,7 @@ class TaskResult:
     loaded: the weights it was warmed with, if it has a model (``weights``, ``dummy weights, 4 layers``).
     reservation: a limit of its proof that is shown wherever the task is called warm.
     short_of_budget: it was not done because the run's budget did not suffice.
+    compiled_anew: families with another key than the nearest marker's, the costliest first.
     """
 
     label: str
@@ -55,6 +56,7 @@ class TaskResult:
     tail: Sequence[str] = ()
     short_of_budget: bool = False
     proven_by: ProvenBy | None = None
+    compiled_anew: Sequence[str] = ()
 
     @property
     def note(self) -> str:
@@ -151,6 +153,7 @@ class Report:
                     "key": task.key,
                     "state": task.state,
                     "reason": task.reason,
+                    "compiled_anew": list(task.compiled_anew),
                     "seconds": None if task.seconds is None else round(task.seconds, 3),
                     "entries": dict(task.entries),
                     "entries_added": sum(task.added.values()),

@@ -96,7 +96,10 @@ def _item(
 
 
 def result_of(item: Item, state: str, reason: str = "") -> TaskResult:
-    return TaskResult(item.task.label, item.task.model, item.key, state, reason, proven_by=_proven_by(item))
+    result = TaskResult(item.task.label, item.task.model, item.key, state, reason, proven_by=_proven_by(item))
+    if state == "cold":
+        result.compiled_anew = item.judgement.anew
+    return result
 
 
 def _proven_by(item: Item) -> ProvenBy | None:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 
 from builder import events
-from builder.cache import toolchain
+from builder.cache import reasons, toolchain
 from builder.report.progress import TaskProgress
 from builder.report.task_output import TaskOutput, open_output
 from builder.run import dispatch, forecast, outcome, prebuild
@@ -76,7 +76,10 @@ def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate]) 
     say = context.console.say
     say(f"warm-cache  {executor.heading()}  cache {executor.root_name}")
     keys = toolchain.family_keys(plan.items[0].record)
-    say(f"toolchain {plan.digest} of {len(keys)} families, logs in {context.log_directory()}")
+    anew = [item.judgement for item in plan.cold if item.judgement.anew]
+    costliest = min(anew, key=lambda judgement: reasons.rank(judgement.anew[0]), default=None)
+    why = f": {costliest.detail}" if costliest else f" of {len(keys)} families"
+    say(f"toolchain {plan.digest}{why}, logs in {context.log_directory()}")
     items = to_do(context, plan)
     sums = [f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(plan.cold)} warm, {len(items)} to do"]
     if items:

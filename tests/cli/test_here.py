@@ -148,7 +148,7 @@ def test_here_names_differing_factor_per_family(other: Job) -> None:
     other.nvcc("V13.0.88", "V13.1.2")
     document = other.document("check", status=10)
     assert re.match(
-        r"compile: deep_gemm deep_gemm_nvcc was .*V13\.0\.88 is .*V13\.1\.2", document["tasks"][0]["reason"]
+        r"compile: deep_gemm is compiled anew \(nvcc 13\.0\.88 → 13\.1\.2\)", document["tasks"][0]["reason"]
     )
     families = {family["family"]: family for family in document["families"]}
     assert families["deep_gemm"]["state"] == "differs"
@@ -215,7 +215,7 @@ class TestImage:
     def test_here_other_compiler_is_another_cache(self, job: Job) -> None:
         self.serve(job)
         job.nvcc("V13.0.88", "V13.1.2")
-        assert job.reasons()[0].startswith("compile: flashinfer nvcc was ")
+        assert job.reasons()[0].startswith("compile: flashinfer is compiled anew (nvcc 13.0.88 → 13.1.2)")
 
     def test_here_image_variable_names_the_image(self, job: Job) -> None:
         self.serve(job)

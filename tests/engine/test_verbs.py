@@ -266,7 +266,7 @@ def test_other_compiler_changes_keys_of_its_families(warmed: Cli, engine: Engine
     checked = warmed.run("check", "--json", "--image", image)
     assert checked.status == 10
     reason = checked.task("shapes")["reason"]
-    assert reason.startswith("compile: deep_gemm deep_gemm_nvcc was ")
+    assert reason.startswith("compile: deep_gemm is compiled anew (nvcc ")
     assert "V13.0.88 is " in reason
     assert reason.endswith("V13.1.99")
     assert checked.task("command")["state"] == "warm"
@@ -293,7 +293,7 @@ def test_other_deep_gemm_changes_its_key(warmed: Cli, engine: Engine) -> None:
     image = derived(engine, warmed.image, "deep-gemm", version("sgl_deep_gemm", "0.2.3.post2", "0.2.4"))
     checked = warmed.run("check", "--json", "--image", image)
     assert checked.status == 10
-    assert checked.task("shapes")["reason"].startswith("compile: deep_gemm deep_gemm was ")
+    assert checked.task("shapes")["reason"].startswith("compile: deep_gemm is compiled anew (sgl-deep-gemm ")
     assert "0.2.4" in checked.task("shapes")["reason"]
     assert checked.task("command")["state"] == "warm"
 

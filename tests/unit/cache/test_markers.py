@@ -145,14 +145,15 @@ def test_judge_warm_under_other_label(warm: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"deep_gemm": "0.2.5 bbbb"}, "compile: deep_gemm deep_gemm was 0.2.3.post2 aaaa is 0.2.5 bbbb"),
-        ({"sm_count": None}, "compile: deep_gemm sm_count was sm_count 1 is absent"),
+        ({"deep_gemm": "0.2.5 bbbb"}, "compile: deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 → 0.2.5)"),
+        (
+            {"deep_gemm": "0.2.3.post2 bbbb"},
+            "compile: deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 aaaa → 0.2.3.post2 bbbb)",
+        ),
+        ({"sm_count": None}, "compile: deep_gemm is compiled anew (number of SMs sm_count 1 → absent)"),
         (
             {"deep_gemm_nvcc": NVCC.replace("88", "99")},
-            (
-                "compile: deep_gemm deep_gemm_nvcc was Cuda compilation tools, release 13.0, V13.0.88"
-                " is Cuda compilation tools, release 13.0, V13.0.99"
-            ),
+            ("compile: deep_gemm is compiled anew (nvcc 13.0.88 → 13.0.99)"),
         ),
     ],
 )
@@ -166,12 +167,24 @@ def test_judge_cold_when_compile_factor_differs(warm: Path, changed: dict[str, s
     assert rows["toolchain"][0] == build().toolchain
 
 
+def test_judge_names_the_costliest_family_first(tmp_path: Path) -> None:
+    claims = ["cute_dsl", "deep_gemm", "flashinfer", "triton"]
+    markers.publish(tmp_path, build(claims=claims, entries={name: ["x"] for name in claims}))
+    judgement = judge(tmp_path, made=record(triton="3.9.0 t", deep_gemm="0.2.5 b", cutlass_dsl="4.9 c"))
+    said = "deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 → 0.2.5) and 2 more; 1 family unchanged"
+    assert judgement.reason == f"compile: {said}"
+    assert judgement.anew == ("deep_gemm", "cute_dsl", "triton")
+    assert [row[0] for row in judgement.differences] == [
+        "toolchain", "deep_gemm deep_gemm", "cute_dsl cutlass_dsl", "triton triton",
+    ]  # fmt: skip
+
+
 def test_judge_compares_with_newest_marker(warm: Path) -> None:
     newer = build(made=record(deep_gemm="0.2.4 cccc"))
     path = warm / markers.publish(warm, newer)
     os.utime(path, (time.time() + 100, time.time() + 100))
     assert judge(warm, made=record(deep_gemm="0.2.5 bbbb")).reason == (
-        "compile: deep_gemm deep_gemm was 0.2.4 cccc is 0.2.5 bbbb"
+        "compile: deep_gemm is compiled anew (sgl-deep-gemm 0.2.4 → 0.2.5)"
     )
     # Going back finds the old directory and its marker as they were.
     assert judge(warm).state == "warm"
@@ -180,7 +193,7 @@ def test_judge_compares_with_newest_marker(warm: Path) -> None:
 def test_judge_names_changed_family_table(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "TABLE_VERSION", 2)
     monkeypatch.setattr(markers, "TABLE_VERSION", 2)
-    assert judge(warm).reason == "compile: deep_gemm table was 1 is 2"
+    assert judge(warm).reason == "compile: deep_gemm is compiled anew (table 1 → 2)"
 
 
 @pytest.mark.parametrize(
@@ -307,7 +320,9 @@ def test_judge_reason_is_not_hidden_by_incomplete_marker(warm: Path) -> None:
     less = markers.publish(warm, build(claims=[], entries={}))
     os.utime(warm / less, (time.time() + 100, time.time() + 100))
     assert judge(warm).state == "warm"
-    assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith("compile: deep_gemm deep_gemm was ")
+    assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith(
+        "compile: deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 "
+    )
 
 
 @pytest.mark.parametrize(("recipe", "families"), [("serve", None), ("command", None), ("compile-deep-gemm", ())])
@@ -446,7 +461,9 @@ def test_judge_cold_when_marker_unreadable(warm: Path, spoil: Callable[[Path], o
 def test_judge_reason_is_not_hidden_by_unreadable_marker(warm: Path) -> None:
     (warm / "markers" / Path(path_of(warm)).parent.name / "0.json").write_text("x")
     assert judge(warm).state == "warm"
-    assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith("compile: deep_gemm deep_gemm was ")
+    assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith(
+        "compile: deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 "
+    )
     assert judge(warm, dataclasses.replace(TASK, gpus=1)).reason == "coverage: gpus was 8 is 1"
 
 
@@ -504,7 +521,7 @@ def test_judge_never_raises_for_any_field_content(
         judgement = judge(root, task, made, strict=True)
         assert judgement.state == "cold"
         assert judgement.reason.startswith(
-            ("no-marker", "compile: ", "coverage: ", "entries: ", "marker-unreadable: ", "unverified")
+            ("no-marker", "compile: ", "coverage: ", "entries: ", "marker-unreadable: ", "unverified", "build: ")
         )
         judgement.reason.encode()
 

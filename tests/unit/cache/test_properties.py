@@ -55,7 +55,8 @@ ENTRIES = {"deep_gemm": ["cache/gemm.1", "cache/gemm.2"], "inductor": ["a/b.py",
 
 #: Every word that a reason may begin with, and how it goes on.
 REASONS = re.compile(
-    r"no-marker|unverified|marker-unreadable: markers/.+: .+|(?:compile|coverage): .+ was .+ is .+"
+    r"no-marker|unverified|marker-unreadable: markers/.+: .+|coverage: .+ was .+ is .+|(?:build|age): proven .+"
+    r"|compile: [a-z_]+ is compiled anew \(.+ → .+\).*"
     r"|entries: \d+ missing, \d+ invalid \(first: .+\)"
 )
 
