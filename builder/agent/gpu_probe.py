@@ -26,9 +26,12 @@ _DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/nvidia/version")
 
 
 def facts() -> dict[str, Any]:
-    """Return ``gpus`` in CUDA's order, ``driver`` version and ``problems``. Absent facts are None."""
+    """Return ``gpus`` in CUDA's order, ``driver`` version, ``cuda_status`` of cuInit, ``problems``. Absent: None."""
     problems: list[str] = []
-    return {"gpus": _gpus(problems), "driver": _driver(), "problems": problems}
+    cuda = _library("libcuda.so.1")
+    status = _call(cuda, ["cuInit"], 0) if cuda is not None else None
+    gpus = _gpus(cuda, status, problems) if cuda is not None else []
+    return {"gpus": gpus, "driver": _driver(), "cuda_status": status, "problems": problems}
 
 
 def _library(name: str) -> ctypes.CDLL | None:
@@ -47,11 +50,7 @@ def _call(library: ctypes.CDLL, names: Sequence[str], *arguments: Any) -> int | 
     return None
 
 
-def _gpus(problems: list[str]) -> list[dict[str, Any]]:
-    cuda = _library("libcuda.so.1")
-    if cuda is None:
-        return []
-    status = _call(cuda, ["cuInit"], 0)
+def _gpus(cuda: ctypes.CDLL, status: int | None, problems: list[str]) -> list[dict[str, Any]]:
     if status != 0:
         if status != 100:  # CUDA_ERROR_NO_DEVICE is no problem
             problems.append(f"cuInit: status {status}")

@@ -71,7 +71,7 @@ def probe(
 
     problems: list[str] = []
     until = time.monotonic() + SECONDS
-    gpus, driver = _gpus(finish(gpu_facts, until, "GPU facts", problems), problems)
+    gpus, driver, cuda_status = _gpus(finish(gpu_facts, until, "GPU facts", problems), problems)
     factors["compute_capability"] = distinct(gpus, "compute_capability")
     factors["sm_count"] = distinct(gpus, "sm_count")
     factors["gpu_name"] = distinct(gpus, "name")
@@ -92,6 +92,7 @@ def probe(
         "observed": {
             "driver": driver,
             "python": sys.version.split()[0],
+            "cuda_status": cuda_status,
             "problems": problems,
             "pretended": environ.get(PRETEND_VARIABLE),
         },
@@ -187,15 +188,15 @@ def finish(process: subprocess.Popen[str] | None, until: float, name: str, probl
 # --- GPUs, image, libraries ------------------------------------------------------------------------------------------
 
 
-def _gpus(text: str | None, problems: list[str]) -> tuple[list[dict[str, Any]], str | None]:
-    """Read the answer of `gpu_probe`: its GPUs, and the driver's version."""
+def _gpus(text: str | None, problems: list[str]) -> tuple[list[dict[str, Any]], str | None, int | None]:
+    """Read the answer of `gpu_probe`: its GPUs, the driver's version, and the status of cuInit."""
     try:
         found = json.loads((text or "{}").splitlines()[-1])
         problems.extend(found.get("problems", ()))
-        return list(found.get("gpus", ())), found.get("driver")
+        return list(found.get("gpus", ())), found.get("driver"), found.get("cuda_status")
     except (ValueError, AttributeError, TypeError):
         problems.append("GPU facts: unintelligible answer")
-        return [], None
+        return [], None, None
 
 
 def _torch_cuda() -> str | None:

@@ -9,7 +9,7 @@ The record is JSON::
      "sglang":   {"version": text or null, "commit": text or null, "sources": see `kernel_sources`, or null},
      "switches": {variable: text},                     # that every process there has, a task's own not among them
      "variables": {variable: text},                    # factors of families, where they are set (`variables`)
-     "observed": {"driver", "python", "problems": [text], "pretended": a GPU that is not there, or null}}
+     "observed": {"driver", "python", "cuda_status", "problems": [text], "pretended": a GPU that is not there, or null}}
 
 `agent.probe` makes it. What is absent is null, never guessed: an absent compiler is another toolchain than any
 compiler.
@@ -45,10 +45,14 @@ class Sglang(TypedDict):
 
 
 class RecordObserved(TypedDict, total=False):
-    """What a probe saw besides the factors. problems: in words. pretended: name of a simulated GPU."""
+    """What a probe saw besides the factors.
+
+    cuda_status: of cuInit, 0 for success. problems: in words. pretended: name of a simulated GPU.
+    """
 
     driver: str | None
     python: str
+    cuda_status: int | None
     problems: list[str]
     pretended: str | None
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from builder.engine.gpu_request import device_requests
+
 #: Streams of a container, by the numbers in the engine's frames.
 STDOUT, STDERR = 1, 2
 
@@ -133,8 +135,11 @@ class ContainerSpec:
     cpus: str = ""
     cpu_shares: int | None = None
 
-    def body(self) -> dict[str, Any]:
-        """Return the create request. Everything else is the default: not privileged, not auto-removed."""
+    def body(self, *, cdi: bool = False) -> dict[str, Any]:
+        """Return the create request. Everything else is the default: not privileged, not auto-removed.
+
+        cdi: ask for GPUs as CDI devices.
+        """
         host: dict[str, Any] = {
             "Init": True,
             "IpcMode": "private",
@@ -151,8 +156,7 @@ class ContainerSpec:
             "PidsLimit": self.pids,
         }
         if self.gpus:
-            devices = {"Count": self.gpus} if isinstance(self.gpus, int) else {"DeviceIDs": list(self.gpus)}
-            host["DeviceRequests"] = [{"Driver": "", "Capabilities": [["gpu"]], **devices}]
+            host["DeviceRequests"] = device_requests(self.gpus, cdi=cdi)
         if self.shm_size is not None:
             host["ShmSize"] = self.shm_size
         if self.memory is not None:

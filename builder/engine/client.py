@@ -37,7 +37,8 @@ class Engine(Images, Volumes):
     def create(self, spec: ContainerSpec) -> str:
         """Create a container and return its id. Never retried: if the answer is lost, look for the name."""
         with self._translated(f"cannot create {spec.name}"):
-            answer = self._request("POST", "/containers/create", params={"name": spec.name}, json=spec.body())
+            body = spec.body(cdi=bool(spec.gpus) and self.uses_cdi)
+            answer = self._request("POST", "/containers/create", params={"name": spec.name}, json=body)
             return answers.required_text(answers.an_object(answer.json()), "Id")
 
     def start(self, container: str) -> None:

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from builder.engine import answers
 from builder.engine.errors import is_transient, loss, refusal
+from builder.engine.gpu_request import uses_cdi
 from builder.engine.podman import is_podman
-from builder.engine.transport import InfoRequest, Tunnel, identity_of, is_this_machine, parse_version
+from builder.engine.transport import InfoRequest, Tunnel, context_host, identity_of, is_this_machine, parse_version
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError
 from builder.host.deadlines import retry_reads
 from builder.text import readable
@@ -66,6 +67,13 @@ class EngineConnection:
             try:
                 with self._translated(f"cannot reach a container engine at {self._address()}"):
                     self._client = self._open()
+            except EngineLostError as error:
+                self.close()
+                if self._given or os.environ.get("DOCKER_HOST") or not (host := context_host()):
+                    raise
+                raise EngineLostError(
+                    f"{error.message}. The docker command's own context is not read; it uses {host}: set DOCKER_HOST"
+                ) from error
             except BaseException:
                 self.close()
                 raise
@@ -183,6 +191,11 @@ class EngineConnection:
     def identity(self) -> str:
         """What tells this engine from others, at whatever address it is reached."""
         return identity_of(self.info)
+
+    @functools.cached_property
+    def uses_cdi(self) -> bool:
+        """Whether containers get their GPUs as CDI devices."""
+        return uses_cdi(self.info, podman=self.podman, local=self.local)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,10 @@ def _remedy(explanation: str) -> str:
         return "Install a newer docker-py: pip install --upgrade docker"
     if "could not select device driver" in explanation:
         return "The engine has no GPU driver: install nvidia-container-toolkit and restart dockerd"
+    if "unresolvable CDI devices" in explanation or "CDI device injection failed" in explanation:
+        return "Make the CDI specification anew: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+    if "driver/library version mismatch" in explanation:
+        return "The driver was updated while it was loaded: restart the machine, or load its modules anew"
     if "error setting rlimit" in explanation:
         return "The engine may not raise this limit: it needs CAP_SYS_RESOURCE"
     if "no space left on device" in explanation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -16,8 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from builder import files
 from builder.engine.podman import is_podman
 from builder.errors import EngineLostError
+from builder.text import printable
+
+#: Bytes of the docker command's configuration that are read at most.
+_CONFIG_LIMIT = 1 << 20
 
 
 class InfoRequest:
@@ -147,3 +153,21 @@ def _ssh(url: str) -> list[str]:
     command += ["-l", parts.username] if parts.username else []
     command += ["-p", str(port)] if port else []
     return [*command, "--", parts.hostname]
+
+
+def context_host(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the engine's address in the docker command's current context; None for the default one, or unknown.
+
+    The context is that of DOCKER_CONTEXT, else ``currentContext`` in config.json; its folder is named by a digest.
+    """
+    folder = environ.get("DOCKER_CONFIG") or f"{environ.get('HOME', '')}/.docker"
+    try:
+        name = (
+            environ.get("DOCKER_CONTEXT") or files.read_json(f"{folder}/config.json", _CONFIG_LIMIT)["currentContext"]
+        )
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        meta = files.read_json(f"{folder}/contexts/meta/{digest}/meta.json", _CONFIG_LIMIT)
+        host = meta["Endpoints"]["docker"]["Host"]
+    except (files.UnreadableError, KeyError, TypeError, AttributeError):
+        return None
+    return printable(host) if isinstance(host, str) else None

@@ -40,10 +40,12 @@ class HostGpus:
 
     names: one per GPU, in the driver's order.
     driver: its version, e.g. ``580.65.06``.
+    partitioned: indices of GPUs that are cut into MIG slices; the driver lists them as whole ones.
     """
 
     names: tuple[str, ...]
     driver: str | None
+    partitioned: tuple[int, ...] = ()
 
     @property
     def model(self) -> str:
@@ -62,7 +64,13 @@ def host_gpus(proc: Path = PROC) -> HostGpus | None:
     except OSError:
         return None
     found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", version)
-    return HostGpus(tuple(names), found[1] if found else None)
+    return HostGpus(tuple(names), found[1] if found else None, _partitioned(proc))
+
+
+def _partitioned(proc: Path) -> tuple[int, ...]:
+    """Return the indices of GPUs with MIG slices: each has a folder of its own below ``capabilities``."""
+    slices = (path.parts[-3] for path in (proc / "capabilities").glob("gpu*/mig/gi*"))
+    return tuple(sorted({int(name[3:]) for name in slices if name[3:].isdigit()}))
 
 
 # --- NVML ------------------------------------------------------------------------------------------------------------
@@ -119,11 +127,13 @@ class GpuSnapshot:
     """All GPUs at one moment, by NVML.
 
     absent: why there is no data at all.
+    mismatch: the reason is that the library does not fit the kernel's driver, so that no container can use a GPU.
     notes: which values are missing and why, one sentence each.
     """
 
     gpus: tuple[GpuUsage, ...] = ()
     absent: str | None = None
+    mismatch: bool = False
     notes: tuple[str, ...] = ()
 
     def chosen(self, devices: Sequence[int] | None, count: int) -> GpuSnapshot:
@@ -190,7 +200,8 @@ class Nvml:
             return GpuSnapshot(absent="the Python package nvidia-ml-py is not installed")
         except pynvml.NVMLError as error:
             missing = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
-            return GpuSnapshot(absent="there is no NVML here (libnvidia-ml.so.1)" if missing else f"NVML: {error}")
+            reason = "there is no NVML here (libnvidia-ml.so.1)" if missing else f"NVML: {error}"
+            return GpuSnapshot(absent=reason, mismatch=error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
         notes: list[str] = []
         gpus = [gpu for index in range(count) if (gpu := _read_gpu(pynvml, index, notes))]
         return self._with_known_pids(gpus, notes)

@@ -18,6 +18,8 @@ from typing import Any
 
 from builder.cache import model_store
 from builder.cache.coverage import needs_config
+from builder.engine import gpu_request
+from builder.engine.podman import is_podman
 from builder.host.gpus import HostGpus
 from builder.manifest.load import Manifest
 from builder.task import Task
@@ -30,9 +32,15 @@ CLOCK_SKEW = 5.0
 #: Descriptors that one container takes in this process (log, lease, attachment, connections), with room.
 DESCRIPTORS = 64
 #: File systems that live on another machine, where flock may be local to each host, or missing.
-REMOTE_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "lustre", "ceph", "beegfs", "glusterfs")
-#: File systems that are empty after a reboot.
-VOLATILE_FILE_SYSTEMS = ("tmpfs", "ramfs")
+REMOTE_FILE_SYSTEMS = (
+    "nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "lustre", "ceph", "beegfs", "gpfs", "wekafs", "glusterfs", "panfs",
+    "orangefs", "afs", "ocfs2", "gfs2", "vboxsf", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs",
+    "fuse.s3fs", "fuse.gcsfuse", "fuse.mountpoint-s3", "fuse.blobfuse2", "fuse.goofys", "fuse.rclone", "fuse.cvmfs",
+)  # fmt: skip
+#: File systems that are empty after a reboot, or end with their container.
+VOLATILE_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay")
+#: The type that SELinux wants of files which containers write (container-selinux).
+CONTAINER_LABEL = "container_file_t"
 #: The character device major number of the NVIDIA driver (Documentation/admin-guide/devices.txt).
 NVIDIA_MAJOR = 195
 
@@ -92,13 +100,14 @@ def _toolkit(facts: Facts) -> CheckResult:
     """Check that the engine can give GPUs to containers: by the toolkit's hook in PATH, its runtime, or CDI."""
     if not facts.manifest.gpus.count:
         return CheckResult(OK, "the manifest needs no GPU")
-    ways = [name for name in (facts.info.get("Runtimes") or {}) if name.startswith("nvidia")]
-    ways += [str(device.get("ID")) for device in facts.info.get("DiscoveredDevices") or () if "nvidia" in str(device)][
-        :1
-    ]
-    hook = facts.local and (shutil.which("nvidia-container-runtime-hook") or shutil.which("nvidia-container-toolkit"))
-    if hook:
-        ways.append(Path(hook).name)
+    ways = gpu_request.other_ways(facts.info, local=facts.local)
+    ways += gpu_request.cdi_devices(facts.info)[:1]
+    if is_podman(facts.info):
+        if gpu_request.podman_version(facts.info) >= gpu_request.PODMAN_WITH_CDI:
+            return CheckResult(OK, "Podman, which hands out GPUs by its CDI specification")
+        return CheckResult(
+            WARN, "Podman before 5.4 ignores requests for GPUs", "Update Podman, or use a Docker Engine."
+        )
     if ways:
         return CheckResult(OK, f"found {', '.join(ways)}")
     return CheckResult(
@@ -242,6 +251,55 @@ def _permissions(facts: Facts) -> CheckResult:
     return CheckResult(OK, f"{user} may use the engine, and reads the cache directly")
 
 
+def _isolation(facts: Facts) -> CheckResult:
+    """Check that containers may write the cache root in spite of SELinux and of user namespaces."""
+    options = [str(option) for option in facts.info.get("SecurityOptions") or ()]
+    root = facts.manifest.cache.root
+    if root is None or not facts.local or not root.is_dir():
+        return CheckResult(OK, "no directory of this machine is mounted as the cache")
+    if any("name=selinux" in option for option in options) and (label := _selinux_type(root)) != CONTAINER_LABEL:
+        return CheckResult(
+            WARN,
+            f"the engine confines containers with SELinux, and {root} has the label {label or 'of no type'}",
+            f"Run: chcon -Rt {CONTAINER_LABEL} {root} (lasting: semanage fcontext -a -t {CONTAINER_LABEL} "
+            f"'{root}(/.*)?', then restorecon -R {root}).",
+        )
+    uid = _mapped_root(facts)
+    if uid is not None and root.stat().st_uid != uid and not root.stat().st_mode & 0o002:
+        return CheckResult(
+            WARN,
+            f"root in the engine's containers is user {uid} here (user namespaces), and {root} belongs to user "
+            f"{root.stat().st_uid}",
+            f"Run: chown -R {uid}:{uid} {root}, or warm on an engine without userns-remap.",
+        )
+    return CheckResult(OK, "containers may write the cache root: neither SELinux nor a user namespace prevents it")
+
+
+def _selinux_type(path: Path) -> str:
+    """Return the type in a file's SELinux label, e.g. ``container_file_t``; "" without a label."""
+    try:
+        fields = os.getxattr(path, "security.selinux").decode("ascii", "replace").rstrip("\0").split(":")
+    except OSError:
+        return ""
+    return fields[2] if len(fields) > 2 else ""
+
+
+def _mapped_root(facts: Facts) -> int | None:
+    """Return the user of this machine that is root in the engine's containers; None where that is root itself.
+
+    dockerd keeps the data of a remapped engine in a folder ``UID.GID``; a rootless one runs as the user itself.
+    """
+    options = [str(option) for option in facts.info.get("SecurityOptions") or ()]
+    data = str(facts.info.get("DockerRootDir") or "")
+    if any("name=rootless" in option for option in options):
+        try:
+            return Path(data).stat().st_uid
+        except OSError:
+            return None
+    found = re.fullmatch(r"(\d+)\.\d+", Path(data).name)
+    return int(found[1]) if found and any("name=userns" in option for option in options) else None
+
+
 #: In the order in which they are shown.
 CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "engine": _engine,
@@ -255,6 +313,7 @@ CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "clock": _clock,
     "models": _models,
     "permissions": _permissions,
+    "isolation": _isolation,
 }
 
 

@@ -25,7 +25,7 @@ from builder.host.cancel import TOLD_WITHIN
 from builder.host.deadlines import Deadline, poll
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
 from builder.report.results import GpuResult
-from builder.run import preflight
+from builder.run import gpu_failures, preflight
 from builder.run.context import Context
 from builder.run.plan import Item
 from builder.text import duration
@@ -254,6 +254,8 @@ class GpuReservation:
         limit = Deadline(self._context.manifest.gpus.release_timeout if executor.swept else 0.0)
         while True:
             snapshot = self._snapshot()
+            if snapshot.mismatch:
+                raise PreflightError(CANNOT_RUN, [gpu_failures.mismatch(str(snapshot.absent))])
             problems = list(preflight.busy(snapshot, executor.container_names, *remedy))
             if not problems or limit.expired or self._context.options.allow_busy:
                 break

@@ -16,6 +16,7 @@ from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, Pref
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, HostGpus
 from builder.manifest.load import Manifest
+from builder.run import gpu_failures
 from builder.text import did_you_mean
 
 #: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
@@ -76,13 +77,22 @@ def gpu_problems(
         return
     if host is not None and host.names:
         yield from _count_and_names(manifest, list(host.names))
+    if host is not None and host.partitioned:
+        named = " and ".join(f"GPU {index}" for index in host.partitioned)
+        yield gpu_failures.partitioned(f"{named} in MIG mode")
     if record is None:
         return
-    if podman and not record.get("gpus"):
-        text = f"{_wanted(manifest)} wanted, the container got none: this engine is Podman, which ignores the request."
-        yield Problem("GPUs", text, "Set DOCKER_HOST to a Docker Engine with nvidia-container-toolkit.")
+    names = [str(gpu.get("name")) for gpu in record.get("gpus", ())]
+    failures = list(gpu_failures.driver_failures(record["observed"].get("cuda_status")))
+    if failures and not names:
+        yield from failures
+    elif podman and not names:
+        text = f"{_wanted(manifest)} wanted, the container got none: Podman before 5.4 ignores the request."
+        remedy = "Update Podman and make a CDI specification (nvidia-ctk cdi generate), or use a Docker Engine."
+        yield Problem("GPUs", text, remedy)
     else:
-        yield from _count_and_names(manifest, [str(gpu.get("name")) for gpu in record.get("gpus", ())])
+        yield from _count_and_names(manifest, names)
+        yield from gpu_failures.slices(names)
 
 
 def _count_and_names(manifest: Manifest, names: list[str]) -> Iterator[Problem]:

@@ -120,6 +120,15 @@ def test_reading_verbs_do_not_ask_driver(cli: GpuCli, sleeper: psutil.Popen) -> 
     assert cli.ended().status == 0
 
 
+def test_driver_of_another_version_than_its_library_stops_the_run(cli: GpuCli) -> None:
+    cli.gpus()
+    cli.driver.say("nvmlInit", 18)
+    ended = cli.ended("--allow-busy")
+    assert ended.status == 12, ended.said
+    assert "restart the machine" in ended.said
+    assert not list(cli.logs.glob("one.log"))
+
+
 # --- after -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
-"""The greeting saves questions, and never decides anything that the engine did not say."""
+"""How an engine is reached: by a first request that decides nothing, and never by the docker command's context."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from builder.engine.client import Engine
+from builder.engine.transport import context_host
 from builder.errors import EngineLostError
 
 
@@ -108,3 +110,32 @@ def test_engine_without_headers_is_queried(tmp_path: Path, info: bytes) -> None:
         assert client.connect().api_version == "1.41"
         engine._info = json.dumps(here()).encode()
         assert client.local
+
+
+def context(folder: Path, name: str, host: object = "unix:///run/user/1000/docker.sock") -> None:
+    meta = folder / "contexts/meta" / hashlib.sha256(name.encode()).hexdigest()
+    meta.mkdir(parents=True)
+    (meta / "meta.json").write_text(json.dumps({"Name": name, "Endpoints": {"docker": {"Host": host}}}))
+
+
+def test_context_host_is_that_of_the_current_context(tmp_path: Path) -> None:
+    context(tmp_path, "rootless")
+    context(tmp_path, "far", "ssh://gpu1")
+    environ = {"DOCKER_CONFIG": str(tmp_path)}
+    assert context_host(environ) is None
+    (tmp_path / "config.json").write_text('{"currentContext": "rootless"}')
+    assert context_host(environ) == "unix:///run/user/1000/docker.sock"
+    assert context_host({**environ, "DOCKER_CONTEXT": "far"}) == "ssh://gpu1"
+    assert context_host({**environ, "DOCKER_CONTEXT": "gone"}) is None
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{", '{"currentContext": 3}', '{"currentContext": null}'])
+def test_context_host_of_junk_is_none(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert context_host({"DOCKER_CONFIG": str(tmp_path)}) is None
+
+
+@pytest.mark.parametrize("host", [None, 5, {}])
+def test_context_host_of_junk_meta_is_none(tmp_path: Path, host: object) -> None:
+    context(tmp_path, "odd", host)
+    assert context_host({"DOCKER_CONFIG": str(tmp_path), "DOCKER_CONTEXT": "odd"}) is None

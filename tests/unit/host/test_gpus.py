@@ -31,6 +31,15 @@ def test_host_gpus_eight_of_one_kind_are_listed(tmp_path: Path) -> None:
     assert found.model == "NVIDIA H200"
 
 
+def test_host_gpus_with_slices_are_partitioned(tmp_path: Path) -> None:
+    root = driver_files(tmp_path, 3)
+    for gpu, instance in (("gpu2", "gi1"), ("gpu2", "gi2"), ("gpu0", "gi7")):
+        (root / "capabilities" / gpu / "mig" / instance).mkdir(parents=True)
+    (root / "capabilities" / "gpu1" / "mig").mkdir(parents=True)
+    found = host_gpus(root)
+    assert found is not None and found.partitioned == (0, 2)
+
+
 def test_host_gpus_driver_without_gpus_lists_none(tmp_path: Path) -> None:
     found = host_gpus(driver_files(tmp_path, 0))
     assert found is not None and found.names == () and found.driver == "580.65.06"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -207,6 +208,67 @@ def test_doctor_cache_unreadable(
     assert found("permissions").state == OK
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert found("permissions").state == WARN
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ({"ServerVersion": "5.4.2"}, OK),
+        ({"ServerVersion": "4.3.1"}, WARN),
+        ({}, WARN),
+    ],
+)
+def test_doctor_toolkit_of_podman(
+    found: Callable[..., diagnostics.CheckResult], answer: dict[str, Any], state: str
+) -> None:
+    assert found("toolkit", info=info(BuildahVersion="1.40", **{"ServerVersion": "", **answer})).state == state
+
+
+def test_doctor_toolkit_by_cdi(found: Callable[..., diagnostics.CheckResult]) -> None:
+    devices = [{"Source": "cdi", "ID": "nvidia.com/gpu=all"}]
+    result = found("toolkit", info=info(Runtimes={"runc": {}}, DiscoveredDevices=devices), local=False)
+    assert result.state == OK and "nvidia.com/gpu=all" in result.text
+
+
+@pytest.mark.parametrize(
+    ("label", "state"),
+    [("system_u:object_r:container_file_t:s0", OK), ("unconfined_u:object_r:user_home_t:s0", WARN), (None, WARN)],
+)
+def test_doctor_selinux_label_of_root(
+    found: Callable[..., diagnostics.CheckResult],
+    write: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    label: str | None,
+    state: str,
+) -> None:
+    def getxattr(_path: Path, name: str) -> bytes:
+        if label is None:
+            raise OSError(errno.ENODATA, name)
+        return label.encode() + b"\0"
+
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(os, "getxattr", getxattr)
+    result = found("isolation", info=info(SecurityOptions=["name=seccomp,profile=builtin", "name=selinux"]))
+    assert result.state == state
+    assert (f"chcon -Rt container_file_t {tmp_path / 'cache'}" in result.remedy) == (state == WARN)
+
+
+@pytest.mark.parametrize(("mode", "state"), [(0o755, WARN), (0o777, OK)])
+def test_doctor_user_namespace_names_owner(
+    found: Callable[..., diagnostics.CheckResult], tmp_path: Path, mode: int, state: str
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    remapped = info(SecurityOptions=["name=userns"], DockerRootDir="/var/lib/docker/231072.231072")
+    result = found("isolation", info=remapped)
+    assert result.state == state
+    assert ("chown -R 231072:231072" in result.remedy) == (state == WARN)
+
+
+def test_doctor_isolation_without_either(found: Callable[..., diagnostics.CheckResult], tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    assert found("isolation").state == OK
 
 
 def test_doctor_any_engine_answer_never_raises(write: Write) -> None:

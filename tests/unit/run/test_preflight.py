@@ -108,6 +108,49 @@ def test_preflight_probe_decides_about_gpus(write: Write, monkeypatch: pytest.Mo
     assert list(preflight.gpu_problems(write(), None, record())) == []
 
 
+@pytest.mark.parametrize(
+    ("status", "named", "remedy"),
+    [
+        (802, "NVSwitch", "systemctl start nvidia-fabricmanager"),
+        (803, "different versions", "restart the machine"),
+        (804, "forward compatibility", "/usr/local/cuda/compat"),
+    ],
+)
+def test_driver_failure_in_container_is_named_with_remedy(write: Write, status: int, named: str, remedy: str) -> None:
+    record = cast(Record, {"gpus": [], "observed": {"cuda_status": status}})
+    (problem,) = preflight.gpu_problems(write(gpus="count = 8"), None, record)
+    assert problem.location == "driver"
+    assert str(status) in problem.text and named in problem.text
+    assert remedy in problem.remedy
+
+
+def test_unknown_driver_failure_is_a_missing_gpu(write: Write) -> None:
+    record = cast(Record, {"gpus": [], "observed": {"cuda_status": 100}})
+    (problem,) = preflight.gpu_problems(write(gpus="count = 8"), None, record)
+    assert problem.text == "8 × GPU wanted, 0 found."
+
+
+@pytest.mark.parametrize("podman", [False, True])
+def test_gpu_slice_is_refused_by_name(write: Write, podman: bool) -> None:
+    name = "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+    record = cast(Record, {"gpus": [{"name": name}], "observed": {"cuda_status": 0}})
+    (problem,) = preflight.gpu_problems(write(gpus="count = 1"), None, record, podman=podman)
+    assert name in problem.text and "MIG" in problem.text
+    assert "nvidia-smi" in problem.remedy
+
+
+def test_host_gpu_in_mig_mode_is_refused_before_any_start(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, HostGpus(("NVIDIA H200",) * 8, "580.65.06", partitioned=(2, 5)))
+    (problem,) = found(write(gpus="count = 8"))
+    assert problem.text.startswith("GPU 2 and GPU 5 in MIG mode: ")
+
+
+def test_old_podman_without_gpus_is_named(write: Write) -> None:
+    record = cast(Record, {"gpus": [], "observed": {}})
+    (problem,) = preflight.gpu_problems(write(gpus="count = 8"), None, record, podman=True)
+    assert "Podman before 5.4" in problem.text
+
+
 def test_preflight_remote_engine_checks_image_only(write: Write, tmp_path: Path) -> None:
     manifest = write(cache=tmp_path / "no" / "cache", gpus="count = 8", models=tmp_path / "no-models")
     assert found(manifest, Here(local=False)) == []
