@@ -82,6 +82,7 @@ class PrunePolicy:
     keys: tuple[Mapping[str, str], ...] = ()  # its family keys, for each environment of its tasks; they stay
     folders: tuple[str, ...] = ()  # folders of its tasks' markers; they stay
     tasks: tuple[str, ...] = ()  # labels of tasks with unknown folders: their model is not there
+    pins: tuple[str, ...] = ()  # names of images of other manifests; their markers and toolchains stay
     dry_run: bool = False
 
 

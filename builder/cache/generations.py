@@ -266,6 +266,7 @@ def _build(root: Path, place: Path, files: list[_File], newest: str | None, chec
                 check()
             _directories(root, new, file.name.rpartition("/")[0], made)
             _put(file, new / file.name, before)
+        _date_directories(root, new, made)
         layout.prepare(new)
         shutil.copystat(root, new)
         _flush(new)
@@ -285,6 +286,14 @@ def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
     with contextlib.suppress(OSError):
         _like(new / name, (root / name).stat())
     made.add(name)
+
+
+def _date_directories(root: Path, new: Path, made: set[str]) -> None:
+    """Give directories the times that they have in the root: sglang looks at its 100 newest leaves alone."""
+    for name in sorted(made - {""}, reverse=True):  # before the directory above, whose time stays
+        with contextlib.suppress(OSError):
+            status = (root / name).stat()
+            os.utime(new / name, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _put(file: _File, target: Path, before: Path | None) -> None:

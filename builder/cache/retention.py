@@ -95,8 +95,12 @@ class _Choice:
 
     def __post_init__(self) -> None:
         self.dropped: dict[str, str] = {}
-        self.needed = {mark.path for mark in self.held.marks if self._serves(mark)}
-        self.current = {name for memo in self.held.memos if self.policy.image in memo.names for name in memo.toolchains}
+        pins = set(self.policy.pins)
+        # An image has other names in other engines, and its memo has them all.
+        pins = pins.union(*(memo.names for memo in self.held.memos if not memo.names.isdisjoint(pins)))
+        self.needed = {mark.path for mark in self.held.marks if mark.image in pins or self._serves(mark)}
+        stay = {self.policy.image, *pins}
+        self.current = {name for memo in self.held.memos if memo.names & stay for name in memo.toolchains}
         # A directory that cannot be removed keeps the markers that claim it: they stay true as long as it exists.
         self.stuck = {
             mark.path: why for mark in self.held.marks for place in mark.dirs if (why := self.pinned.get(place))
@@ -168,7 +172,9 @@ def decide(
                 goes.setdefault(place, {})[name] = entry
     after = _bysize(choice, goes)
     named = {mark.image for mark in held.marks}.union(*(memo.names for memo in held.memos))
-    kept = {mark.image for mark in choice.kept}.union({policy.image}, *(memo.names for memo in choice.kept_memos()))
+    kept = {mark.image for mark in choice.kept}.union(
+        {policy.image, *policy.pins}, *(memo.names for memo in choice.kept_memos())
+    )
     return PrunePlan(
         steps=tuple(_steps(choice, goes)),
         before=held.bytes,

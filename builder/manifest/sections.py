@@ -198,6 +198,13 @@ class CacheSpec:
         "Time without use after which `prune` and `refresh` remove what `keep` does not hold; not set: never.",
         '"14d"',
     )
+    pins: tuple[str, ...] = key(
+        list_of(a_string, "images or manifests"),
+        (),
+        "Images of other branches that use this root, or manifests that name them (`.toml`, `.json`; absolute paths): "
+        "what their tasks need is never removed by `prune` and `refresh`.",
+        '["lmsysorg/sglang:v0.5.22", "/etc/warm-cache/release.toml"]',
+    )
     max_size: int | None = key(
         size, None, "Size in bytes below which `prune` and `refresh` keep the cache; not set: no limit.", '"200g"'
     )

@@ -13,7 +13,11 @@ from builder import events
 from builder.cache import retention, toolchain
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
+from builder.engine.images import content, identity, names
+from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.job import PrunePolicy
+from builder.manifest.load import load
+from builder.manifest.sections import ImageSpec
 from builder.run import cache_locks, image_cleanup, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
@@ -84,8 +88,31 @@ def policy(executor: ContainerExecutor, limits: Limits, plan: Plan | None, *, dr
             for item in items
         ),
         tasks=tuple(item.task.label for item in items if item.config_problem),
+        pins=tuple(sorted(_pins(executor))),
         dry_run=dry_run,
     )
+
+
+def _pins(executor: ContainerExecutor) -> set[str]:
+    """Return every name of the images that ``[cache] pins`` names.
+
+    Raises PreflightError for an image that the engine does not have: what it needs is then unknown, and must stay.
+    """
+    found: set[str] = set()
+    for pin in executor.context.manifest.cache.pins:
+        spec = load(pin).image if pin.endswith((".toml", ".json")) else ImageSpec(ref=pin)
+        image = executor.engine.image(spec.ref)
+        digest = spec.ref.rpartition("@")[2]
+        if image is not None:
+            known = (identity(image.id, spec.setup), content(image, spec.setup), *names(image, spec.setup))
+            found.update(name for name in known if name)
+        elif digest.startswith("sha256:"):
+            found.add(identity(digest, spec.setup))
+        else:
+            text = f"{pin} is not on this engine, so that it is unknown what of the cache it needs: nothing is removed."
+            remedy = f"Run: docker pull {spec.ref}, or take it out of the pins."
+            raise PreflightError(CANNOT_RUN, [Problem("[cache] pins", text, remedy)])
+    return found
 
 
 def prune(executor: ContainerExecutor, limits: Limits, *, dry_run: bool) -> None:
