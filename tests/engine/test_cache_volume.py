@@ -192,6 +192,7 @@ def test_volume_run_lock_is_held_by_container(user: Volume) -> None:
     user.left_nothing()
 
 
+@pytest.mark.alone
 def test_signal_ends_lock_container(user: Volume) -> None:
     user.manifest(server(user.model("org/m"), "serve", "refuses-sigterm"))
     builder = user.start("warm", "--json")

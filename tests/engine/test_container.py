@@ -110,6 +110,7 @@ threading.Event().wait()
     assert workshop.log()["out"] == b"ready\nstopping\n"
 
 
+@pytest.mark.alone
 def test_cancel_ends_stubborn_processes_within_five_seconds(workshop: Workshop) -> None:
     asked: list[float] = []
 
@@ -123,6 +124,7 @@ def test_cancel_ends_stubborn_processes_within_five_seconds(workshop: Workshop) 
     check(outcome, "cancelled", 137)
 
 
+@pytest.mark.alone
 def test_second_signal_skips_grace(workshop: Workshop) -> None:
     asked: list[float] = []
 
@@ -138,6 +140,7 @@ def test_second_signal_skips_grace(workshop: Workshop) -> None:
     check(outcome, "cancelled", 137)
 
 
+@pytest.mark.alone
 def test_signal_during_stop_shortens_grace(workshop: Workshop) -> None:
     asked: list[float] = []
 

@@ -215,6 +215,7 @@ class Terminal:
 
 
 @pytest.mark.fault("Ctrl-Z, then Ctrl-C", how="keys on a terminal", holds="130: Ctrl-Z is refused")
+@pytest.mark.alone
 def test_ctrl_z_is_refused_while_containers_run(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("sleeps", SLEEPING))
     terminal = Terminal(cli)
@@ -234,6 +235,7 @@ def test_ctrl_z_is_refused_while_containers_run(cli: Cli, aftermath: Aftermath) 
 
 
 @pytest.mark.fault("terminal closed", how="a terminal's other end closed: SIGHUP, and no more output", holds="129")
+@pytest.mark.alone
 def test_terminal_closed_ends_run_with_sighup(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("sleeps", SLEEPING))
     terminal = Terminal(cli)

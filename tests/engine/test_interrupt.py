@@ -15,7 +15,7 @@ from builder.host.deadlines import Deadline, poll
 from tests.engine.cli import Cli, command, server, shapes, wait_for
 from tests.engine.faults import Aftermath, numbers
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]  # seconds count
 
 #: A cancelled CI step has 7.5 s.
 SECONDS = 5.0
@@ -141,7 +141,6 @@ def test_signal_during_image_build_ends_run_in_time(cli: Cli) -> None:
     how="SIGKILL, with a server inside that refuses SIGTERM",
     holds="its container ends by the lease within 5 s (aim: 2 s), and the next builder removes it",
 )
-@pytest.mark.alone
 def test_builder_killed_container_ends_and_next_run_sweeps(stubborn: Cli, aftermath: Aftermath) -> None:
     builder = stubborn.start("warm")
     builder.says("SIGTERM is refused")

@@ -316,6 +316,7 @@ def test_grandchildren_end_before_second_pass_and_run(cli: Cli) -> None:
 # --- two builders ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_second_builder_waits_and_finds_warm(cli: Cli) -> None:
     cli.manifest(command("one", "print('at it', flush=True)\n" + GATE + READY))
     first = cli.start("warm", "--json")

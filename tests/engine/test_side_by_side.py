@@ -118,6 +118,7 @@ def test_gpus_held_end_run_after_running_tasks(machine: GpuCli) -> None:
     how="an NVML that never answers again, two tasks side by side; SIGTERM",
     holds="143, within 5 s: that the GPUs are free again cannot be known, and is said",
 )
+@pytest.mark.alone
 def test_signal_while_driver_hangs_ends_run_in_time(machine: GpuCli, request: pytest.FixtureRequest) -> None:
     aftermath = Aftermath.of(request)
     machine.gpus(gated("one", gpus=4), gated("two", gpus=4))
@@ -165,6 +166,7 @@ def test_several_errors_exit_status_is_engine_lost(machine: GpuCli, proxy: Proxy
 # --- without GPUs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_signal_stops_concurrent_containers_in_time_of_one(cli: Cli) -> None:
     models = [cli.model(f"org/m{number}") for number in range(3)]
     cli.manifest(*(server(model, "serve", "refuses-sigterm") for model in models), run={"grace": None, "parallel": 3})
