@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
-#: failed: it raised, so that later launches of it may be missing. skipped: it skipped itself, on this machine.
+#: failed: it raised, so that later launches of it may be missing. failed-after-launch: it raised, and nothing that it
+#: had still to run launches. skipped: it skipped itself, on this machine.
 #: disabled: its registration says so. not-understood: a launch or a branch depends on a value that is not known, or
 #: the file cannot be run.
-State = Literal["failed", "skipped", "disabled", "not-understood"]
+State = Literal["failed", "failed-after-launch", "skipped", "disabled", "not-understood"]
 #: server: popen_launch_server; pd: popen_launch_pd_server; process: a command of its own; engine: in the test's own
 #: process; bench: a benchmark that loads the model itself.
 Kind = Literal["server", "pd", "process", "engine", "bench"]

@@ -25,11 +25,12 @@ _LARGEST = 16 << 20  # bytes; no source that people wrote is longer
 class Modules(importlib.abc.MetaPathFinder):
     """Finds modules for one test file. on_load: called with every real module after it has run.
 
-    read, absent: paths that were read, and that were looked for in vain.
+    real: the real modules; read, absent: paths that were read, and that were looked for in vain.
     """
 
     def __init__(self, checkout: str, folder: str, on_load: Callable[[types.ModuleType], None]) -> None:
         self.checkout, self._folder, self._on_load = os.path.realpath(checkout), folder, on_load
+        self.real: list[types.ModuleType] = []
         self.read: dict[str, None] = {}
         self.absent: dict[str, None] = {}
 
@@ -75,6 +76,7 @@ class Modules(importlib.abc.MetaPathFinder):
         return data
 
     def loaded(self, module: types.ModuleType) -> None:
+        self.real.append(module)
         self._on_load(module)
 
     def _locate(self, name: str) -> str | None:

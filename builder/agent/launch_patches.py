@@ -403,7 +403,8 @@ def _temporary_files(scratch: str, checkout: str) -> None:
         original = getattr(module, name)
 
         def call(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
-            return original(moved(path), *args, **kwargs)
+            # An unknown path counts as a number elsewhere, and here it would be a descriptor of this process.
+            return Unknown(f"{name}()") if isinstance(path, Unknown) else original(moved(path), *args, **kwargs)
 
         setattr(module, name, call)
 

@@ -20,9 +20,10 @@ import traceback
 import types
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
-from builder.agent import launch_facts, launch_functions, launch_modules, launch_patches, launch_unknown
+from builder.agent import launch_facts, launch_functions, launch_modules, launch_patches, launch_reach, launch_unknown
 from builder.recording import FileEnd, Launch, Request, State, TestFile, Unrecorded, encode
 
 TEMPORARY = "TEMPORARY"
@@ -44,10 +45,17 @@ def record_file(request: Request, file: TestFile, descriptor: int, scratch: str)
     write = os.write
     leave = os._exit
     lock = threading.Lock()
+    sent, ended = 0, False
 
     def send(record: Launch | Unrecorded | FileEnd) -> None:
-        data = encode(record)
+        nonlocal sent, ended
         with lock:
+            if ended:
+                return  # of a thread that goes on
+            if isinstance(record, FileEnd):
+                record, ended = replace(record, launches=sent), True
+            sent += isinstance(record, Launch)
+            data = encode(record)
             while data:
                 data = data[write(descriptor, data) :]
 
@@ -72,7 +80,6 @@ class _Session:
         self._before: dict[str, str] = {}
         self._scratch = scratch
         self._told: set[tuple[str, ...]] = set()
-        self._launches = 0
         self._read: dict[str, None] = {}
         self._listed = False
         self.test = ""
@@ -99,7 +106,7 @@ class _Session:
         inside = [self._relative(path) for path in read]
         absent = [self._relative(path) for path in self._modules.absent]
         return FileEnd(
-            self._launches,
+            0,  # the sender counts
             tuple(dict.fromkeys(each for each in inside if each)),
             tuple(dict.fromkeys(each for each in absent if each)),
             self._listed,
@@ -117,7 +124,6 @@ class _Session:
         }
         words = tuple(self._plain(word) for word in argv)
         where = self._here()
-        self._launches += 1
         record = Launch(self.test, where, kind, self._plain(model), words, tuple(sorted(changed.items())))  # type: ignore[arg-type]
         self._send(record)
 
@@ -155,6 +161,13 @@ class _Session:
         place = self._place(frames[::-1])
         other = f" in {place}" if not place.startswith(f"{self._file.path}:") else ""
         return f"it raised {_described(error)}{other}"
+
+    def may_launch_after(self, error: BaseException) -> bool:
+        """Return whether what this ended may have had a launch before it."""
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        own = [code for code in codes if self._relative(code.co_filename)]
+        fixture = any(code.co_name in ("setUpClass", "setUpModule", "setUp") for code in own)
+        return fixture or not own or launch_reach.may_launch(own, self._modules.real)
 
     def running(self, test: str, kind: type | None) -> None:
         """Note what runs from now on. kind: its class."""
@@ -294,7 +307,8 @@ class _Result(unittest.TestResult):
     def addError(self, test: Any, err: Any) -> None:  # noqa: N802
         error = err[1]
         why = "it took too long" if isinstance(error, TestTimeoutError) else self._session.described(error)
-        self._session.problem("failed", label(test), self._session.location_of(error), why)
+        state: State = "failed" if self._session.may_launch_after(error) else "failed-after-launch"
+        self._session.problem(state, label(test), self._session.location_of(error), why)
 
     def addFailure(self, test: Any, err: Any) -> None:  # noqa: N802
         self.addError(test, err)

@@ -252,7 +252,7 @@ def test_failing_skipped_and_unknown_tests_are_named_with_their_line(checkout: C
         ("failed", "TestOdd.test_raises"),
         ("skipped", "TestOdd.test_skipped"),
         ("not-understood", "TestOdd.test_unknown"),
-        ("failed", "TestOdd.test_hangs"),
+        ("failed-after-launch", "TestOdd.test_hangs"),
         ("skipped", "TestBlackwell"),
     }
     raised = named["failed", "TestOdd.test_raises"]
@@ -262,6 +262,64 @@ def test_failing_skipped_and_unknown_tests_are_named_with_their_line(checkout: C
     )
     assert "is_some_new_thing" in named["not-understood", "TestOdd.test_unknown"].why
     assert named["skipped", "TestBlackwell"].why == "Requires B200"
+
+
+def test_failure_that_can_hide_no_launch_is_named_as_such(checkout: Checkout, record: Recorder) -> None:
+    name = checkout.test(
+        "test_after.py",
+        """
+        from huggingface_hub import hf_hub_download
+
+        def measure():
+            return [][0]
+
+        def prepared():
+            measure()
+            return popen_launch_server("org/late", DEFAULT_URL_FOR_TEST, 9)
+
+        class TestIt(CustomTestCase):
+            @classmethod
+            def setUpClass(cls):
+                cls.process = popen_launch_server("org/one", DEFAULT_URL_FOR_TEST, 9)
+
+            def test_measures(self):
+                with open(hf_hub_download("data")) as stream:
+                    stream.read()
+                measure()
+
+            def test_launches_later(self):
+                prepared()
+
+            def test_launches_in_place(self):
+                measure()
+                self.process = popen_launch_server("org/later", DEFAULT_URL_FOR_TEST, 9)
+        """,
+    )
+    found = record(name)
+    assert [each.model for each in found.launches(name)] == ["org/one"]
+    assert {(each.test, each.state) for each in found.problems(name)} == {
+        ("TestIt.test_measures", "failed-after-launch"),
+        ("TestIt.test_launches_later", "failed"),
+        ("TestIt.test_launches_in_place", "failed"),
+    }
+    assert all("IndexError" in each.why for each in found.problems(name))
+
+
+def test_engine_is_recorded_in_words_of_a_server(checkout: Checkout, record: Recorder) -> None:
+    name = checkout.test(
+        "test_lora.py",
+        """
+        import sglang
+        from huggingface_hub import snapshot_download
+
+        class TestIt(CustomTestCase):
+            def test_it(self):
+                adapter = snapshot_download("org/adapter", revision="main")
+                sglang.Engine(model_path="org/m", lora_paths={"mine": adapter}, fp4_gemm_runner_backend="x", log=False)
+        """,
+    )
+    (launch,) = record(name).launches(name)
+    assert launch.argv == ("--lora-paths", "mine=org/adapter", "--fp4-gemm-backend", "x")
 
 
 def test_record_sibling_and_functions_as_pytest_does(checkout: Checkout, record: Recorder) -> None:

@@ -21,6 +21,11 @@ ENCODER = """
     def test_encoder(self):
         popen_launch_server("org/one", DEFAULT_URL_FOR_TEST, 9, other_args=["--encoder-only"])
 """
+MORE = """
+    def test_more(self):
+        [][0]
+        popen_launch_server("org/more", DEFAULT_URL_FOR_TEST, 9)
+"""
 MANIFEST = """\
 schema = 1
 [image]
@@ -79,7 +84,7 @@ def test_compares_and_names_task_that_no_test_needs(verb: Verb) -> None:
 
 
 def test_names_no_unneeded_task_when_a_test_failed(verb: Verb) -> None:
-    verb.checkout.test("test_one.py", f"{ONE}\n    def test_more(self):\n        raise RuntimeError('no')\n")
+    verb.checkout.test("test_one.py", f"{ONE}{MORE}")
     status, document = verb("--suite", SUITE, "--manifest", verb.manifest)
     assert status == 10
     assert document["unneeded"] == []
@@ -148,7 +153,7 @@ def test_gpu_is_that_of_the_manifest(verb: Verb) -> None:
 
 
 def test_update_removes_no_task_when_a_test_failed(verb: Verb) -> None:
-    verb.checkout.test("test_one.py", f"{ONE}\n    def test_more(self):\n        raise RuntimeError('no')\n")
+    verb.checkout.test("test_one.py", f"{ONE}{MORE}")
     status, _ = verb("--suite", SUITE, "--update", verb.manifest)
     assert status == 10
     assert verb.manifest.read_text() == MANIFEST
