@@ -85,7 +85,7 @@ def run(executor: Executor, items: Sequence[Item], known: Mapping[str, Sequence[
     known: shapes of earlier runs, by model. Raises Interrupted; with ``--prebuild-only``, where something is missing,
     TasksError.
     """
-    began, only = time.monotonic(), executor.context.options.prebuild_only
+    began, only = time.monotonic(), _only(executor)
     stage = _wanted(executor, items, only)
     if stage is None:
         stage = Stage("nothing")
@@ -156,6 +156,10 @@ def _wanted(executor: Executor, items: Sequence[Item], only: bool) -> Stage | No
     return None
 
 
+def _only(executor: Executor) -> bool:
+    return executor.context.options.prebuild_only
+
+
 def _asks(item: Item) -> bool:
     """Return whether a task may ask for kernels of DeepGEMM."""
     task = item.task
@@ -185,8 +189,8 @@ class _Prebuild:
     ) -> None:
         self._executor, self._known, self._stage = executor, known, stage
         self._context = executor.context
-        self._groups = list(_groups(item for item in items if _asks(item)))
         spec = self._context.manifest.prebuild
+        self._groups = list(_groups((item for item in items if _asks(item)), self._context.manifest))
         busy = executor.gpus_in_use() != ""
         limits = _limits(busy, executor.shares_machine)
         self._limits = replace(limits, workers=spec.workers or 0, memory=spec.memory or limits.memory)
@@ -287,14 +291,16 @@ def _is_walked(task: Task) -> bool:
     return RECIPES[task.recipe].server or "config" in task.shapes_from
 
 
-def _groups(items: Iterable[Item]) -> Iterator[_Group]:
-    """Yield the tasks of each environment together, in their order."""
+def _groups(items: Iterable[Item], manifest: Manifest) -> Iterator[_Group]:
+    """Yield the tasks of each environment together. Where the probe found no GPU, the manifest names one."""
     found: dict[tuple[Any, ...], list[Item]] = {}
     for item in items:
         key = toolchain.family_key(item.record, "deep_gemm")
         found.setdefault((tuple(sorted(item.task.env.items())), key), []).append(item)
     for (env, key), members in found.items():
-        yield _Group(dict(env), gpu_of(members[0].record), key, tuple(members))
+        record = members[0].record
+        gpu = gpu_of(record) if record["gpus"] else GPUS[simulated_name(manifest)]
+        yield _Group(dict(env), gpu, key, tuple(members))
 
 
 def gpu_of(record: Record) -> Gpu:

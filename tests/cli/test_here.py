@@ -565,3 +565,25 @@ def test_here_warm_with_linked_markers_is_refused(job: Job) -> None:
     (job.root / "markers").symlink_to("kept")
     err = job.run("warm", "--image", IMAGE, status=12)[1]
     assert "cannot be written: markers: it is a symbolic link, which is not followed" in err
+
+
+def test_here_prebuild_without_gpus_proves_nothing_and_leaves_nothing_to_compile(job: Job) -> None:
+    """Neither a GPU nor the image's name is needed; the simulated GPU's driver is not compiled here."""
+    (job.tools / "cc").write_text("#!/bin/sh\nexit 0\n")
+    (job.tools / "cc").chmod(0o755)
+    (job.place / "include").mkdir()
+    (job.place / "include" / "cuda.h").touch()
+    job.root.mkdir()
+    job.manifest(DENSE, gpus={"count": 8, "name": "H200"})
+    document = job.document("warm", "--prebuild-only", status=0)
+    stage = document["prebuild"]
+    assert (stage["state"], stage["made"]) == ("done", 2)
+    assert {path.name for path in job.root.glob("deep_gemm/*/cache/*")} == job.entries() != set()
+    assert [task["state"] for task in document["tasks"]] == ["cold"] and not list(job.root.glob("markers/*/*"))
+    assert job.document("warm", "--prebuild-only", status=0)["prebuild"]["present"] == 2
+
+    job.manifest({**DENSE, "shapes": ["GEMM_OF_NOBODY N=64, K=128, num_groups=1"]}, gpus={"count": 8, "name": "H200"})
+    out, _ = job.run("warm", "--prebuild-only", status=11)
+    assert "this sglang knows no such kernel type" in out
+    job.manifest(DENSE, gpus={"count": 8, "name": "RTX"})
+    assert "set name, or pretend, to one of H200, H100, B200" in job.run("warm", "--prebuild-only", status=2)[1]
