@@ -1,5 +1,6 @@
-"""DeepGEMM shapes that a model's server uses: from its config.json, or from the markers of earlier runs.
+"""DeepGEMM shapes that a model's server uses: told by sglang itself, from a table, or from markers of earlier runs.
 
+sglang's own model code is asked first (`prebuild.shapes_by_sglang`). Where it does not tell, there is a table:
 `of_config` knows the DeepSeek V3 family (V3, V3-0324, R1, V3.1, V3.2) with FP8 weights in blocks of 128 × 128, on
 Hopper: sglang's ``models/deepseek_v2.py``, ``layers/attention/dsa/dsa_indexer.py``, ``layers/quantization/fp8.py`` and
 ``fp8_utils.py`` of 0.5.23. Anything else raises NotUnderstood. A missing shape would be compiled during a test; so
@@ -11,7 +12,7 @@ The attention kernels of DeepGEMM that V3.2's indexer uses are in no list: sglan
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +68,43 @@ class NotUnderstood(Exception):
     """No list can be made. The message has the reason."""
 
 
-def wanted(root: Path, task: Task, environ: Mapping[str, str]) -> tuple[Shape, ...]:
+#: Returns the shapes of a server with the task's model and argv. Raises NotUnderstood.
+Walk = Callable[[Task], tuple[Shape, ...]]
+
+
+def wanted(
+    root: Path, task: Task, environ: Mapping[str, str], walk: Walk, say: Callable[[str], None]
+) -> tuple[Shape, ...]:
     """Return the task's own shapes and those of its sources, each once.
 
-    Raises NotUnderstood if there are none, or if a source cannot be understood.
+    Raises NotUnderstood if there are none, or if a source cannot be understood. walk: asks sglang's own code; where it
+    does not tell, the table is used, and `say` gets the reason.
     """
     found = dict.fromkeys(task.shapes)
     for source in task.shapes_from:
         if source == "config":
-            config = model_store.config(task, environ)
-            if config is None:
-                raise NotUnderstood(f"the config.json of {task.model} cannot be read")
-            found.update(dict.fromkeys(of_config(config, task.argv, environ)))
+            found.update(dict.fromkeys(_of_model(task, environ, walk, say)))
         else:
             found.update(dict.fromkeys(marker_files.shapes_of(root, task.model)))
     if not found:
         hint = 'warm it once with compile-deep-gemm, or set shapes_from = "config"'
         raise NotUnderstood(f"no earlier run of {task.model} left a marker that names shapes: {hint}")
     return tuple(found)
+
+
+def _of_model(task: Task, environ: Mapping[str, str], walk: Walk, say: Callable[[str], None]) -> tuple[Shape, ...]:
+    config = model_store.config(task, environ)
+    if config is None:
+        raise NotUnderstood(f"the config.json of {task.model} cannot be read")
+    try:
+        return walk(task)
+    except NotUnderstood as why:
+        try:
+            found = of_config(config, task.argv, environ)
+        except NotUnderstood as other:
+            raise NotUnderstood(f"{other}; and sglang's own code does not tell: {why}") from None
+        say(f"shapes of the table, because sglang's own code does not tell: {why}")
+        return found
 
 
 def of_config(

@@ -33,7 +33,7 @@ from builder.cache import families, inventory, layout, model_store, toolchain
 from builder.cache.families import FAMILY
 from builder.events import FAILED, WARMED
 from builder.job import Job, PrebuildRequest
-from builder.task import Shape
+from builder.task import Shape, Task
 from builder.text import counted
 
 #: nvcc's name of a compute capability: "a" has the instructions of that generation alone, which DeepGEMM uses.
@@ -46,6 +46,7 @@ _START = (
     "from builder.agent import prebuild_forks; sys.exit(prebuild_forks.main(sys.argv[2]))"
 )
 _READ = 1 << 16
+_CHOICES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 #: Seconds for the child to end after its last answer.
 _END = 10.0
 
@@ -62,6 +63,41 @@ def plan(job: Job, output: Output, guard: Guard) -> int:
 def prebuild(job: Job, output: Output, guard: Guard) -> int:
     """Mode ``prebuild``: compile the kernels that the request names and the cache lacks. Returns the exit status."""
     return _guarded(job, output, lambda request, place: _prebuild(job, request, place, output, guard))
+
+
+def shapes_by_sglang(
+    task: Task,
+    record: toolchain.Record,
+    environ: Mapping[str, str],
+    workdir: str,
+    output: Output,
+    guard: Guard,
+) -> tuple[Shape, ...]:
+    """Return the shapes that sglang's own model code asks for with the task's model and argv.
+
+    record: of this environment, whose GPU is simulated for it. Raises NotUnderstood, if anything was not walked.
+    """
+    place = tempfile.mkdtemp(prefix="warm-cache-")
+    try:
+        gpu = toolchain.gpu_of(record)
+        simulated = simulated_gpu.environment(_without_gpus(environ), place, gpu)
+        argv = _server_argv(task.model, task.revision, task.argv)
+        asked = Request("walk", -1, place, 1, models=[ModelWalk(task.label, argv, [])])
+        for answer in _answers(asked, simulated, PrebuildRequest(gpu=gpu), workdir, output, guard):
+            if "walked" in answer:
+                return tuple(Shape(*each["problem"]) for each in answer["sweeps"])
+            if "unwalked" in answer:
+                raise model_shapes.NotUnderstood(answer["why"])
+        raise model_shapes.NotUnderstood("the walk gave no answer")
+    except (_Unable, simulated_gpu.Impossible, ValueError) as why:
+        raise model_shapes.NotUnderstood(str(why)) from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _without_gpus(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables that choose among real GPUs."""
+    return {name: value for name, value in environ.items() if name not in _CHOICES}
 
 
 def _guarded(job: Job, output: Output, work: Any) -> int:
@@ -85,9 +121,7 @@ def _environment(job: Job, request: PrebuildRequest, place: str) -> dict[str, st
     """Return the environment of the child: the task's, with the simulated GPU alone."""
     task = job.task
     environ = {**os.environ, **({} if task is None else task.env)}
-    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):  # of the real GPUs
-        environ.pop(name, None)
-    environ = simulated_gpu.environment(environ, place, request.gpu)
+    environ = simulated_gpu.environment(_without_gpus(environ), place, request.gpu)
     return {**model_store.defaults(environ, place), **environ}
 
 

@@ -69,7 +69,7 @@ class Request:
     cpus: the processors to use, empty for all. gentle: give way to whatever else runs on this machine.
     """
 
-    mode: str  # plan or compile
+    mode: str  # plan, walk or compile
     report: int  # descriptor for answers
     scratch: str
     workers: int
@@ -129,10 +129,11 @@ def main(file: str) -> int:
         )
         return 1
     answers.write(imported=round(time.monotonic() - begun, 2))
-    if request.mode == "plan":
-        prebuild_plan.Plan(request, answers, compile_utils).run()
-    else:
+    if request.mode == "compile":
         prebuild_pool.Pool(request, answers, compile_utils).run()
+        return 0
+    plan = prebuild_plan.Plan(request, answers, compile_utils)
+    (plan.walk if request.mode == "walk" else plan.run)()
     return 0
 
 

@@ -81,6 +81,12 @@ class Plan:
             for reader in select.select(list(self._children), [], [])[0]:
                 self._finish(reader)
 
+    def walk(self) -> None:
+        """Answer `walked` or `unwalked` for each model, and plan nothing."""
+        logging.disable(logging.CRITICAL)
+        for _ in self._walk():
+            pass
+
     def _start(self, number: int, sweep: Sweep, compiler: Path) -> None:
         folder, log = self._scratch / f"plan-{number}", self._scratch / f"plan-{number}.log"
         reader, writer = os.pipe()

@@ -36,7 +36,7 @@ from builder.cache.inventory import Inventory
 from builder.cache.marker_files import Observed, Proof
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
-from builder.task import RECIPES, Task
+from builder.task import RECIPES, Shape, Task
 from builder.text import counted
 
 State = Literal["warmed", "failed", "partial", "skipped", "stopped"]
@@ -134,7 +134,7 @@ class Warming:
         environ = {**model_store.defaults(environ, self._temporary), **environ}
         environ.update(families.environment(self._job.mount, self._keys))
         self._before = self._scan()
-        done = self._compile(passes, environ)
+        done = self._compile(passes, environ, record)
         self._require_undamaged(done.claims)
         pretended = record["observed"]["pretended"]
         proof = markers.PRETENDED if pretended else done.proof
@@ -154,11 +154,11 @@ class Warming:
         self._guard.check()
         self.verdict = replace(self.verdict, reason=reason, marker=markers.publish(self._root, marker))
 
-    def _compile(self, passes: Passes, environ: Mapping[str, str]) -> Proven:
+    def _compile(self, passes: Passes, environ: Mapping[str, str], record: toolchain.Record) -> Proven:
         """Run both passes; with dummy weights first, then with real ones, if the task allows them."""
         task, why = self._task, ""
         if not RECIPES[task.recipe].server:
-            return self._run_passes(passes, environ, self._with_shapes(environ))
+            return self._run_passes(passes, environ, self._with_shapes(environ, record))
         if task.load != "weights":
             self.verdict = replace(self.verdict, loaded=dummy_weights.describe(task))
             try:
@@ -181,13 +181,19 @@ class Warming:
             raise Failed(f"{why}; and with weights: {skipped}") from None
         return replace(done, doubt="; ".join(filter(None, (f"with weights, because {why}" if why else "", done.doubt))))
 
-    def _with_shapes(self, environ: Mapping[str, str]) -> Task:
+    def _with_shapes(self, environ: Mapping[str, str], record: toolchain.Record) -> Task:
         """Return the task with every shape that it asks for, whatever the source."""
         task = self._task
         if not task.shapes_from:
             return task
+
+        def walk(task: Task) -> tuple[Shape, ...]:
+            from builder.agent import prebuild
+
+            return prebuild.shapes_by_sglang(task, record, environ, self._job.workdir, self._output, self._guard)
+
         try:
-            wanted = model_shapes.wanted(self._root, task, environ)
+            wanted = model_shapes.wanted(self._root, task, environ, walk, self._output.say)
         except model_shapes.NotUnderstood as why:
             raise Failed(str(why)) from None
         sources = " and ".join(task.shapes_from)

@@ -31,7 +31,7 @@ from typing import Any, TypedDict, TypeGuard
 from builder import files
 from builder.cache import kernel_sources, variables
 from builder.cache.families import FAMILIES, FAMILY, TABLE_VERSION
-from builder.task import PRETEND_VARIABLE
+from builder.task import GPUS, PRETEND_VARIABLE, Gpu
 
 SCHEMA = 2
 
@@ -182,6 +182,30 @@ def family_keys(record: Record) -> dict[str, str]:
 def digest(keys: Mapping[str, str]) -> str:
     """Return 16 hex digits over these family keys, in any order: for people, and for file names of markers."""
     return _digest(dict(keys))
+
+
+def gpu_of(record: Record) -> Gpu:
+    """Return the GPU of a probe record, as it can be simulated. What it lacks are the figures of the nearest model.
+
+    Raises ValueError where it has no GPU, or several kinds.
+    """
+    gpus = record["gpus"]
+    kinds = {(gpu.get("compute_capability"), gpu.get("sm_count")) for gpu in gpus}
+    if len(kinds) != 1 or None in next(iter(kinds)):
+        raise ValueError(f"the probe found {'GPUs that it cannot tell, or of several kinds' if gpus else 'no GPU'}")
+    first = gpus[0]
+    major, _, minor = str(first["compute_capability"]).partition(".")
+    capability, memory = (int(major), int(minor or 0)), int(first.get("memory_bytes") or 0)
+    same = [gpu for gpu in GPUS.values() if gpu.capability == capability]
+    near = min(same or GPUS.values(), key=lambda gpu: abs(gpu.memory - memory))
+    return Gpu(
+        name=str(first.get("name") or near.name),
+        capability=capability,
+        sms=int(first["sm_count"]),
+        memory=memory or near.memory,
+        shared=int(first.get("shared_bytes") or near.shared),
+        l2=int(first.get("l2_bytes") or near.l2),
+    )
 
 
 def sound(record: Any) -> TypeGuard[Record]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder import events
 from builder.cache import marker_files, toolchain
-from builder.cache.toolchain import Record
 from builder.errors import BuilderError, Problem, TasksError, UsageError
 from builder.host import machine
 from builder.job import MAX_JOB, PlannedShape, PrebuildRequest
@@ -299,31 +298,11 @@ def _groups(items: Iterable[Item], manifest: Manifest) -> Iterator[_Group]:
         found.setdefault((tuple(sorted(item.task.env.items())), key), []).append(item)
     for (env, key), members in found.items():
         record = members[0].record
-        gpu = gpu_of(record) if record["gpus"] else GPUS[simulated_name(manifest)]
+        try:
+            gpu = toolchain.gpu_of(record) if record["gpus"] else GPUS[simulated_name(manifest)]
+        except ValueError as error:
+            raise BuilderError(str(error)) from None
         yield _Group(dict(env), gpu, key, tuple(members))
-
-
-def gpu_of(record: Record) -> Gpu:
-    """Return the GPU of a probe record, for simulation. Figures that it lacks are those of the nearest known model.
-
-    Raises BuilderError where it has no GPU, or several kinds.
-    """
-    gpus = record["gpus"]
-    kinds = {(gpu.get("compute_capability"), gpu.get("sm_count")) for gpu in gpus}
-    if len(kinds) != 1 or None in next(iter(kinds)):
-        raise BuilderError(f"the probe found {'GPUs that it cannot tell, or of several kinds' if gpus else 'no GPU'}")
-    first = gpus[0]
-    capability = tuple(int(part) for part in str(first["compute_capability"]).split("."))
-    same = [gpu for gpu in GPUS.values() if gpu.capability == capability]
-    near = min(same or GPUS.values(), key=lambda gpu: abs(gpu.memory - int(first.get("memory_bytes") or 0)))
-    return Gpu(
-        name=str(first.get("name") or near.name),
-        capability=(capability[0], capability[1] if len(capability) > 1 else 0),
-        sms=int(first["sm_count"]),
-        memory=int(first.get("memory_bytes") or near.memory),
-        shared=int(first.get("shared_bytes") or near.shared),
-        l2=int(first.get("l2_bytes") or near.l2),
-    )
 
 
 def _limits(busy: bool, shares_machine: bool) -> PrebuildRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from builder.cache import toolchain
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.toolchain import Record
+from builder.task import GPUS
 
 IMAGE = "sha256:" + "a" * 64
 H200 = {
@@ -78,3 +80,27 @@ def test_keys_of_families_with_equal_factors_differ() -> None:
     assert FAMILY["cute_dsl"].factors == FAMILY["quack"].factors
     keys = toolchain.family_keys(record())
     assert keys["cute_dsl"] != keys["quack"]
+
+
+# The GPU
+
+
+def test_gpu_of_an_older_record_gets_the_nearest_figures() -> None:
+    found = toolchain.gpu_of({**record(), "gpus": [dict(H200)]})
+    assert found == replace(GPUS["H200"], memory=150754820096)
+    other = {**H200, "shared_bytes": 1, "l2_bytes": 2, "sm_count": 78, "name": "NVIDIA H20"}
+    found = toolchain.gpu_of({**record(), "gpus": [other, other]})
+    assert (found.name, found.sms, found.shared, found.l2) == ("NVIDIA H20", 78, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "why"),
+    [
+        ([], "no GPU"),
+        ([{**H200, "sm_count": None}], "cannot tell"),
+        ([dict(H200), {**H200, "sm_count": 78}], "several kinds"),
+    ],
+)
+def test_gpu_that_cannot_be_simulated_is_refused(gpus: list[Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        toolchain.gpu_of({**record(), "gpus": gpus})

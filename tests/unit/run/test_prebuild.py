@@ -19,7 +19,7 @@ from builder.report.results import TaskResult
 from builder.run import prebuild, proofs
 from builder.run.plan import make_plan
 from builder.run.prebuild import Stage
-from builder.task import GPUS, PRETEND_VARIABLE, Shape, Task
+from builder.task import PRETEND_VARIABLE, Shape, Task
 from tests.unit.run import test_warm as story
 
 DENSE, OTHER = Shape("GEMM_NT_F8F8BF16", 4096, 7168), Shape("GEMM_NT_F8F8BF16", 512, 7168)
@@ -184,18 +184,6 @@ def test_long_plans_are_divided_among_jobs() -> None:
     batches = list(prebuild._batches([PlannedShape(DENSE, (1, 2), None, names)]))
     assert len(batches) > 1
     assert tuple(kernel for batch in batches for shape in batch for kernel in shape.kernels) == names
-
-
-def test_gpu_of_an_older_record_gets_the_nearest_figures() -> None:
-    record: Record = {**story.record(), "gpus": [dict(H200)]}
-    assert prebuild.gpu_of(record) == replace(GPUS["H200"], memory=140 << 30)
-    full = {**H200, "shared_bytes": 1, "l2_bytes": 2, "sm_count": 78, "name": "NVIDIA H20"}
-    found = prebuild.gpu_of({**record, "gpus": [full, full]})
-    assert (found.name, found.sms, found.shared, found.l2) == ("NVIDIA H20", 78, 1, 2)
-    with pytest.raises(BuilderError, match="no GPU"):
-        prebuild.gpu_of({**record, "gpus": []})
-    with pytest.raises(BuilderError, match="several kinds"):
-        prebuild.gpu_of({**record, "gpus": [full, dict(H200)]})
 
 
 def test_manifest_of_gpus_is_prebuilt_without_any() -> None:
