@@ -39,6 +39,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 
 #: Names in a source tree that are not the package's code.
 _NO_CONTENT = ("__pycache__", "*.pyc", ".git", "build", "*.egg-info")
+#: What ninja's inputs are called.
+_SOURCES = (".cu", ".cuh", ".h", ".hpp", ".cpp", ".cc", ".inc", ".inl")
 #: Bytes of a file above which its size and time stand for its content (libraries of an editable torch have gigabytes).
 _WHOLE = 64 << 20
 
@@ -114,6 +116,19 @@ def _spec(name: str) -> ModuleSpec | None:
         return find_spec(name)
     except (ImportError, ValueError, AttributeError):
         return None
+
+
+def newest(package: Package) -> int:
+    """Return the time (ns) of the package's newest C++ or CUDA source; 0 where it has none."""
+    latest = 0
+    for folder in package.folders():
+        for name, item in files.walk(folder, _NO_CONTENT):
+            if item is not None and name.endswith(_SOURCES):
+                try:
+                    latest = max(latest, item.stat().st_mtime_ns)
+                except OSError:
+                    continue
+    return latest
 
 
 def payload_of(record: str) -> tuple[tuple[str, str], ...]:

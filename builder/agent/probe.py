@@ -24,7 +24,7 @@ from typing import Any
 from builder import files
 from builder.agent import packages, sglang_build
 from builder.cache import kernel_sources, toolchain, variables
-from builder.cache.families import PACKAGES
+from builder.cache.families import FAMILIES, PACKAGES
 from builder.cache.toolchain import SCHEMA, Record, distinct, factor_variables, switches
 from builder.job import ServingImage
 from builder.task import PRETEND_VARIABLE
@@ -89,6 +89,7 @@ def probe(
         "sglang": sglang,
         "switches": switches(inherited),
         "variables": factor_variables(inherited, cuda_home(environ)),
+        "newest": newest_sources(),
         "observed": {
             "driver": driver,
             "python": sys.version.split()[0],
@@ -125,6 +126,16 @@ def start_compilers(environ: Mapping[str, str], site: str | None) -> dict[str, s
         if ptxas := _first_executable([named, f"{site}/triton/backends/nvidia/bin/{name}" if site else None]):
             commands[name] = [ptxas]
     return {name: start([*command, "--version"], environ) for name, command in commands.items()}
+
+
+def newest_sources() -> dict[str, int]:
+    """Return the time (ns) of the newest source of each package that ninja compares its results with."""
+    found = {}
+    for name in sorted({name for family in FAMILIES for name in family.sources}):
+        times = [packages.newest(package) for each in PACKAGES.get(name, (name,)) if (package := packages.find(each))]
+        if any(times):
+            found[name] = max(times)
+    return found
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str | None:

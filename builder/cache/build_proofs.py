@@ -21,11 +21,15 @@ Builds = Literal["any", "same"]
 
 @dataclass(frozen=True)
 class ProofWanted:
-    """Which proof counts. strict: only one with the kind ``verified``. max_age: seconds; None: any age."""
+    """Which proof counts. strict: only one with the kind ``verified``. max_age: seconds; None: any age.
+
+    mounted: the root that is read is the one that is mounted, and no copy, so that its mount counts as well.
+    """
 
     strict: bool = False
     build: Builds = "any"
     max_age: float | None = None
+    mounted: bool = True
 
 
 ANY_PROOF = ProofWanted()

@@ -73,6 +73,8 @@ _HEADER = {True: "32xQQ6xHHHH2x", False: "28xII6xHHHH2x"}
 _SECTION = {True: "4xI16xQQ24x", False: "4xI8xII16x"}
 _SEGMENT = {True: "I4xQ16xQ16x", False: "II8xI12x"}
 _SHT_NOBITS = 8
+#: Machines that hosts are, by e_machine. GPUs have numbers of their own (190 is CUDA's).
+_MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 
 # Names of entries, by layout
@@ -258,7 +260,7 @@ def file_problem(tree: Tree, name: str) -> EntryProblem | None:
         header = os.pread(fd, 64, 0)
         if header[:4] != _ELF_MAGIC and not name.endswith(_ELF_SUFFIXES):
             return None
-        problem = _tables(fd, size, header)
+        problem = _tables(fd, size, header) or _machine(header, name)
         if problem is None and size <= _PLAN_ONLY_BYTES and PLAN_ONLY.encode() in os.pread(fd, size, 0):
             problem = "is of the plan pass of a prebuild, and no kernel"
     except OSError as error:
@@ -314,6 +316,15 @@ def _tables(fd: int, size: int, header: bytes) -> str | None:
     if not end:
         return "is damaged: it has neither sections nor segments"
     return f"is cut: {size} of {end} bytes" if end > size else None
+
+
+def _machine(header: bytes, name: str) -> str | None:
+    """Return for which other machine a file is; None if it is for this one, or for one that is no host's."""
+    (number,) = struct.unpack_from("<H" if header[5] == 1 else ">H", header, 18)
+    theirs, ours = _MACHINES.get(number), os.uname().machine
+    if theirs is None or (theirs == ours and not name.endswith(".cubin")):
+        return None
+    return f"is for {theirs}, " + ("and no GPU" if name.endswith(".cubin") else f"and this machine is {ours}")
 
 
 def _last_byte(fd: int, at: int, count: int, step: int, row: str, what: str) -> int | None:

@@ -80,6 +80,8 @@ class Family:
     shared: images with equal factors may use one directory. Where not, the build of sglang is among the factors.
     sources: packages (factors of PACKAGES, or ``sglang``) whose files ninja compares the entries with: an entry that is
     older than one of them would be compiled again. Empty: entries are found by content.
+    executes: it holds host code that is loaded from its files. locks: its users take lock files in it even for a hit
+    (DeepGEMM through sglang from 0.5.20 on; FlashInfer, quack, tvm-ffi by flock; torch by a file).
     claimable: a task may claim it in its marker. Where not, the driver manages it and nothing in it is ever moved.
     transient: shell patterns of one path component that are never entries.
     leftovers: (pattern, why it is unsafe or useless); a pattern with a slash is matched from the family's directory
@@ -99,6 +101,8 @@ class Family:
     layout: str = "files"
     shared: bool = True
     sources: tuple[str, ...] = ()
+    executes: bool = True
+    locks: bool = False
     claimable: bool = True
     transient: tuple[str, ...] = TRANSIENT
     leftovers: tuple[tuple[str, str], ...] = ()
@@ -112,6 +116,8 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="deep_gemm",
+        executes=False,
+        locks=True,
         # sglang overwrites DG_JIT_CACHE_DIR with SGLANG_DG_CACHE_DIR at import; DeepGEMM alone reads the former.
         env=(("SGLANG_DG_CACHE_DIR", ""), ("DG_JIT_CACHE_DIR", "")),
         factors=(
@@ -129,6 +135,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="deep_ep",
+        executes=False,
         # DeepEP's own JIT (its version 2): keyed by source and flags, with the path of its headers and without their
         # content, so that the package is a factor.
         env=(("EP_JIT_CACHE_DIR", ""),),
@@ -156,6 +163,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="flashinfer",
+        locks=True,
         # FlashInfer appends .cache/flashinfer to its base. Its FLASHINFER_CUBIN_DIR stays in the image on purpose.
         env=(("FLASHINFER_WORKSPACE_BASE", ""), ("TRTLLM_DG_CACHE_DIR", "trtllm_deep_gemm")),
         factors=("flashinfer", "torch", "nvcc", "compute_capability", *HOST_ABI),
@@ -173,18 +181,21 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="tvm_ffi",
+        locks=True,
         env=(("TVM_FFI_CACHE_DIR", ""),),
         factors=("tvm_ffi", "sglang_csrc", "torch", "nvcc", *HOST_ABI),
         sources=("sglang", "tvm_ffi", "torch", "flashinfer"),
     ),
     Family(
         name="cute_dsl",
+        executes=False,
         env=(("CUTE_DSL_CACHE_DIR", ""), ("SGLANG_CUTE_AOT_CACHE_DIR", "aot")),
         factors=("cutlass_dsl", "tvm_ffi", "quack", *HOST_ABI),
         leftovers=(("*.tmp", f"write {_ABANDONED}"), (".*.tmp*", f"write {_ABANDONED}")),
     ),
     Family(
         name="quack",
+        locks=True,
         env=(("QUACK_CACHE_DIR", ""),),
         factors=("cutlass_dsl", "tvm_ffi", "quack", *HOST_ABI),
     ),
@@ -196,6 +207,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="torch_extensions",
+        locks=True,
         env=(("TORCH_EXTENSIONS_DIR", ""),),
         factors=("torch", "sglang_extensions", "nvcc", *HOST_ABI),
         sources=("sglang", "torch"),
@@ -218,6 +230,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="cuda",
+        executes=False,
         env=(("CUDA_CACHE_PATH", ""),),
         factors=("driver",),
         claimable=False,

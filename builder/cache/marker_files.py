@@ -114,7 +114,8 @@ class Marker:
 
     proof: a `Proof`, or any other text that the file has. table: TABLE_VERSION of its keys. shapes: DeepGEMM problems
     that the run compiled. written: ISO 8601, UTC. builds: of sglang that proved it, the most recent first.
-    sources: kernel sources of the first of them. prebuild: of the run, None without one. schema: of the file.
+    sources: kernel sources of the first of them. newest: time (ns) of the newest source of each package that ninja
+    compared with in its proof. prebuild: of the run, None without one. schema: of the file.
     """
 
     label: str
@@ -128,6 +129,7 @@ class Marker:
     written: str = ""
     builds: tuple[Build, ...] = ()
     sources: Mapping[str, str] | None = None
+    newest: Mapping[str, int] = field(default_factory=dict)
     prebuild: Prebuild | None = None
     schema: int = SCHEMA
     observed: Observed = field(default_factory=Observed)
@@ -280,6 +282,7 @@ def encoded(marker: Marker) -> bytes:
         "written": marker.written,
         "builds": [asdict(build) for build in marker.builds[:BUILDS_KEPT]],
         "sources": marker.sources,
+        "newest": dict(marker.newest),
         "prebuild": None if marker.prebuild is None else asdict(marker.prebuild),
         "observed": {**marker.observed.others, **known},
     }
@@ -320,6 +323,7 @@ def _parsed(document: Any) -> Marker:
         written=_text(document.get("written")) or "",
         builds=builds,
         sources=sources if kernel_sources.is_sources(sources) else None,
+        newest=_times(document.get("newest")),
         prebuild=_prebuild(document.get("prebuild")),
         schema=schema,
         observed=_observed(document.get("observed")),
@@ -400,6 +404,13 @@ def _is_object(value: Any) -> bool:
 
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _times(value: Any) -> dict[str, int]:
+    """Return the times in ns among the values of an object."""
+    if not isinstance(value, dict):
+        return {}
+    return {name: time for name, time in value.items() if type(time) is int and 0 <= time < 1 << 63}
 
 
 def _second(value: Any) -> int:

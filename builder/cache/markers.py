@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder.beneath import Tree
-from builder.cache import build_proofs, inventory, marker_files, reasons, toolchain, usage
+from builder.cache import build_proofs, inventory, loadable, marker_files, reasons, toolchain, usage
 from builder.cache.build_proofs import BuildProof, ProofWanted
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
@@ -38,10 +38,24 @@ Row = tuple[str, str, str]
 #: coverage: the marker is for other arguments, model, sglang and so on (``<factor> was A is B``).
 #: entries: entries that the marker lists are missing or invalid (``N missing, M invalid (first: …)``).
 #: marker-unreadable: the file where the marker should be holds none (its path and the problem).
+#: mount: nothing of a claimed family can be used where the root is mounted (why).
+#: stale: ninja would build an entry again, because sources are newer (which).
 #: unverified: the marker would do, but `strict` requires the proof ``verified``.
 #: build: the marker would do, but only another build of sglang proved it, and this one's own proof is wanted.
 #: age: the marker would do, but its proof is older than is wanted.
-Kind = Literal["", "no-marker", "compile", "coverage", "entries", "marker-unreadable", "unverified", "build", "age"]
+Kind = Literal[
+    "",
+    "no-marker",
+    "compile",
+    "coverage",
+    "entries",
+    "marker-unreadable",
+    "mount",
+    "stale",
+    "unverified",
+    "build",
+    "age",
+]
 
 
 @dataclass(frozen=True)
@@ -197,6 +211,7 @@ def build(
         written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         builds=(replace(build_proofs.build_of(sglang), proof=proof, time=int(time.time())),),
         sources=sglang["sources"],
+        newest=record.get("newest", {}),
         prebuild=prebuild,
         observed=observed,
     )
@@ -276,8 +291,14 @@ def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:
 def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, wanted: ProofWanted) -> Judgement:
     mount = record["factors"].get("mount")
     missing, invalid, total, first = 0, 0, 0, ""
+    unusable, stale = "", ""
+    # Where the proof was made with the very same files, ninja itself has found that nothing is to be done.
+    newer = {name: time for name, time in record.get("newest", {}).items() if marker.newest.get(name) != time}
     for family, claim in marker.claims.items():
         place = Tree(root, f"{family}/{claim.key}")
+        if wanted.mounted:
+            unusable = unusable or loadable.mount_problem(FAMILY[family], str(root))
+        stale = stale or loadable.stale(FAMILY[family], place, claim.entries, newer)
         for name in claim.entries:
             total += 1
             problem = inventory.check(FAMILY[family], place, name, mount=mount)
@@ -290,6 +311,9 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
         text = f"{missing} missing, {invalid} invalid"
         rows = [("entries", str(total), f"{total - missing - invalid} valid, {text}")]
         return Judgement("cold", "entries", f"{text} (first: {first})", marker, item.path, rows)
+    if unusable or stale:
+        rows = [("mount" if unusable else "sources", "", unusable or stale)]
+        return Judgement("cold", "mount" if unusable else "stale", unusable or stale, marker, item.path, rows)
     whole = bool(marker.claims) and all(claim.entries for claim in marker.claims.values())
     proofs = build_proofs.of_marker(marker, record["sglang"], written=item.written)
     counts = [proof for proof in proofs if not wanted.strict or (proof.build.proof == VERIFIED and whole)]

@@ -9,6 +9,7 @@ The record is JSON::
      "sglang":   {"version": text or null, "commit": text or null, "sources": see `kernel_sources`, or null},
      "switches": {variable: text},                     # that every process there has, a task's own not among them
      "variables": {variable: text},                    # factors of families, where they are set (`variables`)
+     "newest":   {factor: time in ns},                 # of the newest source of a package that ninja compares with
      "observed": {"driver", "python", "cuda_status", "problems": [text], "pretended": a GPU that is not there, or null}}
 
 `agent.probe` makes it. What is absent is null, never guessed: an absent compiler is another toolchain than any
@@ -60,6 +61,7 @@ class RecordObserved(TypedDict, total=False):
 class _Variables(TypedDict, total=False):
     switches: dict[str, str]  # earlier versions did not record them
     variables: dict[str, str]  # nor these
+    newest: dict[str, int]  # absent where no family is built from such sources
 
 
 class Record(_Variables):
@@ -222,6 +224,7 @@ def sound(record: Any) -> TypeGuard[Record]:
         and (sglang.get("sources", False) is None or kernel_sources.is_sources(sglang.get("sources")))
         and _texts(record.get("switches", {}), (str,))
         and _texts(record.get("variables", {}), (str,))
+        and _texts(record.get("newest", {}), (int,))
         and isinstance(observed, dict)
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -166,7 +166,9 @@ class ContainerExecutor:
         # Directories of other toolchains need not be copied.
         keys = {pair for record in records.values() for pair in toolchain.family_keys(record).items()}
         with self.cache.view(keys=keys) as root, self.cache.store_view(models) as store:
-            wanted, run = self.context.options.wanted, self.context.run_id
+            # A copy is not where jobs have it.
+            wanted = replace(self.context.options.wanted, mounted=root == self.context.manifest.cache.root)
+            run = self.context.run_id
             plan = make_plan(tasks, records, root=root, store=store, wanted=wanted, run=run)
             self.context.report.toolchain = plan.digest
             self.context.report.cache = self.cache.name

@@ -137,7 +137,7 @@ def test_judge_strict_takes_the_verified_proof_of_an_earlier_build(tmp_path: Pat
 def of_schema_1(path: Path, made: Record) -> None:
     """Make of a marker what an earlier version would have written, in the folder that it would have had."""
     document = json.loads(path.read_text())
-    for name in ("builds", "sources", "prebuild"):
+    for name in ("builds", "sources", "prebuild", "newest"):
         del document[name]
     sglang = made["sglang"]
     document["schema"] = 1
@@ -240,3 +240,77 @@ def test_build_is_named_by_commit_unless_version_has_it() -> None:
     assert Build("0.5.24.dev1+gabcdef123", "abcdef1234567890").name == "0.5.24.dev1+gabcdef123"
     assert Build("0.5.23", "abcdef1234567890").name == "0.5.23 (abcdef123456)"
     assert Build(None, None).name is None
+
+
+# Loadable here, and fresh
+
+OPS = Task(label="ops", model="org/ops", recipe="command", argv=("true",), families=("flashinfer",))
+SECOND = 10**9
+
+
+def ops(root: Path, *, made: int, newest: int) -> tuple[Path, Record]:
+    """A root with one module of FlashInfer, made at this second and proven with sources of that one."""
+    known: Record = {**record(), "newest": {"flashinfer": newest * SECOND}}
+    place = Path(directory(str(root), "flashinfer", toolchain.family_key(known, "flashinfer"))) / "op"
+    place.mkdir(parents=True)
+    (place / "op.so").write_bytes(Path("/bin/true").read_bytes())
+    os.utime(place / "op.so", ns=(made * SECOND, made * SECOND))
+    marker = markers.build(
+        OPS,
+        record=known,
+        config_digest=None,
+        claims=["flashinfer"],
+        entries={"flashinfer": ["op/op.so"]},
+        proof="verified",
+        second_pass_added=0,
+        shapes=[],
+        observed=Observed(),
+    )
+    markers.publish(root, marker)
+    return place / "op.so", known
+
+
+def judged(root: Path, made: Record, **wanted: Any) -> Judgement:
+    return markers.judge(root, OPS, record=made, config_digest=None, wanted=ProofWanted(**wanted))
+
+
+def test_judge_cold_when_sources_are_newer_than_the_build(tmp_path: Path) -> None:
+    """The same packages, installed later: ninja compares times, and would build everything again."""
+    day = 86400
+    _, known = ops(tmp_path, made=20000 * day, newest=19990 * day)
+    assert judged(tmp_path, known).state == "warm"
+    later: Record = {**known, "newest": {"flashinfer": 20008 * day * SECOND}}
+    judgement = judged(tmp_path, later)
+    assert judgement.reason == ("stale: flashinfer's sources (2024-10-12) are newer than the cached build (2024-10-04)")
+
+
+def test_judge_warm_when_proven_with_the_same_newer_sources(tmp_path: Path) -> None:
+    """What is newer was no input of the module: ninja had nothing to do in the proof."""
+    _, known = ops(tmp_path, made=1000, newest=2000)
+    assert judged(tmp_path, known, strict=True).state == "warm"
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"), [(os.ST_NOEXEC, "noexec, and shared objects"), (os.ST_RDONLY, "read-only, and flashinfer takes")]
+)
+def test_judge_cold_where_the_mount_prevents_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: int, said: str
+) -> None:
+    _, known = ops(tmp_path, made=2000, newest=1000)
+    real = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real[:8], flag, *real[9:])))
+    judgement = judged(tmp_path, known)
+    assert judgement.kind == "mount" and judgement.reason.startswith(f"mount: its mount is {said}")
+    assert judged(tmp_path, known, mounted=False).state == "warm", "of a copy nothing follows"
+
+
+@pytest.mark.parametrize(("number", "machine"), [(183, "aarch64"), (62, "x86_64"), (243, "riscv64")])
+def test_judge_cold_when_shared_object_is_for_another_machine(tmp_path: Path, number: int, machine: str) -> None:
+    path, known = ops(tmp_path, made=2000, newest=1000)
+    content = bytearray(path.read_bytes())
+    content[18:20] = number.to_bytes(2, "little")
+    path.write_bytes(content)
+    if machine == os.uname().machine:
+        assert judged(tmp_path, known).state == "warm"
+    else:
+        assert f"op.so is for {machine}, and this machine is " in judged(tmp_path, known).reason
