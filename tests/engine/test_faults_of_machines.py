@@ -156,7 +156,7 @@ def test_cache_directory_of_engine_is_another_one_is_preflight_error(
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("a mount namespace of its own takes root")
     cli.manifest(shapes())
-    cli.root.mkdir()
+    cli.root.mkdir(exist_ok=True)
     if known:
         assert cli.run("warm").status == 0
     script = 'mount -t tmpfs none "$0" && exec "$@"'

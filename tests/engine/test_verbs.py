@@ -78,7 +78,12 @@ def test_check_without_cache_is_cold_and_creates_none(cli: Cli) -> None:
     explained = cli.run("explain")
     assert explained.status == 0
     assert f"shapes: cold, because no-marker: {cli.root} does not exist" in explained.out
-    assert cli.run("status", "--json").document["families"] == []
+    for verb in ("status", "verify", "prune"):
+        missing = cli.run(verb)
+        assert (missing.status, f"there is no cache at {cli.root}" in missing.err) == (12, True), missing.said
+    warmed = cli.run("warm", environ={"WARM_CACHE_CREATE": "0"})
+    assert warmed.status == 12
+    assert "To make a new one there, pass --create." in warmed.err
     printed = cli.run("env")
     assert (printed.status, printed.out) == (10, "")
     assert "does not exist: nothing is warm there yet. Exit 10." in printed.err
