@@ -173,6 +173,8 @@ def _cache_disk(facts: Facts) -> CheckResult:
         return CheckResult(
             WARN, f"{root}: {inodes.f_favail} inodes are left", "An entry takes two to eight. Free some."
         )
+    if not root.exists():
+        return CheckResult(WARN, f"{root} does not exist", f"Run: mkdir {root}, or pass --create to warm.")
     return CheckResult(OK, f"{root} on {kind or 'an unknown file system'}, {size(free)} free")
 
 

@@ -138,6 +138,9 @@ def test_doctor_cache_file_system(found: Callable[..., diagnostics.CheckResult],
         mounts.write_text(f"/dev/vda / ext4 rw 0 0\nserver:/x {octal} {kind} rw 0 0\nnonsense\n")
         return found("cache disk", write(cache=cache / "root"), proc=tmp_path / "proc")
 
+    missing = on("xfs")
+    assert (missing.state, missing.text) == (WARN, f"{cache / 'root'} does not exist")
+    (cache / "root").mkdir()
     assert on("xfs").state == OK and "on xfs" in on("xfs").text
     assert on("nfs4").state == WARN and "locks" in on("nfs4").text
     assert on("tmpfs").state == WARN and "reboot" in on("tmpfs").text
