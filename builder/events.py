@@ -193,6 +193,7 @@ class Freed(Event):
     left: tuple[str, ...] = ()  # what keeps the root above its limit, one sentence each
     images: tuple[str, ...] = ()  # identities that no marker or memo names any more
     kept_images: tuple[str, ...] = ()  # identities that are still named
+    blocked: float = 0.0  # seconds for which the removal that waits longest was kept waiting by jobs
 
 
 # --- what the root holds ---------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.beneath import Tree
-from builder.cache import layout, memos, removal, survey, usage
-from builder.cache.retention import PrunePlan, PruneStep, plan
+from builder.cache import blocked, layout, memos, removal, survey, usage
+from builder.cache.blocked import Waits
+from builder.cache.retention import PrunePlan, PruneStep, is_past_use, plan
 from builder.events import FAILED, WARMED
 from builder.job import Job
 
@@ -45,11 +46,15 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
     views.remove_generations(root, guard)
     freed = sum(_delete(root, name) for name in _leftovers(root))
     found = plan(root, policy, job_max=job.job_max, now=now)
+    refused = set(found.refused)
     for step in found.steps:
         guard.check()
-        done, size = (step, 0) if step.stays else _do(root, step, job, now)
+        done, size = (step, 0) if step.stays else _do(root, step, found.waits)
         freed += size
         output.event(_event(events.Pruned, replace(done, bytes=step.bytes if done.stays else size)))
+        if done.stays and step.family:
+            refused.add(f"{step.family}/{step.key}")
+    blocked.write(root, found.waits.still(refused))
     for family, key, path, stays in removal.clear_quarantine(root, job_max=job.job_max, now=now):
         guard.check()
         if stays is None:
@@ -82,6 +87,7 @@ def _total(output: Output, found: PrunePlan, freed: int) -> None:
             left=tuple(found.left),
             images=tuple(sorted(found.images)),
             kept_images=tuple(sorted(found.kept_images)),
+            blocked=found.waits.seconds(found.refused),
         )
     )
 
@@ -89,7 +95,7 @@ def _total(output: Output, found: PrunePlan, freed: int) -> None:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def _do(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
+def _do(root: Path, step: PruneStep, waits: Waits) -> tuple[PruneStep, int]:
     """Do one step. Returns it as it was done, and the bytes that it freed."""
     try:
         if step.kind == "marker":
@@ -99,10 +105,25 @@ def _do(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, i
             memos.drop_memos(root, root / step.name, step.key)
             return step, 0
         if step.kind == "family":
-            return _drop_family(root, step, job, now)
-        return _drop_entries(root, step, job, now)
+            return _drop_family(root, step, waits)
+        return _drop_entries(root, step, waits)
     except OSError as error:
         return replace(step, stays=f"cannot be removed: {files.why(error)}"), 0
+
+
+def _may_remove(
+    root: Path, step: PruneStep, waits: Waits, what: Path | None = None
+) -> contextlib.AbstractContextManager[str | None]:
+    return removal.may_remove(
+        root,
+        step.family,
+        step.key,
+        job_max=waits.job_max,
+        now=waits.now,
+        what=what,
+        past_hold=waits.is_over(blocked.HOLD),
+        past_use=is_past_use(waits, step),
+    )
 
 
 def _drop_marker(root: Path, name: str) -> None:
@@ -116,8 +137,8 @@ def _drop_marker(root: Path, name: str) -> None:
             tree.rmdir(folder)
 
 
-def _drop_family(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
-    with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now) as refusal:
+def _drop_family(root: Path, step: PruneStep, waits: Waits) -> tuple[PruneStep, int]:
+    with _may_remove(root, step, waits) as refusal:
         if refusal:
             return replace(step, stays=refusal), 0
         doomed = _move(root, step, f"{step.family}/{step.key}")
@@ -126,11 +147,11 @@ def _drop_family(root: Path, step: PruneStep, job: Job, now: float) -> tuple[Pru
     return step, _delete(root, doomed)
 
 
-def _drop_entries(root: Path, step: PruneStep, job: Job, now: float) -> tuple[PruneStep, int]:
+def _drop_entries(root: Path, step: PruneStep, waits: Waits) -> tuple[PruneStep, int]:
     freed, stays = 0, ""
     for entry in step.names:
         name = f"{step.family}/{step.key}/{entry}"
-        with removal.may_remove(root, step.family, step.key, job_max=job.job_max, now=now, what=root / name) as refusal:
+        with _may_remove(root, step, waits, root / name) as refusal:
             if refusal:
                 stays = stays or refusal
                 continue

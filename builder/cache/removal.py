@@ -51,6 +51,8 @@ def may_remove(
     what: Path | None = None,
     mounts: Path = _MOUNTS,
     create: bool = True,
+    past_hold: bool = False,
+    past_use: bool = False,
 ) -> Iterator[str | None]:
     """Yield why something of this family may not be removed now, or None: it may, until the context ends.
 
@@ -58,13 +60,14 @@ def may_remove(
     job_max: seconds that a test job may last.
     now: seconds since the epoch, as file times are; a time after it counts as just now.
     create: make missing lock files; without, nothing is written, and a missing lock counts as free.
+    past_hold, past_use: do not wait for a hold, or for the family's lock and touched files: `cache.blocked` says when.
     Never raises OSError.
     """
     name = f"{family}/{key}" if what is None else what.relative_to(root).as_posix()
     with contextlib.ExitStack() as locks, Tree(root) as tree:
         yield (
-            _busy(locks, root, family, key, create)
-            or _used(tree, name, job_max, now)
+            _busy(locks, root, family, key, create, past_hold=past_hold, past_use=past_use)
+            or (None if past_use else _used(tree, name, job_max, now))
             or _recorded(root, root / name)
             or _viewed(root, name, mounts)
         )
@@ -127,11 +130,22 @@ def remove(root: Path, name: str) -> str | None:
     return None
 
 
-def _busy(locks: contextlib.ExitStack, root: Path, family: str, key: str, create: bool = True) -> str | None:
+def _busy(
+    locks: contextlib.ExitStack,
+    root: Path,
+    family: str,
+    key: str,
+    create: bool = True,
+    *,
+    past_hold: bool = False,
+    past_use: bool = False,
+) -> str | None:
     """Take both locks exclusively, or return which one is held."""
-    return _refused(
-        locks, root, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create
-    ) or _refused(locks, root, layout.hold_lock(root), HELD, create)
+    works = _refused(locks, root, layout.family_lock(root, family, key), f"a warm-up works in {family}/{key}", create)
+    if works and not past_use:
+        return works
+    held = _refused(locks, root, layout.hold_lock(root), HELD, create)
+    return None if past_hold else held
 
 
 def _refused(locks: contextlib.ExitStack, root: Path, path: Path, held: str, create: bool = True) -> str | None:

@@ -7,14 +7,18 @@ least recently used is dropped next: entries that no kept marker lists, or a who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from builder.cache import removal
+from builder.cache import blocked, removal, usage
 from builder.cache.survey import Dir, Holdings, Memo, Object, SurveyedMarker, survey
 from builder.job import PrunePolicy
 from builder.text import age, counted, size
+
+NO_ACCESS_TIMES = (
+    "the cache's mount records no access times (noatime), so nothing is removed for its age: what jobs read is unknown"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class PrunePlan:
     """before, after: bytes of the root before the first and after the last step.
 
     left: what keeps the root larger, one sentence each. images: of the markers and memos that are removed.
-    kept_images: of those that stay.
+    kept_images: of those that stay. refused: names, as in `cache.blocked`, of what is kept waiting; waits: until now.
     """
 
     steps: tuple[PruneStep, ...]
@@ -49,6 +53,8 @@ class PrunePlan:
     left: tuple[str, ...] = ()
     images: frozenset[str] = frozenset()
     kept_images: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
+    waits: blocked.Waits = field(default_factory=lambda: blocked.Waits({}, 0.0, 0.0))
 
 
 def plan(root: Path, policy: PrunePolicy, *, job_max: float, now: float) -> PrunePlan:
@@ -56,31 +62,64 @@ def plan(root: Path, policy: PrunePolicy, *, job_max: float, now: float) -> Prun
 
     Reads only; locks are tried for a moment. job_max: seconds that a test job may last. now: seconds since the epoch.
     """
-    held = survey(root)
+    held, waits = survey(root), blocked.read(root, now=now, job_max=job_max)
+    unknown: tuple[str, ...] = ()
+    if policy.older_than is not None and not usage.has_access_times(root):
+        # Readers leave no other trace than an access time: what seems idle may be in use each day.
+        policy, unknown = replace(policy, older_than=None), (NO_ACCESS_TIMES,)
     pinned: dict[Dir, str] = {}
     while True:
-        found = decide(held, policy, job_max=job_max, now=now, pinned=pinned)
+        # Entries that jobs touch again and again keep a root above its limit for job_max, and no longer.
+        patience = 0.0 if waits.is_over(blocked.SIZE) else job_max
+        found = decide(held, policy, job_max=job_max, now=now, pinned=pinned, patience=patience)
         refused = {
             place: refusal
             for step in found.steps
             if step.family and (place := (step.family, step.key)) not in pinned
-            if (refusal := _refusal(root, step, job_max, now))
+            if (refusal := _refusal(root, step, waits))
         }
         if not refused:
             break
         pinned.update(refused)
-    if found.steps and removal.is_held(root):
+    names = {f"{family}/{key}" for family, key in pinned}
+    is_held = (bool(found.steps) or removal.HELD in pinned.values()) and removal.is_held(root)
+    names |= {blocked.HOLD} if is_held else set()
+    names |= {blocked.SIZE} if policy.max_size is not None and found.after > policy.max_size else set()
+    found = replace(found, left=(*found.left, *unknown, *_delayed(waits, names)), waits=waits, refused=frozenset(names))
+    if is_held and not waits.is_over(blocked.HOLD):
         # While a test job holds the cache no part of it is removed, markers included.
         steps = tuple(replace(step, stays=removal.HELD) for step in found.steps)
         return replace(found, steps=steps, after=held.bytes, images=frozenset())
     return found
 
 
-def _refusal(root: Path, step: PruneStep, job_max: float, now: float) -> str | None:
+def _delayed(waits: blocked.Waits, names: Collection[str]) -> Iterator[str]:
+    seconds = waits.seconds(names)
+    if seconds:
+        yield (
+            f"removals wait since {age(seconds)} for jobs; what jobs delay for {age(waits.job_max)} in all is removed "
+            "all the same"
+        )
+
+
+def _refusal(root: Path, step: PruneStep, waits: blocked.Waits) -> str | None:
     """Return why this may not be removed now; of entries by the locks alone, for their times are known already."""
-    age_limit = job_max if step.kind == "family" else 0.0
-    with removal.may_remove(root, step.family, step.key, job_max=age_limit, now=now, create=False) as refusal:
+    with removal.may_remove(
+        root,
+        step.family,
+        step.key,
+        job_max=waits.job_max if step.kind == "family" else 0.0,
+        now=waits.now,
+        create=False,
+        past_hold=waits.is_over(blocked.HOLD),
+        past_use=is_past_use(waits, step),
+    ) as refusal:
         return refusal
+
+
+def is_past_use(waits: blocked.Waits, step: PruneStep) -> bool:
+    """Return whether this step has waited for long enough for jobs that touch what it removes."""
+    return waits.is_over(f"{step.family}/{step.key}") or (step.kind == "entries" and waits.is_over(blocked.SIZE))
 
 
 @dataclass
@@ -92,6 +131,7 @@ class _Choice:
     job_max: float
     now: float
     pinned: Mapping[Dir, str]
+    patience: float  # seconds since its last use for which an entry is not removed
 
     def __post_init__(self) -> None:
         self.dropped: dict[str, str] = {}
@@ -146,7 +186,7 @@ class _Choice:
         return found
 
     def loose(self, places: set[Dir]) -> Iterator[tuple[Dir, str, Object]]:
-        """Yield entries of directories that stay, which no kept marker lists and no process has used for job_max."""
+        """Yield entries of directories that stay, which no kept marker lists and no process has used lately."""
         listed: dict[Dir, set[str]] = {}
         for mark in self.kept:
             for family, names in mark.entries.items():
@@ -154,15 +194,25 @@ class _Choice:
         for place in () if self.held.newer else (places & self.held.entries.keys()) - self.pinned.keys():
             mine = listed.get(place, set())
             for name, entry in self.held.entries[place].items():
-                if name not in mine and self.now - entry.used >= self.job_max:
+                if name not in mine and self.now - entry.used >= self.patience:
                     yield place, name, entry
 
 
 def decide(
-    held: Holdings, policy: PrunePolicy, *, job_max: float, now: float, pinned: Mapping[Dir, str] | None = None
+    held: Holdings,
+    policy: PrunePolicy,
+    *,
+    job_max: float,
+    now: float,
+    pinned: Mapping[Dir, str] | None = None,
+    patience: float | None = None,
 ) -> PrunePlan:
-    """Return what this policy removes. pinned: directories that cannot be removed now, and why."""
-    choice = _Choice(held, policy, job_max, now, pinned or {})
+    """Return what this policy removes.
+
+    pinned: directories that cannot be removed now, and why.
+    patience: seconds since its last use for which an entry is not removed; job_max by default.
+    """
+    choice = _Choice(held, policy, job_max, now, pinned or {}, job_max if patience is None else patience)
     _by_age(choice)
     _by_count(choice)
     goes: dict[Dir, dict[str, Object]] = {}

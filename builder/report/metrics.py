@@ -21,6 +21,7 @@ GAUGES: Mapping[str, str] = {
     "refresh_exit_code": "Exit status of the last refresh: 0 is warm, 17 is deferred.",
     "refresh_tasks": "Tasks of the manifest by state.",
     "refresh_pruned_bytes": "Bytes that the last refresh removed from the cache.",
+    "refresh_prune_blocked_seconds": "For how long jobs have kept removals waiting: holds, and files that they touch.",
     "image_info": "The serving image of the last refresh; always 1.",
     "entries": "Compile results by family and toolchain; what toolchains share is counted for each of them.",
     "entries_size_bytes": "Bytes allotted to a family's directory; what toolchains share is counted for each of them.",

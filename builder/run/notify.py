@@ -49,6 +49,7 @@ class RefreshRecord:
     warmed: bool = False
     waited: float = 0.0  # seconds for an idle machine
     freed: int = 0  # bytes
+    blocked: float = 0.0  # seconds for which jobs have kept removals waiting
     contents: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)  # metrics of the cache: name, value
 
     def add_contents(self, executor: ContainerExecutor, *, by_container: bool) -> None:
@@ -90,6 +91,7 @@ def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRec
                 "pulled": record.pulled,
                 "waited_seconds": round(record.waited, 3),
                 "freed": record.freed,
+                "prune_blocked_seconds": round(record.blocked, 3),
             }
             seconds = time.monotonic() - began
             if settings.metrics is not None:
@@ -125,6 +127,7 @@ def _write(
     for state in metrics.STATES:
         samples.add("refresh_tasks", report.count(state), state=state)
     samples.add("refresh_pruned_bytes", record.freed)
+    samples.add("refresh_prune_blocked_seconds", record.blocked)
     if report.image_id:
         labels = {"ref": report.image_ref, "id": report.image_id, "toolchain": report.toolchain or ""}
         samples.add("image_info", 1, **labels)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from builder import events
-from builder.cache import retention, toolchain
+from builder import events, flock
+from builder.cache import layout, removal, retention, toolchain
 from builder.cache.coverage import coverage
 from builder.cache.marker_files import folder_name
 from builder.engine.images import content, identity, names
@@ -63,6 +63,7 @@ class PruneResult:
     images: frozenset[str] = frozenset()  # identities that no marker or memo names any more
     kept_images: frozenset[str] = frozenset()  # identities that are still named
     image_bytes: int = 0
+    blocked: float = 0.0  # seconds for which jobs have kept removals waiting
 
     @property
     def removed(self) -> list[PruneRow]:
@@ -154,6 +155,7 @@ def preview(executor: ContainerExecutor, limits: Limits, result: PruneResult) ->
     result.before, result.after = found.before, found.after
     result.left += found.left
     result.images, result.kept_images = found.images, found.kept_images
+    result.blocked = found.waits.seconds(found.refused)
 
 
 def prune_root(executor: ContainerExecutor, limits: Limits, result: PruneResult) -> None:
@@ -176,6 +178,7 @@ def _run_in_container(executor: ContainerExecutor, wanted: PrunePolicy, result: 
                 result.before, result.after, result.freed = event.before, event.after, event.freed
                 result.left += map(printable, event.left)
                 result.images, result.kept_images = frozenset(event.images), frozenset(event.kept_images)
+                result.blocked = event.blocked
 
     maintenance.run(executor, "prune", on_event, ContainerRequest(prune=wanted))
 
@@ -208,7 +211,9 @@ def show(executor: ContainerExecutor, result: PruneResult, *, dry_run: bool) -> 
         "freed": 0 if dry_run else result.freed,
         "image_bytes": result.image_bytes,
         "left": result.left,
+        "blocked_seconds": round(result.blocked, 3),
     }
+    result.left += _holders(executor, result)
     if result.rows:
         executor.context.console.table(("what", "which", "size", "why"), list(map(_cells, result.rows)))
     for text in result.left:
@@ -220,6 +225,15 @@ def show(executor: ContainerExecutor, result: PruneResult, *, dry_run: bool) -> 
     else:
         what = f"removed {kinds}, freed {size(result.freed)} of" if kinds else "nothing to remove of"
         say(f"{name}: {what} {size(result.before)}")
+
+
+def _holders(executor: ContainerExecutor, result: PruneResult) -> list[str]:
+    """Return which processes hold the cache, as far as this process sees, where that keeps something."""
+    root = executor.direct_root()
+    told = any(row.stays == removal.HELD for row in result.rows) or any(removal.HELD in text for text in result.left)
+    if root is None or not told:
+        return []
+    return [f"the cache is held by {name}" for name in flock.holders(layout.hold_lock(root))]
 
 
 def summary(rows: Sequence[PruneRow]) -> str:

@@ -154,7 +154,9 @@ def tidy(executor: ContainerExecutor, limits: Limits, record: RefreshRecord) -> 
             _prune(executor, limits, record)
         return
     found = _planned(executor, limits, root, executor.plan(executor.context.manifest.tasks))
-    if any(not step.stays for step in found.steps):
+    record.blocked = found.waits.seconds(found.refused)
+    # What is kept waiting, and what no longer is, is recorded by a prune.
+    if found.refused != found.waits.since.keys() or any(not step.stays for step in found.steps):
         _prune(executor, limits, record)
 
 
@@ -171,4 +173,5 @@ def _prune(executor: ContainerExecutor, limits: Limits, record: RefreshRecord) -
         prune.prune_images(executor, limits, result, dry_run=False)
     finally:
         record.freed += result.freed
+        record.blocked = result.blocked
         prune.show(executor, result, dry_run=False)

@@ -187,27 +187,41 @@ def test_log_disk_full_is_warning(cli: Cli, aftermath: Aftermath) -> None:
     aftermath.over(cli, builder, 0, f"the log {log} is not complete: No space left on device", warm=["shapes"])
 
 
-def test_log_that_hangs_keeps_timeout(cli: Cli) -> None:
+@pytest.mark.fault(
+    "log file's file system hangs, and a task that has a timeout",
+    how="a FIFO without a reader in the log's place, and a task without end that has 5 s",
+    holds="11 in time, and a warning that says that the log is not complete",
+)
+def test_log_that_hangs_keeps_timeout(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("endless", HANGING_LOG, timeout="5s"))
     log = hanging_log(cli, "endless")
     builder = cli.start("warm", "--json")
     builder.says("line 1000")
+    aftermath.begins()
     ended = builder.end(30)
     log.unlink()  # nothing may read it
     cli.left_nothing()
+    aftermath.clean()
     assert ended.status == 11
     assert f"the log {log} is not complete: its place took no more bytes in time" in ended.said
 
 
-def test_signal_while_log_hangs_ends_run_in_time(cli: Cli) -> None:
+@pytest.mark.fault(
+    "signal to the builder while the log file's file system hangs",
+    how="a FIFO without a reader in the log's place; SIGTERM",
+    holds="143, within 5 s",
+)
+def test_signal_while_log_hangs_ends_run_in_time(cli: Cli, aftermath: Aftermath) -> None:
     cli.manifest(command("endless", HANGING_LOG))
     log = hanging_log(cli, "endless")
     builder = cli.start("warm", "--json")
     builder.says("line 1000")
+    aftermath.begins()
     builder.send(signal.SIGTERM)
     ended = builder.end(5)
     log.unlink()
     cli.left_nothing()
+    aftermath.clean()
     assert ended.status == 143
 
 
