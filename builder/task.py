@@ -17,6 +17,10 @@ SHAPE = re.compile(
 )
 
 
+_CHUNKED_PREFILL = ((20 << 30, 2048), (60 << 30, 4096), (160 << 30, 8192))
+_LARGEST_CHUNK = 16384
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU model that can be simulated, as CUDA describes it. Sizes in bytes."""
@@ -27,6 +31,11 @@ class Gpu:
     memory: int
     shared: int
     l2: int
+
+    @property
+    def chunked_prefill_size(self) -> int:
+        """sglang's default for a server on this GPU, by its memory (0.5.23, arg_groups/memory_hook.py)."""
+        return next((size for below, size in _CHUNKED_PREFILL if self.memory < below), _LARGEST_CHUNK)
 
 
 #: The models that `[gpus] pretend` accepts. DeepGEMM's keys depend on capability and number of SMs alone. None of this

@@ -31,6 +31,7 @@ class PassContext:
     grace: float  # seconds between SIGTERM and SIGKILL for a child
     entries: Callable[[], int]  # counts the valid entries of every claimable family
     compile_lock: CompileLock
+    chunked_prefill_size: int  # of a server on the GPU here, unless its argv sets it
     on_tick: Callable[[], None] = lambda: None  # called about ten times a second
     watches: list[Watch] = field(default_factory=list)  # of all children so far, also where a pass failed
 

@@ -27,7 +27,6 @@ from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.agent.prebuild_forks import Kernel, ModelWalk, Request, Sweep
 from builder.agent.progress import LOG_SECONDS
-from builder.agent.recipes import CHUNKED_PREFILL_SIZE
 from builder.beneath import Tree
 from builder.cache import families, inventory, layout, model_store, toolchain
 from builder.cache.families import FAMILY
@@ -131,7 +130,7 @@ def _environment(job: Job, request: PrebuildRequest, place: str) -> dict[str, st
 def _plan(job: Job, request: PrebuildRequest, place: str, output: Output, guard: Guard) -> None:
     environ = _environment(job, request, place)
     sweeps = [
-        Sweep(_problem(each.shape), list(each.m_values), each.chunked_prefill_size or CHUNKED_PREFILL_SIZE)
+        Sweep(_problem(each.shape), list(each.m_values), each.chunked_prefill_size or request.gpu.chunked_prefill_size)
         for each in request.shapes
     ]
     walks = [
@@ -198,7 +197,7 @@ def _from_table(
         output.event(events.PrebuildProblem((task.label,), "task", f"shapes unverified: {answer['why']}; {why}"))
         return []
     output.event(events.ModelWalked(task.label, "table", tuple(map(str, found)), answer["why"]))
-    size = sglang_args.chunked_prefill_size(task.argv, CHUNKED_PREFILL_SIZE)
+    size = sglang_args.chunked_prefill_size(task.argv, request.gpu.chunked_prefill_size)
     return [Sweep(_problem(shape), list(task.m_values), size) for shape in found]
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder.agent.shape_worker import builtin_m_list
+from builder.agent.shape_worker import alignment, builtin_m_list
 from builder.task import PRETEND_VARIABLE
 
 #: Characters of a reason.
@@ -193,8 +193,8 @@ def m_list(compile_utils: Any, sweep: Sweep) -> list[int]:
     """Return the Ms to compile a shape for: contiguous kinds take only multiples of sglang's alignment."""
     found = sorted(set(sweep.m_values)) or builtin_m_list(compile_utils, sweep.chunked_prefill_size)
     if sweep.problem[0].endswith("_CONTIG"):
-        alignment = int(importlib.import_module("deep_gemm").get_mk_alignment_for_contiguous_layout())
-        found = [m for m in found if m % alignment == 0]
+        multiple = alignment()
+        found = [m for m in found if m % multiple == 0]
     return found
 
 

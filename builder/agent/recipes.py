@@ -20,7 +20,6 @@ from builder.agent.process import Failed
 from builder.task import Shape, Task
 
 SETTLE_SECONDS = 120.0  # compile_deep_gemm sleeps 10 s after its success line and waits 60 s for its server
-CHUNKED_PREFILL_SIZE = 8192  # sglang's default on an H200
 STEADY_ROUNDS = 8
 COMPILED = "DeepGEMM Kernels compilation finished successfully."
 
@@ -183,7 +182,7 @@ def compile_shapes(
     """
     task = context.task
     size = (
-        sglang_args.chunked_prefill_size(task.argv, CHUNKED_PREFILL_SIZE)
+        sglang_args.chunked_prefill_size(task.argv, context.chunked_prefill_size)
         if chunked_prefill_size is None
         else chunked_prefill_size
     )

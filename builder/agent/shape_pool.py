@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 CONTIGUOUS = "_CONTIG"  # ends the kernel types of which sglang keeps only aligned Ms
-ALIGNMENT = 128
+ALIGNMENT = 128  # of their Ms on Hopper; near enough to order the shapes
 BAR_SECONDS = 2.0  # between two updates of the progress bar
 
 _BAR = re.compile(rb"DeepGEMM warmup:[^\n]*?\|\s*(\d+)/(\d+)")

@@ -22,8 +22,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-ALIGNMENT = 128  # of the Ms that sglang keeps for contiguous kinds, on Hopper
-
 
 def main(document: str) -> int:
     """Compile shapes until stdin ends; a failure does not stop the others. Returns the exit status."""
@@ -43,7 +41,8 @@ def main(document: str) -> int:
             answer(unable="sglang finds no usable DeepGEMM here (no GPU that it supports, or the package is missing)")
             return 1
         m_list = sorted(set(order["m_values"])) or builtin_m_list(compile_utils, order["chunked_prefill_size"])
-        answer(ready=[len(m_list), sum(m % ALIGNMENT == 0 for m in m_list)])
+        multiple = alignment()
+        answer(ready=[len(m_list), sum(m % multiple == 0 for m in m_list)])
         for line in sys.stdin:
             begun = time.monotonic()
             failed = compile_shape(compile_utils, json.loads(line), m_list)
@@ -52,6 +51,15 @@ def main(document: str) -> int:
             else:
                 answer(done=len(m_list), seconds=round(time.monotonic() - begun, 1))
     return 0
+
+
+def alignment() -> int:
+    """Return what the Ms of contiguous kinds have to be a multiple of: DeepGEMM decides by the GPU; on Hopper 128."""
+    deep_gemm = importlib.import_module("deep_gemm")
+    for name in ("get_mk_alignment_for_contiguous_layout", "get_m_alignment_for_contiguous_layout"):
+        if hasattr(deep_gemm, name):
+            return int(getattr(deep_gemm, name)())
+    return 128
 
 
 def builtin_m_list(compile_utils: Any, chunked_prefill_size: int) -> list[int]:

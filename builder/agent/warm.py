@@ -6,6 +6,7 @@ new process after every process of the first one has ended; and the marker is pu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -36,7 +37,7 @@ from builder.cache.inventory import Inventory
 from builder.cache.marker_files import Observed, Proof
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
-from builder.task import RECIPES, Shape, Task
+from builder.task import GPUS, RECIPES, Shape, Task
 from builder.text import counted
 
 State = Literal["warmed", "failed", "partial", "skipped", "stopped"]
@@ -66,6 +67,7 @@ class Warming:
         self._begun = time.monotonic()
         self._temporary: str | None = None
         self._keys: dict[str, str] = {}
+        self._chunked_prefill_size = GPUS["H200"].chunked_prefill_size
         self._before: dict[str, Inventory] = {}
         self._locks: dict[str, int] = {}
         self._compile_lock = CompileLock(self._root, guard, output, active=job.concurrent)
@@ -122,6 +124,8 @@ class Warming:
         environ = simulated_gpu.environment({**os.environ, **task.env}, self._temporary)
         probed = probe.probe(environ=environ, mount=self._job.mount, image=self._job.image)
         record = toolchain.of_task(probed, task.env)
+        with contextlib.suppress(ValueError):  # no GPU, or none that is known
+            self._chunked_prefill_size = toolchain.gpu_of(record).chunked_prefill_size
         self._keys = toolchain.family_keys(record)
         self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
         self._guard.check()
@@ -220,6 +224,7 @@ class Warming:
             guard=self._guard,
             grace=max(0.5, self._job.grace - 1.0),
             compile_lock=self._compile_lock,
+            chunked_prefill_size=self._chunked_prefill_size,
             entries=lambda: sum(len(found.valid) for found in self._scan().values()),
             on_tick=EntryProgress(self._output, {name: self._tree(name) for name in self._candidates()}).tick,
         )

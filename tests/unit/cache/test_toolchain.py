@@ -104,3 +104,8 @@ def test_gpu_of_an_older_record_gets_the_nearest_figures() -> None:
 def test_gpu_that_cannot_be_simulated_is_refused(gpus: list[Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         toolchain.gpu_of({**record(), "gpus": gpus})
+
+
+@pytest.mark.parametrize(("name", "size"), [("H100", 8192), ("H200", 8192), ("B200", 16384)])
+def test_chunk_of_a_server_follows_the_memory(name: str, size: int) -> None:
+    assert GPUS[name].chunked_prefill_size == size
