@@ -207,6 +207,9 @@ class _Program:
             for text in dict.fromkeys(task.proven_by.sentence for task in report.tasks if task.proven_by):
                 if text:
                     self.console.say(text)
+            unproven = [task.label for task in report.tasks if task.proven == "nothing-claimed"]
+            if unproven:
+                self.console.say(f"{', '.join(unproven)}: nothing-claimed, so that nothing on disk is vouched for")
             more = " Nothing to do." if report.verb == "warm" else ""
             self.console.say(
                 f"warm-cache: {total} of {counted(total, 'task')} warm for toolchain {report.toolchain} "

@@ -131,6 +131,12 @@ def test_all_warm_prints_nothing_to_do(bench: Bench, monkeypatch: pytest.MonkeyP
         assert shown.startswith("task ") and "2 warm in 0.0 s." in shown
 
 
+def test_all_warm_names_tasks_that_claim_nothing(bench: Bench) -> None:
+    bench.act(warm_tasks(proof="nothing-claimed"))
+    assert bench.run("check") == 0
+    assert "nothing-claimed, so that nothing on disk is vouched for" in bench.capsys.readouterr().out
+
+
 def test_failed_task_log_is_named_below_table(bench: Bench) -> None:
     def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
         executor.context.report.tasks = [
