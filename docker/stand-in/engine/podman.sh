@@ -20,9 +20,12 @@ usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 enter() {   # enter DIR: absolute, made, ours
   mkdir -p "$1" 2>/dev/null || fail "cannot make Podman's directory $1"
   DIR=$(readlink -f "$1")
-  SOCKET=$DIR/podman.sock
-  # A unix socket's path has at most 107 bytes.
-  [ ${#SOCKET} -le 107 ] || SOCKET=/tmp/warm-cache-podman-$(printf %s "$DIR" | sha256sum | cut -c1-12).sock
+  SOCKET=$DIR/podman.sock RUN=$DIR/run
+  # A unix socket's path has at most 107 bytes, and Podman takes at most 50 for its run root.
+  local short
+  short=/tmp/warm-cache-podman-$(printf %s "$DIR" | sha256sum | cut -c1-12)
+  [ ${#SOCKET} -le 107 ] || SOCKET=$short.sock
+  [ ${#RUN} -le 50 ] || RUN=$short.run
   HOST=unix://$SOCKET
 }
 
@@ -87,13 +90,13 @@ up() {   # up DIR
   allowed
   install_packages
   halt
-  mkdir -p "$DIR/root" "$DIR/run" "$DIR/net"
+  mkdir -p "$DIR/root" "$RUN" "$DIR/net"
   configure
   # conmon writes into the working directory.
-  (cd "$DIR/run" && CONTAINERS_CONF=$DIR/containers.conf exec setsid nohup \
+  (cd "$RUN" && CONTAINERS_CONF=$DIR/containers.conf exec setsid nohup \
     unshare --pid --net --mount --fork --kill-child=SIGKILL --mount-proc -- \
     sh -c 'ip link set lo up; podman "$@"; exit $?' podman \
-    --root "$DIR/root" --runroot "$DIR/run" system service --time 0 "$HOST" >>"$DIR/log" 2>&1 </dev/null) &
+    --root "$DIR/root" --runroot "$RUN" system service --time 0 "$HOST" >>"$DIR/log" 2>&1 </dev/null) &
   pid=$!
   disown "$pid" # its end is nobody's news
   echo "$pid" >"$DIR/guardian.pid"
@@ -113,7 +116,7 @@ halt() {   # ends it and, with its namespace, everything in it
     kill -KILL "$pid" 2>/dev/null || :
     for ((tries = 0; tries < 200; tries++)); do kill -0 "$pid" 2>/dev/null || break; sleep 0.05; done
   fi
-  rm -rf "$DIR/guardian.pid" "$SOCKET" "$DIR/run" "$DIR/tmp" 2>/dev/null || :
+  rm -rf "$DIR/guardian.pid" "$SOCKET" "$RUN" "$DIR/tmp" 2>/dev/null || :
 }
 
 run() {
