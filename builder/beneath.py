@@ -250,6 +250,13 @@ class Tree:
                 os.fchown(descriptor, status.st_uid, status.st_gid)
             os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
 
+    def set_mode(self, name: str, mode: int) -> None:
+        """Give a directory this mode, unless it has it. Raises OSError."""
+        descriptor = self.descriptor(name)
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+            with _readable(descriptor) as opened:
+                os.fchmod(opened, mode)
+
     def move(self, name: str, to: Tree, new: str) -> None:
         """Rename a file or directory, itself, into a tree of the same file system. Raises OSError."""
         source, _, last = name.rpartition("/")

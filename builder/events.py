@@ -251,7 +251,10 @@ class FamilyOmitted(Event):
 
 @dataclass(frozen=True)
 class ViewState(Event):
-    """Modes ``view-create`` and ``view-list``: one view. Without a readable record only its name and size are known."""
+    """Modes ``view-create``, ``view-list`` and ``view-audit``: one view.
+
+    Without a readable record only its name and size are known.
+    """
 
     view: str
     generation: str = ""  # that it is based on

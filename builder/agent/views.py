@@ -36,7 +36,7 @@ def create(job: Job, output: Output, guard: Guard) -> int:
     layout.prepare(root)
     guard.acquire(layout.generations_lock(root), exclusive=True)
     tree = Tree(root)
-    tree.make_folder(FOLDER)
+    layout.close(tree, FOLDER, make=True)
     generations.remove_unfinished(generations.home(root))
     generations.remove_unfinished(home(root))
     if tree.exists(f"{FOLDER}/{name}"):
@@ -109,6 +109,9 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
     if job.view.keep is None:
         return
     guard.acquire(layout.generations_lock(root), exclusive=True)
+    for name in layout.CLOSED:
+        with Tree(root) as tree:
+            layout.close(tree, name)
     for folder in (home(root), generations.home(root)):
         generations.remove_unfinished(folder)
     for name, record in records(root).items():
@@ -161,6 +164,8 @@ def audit(job: Job, output: Output, guard: Guard) -> int:
         mount=job.mount,
         created=record.created,
     )
+    size, count, _ = _size(layers.upper, guard.check)
+    output.event(events.ViewState(**vars(record), bytes=size, files=count))
     report(overlay_audit.audit(layers, now=time.time(), check=guard.check), output)
     return WARMED
 

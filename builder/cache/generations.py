@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder import flock
+from builder.beneath import Tree
 from builder.cache import inventory, layout
 from builder.cache.families import FAMILIES, Family, is_key
 from builder.files import is_dir, listing, matches, sync_directory, walk
@@ -100,7 +101,8 @@ def publish(root: Path, *, check: Callable[[], None]) -> tuple[str, list[Omitted
 
     The caller holds `layout.generations_lock`. check: called from time to time, may raise.
     """
-    home(root).mkdir(exist_ok=True)
+    with Tree(root) as folders:
+        layout.close(folders, "generations", make=True)
     newest = next(reversed(known(root)), None)
     for attempt in range(_TRIES):
         omitted: list[Omitted] = []

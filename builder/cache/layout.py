@@ -6,6 +6,7 @@ with flock and never unlinked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,9 @@ LAYOUT = "layout.json"
 QUARANTINE = "aside"
 #: Names of a directory that are looked at to see whether it is a cache root.
 _NAMES = 10_000
+#: Folders of what jobs write and mount. The mode keeps other users of the host from what jobs leave there, programs
+#: with the set-user-ID bit of root among them; an overlay is read with the rights of the engine.
+CLOSED, CLOSED_MODE = ("views", "generations"), 0o700
 
 _RECORD_LIMIT = 1 << 20
 
@@ -56,6 +60,8 @@ def prepare(root: Path) -> str:
                 # Of a root that is read-only here nothing is touched.
                 if not tree.exists(lock.relative_to(root).as_posix()):
                     os.close(flock.open_lock(lock, create=True, root=root))
+            for name in CLOSED:
+                close(tree, name)
     except OSError as error:
         place = error.filename or root
         raise LayoutError(
@@ -71,9 +77,20 @@ def prepare(root: Path) -> str:
     return str(known["id"])
 
 
+def close(tree: Tree, name: str, *, make: bool = False) -> None:
+    """Keep other users of the host out of a folder of the root: older builders left it open.
+
+    A folder that is missing, or cannot be changed, stays so. make: make a missing one; raises OSError.
+    """
+    if make:
+        tree.make_folder(name, mode=CLOSED_MODE)
+    with contextlib.suppress(OSError):
+        tree.set_mode(name, CLOSED_MODE)
+
+
 def foreign(root: Path) -> str | None:
     """Return a name in this directory that shows that it is no cache root; None in a root or an empty directory."""
-    own = {"lost+found", QUARANTINE, "used", "generations", "views", *FOLDERS, *FAMILY}
+    own = {"lost+found", QUARANTINE, "used", *CLOSED, *FOLDERS, *FAMILY}
     with Tree(root) as tree:
         names = [item.name for item in tree.some("", _NAMES) or ()]
     if LAYOUT in names:

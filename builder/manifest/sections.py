@@ -208,6 +208,13 @@ class CacheSpec:
     max_size: int | None = key(
         size, None, "Size in bytes below which `prune` and `refresh` keep the cache; not set: no limit.", '"200g"'
     )
+    view_max: int = key(
+        size,
+        50 << 30,
+        "Size in bytes of what a job wrote in its view above which `view list` and `view audit` warn. Nothing stops "
+        "the job: put the cache on a disk of its own, or a quota on the directory `views`.",
+        '"50g"',
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -302,6 +303,28 @@ def _mapped_root(facts: Facts) -> int | None:
     return int(found[1]) if found and any("name=userns" in option for option in options) else None
 
 
+def _job_files(facts: Facts) -> CheckResult:
+    """Check that what jobs make in the root is no way to become root on this machine."""
+    root = facts.manifest.cache.root
+    if root is None or not facts.local:
+        return CheckResult(UNKNOWN, "a volume, or another machine's directory: its mount options are unknown")
+    if not root.is_dir():
+        return CheckResult(UNKNOWN, f"{root} does not exist")
+    flags = os.statvfs(root).f_flag
+    lacking = [name for name, flag in (("nosuid", os.ST_NOSUID), ("nodev", os.ST_NODEV)) if not flags & flag]
+    if not lacking:
+        return CheckResult(OK, f"{root} is mounted nosuid,nodev")
+    closed = next((folder for folder in (root, *root.parents) if not folder.stat().st_mode & stat.S_IXOTH), None)
+    if closed is not None:
+        return CheckResult(OK, f"{closed} is closed to other users")
+    return CheckResult(
+        WARN,
+        f"the file system of {root} lacks {','.join(lacking)}: a job that writes kernels can leave programs with "
+        "root's set-user-ID bit there, for any user of this machine to start",
+        "Mount it nosuid,nodev, or put the root into a directory of mode 0700.",
+    )
+
+
 #: In the order in which they are shown.
 CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "engine": _engine,
@@ -316,6 +339,7 @@ CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "models": _models,
     "permissions": _permissions,
     "isolation": _isolation,
+    "files of jobs": _job_files,
 }
 
 

@@ -16,23 +16,30 @@ from builder.run import container_job
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import NOTHING_ELSE, ContainerRequest, describe
 from builder.task import Task
-from builder.text import printable
+from builder.text import duration, printable
 
 #: Seconds for a root of a terabyte on a slow disk.
 TIMEOUT = 3600.0
 
 
 def run(
-    executor: ContainerExecutor, mode: Mode, on_event: Callable[[Event], None], request: ContainerRequest = NOTHING_ELSE
+    executor: ContainerExecutor,
+    mode: Mode,
+    on_event: Callable[[Event], None],
+    request: ContainerRequest = NOTHING_ELSE,
+    *,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Run the agent in this mode, and pass its events on when it has ended.
 
     Raises PreflightError or EngineLostError unless it succeeded; its events are passed on before.
+
+    timeout: seconds after which it is ended.
     """
     context = executor.context
     limits = Deadlines(
-        task=TIMEOUT,
-        silence=TIMEOUT,
+        task=timeout,
+        silence=timeout,
         start=context.manifest.run.start,
         grace=context.manifest.run.grace,
     )
@@ -42,6 +49,9 @@ def run(
     context.cancel.check()
     if outcome.ended == "exited" and outcome.exit_code == WARMED:
         return
+    if outcome.ended == "timeout" or outcome.oom:
+        cause = f"took longer than {duration(timeout)}" if outcome.ended == "timeout" else "needed too much memory"
+        raise PreflightError(CANNOT_RUN, [Problem("cache", f"{mode} {cause} and was ended: it is not complete.")])
     if outcome.exit_code == FAILED:
         problem = Problem("cache", outcome.tail[-1] if outcome.tail else "it cannot be used.")
         raise PreflightError(CANNOT_RUN, [problem])

@@ -34,13 +34,17 @@ from builder.run import cache_locks, job_environment, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.task import Shape
-from builder.text import did_you_mean, printable
+from builder.text import did_you_mean, printable, size
 
 #: Labels of a view's volume: its name, and the cache root that it is a view of.
 LABEL_VIEW, LABEL_ROOT = LABEL + "view", LABEL + "view-of"
 #: Characters that the mount options of an overlay cannot hold, and the length that the kernel takes.
 _SEPARATORS = ",:\\"
 _MOST_OPTIONS = 4000
+#: The kernel heeds no set-user-ID bit and opens no device in a view, whatever the job makes there.
+_MOUNT_FLAGS = "nosuid,nodev"
+#: Seconds that an audit may take.
+AUDIT_TIMEOUT = 900.0
 #: Without these features every layer holds all changes itself: no renamed directories, no files without content.
 _PLAIN = "redirect_dir=off,metacopy=off,index=off"
 
@@ -207,7 +211,7 @@ def _options(path: str, generation: str, job: str) -> Mapping[str, str]:
     root = PurePosixPath(path)
     own = root / "views" / job
     layers = f"lowerdir={root / 'generations' / generation},upperdir={own / 'upper'},workdir={own / 'work'}"
-    options = f"{layers},{_PLAIN}"
+    options = f"{_MOUNT_FLAGS},{layers},{_PLAIN}"
     if len(options) > _MOST_OPTIONS:
         raise _refused(f"{path} is too long for the mount options of an ", "Use a shorter path.")
     return {"type": "overlay", "device": "overlay", "o": options}
@@ -262,6 +266,9 @@ def audited(executor: ContainerExecutor, job: str) -> Audit:
 
     def on_event(event: Event) -> None:
         match event:
+            case events.ViewState():
+                if large := _too_large(executor, event):
+                    context.report.warnings.append(f"the view {job}: {large}")
             case events.Finding():
                 found.findings.append(events.Finding(**maintenance.row(event)))
             case events.Audited():
@@ -274,7 +281,8 @@ def audited(executor: ContainerExecutor, job: str) -> Audit:
                     context.report.warnings.append(f"{total} findings, of which {len(found.findings)} are listed")
 
     mount = Mount(source=volume, target=MERGED, kind="volume", read_only=True)
-    maintenance.run(executor, "view-audit", on_event, ContainerRequest(view=ViewRequest(job), mounts=(mount,)))
+    request = ContainerRequest(view=ViewRequest(job), mounts=(mount,))
+    maintenance.run(executor, "view-audit", on_event, request, timeout=AUDIT_TIMEOUT)
     return found
 
 
@@ -316,18 +324,34 @@ def listed(executor: ContainerExecutor) -> tuple[list[ViewRow], list[GenerationR
     generations: list[GenerationRow] = []
     if not maintenance.has_root(executor):
         return rows, generations
-    names = {volume.labels[LABEL_VIEW]: volume.name for volume in volumes(executor)}
+    found = {volume.labels[LABEL_VIEW]: volume for volume in volumes(executor)}
     for event in _states(executor):
         match event:
             case events.GenerationState():
                 jobs = [printable(name) for name in event.views]
                 generations.append(GenerationRow(printable(event.id), event.asked, event.bytes, event.files, jobs))
             case events.ViewState():
-                volume = names.pop(event.view, None)
-                users = [user.name for user in executor.engine.users(volume)] if volume else []
-                rows.append(_view_row(event, users, "" if volume else "unfinished: it has no volume here"))
-    rows += [_view_row(events.ViewState(name), [], "its layers are missing: drop it") for name in names]
+                volume = found.pop(event.view, None)
+                users = [user.name for user in executor.engine.users(volume.name)] if volume else []
+                rows.append(_view_row(event, users, "; ".join(_notes(executor, event, volume))))
+    rows += [_view_row(events.ViewState(name), [], "its layers are missing: drop it") for name in found]
     return rows, generations
+
+
+def _notes(executor: ContainerExecutor, view: events.ViewState, volume: Volume | None) -> Iterator[str]:
+    """Yield what is wrong with a view, for people."""
+    if volume is None:
+        yield "unfinished: it has no volume here"
+    elif not volume.options.get("o", "").startswith(_MOUNT_FLAGS):
+        yield f"made by an older version, without {_MOUNT_FLAGS}: make it anew"
+    if large := _too_large(executor, view):
+        yield large
+
+
+def _too_large(executor: ContainerExecutor, view: events.ViewState) -> str:
+    """Return that a view holds more than it should; "" for one that does not. Nothing keeps it from growing."""
+    bound = executor.context.manifest.cache.view_max
+    return f"{size(view.bytes)} written, above [cache] view_max ({size(bound)})" if view.bytes > bound else ""
 
 
 def _view_row(view: events.ViewState, users: list[str], note: str) -> ViewRow:

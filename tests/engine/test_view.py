@@ -8,6 +8,7 @@ import hashlib
 import os
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,13 @@ for path in [*jit.rglob('*'), jit]:
 for path in jit.rglob('*.json'):
     if path.is_file() and not path.is_symlink():
         with path.open('ab') as file: file.write(b' ')
-print('DONE')
+(jit / 'rootme').write_bytes(b'x'); os.chmod(jit / 'rootme', 0o4755)
+os.mknod(jit / 'disk', stat.S_IFCHR | 0o666, os.makedev(1, 5))
+try:
+    os.open(jit / 'disk', os.O_RDONLY)
+except PermissionError:
+    print('NO DEVICE')
+print([line.split()[3] for line in open('/proc/mounts') if line.split()[1] == '/jit'], 'DONE')
 """
 
 
@@ -224,6 +231,11 @@ def told(audit: dict[str, Any]) -> dict[tuple[str, str], set[str]]:
 
 
 @pytest.mark.attack(
+    "a file with root's set-user-ID bit, and a device node, are left in a view",
+    by="view",
+    holds="the view is mounted nosuid,nodev: the device cannot be opened; on the host `views` is closed to other users",
+)
+@pytest.mark.attack(
     "kernels, markers, memos, locks and layout replaced, removed, linked elsewhere, or made devices and pipes",
     by="view",
     holds="not one byte of the root changes; the audit names what was done, and opens no device and no pipe",
@@ -234,7 +246,11 @@ def test_view_job_poisoning_everything_changes_nothing_shared(warm: Views) -> No
     assert any(name.startswith("generations/") for name in before)
     gemm = [f"cache/{path.name}" for path in warm.entries()]
     triton = [path.name for path in sorted(warm.root.glob("triton/*/*")) if path.is_dir()]
-    assert "DONE" in warm.job(victim, HOSTILE)
+    said = warm.job(victim, HOSTILE)
+    assert "DONE" in said and "NO DEVICE" in said and "nosuid,nodev" in said
+    # What has root's set-user-ID bit there is behind folders that other users of the host cannot enter.
+    assert stat.S_IMODE((warm.root / "views" / "victim" / "upper" / "rootme").stat().st_mode) == 0o4755
+    assert {stat.S_IMODE((warm.root / name).stat().st_mode) for name in ("views", "generations")} == {0o700}
 
     assert digests(warm.root) == before
     assert warm.run("check", "--strict").status == 0

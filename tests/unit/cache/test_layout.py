@@ -102,3 +102,19 @@ def test_prepare_layout_of_later_version_is_never_overwritten(tmp_path: Path, fo
     with pytest.raises(layout.LayoutError, match="Use a newer builder or another cache root"):
         layout.prepare(tmp_path)
     assert (tmp_path / "layout.json").read_text() == found
+
+
+def test_prepare_closes_folders_that_older_builders_left_open(tmp_path: Path) -> None:
+    for name in layout.CLOSED:
+        (tmp_path / name).mkdir(mode=0o755)
+    layout.prepare(tmp_path)
+    assert {(tmp_path / name).stat().st_mode & 0o7777 for name in layout.CLOSED} == {0o700}
+
+
+def test_prepare_never_follows_a_link_to_close_it(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    (tmp_path / "jit").mkdir()
+    (tmp_path / "jit" / "views").symlink_to(elsewhere)
+    layout.prepare(tmp_path / "jit")
+    assert elsewhere.stat().st_mode & 0o7777 == 0o755
