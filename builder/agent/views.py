@@ -164,7 +164,7 @@ def audit(job: Job, output: Output, guard: Guard) -> int:
         mount=job.mount,
         created=record.created,
     )
-    size, count, _ = _size(layers.upper, guard.check)
+    size, count, _ = _size(Tree(root, f"{FOLDER}/{name}/upper"), guard.check)
     output.event(events.ViewState(**vars(record), bytes=size, files=count))
     report(overlay_audit.audit(layers, now=time.time(), check=guard.check), output)
     return WARMED

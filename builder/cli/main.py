@@ -29,6 +29,7 @@ from builder.errors import (
     UsageError,
 )
 from builder.host.cancel import Cancel
+from builder.manifest import policy
 from builder.report import github
 from builder.report.console import PATIENCE, Console, harmless
 from builder.report.results import Report
@@ -105,6 +106,7 @@ class _Program:
         )
         error: BuilderError | None = None
         try:
+            policy.current()  # one that cannot be trusted refuses every verb
             self.status = parser.module(verb).run(self.line.args, invocation) or 0
         except BuilderError as raised:
             error = raised

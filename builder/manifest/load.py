@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.errors import Problem, UsageError
+from builder.manifest import policy
 from builder.manifest.document import Document, Table
 from builder.manifest.fields import OverrideReader, Overrides, read
 from builder.manifest.sections import (
@@ -36,7 +37,7 @@ from builder.text import did_you_mean, printable
 __all__ = [
     "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides",
     "PrebuildSpec", "RefreshSpec", "RunSpec",
-    "cache_of", "load", "profiles", "select",
+    "cache_of", "image_alone", "load", "profiles", "select",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -80,10 +81,25 @@ def load(
 def cache_of(location: str) -> CacheSpec:
     """Return the cache that ``--cache`` names, for use without a manifest. Raises UsageError."""
     document = Document.parse("--cache", b"")
-    spec = read_cache(document.root().table("cache"), OverrideReader(document, Overrides(cache=location)))
+    options = OverrideReader(document, Overrides(cache=location))
+    spec = read_cache(document.root().table("cache"), options)
+    rules = policy.current()
+    if rules is not None:
+        rules.bounded(replace(without_tasks(), cache=spec), document, options.given, ("cache",))
     if document.problems:
         raise UsageError(f"--cache {location} cannot be used", document.in_order())
     return spec
+
+
+def image_alone(ref: str) -> Manifest:
+    """Return a manifest that names the image of ``--image`` and nothing else. Raises UsageError."""
+    manifest, rules = without_tasks(ref), policy.current()
+    if rules is not None:
+        document = Document.parse("--image", b"")
+        rules.bounded(manifest, document, lambda option: True, ("image",))
+        if document.problems:
+            raise UsageError(f"--image {ref} cannot be used", document.problems)
+    return manifest
 
 
 def without_tasks(image: str = "") -> Manifest:
@@ -173,6 +189,9 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
         tasks=read_tasks(root, gpus, options),
     )
     root.finish()
+    rules = policy.current()
+    if rules is not None:
+        manifest = rules.bounded(manifest, document, options.given)
     return _with_lifetime(manifest, root)
 
 

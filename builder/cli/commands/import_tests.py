@@ -16,7 +16,7 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import OPTIONS, ManifestArgs
 from builder.errors import ColdError, UsageError
 from builder.manifest import from_tests, recorded_tasks, rewrite, suites
-from builder.manifest.load import Manifest, load, without_tasks
+from builder.manifest.load import Manifest, image_alone, load
 from builder.recording import Launch, Request, Unrecorded
 from builder.run import launch_recorders, launch_records
 from builder.task import RECIPES
@@ -199,7 +199,7 @@ def _recorder(
                 "which serving image? Pass --image REF, or a manifest that names one; for a checkout whose code is "
                 "trusted, --here needs none"
             )
-        manifest = without_tasks(args.image)
+        manifest = image_alone(args.image)
     with invocation.connected(invocation.context(manifest, pull=args.pull), _CONTAINER_SECONDS) as executor:
         yield launch_recorders.InContainer(executor)
 
