@@ -93,6 +93,7 @@ class Invocation:
         wanted: ProofWanted = ANY_PROOF,
         allow_busy: bool = False,
         prebuild_only: bool = False,
+        probes: bool = True,
         creates: bool = False,
         create: bool = False,
     ) -> Context:
@@ -108,6 +109,7 @@ class Invocation:
             wanted=wanted,
             allow_busy=allow_busy,
             prebuild_only=prebuild_only,
+            probes=probes,
             creates=creates,
             create=create,
         )

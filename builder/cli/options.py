@@ -156,6 +156,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "env; same: only this build's own, the default of warm and refresh",
     },
     "max-proof-age": {"metavar": "7d", "help": "a task whose proof is older is cold"},
+    "no-probe": {
+        "action": "store_true",
+        "help": "build and start nothing: tasks of an image that the cache does not know are cold",
+    },
     "budget": {"metavar": "55m", "help": "how long the whole run may take"},
     "timeout": {"metavar": "20m", "help": "how long one task may take"},
     "silence": {"metavar": "10m", "help": "how long a task may write nothing"},
@@ -232,7 +236,7 @@ With --prebuild-only no task runs and no GPU is used: kernels of cold tasks are 
     "check": Verb(
         "report warm or cold per task; exit 0 or 10",
         "warm-cache check --profile h200 --cache /data/sglang-jit",
-        ("only", "strict", *PROOF, "on-cold"),
+        ("only", "strict", *PROOF, "on-cold", "no-probe"),
         here=True,
         details="""Reads markers and the entries that they list. An image that was never used with this cache is
 looked at in a container, for which the warm-up image is built, and what was found is kept in the folder images of the
@@ -242,7 +246,7 @@ root; otherwise no container is started, and nothing is written. In GitHub Actio
     "explain": Verb(
         "per task: why it is warm or cold, factor by factor",
         "warm-cache explain --profile h200 --only GLM-5.2-FP8",
-        ("only", "strict", *PROOF),
+        ("only", "strict", *PROOF, "no-probe"),
         here=True,
         details="""Reads what check reads, and which toolchain each directory of the cache is for. Writes nothing. A
 cache that cannot be read directly is read by a container.""",
@@ -312,7 +316,7 @@ never fails the command. Signals are passed on to the command.""",
     "env": Verb(
         "mounts and variables of a test job that must hit the cache",
         "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
-        ("format", *PROOF),
+        ("format", *PROOF, "no-probe"),
         text=True,
         here=True,
         details="""Reads what check reads, and writes to stdout alone. For a cold cache they are printed too, with

@@ -190,6 +190,14 @@ class ContainerExecutor:
             self._records[env] = toolchain.of_task(found, dict(env))
         return self._records
 
+    def unknown(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Return the tasks for which a probe would be needed, where none is allowed."""
+        if self.context.options.probes:
+            return ()
+        host = gpus.host_gpus() if self.engine.local else None
+        missing = {env for env in {probe_env(task) for task in tasks} if self._remembered(env, host) is None}
+        return [task for task in tasks if probe_env(task) in missing]
+
     def remembers(self, tasks: Sequence[Task]) -> bool:
         """Return whether `records` would start no container for these tasks."""
         host = gpus.host_gpus() if self.engine.local else None
@@ -217,6 +225,8 @@ class ContainerExecutor:
         root = self.cache.direct()
         if root is not None:
             return list(environment.described(root))
+        if not self.context.options.probes:
+            return ()
         from builder.events import FamilyDescribed
         from builder.run import maintenance
 

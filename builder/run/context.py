@@ -34,6 +34,7 @@ class Options:
     wanted: ProofWanted = ANY_PROOF  # which proof makes a task warm
     allow_busy: bool = False  # start even if other processes use a GPU
     prebuild_only: bool = False  # end before the first task, and use no GPU
+    probes: bool = True  # an image may be built and started to find out its toolchain
     creates: bool = False  # the verb writes a cache root
     create: bool = False  # it may make one that does not exist
 

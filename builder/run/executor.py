@@ -98,6 +98,9 @@ class Executor(Protocol):
     def records(self, tasks: Sequence[Task]) -> Mapping[ProbeEnv, Record]:
         """Return the toolchain record for each environment that these tasks have."""
 
+    def unknown(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Return the tasks that cannot be judged, because a container would have to look and none may be started."""
+
     def plan(self, tasks: Sequence[Task]) -> Plan:
         """Judge these tasks against the cache as it is now. The report gets the toolchain and the cache's name."""
 

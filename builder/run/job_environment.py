@@ -18,17 +18,28 @@ from builder.run.executor import Executor
 from builder.run.plan import Plan
 from builder.task import PRETEND_VARIABLE, Task
 
+#: Why a task is cold whose image must not be probed.
+NO_MEMO = "no-memo: the cache does not know this image, and --no-probe builds and starts nothing to look at it"
+
 
 def judge(executor: Executor) -> Plan | None:
     """Return the plan of the manifest's tasks, and put it into the report.
 
-    None where there is no cache root, which reading must not make; then every task is cold.
+    None where there is no cache root, which reading must not make: then every task is cold. None as well where an
+    image is unknown and must not be probed: then the tasks that this concerns are cold.
     """
     context = executor.context
     tasks = context.manifest.tasks
     if missing := executor.missing_root():
         reason = f"no-marker: {missing}"
         context.report.tasks = [TaskResult(task.label, task.model, "", "cold", reason) for task in tasks]
+        context.report.cache = executor.root_name
+        return None
+    if unknown := executor.unknown(tasks):
+        known = [task for task in tasks if task not in unknown]
+        results = {result.label: result for result in (executor.plan(known).results() if known else ())}
+        cold = {task.label: TaskResult(task.label, task.model, "", "cold", NO_MEMO) for task in unknown}
+        context.report.set_tasks([(results | cold)[task.label] for task in tasks])
         context.report.cache = executor.root_name
         return None
     plan = executor.plan(tasks)
@@ -48,7 +59,7 @@ def render(executor: ContainerExecutor, form: str, root: Sequence[str] = ()) -> 
     context = executor.context
     plan = judge(executor)
     if plan is None:
-        raise ColdError(f"{executor.root_name} does not exist: nothing is warm there yet")
+        raise ColdError(f"{executor.missing_root() or NO_MEMO}: nothing is warm there yet")
     keys = toolchain.family_keys(plan.items[0].record)
     cache = context.manifest.cache
     variables = {**common_env(context.manifest.tasks), **families.environment(cache.mount, keys)}

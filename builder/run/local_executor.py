@@ -75,6 +75,9 @@ class LocalExecutor:
         """Return how each family compares with the directories of the root."""
         return environment.compare(self.described(), self.record)
 
+    def unknown(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        return ()  # no engine is asked for anything here
+
     def records(self, tasks: Sequence[Task]) -> Mapping[ProbeEnv, Record]:
         """Return records of this environment, probed once for each environment that tasks have."""
         wanted = {probe_env(task) for task in (tasks or self.context.manifest.tasks)} or {()}

@@ -25,6 +25,7 @@ class CheckArgs(ProofArgs):
 
     only: tuple[str, ...] = ()
     strict: bool = False
+    no_probe: bool = False
     on_cold: str | None = None
     here: bool = False
 
@@ -34,7 +35,8 @@ def run(args: CheckArgs, invocation: Invocation) -> None:
     if args.here:
         _check_here(args, invocation)
         return
-    context = invocation.context(invocation.manifest(only=args.only), wanted=args.wanted("any", strict=args.strict))
+    wanted = args.wanted("any", strict=args.strict)
+    context = invocation.context(invocation.manifest(only=args.only), wanted=wanted, probes=not args.no_probe)
     with invocation.containers(context) as executor:
         check(executor, args.on_cold)
 

@@ -20,6 +20,7 @@ class EnvArgs(ProofArgs):
 
     format: str | None = None
     here: bool = False
+    no_probe: bool = False
 
 
 def run(args: EnvArgs, invocation: Invocation) -> None:
@@ -27,7 +28,7 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
     if args.here:
         _env_here(args, invocation)
         return
-    context = invocation.context(invocation.manifest(), wanted=args.wanted("any"))
+    context = invocation.context(invocation.manifest(), wanted=args.wanted("any"), probes=not args.no_probe)
     with invocation.containers(context) as executor:
         form = args.format or "docker"
         invocation.report.text = job_environment.render(executor, form)

@@ -24,6 +24,7 @@ class ExplainArgs(ProofArgs):
 
     only: tuple[str, ...] = ()
     strict: bool = False
+    no_probe: bool = False
     here: bool = False
 
 
@@ -38,7 +39,8 @@ def run(args: ExplainArgs, invocation: Invocation) -> None:
         show_here(local, everything=True)
         show_tasks(console, report, plan)
         return
-    context = invocation.context(invocation.manifest(only=args.only), wanted=args.wanted("any", strict=args.strict))
+    wanted = args.wanted("any", strict=args.strict)
+    context = invocation.context(invocation.manifest(only=args.only), wanted=wanted, probes=not args.no_probe)
     with invocation.containers(context) as executor:
         plan = judge(executor)
         show_tasks(console, report, plan)

@@ -112,6 +112,9 @@ class FakeExecutor:
     def records(self, tasks: Sequence[Task]) -> dict[Any, Record]:
         return {(): record()}
 
+    def unknown(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        return ()
+
     def plan(self, tasks: Sequence[Task]) -> Plan:
         return make_plan(tasks, self.records(tasks), root=self.root, store=None, run=RUN)
 
