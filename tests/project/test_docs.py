@@ -51,7 +51,7 @@ def test_architecture_has_every_package_with_its_imports() -> None:
 def test_manifests_in_a_document_agree_with_the_schema(path: Path) -> None:
     for text in _TOML.findall(path.read_text(encoding="utf-8")):
         data = Document.parse(path.name, text.encode()).data
-        if "schema" in data:
+        if "schema" in data and "task" in data:  # a policy has none
             assert [error.message for error in SCHEMA.iter_errors(data)] == []
 
 
