@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 RECORDER_SCRATCH = 512 << 20
 #: Modes whose containers see GPUs. Of these only ``run`` gets models, secrets and a network.
 SEES_GPUS = ("run", "probe")
+#: Where NVIDIA's runtime is the engine's default, an image's own variable would ask for all GPUs.
+NO_GPUS = {"NVIDIA_VISIBLE_DEVICES": "void"}
 #: Modes that only read, some of them what an untrusted job left: they get the root read-only.
 READS = ("view-list", "view-audit", "status", "families", "survey")
 
@@ -224,6 +226,8 @@ def _spec(
         workdir=PROGRAM_ROOT,
         stop_timeout=int(deadlines.grace) + 1,
     )
+    if job.mode not in SEES_GPUS:
+        spec = replace(spec, env={**spec.env, **NO_GPUS})
     if job.mode != "run":
         return replace(spec, read_only=True, tmpfs=SCRATCH, memory=MEMORY)
     return replace(
@@ -261,8 +265,7 @@ def _prebuilder(executor: ContainerExecutor, job: Job, prebuild: PrebuildRequest
         image=executor.warmup.id,
         name=f"warm-cache-{executor.context.run_id}-{job.mode}",
         entrypoint=["python3", "-m", "builder.agent"],
-        # Where NVIDIA's runtime is the engine's default, an image's own variable would ask for all GPUs.
-        env={**_environment(executor, job), "NVIDIA_VISIBLE_DEVICES": "void"},
+        env={**_environment(executor, job), **NO_GPUS},
         labels=executor.lease.labels(task.label, job.lifetime),
         mounts=_store(executor.context.manifest) if plans else _root(executor, job.mode),
         shm_size=executor.context.manifest.container.shm_size,

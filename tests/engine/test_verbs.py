@@ -93,6 +93,9 @@ def test_check_without_cache_is_cold_and_creates_none(cli: Cli) -> None:
 def test_check_empty_cache_is_cold(cli: Cli) -> None:
     cli.root.mkdir()
     cli.manifest(shapes())
+    unprobed = cli.run("check", "--no-probe", "--json")
+    assert unprobed.status == 10 and unprobed.task("shapes")["reason"].startswith("no-memo: the cache does not know")
+    assert list(cli.root.iterdir()) == []
     checked = cli.run("check", "--json")
     assert (checked.status, checked.task("shapes")["reason"]) == (10, "no-marker")
     assert checked.document["error"]["message"] == (
