@@ -88,9 +88,10 @@ def probe(
         "gpus": gpus,
         "sglang": sglang,
         "switches": switches(inherited),
-        "variables": factor_variables(inherited, cuda_home(environ)),
+        "variables": factor_variables(inherited, named_home(environ)),
         "newest": newest_sources(),
         "observed": {
+            "cuda_home": cuda_home(environ),
             "driver": driver,
             "python": sys.version.split()[0],
             "cuda_status": cuda_status,
@@ -148,10 +149,16 @@ def find_nvcc(environ: Mapping[str, str]) -> str | None:
 
 def cuda_home(environ: Mapping[str, str]) -> str:
     """Return the toolkit's directory as FlashInfer, torch and tvm-ffi write it into their build files."""
+    if (named := named_home(environ)) is not None:
+        return named
+    nvcc = find_nvcc(environ)
+    return posixpath.dirname(posixpath.dirname(nvcc)) if nvcc else variables.DEFAULT_HOME
+
+
+def named_home(environ: Mapping[str, str]) -> str | None:
+    """Return the toolkit's directory where a variable names it."""
     named = environ.get(variables.CUDA_HOME) or environ.get(variables.CUDA_PATH)
-    if named is None and (nvcc := find_nvcc(environ)) is not None:
-        named = posixpath.dirname(posixpath.dirname(nvcc))
-    return posixpath.normpath(named) if named else variables.DEFAULT_HOME
+    return posixpath.normpath(named) if named else None
 
 
 def _first_executable(paths: Iterable[str | None]) -> str | None:

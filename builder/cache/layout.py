@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,16 @@ def family_directories(root: Path, *, links: bool = False) -> Iterator[FamilyDir
             path = root / item.name
             if is_key(item.last) and (path.is_dir() if links else item.is_dir):
                 yield FamilyDirectory(family, item.last, path, root)
+
+
+def closed(place: Path) -> str:
+    """Return why a job cannot compile into this family directory, here and now; "" if it can."""
+    try:
+        if not stat.S_ISDIR(place.lstat().st_mode):
+            return f"{place} is no directory"
+    except OSError:
+        return "it has no directory here"
+    return "" if os.access(place, os.R_OK | os.W_OK | os.X_OK) else f"{place} cannot be written here"
 
 
 def claimable_directories(root: Path) -> Iterator[FamilyDirectory]:

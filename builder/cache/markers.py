@@ -43,6 +43,7 @@ Row = tuple[str, str, str]
 #: unverified: the marker would do, but `strict` requires the proof ``verified``.
 #: build: the marker would do, but only another build of sglang proved it, and this one's own proof is wanted.
 #: age: the marker would do, but its proof is older than is wanted.
+#: unwritable: with --here, a job cannot use a claimed family's directory, because programs write there (which, why).
 Kind = Literal[
     "",
     "no-marker",
@@ -55,6 +56,7 @@ Kind = Literal[
     "unverified",
     "build",
     "age",
+    "unwritable",
 ]
 
 

@@ -48,9 +48,11 @@ class Sglang(TypedDict):
 class RecordObserved(TypedDict, total=False):
     """What a probe saw besides the factors.
 
-    cuda_status: of cuInit, 0 for success. problems: in words. pretended: name of a simulated GPU.
+    cuda_home: the toolkit, by a variable or by PATH. cuda_status: of cuInit, 0 for success. problems: in words.
+    pretended: name of a simulated GPU.
     """
 
+    cuda_home: str
     driver: str | None
     python: str
     cuda_status: int | None
@@ -125,9 +127,9 @@ def switches(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def factor_variables(environ: Mapping[str, str], cuda_home: str) -> dict[str, str]:
-    """Return the variables of this environment that are factors of families. cuda_home: as compilers find it."""
-    return variables.of_process({**environ, variables.CUDA_HOME: cuda_home}, _PLACES)
+def factor_variables(environ: Mapping[str, str], cuda_home: str | None) -> dict[str, str]:
+    """Return the variables of this environment that are factors of families. cuda_home: as a variable names it."""
+    return variables.of_process({**environ, variables.CUDA_HOME: cuda_home or ""}, _PLACES)
 
 
 def of_task(record: Record, own: Mapping[str, str]) -> Record:

@@ -21,7 +21,7 @@ _NVCC = ("deep_gemm", "deep_ep", "inductor", "flashinfer", "sglang_jit", "tvm_ff
 #: Families whose build files name the compiler by its path, so that the same compiler elsewhere compiles all anew.
 _BY_PATH = ("deep_ep", "flashinfer", "tvm_ffi", "torch_extensions")
 
-#: The CUDA toolkit as its users find it: CUDA_HOME, CUDA_PATH, the nvcc on PATH, or this default.
+#: The CUDA toolkit as its users find it: CUDA_HOME, CUDA_PATH (of equal meaning), the nvcc on PATH, or this default.
 CUDA_HOME, CUDA_PATH, DEFAULT_HOME = "CUDA_HOME", "CUDA_PATH", "/usr/local/cuda"
 
 
@@ -42,7 +42,7 @@ class Factor:
 
 
 FACTORS: tuple[Factor, ...] = (
-    Factor((CUDA_HOME,), _BY_PATH, "ninja compares command lines: FlashInfer issues 4884 and 4885", (DEFAULT_HOME,)),
+    Factor((CUDA_HOME,), _BY_PATH, "ninja compares command lines: FlashInfer issues 4884 and 4885", ("", DEFAULT_HOME)),
     Factor(
         ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"),
         _NVCC,

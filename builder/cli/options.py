@@ -170,6 +170,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "where complete logs are written (default: below the state directory)",
     },
     "replace": {"action": "store_true", "help": "remove a view of this name first"},
+    "crash-on-jit": {
+        "action": "store_true",
+        "help": "also set SGLANG_CRASH_ON_JIT_COMPILE=1: sglang then fails where it would compile",
+    },
     "fail-on-jit": {"action": "store_true", "help": "exit 10 if anything was compiled although the cache is warm"},
     "before": {"metavar": "FILE", "help": "before a job: record what the cache holds"},
     "after": {"metavar": "FILE", "help": "after the job: compare with that record"},
@@ -316,12 +320,16 @@ never fails the command. Signals are passed on to the command.""",
     "env": Verb(
         "mounts and variables of a test job that must hit the cache",
         "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
-        ("format", *PROOF, "no-probe"),
+        ("only", "format", "crash-on-jit", *PROOF, "no-probe"),
         text=True,
         here=True,
         details="""Reads what check reads, and writes to stdout alone. For a cold cache they are printed too, with
 exit 10. docker: for docker run; shell, github: for a process that sees the cache at its mount path; json: for
-programs.""",
+programs.
+
+The job gets the root read-only, and each directory of its environment's kernels writable: it may add kernels, and can
+change no marker. What it has no writable directory of is named as cold, and compiled in a private one. Variables that
+only some tasks set are named and not printed: --only TASK prints what one task needs.""",
         exits=(0, 10),
     ),
     "import-tests": Verb(

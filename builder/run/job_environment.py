@@ -1,16 +1,25 @@
-"""What a test job needs so that it hits the cache: mounts and variables, in several formats."""
+"""What a test job needs so that it hits the cache, and can vouch for nothing: mounts, variables and options.
+
+The root is read-only for a job; writable are the directories of its environment's families, and nothing else: markers,
+memos, generations, stamps, locks and the kernels of other keys cannot be changed, linked to or replaced, because they
+are on another mount. A family whose directory is missing, or cannot be written, is pointed at a private directory of
+the job: it is compiled anew, which is slower, and no failure.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.cache import families, toolchain
+from builder.cache import families, layout, variables
 from builder.cache.environment import IMAGE_VARIABLE
 from builder.cache.model_store import STORE_MOUNT as STORE
-from builder.errors import ColdError, UsageError
+from builder.cache.toolchain import Record, family_keys
+from builder.errors import CANNOT_RUN, ColdError, PreflightError, Problem, UsageError
 from builder.report import github
 from builder.report.results import TaskResult
 from builder.run.container_executor import ContainerExecutor
@@ -20,6 +29,41 @@ from builder.task import PRETEND_VARIABLE, Task
 
 #: Why a task is cold whose image must not be probed.
 NO_MEMO = "no-memo: the cache does not know this image, and --no-probe builds and starts nothing to look at it"
+
+#: Options of docker run that every job gets: no gain of privileges by set-user-id files, and no device nodes.
+OPTIONS = ("--security-opt no-new-privileges", "--cap-drop MKNOD")
+#: Where a container's job compiles families that it has no directory of: in the container itself.
+PRIVATE = "/tmp/warm-cache-cold"  # noqa: S108 - of the job's container alone
+#: The first version of Docker's API that mounts a directory of a volume (Docker 26, March 2024).
+SUBPATH_API = (1, 45)
+#: Makes sglang fail where it would compile (0.5.23, srt/environ.py).
+CRASH_ON_JIT = "SGLANG_CRASH_ON_JIT_COMPILE"
+
+#: (family, key): whether a job may write there.
+Allows = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEnvironment:
+    """What one job gets. private: the families that it compiles anew, and why."""
+
+    variables: Mapping[str, str]
+    private: Mapping[str, str] = field(default_factory=dict)
+    mounts: Sequence[str] = ()
+
+    def text(self, form: str, toolchain: str | None) -> str:
+        """Return it as arguments of docker run, as a shell's exports, as lines for GitHub, or as JSON.
+
+        Raises UsageError for docker arguments that a shell would split.
+        """
+        if form == "docker":
+            return _docker_arguments(self.mounts, self.variables)
+        if form in ("shell", "github"):
+            return render_variables(self.variables, form)
+        document: dict[str, object] = {"toolchain": toolchain}
+        if self.mounts:
+            document |= {"mounts": list(self.mounts), "options": list(OPTIONS)}
+        return json.dumps({**document, "env": dict(self.variables), "cold": dict(self.private)}, indent=2)
 
 
 def judge(executor: Executor) -> Plan | None:
@@ -47,36 +91,181 @@ def judge(executor: Executor) -> Plan | None:
     return plan
 
 
-def render(executor: ContainerExecutor, form: str, root: Sequence[str] = ()) -> str:
-    """Return the mounts and variables of a job: docker arguments, shell, lines for GitHub, or JSON.
+def of_job(
+    executor: ContainerExecutor, form: str = "docker", *, root: Sequence[str] = (), crash_on_jit: bool = False
+) -> JobEnvironment:
+    """Return what a job gets, for docker arguments, shell, lines for GitHub, or JSON. Warns of what it does not get.
 
-    With the variables that all tasks have in common: kernels were compiled under them.
     Raises ColdError where there is no cache root. Raises UsageError for the formats that a process uses in place
-    (shell, github) where the root is not at its mount path here, and for docker arguments that a shell would split.
+    (shell, github) where the root is not at its mount path here. Raises PreflightError for a volume of which the engine
+    cannot mount a part.
 
-    root: mounts that the job gets instead of the cache root's.
+    root: mounts that the job gets instead of the cache root's, with all of it writable.
     """
     context = executor.context
     plan = judge(executor)
     if plan is None:
         raise ColdError(f"{executor.missing_root() or NO_MEMO}: nothing is warm there yet")
-    keys = toolchain.family_keys(plan.items[0].record)
-    cache = context.manifest.cache
-    variables = {**common_env(context.manifest.tasks), **families.environment(cache.mount, keys)}
+    tasks, mount = context.manifest.tasks, context.manifest.cache.mount
+    named = [(item.task.label, item.record) for item in plan.items]
+    keys, others = common_keys(named)
+    found: dict[str, str] = {**common_env(tasks), **families.environment(mount, keys), **toolkit(named)}
+    if crash_on_jit:
+        found[CRASH_ON_JIT] = "1"
     if context.manifest.models.store:
-        variables["HF_HOME"] = STORE
-    if form in ("shell", "github") and not Path(cache.mount, "layout.json").is_file():
+        found["HF_HOME"] = STORE
+    if form in ("shell", "github") and not Path(mount, "layout.json").is_file():
         raise UsageError(
-            f"--format {form} is for a process that sees the cache at {cache.mount}, and there is none here. "
-            f"Use --format docker, or mount {executor.root_name} at {cache.mount}."
+            f"--format {form} is for a process that sees the cache at {mount}, and there is none here. "
+            f"Use --format docker, or mount {executor.root_name} at {mount}."
         )
+    private: Mapping[str, str] = {}
+    mounts: list[str] = []
     if form in ("shell", "github"):
-        return render_variables(variables, form)
-    variables[IMAGE_VARIABLE] = executor.identity
-    mounts = [*(root or _root(executor)), *_store(executor)]
-    if form == "docker":
-        return _docker_arguments(mounts, variables)
-    return json.dumps({"toolchain": context.report.toolchain, "mounts": mounts, "env": variables}, indent=2)
+        places, private = places_here(Path(mount), keys)
+        found |= places
+    elif root:
+        mounts = [*root, *_store(executor)]
+    else:
+        wanted = {pair for _, record in named for pair in family_keys(record).items()}
+        existing = _directories(executor) & wanted
+        mounts = [*_root(executor, sorted(existing)), *_store(executor)]
+        private = {name: "it has no directory yet" for name, key in keys.items() if (name, key) not in existing}
+        found |= families.environment(PRIVATE, {name: keys[name] for name in private})
+    if form not in ("shell", "github"):
+        found[IMAGE_VARIABLE] = executor.identity
+    warnings = context.report.warnings
+    warnings += [*missed(tasks), *others, *told(private)]
+    return JobEnvironment(variables=found, private=private, mounts=mounts)
+
+
+# --- variables -------------------------------------------------------------------------------------------------------
+
+
+def common_env(tasks: Sequence[Task]) -> dict[str, str]:
+    """Return the variables that all tasks have, with the same value: kernels were compiled under them."""
+    if not tasks:
+        return {}
+    first, *others = [task.env.items() for task in tasks]
+    return {
+        name: value
+        for name, value in sorted(first)
+        if name != PRETEND_VARIABLE and all((name, value) in other for other in others)
+    }
+
+
+def missed(tasks: Sequence[Task]) -> list[str]:
+    """Return a warning for each variable that some tasks set and a job of all tasks does not get."""
+    common = common_env(tasks)
+    names = sorted({name for task in tasks for name in task.env if name not in common and name != PRETEND_VARIABLE})
+    return [
+        f"{name} is not set here, because only {_some([task.label for task in tasks if name in task.env])} "
+        f"{'have' if sum(name in task.env for task in tasks) > 1 else 'has'} it, or their values differ: "
+        "env --only TASK prints what one task needs"
+        for name in names
+    ]
+
+
+def common_keys(records: Sequence[tuple[str, Record]]) -> tuple[dict[str, str], list[str]]:
+    """Return the key of each family, and a warning for each family of which tasks have different ones.
+
+    records: label and record of each task; the first one's keys are returned.
+    """
+    keys = family_keys(records[0][1])
+    own = {
+        family: [label for label, record in records if family_keys(record).get(family) != key]
+        for family, key in keys.items()
+    }
+    return keys, [
+        f"{_some(labels)} {'have' if len(labels) > 1 else 'has'} a directory of {family} of their own, because of "
+        f"their variables: env --only TASK prints it"
+        for family, labels in own.items()
+        if labels
+    ]
+
+
+def toolkit(records: Iterable[tuple[str, Record]]) -> dict[str, str]:
+    """Return CUDA_HOME as the warm-up found it: FlashInfer and torch take it from PATH else, which jobs change.
+
+    Nothing where only PATH named one that is not the usual one: the variable would be another key.
+    """
+    homes = set()
+    for _, record in records:
+        named = record.get("variables", {}).get(variables.CUDA_HOME)
+        found = record["observed"].get("cuda_home") if record["factors"].get("nvcc") else None
+        homes.add(named or (found if found == variables.DEFAULT_HOME else None))
+    home = homes.pop() if len(homes) == 1 else None
+    return {variables.CUDA_HOME: home} if home else {}
+
+
+def places_here(root: Path, keys: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the variables of a process here, and why families are compiled in a private directory of its own.
+
+    That directory is new with each call, so that no earlier job can have left anything there.
+    """
+    private = {name: why for name, key in keys.items() if (why := layout.closed(root / name / key))}
+    found = families.environment(str(root), {name: key for name, key in keys.items() if name not in private})
+    if private:
+        mine = {name: keys[name] for name in private}
+        try:
+            place = tempfile.mkdtemp(prefix="warm-cache-cold-")
+            for name, key in mine.items():
+                Path(families.directory(place, name, key)).mkdir(parents=True)
+        except OSError as error:
+            private = {name: f"{why}, and there is no private one ({error.strerror})" for name, why in private.items()}
+        else:
+            found |= families.environment(place, mine)
+    return found, private
+
+
+def told(private: Mapping[str, str]) -> list[str]:
+    """Return one warning that names the families that are compiled anew, reason by reason."""
+    named = {name: why for name, why in private.items() if families.FAMILY[name].claimable}
+    return [
+        f"cold: {', '.join(name for name in named if named[name] == why)} (compiled anew by each job, in a private "
+        f"directory: {why})"
+        for why in dict.fromkeys(named.values())
+    ]
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+
+
+# --- mounts and formats ----------------------------------------------------------------------------------------------
+
+
+def _directories(executor: ContainerExecutor) -> set[tuple[str, str]]:
+    """Return (family, key) of the directories that the root has: a mount of a missing one would fail the job."""
+    root = executor.direct_root()
+    if root is None:
+        return {(each.family, each.key) for each in executor.described()}
+    return {directory.name for directory in layout.family_directories(root) if not directory.path.parent.is_symlink()}
+
+
+def _root(executor: ContainerExecutor, writable: Sequence[tuple[str, str]], allows: Allows | None = None) -> list[str]:
+    """Return the mounts of the root: read-only, but for the directories in which kernels may be added.
+
+    allows: the host's policy; None: it allows all of them.
+    """
+    cache = executor.context.manifest.cache
+    below = [f"{family}/{key}" for family, key in writable if allows is None or allows(family, key)]
+    if cache.root is not None:
+        return [f"type=bind,src={cache.root},dst={cache.mount},readonly"] + [
+            f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part}" for part in below
+        ]
+    if executor.engine.podman or tuple(map(int, executor.engine.api_version.split("."))) < SUBPATH_API:
+        text = f"this engine cannot mount parts of the volume {cache.volume}, and all of it is not a job's to change."
+        remedy = "Use a directory, Docker 26 or later, or give the job a view: warm-cache view create JOB."
+        raise PreflightError(CANNOT_RUN, [Problem("cache", text, remedy)])
+    return [f"type=volume,src={cache.volume},dst={cache.mount},readonly,volume-nocopy"] + [
+        f"type=volume,src={cache.volume},dst={cache.mount}/{part},volume-nocopy,volume-subpath={part}" for part in below
+    ]
+
+
+def _store(executor: ContainerExecutor) -> list[str]:
+    store = executor.context.manifest.models.store
+    return [f"type=bind,src={store},dst={STORE},readonly"] if store else []
 
 
 def _docker_arguments(mounts: Sequence[str], variables: Mapping[str, str]) -> str:
@@ -87,7 +276,9 @@ def _docker_arguments(mounts: Sequence[str], variables: Mapping[str, str]) -> st
             f"docker run $(…) would split {split[0]!r}: the shell at blanks, docker at commas. "
             "Use --format json, or a cache root without such characters."
         )
-    return " ".join([f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]])
+    return " ".join(
+        [f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]] + list(OPTIONS)
+    )
 
 
 def render_variables(variables: Mapping[str, str], form: str) -> str:
@@ -95,28 +286,3 @@ def render_variables(variables: Mapping[str, str], form: str) -> str:
     if form == "shell":
         return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items()))
     return "\n".join(github.variable(name, value) for name, value in sorted(variables.items()))
-
-
-def common_env(tasks: tuple[Task, ...]) -> dict[str, str]:
-    """Return the variables that all tasks have, with the same value."""
-    first, *others = [task.env.items() for task in tasks]
-    return {
-        name: value
-        for name, value in sorted(first)
-        if name != PRETEND_VARIABLE and all((name, value) in other for other in others)
-    }
-
-
-def _root(executor: ContainerExecutor) -> list[str]:
-    """Return the mounts of the root. A job may add kernels; markers and memos are read-only for it."""
-    cache = executor.context.manifest.cache
-    if cache.root is None:
-        return [f"type=volume,src={cache.volume},dst={cache.mount}"]
-    return [f"type=bind,src={cache.root},dst={cache.mount}"] + [
-        f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part},readonly" for part in ("markers", "images")
-    ]
-
-
-def _store(executor: ContainerExecutor) -> list[str]:
-    store = executor.context.manifest.models.store
-    return [f"type=bind,src={store},dst={STORE},readonly"] if store else []

@@ -140,7 +140,18 @@ class LocalExecutor:
         here, problem = len(self.record["gpus"]), item.config_problem
         if problem is None and item.task.gpus > here and not self.context.options.prebuild_only:
             problem = f"it needs {counted(item.task.gpus, 'GPU')}, and {here or 'none'} can be seen here"
-        return replace(item, config_problem=problem)
+        return replace(item, config_problem=problem, judgement=self._usable(item.judgement))
+
+    def _usable(self, judgement: Judgement) -> Judgement:
+        """Return a judgement that is cold where a job here compiles a claimed family in a private directory."""
+        if judgement.state == "cold" or judgement.marker is None:
+            return judgement
+        claims = judgement.marker.claims
+        whys = [(name, why) for name, claim in claims.items() if (why := layout.closed(self.root / name / claim.key))]
+        if not whys:
+            return judgement
+        detail = "; ".join(f"{name} is compiled anew, because {why}" for name, why in whys)
+        return replace(judgement, state="cold", kind="unwritable", detail=detail)
 
     @contextlib.contextmanager
     def snapshot(self, tasks: Sequence[Task]) -> Iterator[tuple[Path, Plan]]:

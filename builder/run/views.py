@@ -146,7 +146,8 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> NewView:
         raise ColdError(f"{executor.root_name} does not exist: nothing is warm there yet")
     volume, path = volume_name(executor, job), _path_on_engine(executor)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
-    arguments, document = (job_environment.render(executor, form, mounts) for form in ("docker", "json"))
+    environment = job_environment.of_job(executor, root=mounts)
+    arguments, document = (environment.text(form, context.report.toolchain) for form in ("docker", "json"))
     generation = ""
 
     def on_event(event: Event) -> None:

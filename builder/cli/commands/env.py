@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
-from builder.cache import families, toolchain
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.errors import ColdError, UsageError
 from builder.report.results import Report
 from builder.run import job_environment
+from builder.run.job_environment import JobEnvironment
 from builder.text import counted
 
 
@@ -18,7 +17,9 @@ from builder.text import counted
 class EnvArgs(ProofArgs):
     """Arguments of `env`."""
 
+    only: tuple[str, ...] = ()
     format: str | None = None
+    crash_on_jit: bool = False
     here: bool = False
     no_probe: bool = False
 
@@ -28,10 +29,13 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
     if args.here:
         _env_here(args, invocation)
         return
-    context = invocation.context(invocation.manifest(), wanted=args.wanted("any"), probes=not args.no_probe)
+    context = invocation.context(
+        invocation.manifest(only=args.only), wanted=args.wanted("any"), probes=not args.no_probe
+    )
     with invocation.containers(context) as executor:
         form = args.format or "docker"
-        invocation.report.text = job_environment.render(executor, form)
+        job = job_environment.of_job(executor, form, crash_on_jit=args.crash_on_jit)
+        invocation.report.text = job.text(form, invocation.report.toolchain)
         invocation.report.docker_arguments = form == "docker"
         _refuse_cold(invocation.report)
 
@@ -46,20 +50,24 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
         raise UsageError(
             "--format docker starts a container, and --here is for processes inside one: use shell, github or json"
         )
-    manifest = invocation.named_manifest()
+    manifest = invocation.named_manifest(only=args.only)
+    if args.only and manifest is None:
+        raise UsageError("--only selects tasks of a manifest: pass --manifest or --profile too")
     local = invocation.local(manifest, wanted=args.wanted("any"))
     if missing := local.missing_root():
         raise ColdError(f"{missing}: there is nothing that variables could point at")
-    job_environment.judge(local)
-    variables = {
-        **(job_environment.common_env(manifest.tasks) if manifest else {}),
-        **families.environment(str(local.root), toolchain.family_keys(local.record)),
-    }
-    if form == "json":
-        document = {"toolchain": invocation.report.toolchain, "env": variables}
-        invocation.report.text = json.dumps(document, indent=2)
-    else:
-        invocation.report.text = job_environment.render_variables(variables, form)
+    tasks = manifest.tasks if manifest else ()
+    plan = job_environment.judge(local)
+    records = [(item.task.label, item.record) for item in plan.items] if plan and plan.items else [("", local.record)]
+    keys, others = job_environment.common_keys(records)
+    places, private = job_environment.places_here(local.root, keys)
+    found = {**job_environment.common_env(tasks), **places, **job_environment.toolkit(records)}
+    if args.crash_on_jit:
+        found[job_environment.CRASH_ON_JIT] = "1"
+    warnings = invocation.report.warnings
+    warnings += [*job_environment.missed(tasks), *others, *job_environment.told(private)]
+    job = JobEnvironment(variables=found, private=private)
+    invocation.report.text = job.text(form, invocation.report.toolchain)
     _refuse_cold(invocation.report)
 
 

@@ -13,7 +13,7 @@ from builder.task import Task
 HOME = variables.DEFAULT_HOME
 
 
-def record(home: str = HOME, **environ: str) -> Record:
+def record(home: str | None = None, **environ: str) -> Record:
     return {
         "schema": 2,
         "factors": {factor: f"{factor} 1" for family in FAMILIES for factor in family.factors},
