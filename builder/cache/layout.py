@@ -89,6 +89,12 @@ def close(tree: Tree, name: str, *, make: bool = False) -> None:
         tree.set_mode(name, CLOSED_MODE)
 
 
+def is_current(root: Path) -> bool:
+    """Return whether the layout file is a sound one of this version."""
+    known = _read(root / "layout.json")
+    return known is not None and known["schema"] == SCHEMA
+
+
 def foreign(root: Path) -> str | None:
     """Return a name in this directory that shows that it is no cache root; None in a root or an empty directory."""
     own = {"lost+found", QUARANTINE, "used", *CLOSED, *FOLDERS, *FAMILY}

@@ -175,6 +175,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "also set SGLANG_CRASH_ON_JIT_COMPILE=1: sglang then fails where it would compile",
     },
     "fail-on-jit": {"action": "store_true", "help": "exit 10 if anything was compiled although the cache is warm"},
+    "source": {"metavar": "DIR", "help": "the cache root, or one generation of it, mounted read-only"},
+    "target": {"metavar": "DIR", "help": "the container's own directory where jobs look for kernels (default /jit)"},
     "before": {"metavar": "FILE", "help": "before a job: record what the cache holds"},
     "after": {"metavar": "FILE", "help": "after the job: compare with that record"},
     "here": {"action": "store_true", "help": "in the environment that this runs in: no engine, nothing to install"},
@@ -331,6 +333,19 @@ The job gets the root read-only, and each directory of its environment's kernels
 change no marker. What it has no writable directory of is named as cold, and compiled in a private one. Variables that
 only some tasks set are named and not printed: --only TASK prints what one task needs.""",
         exits=(0, 10),
+    ),
+    "here-reset": Verb(
+        "in a runner's container: make its own copy of the cache equal to a published one again",
+        "warm-cache here-reset --source /mnt/warm-cache --target /jit",
+        ("source", "target"),
+        needs="nothing",
+        details="At the start of a job, in a long-lived container that has the root or one generation mounted "
+        "read-only at --source, and the directory --target for itself. Afterwards the target holds every kernel, "
+        "marker and memo of the source, and nothing else: what earlier jobs added or changed is gone, by content, "
+        "whatever its times are; what a refresh made is there, with the times of the source. Needs the standard "
+        "library alone. Follows no link. Refuses a target that is the source, or in it, or above it.\n\n"
+        "It promises nothing against a process of an earlier job that still runs in this container.",
+        exits=(0,),
     ),
     "import-tests": Verb(
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",

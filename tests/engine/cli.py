@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from builder.cli.main import main
+from builder.engine.api import ContainerSpec, Mount
 from builder.engine.client import Engine
 from builder.host.deadlines import Deadline, poll
 from builder.task import Shape
@@ -308,6 +310,46 @@ GATE = "import os, time\nwhile not os.path.exists('/jit/go'): time.sleep(0.02)\n
 READY = "print('KERNELS READY')\n"
 
 # --- details ---------------------------------------------------------------------------------------------------------
+
+
+def job_arguments(printed: str) -> tuple[tuple[Mount, ...], dict[str, str]]:
+    """Mounts and variables among the arguments of docker run that `env` or `view create` printed."""
+    words = iter(shlex.split(printed))
+    mounts, env, options = [], {}, []
+    for flag, value in zip(words, words, strict=True):
+        if flag == "-e":
+            name, _, env[name] = value.partition("=")
+        elif flag == "--mount":
+            fields = dict(part.partition("=")[::2] for part in value.split(","))
+            kind: Any = fields["type"]
+            mounts.append(Mount(fields["src"], fields["dst"], kind, "readonly" in fields))
+        else:
+            options.append(f"{flag} {value}")
+    assert options == ["--security-opt no-new-privileges", "--cap-drop MKNOD"]
+    return tuple(mounts), env
+
+
+def run_job(engine: Engine, image: str, printed: str, script: str, *mounts: Mount, **env: str) -> str:
+    """What a shell says in a container with these arguments; its end has to be a good one."""
+    printed_mounts, printed_env = job_arguments(printed)
+    spec = ContainerSpec(
+        image=image,
+        name=f"warm-cache-test-job-{os.urandom(4).hex()}",
+        command=["sh", "-ec", script],
+        env={**printed_env, "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1", **env},
+        labels={f"{LABEL}test": "job"},
+        mounts=(*printed_mounts, *mounts),
+        network="none",
+    )
+    container = engine.create(spec)
+    try:
+        engine.start(container)
+        wait_for(lambda: engine.state(container).finished, 60, "the end of the job")
+        log = b"".join(part for _, part in engine.log_frames(container, follow=False)).decode()
+        assert engine.state(container).exit_code == 0, log
+        return log
+    finally:
+        engine.remove(container, force=True)
 
 
 def wait_for(predicate: Callable[[], object], seconds: float, what: str) -> None:

@@ -57,7 +57,7 @@ def test_action_warm_twice_second_is_warm(cli: Cli) -> None:
     assert good, run.log
     assert statuses(run) == [0, 0, 0, 0]
     assert outputs["state"] == "warm" and re.fullmatch("[0-9a-f]{16}", outputs["toolchain"])
-    assert outputs["docker-args"].startswith(f"--mount type=bind,src={cli.root},dst=/jit ")
+    assert outputs["docker-args"].startswith(f"--mount type=bind,src={cli.root},dst=/jit,readonly ")
     assert "::group::[1/2] dense" in run.log and "::endgroup::" in run.log and "::error" not in run.log
     assert "| dense | ✅ warmed |" in run.summary and "| ready | ✅ warmed |" in run.summary
     again = runner(cli, "pull_request")

@@ -9,7 +9,6 @@ import json
 import os
 import pty
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -25,9 +24,9 @@ from typing import Any
 
 import pytest
 
-from builder.engine.api import ContainerSpec, Mount
+from builder.engine.api import Mount
 from builder.engine.client import Engine
-from tests.engine.cli import LABEL, Cli, command, server, shapes, wait_for
+from tests.engine.cli import ROOT, Cli, command, run_job, server, shapes
 
 pytestmark = pytest.mark.engine
 
@@ -440,42 +439,91 @@ def test_env_every_format_is_printed(warmed: Cli) -> None:
         assert "there is none here" in refused.err
 
 
-def test_env_job_hits_every_kernel(warmed: Cli, engine: Engine) -> None:
-    words = iter(shlex.split(warmed.run("env", "--format", "docker").out))
-    mounts: list[Mount] = []
-    env: dict[str, str] = {}
-    for flag, value in zip(words, words, strict=True):
-        if flag == "-e":
-            name, _, setting = value.partition("=")
-            env[name] = setting
+#: What a job tries against everything that it may not change, by path, hard link, rename and lock.
+ATTACKS = r"""
+import fcntl, os, pathlib, shutil
+jit, own = pathlib.Path("/jit"), pathlib.Path(os.environ["SGLANG_DG_CACHE_DIR"])
+marker = next(jit.glob("markers/*/*.json"))
+generation = next(jit.glob("generations/*/markers/*/*.json"))
+memo = next(jit.glob("images/*.json"))
+attacks = {
+    "write": [lambda path=path: path.open("r+") for path in (marker, generation, memo, jit / "layout.json")],
+    "make": [lambda path=path: (jit / path).open("x") for path in
+        ("x", "markers/x", "images/x", "used/x", "aside/x", "generations/x", "locks/x", "views/x", "triton/x")],
+    "remove": [marker.unlink, memo.unlink, lambda: shutil.rmtree(jit / "locks"), lambda: shutil.rmtree(generation)],
+    "link": [lambda: os.link(marker, own / "m"), lambda: os.link(own / "k", marker.parent / "m"),
+        lambda: os.link(generation, own / "m")],
+    "rename": [lambda: own.rename(own.parent / "x"), lambda: (own / "k").rename(marker),
+        lambda: marker.rename(own / "m"), lambda: own.rmdir()],
+    "redirect": [lambda: (own.parent / "ffffffffffffffff").symlink_to("/"), lambda: (jit / "used").symlink_to("/")],
+    "other keys": [lambda: next(jit.glob("deep_gemm/0*/x")).write_text("x")],
+    "device": [lambda: os.mknod(own / "null", 0o20666, os.makedev(1, 3))] if os.environ.get("MKNOD") else [],
+}
+(own / "k").write_text("a kernel of the job's own")
+for name, tries in attacks.items():
+    for number, attack in enumerate(tries):
+        try:
+            attack()
+        except OSError:
             continue
-        assert flag == "--mount"
-        fields = dict(part.partition("=")[::2] for part in value.split(","))
-        assert fields["type"] == "bind"
-        mounts.append(Mount(source=fields["src"], target=fields["dst"], read_only="readonly" in fields))
-    before = sorted(warmed.root.rglob("*"))
-    job = (
-        'python3 -m sglang.compile_deep_gemm --model-path org/model --tp 8 && python3 -c "$KERNEL" '
-        "&& ! touch /jit/markers/mine && ! touch /jit/images/mine"
-    )
-    spec = ContainerSpec(
-        image=warmed.image,
-        name=f"warm-cache-test-job-{os.urandom(4).hex()}",
-        command=["sh", "-c", job],
-        env={**env, "KERNEL": KERNEL, "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1"},
-        labels={f"{LABEL}test": "job"},
-        mounts=tuple(mounts),
-        network="none",
-    )
-    container = engine.create(spec)
+        raise SystemExit(f"{name} {number} was possible")
+for kernel in own.glob("cache/*/kernel.cubin"):
+    with kernel.open("r+b") as file: file.write(b"poison")
+lock = open(jit / "locks" / "hold.lock")
+fcntl.flock(lock, fcntl.LOCK_SH)
+print("NOTHING WAS POSSIBLE")
+"""
+
+
+def test_env_job_hits_every_kernel_and_changes_nothing_else(warmed: Cli, engine: Engine) -> None:
+    """Its own kernels it may change, and no view is above those."""
+    made = warmed.run("view", "create", "other")
+    assert made.status == 0, made.said
+    (warmed.root / "deep_gemm" / ("0" * 16)).mkdir()
+    (warmed.root / "deep_gemm" / ("0" * 16) / "x").write_text("of another key")
     try:
-        engine.start(container)
-        wait_for(lambda: engine.state(container).finished, 30, "the end of the job")
-        log = b"".join(part for _, part in engine.log_frames(container, follow=False)).decode()
-        assert engine.state(container).exit_code == 0, log
+        printed = warmed.run("env", "--format", "docker").out
+        before = sorted(warmed.root.rglob("*"))
+        job = (
+            'python3 -m sglang.compile_deep_gemm --model-path org/model --tp 8 && python3 -c "$KERNEL" '
+            "&& ! touch /jit/markers/mine && ! touch /jit/images/mine"
+        )
+        log = run_job(engine, warmed.image, printed, job, KERNEL=KERNEL)
         assert "finished successfully." in log
+        assert sorted(warmed.root.rglob("*")) == before, "everything was hit, and nothing else made"
+        own = re.search(r"SGLANG_DG_CACHE_DIR=/jit/(\S+)", printed)[1]  # type: ignore[index]
+        kept = {path: path.read_bytes() for path in before if path.is_file() and own not in str(path)}
+        kept |= {path: path.read_bytes() for path in before if path.is_file() and "/generations/" in str(path)}
+        said = run_job(engine, warmed.image, printed, 'python3 -c "$ATTACKS"', ATTACKS=ATTACKS)
+        assert "NOTHING WAS POSSIBLE" in said
+        assert {path: path.read_bytes() for path in kept} == kept
     finally:
-        engine.remove(container, force=True)
+        warmed.run("view", "drop", "other")
+
+
+def test_env_here_in_container_of_before_a_refresh_is_slower_not_broken(warmed: Cli, engine: Engine) -> None:
+    """The job installs another sgl-deep-gemm: the cache has that key since the refresh, and this container not."""
+    before = sorted(warmed.root.rglob("*"))
+    printed = warmed.run("env", "--format", "docker").out
+    shutil.copytree(ROOT / "builder", warmed.place / "copied" / "builder")
+    shutil.copy(warmed.path, warmed.place / "copied" / "manifest.toml")
+    job = """
+    site=$(python3 -c 'import sglang, os; print(os.path.dirname(os.path.dirname(sglang.__file__)))')
+    sed -i 's/^Version: .*/Version: 9.9.9/' $site/sgl_deep_gemm-*.dist-info/METADATA
+    here="python3 -m builder env --here --manifest /copied/manifest.toml --cache /jit"
+    PYTHONPATH=/copied:$PYTHONPATH $here --format json > /tmp/env.json || echo COLD $?
+    eval "$(PYTHONPATH=/copied:$PYTHONPATH $here)" || true
+    python3 -m sglang.compile_deep_gemm --model-path org/model --tp 8
+    echo LOOKS $SGLANG_DG_CACHE_DIR $TRITON_CACHE_DIR
+    ls $SGLANG_DG_CACHE_DIR/cache | wc -l
+    cat /tmp/env.json
+    """
+    copied = Mount(str(warmed.place / "copied"), "/copied", read_only=True)
+    said = run_job(engine, warmed.image, printed, job, copied, PYTHONDONTWRITEBYTECODE="1")
+    assert "finished successfully." in said and "COLD 10" in said
+    assert re.search(r"LOOKS /tmp/warm-cache-cold-\w+/deep_gemm/\w+ /jit/triton/", said), said
+    assert '"cold": {\n    "deep_gemm": "it has no directory here"\n  }' in said, said
+    assert "warning: cold: deep_gemm (compiled anew" in said
     assert sorted(warmed.root.rglob("*")) == before
     assert warmed.run("check").status == 0
 

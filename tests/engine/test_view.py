@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shlex
 import signal
 import stat
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from builder.cache import layout
-from builder.engine.api import ContainerSpec, Mount
+from builder.engine.api import ContainerSpec
 from builder.engine.client import Engine
 from builder.engine.errors import NotFoundError
 from builder.manifest.load import load
@@ -27,6 +26,7 @@ from tests.engine.cli import (
     READY,
     Cli,
     command,
+    job_arguments,
     shapes,
     wait_for,
 )
@@ -110,17 +110,7 @@ class Job:
     """One container of a test job, with what `view create` printed."""
 
     def __init__(self, engine: Engine, image: str, printed: str, *command: str) -> None:
-        words = iter(shlex.split(printed))
-        mounts, env = [], {"SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1"}
-        for flag, value in zip(words, words, strict=True):
-            if flag == "-e":
-                name, _, env[name] = value.partition("=")
-                continue
-            if flag != "--mount":
-                continue  # a hostile job's container was started without what makes it weaker
-            fields = dict(part.partition("=")[::2] for part in value.split(","))
-            kind: Any = fields["type"]
-            mounts.append(Mount(fields["src"], fields["dst"], kind, "readonly" in fields))
+        mounts, env = job_arguments(printed)
         assert any(mount.kind == "volume" and mount.target == "/jit" for mount in mounts)
         assert not any(mount.target.startswith("/jit/") for mount in mounts)
         self.engine = engine
@@ -129,9 +119,9 @@ class Job:
             image=image,
             name=self.name,
             command=command,
-            env=env,
+            env={"SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "1", **env},
             labels={f"{LABEL}test": "job"},
-            mounts=tuple(mounts),
+            mounts=mounts,
             network="none",
             capabilities=DEFAULT_CAPABILITIES,
         )

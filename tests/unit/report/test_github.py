@@ -93,7 +93,7 @@ def test_write_files_outside_github_writes_nothing(environ: Mapping[str, str], t
 
 def test_outputs_of_env_are_docker_arguments() -> None:
     found = report(verb="env")
-    found.text = "--mount type=bind,src=/a,dst=/jit -e A=b"
+    found.text = "--mount type=bind,src=/a,dst=/jit,readonly -e A=b"
     assert github.outputs(found, 0, None) == {}
     found.docker_arguments = True
     assert github.outputs(found, 0, None) == {"docker-args": found.text}
