@@ -29,6 +29,19 @@ _ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 Row = tuple[str, str, str]
 
+#: The bit of CAP_SYS_ADMIN in a set of capabilities (linux/capability.h).
+_SYS_ADMIN = 21
+
+
+def may_mount(status: Path = Path("/proc/self/status")) -> bool:
+    """Return whether this process has CAP_SYS_ADMIN, with which a read-only mount of the cache is none."""
+    try:
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        value = next((line.split(":")[1] for line in lines if line.startswith("CapEff:")), "0")
+        return bool(int(value, 16) >> _SYS_ADMIN & 1)
+    except (OSError, ValueError):
+        return False
+
 
 @dataclass(frozen=True)
 class ImageIdentity:

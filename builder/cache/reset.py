@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 import time
@@ -319,7 +320,13 @@ def _belongs(folder: _Folder, name: str) -> bool:
     family = folder.family
     if folder.depth == 2 and (name in family.apart or matches(name, family.host_specific)):
         return False
-    return not matches(name, family.transient)
+    return not _is_transient(name, family.name)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _is_transient(name: str, family: str) -> bool:
+    """Return whether the family's table says so. Most names in a cache are the same few."""
+    return matches(name, FAMILY[family].transient)
 
 
 def _opened(stack: contextlib.ExitStack, path: str, above: int | None) -> int:

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import posixpath
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from builder.engine import answers
@@ -20,7 +20,7 @@ from builder.engine.errors import NotFoundError, RemovalInProgressError
 from builder.engine.images import Images
 from builder.engine.podman import STATES, OutputDrain, is_between_states, stored_log
 from builder.engine.streams import Demux, HijackedConnection
-from builder.engine.volumes import Volumes, listed_containers
+from builder.engine.volumes import Volumes, listed_containers, may_mount
 from builder.host.deadlines import Deadline, poll, retry_reads
 
 T = TypeVar("T")
@@ -96,6 +96,11 @@ class Engine(Images, Volumes):
         """Return the running containers that were given GPUs."""
         listing = self._read("cannot list containers", lambda: listed_containers(self._get("/containers/json").json()))
         return [container for container in listing if self._inspected(container.id, _has_gpus)]
+
+    def powerful_users(self, sources: Collection[str]) -> list[str]:
+        """Return names of running containers that mount one of these sources and have CAP_SYS_ADMIN."""
+        found = {container.id: container.name for _, container in self.mounting(sources)}
+        return sorted(name for known, name in found.items() if self._inspected(known, may_mount))
 
     def _inspected(self, container: str, read: Callable[[Mapping[str, Any]], T]) -> T:
         return self._read(

@@ -74,6 +74,13 @@ class Volumes(EngineConnection):
         return self._read("cannot list containers", read)
 
 
+def may_mount(container: Mapping[str, Any]) -> bool:
+    """Return whether a container, as it is inspected, has CAP_SYS_ADMIN."""
+    host = answers.an_object(container.get("HostConfig") or {})
+    added = {name.upper().removeprefix("CAP_") for name in answers.texts(host, "CapAdd")}
+    return host.get("Privileged") is True or bool(added & {"ALL", "SYS_ADMIN"})
+
+
 def listed_containers(answer: object) -> list[ListedContainer]:
     """Return the containers of the engine's listing."""
     return [_listed_container(entry) for entry in answers.objects(answer)]

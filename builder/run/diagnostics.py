@@ -11,7 +11,7 @@ import re
 import resource
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,6 +64,7 @@ class Facts:
     local: bool  # the engine is on this machine
     host: HostGpus | None  # the GPUs of this machine by /proc; None without a driver
     now: float  # seconds since the epoch, at the time of that answer
+    powerful: Sequence[str] = ()  # running containers that mount the cache and have CAP_SYS_ADMIN
     dev: Path = Path("/dev")
     proc: Path = Path("/proc")
 
@@ -325,6 +326,18 @@ def _job_files(facts: Facts) -> CheckResult:
     )
 
 
+def _job_containers(facts: Facts) -> CheckResult:
+    """Check that jobs cannot mount the cache writable: what they get of it read-only is worth nothing then."""
+    if not facts.powerful:
+        return CheckResult(OK, "no running container that mounts the cache has CAP_SYS_ADMIN")
+    return CheckResult(
+        WARN,
+        f"{', '.join(facts.powerful)} {'mounts' if len(facts.powerful) == 1 else 'mount'} the cache with "
+        "CAP_SYS_ADMIN: a job there can write markers, whatever its mounts are",
+        "Start it without --privileged and --cap-add SYS_ADMIN.",
+    )
+
+
 #: In the order in which they are shown.
 CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "engine": _engine,
@@ -340,6 +353,7 @@ CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "permissions": _permissions,
     "isolation": _isolation,
     "files of jobs": _job_files,
+    "job containers": _job_containers,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from builder.cache import environment
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.errors import ColdError
@@ -16,6 +17,11 @@ from builder.text import counted
 
 #: What to do about cold tasks, on the host and with --here.
 REMEDY = "warm-cache warm, with the same options, warms them"
+#: What ends every promise about a job's container.
+SYS_ADMIN = (
+    "this process has CAP_SYS_ADMIN: a job in a container with it can mount the cache writable, whatever its mounts "
+    "are. Start it without --privileged and --cap-add SYS_ADMIN"
+)
 REMEDY_HERE = "warm-cache warm, on the host or in a trusted job here, warms them"
 
 
@@ -69,6 +75,8 @@ def _check_here(args: CheckArgs, invocation: Invocation) -> None:
     manifest = invocation.named_manifest(only=args.only)
     local = invocation.local(manifest, wanted=args.wanted("any", strict=args.strict))
     judge(local)
+    if environment.may_mount():
+        report.warnings.append(SYS_ADMIN)
     families = explain.show_here(local, everything=False)
     if manifest is not None:
         gate(console, report, args.on_cold, REMEDY_HERE)

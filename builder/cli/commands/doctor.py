@@ -36,7 +36,14 @@ def _doctor(executor: ContainerExecutor) -> None:
     """Report every check, and probe the GPUs in a container if nothing prevents that."""
     context, engine = executor.context, executor.engine
     manifest, console = context.manifest, context.console
-    facts = Facts(manifest, engine.info, engine.local, gpus.host_gpus() if engine.local else None, time.time())
+    facts = Facts(
+        manifest,
+        engine.info,
+        engine.local,
+        gpus.host_gpus() if engine.local else None,
+        time.time(),
+        powerful=engine.powerful_users([str(manifest.cache.root or manifest.cache.volume)]),
+    )
     results = examine(facts)
     context.report.extra["checks"] = [{"check": name, **asdict(result)} for name, result in results.items()]
     console.table(

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from builder.cache import environment
+from builder.engine.volumes import may_mount
 from builder.host.gpus import HostGpus
 from builder.manifest.load import Manifest, load
 from builder.run import diagnostics
@@ -281,3 +283,34 @@ def test_doctor_any_engine_answer_never_raises(write: Write) -> None:
         told = info(**dict.fromkeys(names, value))
         findings = diagnostics.examine(Facts(write(), told, True, None, time.time()))
         assert set(findings) == set(diagnostics.CHECKS)
+
+
+def test_job_container_with_sys_admin_is_named(found: Callable[..., diagnostics.CheckResult]) -> None:
+    finding = found("job containers", powerful=("ci-h200-2",))
+    assert finding.state == WARN and finding.text.startswith("ci-h200-2 mounts the cache with CAP_SYS_ADMIN")
+    assert found("job containers").state == OK
+
+
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [
+        ({}, False),
+        ({"Privileged": True}, True),
+        ({"CapAdd": ["SYS_ADMIN"]}, True),
+        ({"CapAdd": ["cap_sys_admin"]}, True),
+        ({"CapAdd": ["ALL"]}, True),
+        ({"CapAdd": ["NET_ADMIN"], "Privileged": False}, False),
+        ({"CapAdd": None}, False),
+    ],
+)
+def test_container_that_may_mount_is_known(host: dict[str, Any], may: bool) -> None:
+    assert may_mount({"HostConfig": host}) is may
+
+
+@pytest.mark.parametrize(
+    ("text", "may"),
+    [("CapEff:\t000001ffffffffff\n", True), ("CapEff:\t00000000a80425fb\n", False), ("Name:\tx\n", False), ("", False)],
+)
+def test_process_that_may_mount_is_known(tmp_path: Path, text: str, may: bool) -> None:
+    (tmp_path / "status").write_text(text)
+    assert environment.may_mount(tmp_path / "status") is may
