@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from builder import files, processes
 from builder.cache import environment, layout, model_store, toolchain
 from builder.cache.environment import IMAGE_VARIABLE, Described, ImageIdentity, Standing
+from builder.cache.markers import Judgement
 from builder.cache.toolchain import Record
 from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.host.locks import open_lock

@@ -312,6 +312,13 @@ READY = "print('KERNELS READY')\n"
 # --- details ---------------------------------------------------------------------------------------------------------
 
 
+#: What an engine leaves to a container by itself (moby's oci/caps/defaults.go).
+DEFAULT_CAPABILITIES = (
+    *("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP"),
+    *("NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
+)
+
+
 def job_arguments(printed: str) -> tuple[tuple[Mount, ...], dict[str, str]]:
     """Mounts and variables among the arguments of docker run that `env` or `view create` printed."""
     words = iter(shlex.split(printed))
@@ -340,6 +347,7 @@ def run_job(engine: Engine, image: str, printed: str, script: str, *mounts: Moun
         labels={f"{LABEL}test": "job"},
         mounts=(*printed_mounts, *mounts),
         network="none",
+        capabilities=DEFAULT_CAPABILITIES,
     )
     container = engine.create(spec)
     try:

@@ -21,6 +21,7 @@ from builder.engine.client import Engine
 from builder.engine.errors import NotFoundError
 from builder.manifest.load import load
 from tests.engine.cli import (
+    DEFAULT_CAPABILITIES,
     GATE,
     LABEL,
     READY,
@@ -97,13 +98,6 @@ except PermissionError:
     print('NO DEVICE')
 print([line.split()[3] for line in open('/proc/mounts') if line.split()[1] == '/jit'], 'DONE')
 """
-
-
-#: What an engine leaves to a container by itself (moby's oci/caps/defaults.go).
-DEFAULT_CAPABILITIES = (
-    *("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP"),
-    *("NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
-)
 
 
 class Job:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from builder.cache.families import FAMILIES
+from builder.manifest.load import Overrides, load
+from builder.task import Task
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 
@@ -209,14 +211,11 @@ JOB = """
 from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
 c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.GEMM_NT_F8F8BF16, 4096, 7168, 1, [64, 128])
 """
-#: The same, and where sglang then looks for its caches, whatever it has made of the variables.
-LOOKS = (
-    JOB
-    + """
+#: Where sglang looks for its caches, whatever it has made of the variables.
+LOOKS = """
 import json, os
 print("LOOKS", json.dumps({name: value for name, value in os.environ.items() if value.startswith("/jit/")}))
 """
-)
 JIT = f"python3 -c {shlex.quote(JOB)} && TRITON_DEFAULT_FP_FUSION=1 python3 /opt/standin/tri.py"
 
 
@@ -238,16 +237,39 @@ def in_container(docker_host: str, image: str, arguments: list[str], script: str
     return done.stdout
 
 
-def test_real_job_with_env_compiles_nothing(warmed: Warmed, copy: Path, docker_host: str) -> None:
-    printed = warm_cache("env", "--format", "docker", "--manifest", warmed.manifest, "--cache", copy)
-    assert printed.status == 0, printed.err
+def work(task: Task) -> str:
+    """The work of a task in words of its own, as a test job would do it."""
+    if task.recipe == "command":
+        return shlex.join(task.argv)
+    asks = [
+        f"c._compile_deep_gemm_one_type_all(c.DeepGemmKernelType.{shape.kernel}, {shape.n}, {shape.k}, {shape.groups}, "
+        f"{list(task.m_values)})"
+        for shape in task.shapes
+    ]
+    code = ["from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c", *asks, LOOKS]
+    return f"python3 -c {shlex.quote(chr(10).join(code))}"
+
+
+def test_real_job_hits_every_task_of_the_profile_under_its_own_env(
+    warmed: Warmed, copy: Path, docker_host: str, stand_in_image: str, tmp_path: Path
+) -> None:
+    profile = ["--profile", "stand-in", "--image", stand_in_image, "--cache", copy]
+    done = warm_cache("warm", *profile, "--log-dir", tmp_path / "logs")
+    assert done.status == 0, done.err
     before = entries(copy)
-    arguments = [*shlex.split(printed.out), "-e", "LD_PRELOAD=/opt/standin/stubs/fakert.so"]
-    said = in_container(docker_host, warmed.first.document["image"]["id"], arguments, JIT.replace(JOB, LOOKS))
-    assert "TRITON KERNEL READY" in said
-    looks = json.loads(re.search("^LOOKS (.*)$", said, re.MULTILINE)[1])  # type: ignore[index]
-    assert looks == dict(word.split("=", 1) for word in shlex.split(printed.out) if re.match("[A-Z_]+=/jit/", word))
+    for task in load(profile="stand-in", overrides=Overrides(cache=str(copy))).tasks:
+        printed = warm_cache("env", *profile, "--only", task.label)
+        assert printed.status == 0 and "warning" not in printed.err, printed.err
+        said = in_container(docker_host, warmed.first.document["image"]["id"], shlex.split(printed.out), work(task))
+        if task.recipe == "command":
+            assert task.success is not None and task.success in said
+        else:
+            looks = json.loads(re.search("^LOOKS (.*)$", said, re.MULTILINE)[1])  # type: ignore[index]
+            words = [word for word in shlex.split(printed.out) if re.match("[A-Z_]+=/jit/", word)]
+            assert looks == dict(word.split("=", 1) for word in words)
     assert before and entries(copy) == before
+    every = warm_cache("env", *profile)
+    assert "TRITON_DEFAULT_FP_FUSION is not set here, because only triton has it" in every.err
     elsewhere = in_container(
         docker_host,
         warmed.first.document["image"]["id"],

@@ -1,0 +1,164 @@
+"""What a job gets: mounts that let it change nothing but its own kernels, and variables that make it hit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from builder.cache import layout, toolchain
+from builder.cache.families import FAMILY
+from builder.errors import PreflightError, UsageError
+from builder.run import job_environment
+from builder.run.job_environment import OPTIONS, JobEnvironment
+from builder.task import Task
+from tests.generations import record
+
+KEYS = {"deep_gemm": "0123456789abcdef", "triton": "fedcba9876543210"}
+
+
+def task(label: str, **env: str) -> Task:
+    return Task(label=label, model=label, recipe="command", env=env)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "jit"
+    layout.prepare(root)
+    for family, key in KEYS.items():
+        layout.describe_family(root, family, key, {})
+    return root
+
+
+def closed(monkeypatch: pytest.MonkeyPatch, *parts: str) -> None:
+    """Directories that cannot be written: the tests may run as root, for whom a mode closes nothing."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(parts) and access(path, mode))
+
+
+def test_places_here_are_those_of_the_root(root: Path) -> None:
+    found, private = job_environment.places_here(root, KEYS)
+    assert private == {}
+    assert found["TRITON_CACHE_DIR"] == f"{root}/triton/{KEYS['triton']}"
+    assert found["SGLANG_DG_CACHE_DIR"] == found["DG_JIT_CACHE_DIR"] == f"{root}/deep_gemm/{KEYS['deep_gemm']}"
+
+
+@pytest.mark.parametrize("harm", ["missing", "closed", "link", "file"])
+def test_family_without_a_usable_directory_gets_a_private_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place = root / "triton" / KEYS["triton"]
+    if harm == "closed":
+        closed(monkeypatch, KEYS["triton"])
+    else:
+        place.rmdir()
+    if harm == "link":
+        place.symlink_to(tmp_path)
+    if harm == "file":
+        place.write_text("")
+    found, private = job_environment.places_here(root, KEYS)
+    assert set(private) == {"triton"}
+    assert found["DG_JIT_CACHE_DIR"].startswith(f"{root}/")
+    own = Path(found["TRITON_CACHE_DIR"])
+    assert own.is_dir() and own.is_relative_to(tmp_path) and not own.is_relative_to(root)
+    assert (tmp_path / own.relative_to(tmp_path).parts[0]).stat().st_mode & 0o777 == 0o700
+    again, _ = job_environment.places_here(root, KEYS)
+    assert again["TRITON_CACHE_DIR"] != str(own), "no earlier job can have left anything in it"
+    (warning,) = job_environment.told(private)
+    assert warning.startswith("cold: triton (compiled anew by each job, in a private directory: ")
+
+
+def test_no_room_for_a_private_directory_fails_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed(monkeypatch, KEYS["triton"])
+    monkeypatch.setattr("tempfile.tempdir", str(root / "nowhere"))
+    found, private = job_environment.places_here(root, KEYS)
+    assert "TRITON_CACHE_DIR" not in found and "there is no private one" in private["triton"]
+
+
+def test_variables_of_some_tasks_are_named() -> None:
+    tasks = (task("a", X="1", Y="1"), task("b", X="1", Y="2"), task("c", X="1", Z="1"))
+    assert job_environment.common_env(tasks) == {"X": "1"}
+    first, second = job_environment.missed(tasks)
+    assert first.startswith("Y is not set here, because only a, b have it")
+    assert second.startswith("Z is not set here, because only c has it")
+    assert job_environment.missed(tasks[:1]) == []
+
+
+def test_tasks_with_directories_of_their_own_are_named() -> None:
+    own = toolchain.of_task(record(1), {"NVCC_APPEND_FLAGS": "-G"})
+    keys, warnings = job_environment.common_keys([("a", record(1)), ("b", own)])
+    assert keys == toolchain.family_keys(record(1))
+    assert any(warning.startswith("b has a directory of deep_gemm of their own") for warning in warnings)
+    assert job_environment.common_keys([("a", record(1)), ("b", record(1))])[1] == []
+
+
+@pytest.mark.parametrize(
+    ("named", "found", "printed"),
+    [
+        (None, "/usr/local/cuda", "/usr/local/cuda"),
+        ("/opt/cuda", "/opt/cuda", "/opt/cuda"),
+        (None, "/opt/on-path", None),  # as a variable it would be another key
+    ],
+)
+def test_toolkit_of_the_warm_up_is_printed(named: str | None, found: str, printed: str | None) -> None:
+    probed = record(1)
+    probed["variables"] = toolchain.factor_variables({}, named)
+    probed["observed"] = {**probed["observed"], "cuda_home": found}
+    assert job_environment.toolkit([("a", probed)]) == ({"CUDA_HOME": printed} if printed else {})
+    assert toolchain.family_keys(toolchain.of_task(probed, {"CUDA_HOME": printed or ""})) == toolchain.family_keys(
+        probed
+    )
+
+
+def executor(**cache: Any) -> Any:
+    api = cache.pop("api", "1.47")
+    spec = SimpleNamespace(**{"root": None, "volume": None, "mount": "/jit", **cache})
+    manifest = SimpleNamespace(cache=spec, models=SimpleNamespace(store=None))
+    return SimpleNamespace(
+        context=SimpleNamespace(manifest=manifest), engine=SimpleNamespace(podman=False, api_version=api)
+    )
+
+
+def test_root_is_read_only_but_for_directories_of_kernels() -> None:
+    assert job_environment._root(executor(root="/data"), sorted(KEYS.items())) == [
+        "type=bind,src=/data,dst=/jit,readonly",
+        f"type=bind,src=/data/deep_gemm/{KEYS['deep_gemm']},dst=/jit/deep_gemm/{KEYS['deep_gemm']}",
+        f"type=bind,src=/data/triton/{KEYS['triton']},dst=/jit/triton/{KEYS['triton']}",
+    ]
+
+
+def test_policy_may_keep_a_directory_read_only() -> None:
+    mounts = job_environment._root(executor(root="/data"), sorted(KEYS.items()), lambda family, _: family == "triton")
+    assert [mount.split("dst=")[1] for mount in mounts] == ["/jit,readonly", f"/jit/triton/{KEYS['triton']}"]
+
+
+def test_parts_of_a_volume_are_mounted_where_the_engine_can() -> None:
+    mounts = job_environment._root(executor(volume="v"), sorted(KEYS.items()))
+    assert mounts[0] == "type=volume,src=v,dst=/jit,readonly,volume-nocopy"
+    part = f"triton/{KEYS['triton']}"
+    assert mounts[2] == f"type=volume,src=v,dst=/jit/{part},volume-nocopy,volume-subpath={part}"
+    with pytest.raises(PreflightError) as refused:
+        job_environment._root(executor(volume="v", api="1.44"), sorted(KEYS.items()))
+    (problem,) = refused.value.problems
+    assert "warm-cache view create" in problem.remedy
+
+
+def test_docker_arguments_end_with_least_privilege() -> None:
+    job = JobEnvironment(variables={"B": "2", "A": "1"}, mounts=["type=bind,src=/a,dst=/jit,readonly"])
+    assert job.text("docker", None) == " ".join(["--mount type=bind,src=/a,dst=/jit,readonly -e A=1 -e B=2", *OPTIONS])
+    assert shlex.split(job.text("docker", None))[-2:] == ["--cap-drop", "MKNOD"]
+    document = json.loads(job.text("json", "0123456789abcdef"))
+    assert document["options"] == list(OPTIONS) and document["cold"] == {}
+    with pytest.raises(UsageError, match="would split"):
+        JobEnvironment(variables={"A": "a b"}, mounts=["m"]).text("docker", None)
+
+
+def test_families_that_no_task_claims_are_not_named_cold() -> None:
+    assert not FAMILY["cuda"].claimable
+    assert job_environment.told({"cuda": "it has no directory yet"}) == []
