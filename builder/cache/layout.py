@@ -91,7 +91,8 @@ def close(tree: Tree, name: str, *, make: bool = False) -> None:
 
 def is_current(root: Path) -> bool:
     """Return whether the layout file is a sound one of this version."""
-    known = _read(root / "layout.json")
+    with Tree(root) as tree:
+        known = _read(tree)
     return known is not None and known["schema"] == SCHEMA
 
 
