@@ -76,7 +76,7 @@ class Volumes(EngineConnection):
 
 def may_mount(container: Mapping[str, Any]) -> bool:
     """Return whether a container, as it is inspected, has CAP_SYS_ADMIN."""
-    host = answers.an_object(container.get("HostConfig") or {})
+    host = answers.inner(container, "HostConfig")
     added = {name.upper().removeprefix("CAP_") for name in answers.texts(host, "CapAdd")}
     return host.get("Privileged") is True or bool(added & {"ALL", "SYS_ADMIN"})
 
