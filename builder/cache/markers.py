@@ -299,7 +299,7 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
     for family, claim in marker.claims.items():
         place = Tree(root, f"{family}/{claim.key}")
         if wanted.mounted:
-            unusable = unusable or loadable.mount_problem(FAMILY[family], str(root))
+            unusable = unusable or loadable.mount_problem(FAMILY[family], f"{root}/{family}/{claim.key}")
         stale = stale or loadable.stale(FAMILY[family], place, claim.entries, newer)
         for name in claim.entries:
             total += 1
