@@ -9,11 +9,11 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from builder.errors import UsageError
-from builder.task import Gpu, Shape, Task
+from builder.task import NO_IMAGE, Gpu, ServingImage, Shape, Task
 from builder.typed_json import from_object
 
 JOB_VARIABLE = "WARM_CACHE_JOB"
@@ -36,20 +36,6 @@ Mode = Literal[
 MERGED = "/run/warm-cache-view"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class ServingImage:
-    """Identity of the image that the program runs in.
-
-    id: by which an engine, or a person, names it. content: of its layers and environment, whatever the engine; None
-    where nobody could see them. names: every other name of it.
-    """
-
-    id: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    content: str | None = None
-    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ class Job:
     mode: Mode
     nonce: str  # of this run's event lines; printable ASCII
     mount: str  # the cache root inside the container
-    image: ServingImage = ServingImage()
+    image: ServingImage = NO_IMAGE
     task: Task | None = None
     lease: str | None = None  # path of the lease file; None: stdin is the lease, if it is attached
     lifetime: float = 7200.0  # after which the container ends by itself

@@ -71,6 +71,24 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class ServingImage:
+    """Identity of the image that the program runs in.
+
+    id: by which an engine, or a person, names it. content: of its layers and environment, whatever the engine; None
+    where nobody could see them. names: every other name of it.
+    """
+
+    id: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    content: str | None = None
+    names: tuple[str, ...] = ()
+
+
+#: Where nothing is known of the image.
+NO_IMAGE = ServingImage()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A way to make a task's kernels compile, as far as it is known without running it (`agent.recipes` runs it)."""
 

@@ -12,8 +12,7 @@ from builder.cache import layout, marker_files, markers, memos, toolchain, usage
 from builder.cache.families import FAMILIES, directory
 from builder.cache.marker_files import Observed
 from builder.cache.toolchain import Record
-from builder.job import ServingImage
-from builder.task import Task
+from builder.task import ServingImage, Task
 
 DAY = 86400.0
 #: A 32-bit ELF header and a table of one section, which is the table itself: the smallest file that is whole.

@@ -15,8 +15,8 @@ from builder import events
 from builder.cache import memos
 from builder.cache.toolchain import Record
 from builder.events import Event, Verdict
-from builder.job import JOB_VARIABLE, Job, ServingImage
-from builder.task import Task
+from builder.job import JOB_VARIABLE, Job
+from builder.task import ServingImage, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "docker" / "stand-in" / "tiny"

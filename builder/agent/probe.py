@@ -26,8 +26,7 @@ from builder.agent import packages, sglang_build
 from builder.cache import kernel_sources, toolchain, variables
 from builder.cache.families import FAMILIES, PACKAGES
 from builder.cache.toolchain import SCHEMA, Record, distinct, factor_variables, switches
-from builder.job import ServingImage
-from builder.task import PRETEND_VARIABLE
+from builder.task import PRETEND_VARIABLE, ServingImage
 
 #: Seconds that a compiler, or the GPU driver, may take to answer.
 SECONDS = 20.0

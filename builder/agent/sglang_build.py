@@ -15,7 +15,7 @@ from builder import files
 from builder.agent import packages
 from builder.cache import kernel_sources
 from builder.cache.toolchain import Sglang
-from builder.job import ServingImage
+from builder.task import ServingImage
 
 _COMMIT_LABELS = ("ai.sglang.build.commit", "org.opencontainers.image.revision")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

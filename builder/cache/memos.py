@@ -36,8 +36,7 @@ from builder.cache.toolchain import (
     family_keys,
     sound,
 )
-from builder.job import ServingImage
-from builder.task import PRETEND_VARIABLE
+from builder.task import PRETEND_VARIABLE, ServingImage
 
 _LIMIT = 4 << 20
 _KEEP = 16

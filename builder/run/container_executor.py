@@ -24,13 +24,12 @@ from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefu
 from builder.host import gpus
 from builder.host.cancel import ANSWER_WITHIN
 from builder.host.gpus import GpuSnapshot, Nvml
-from builder.job import ServingImage
 from builder.run import cache_root, preflight
 from builder.run.cache_root import CacheRoot
 from builder.run.context import Context
 from builder.run.executor import PROBE_TIMEOUT, Allocation, Execution, Reservation, Watcher
 from builder.run.plan import Item, Plan, ProbeEnv, make_plan, probe_env
-from builder.task import Task
+from builder.task import ServingImage, Task
 
 if TYPE_CHECKING:
     from builder.engine.sweep import Swept

@@ -25,11 +25,11 @@ from builder.engine.log_sinks import CLOSING, Display, Lines, LogFile, Tail
 from builder.errors import CANNOT_RUN, BuilderError, PreflightError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.job import Job, PrebuildRequest, RunOrigin, ServingImage
+from builder.job import Job, PrebuildRequest, RunOrigin
 from builder.processes import describe_status
 from builder.run.context import Context
 from builder.run.executor import PROBE_TIMEOUT, Allocation, Ended, Execution, Watcher
-from builder.task import Gpu, Task
+from builder.task import Gpu, ServingImage, Task
 
 #: Seconds that the program gets to end by itself after a cancellation: a cancelled CI step has 7.5 s in all.
 CANCEL_GRACE = 3.0

@@ -13,7 +13,7 @@ import pytest
 from builder.agent import probe
 from builder.cache import toolchain
 from builder.cache.families import FAMILIES
-from builder.job import ServingImage
+from builder.task import ServingImage
 
 IMAGE = "sha256:" + "a" * 64
 SOON = time.monotonic() + 3600

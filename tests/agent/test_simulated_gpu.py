@@ -13,10 +13,9 @@ from builder.cache import marker_files, markers, memos
 from builder.cache.coverage import coverage
 from builder.cache.toolchain import Record
 from builder.errors import UsageError
-from builder.job import ServingImage
 from builder.manifest import load
 from builder.run.job_environment import common_env
-from builder.task import PRETEND_VARIABLE, Shape, Task
+from builder.task import PRETEND_VARIABLE, ServingImage, Shape, Task
 from tests.program import Program
 
 TEXT = """

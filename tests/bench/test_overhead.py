@@ -35,7 +35,7 @@ begun = time.perf_counter()
 import builder.agent.__main__
 loaded = time.perf_counter()
 from builder.agent import probe
-from builder.job import ServingImage
+from builder.task import ServingImage
 probe.probe(environ=dict(os.environ), mount="/jit", image=ServingImage("sha256:0"))
 print(json.dumps([loaded - begun, time.perf_counter() - loaded]))
 """

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from builder import events
 from builder.errors import UsageError
-from builder.job import Job, RunOrigin, ServingImage
-from builder.task import Shape, Task
+from builder.job import Job, RunOrigin
+from builder.task import ServingImage, Shape, Task
 from tests.strategies import (
     EXAMPLES,
     FUZZ,

@@ -13,7 +13,7 @@ import pytest
 from builder.cache import memos, toolchain
 from builder.cache.families import FAMILIES
 from builder.cache.toolchain import Record
-from builder.job import ServingImage
+from builder.task import ServingImage
 
 IMAGE = "sha256:" + "a" * 64
 CONTENT = "sha256:" + "c" * 64

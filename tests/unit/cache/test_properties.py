@@ -21,8 +21,7 @@ from builder.cache.entries import ProblemKind, file_problem
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
 from builder.cache.marker_files import Marker, Observed, folder_name
 from builder.cache.toolchain import Record
-from builder.job import ServingImage
-from builder.task import Task
+from builder.task import ServingImage, Task
 from tests.strategies import (
     EXAMPLES,
     FUZZ,
