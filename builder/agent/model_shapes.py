@@ -85,7 +85,7 @@ def wanted(
         if source == "config":
             found.update(dict.fromkeys(_of_model(task, environ, walk, say)))
         else:
-            found.update(dict.fromkeys(marker_files.shapes_of(root, task.model)))
+            found.update(dict.fromkeys(marker_files.shapes_of(root, {task.model})[task.model]))
     if not found:
         hint = 'warm it once with compile-deep-gemm, or set shapes_from = "config"'
         raise NotUnderstood(f"no earlier run of {task.model} left a marker that names shapes: {hint}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -216,15 +216,16 @@ def every(root: Path) -> Iterator[MarkerFile]:
                 yield from _in_folder(tree, item.name)
 
 
-def shapes_of(root: Path, model: str) -> tuple[Shape, ...]:
-    """Return every shape in markers below `root` for this model, whatever their toolchain and argv."""
-    found: set[Shape] = set()
-    for file in every(root):
-        if file.marker is not None and file.marker.coverage.get("model") == model:
+def shapes_of(root: Path, models: Collection[str]) -> dict[str, tuple[Shape, ...]]:
+    """Return for each of these models the shapes in its markers below `root`, whatever their toolchain and argv."""
+    found: dict[str, set[Shape]] = {model: set() for model in models}
+    for file in every(root) if models else ():
+        model = file.marker.coverage.get("model") if file.marker is not None else None
+        if file.marker is not None and isinstance(model, str) and model in found:
             for text in file.marker.shapes:
                 with contextlib.suppress(ValueError):
-                    found.add(Shape.parse(text))
-    return tuple(sorted(found))
+                    found[model].add(Shape.parse(text))
+    return {model: tuple(sorted(shapes)) for model, shapes in found.items()}
 
 
 def neighbours(root: Path, label: str) -> list[MarkerFile]:

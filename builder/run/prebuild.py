@@ -37,6 +37,8 @@ PLAN_TIMEOUT = 900.0
 COMPILE_TIMEOUT = 3600.0
 #: Bytes of the plan in one job, the rest of which is small.
 _PLAN_BYTES = MAX_JOB - 16384
+#: Bytes that importing sglang and one compiler take, with room: 0.5 GB each were measured.
+LEAST_MEMORY = 2 << 30
 #: Problems that are shown; the report has all of them.
 _SHOWN = 5
 
@@ -75,7 +77,7 @@ def known_shapes(root: Path, items: Iterable[Item]) -> dict[str, tuple[Shape, ..
     """Return model → shapes that markers of earlier runs name, for tasks that use them. root: the cache's index."""
     models = {item.task.model for item in items if _asks(item) and _is_walked(item.task)}
     models |= {item.task.model for item in items if "markers" in item.task.shapes_from}
-    return {model: marker_files.shapes_of(root, model) for model in sorted(models)}
+    return marker_files.shapes_of(root, models)
 
 
 def run(executor: Executor, items: Sequence[Item], known: Mapping[str, Sequence[Shape]]) -> Stage:
@@ -193,6 +195,9 @@ class _Prebuild:
         busy = executor.gpus_in_use() != ""
         limits = _limits(busy, executor.shares_machine)
         self._limits = replace(limits, workers=spec.workers or 0, memory=spec.memory or limits.memory)
+        if self._limits.memory is not None and self._limits.memory < LEAST_MEMORY:
+            free, least = size(self._limits.memory), size(LEAST_MEMORY)
+            raise BuilderError(f"{free} of memory are free for it, and it needs at least {least}")
 
     def run(self) -> None:
         self._executor.start()

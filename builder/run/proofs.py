@@ -57,6 +57,8 @@ def _proof(path: Path, document: Any) -> HardwareProof | None:
         return None
     checks, kernels = document.get("checks"), document.get("kernels")
     texts = [document.get(name) for name in ("gpu", "date", "sglang", "deep_gemm")]
+    if document.get("complete") is not True:  # of few Ms
+        return None
     if not isinstance(checks, dict) or not all(checks.get(name) is True for name in CHECKS):
         return None
     if not isinstance(kernels, int) or kernels < 1 or not all(isinstance(text, str) and text for text in texts):

@@ -167,9 +167,9 @@ def test_shapes_of_markers_ignore_other_models_and_garbage(program: Program, tmp
     marker = json.loads(path.read_text())
     (path.parent / "strange.json").write_text(json.dumps({**marker, "shapes": ["no shape", 7, None]}))
     (program.root / "markers" / "a-file").write_text("x")
-    assert marker_files.shapes_of(program.root, str(program.model)) == tuple(sorted(map(Shape.parse, marker["shapes"])))
-    assert marker_files.shapes_of(program.root, "other") == (other,)
-    assert marker_files.shapes_of(program.root, "third") == ()
+    model = str(program.model)
+    found = marker_files.shapes_of(program.root, {model, "other", "third"})
+    assert found == {model: tuple(sorted(map(Shape.parse, marker["shapes"]))), "other": (other,), "third": ()}
 
 
 def test_shapes_of_markers_and_config_need_no_server(program: Program) -> None:
@@ -180,7 +180,7 @@ def test_shapes_of_markers_and_config_need_no_server(program: Program) -> None:
     )
     done = program.run(task)
     assert done.status == 0, done.verdict
-    of_markers = marker_files.shapes_of(program.root, str(program.model))
+    of_markers = marker_files.shapes_of(program.root, {str(program.model)})[str(program.model)]
     assert set(map(Shape.parse, done.verdict.shapes)) == V3_TP8 | {Shape(DENSE, 64, 64), *of_markers}
     assert f"{len(done.verdict.shapes)} shapes, ".encode() in done.stderr
 

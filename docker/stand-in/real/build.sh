@@ -180,12 +180,12 @@ export CUDA_HOME=$CUDA LD_LIBRARY_PATH=$HOME_IN_IMAGE/stubs PYTHONPATH=$HOME_IN_
 export PATH=$HOME_IN_IMAGE/venv/bin:$CUDA/bin:\$PATH
 LD_PRELOAD=$HOME_IN_IMAGE/stubs/fakert.so SGLANG_CACHE_DIR=/.build/sglang python $HOME_IN_IMAGE/shapes.py NONE || exit 1
 TRITON_CACHE_DIR=/.build/triton python $HOME_IN_IMAGE/tri.py || exit 1
-SGLANG_USE_CPU_ENGINE=1 timeout 150 python -m sglang.launch_server --device cpu --load-format dummy \
+SGLANG_USE_CPU_ENGINE=1 timeout 330 python -m sglang.launch_server --device cpu --load-format dummy \
   --model-path $HOME_IN_IMAGE/tiny --attention-backend torch_native --sampling-backend pytorch --host 127.0.0.1 --port 31997 \
   --mem-fraction-static 0.2 --max-total-tokens 4096 & server=\$!
 python - \$server <<'PYTHON' || exit 1
 import os, sys, time, urllib.request
-for _ in range(240):
+for _ in range(600):  # of a machine under load
     time.sleep(0.5)
     os.stat("/proc/" + sys.argv[1])
     try:

@@ -12,6 +12,7 @@ import pytest
 from builder import events
 from builder.cache.toolchain import Record
 from builder.errors import BuilderError, TasksError, UsageError
+from builder.host import machine
 from builder.job import PlannedShape, PrebuildRequest
 from builder.manifest.load import without_tasks
 from builder.manifest.sections import GpusSpec, PrebuildSpec
@@ -145,13 +146,26 @@ def test_proven_gpu_turns_the_stage_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert FakeExecutor(tmp_path, shapes_task("one", DENSE), spec=PrebuildSpec()).run_stage().state == "done"
 
 
-def test_beside_running_jobs_it_takes_what_is_free_and_gives_way(tmp_path: Path) -> None:
+def test_beside_running_jobs_it_takes_what_is_free_and_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(free=9 << 30, available=20 << 30))
     spec = PrebuildSpec(enabled=True, when="always", workers=7)
     executor = FakeExecutor(tmp_path, shapes_task("one", DENSE), spec=spec)
     executor.in_use = "GPU 3 is held by pid 7"
     executor.run_stage()
     for _, request in executor.requests:
-        assert request.gentle and request.cpus and request.memory and request.workers == 7
+        assert request.gentle and request.cpus and (request.memory, request.workers) == (9 << 30, 7)
+
+
+def test_too_little_free_memory_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(free=1 << 30, available=20 << 30))
+    executor = FakeExecutor(tmp_path, shapes_task("one", DENSE), spec=PrebuildSpec(enabled=True, when="always"))
+    executor.in_use = "GPU 3 is held by pid 7"
+    stage = executor.run_stage()
+    assert (stage.state, stage.reason) == ("failed", "1.1 GB of memory are free for it, and it needs at least 2.1 GB")
+    executor.in_use = ""
+    assert executor.run_stage().state == "done", "beside nothing else, what is available counts"
 
 
 def test_tasks_without_deep_gemm_need_no_stage(tmp_path: Path) -> None:
