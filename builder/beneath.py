@@ -32,6 +32,9 @@ _FOLDER = _ANY | os.O_DIRECTORY
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BATCH = 4096
+#: What names no file of its directory; and no directory at all.
+_NO_NAMES = frozenset(("", ".", ".."))
+_NOWHERE = "\0"
 
 
 class Item:
@@ -62,7 +65,7 @@ class Tree:
         self._below = below
         self._parts: list[str] = []
         self._fds: list[int] = []
-        self._current = ""
+        self._current = _NOWHERE
 
     @classmethod
     def of(cls, place: str | Path | Tree) -> Tree:
@@ -91,16 +94,16 @@ class Tree:
         """Close what is open. The next use opens it again."""
         while self._fds:
             os.close(self._fds.pop())
-        self._parts, self._current = [], ""
+        self._parts, self._current = [], _NOWHERE
 
     # Reading
 
     def lstat(self, name: str) -> os.stat_result:
         """Return the status of a file itself. Raises OSError, with ELOOP where a link would have been followed."""
         above, _, last = name.rpartition("/")
-        if not last:
-            return os.fstat(self.descriptor(""))
-        return os.stat(_plain(last), dir_fd=self.descriptor(above), follow_symlinks=False)
+        if last in _NO_NAMES:
+            return os.fstat(self.descriptor(name))
+        return os.stat(last, dir_fd=self.descriptor(above), follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
         """Return whether there is anything of this name."""
@@ -121,7 +124,7 @@ class Tree:
         """Return a descriptor for reading and the size of a regular file. Raises UnreadableError for anything else."""
         above, _, last = name.rpartition("/")
         try:
-            return files.reopened(os.open(_plain(last), _ANY, dir_fd=self.descriptor(above)))
+            return open_regular_at(self.descriptor(above), _plain(last))
         except (OSError, ValueError) as error:
             raise files.unreadable(error) from None
 
@@ -132,10 +135,6 @@ class Tree:
     def read_json(self, name: str, limit: int) -> Any:
         """Return the document in the file. Raises UnreadableError, also for what is not JSON or nested too deeply."""
         return files.parsed(self.read_bytes(name, limit))
-
-    def enter(self, name: str) -> None:
-        """Open a directory for what is read next. Raises OSError, with ELOOP for a link."""
-        self.descriptor(name)
 
     def listing(self, name: str = "") -> list[Item] | None:
         """Return the items of a directory by name; none where it does not exist; None where it cannot be read.
@@ -319,8 +318,8 @@ class Tree:
     # Descriptors
 
     def descriptor(self, name: str) -> int:
-        """Return a descriptor (O_PATH) of a directory; it belongs to this tree. Raises OSError."""
-        if self._fds and name == self._current:
+        """Return a descriptor (O_PATH) of a directory, valid until the next use of the tree. Raises OSError."""
+        if name == self._current:
             return self._fds[-1]
         if not self._fds:
             self._fds.append(self._opened())
@@ -332,7 +331,7 @@ class Tree:
             if mine != theirs:
                 break
             same += 1
-        self._current = "\0"  # no name, until all of it is open
+        self._current = _NOWHERE  # until all of it is open
         while len(self._parts) > same:
             os.close(self._fds.pop())
             self._parts.pop()
@@ -359,6 +358,17 @@ class NotRegularError(OSError):
 
     def __init__(self, name: str) -> None:
         super().__init__(errno.EINVAL, "is not a regular file", name)
+
+
+def open_regular_at(folder: int, last: str) -> tuple[int, int]:
+    """Return a descriptor for reading and the size of a regular file in a directory of `Tree.descriptor`.
+
+    last: one component. Raises UnreadableError for anything else.
+    """
+    try:
+        return files.reopened(os.open(last, _ANY, dir_fd=folder))
+    except (OSError, ValueError) as error:
+        raise files.unreadable(error) from None
 
 
 def open_at(folder: int | None, name: str, flags: int, *, create: bool = False, mode: int = 0o666) -> int:
@@ -417,6 +427,6 @@ def _open_folder(above: int, part: str) -> int:
 
 def _plain(part: str) -> str:
     """Return one component of a path that leads to nothing but itself. Raises OSError."""
-    if part in ("", ".", "..") or "/" in part:
+    if part in _NO_NAMES or "/" in part:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), part)
     return part

@@ -117,7 +117,7 @@ def parsed(data: bytes) -> Any:
     if not data:
         raise UnreadableError("is empty")
     try:
-        return json.loads(data, parse_int=_number)
+        return _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except (ValueError, RecursionError, MemoryError) as error:
         raise UnreadableError(f"is not JSON: {type(error).__name__}") from None
 
@@ -127,6 +127,9 @@ def _number(digits: str) -> int:
     if len(digits) > _DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_number)
 
 
 def listing(path: str) -> list[os.DirEntry[str]] | None:

@@ -17,9 +17,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from builder.beneath import Item, Tree
+from builder.beneath import Item, Tree, open_regular_at
 from builder.cache.families import Family
-from builder.files import UNREADABLE, UnreadableError, matches, why
+from builder.files import UNREADABLE, UnreadableError, matches, parsed, read_whole, unreadable, why
 from builder.text import printable
 
 
@@ -125,7 +125,7 @@ def problem_of(family: Family, tree: Tree, name: str, mount: str | None) -> Entr
     try:
         if family.layout == "files":
             return _single_problem(tree, name)
-        tree.enter(name)
+        folder = tree.descriptor(name)
     except FileNotFoundError:
         return MISSING
     except NotADirectoryError:
@@ -133,7 +133,7 @@ def problem_of(family: Family, tree: Tree, name: str, mount: str | None) -> Entr
     except (OSError, ValueError) as error:
         return _invalid(why(error)) if getattr(error, "errno", None) == errno.ELOOP else _refused(error)
     if family.layout == "deep_gemm":
-        return _joined(_deep_gemm_problems(tree, name))
+        return _joined(_deep_gemm_problems(folder, name))
     return _joined(_triton_problems(family, tree, name, mount))
 
 
@@ -167,21 +167,22 @@ def _unusable(error: UnreadableError, label: str) -> EntryProblem:
     return EntryProblem(ProblemKind.UNREADABLE if error.refused else ProblemKind.INVALID, printable(f"{label} {error}"))
 
 
-def _deep_gemm_problems(tree: Tree, name: str) -> list[EntryProblem]:
+def _deep_gemm_problems(folder: int, name: str) -> list[EntryProblem]:
     """sgl-deep-gemm <= 0.1.7 writes ``kernel.<name>.<hash>/{kernel.cu,kernel.cubin}``; 0.2 writes ``<name>.<hash>/``
     with ``meta.json`` and ``.committed`` as well, and takes a directory without the latter for a miss, forever."""
     directory = name.rpartition("/")[2]
     old = directory.startswith("kernel.") and directory.count(".") >= 2
     problems = []
-    if not old and not _is_regular(tree, f"{name}/.committed"):
+    if not old and not _is_regular(folder, ".committed"):
         problems.append(_invalid("no .committed"))
-    if problem := file_problem(tree, f"{name}/kernel.cubin"):
+    if problem := _file_problem(folder, "kernel.cubin"):
         problems.append(problem)
-    if problem := _not_empty(tree, f"{name}/kernel.cu", "kernel.cu"):
+    if problem := _not_empty(folder, "kernel.cu"):
         problems.append(problem)
     if not old:
         try:
-            if not isinstance(tree.read_json(f"{name}/meta.json", _JSON_LIMIT), dict):
+            meta = parsed(read_whole(*open_regular_at(folder, "meta.json"), _JSON_LIMIT))
+            if not isinstance(meta, dict):
                 problems.append(_invalid("meta.json is not an object"))
         except UnreadableError as error:
             problems.append(_unusable(error, "meta.json"))
@@ -244,32 +245,41 @@ def _group_problems(family: Family, tree: Tree, name: str, group: str, mount: st
 
 
 def file_problem(tree: Tree, name: str) -> EntryProblem | None:
+    """Return the problem of a file of this name, see `_file_problem`."""
+    above, _, last = name.rpartition("/")
+    try:
+        folder = tree.descriptor(above)
+    except (OSError, ValueError) as error:
+        return _unusable(unreadable(error), last)
+    return _file_problem(folder, last)
+
+
+def _file_problem(folder: int, last: str) -> EntryProblem | None:
     """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's.
 
     Of an ELF file, only the header and the two tables are read: a cache holds gigabytes, and every check reads a
     marker's entries.
     """
-    label = printable(name.rpartition("/")[2])
     try:
-        fd, size = tree.open_regular(name)
+        fd, size = open_regular_at(folder, last)
     except UnreadableError as error:
-        return _unusable(error, label)
+        return _unusable(error, last)
     try:
         if not size:
-            return _invalid(f"{label} is empty")
+            return _invalid(f"{last} is empty")
         header = os.pread(fd, 64, 0)
-        if header[:4] != _ELF_MAGIC and not name.endswith(_ELF_SUFFIXES):
+        if header[:4] != _ELF_MAGIC and not last.endswith(_ELF_SUFFIXES):
             return None
-        problem = _tables(fd, size, header) or _machine(header, name)
+        problem = _tables(fd, size, header) or _machine(header, last)
         if problem is None and size <= _PLAN_ONLY_BYTES and PLAN_ONLY.encode() in os.pread(fd, size, 0):
             problem = "is of the plan pass of a prebuild, and no kernel"
     except OSError as error:
-        return _refused(error, label)
+        return _refused(error, last)
     except (struct.error, OverflowError, MemoryError):
         problem = "is damaged: its ELF tables do not parse"
     finally:
         os.close(fd)
-    return _invalid(f"{label} {problem}") if problem else None
+    return _invalid(f"{last} {problem}") if problem else None
 
 
 # ELF
@@ -309,7 +319,8 @@ def _tables(fd: int, size: int, header: bytes) -> str | None:
             return f"is cut: {size} of {end} bytes"
         if count * step > _TABLE_LIMIT:
             return f"is damaged: its {what} table has {count * step} bytes"
-        last = _last_byte(fd, at, count, step, f"{order}{row}{step - least}x", what)
+        nobits = _SHT_NOBITS if what == "section" else None
+        last = _last_byte(fd, at, count, step, f"{order}{row}{step - least}x", nobits)
         if last is None:
             return f"is damaged: its {what} table is blank"
         end = max(end, last)
@@ -327,14 +338,13 @@ def _machine(header: bytes, name: str) -> str | None:
     return f"is for {theirs}, " + ("and no GPU" if name.endswith(".cubin") else f"and this machine is {ours}")
 
 
-def _last_byte(fd: int, at: int, count: int, step: int, row: str, what: str) -> int | None:
+def _last_byte(fd: int, at: int, count: int, step: int, row: str, nobits: int | None) -> int | None:
     """Return the end of what a table describes furthest into the file; None where it describes nothing."""
-    # A row of kind NULL describes nothing, and a section of kind NOBITS takes no room in the file.
-    nobits = _SHT_NOBITS if what == "section" else None
     rows = max(1, _CHUNK // step)
     last: int | None = None
     for first in range(0, count, rows):
         data = os.pread(fd, min(rows, count - first) * step, at + first * step)
+        # A row of kind NULL describes nothing, and a section of kind NOBITS takes no room in the file.
         ends = [
             offset if kind == nobits else offset + length
             for kind, offset, length in struct.iter_unpack(row, data)
@@ -378,20 +388,20 @@ def size_and_times(family: Family, tree: Tree, name: str) -> tuple[int, int, int
     return size, used, written
 
 
-def _is_regular(tree: Tree, name: str) -> bool:
+def _is_regular(folder: int, last: str) -> bool:
     try:
-        return stat.S_ISREG(tree.lstat(name).st_mode)
-    except (OSError, ValueError):
+        return stat.S_ISREG(os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode)
+    except OSError:
         return False
 
 
-def _not_empty(tree: Tree, name: str, label: str) -> EntryProblem | None:
+def _not_empty(folder: int, last: str) -> EntryProblem | None:
     try:
-        status = tree.lstat(name)
+        status = os.stat(last, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return _invalid(f"{label} is missing")
+        return _invalid(f"{last} is missing")
     except OSError as error:
-        return _refused(error, label)
+        return _refused(error, last)
     if not stat.S_ISREG(status.st_mode):
-        return _invalid(f"{label} is not a regular file")
-    return None if status.st_size else _invalid(f"{label} is empty")
+        return _invalid(f"{last} is not a regular file")
+    return None if status.st_size else _invalid(f"{last} is empty")
