@@ -100,9 +100,9 @@ class Tree:
 
     def lstat(self, name: str) -> os.stat_result:
         """Return the status of a file itself. Raises OSError, with ELOOP where a link would have been followed."""
-        above, _, last = name.rpartition("/")
-        if last in _NO_NAMES:
-            return os.fstat(self.descriptor(name))
+        if not name:
+            return os.fstat(self.descriptor(""))
+        above, last = _split(name)
         return os.stat(last, dir_fd=self.descriptor(above), follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
@@ -122,9 +122,9 @@ class Tree:
 
     def open_regular(self, name: str) -> tuple[int, int]:
         """Return a descriptor for reading and the size of a regular file. Raises UnreadableError for anything else."""
-        above, _, last = name.rpartition("/")
+        above, last = _split(name)
         try:
-            return open_regular_at(self.descriptor(above), _plain(last))
+            return open_regular_at(self.descriptor(above), last)
         except (OSError, ValueError) as error:
             raise files.unreadable(error) from None
 
@@ -202,11 +202,11 @@ class Tree:
 
         Directories that lead to it are made. A kill may leave a file whose name ends in ``.tmp``, never read by anyone.
         """
-        above, _, last = name.rpartition("/")
+        above, last = _split(name)
         if above:
             self.make_folder(above)
         folder = self.descriptor(above)
-        temporary = f".{_plain(last)[:180]}.{os.urandom(16).hex()}.tmp"
+        temporary = f".{last[:180]}.{os.urandom(16).hex()}.tmp"
         try:
             with os.fdopen(os.open(temporary, _NEW, mode, dir_fd=folder), "wb") as file:
                 os.fchmod(file.fileno(), mode)  # whatever the umask: others read what one user wrote
@@ -227,8 +227,8 @@ class Tree:
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet: of two writers the first wins, and both then read the same."""
-        above, _, last = name.rpartition("/")
-        sibling = f".{_plain(last)}.{os.urandom(16).hex()}.tmp"
+        above, last = _split(name)
+        sibling = f".{last}.{os.urandom(16).hex()}.tmp"
         self.write_atomically(f"{above}/{sibling}".lstrip("/"), data)
         folder = self.descriptor(above)
         try:
@@ -239,8 +239,8 @@ class Tree:
 
     def open_file(self, name: str, flags: int, *, create: bool = False, mode: int = 0o666) -> int:
         """Return a descriptor of a regular file, opened with these flags. Raises OSError, NotRegularError."""
-        above, _, last = name.rpartition("/")
-        return open_at(self.descriptor(above), _plain(last), flags, create=create, mode=mode)
+        above, last = _split(name)
+        return open_at(self.descriptor(above), last, flags, create=create, mode=mode)
 
     def copy_mode(self, name: str, status: os.stat_result) -> None:
         """Give a directory the owner, where that is allowed, and the mode of another. Raises OSError."""
@@ -258,23 +258,21 @@ class Tree:
 
     def move(self, name: str, to: Tree, new: str) -> None:
         """Rename a file or directory, itself, into a tree of the same file system. Raises OSError."""
-        source, _, last = name.rpartition("/")
-        target, _, goal = new.rpartition("/")
+        source, last = _split(name)
+        target, goal = _split(new)
         with to.below("") as other:  # with descriptors of its own: it may be this tree
-            os.rename(
-                _plain(last), _plain(goal), src_dir_fd=self.descriptor(source), dst_dir_fd=other.descriptor(target)
-            )
+            os.rename(last, goal, src_dir_fd=self.descriptor(source), dst_dir_fd=other.descriptor(target))
         self.close()
 
     def unlink(self, name: str) -> None:
         """Delete a file, itself. Raises OSError."""
-        above, _, last = name.rpartition("/")
-        os.unlink(_plain(last), dir_fd=self.descriptor(above))
+        above, last = _split(name)
+        os.unlink(last, dir_fd=self.descriptor(above))
 
     def rmdir(self, name: str) -> None:
         """Delete an empty directory. Raises OSError."""
-        above, _, last = name.rpartition("/")
-        os.rmdir(_plain(last), dir_fd=self.descriptor(above))
+        above, last = _split(name)
+        os.rmdir(last, dir_fd=self.descriptor(above))
         self.close()
 
     def remove(self, name: str, *, scratch: str | None = None) -> None:
@@ -423,6 +421,14 @@ def _open_folder(above: int, part: str) -> int:
         if stat.S_ISLNK(os.stat(part, dir_fd=above, follow_symlinks=False).st_mode):
             raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", part) from None
         raise
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the directory's name and the last component of a name. Raises OSError for what is none."""
+    above, slash, last = name.rpartition("/")
+    if slash and not above:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return above, _plain(last)
 
 
 def _plain(part: str) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -40,6 +41,10 @@ FILE = "lease"
 #: Name of the file beside it that has the identity of the lease's engine.
 ENGINE = "engine"
 NEW, HELD = "new-", "held-"
+
+#: A lease's path, see `home_directory`; and characters of a label that may hold one.
+_PATH = re.compile(rf"/(?:[^/\0]+/)*warm-cache-\d+/{HELD}[^/\0]+/{FILE}")
+_LABEL_LIMIT = 8192
 
 
 class Lease:
@@ -139,12 +144,20 @@ def private_directory(state_dir: Path) -> Path:
 
 
 def lease_of(labels: Mapping[str, str]) -> Mapping[str, object]:
-    """Return path, device and inode of the lease file that a container's labels name; empty if they name none."""
+    """Return path, device and inode of the lease file that a container's labels name; empty if they name none.
+
+    Labels may be an image's, so anybody's: a path counts only if it has the form of one of ours, and is never opened
+    before the file is known to be a regular one.
+    """
+    text = labels.get(LABEL_LEASE, "")
     try:
-        lease = json.loads(labels.get(LABEL_LEASE, ""))
+        lease = json.loads(text) if len(text) <= _LABEL_LIMIT else None
     except (ValueError, RecursionError):
         return {}
-    return lease if isinstance(lease, dict) else {}
+    if not isinstance(lease, dict):
+        return {}
+    path = lease.get("path")
+    return lease if isinstance(path, str) and _PATH.fullmatch(path) else {}
 
 
 def owner_is_dead(labels: Mapping[str, str]) -> bool | None:

@@ -15,9 +15,9 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
 
 from builder import files
+from builder.beneath import Tree
 from builder.cache import families, marker_files, model_store
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.api import MEMORY, ContainerSpec, Mount
@@ -27,12 +27,20 @@ from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
 from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
+from builder.run.unpacking import Bounds, unpack
 
 #: What decides whether a task is warm, besides the entries.
 INDEX = ("layout.json", "images", "markers")
 
 #: Seconds after which a sweep may remove a container that was created for reading.
 READ_LIFETIME = 3600.0
+
+#: Bytes of one marker or memo, and of all of them; bytes of one file of an entry. No program reads a larger one.
+INDEX_FILE, INDEX_BYTES, ENTRY_FILE = 16 << 20, 1 << 30, 2 << 30
+#: Of the free space for a copy, what its entries may take.
+SHARE = 0.8
+#: Names of a folder that are looked at to see whether this process may read them.
+_NAMES = 256
 
 
 def exists(manifest: Manifest, engine: Engine) -> bool:
@@ -47,13 +55,22 @@ class CacheRoot:
     """Reads one cache root. Nothing is opened before it is needed."""
 
     def __init__(
-        self, manifest: Manifest, engine: Engine, *, image: str, lease: Callable[[], Lease], cancel: Cancel
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        *,
+        image: str,
+        lease: Callable[[], Lease],
+        cancel: Cancel,
+        on_skip: Callable[[str], None] = lambda _text: None,
     ) -> None:
+        """on_skip: called with what of the root is left out of a copy, and why."""
         self._manifest = manifest
         self._engine = engine
         self._image = image
         self._lease = lease
         self._cancel = cancel
+        self._on_skip = on_skip
 
     @property
     def name(self) -> str:
@@ -74,7 +91,9 @@ class CacheRoot:
         if root is None or not self._engine.local or not root.is_dir():
             return None
         known = [str(root / name) for name in (*INDEX, *families.FAMILY)]
-        inside = [item.path for path in known for item in files.listing(path) or ()]
+        with Tree(root) as tree:
+            folders = [tree.some(name, _NAMES) for name in (*INDEX[1:], *families.FAMILY)]
+            inside = [str(root / item.name) for items in folders for item in items or () if item.is_dir or item.is_file]
         return None if any(map(_is_closed, (str(root), *known, *inside))) else root
 
     def exists(self) -> bool:
@@ -106,12 +125,13 @@ class CacheRoot:
         with self._scratch() as copy, self._reader() as container:
             if container is not None:
                 with self._copying():
-                    self._fetch(container, INDEX, copy)
+                    self._fetch(container, INDEX, copy, Bounds(INDEX_FILE, INDEX_BYTES))
                     if entries:
                         claimed = _claimed(copy)
                         if keys is not None:
                             claimed &= {f"{family}/{key}" for family, key in keys}
-                        self._fetch(container, sorted(claimed), copy)
+                        free = shutil.disk_usage(copy).free
+                        self._fetch(container, sorted(claimed), copy, Bounds(ENTRY_FILE, int(free * SHARE)))
             yield copy
 
     @contextlib.contextmanager
@@ -142,7 +162,7 @@ class CacheRoot:
             if container is None:
                 return False
             with self._copying():
-                self._fetch(container, ("layout.json",), copy)
+                self._fetch(container, ("layout.json",), copy, Bounds(INDEX_FILE, INDEX_BYTES))
             return _is_same(_identity(copy), _identity(direct))
 
     def prove(self, volume: str) -> None:
@@ -154,8 +174,7 @@ class CacheRoot:
             path = f"{self._manifest.cache.mount}/layout.json"
             if container is not None:
                 with contextlib.closing(self._engine.archive(container, path)) as stream:
-                    for _ in stream:
-                        pass
+                    next(stream, None)
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -223,14 +242,20 @@ class CacheRoot:
         except MissingSourceError:
             return None
 
-    def _fetch(self, container: str, names: Iterable[str], copy: Path) -> None:
+    def _fetch(self, container: str, names: Iterable[str], copy: Path, bounds: Bounds) -> None:
         mount = PurePosixPath(self._manifest.cache.mount)
         for name in names:
-            self._unpack(container, f"{mount}/{name}", copy / PurePosixPath(name).parent)
+            self._unpack(container, f"{mount}/{name}", copy / PurePosixPath(name).parent, bounds)
+        self._warn(bounds)
+
+    def _warn(self, bounds: Bounds) -> None:
+        for text in bounds.skipped:
+            self._on_skip(f"{self.name}: {text}")
 
     def _fetch_model(self, container: str, model: str, copy: Path) -> None:
         base = model_store.repository(model)
-        self._unpack(container, f"{STORE}/{base}/refs", copy / base)
+        bounds = Bounds(INDEX_FILE, INDEX_BYTES)
+        self._unpack(container, f"{STORE}/{base}/refs", copy / base, bounds)
         for reference in (copy / base / "refs").glob("*") if (copy / base / "refs").is_dir() else ():
             commit = reference.read_text(errors="replace").strip()
             if not model_store.is_commit(commit):
@@ -241,12 +266,12 @@ class CacheRoot:
                 continue
             source = os.path.normpath(f"{STORE}/{snapshot}/{target}") if target else f"{STORE}/{snapshot}/config.json"
             with tempfile.TemporaryDirectory(dir=copy) as blob:
-                self._unpack(container, source, Path(blob))
+                self._unpack(container, source, Path(blob), bounds)
                 for file in Path(blob).iterdir():
                     (copy / snapshot).mkdir(parents=True, exist_ok=True)
                     shutil.move(str(file), copy / snapshot / "config.json")
 
-    def _unpack(self, container: str, source: str, target: Path) -> None:
+    def _unpack(self, container: str, source: str, target: Path, bounds: Bounds) -> None:
         """Unpack `source` below `target`. Regular files and directories only, no link or device."""
         try:
             stream = self._engine.archive(container, source)
@@ -254,18 +279,17 @@ class CacheRoot:
             return
         try:
             # Closed on every exit: the engine cannot remove the container while an archive of it is open.
-            with contextlib.closing(stream), tarfile.open(fileobj=cast(IO[bytes], _Reader(stream)), mode="r|") as tar:
-                for member in tar:
-                    _extract(tar, member, target)
+            with contextlib.closing(stream):
+                unpack(stream, PurePosixPath(source).name, target, bounds)
         except tarfile.TarError as error:
             raise EngineLostError(f"the engine's archive of {source} broke off or is none: {error}") from error
 
 
 def _identity(root: Path) -> tuple[bytes, float] | None:
     """Return contents and time of a root's layout.json; None without one."""
-    path = root / "layout.json"
     try:
-        return files.read_bytes(str(path), 1 << 16), path.stat().st_mtime
+        with Tree(root) as tree:
+            return tree.read_bytes("layout.json", 1 << 16), tree.lstat("layout.json").st_mtime
     except (files.UnreadableError, OSError):
         return None
 
@@ -275,32 +299,6 @@ def _is_same(one: tuple[bytes, float] | None, other: tuple[bytes, float] | None)
     if one is None or other is None:
         return one is other
     return one[0] == other[0] and abs(one[1] - other[1]) <= 1.0
-
-
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Unpack one member below target."""
-    path = _inside(target, member.name)
-    if path is None:
-        return
-    if member.isdir():
-        path.mkdir(parents=True, exist_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if member.islnk():
-        # Another name of an earlier file.
-        original = _inside(target, member.linkname)
-        if original is not None and original.is_file():
-            shutil.copy2(original, path)
-    elif member.isreg() and (content := tar.extractfile(member)) is not None:
-        with path.open("wb") as file:
-            shutil.copyfileobj(content, file, 1 << 20)
-        os.utime(path, (member.mtime, member.mtime))
-
-
-def _inside(target: Path, name: str) -> Path | None:
-    """Return the path of a member of this name below target; None where it would be outside."""
-    place = PurePosixPath(name)
-    return None if place.is_absolute() or ".." in place.parts else target / place
 
 
 @contextlib.contextmanager
@@ -314,28 +312,6 @@ def _lease_kept_unless_confirmed(lease: Lease, *, unless: type[BuilderError] | t
     except BuilderError as error:
         lease.keep = lease.keep or not isinstance(error, unless)
         raise
-
-
-class _Reader:
-    """An iterator of chunks as the file that tarfile reads."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def read(self, size: int = -1) -> bytes:
-        parts, have = [self._rest], len(self._rest)
-        while size < 0 or have < size:
-            chunk = next(self._chunks, b"")
-            if not chunk:
-                break
-            parts.append(chunk)
-            have += len(chunk)
-        data = b"".join(parts)
-        if size < 0:
-            size = len(data)
-        self._rest = data[size:]
-        return data[:size]
 
 
 def _is_closed(path: str) -> bool:

@@ -123,6 +123,7 @@ class ContainerExecutor:
             image=self.serving.id,
             lease=lambda: self.lease,
             cancel=self.context.cancel,
+            on_skip=self.context.report.warnings.append,
         )
 
     @property

@@ -25,6 +25,7 @@ from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Interrupted, PreflightError
 from builder.host.cancel import Cancel
 from builder.manifest.load import load
+from builder.run import cache_root
 from builder.run.cache_root import CacheRoot
 from builder.task import Task
 
@@ -93,7 +94,12 @@ Make = Callable[..., CacheRoot]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     def make(
-        engine: Elsewhere, *, where: str = "", cancel: Cancel | None = None, lease: Held | None = None
+        engine: Elsewhere,
+        *,
+        where: str = "",
+        cancel: Cancel | None = None,
+        lease: Held | None = None,
+        on_skip: Callable[[str], None] = lambda _text: None,
     ) -> CacheRoot:
         path = tmp_path / "manifest.toml"
         where = where or f'root = "{tmp_path}/root"'
@@ -103,7 +109,12 @@ def make(tmp_path: Path) -> Make:
         )
         held = cast(Lease, lease or Held())
         return CacheRoot(
-            load(path), cast(Engine, engine), image="sha256:1", lease=lambda: held, cancel=cancel or Cancel()
+            load(path),
+            cast(Engine, engine),
+            image="sha256:1",
+            lease=lambda: held,
+            cancel=cancel or Cancel(),
+            on_skip=on_skip,
         )
 
     return make
@@ -269,6 +280,32 @@ def test_links_and_devices_stay_out_of_the_copy(make: Make, root: Path) -> None:
         assert (view / folder.relative_to(root) / "two.json").read_text() == "shared"
     assert {"one.json", "two.json"} <= copied
     assert not {"link.json", "loop.json", "fifo.json"} & copied
+
+
+def test_large_file_stays_out_of_the_copy_and_is_named(make: Make, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file costs the one who plants it nothing: no reader takes it in, and the rest is read all the same."""
+    monkeypatch.setattr(cache_root, "INDEX_FILE", 100_000)
+    folder = next(root.glob("markers/*"))
+    with (folder / "AA.json").open("wb") as file:
+        file.truncate(100_001)
+    skipped: list[str] = []
+    whole = {path.name for path in folder.iterdir()}
+    with make(Elsewhere(root), on_skip=skipped.append).view() as view:
+        assert {path.name for path in (view / folder.relative_to(root)).iterdir()} == whole - {"AA.json"}
+    assert len(skipped) == 1 and "AA.json has 100.0 kB, more than such a file ever has" in skipped[0], skipped
+
+
+def test_archive_beyond_all_bounds_is_broken_off_and_the_next_is_read(
+    make: Make, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_root, "INDEX_BYTES", 200_000)
+    with (root / "images" / "0.json").open("wb") as file:
+        file.truncate(300_000)
+    skipped: list[str] = []
+    with make(Elsewhere(root), on_skip=skipped.append).view(entries=False) as view:
+        assert (view / "layout.json").exists()
+        assert not (view / "images" / "0.json").exists()
+    assert any("0.json has 300.0 kB, more than may be copied" in text for text in skipped), skipped
 
 
 def archive_of(*names: str) -> Callable[[str, str], Iterator[bytes]]:
