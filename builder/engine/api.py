@@ -99,7 +99,7 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerSpec:
-    """A container to create, with as little power as `least power` in docker/README.md says. Sizes in bytes.
+    """A container to create, with the power that docker/README.md states (Least power). Sizes in bytes.
 
     gpus: how many, -1 for all, or their ids; 0: none.
     stdin: open it; the engine closes it for good when its one client disconnects.

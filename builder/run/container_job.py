@@ -229,7 +229,8 @@ def _spec(
     if job.mode not in SEES_GPUS:
         spec = replace(spec, env={**spec.env, **NO_GPUS})
     if job.mode != "run":
-        return replace(spec, read_only=True, tmpfs=SCRATCH, memory=MEMORY)
+        # NVIDIA's hook for CDI devices fails where the root file system is read-only (kserve/kserve#5711).
+        return replace(spec, read_only=not spec.gpus, tmpfs=SCRATCH, memory=MEMORY)
     return replace(
         spec, mounts=(*spec.mounts, *_store(manifest)), network=manifest.container.network, pids=COMPILING_PIDS
     )

@@ -37,12 +37,13 @@ def test_every_container_gets_least_power(cli: Cli, monkeypatch: pytest.MonkeyPa
     cli.manifest(command("task", READY), container=asked, models={"writable": True})
     environ = {SECRET: "hunter2"}
     assert cli.here("warm", environ=environ) == 0
-    (memo,) = (cli.root / "images").iterdir()
+    memos = list((cli.root / "images").iterdir())
     probes = [started["probe"]]
-    memo.unlink()
+    for memo in memos:
+        memo.unlink()
     for verb in (("check",), ("sweep",), ("view", "create", "job"), ("view", "audit", "job"), ("view", "drop", "job")):
         assert cli.here(*verb, environ=environ) == 0
-    assert memo.is_file()
+    assert any((cli.root / "images").iterdir())
     probes.append(started["probe"])
     for mode, found in started.items():
         host = found["HostConfig"]
