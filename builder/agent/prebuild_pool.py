@@ -72,6 +72,7 @@ class Pool:
         self._most = request.workers
         self._started, self._widest = 0, 0
         self._worker_bytes = 0
+        self._parent_bytes = _own_bytes()  # with what it imported, which the workers share
         self._failures = 0  # since the last success
         self._paused, self._checked = 0.0, 0.0
 
@@ -104,7 +105,8 @@ class Pool:
     def _room(self) -> int:
         """Return how many workers may compile now. One always may: it shows how much memory it takes."""
         each = int(self._worker_bytes * HEADROOM) or FIRST_GUESS
-        memory = self._request.memory or len(self._busy()) * each + available_memory()
+        available = len(self._busy()) * each + available_memory()
+        memory = self._request.memory - self._parent_bytes if self._request.memory else available
         return max(1, min(self._most, memory // each))
 
     def _hand_out(self) -> None:
