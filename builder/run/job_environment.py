@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from builder.cache.environment import IMAGE_VARIABLE
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.cache.toolchain import Record, family_keys
 from builder.errors import CANNOT_RUN, ColdError, PreflightError, Problem, UsageError
+from builder.manifest import policy
+from builder.manifest.sections import CacheSpec
 from builder.report import github
 from builder.report.results import TaskResult
 from builder.run.container_executor import ContainerExecutor
 from builder.run.executor import Executor
-from builder.run.plan import Plan
+from builder.run.plan import Item, Plan, result_of
 from builder.task import PRETEND_VARIABLE, Task
 
 #: Why a task is cold whose image must not be probed.
@@ -38,9 +40,9 @@ PRIVATE = "/tmp/warm-cache-cold"  # noqa: S108 - of the job's container alone
 SUBPATH_API = (1, 45)
 #: Makes sglang fail where it would compile (0.5.23, srt/environ.py).
 CRASH_ON_JIT = "SGLANG_CRASH_ON_JIT_COMPILE"
-
-#: (family, key): whether a job may write there.
-Allows = Callable[[str, str], bool]
+#: Why a family is compiled anew by jobs.
+NO_DIRECTORY = "it has no directory yet"
+NOT_SHARED = f"{policy.PATH} does not have this root on its list [cache] shared; give the job a view"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +130,14 @@ def of_job(
         mounts = [*root, *_store(executor)]
     else:
         wanted = {pair for _, record in named for pair in family_keys(record).items()}
-        existing = _directories(executor) & wanted
-        mounts = [*_root(executor, sorted(existing)), *_store(executor)]
-        private = {name: "it has no directory yet" for name, key in keys.items() if (name, key) not in existing}
+        shared = is_shared(context.manifest.cache, policy.current())
+        writable = _directories(executor) & wanted if shared else set()
+        mounts = [*_root(executor, sorted(writable)), *_store(executor)]
+        why = NO_DIRECTORY if shared else NOT_SHARED
+        private = {name: why for name, key in keys.items() if (name, key) not in writable}
         found |= families.environment(PRIVATE, {name: keys[name] for name in private})
+        results = zip(plan.items, context.report.tasks, strict=True)
+        context.report.tasks = [_without(private, item, result) for item, result in results]
     if form not in ("shell", "github"):
         found[IMAGE_VARIABLE] = executor.identity
     warnings = context.report.warnings
@@ -243,13 +249,24 @@ def _directories(executor: ContainerExecutor) -> set[tuple[str, str]]:
     return {directory.name for directory in layout.family_directories(root) if not directory.path.parent.is_symlink()}
 
 
-def _root(executor: ContainerExecutor, writable: Sequence[tuple[str, str]], allows: Allows | None = None) -> list[str]:
-    """Return the mounts of the root: read-only, but for the directories in which kernels may be added.
+def is_shared(cache: CacheSpec, rules: policy.Policy | None) -> bool:
+    """Return whether jobs may write kernels of this cache. Where the host has a policy, it names the directories."""
+    return rules is None or (cache.root is not None and rules.shares(cache.root))
 
-    allows: the host's policy; None: it allows all of them.
-    """
+
+def _without(private: Mapping[str, str], item: Item, result: TaskResult) -> TaskResult:
+    """Return a task's result, cold where a job compiles one of the families that its marker vouches for."""
+    claims = item.judgement.marker.claims if item.warm and item.judgement.marker else {}
+    anew = [name for name in claims if name in private]
+    if not anew:
+        return result
+    return result_of(item, "cold", f"unwritable: {', '.join(anew)}: {private[anew[0]]}")
+
+
+def _root(executor: ContainerExecutor, writable: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the mounts of the root: read-only, but for the directories in which kernels may be added."""
     cache = executor.context.manifest.cache
-    below = [f"{family}/{key}" for family, key in writable if allows is None or allows(family, key)]
+    below = [f"{family}/{key}" for family, key in writable]
     if cache.root is not None:
         return [f"type=bind,src={cache.root},dst={cache.mount},readonly"] + [
             f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part}" for part in below

@@ -14,6 +14,8 @@ import pytest
 from builder.cache import layout, toolchain
 from builder.cache.families import FAMILY
 from builder.errors import PreflightError, UsageError
+from builder.manifest import policy
+from builder.manifest.sections import CacheSpec
 from builder.run import job_environment
 from builder.run.job_environment import OPTIONS, JobEnvironment
 from builder.task import Task
@@ -133,9 +135,15 @@ def test_root_is_read_only_but_for_directories_of_kernels() -> None:
     ]
 
 
-def test_policy_may_keep_a_directory_read_only() -> None:
-    mounts = job_environment._root(executor(root="/data"), sorted(KEYS.items()), lambda family, _: family == "triton")
-    assert [mount.split("dst=")[1] for mount in mounts] == ["/jit,readonly", f"/jit/triton/{KEYS['triton']}"]
+def test_keys_are_writable_only_where_the_policy_shares_the_root() -> None:
+    rules = policy.parse("policy.toml", b'schema = 1\n[cache]\nroots = ["/data"]\nshared = ["/data/jit"]\n')
+    root, other, volume = (
+        CacheSpec(root=Path("/data/jit")),
+        CacheSpec(root=Path("/data/release")),
+        CacheSpec(volume="v"),
+    )
+    assert [job_environment.is_shared(each, rules) for each in (root, other, volume)] == [True, False, False]
+    assert job_environment.is_shared(other, None)
 
 
 def test_parts_of_a_volume_are_mounted_where_the_engine_can() -> None:
