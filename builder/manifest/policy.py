@@ -29,6 +29,9 @@ PATH = Path("/etc/warm-cache/policy.toml")
 OWNER = 0
 SCHEMA = 1
 
+#: Before the name of a volume in the list of shared roots.
+VOLUME = "volume:"
+
 #: More bytes are no policy.
 _LIMIT = 1 << 20
 _REMEDY = "Nothing is done until root mends or removes it."
@@ -126,9 +129,12 @@ class Policy:
         """Return whether one of the entries of the rule's list matches this value."""
         return any(rule.compare(value, entry) for entry in self.lists[rule.section, rule.list].entries)
 
-    def shares(self, root: Path) -> bool:
-        """Return whether jobs may write keys of this root, which others use."""
-        return any(_inside(str(root), entry) for entry in self.lists["cache", "shared"].entries)
+    def shares(self, root: Path | None, volume: str | None = None) -> bool:
+        """Return whether jobs may write keys of this root (a directory, or a volume), which others use."""
+        entries = self.lists["cache", "shared"].entries
+        if root is None:
+            return any(_matches(f"{VOLUME}{volume}", entry) for entry in entries)
+        return any(_inside(str(root), entry) for entry in entries if not entry.startswith(VOLUME))
 
     def asked(self, path: Path) -> bool:
         """Return whether this file may name shapes that jobs asked for."""
@@ -218,7 +224,7 @@ def _lists(document: Document, root: Table) -> Iterator[tuple[tuple[str, str], A
         for name in (name for each, name in known if each == section):
             entries = table.read(name, _entries, ())
             for entry in entries if (section, name) in PATHS else ():
-                if not entry.startswith("/"):
+                if not entry.startswith(("/", VOLUME) if (section, name) == ("cache", "shared") else "/"):
                     table.add_problem(name, f"{name}: expected absolute paths, found {entry!r}.")
             yield (section, name), Allowed(entries, document.location((section, name)))
         table.finish()

@@ -250,8 +250,8 @@ def _directories(executor: ContainerExecutor) -> set[tuple[str, str]]:
 
 
 def is_shared(cache: CacheSpec, rules: policy.Policy | None) -> bool:
-    """Return whether jobs may write kernels of this cache. Where the host has a policy, it names the directories."""
-    return rules is None or (cache.root is not None and rules.shares(cache.root))
+    """Return whether jobs may write kernels of this cache. Where the host has a policy, it names them."""
+    return rules is None or rules.shares(cache.root, cache.volume)
 
 
 def _without(private: Mapping[str, str], item: Item, result: TaskResult) -> TaskResult:

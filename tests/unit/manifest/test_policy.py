@@ -39,7 +39,7 @@ allowed = ["lmsysorg/sglang:v*"]
 setup = ["pip install x"]
 [cache]
 roots = ["{allowed}"]
-shared = ["{allowed}/shared"]
+shared = ["{allowed}/shared", "volume:ci-*"]
 [models]
 stores = ["{allowed}"]
 writable = ["{allowed}"]
@@ -170,6 +170,7 @@ def test_policy_names_roots_that_jobs_share_and_files_of_asked_shapes(host: Path
     rules = policy.current()
     assert rules is not None
     assert rules.shares(host / "allowed" / "shared" / "jit") and not rules.shares(host / "allowed" / "jit")
+    assert rules.shares(None, "ci-jit") and not rules.shares(None, "release-jit")
     assert rules.asked(host / "allowed" / "asked" / "x.json") and not rules.asked(host / "allowed" / "x.json")
 
 

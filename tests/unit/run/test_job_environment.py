@@ -135,6 +135,11 @@ def test_root_is_read_only_but_for_directories_of_kernels() -> None:
     ]
 
 
+@pytest.mark.attack(
+    "a job with the flags of `env` writes kernels into a root that the host's policy does not list as shared",
+    by="env",
+    holds="the root and all of its keys are read-only for it; its own kernels go to a private directory",
+)
 def test_keys_are_writable_only_where_the_policy_shares_the_root() -> None:
     rules = policy.parse("policy.toml", b'schema = 1\n[cache]\nroots = ["/data"]\nshared = ["/data/jit"]\n')
     root, other, volume = (
