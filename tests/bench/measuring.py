@@ -133,6 +133,7 @@ def environment(place: Path) -> dict[str, str]:
     has it.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WARM_CACHE_", "GITHUB_"))}
+    env["WARM_CACHE_CREATE"] = "1"
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**env, "PYTHONPYCACHEPREFIX": str(place / "bytecode"), "PYTHONPATH": str(ROOT)}
 

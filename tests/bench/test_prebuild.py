@@ -64,7 +64,7 @@ class Way:
         (place / "manifest.toml").write_text(head + "".join(tasks))
 
     def warm(self, *options: str) -> Run:
-        command = [sys.executable, "-m", "builder", "warm", "--json", "--create", *options]
+        command = [sys.executable, "-m", "builder", "warm", "--json", *options]
         command += ["--manifest", str(self._place / "manifest.toml"), "--log-dir", str(self._place / "logs")]
         begun = time.perf_counter()
         document = json.loads(quietly(command, cwd=ROOT))
