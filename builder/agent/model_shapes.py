@@ -1,6 +1,6 @@
-"""DeepGEMM shapes that a model's server uses: told by sglang itself, from a table, or from markers of earlier runs.
+"""DeepGEMM shapes that a model's server uses: by sglang's own model code, a table, or markers of earlier runs.
 
-sglang's own model code is asked first (`prebuild.shapes_by_sglang`). Where it does not tell, there is a table:
+sglang's own model code is first (`prebuild.shapes_by_sglang`). Where it gives no list, there is a table:
 `of_config` knows the DeepSeek V3 family (V3, V3-0324, R1, V3.1, V3.2) with FP8 weights in blocks of 128 × 128, on
 Hopper: sglang's ``models/deepseek_v2.py``, ``layers/attention/dsa/dsa_indexer.py``, ``layers/quantization/fp8.py`` and
 ``fp8_utils.py`` of 0.5.23. Anything else raises NotUnderstood. A missing shape would be compiled during a test; so
@@ -77,8 +77,8 @@ def wanted(
 ) -> tuple[Shape, ...]:
     """Return the task's own shapes and those of its sources, each once.
 
-    Raises NotUnderstood if there are none, or if a source cannot be understood. walk: asks sglang's own code; where it
-    does not tell, the table is used, and `say` gets the reason.
+    Raises NotUnderstood if there are none, or if a source cannot be understood. walk: runs sglang's own code; where it
+    gives no list, the table is used, and `say` gets the reason.
     """
     found = dict.fromkeys(task.shapes)
     for source in task.shapes_from:

@@ -1,4 +1,4 @@
-"""Which DeepGEMM shapes a server would ask for: told by sglang's own model code, without weights and without a GPU.
+"""Finds the DeepGEMM shapes that a server would request, by sglang's own model code, without weights and without a GPU.
 
 The model class is built on the simulated GPU as rank 0 of the world that argv asks for. Then the quantization method
 of each linear and expert layer is called with empty tensors, and a recorder stands where sglang would compile. So

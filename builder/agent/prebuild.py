@@ -74,7 +74,7 @@ def shapes_by_sglang(
 ) -> tuple[Shape, ...]:
     """Return the shapes that sglang's own model code asks for with the task's model and argv.
 
-    record: of this environment, whose GPU is simulated for it. Raises NotUnderstood, if anything was not walked.
+    record: of this environment; its GPU is simulated for the walk. Raises NotUnderstood, if anything was not walked.
     """
     place = tempfile.mkdtemp(prefix="warm-cache-")
     try:
@@ -186,7 +186,7 @@ def _report_unplanned(answer: Mapping[str, Any], output: Output) -> None:
 def _from_table(
     answer: Mapping[str, Any], request: PrebuildRequest, environ: Mapping[str, str], output: Output
 ) -> list[Sweep]:
-    """Return the sweeps of a model that sglang's own code did not tell, from our table; none where it is not in it."""
+    """Return the sweeps of a model by our table; none where the table does not have it."""
     task = next(each for each in request.models if each.label == answer["unwalked"])
     try:
         config = model_store.config(task, environ)

@@ -2,7 +2,7 @@
 
 It runs in the serving image's python, as a child of the in-container program (`prebuild`), on a simulated GPU only:
 importing sglang asks for the GPU, and a real driver does not survive a fork. Its argument is a `Request` as JSON. It
-answers by JSON lines on a descriptor of its own; stdout and stderr are sglang's.
+answers by JSON lines on a separate descriptor; stdout and stderr are sglang's.
 
 `prebuild_plan` names kernels, `prebuild_pool` compiles them. Both leave out sglang's lock for a shape: one worker would
 wait for another, and DeepGEMM publishes each entry by a rename.
@@ -27,7 +27,7 @@ from builder.task import PRETEND_VARIABLE
 
 #: Characters of a reason.
 _REASON = 300
-#: OOM scores: of workers with their compilers, whose kernel can be tried again, and of the process that forks them.
+#: OOM scores: of workers with their compilers (their kernel can be tried again), and of the process that forks them.
 _FIRST, _FIRST_BUT_ITS_WORKERS = 1000, 500
 
 #: Kernel type, N, K, groups.
@@ -45,7 +45,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class ModelWalk:
-    """A model whose shapes sglang's own code tells. argv: of a server; env: variables that the walk needs."""
+    """A model to walk for its shapes. argv: of a server. m_values: as in `Sweep`."""
 
     label: str
     argv: list[str]
@@ -106,7 +106,7 @@ class Answers:
 
 
 def main(file: str) -> int:
-    """Do what the request in this file says. Returns the exit status: 1 where nothing can be done here at all."""
+    """Do the work of the request in this file. Returns the exit status: 1 where nothing can be done here at all."""
     from builder.agent import prebuild_plan, prebuild_pool
 
     request = Request.from_json(Path(file).read_text(encoding="ascii"))
@@ -148,13 +148,13 @@ def _give_way(request: Request) -> None:
 
 
 def _set_oom_score(score: int) -> None:
-    """Say how early the kernel ends this process when memory runs out (proc(5)): at 1000 before any other."""
+    """Set how early the kernel ends this process when memory runs out (proc(5)): at 1000 before any other."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
 
 
 def fork(work: Callable[[], None], log: Path) -> int:
-    """Run `work` in a forked child, whose output goes to a file. Returns its pid; its status is 0 if it returned."""
+    """Run `work` in a forked child that writes its output to a file. Returns its pid; status 0: it returned."""
     pid = os.fork()
     if pid:
         return pid

@@ -1,7 +1,7 @@
 """Plan pass: names the kernels of each shape, and the M that makes each, without compiling them.
 
 A compiler in nvcc's place copies one small cubin, and the Ms of a shape are swept one after the other, so that each new
-entry tells which M made it. The cubin holds the symbol `PLAN_ONLY`. Under a planned name it would be found and believed
+entry shows which M made it. The cubin holds the symbol `PLAN_ONLY`. Under a planned name it would be found and believed
 by DeepGEMM: so the plan pass runs where no cache root is mounted, and every check of entries refuses that symbol.
 """
 
@@ -122,7 +122,7 @@ class Plan:
         self._answers.write(unplanned=vars(child.sweep), why=why or "no kernel was asked for")
 
     def _walk(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the sweeps of each model, walked in a fork of its own."""
+        """Yield the sweeps of each model, each walked in a new fork."""
         for number, model in enumerate(self._request.models):
             log = self._scratch / f"walk-{number}.log"
             reader, writer = os.pipe()

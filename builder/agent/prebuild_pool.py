@@ -37,7 +37,7 @@ HEADROOM = 1.25
 #: Kernels that fail one after the other, none done in between, after which the rest is not tried: the disk is full, or
 #: the compiler is broken.
 STOP_AFTER = 6
-#: Tries of a kernel whose worker dies. The first death may be due to the memory that others used.
+#: Tries of a kernel when its worker dies. The first death may be due to the memory that others used.
 TRIES = 2
 #: Percent of the last ten seconds in which some process of the machine waited for memory, or all of them for the disk:
 #: no kernel is started above that.
@@ -222,7 +222,7 @@ class Pool:
     # --- a worker ----------------------------------------------------------------------------------------------------
 
     def _serve(self, channel: socket.socket) -> None:
-        """Compile what comes, until the parent closes the channel. Runs in a fork."""
+        """Compile each kernel that is read, until the parent closes the channel. Runs in a fork."""
         use_cache(Path(self._request.cache))
         with channel, channel.makefile("r", encoding="ascii") as orders:
             for line in orders:

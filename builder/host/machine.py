@@ -1,4 +1,4 @@
-"""Processors and memory of this machine, as /proc and /sys report them: what a stage beside other work may take."""
+"""Processors and memory of this machine, as /proc and /sys report them: what a stage may take while other work runs."""
 
 from __future__ import annotations
 

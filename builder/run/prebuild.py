@@ -42,7 +42,7 @@ LEAST_MEMORY = 2 << 30
 #: Problems that are shown; the report has all of them.
 _SHOWN = 5
 
-#: State of the stage. off: not wanted; unfit: not possible here, or not now.
+#: State of the stage. off: not enabled, or not needed; unfit: not possible here, or not now.
 State = Literal["off", "unfit", "nothing", "done", "incomplete", "failed"]
 
 
@@ -81,7 +81,7 @@ def known_shapes(root: Path, items: Iterable[Item]) -> dict[str, tuple[Shape, ..
 
 
 def run(executor: Executor, items: Sequence[Item], known: Mapping[str, Sequence[Shape]]) -> Stage:
-    """Run the stage for these items, as far as it is wanted and possible, and put it into the report.
+    """Run the stage for these items, as far as it is enabled and possible, and put it into the report.
 
     known: shapes of earlier runs, by model. Raises Interrupted; with ``--prebuild-only``, where something is missing,
     TasksError.
@@ -291,7 +291,7 @@ class _Prebuild:
 
 
 def _is_walked(task: Task) -> bool:
-    """Return whether sglang's own model code is asked for the task's shapes."""
+    """Return whether sglang's own model code has to find the task's shapes."""
     return RECIPES[task.recipe].server or "config" in task.shapes_from
 
 
@@ -311,7 +311,7 @@ def _groups(items: Iterable[Item], manifest: Manifest) -> Iterator[_Group]:
 
 
 def _limits(busy: bool, shares_machine: bool) -> PrebuildRequest:
-    """Return the limits of workers on this machine: beside other work half the cores, and memory that nothing uses.
+    """Return the limits of workers on this machine: while others use it half the cores, and memory that nothing uses.
 
     busy: other processes use its GPUs. shares_machine: the containers run on this machine, so that its numbers count.
     """

@@ -1,8 +1,8 @@
-"""Records of hardware proofs: on a GPU of this model, kernels prebuilt without one were asked for, found and loaded.
+"""Records of hardware proofs: on a GPU of this model, prebuilt kernels were requested, found and loaded.
 
 `tests/gpu/prove.sh` writes a record on a machine with that GPU. ``[prebuild] enabled = "proven"`` looks for one in two
 places, neither of which a container can write: the package's own folder `proofs`, and /etc/warm-cache/proofs of this
-host. A file is a JSON object; what is not a whole record of this schema, failed, or comes from a simulated GPU proves
+host. A file is a JSON object; what is not a whole record of this schema, failed, or is of a simulated GPU proves
 nothing.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from builder import files
 
 SCHEMA = 1
-#: What has to hold in a record. names: the same entries are asked for as were prebuilt; loads: each of them loads;
+#: What has to hold in a record. names: the same entries are requested as were prebuilt; loads: each of them loads;
 #: hits: a task after a prebuild compiles none; second_pass: nor does its second pass; released: the GPU is free after.
 CHECKS = ("names", "loads", "hits", "second_pass", "released")
 
