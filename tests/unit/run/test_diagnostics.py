@@ -216,6 +216,31 @@ def test_doctor_cache_unreadable(
 
 
 @pytest.mark.parametrize(
+    ("flags", "mode", "state", "said"),
+    [
+        (os.ST_NOSUID | os.ST_NODEV, 0o755, OK, "nosuid,nodev"),
+        (os.ST_NODEV, 0o755, WARN, "lacks nosuid: "),
+        (0, 0o755, WARN, "lacks nosuid,nodev: "),
+        (0, 0o700, OK, "is closed to other users"),
+    ],
+)
+def test_doctor_names_a_root_where_files_of_jobs_are_dangerous(
+    found: Callable[..., diagnostics.CheckResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: int,
+    mode: int,
+    state: str,
+    said: str,
+) -> None:
+    (tmp_path / "cache").mkdir(mode=mode)
+    # The directories of tests are closed themselves.
+    monkeypatch.setattr(Path, "parents", property(lambda path: []))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    assert said in found("files of jobs").text and found("files of jobs").state == state
+
+
+@pytest.mark.parametrize(
     ("answer", "state"),
     [
         ({"ServerVersion": "5.4.2"}, OK),
