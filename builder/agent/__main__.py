@@ -20,6 +20,7 @@ from builder.agent.output import Output
 from builder.cache import layout
 from builder.events import FAILED
 from builder.job import JOB_VARIABLE, Job
+from builder.task import PRETEND_VARIABLE
 
 if TYPE_CHECKING:
     from builder.agent.warm import Warming
@@ -36,6 +37,8 @@ def main() -> int:
     try:
         # Removed before any child starts: its nonce is what makes a line an event.
         # It is UTF-8 whatever the image's locale is.
+        if not os.environ.get(PRETEND_VARIABLE):
+            os.environ.pop(PRETEND_VARIABLE, None)  # emptied by the host, against an image that sets it
         job = Job.from_json(os.fsencode(os.environ.pop(JOB_VARIABLE, "")).decode("utf-8", "surrogateescape"))
     except ValueError as error:
         print(f"warm-cache: {error}", file=sys.stderr, flush=True)  # noqa: T201 - without a job there is no output yet

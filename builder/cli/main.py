@@ -41,6 +41,8 @@ NO_THREAD = "can't start new thread"
 #: Seconds after a signal for which a full stream without a reader is waited for; and without a signal, where nobody
 #: sits at a terminal.
 READING, READER = 1.0, 60.0
+#: Locations of problems for which there is something to see on this machine all the same.
+DEMO = frozenset({"GPUs", "engine"})
 #: Third-party packages: import name → name to install.
 PACKAGES = {name: name for name in ("docker", "psutil", "requests", "rich", "tenacity")} | {"pynvml": "nvidia-ml-py"}
 #: Errors of a machine that lacks something, wherever they are raised: no defect of this program.
@@ -239,7 +241,7 @@ class _Program:
                 f"  {problem.location:<{width}}  " + sentence(f"{problem.text} {problem.remedy}")
                 for problem in problems
             ]
-            if error.exit_code == 12:
+            if error.exit_code == PreflightError.exit_code and DEMO.intersection(each.location for each in problems):
                 lines.append("To see the program work without GPUs (from a checkout): make demo.")
         else:
             lines.append("error: " + sentence(error.message))

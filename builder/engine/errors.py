@@ -38,6 +38,10 @@ class NoInitError(EngineRefusedError):
     """Podman's host lacks the init that every container gets."""
 
 
+class UnfitImageError(EngineRefusedError):
+    """The image's own settings or files keep every container of it from starting."""
+
+
 class BetweenStatesError(EngineRefusedError):
     """Podman removes no container that is just ending: a retry may succeed."""
 
@@ -62,6 +66,10 @@ _KINDS: tuple[tuple[str, type[EngineRefusedError]], ...] = (
     ("nvidia-container-cli", GpuToolkitError),
     ("CDI device injection failed", GpuToolkitError),
     ("container-init binary not found", NoInitError),
+    ("unable to find user", UnfitImageError),  # … nosuchuser: no matching entries in passwd file
+    ("no matching entries in", UnfitImageError),
+    ("Are you trying to mount a directory onto a file", UnfitImageError),
+    ("not a directory", UnfitImageError),  # runc: what the mount is to lie on is a file
     ("container state improper", BetweenStatesError),
     ("is already in progress", RemovalInProgressError),  # removal of container … is already in progress
     ("too many links", LinkLoopError),

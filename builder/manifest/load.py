@@ -41,6 +41,8 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = 1
+#: Bytes of a manifest.
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,12 @@ def _read_profile(name: str) -> tuple[str, bytes]:
 def _read_file(path: Path) -> tuple[str, bytes]:
     name = printable(str(path))
     try:
-        return name, path.read_bytes()
+        # Not by its size: it may be a pipe (/dev/stdin, <(…)), or a device without an end.
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST >> 20} MiB, and no manifest has")
+        return name, data
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = "Name a file with --manifest, or a packaged profile with --profile: " + ", ".join(profiles()) + "."

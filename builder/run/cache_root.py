@@ -28,6 +28,7 @@ from builder.errors import BuilderError, EngineLostError, EngineRefusedError, Pr
 from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
 from builder.run.unpacking import Bounds, unpack
+from builder.text import printable
 
 #: What decides whether a task is warm, besides the entries.
 INDEX = ("layout.json", "images", "markers")
@@ -76,7 +77,7 @@ class CacheRoot:
     def name(self) -> str:
         """The directory, or ``volume NAME``, for people."""
         cache = self._manifest.cache
-        return str(cache.root) if cache.root else f"volume {cache.volume}"
+        return printable(str(cache.root)) if cache.root else f"volume {cache.volume}"
 
     def mount(self) -> Mount:
         """Return the mount by which a container gets the root."""

@@ -20,7 +20,7 @@ from builder.engine.api import Image
 from builder.engine.client import Engine
 from builder.engine.images import content, identity, names, warmup_image
 from builder.engine.lease import Lease
-from builder.errors import CANNOT_RUN, BuilderError, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.cancel import ANSWER_WITHIN
 from builder.host.gpus import GpuSnapshot, Nvml
@@ -387,7 +387,9 @@ class ContainerExecutor:
             if outcome.exit_code in NO_PYTHON or any("catatonit" in line for line in outcome.tail):
                 problem = Problem("image", f"{ref} cannot run python3, which it needs: {why}.")
                 raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
-            raise BuilderError(f"the probe of {ref} reported nothing: {why}", notes=outcome.tail)
+            # Whatever it is, it is of this image: nothing else took part, and no task can run without a probe.
+            problem = Problem("image", f"the probe of {ref} reported nothing: {why}.", "Its last lines say more.")
+            raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
         record = found[-1]
         problems = list(preflight.gpu_problems(self.context.manifest, None, record, podman=self.engine.podman))
         if problems:

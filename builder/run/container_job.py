@@ -30,7 +30,7 @@ from builder.manifest.load import Manifest
 from builder.run import preflight
 from builder.run.executor import Allocation, Execution, Watcher
 from builder.run.plan import ProbeEnv
-from builder.task import Task
+from builder.task import PRETEND_VARIABLE, Task
 
 if TYPE_CHECKING:
     from builder.run.container_executor import ContainerExecutor
@@ -161,7 +161,7 @@ def run(
             preflight.no_driver(context.manifest, error),
             preflight.no_source(context.manifest, error),
         )
-        problem = known[0] or known[1] or preflight.no_init(error)
+        problem = known[0] or known[1] or preflight.no_init(error) or preflight.unfit_image(context.manifest, error)
         if problem is None:
             raise
         raise PreflightError(CANNOT_RUN, [problem]) from error
@@ -315,7 +315,8 @@ def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:
     context = executor.context
     models = context.manifest.models
     # Python finds the program by the working directory; an image may have set PYTHONSAFEPATH against that.
-    env = {**job.variable(), "PYTHONSAFEPATH": ""}
+    # A GPU is simulated for tasks that ask for it, whatever the image says; the program removes the empty variable.
+    env = {**job.variable(), "PYTHONSAFEPATH": "", PRETEND_VARIABLE: ""}
     if models.store:
         env["HF_HOME"] = STORE
         env["HF_HUB_OFFLINE"] = "0" if models.writable else "1"

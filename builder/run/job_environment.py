@@ -9,6 +9,7 @@ the job: it is compiled anew, which is slower, and no failure.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -285,13 +286,17 @@ def _store(executor: ContainerExecutor) -> list[str]:
     return [f"type=bind,src={store},dst={STORE},readonly"] if store else []
 
 
+#: What every shell leaves alone in the middle of a word, pasted, substituted or in a workflow's script.
+_WORD = re.compile(r"[\w@%+=:,./~#-]+")
+
+
 def _docker_arguments(mounts: Sequence[str], variables: Mapping[str, str]) -> str:
     words = [*mounts, *(f"{name}={value}" for name, value in sorted(variables.items()))]
-    split = [word for word in words if shlex.quote(word) != word or "," in word.partition("src=")[2].split(",dst=")[0]]
+    split = [word for word in words if not _WORD.fullmatch(word) or "," in word.partition("src=")[2].split(",dst=")[0]]
     if split:
         raise UsageError(
-            f"docker run $(…) would split {split[0]!r}: the shell at blanks, docker at commas. "
-            "Use --format json, or a cache root without such characters."
+            f"docker run $(…) would not get {split[0]!r} as it is: shells interpret blanks, quotes and some signs, and "
+            "docker splits at commas. Use --format json, or a cache root without such characters."
         )
     return " ".join(
         [f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]] + list(OPTIONS)

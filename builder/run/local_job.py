@@ -22,7 +22,7 @@ from builder import __version__, events, processes
 from builder.cache.environment import ImageIdentity
 from builder.cache.toolchain import Record, sound
 from builder.engine.log_sinks import CLOSING, Display, Lines, LogFile, Tail
-from builder.errors import CANNOT_RUN, BuilderError, PreflightError
+from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import Job, PrebuildRequest, RunOrigin
@@ -189,7 +189,8 @@ def probe(environ: Mapping[str, str], root: Path, env: Mapping[str, str], simula
             return event.record
     tail = done.stderr.decode("utf-8", "replace").splitlines()[-20:]
     status = describe_status(done.returncode)
-    raise BuilderError(f"the probe of this environment reported nothing: it ended with {status}", notes=tail)
+    problem = Problem(sys.executable, f"the probe of this environment reported nothing: it ended with {status}.")
+    raise PreflightError(CANNOT_RUN, [problem], notes=tail)
 
 
 class AgentProcess:

@@ -11,7 +11,7 @@ from pathlib import Path
 from builder.cache import layout
 from builder.cache.toolchain import Record
 from builder.engine.client import Engine
-from builder.engine.errors import GpuToolkitError, MissingSourceError, NoGpuDriverError, NoInitError
+from builder.engine.errors import GpuToolkitError, MissingSourceError, NoGpuDriverError, NoInitError, UnfitImageError
 from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, HostGpus
@@ -154,6 +154,14 @@ def no_init(error: EngineRefusedError) -> Problem | None:
         return None
     text = "this engine is Podman, and the init that every container gets is missing on its host."
     return Problem("engine", text, "Run there: apt-get install catatonit (or: dnf install catatonit).")
+
+
+def unfit_image(manifest: Manifest, error: EngineRefusedError) -> Problem | None:
+    """Return the problem if no container can be started from the image as it is, else None."""
+    if not isinstance(error, UnfitImageError):
+        return None
+    text = f"no container of {manifest.image.ref} can be started: {error.message.rstrip('.')}."
+    return Problem("image", text, "See its USER, and what it has at the cache's mount path.")
 
 
 def no_source(manifest: Manifest, error: EngineRefusedError) -> Problem | None:

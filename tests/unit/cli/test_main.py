@@ -201,3 +201,10 @@ def test_sigint_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen == [signal.SIG_IGN]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("place", "advised"), [("disk", False), ("cache", False), ("GPUs", True), ("engine", True)])
+def test_demo_is_advised_only_without_gpus_or_engine(bench: Bench, place: str, advised: bool) -> None:
+    bench.fail(PreflightError("this machine can't run it", [Problem(place, "it is not there.")]))
+    assert bench.run("check") == 12
+    assert ("make demo" in bench.said()) == advised

@@ -235,10 +235,10 @@ class TestBad:
         assert only_problem(write(text)).startswith(expected)
 
     def test_devices_with_millions_of_gpus_are_refused_quickly(self, write: Write) -> None:
-        path = write(HEAD + f"[gpus]\ndevices = '{','.join(['0-999'] * 300_000)}'\n" + TASK)
+        path = write(HEAD + f"[gpus]\ndevices = '{','.join(['0-999'] * 170_000)}'\n" + TASK)
         began = time.monotonic()
         message = only_problem(path)
-        assert time.monotonic() - began < 5, "300 million GPUs take a minute and the machine's memory"
+        assert time.monotonic() - began < 5, "170 million GPUs take a minute and the machine's memory"
         assert (
             message.startswith("m.toml:7: devices: expected at least one GPU, and every GPU once")
             and len(message) < 300
@@ -355,3 +355,12 @@ def test_setup_holding_token_is_refused_by_name(write: Write) -> None:
     token = "hf_" + "A" * 24
     said = only_problem(write(HEAD.replace("[cache]", f'setup = ["true", "echo {token}"]\n[cache]') + TASK))
     assert "item 2: it holds what looks like an access token" in said and token not in said
+
+
+def test_load_manifest_without_end_is_refused(tmp_path: Path) -> None:
+    large = tmp_path / "large.toml"
+    large.write_bytes(b"#" * ((1 << 20) + 1))
+    for path in (large, Path("/dev/zero")):
+        with pytest.raises(UsageError) as refused:
+            load(path)
+        assert "it has more than 1 MiB" in str(refused.value.problems[0])

@@ -168,10 +168,22 @@ def test_docker_arguments_end_with_least_privilege() -> None:
     assert shlex.split(job.text("docker", None))[-2:] == ["--cap-drop", "MKNOD"]
     document = json.loads(job.text("json", "0123456789abcdef"))
     assert document["options"] == list(OPTIONS) and document["cold"] == {}
-    with pytest.raises(UsageError, match="would split"):
+    with pytest.raises(UsageError, match="would not get"):
         JobEnvironment(variables={"A": "a b"}, mounts=["m"]).text("docker", None)
 
 
 def test_families_that_no_task_claims_are_not_named_cold() -> None:
     assert not FAMILY["cuda"].claimable
     assert job_environment.told({"cuda": "it has no directory yet"}) == []
+
+
+@pytest.mark.parametrize("root", ["/data/é", "/data/a~1", "/data/a#b", "/data/x+y@z%"])
+def test_docker_arguments_take_what_shells_leave_alone(root: str) -> None:
+    mount = f"type=bind,src={root},dst=/jit"
+    assert job_environment._docker_arguments([mount], {"A": "b"}).startswith(f"--mount {mount} -e A=b")
+
+
+@pytest.mark.parametrize("path", ["/a b", "/a,b", "/a'b", '/a"b', "/a$b", "/a;b", "/a*b", "/a\\b", "/a\nb"])
+def test_docker_arguments_refuse_what_shells_or_docker_split(path: str) -> None:
+    with pytest.raises(UsageError, match="Use --format json"):
+        job_environment._docker_arguments([f"type=bind,src={path},dst=/jit"], {})
