@@ -70,8 +70,9 @@ class Job:
 
     def start(self, verb: str, *words: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         python = [sys.executable, "-S", "-I", "-c", START, f"{self.place / 'copy'}:{self._site}"]
+        create = ["--create"] if verb == "warm" else []
         return subprocess.Popen(
-            [*python, verb, *words],
+            [*python, verb, *words, *create],
             cwd=self.place,
             env={**self.environ, **(environ or {})},
             stdin=subprocess.DEVNULL,
@@ -539,6 +540,7 @@ def test_here_pre_test_workflow_checks(job: Job) -> None:
     assert found is not None and found["cache"]["state"] == "cold", run.log
     assert "::warning title=dense cold::" in run.log and f"TESTED in {job.place}/private" in run.log, run.log
     job.environ["WARM_CACHE_IMAGE_ID"] = IMAGE
+    job.root.mkdir()
     run = runner(job, "push")
     good, outputs = run.action(mode="here-warm", manifest=str(job.path), budget="1m")
     assert good and outputs["state"] == "warm" and outputs["docker-args"] == "", run.log
