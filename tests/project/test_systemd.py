@@ -11,6 +11,7 @@ import pytest
 
 from builder import errors
 from builder.cli.options import VERBS
+from builder.host import gpu_locks
 
 UNITS = Path(__file__).resolve().parents[2] / "docker" / "systemd"
 SERVICE = (UNITS / "warm-cache-refresh.service").read_text(encoding="utf-8")
@@ -70,3 +71,10 @@ def test_systemd_units_match_the_program() -> None:
     assert int(values(SERVICE, "TimeoutStopSec")[0]) >= 10
     assert values(TIMER, "Persistent") == ["yes"]
     assert values(TIMER, "RandomizedDelaySec")
+
+
+def test_tmpfiles_make_the_directories_of_gpu_locks() -> None:
+    lines = (UNITS / "warm-cache.conf").read_text(encoding="utf-8").splitlines()
+    made = [line.split() for line in lines if line.startswith("d ")]
+    assert [row[1:5] for row in made] == [[str(path), "1777", "root", "root"] for path in gpu_locks.DIRECTORIES]
+    assert gpu_locks.TMPFILES == "docker/systemd/warm-cache.conf"
