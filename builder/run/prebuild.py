@@ -50,7 +50,8 @@ State = Literal["off", "unfit", "nothing", "done", "incomplete", "failed"]
 class Stage:
     """What became of the stage. Numbers are of entries of deep_gemm.
 
-    tasks: label → where its shapes are from. missing: names that were planned and are not there.
+    tasks: label → where its shapes are from. unverified: tasks without a list of shapes, with the reason; what they ask
+    for is compiled on GPUs. missing: names that were planned and are not there.
     """
 
     state: State
@@ -67,6 +68,7 @@ class Stage:
     paused: float = 0.0
     keys: list[str] = field(default_factory=list)
     tasks: dict[str, str] = field(default_factory=dict)
+    unverified: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     #: Kernels that tasks compiled although the stage ran; None before they did.
@@ -157,6 +159,15 @@ def _wanted(executor: Executor, items: Sequence[Item], only: bool) -> Stage | No
     return None
 
 
+def _unprepared(items: Iterable[Item]) -> list[str]:
+    """Return tasks that would ask for kernels of DeepGEMM if their model were here."""
+    return [
+        f"{item.task.label}: shapes unverified: {item.config_problem}"
+        for item in items
+        if item.config_problem and _asks(replace(item, config_problem=None))
+    ]
+
+
 def _only(executor: Executor) -> bool:
     return executor.context.options.prebuild_only
 
@@ -189,6 +200,7 @@ class _Prebuild:
         self, executor: Executor, known: Mapping[str, Sequence[Shape]], items: Sequence[Item], stage: Stage
     ) -> None:
         self._executor, self._known, self._stage = executor, known, stage
+        stage.unverified += _unprepared(items)
         self._context = executor.context
         spec = self._context.manifest.prebuild
         self._groups = list(_groups((item for item in items if _asks(item)), self._context.manifest))
@@ -272,7 +284,9 @@ class _Prebuild:
 
     def _note(self, event: events.Event) -> None:
         stage = self._stage
-        if isinstance(event, events.PrebuildProblem):
+        if isinstance(event, events.PrebuildProblem) and event.kind == "task":
+            stage.unverified.append(printable(f"{', '.join(event.what)}: {event.why}"))
+        elif isinstance(event, events.PrebuildProblem):
             what = ", ".join(event.what[:2]) + (f" and {len(event.what) - 2} more" if len(event.what) > 2 else "")
             stage.problems.append(printable(f"{what}: {event.why}" if what else event.why))
         elif isinstance(event, events.KernelsPrebuilt):
@@ -368,6 +382,7 @@ def _report(executor: Executor, stage: Stage) -> None:
     if stage.keys:
         text += f", key {', '.join(stage.keys)}"
     say(text)
+    warnings += [f"prebuild: {text}" for text in stage.unverified]
     for problem in stage.problems[:_SHOWN]:
         warnings.append(f"prebuild: {problem}")
     if len(stage.problems) > _SHOWN:

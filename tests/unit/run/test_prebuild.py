@@ -44,6 +44,7 @@ class FakeExecutor(story.FakeExecutor):
         self.context = replace(self.context, manifest=manifest, options=options)
         self.requests: list[tuple[str, PrebuildRequest]] = []
         self.in_use, self.missing, self.fails = "", set[str](), ""
+        self.unverified: tuple[str, str] | None = None
 
     def records(self, tasks: Any) -> dict[Any, Record]:
         return {(): {**story.record(), "gpus": [dict(H200)]}}
@@ -56,6 +57,8 @@ class FakeExecutor(story.FakeExecutor):
         if self.fails:
             raise BuilderError(self.fails)
         if mode == "plan":
+            if self.unverified:
+                on_event(events.PrebuildProblem((self.unverified[0],), "task", self.unverified[1]))
             for each in request.shapes:
                 kernels = ((1, ("shared.00", f"kernel-{each.shape.n}.00")), (64, (f"kernel-{each.shape.n}.01",)))
                 on_event(events.KernelsPlanned(str(each.shape), each.m_values, 8192, kernels))
@@ -184,6 +187,18 @@ def test_missing_kernel_is_a_warning_before_tasks_and_an_error_alone(tmp_path: P
             executor.run_stage()
         assert executor.context.report.extra["prebuild"]["missing"] == ["kernel-4096.01"]
         assert executor.context.report.warnings == ["prebuild: kernel-4096.01: NVCC compilation failed"]
+
+
+def test_model_without_a_list_of_shapes_is_named_and_no_failure(tmp_path: Path) -> None:
+    server = Task(label="server", model="org/gone", recipe="serve", families=("deep_gemm",))
+    executor = FakeExecutor(tmp_path, shapes_task("one", DENSE), server, only=True)
+    executor.unverified = ("one", "shapes unverified: sglang lacks a name")
+    stage = executor.run_stage()
+    assert stage.state == "done" and len(stage.unverified) == 2
+    assert executor.context.report.warnings == [
+        "prebuild: server: shapes unverified: no model store: set [models] store",
+        "prebuild: one: shapes unverified: sglang lacks a name",
+    ]
 
 
 def test_stage_that_fails_keeps_no_task_from_running(tmp_path: Path) -> None:
