@@ -52,6 +52,11 @@ ACTIONS: dict[str, Callable[[Tree], object]] = {
 }
 
 
+@pytest.mark.attack(
+    "a directory at any level below a root is a link out of it",
+    by="env",
+    holds="nothing behind it is read, written, locked, moved or deleted",
+)
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("action", ACTIONS)
@@ -111,6 +116,9 @@ def plant(kind: str, path: Path) -> None:
         path.symlink_to("/etc/passwd")
 
 
+@pytest.mark.attack(
+    "a file is a device, a FIFO, a socket or a link", by="env", holds="it is never opened, and named as no regular file"
+)
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device", "directory", "link"])
 def test_what_is_no_file_is_never_opened(
     root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -308,6 +308,88 @@ def test_triton_damage_is_named(tmp_path: Path, damage: Damage, text: str) -> No
     assert problem(TRITON, tmp_path, KEY) == text
 
 
+def elf_bomb(path: Path, sections: int) -> None:
+    """A sparse file of 4 kB whose header claims so many sections, and that is as long as they would be."""
+    header = bytearray(64)
+    header[:16] = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    header[0x28:0x30] = (4096).to_bytes(8, "little")
+    header[0x3A:0x3C] = (64).to_bytes(2, "little")  # the number is in section 0
+    section = bytearray(64)
+    section[0x20:0x28] = sections.to_bytes(8, "little")
+    path.write_bytes(bytes(header).ljust(4096, b"\0") + bytes(section))
+    os.truncate(path, 4096 + sections * 64)
+
+
+@pytest.mark.attack(
+    "an ELF file of 4 kB on disk claims up to 2^33 sections", by="view", holds="it is damaged, in no time and memory"
+)
+@pytest.mark.parametrize("sections", [16_385, 33_554_430, 1 << 33])
+def test_elf_bomb_is_damaged_and_costs_nothing(tmp_path: Path, sections: int) -> None:
+    elf_bomb(tmp_path / "kernel.so", sections)
+    begun = time.process_time()
+    text = problem(INDUCTOR, tmp_path, "kernel.so")
+    assert text == f"kernel.so is damaged: its section table has {sections * 64} bytes"
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("digits", [401, 200_000])
+def test_json_number_without_end_is_no_json(tmp_path: Path, digits: int) -> None:
+    (deep_gemm_entry(tmp_path) / "meta.json").write_text('{"a": ' + "1" * digits + "}")
+    begun = time.process_time()
+    assert problem(DEEP_GEMM, tmp_path, NAME) == "meta.json is not JSON: ValueError"
+    assert time.process_time() - begun < 0.5
+
+
+def test_json_file_larger_than_one_ever_is_is_not_read(tmp_path: Path) -> None:
+    entry = deep_gemm_entry(tmp_path)
+    os.truncate(entry / "meta.json", 1 << 40)
+    assert problem(DEEP_GEMM, tmp_path, NAME) == f"meta.json is too large: {1 << 40} bytes"
+
+
+@pytest.mark.attack(
+    "`cache` of DeepGEMM's folder is a link to the markers, or to another job's view",
+    by="env",
+    holds="nothing behind it is moved; the link itself is quarantined and named",
+)
+@pytest.mark.parametrize("target", ["markers", "views", "elsewhere"])
+def test_linked_folder_of_entries_is_quarantined_itself(tmp_path: Path, target: str) -> None:
+    place = tmp_path / "root" / "deep_gemm" / "0123456789abcdef"
+    place.mkdir(parents=True)
+    behind = tmp_path / "root" / target / "DeepSeek-V3.2-x"
+    behind.mkdir(parents=True)
+    (place / "cache").symlink_to(behind.parent)
+    tree = Tree(tmp_path / "root", "deep_gemm/0123456789abcdef")
+    aside = Tree(tmp_path / "root", "aside")
+    (moved,) = inventory.sweep(DEEP_GEMM, tree, aside, now=time.time(), older_than=600)
+    assert (moved.name, moved.why) == ("cache", "it is a symbolic link, which is not followed")
+    assert behind.is_dir() and not (place / "cache").is_symlink()
+    assert [path.is_symlink() for path in (tmp_path / "root" / "aside").iterdir()] == [True]
+
+
+def test_entry_behind_a_linked_key_is_invalid_and_named(tmp_path: Path) -> None:
+    deep_gemm_entry(tmp_path / "outside")
+    (tmp_path / "root" / "deep_gemm").mkdir(parents=True)
+    (tmp_path / "root" / "deep_gemm" / "0123456789abcdef").symlink_to(tmp_path / "outside")
+    found = inventory.check(DEEP_GEMM, Tree(tmp_path / "root", "deep_gemm/0123456789abcdef"), NAME)
+    assert found is not None and found.text == "it is a symbolic link, which is not followed"
+
+
+def test_entry_nested_too_deeply_is_quarantined_at_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "files" / "/".join(["d"] * 300)).mkdir(parents=True)
+    (tmp_path / "files" / "good.py").write_text("x")
+    moved = inventory.sweep(INDUCTOR, tmp_path / "files", tmp_path / "aside", now=time.time() + 9, older_than=1)
+    assert [each.why for each in moved] == ["is nested too deeply"]
+    assert set(inventory.scan(INDUCTOR, tmp_path / "files").entries) == {"good.py"}
+
+
+def test_entry_with_files_without_end_is_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.cache.entries._FILES", 20)
+    entry = triton_entry(tmp_path)
+    for number in range(21):
+        (entry / f"{number}.json").write_text("{}")
+    assert problem(TRITON, tmp_path, KEY) == "it holds more than 20 files"
+
+
 PRETENDERS = ("is unreadable", "missing", "no __grp__ file")
 
 

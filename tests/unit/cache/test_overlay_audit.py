@@ -302,3 +302,19 @@ def test_span_counts_overlapping_time_once() -> None:
     spans = {"one": (1.0, 11.0), "two": (6.0, 13.0), "three": (21.0, 22.0)}
     found = [Finding("triton", KEY, "compiled", name, began=a, ended=b) for name, (a, b) in spans.items()]
     assert Audit(found).seconds == pytest.approx(13.0)
+
+
+@pytest.mark.attack(
+    "a job fills its view with what takes an audit for ever",
+    by="view",
+    holds="bytes and seconds have a limit; what was found until then is reported, with the reason",
+)
+def test_audit_beyond_its_bytes_or_seconds_reports_what_it_found(view: View) -> None:
+    deep_gemm_entry(view.merged / GEMM, f"cache/gemm_new.{'9' * 32}")
+    (view.merged / INDUCTOR / "a" / "kernel.so").write_bytes((view.lower / INDUCTOR / "a" / "kernel.so").read_bytes())
+    found = view.audit(bounds=Bounds(bytes=10))
+    assert [finding.kind for finding in found.findings] == ["compiled"]
+    assert "more than 10 bytes would have to be compared: not all was judged" in found.truncated
+    shutil.rmtree(view.upper)
+    found = view.audit(bounds=Bounds(seconds=-1.0))
+    assert "it took more than" in found.truncated

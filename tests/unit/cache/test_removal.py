@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from builder.beneath import Tree
 from builder.cache import inventory, layout, removal
 from builder.cache.families import FAMILY
+from tests.unit.test_beneath import deep
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0
@@ -147,3 +149,46 @@ def test_clear_quarantine_keeps_foreign_things(root: Path, tmp_path: Path) -> No
     assert {path.rpartition("/")[2] for _, _, path, stays in cleared(root) if stays is None} == {moved.name, link.name}
     assert all(os.path.lexists(path) for path in (*foreign, other))
     assert (outside / "file").read_text() == "mine"
+
+
+@pytest.mark.attack(
+    "a tree of 5,000 directories, one in the other, lies in quarantine or among what prune deletes",
+    by="env",
+    holds="it is deleted like any other",
+)
+def test_clear_quarantine_removes_tree_of_any_depth(root: Path) -> None:
+    found = moved_aside(root)
+    deep(found, 5000)
+    ((_, _, _, stays),) = cleared(root)
+    assert stays is None
+    assert not found.exists() and list(found.parent.iterdir()) == []
+
+
+def test_clear_quarantine_finishes_what_a_killed_removal_left(root: Path) -> None:
+    found = moved_aside(root)
+    left = found.with_name(f".{'0' * 16}.tmp")
+    found.rename(left)
+    assert [stays for *_, stays in cleared(root)] == [None]
+    assert not left.exists()
+
+
+@pytest.mark.attack(
+    "`aside`, or a folder in it, is a link to the markers or to another directory",
+    by="env",
+    holds="nothing is moved there and nothing behind it is deleted; the move is named as refused",
+)
+@pytest.mark.parametrize("level", ["aside", f"aside/deep_gemm-{KEY}"])
+def test_linked_quarantine_takes_and_loses_nothing(root: Path, level: str) -> None:
+    outside = root.parent / "outside"
+    kept = outside / f"deep_gemm-{KEY}" / f"deep_gemm-{KEY}-{'0' * 12}-{'0' * 32}"
+    kept.mkdir(parents=True)
+    (root / level).parent.mkdir(exist_ok=True)
+    (root / level).symlink_to(outside if level == "aside" else kept.parent)
+    entry = root / "deep_gemm" / KEY / "cache" / f"kernel.{'0' * 32}"
+    entry.mkdir(parents=True)
+    place = Tree(root, f"deep_gemm/{KEY}")
+    aside = layout.quarantine(root, "deep_gemm", KEY)
+    (left,) = inventory.sweep(FAMILY["deep_gemm"], place, aside, now=time.time(), older_than=600)
+    assert "it is a symbolic link, which is not followed" in str(left)
+    assert entry.is_dir()
+    assert cleared(root) == [] and kept.is_dir() and len(list(kept.parent.iterdir())) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,3 +27,30 @@ def test_judge_warm_counts_as_use_of_marker(tmp_path: Path, label: str) -> None:
     same_work = replace(task("a"), label=label)
     assert markers.judge(made.root, same_work, record=known, config_digest=None).state == "warm"
     assert time.time() - usage.last(made.root, marker, written) < DAY
+
+
+@pytest.mark.attack(
+    "`used`, or a folder in it, is a link to the markers",
+    by="env",
+    holds="no marker is written to; the stamp is not made, and the warm-up goes on",
+)
+@pytest.mark.parametrize("level", ["used", "used/folder"])
+def test_stamp_through_a_link_is_not_written(tmp_path: Path, level: str) -> None:
+    marker = tmp_path / "markers" / "folder" / "1.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text("{}")
+    (tmp_path / level).parent.mkdir(exist_ok=True)
+    (tmp_path / level).symlink_to(tmp_path / "markers" / level.removeprefix("used").lstrip("/"))
+    before = marker.stat()
+    usage.stamp(tmp_path, "markers/folder/1.json")
+    usage.note(tmp_path, "markers/folder/1.json")
+    usage.forget(tmp_path, "markers/folder/1.json")
+    assert marker.read_text() == "{}" and marker.stat().st_mtime_ns == before.st_mtime_ns
+    assert usage.last(tmp_path, "markers/folder/1.json", 5.0) == 5.0
+
+
+def test_stamp_that_is_a_device_or_fifo_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "used" / "folder").mkdir(parents=True)
+    os.mkfifo(tmp_path / "used" / "folder" / "1.json")
+    usage.note(tmp_path, "markers/folder/1.json")
+    usage.stamp(tmp_path, "markers/folder/1.json")  # would wait for a reader

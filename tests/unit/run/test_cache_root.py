@@ -282,6 +282,11 @@ def test_links_and_devices_stay_out_of_the_copy(make: Make, root: Path) -> None:
     assert not {"link.json", "loop.json", "fifo.json"} & copied
 
 
+@pytest.mark.attack(
+    "a sparse file of a terabyte lies in a volume",
+    by="env",
+    holds="it is not copied to the builder's disk, and named; the rest is read",
+)
 def test_large_file_stays_out_of_the_copy_and_is_named(make: Make, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sparse file costs the one who plants it nothing: no reader takes it in, and the rest is read all the same."""
     monkeypatch.setattr(cache_root, "INDEX_FILE", 100_000)
