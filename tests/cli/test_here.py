@@ -589,3 +589,21 @@ def test_here_prebuild_without_gpus_proves_nothing_and_leaves_nothing_to_compile
     assert "this sglang knows no such kernel type" in out
     job.manifest(DENSE, gpus={"count": 8, "name": "RTX"})
     assert "set name, or pretend, to one of H200, H100, B200" in job.run("warm", "--prebuild-only", status=2)[1]
+
+
+def test_here_reset_gives_a_container_its_own_warm_cache(warmed: Job, tmp_path: Path) -> None:
+    """By a copied folder and the standard library alone; the kernels are all there, and nothing else is."""
+    own = tmp_path / "own"
+    (own / "locks").mkdir(parents=True)
+    (own / "layout.json").write_text("of an earlier job")
+    process = warmed.start("here-reset", "--source", str(warmed.root), "--target", str(own), "--json")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    found = json.loads(out)["reset"]
+    assert found["copied"] > 0 and found["skipped"] == []
+    assert {path.name for path in own.glob("deep_gemm/*/cache/*")} == warmed.entries()
+    for options in ((), ("--source", "relative"), ("--source", str(warmed.root), "--target", str(warmed.root))):
+        process = warmed.start("here-reset", *options)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == (12 if "--target" in options else 2), out + err
+        assert "Traceback" not in err
