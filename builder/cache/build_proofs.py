@@ -60,7 +60,7 @@ class BuildProof:
 
     @property
     def sentence(self) -> str:
-        """Who proved it, and when, where it was another build."""
+        """Return which build proved the task, and when; "" for this build."""
         if self.same:
             return ""
         before, now = (printable(each.name or "unknown")[:80] for each in (self.build, self.this))
@@ -69,7 +69,7 @@ class BuildProof:
 
     @property
     def warning(self) -> str:
-        """What to expect where kernel sources changed."""
+        """Return what to expect of changed kernel sources; "" where they are the same."""
         if self.kernel_sources != "changed":
             return ""
         if self.changed is None:

@@ -1,6 +1,6 @@
-"""Kernel sources: the files of sglang that kernels are made from or chosen by, and how two builds differ in them.
+"""Compare the kernel sources of two builds: the files of sglang that kernels are made from or chosen by.
 
-A build changes with every commit; whether it compiles other kernels shows in these files alone. Each is recorded as
+A build changes with every commit. It compiles other kernels only if one of these files changed. Each is recorded as
 twelve characters (`pack`), in groups by the families that compile something of it, so that a difference can be counted
 and named without a list of names: two thousand files take 25 kB.
 

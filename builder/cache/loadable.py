@@ -1,4 +1,4 @@
-"""Whether what lies in a family's directory can be used where it is mounted, and whether ninja would build it again.
+"""Judge whether a family's entries can be loaded from their mount, and whether ninja would build them again.
 
 A valid entry is not enough: the loader refuses shared objects of a mount with ``noexec``, compilers' caches take lock
 files even for a hit, and ninja compares the times of what it made with those of its inputs.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from builder.cache import environment
+from builder.cache.families import FAMILY
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.errors import ColdError
@@ -81,7 +82,8 @@ def _check_here(args: CheckArgs, invocation: Invocation) -> None:
     if manifest is not None:
         gate(console, report, args.on_cold, REMEDY_HERE)
         return
-    other = [standing.family for standing in families if standing.state in ("differs", "absent")]
+    # What belongs to one build of sglang is never required: each commit has its own.
+    other = [each.family for each in families if each.state != "found" and FAMILY[each.family].shared]
     if not other:
         console.say(f"warm-cache: every family that can be compared has a directory in {local.root}")
         return
