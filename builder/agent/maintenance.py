@@ -23,7 +23,7 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
     layout.prepare(root)
     for place in claimable_directories(root):
         guard.check()
-        _quarantine(root, place, output)
+        _quarantine(root, place, job, output)
         removal.clear_host_specific(root, place.family.name, place.key)
     for family, key, path, stays in removal.clear_quarantine(root, job_max=job.job_max, now=time.time()):
         guard.check()
@@ -43,7 +43,7 @@ def verify(job: Job, output: Output, guard: Guard) -> int:
     for place in claimable_directories(root):
         guard.check()
         if job.repair:
-            _quarantine(root, place, output)
+            _quarantine(root, place, job, output)
         entries, bad = bad_entries(place, now=time.time())
         for name, problem in sorted(bad.items()):
             output.event(events.BadEntry(place.family.name, place.key, name, problem))
@@ -77,7 +77,7 @@ def survey(job: Job, output: Output, guard: Guard) -> int:
     return WARMED
 
 
-def _quarantine(root: Path, place: FamilyDirectory, output: Output) -> None:
+def _quarantine(root: Path, place: FamilyDirectory, job: Job, output: Output) -> None:
     name = place.family.name
     moved = inventory.sweep(
         place.family,
@@ -85,6 +85,7 @@ def _quarantine(root: Path, place: FamilyDirectory, output: Output) -> None:
         layout.quarantine(root, name, place.key),
         now=time.time(),
         older_than=inventory.IN_PROGRESS,
+        job_max=job.job_max,
         mount=place.mount(),
     )
     for path, why, stays in moved:

@@ -33,6 +33,9 @@ from builder.text import printable
 IN_PROGRESS = 600.0
 
 
+#: Names of temporary files, as compilers and this program make them.
+TEMPORARY = ("*.tmp", "*.tmp-*", ".tmp*", ".*.tmp*", "tmp.*")
+
 #: One component of a path that leads nowhere else.
 _PART = r"(?!\.{1,2}(?:/|\Z))[^/\0]+"
 #: Names that an entry can have, by layout.
@@ -159,6 +162,7 @@ def sweep(
     *,
     now: float,
     older_than: float,
+    job_max: float | None = None,
     mount: str | None = None,
 ) -> list[Leftover]:
     """Rename leftovers and invalid entries into `quarantine`, so that they are compiled anew. Deletes nothing.
@@ -167,22 +171,25 @@ def sweep(
     depth, for `older_than` seconds before `now` (seconds since the epoch, as file times are). An entry that its program
     publishes by one rename was never visible half-made: invalid, it is damaged, and is moved at once; its age has no
     meaning, because hits touch it. Each move is one rename within a file system: readers see the whole or nothing.
-    Returns what was moved, and what could not be. mount: as in `scan`.
+    Returns what was moved, and what could not be. mount: as in `scan`. job_max: seconds that a job may last: after
+    them a temporary file is a leftover in every family, also where nothing is known of how its program makes it.
     """
     if not family.claimable:
         return []
     tree, aside = Tree.of(directory), Tree.of(quarantine)
-    doomed = {name: (reason, True) for name, reason in _leftovers(family, tree)}
+    doomed: dict[str, tuple[str, float | None]] = {}
+    for name, reason, known in _leftovers(family, tree, temporary=job_max is not None):
+        doomed.setdefault(name, (reason, older_than if known else job_max))
     for name, problem in scan(family, tree, mount=mount).invalid.items():
         if problem.kind is ProblemKind.UNREADABLE:
             continue  # another user's file may be good
         whole = _whole(family, name)
         reason = problem.text if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
-        doomed.setdefault(whole, (reason, whole == name and _may_be_in_progress(family, problem)))
+        in_progress = whole == name and _may_be_in_progress(family, problem)
+        doomed.setdefault(whole, (reason, older_than if in_progress else None))
     moved = []
-    for name, (reason, by_age) in sorted(doomed.items()):
-        newest = _newest(tree, name) if by_age else now - older_than
-        if newest is None or newest > now - older_than:
+    for name, (reason, least) in sorted(doomed.items()):
+        if least is not None and ((newest := _newest(tree, name)) is None or newest > now - least):
             continue
         try:
             aside.make()
@@ -257,18 +264,23 @@ def bad_entries(directory: FamilyDirectory, *, now: float) -> tuple[int, dict[st
 # What a killed process leaves
 
 
-def _leftovers(family: Family, tree: Tree) -> Iterator[tuple[str, str]]:
+def _leftovers(family: Family, tree: Tree, *, temporary: bool) -> Iterator[tuple[str, str, bool]]:
+    """Yield names, why each is a leftover, and whether its program is known to leave it.
+
+    temporary: also files that are temporary by their names alone.
+    """
     anywhere = []
     for pattern, reason in family.leftovers:
         if "/" in pattern:
-            yield from ((name, reason) for name in _glob(tree, "", pattern.split("/")))
+            yield from ((name, reason, True) for name in _glob(tree, "", pattern.split("/")))
         else:
             anywhere.append((pattern, reason))
-    if anywhere:
-        for name, item in tree.walk():
-            for pattern, reason in anywhere if item and name.partition("/")[0] not in family.apart else ():
-                if fnmatchcase(name.rpartition("/")[2], pattern):
-                    yield name, reason
+    for name, item in tree.walk() if anywhere or temporary else ():
+        if item is None or name.partition("/")[0] in family.apart:
+            continue
+        yield from ((name, reason, True) for pattern, reason in anywhere if fnmatchcase(item.last, pattern))
+        if temporary and item.is_file and matches(item.last, TEMPORARY):
+            yield name, "temporary file that no job can still be writing", False
 
 
 def _glob(tree: Tree, above: str, patterns: list[str]) -> Iterator[str]:

@@ -390,6 +390,27 @@ def test_entry_with_files_without_end_is_invalid(tmp_path: Path, monkeypatch: py
     assert problem(TRITON, tmp_path, KEY) == "it holds more than 20 files"
 
 
+#: Families of whose programs it is not known that they leave such a file.
+OTHERS = [each for each in FAMILIES if each.claimable and "*.tmp" not in dict(each.leftovers)]
+
+
+@pytest.mark.parametrize("family", OTHERS, ids=lambda family: family.name)
+def test_temporary_file_older_than_any_job_is_a_leftover(tmp_path: Path, family: Family) -> None:
+    place, hour = tmp_path / "family", 3600.0
+    (place / "fp").mkdir(parents=True)
+    (place / "fp" / "sha.o.tmp").write_text("half")
+    (place / "fp" / "x.lock").touch()
+
+    def swept(later: float, job_max: float | None) -> list[str]:
+        now = time.time() + later
+        found = inventory.sweep(family, place, tmp_path / "aside", now=now, older_than=600, job_max=job_max)
+        return [each.name for each in found]
+
+    assert swept(5 * hour, 6 * hour) == [] == swept(7 * hour, None)
+    assert swept(7 * hour, 6 * hour) == ["fp/sha.o.tmp"]
+    assert (place / "fp" / "x.lock").exists()
+
+
 PRETENDERS = ("is unreadable", "missing", "no __grp__ file")
 
 
