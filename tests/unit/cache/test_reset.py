@@ -87,6 +87,12 @@ def test_reset_twice_changes_nothing(root: Path, own: Path) -> None:
     assert state(own) == before
 
 
+@pytest.mark.attack(
+    "a container's own copy of the cache has kernels of the same size and time, forged markers, links, pipes, payloads "
+    "and deep trees",
+    by="runner container",
+    holds="after here-reset it is equal to the published one, byte by byte; nothing behind a link is touched",
+)
 def test_reset_undoes_whatever_a_job_did(root: Path, own: Path, tmp_path: Path) -> None:
     before = state(own)
     outside = put(tmp_path, "outside/precious", "precious")
@@ -136,6 +142,11 @@ def test_reset_follows_no_link_in_the_target(root: Path, own: Path, tmp_path: Pa
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+@pytest.mark.attack(
+    "links, pipes and files of terabytes lie among the kernels that here-reset copies",
+    by="env",
+    holds="none is opened or copied; each is named",
+)
 def test_reset_copies_no_link_or_device_of_the_source(root: Path, own: Path, tmp_path: Path) -> None:
     before = state(own)
     secret = put(tmp_path, "secret", "secret")
