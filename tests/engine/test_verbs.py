@@ -479,8 +479,8 @@ print("NOTHING WAS POSSIBLE")
     "markers, memos, generations, layout, locks and the kernels of other keys are written, removed, linked, renamed "
     "and redirected",
     by="env",
-    holds="all of it is refused: the root is read-only, and each writable directory a mount of its own; a kernel that is "
-    "changed in place changes no generation",
+    holds="all of it is refused: the root is read-only, and each writable directory a mount of its own; a kernel that "
+    "is changed in place changes no generation",
 )
 def test_env_job_hits_every_kernel_and_changes_nothing_else(warmed: Cli, engine: Engine) -> None:
     """Its own kernels it may change, and no view is above those."""
