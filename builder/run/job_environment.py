@@ -142,7 +142,7 @@ def of_job(
     if form not in ("shell", "github"):
         found[IMAGE_VARIABLE] = executor.identity
     warnings = context.report.warnings
-    warnings += [*missed(tasks), *others, *told(private)]
+    warnings += [*missed(tasks), *others, *unlisted(named), *told(private)]
     return JobEnvironment(variables=found, private=private, mounts=mounts)
 
 
@@ -189,6 +189,12 @@ def common_keys(records: Sequence[tuple[str, Record]]) -> tuple[dict[str, str], 
         for family, labels in own.items()
         if labels
     ]
+
+
+def unlisted(records: Iterable[tuple[str, Record]]) -> list[str]:
+    """Return a warning with the variables that count only because of how their names begin."""
+    names = variables.unlisted({name for _, record in records for name in record.get("variables", {})})
+    return [f"{', '.join(names)}: on no list of this program, so counted as a factor of kernels"] if names else []
 
 
 def toolkit(records: Iterable[tuple[str, Record]]) -> dict[str, str]:

@@ -65,7 +65,8 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
     if args.crash_on_jit:
         found[job_environment.CRASH_ON_JIT] = "1"
     warnings = invocation.report.warnings
-    warnings += [*job_environment.missed(tasks), *others, *job_environment.told(private)]
+    warnings += [*job_environment.missed(tasks), *others, *job_environment.unlisted(records)]
+    warnings += job_environment.told(private)
     job = JobEnvironment(variables=found, private=private)
     invocation.report.text = job.text(form, invocation.report.toolchain)
     _refuse_cold(invocation.report)

@@ -118,6 +118,14 @@ def test_toolkit_of_the_warm_up_is_printed(named: str | None, found: str, printe
     )
 
 
+def test_variables_on_no_list_are_named() -> None:
+    probed = record(1)
+    probed["variables"] = {"TRITON_UNHEARD_OF": "1", "TRITON_ALWAYS_COMPILE": "1"}
+    (warning,) = job_environment.unlisted([("a", probed)])
+    assert warning.startswith("TRITON_UNHEARD_OF: on no list")
+    assert job_environment.unlisted([("a", record(1))]) == []
+
+
 def executor(**cache: Any) -> Any:
     api = cache.pop("api", "1.47")
     spec = SimpleNamespace(**{"root": None, "volume": None, "mount": "/jit", **cache})
