@@ -1,9 +1,9 @@
 """Files below a directory that any user of the machine may have written to, reached one component at a time.
 
-Whoever can write below a root can put a link, a device or a FIFO wherever a program expects a directory or a file, also
-between two of its system calls. So nothing here resolves a path: each component is opened relative to the directory
-before it (openat), and none of them may be a link. A file is opened for reading only once it is known to be regular:
-opening a device can already do harm, and opening a FIFO waits.
+A user that can write below a root can put a link, a device or a FIFO wherever a program expects a directory or a file,
+also between two of its system calls. So nothing here resolves a path: each component is opened relative to the
+directory before it (openat), and none of them may be a link. A file is opened for reading only once it is known to be
+regular: opening a device can already do harm, and opening a FIFO waits.
 
 The root itself is trusted and may be a link. Names below it are relative, with slashes; ``""`` is the root.
 """
@@ -24,7 +24,7 @@ from builder.files import matches
 
 #: Levels of directories below a root. Caches have less than twenty; each level costs a descriptor.
 DEPTH = 128
-#: Names of one directory that are read where a caller sets no limit of its own.
+#: Names of one directory that are read where a caller sets no limit.
 NAMES = 1_000_000
 
 _ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -260,7 +260,7 @@ class Tree:
         """Rename a file or directory, itself, into a tree of the same file system. Raises OSError."""
         source, last = _split(name)
         target, goal = _split(new)
-        with to.below("") as other:  # with descriptors of its own: it may be this tree
+        with to.below("") as other:  # with its own descriptors: it may be this tree
             os.rename(last, goal, src_dir_fd=self.descriptor(source), dst_dir_fd=other.descriptor(target))
         self.close()
 
@@ -372,7 +372,7 @@ def open_regular_at(folder: int, last: str) -> tuple[int, int]:
 def open_at(folder: int | None, name: str, flags: int, *, create: bool = False, mode: int = 0o666) -> int:
     """Return a descriptor of a regular file: its type is known before it is opened. Raises OSError, NotRegularError.
 
-    folder: a descriptor of its directory; None: `name` is a path of its own. create: make it where it is missing.
+    folder: a descriptor of its directory; None: `name` is the whole path. create: make it where it is missing.
     """
     while True:
         try:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 #: disabled: its registration says so. not-understood: a launch or a branch depends on a value that is not known, or
 #: the file cannot be run.
 State = Literal["failed", "failed-after-launch", "skipped", "disabled", "not-understood"]
-#: server: popen_launch_server; pd: popen_launch_pd_server; process: a command of its own; engine: in the test's own
+#: server: popen_launch_server; pd: popen_launch_pd_server; process: another command; engine: in the test's own
 #: process; bench: a benchmark that loads the model itself.
 Kind = Literal["server", "pd", "process", "engine", "bench"]
 

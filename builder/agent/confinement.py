@@ -93,7 +93,7 @@ def _filter(architecture: int, numbers: dict[str, int], own: int) -> bytes:
         (_LOAD, 0, 0, 0),
     ]
     if architecture == 0xC000003E:
-        lines += [(_ANY_BIT, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32 has numbers of its own
+        lines += [(_ANY_BIT, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32 has other numbers
     for name, number in numbers.items():
         if name in ("kill", "tgkill"):
             # Only to this process: args[0].

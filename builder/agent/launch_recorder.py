@@ -1,6 +1,6 @@
 """Runs test files of a checkout with recorders in the place of launchers, and reports what they launch.
 
-Each file has a process of its own, forked from this one, which runs none of the checkout's code: a file that ends its
+Each file has a separate process, forked from this one, which runs none of the checkout's code: a file that ends its
 process, hangs, or floods its output costs its own results and no others. A file's process has limits of memory, time
 and file size, starts and signals no other process, and writes to one pipe, whose lines are decoded strictly.
 Standard library only.

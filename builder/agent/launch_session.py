@@ -1,4 +1,4 @@
-"""Records the launches of one test file, in a process of its own (`launch_recorder` starts and limits it).
+"""Records the launches of one test file, in a separate process (`launch_recorder` starts and limits it).
 
 Standard library only. The environment is compared with the one before the tests: what a test or its class sets is part
 of its launches.

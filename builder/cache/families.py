@@ -6,7 +6,7 @@ how its entries look on disk and what a killed process leaves behind. Nothing he
 
 What sglang keeps elsewhere, and why it is no family: FlashInfer's cubins and Hugging Face's kernels lie in the image
 (FLASHINFER_CUBIN_DIR stays as it is); the allocator of symmetric memory is built in the temporary directory, which no
-variable of its own moves; outlines keeps grammars in a data base; CUDA graphs cannot be kept.
+variable moves; outlines keeps grammars in a data base; CUDA graphs cannot be kept.
 
 Sources: sglang 0.5.11 to 0.5.23 (``srt/environ.py``, ``kernels/jit``), sgl-deep-gemm 0.1.0 to 0.2.5, Triton 3.9
 (``runtime/cache.py``, ``knobs.py``), torch 2.14 (``cpp_extension.py``, ``codecache.py``), DeepEP 2 (``csrc/jit``),

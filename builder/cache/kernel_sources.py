@@ -6,7 +6,7 @@ and named without a list of names: two thousand files take 25 kB.
 
 Sources: sglang 0.5.11 to 0.5.23, what its Python files call (``load_jit``, ``triton.jit``, …) and where it keeps
 C++ and CUDA (``kernels/*/csrc``, before 0.5.18 ``jit_kernel``) and tuned configurations (``…/configs/*.json``).
-Left out: ``multimodal_gen``, which has servers of its own, tests, and other vendors' kernels.
+Left out: ``multimodal_gen``, which has other servers, tests, and other vendors' kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WORDS: Mapping[str, tuple[bytes, ...]] = {
     "flashinfer": (b"flashinfer.jit",),
 }
 
-#: Every other file, by its suffix and the first folder that it lies in: (suffixes, folder, families).
+#: Every other file, by its suffix and the first folder above it: (suffixes, folder, families).
 FILES: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     # What decides which Ms sglang asks DeepGEMM for; Python files that hold none of the words.
     ((".py",), "srt/layers/deep_gemm_wrapper", ("deep_gemm",)),
@@ -112,7 +112,7 @@ def group_digest(sources: Sources | None, family: str) -> str | None:
 
 
 def changed(was: Sources, now: Sources) -> Changed:
-    """Return the number of files that differ, are new or are gone, and the families that they concern."""
+    """Return the number of files that differ, are new or missing, and the families that they concern."""
     before, after = _files(was), _files(now)
     paths = {path for path in {*before, *after} if before.get(path) != after.get(path)}
     families = {name for path in paths for kinds in (before, after) for name, _ in kinds.get(path, ())}

@@ -235,7 +235,7 @@ def publish(root: Path, marker: Marker) -> str:
 
     1. ``.<digest>.json.<unique>.tmp`` beside the marker is created: no reader looks at names with a leading dot. Two
        writers have two of them.
-    2. It is written and fsynced: still nobody reads it. A kill leaves it behind, without effect.
+    2. It is written and fsynced: still no reader. A kill leaves it behind, without effect.
     3. It is renamed onto ``<digest>.json``: a reader opens the old file or the new one, whole. The second of two
        writers wins; both were right.
     4. The directory is fsynced: only now does a crash of the machine keep the new name. Before, it may keep the old

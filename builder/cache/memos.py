@@ -1,4 +1,4 @@
-"""Memos: what an image is made of, kept in the root so that whoever knows the image asks no container.
+"""Memos: what an image is made of, kept in the root so that a builder that knows the image asks no container.
 
 ``<root>/images/<digest>.json`` holds the records of one image, without the factors of the machine that they were made
 on (`toolchain.HOST_FACTORS`), so that it is true wherever the image runs. ``<root>/images/hosts.json`` holds what those

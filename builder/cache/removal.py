@@ -1,12 +1,12 @@
 """When something below a cache root may be removed for good, and what lies aside long enough for it.
 
 Renaming an invalid entry or a leftover aside needs none of this: that is one rename, and whoever has the files open
-keeps them. Removing takes away what somebody may be about to open, so it needs proof that there is nobody:
+keeps them. Removing takes away what another process may be about to open, so it needs proof that there is none:
 
-- nobody compiles into the family: its lock file is ours exclusively (every warm-up holds it shared until it exits);
+- no process compiles into the family: its lock file is ours exclusively (every warm-up holds it shared until it exits);
 - no test job says that it uses the cache: the hold is ours exclusively (`warm-cache hold` has it shared, and so has
   whoever keeps a view of the root, an overlay with the root below, for as long as the view lives);
-- nobody has touched it for as long as a job may last: jobs that say nothing are known by what they do. Touched is
+- no process has touched it for as long as a job may last: jobs that say nothing are known by what they do. Touched is
   both modified and moved, by the file's own times; the latter is what tells how long something lies aside;
 - no view has it below, of those that the root has a record of (their generation holds another name of every file, so
   that nothing would break, and nothing be freed either), and no overlay that is mounted here, about which the kernel

@@ -133,7 +133,7 @@ def factor_variables(environ: Mapping[str, str], cuda_home: str | None) -> dict[
 
 
 def of_task(record: Record, own: Mapping[str, str]) -> Record:
-    """Return the record as it is for a task with these variables of its own."""
+    """Return the record as it is for a task with these variables."""
     return {**record, "variables": variables.of_task(record.get("variables", {}), own, _PLACES)}
 
 

@@ -124,7 +124,7 @@ class _Program:
         return self.finish(error, invocation.prune_logs)
 
     def unexpected(self, raised: Exception) -> BuilderError:
-        """Return the error for an exception that is being handled, and write its traceback if that is wanted."""
+        """Return the error for an exception that is being handled, and write its traceback if asked for."""
         if self.line.args.verbose:
             self.console.say(traceback.format_exc().rstrip())
         return _unexpected(raised)
@@ -168,7 +168,7 @@ class _Program:
         if unwritten and status:
             console.say(f"warning: {unwritten[0]}")
         elif unwritten:
-            # A result that nobody gets is no success, whatever it says.
+            # A result that is not delivered is no success, whatever it is.
             error = PreflightError(unwritten[0])
             status = error.exit_code
             self._report_error(error)

@@ -241,7 +241,7 @@ class Containers(Protocol):
 
     @property
     def identity(self) -> str:
-        """What tells this engine from others."""
+        """What distinguishes this engine from others."""
 
     def create(self, spec: ContainerSpec) -> str: ...
 

@@ -189,7 +189,7 @@ class EngineConnection:
 
     @functools.cached_property
     def identity(self) -> str:
-        """What tells this engine from others, at whatever address it is reached."""
+        """What distinguishes this engine from others, at whatever address it is reached."""
         return identity_of(self.info)
 
     @functools.cached_property

@@ -1,12 +1,12 @@
 """The builder's hold on its containers: a kernel lock that ends with the builder, whatever ends it.
 
 The lock is on a file of our own, which every container has bind-mounted read-only. A container that gets the lock
-knows that its builder is gone; so does the next builder, and it removes what was left. Never by name, image or pid.
+knows that its builder is dead; so does the next builder, and it removes what was left. Never by name, image or pid.
 
-Who may sweep what, process by process: a builder locks its file before the file has the name that labels carry, and
-before any container exists. A sweeper that finds the file under its name therefore either fails to lock it (the owner
-lives) or gets the lock (the owner is dead for good: nobody locks that file a second time). A file that is gone, or is
-another one than the label says, proves nothing, and its container is left to its own lifetime.
+Which process may sweep what, process by process: a builder locks its file before the file has the name that labels
+carry, and before any container exists. A sweeper that finds the file under its name therefore either fails to lock it
+(the owner lives) or gets the lock (the owner is dead for good: no process locks that file a second time). A file that
+is missing, or is another one than the label names, proves nothing, and its container is left to its own lifetime.
 
 So the file of a dead owner is kept for as long as a container may name it. It is removed only by a sweeper that had
 its lock first, listed the containers of the very engine that the lease is for after that, and found none that names it:
@@ -38,7 +38,7 @@ TARGET = "/run/warm-cache-lease"
 
 #: Name of the lease file, and prefixes of its directory while it is being made and once it is held.
 FILE = "lease"
-#: Name of the file beside it that has the identity of the lease's engine.
+#: Name of the file next to it that has the identity of the lease's engine.
 ENGINE = "engine"
 NEW, HELD = "new-", "held-"
 
@@ -146,7 +146,7 @@ def private_directory(state_dir: Path) -> Path:
 def lease_of(labels: Mapping[str, str]) -> Mapping[str, object]:
     """Return path, device and inode of the lease file that a container's labels name; empty if they name none.
 
-    Labels may be an image's, so anybody's: a path counts only if it has the form of one of ours, and is never opened
+    Labels may be an image's, so any user's: a path counts only if it has the form of one of ours, and is never opened
     before the file is known to be a regular one.
     """
     text = labels.get(LABEL_LEASE, "")

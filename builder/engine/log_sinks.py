@@ -100,7 +100,7 @@ def _private(path: Path) -> int:
 class LogFile:
     """The complete log. A failure to write ends the file, never the draining; `problem` describes it.
 
-    It is written in a thread of its own, because a file system may hang. `write` waits for a slow one, but not for
+    It is written in its own thread, because a file system may hang. `write` waits for a slow one, but not for
     longer than PATIENCE without a byte taken, nor once `hurry` was called.
     """
 

@@ -70,7 +70,7 @@ def is_this_machine(info: Mapping[str, Any]) -> bool:
 
 
 def identity_of(info: Mapping[str, Any]) -> str:
-    """Return what tells the engine of this description from others: its id, kept in its data directory.
+    """Return what distinguishes the engine of this description from others: its id, kept in its data directory.
 
     Podman makes up another id for each answer, so there it is host and directory.
     """

@@ -5,7 +5,7 @@ every such directory that it can use, because some users cannot access the first
 builders lock directories and names in the same order, so no two of them ever wait for each other.
 
 Nothing is ever unlinked: a lock on a name that was replaced excludes nothing. So only a directory of root or of this
-user counts, with the sticky bit if others may write to it: who owns a directory may replace what is in it.
+user counts, with the sticky bit if others may write to it: the owner of a directory may replace what is in it.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _make(directory: Path) -> bool:
 def open_lock_file(directory: Path, name: str) -> int:
     """Return a descriptor of the lock file of this name, which every user can lock; make the file if it is missing.
 
-    Root takes it over from another user, who could remove it while it is locked.
+    Root takes it over from another user, which could remove it while it is locked.
     """
     path = _path(directory, name)
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

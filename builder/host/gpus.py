@@ -68,7 +68,7 @@ def host_gpus(proc: Path = PROC) -> HostGpus | None:
 
 
 def _partitioned(proc: Path) -> tuple[int, ...]:
-    """Return the indices of GPUs with MIG slices: each has a folder of its own below ``capabilities``."""
+    """Return the indices of GPUs with MIG slices: each has its folder below ``capabilities``."""
     slices = (path.parts[-3] for path in (proc / "capabilities").glob("gpu*/mig/gi*"))
     return tuple(sorted({int(name[3:]) for name in slices if name[3:].isdigit()}))
 

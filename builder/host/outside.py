@@ -81,7 +81,7 @@ def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 class Writer:
-    """Writes bytes to one place outside, in order, in a thread of its own. All methods may be called by any thread.
+    """Writes bytes to one place outside, in order, in its own thread. All methods may be called by any thread.
 
     The first error ends the writing; `error` has it. Nothing here raises, but for a thread that cannot be started.
 

@@ -1,7 +1,7 @@
 """The host's policy: what a manifest may ask of this machine, in a file that root alone can write.
 
 A manifest may come from a pull request, and the engine's socket makes its reader root. Where there is a policy, every
-value that has power over the host has to be on its lists, wherever the value comes from: the manifest, an option or a
+value that has power over the host has to be on its lists, wherever the value is from: the manifest, an option or a
 variable. Nothing but root names the file. Without one a manifest may ask for anything; builder/docs/security.md says
 what that is.
 """

@@ -30,7 +30,7 @@ name = "{gpu}"
 timeout = "20m"
 silence = "10m"
 """
-#: The first words of the comment that says where tasks come from, and the rest of that comment.
+#: The first words of the comment that names the source of tasks, and the rest of that comment.
 NOTE = "# Recorded from"
 _NOTE = re.compile(rf"^{NOTE} .*\n(?:#.*\n)*\n?", re.MULTILINE)
 _WIDTH = 110
@@ -38,7 +38,7 @@ _WIDTH = 110
 
 @dataclass(frozen=True)
 class Source:
-    """What launches were recorded from. commit: of the checkout, empty where it is unknown; suite: as it was asked for;
+    """What launches were recorded from. commit: of the checkout, empty where it is unknown; suite: as it was given;
     gpu: of the machine that was answered for; files: how many test files were run.
     """
 
@@ -72,7 +72,7 @@ def as_manifest(launches: Sequence[Launch], paths: Sequence[str], gpu: str) -> s
 
 
 def note(launches: Sequence[Launch], source: Source) -> str:
-    """Return the comment that says what tasks were made of, without an end of line."""
+    """Return the comment that names what tasks were made of, without an end of line."""
     covered, others = warmable(launches, source.gpu)
     tasks = counted(len(_same(covered)), "task")
     counts = f"{len(covered)} of {len(launches)} launches in {counted(source.files, 'file')} are covered"

@@ -25,8 +25,8 @@ class Console:
     """Write lines, tables, groups and annotations. All methods are thread-safe.
 
     Colours and folding only on a terminal; collapsed groups only in GitHub Actions. A closed stream (``| head``) ends
-    the display; the run and its logs continue. A stream that nobody reads (``| less``) holds up its writers once, for
-    PATIENCE seconds; what does not fit the queue after that is dropped and counted until somebody reads again.
+    the display; the run and its logs continue. A stream without a reader (``| less``) holds up its writers once, for
+    PATIENCE seconds; what does not fit the queue after that is dropped and counted until it is read again.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Console:
                 return
             self._queue(writer, data)
         if self._waits and writer.error is None:
-            # The readers of a container's output come by here: nobody waits twice for a stream that nobody reads.
+            # The readers of a container's output come by here: none waits twice for a stream without a reader.
             self._waits = writer.wait(_ROOM, PATIENCE, give_up=self._hurried)
         if writer.error is not None:
             self.closed = True

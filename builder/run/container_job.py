@@ -259,7 +259,7 @@ def _recorder(executor: ContainerExecutor, job: Job, task: Task, request: Contai
 def _prebuilder(executor: ContainerExecutor, job: Job, prebuild: PrebuildRequest, task: Task) -> ContainerSpec:
     """Return a container without GPUs, secrets and network; a plan pass, whose entries are no kernels, gets no cache.
 
-    What it writes beside the cache is in memory, and counts among the memory that it may take.
+    What it writes outside the cache is in memory, and counts among the memory that it may take.
     """
     plans = job.mode == "plan"
     return ContainerSpec(

@@ -256,7 +256,7 @@ def _permissions(facts: Facts) -> CheckResult:
 
 
 def _isolation(facts: Facts) -> CheckResult:
-    """Check that containers may write the cache root in spite of SELinux and of user namespaces."""
+    """Check that containers may write the cache root despite SELinux and of user namespaces."""
     options = [str(option) for option in facts.info.get("SecurityOptions") or ()]
     root = facts.manifest.cache.root
     if root is None or not facts.local or not root.is_dir():

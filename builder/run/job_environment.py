@@ -1,4 +1,4 @@
-"""What a test job needs so that it hits the cache, and can vouch for nothing: mounts, variables and options.
+"""What a test job needs so that it hits the cache, and can prove nothing: mounts, variables and options.
 
 The root is read-only for a job; writable are the directories of its environment's families, and nothing else: markers,
 memos, generations, stamps, locks and the kernels of other keys cannot be changed, linked to or replaced, because they
@@ -212,7 +212,7 @@ def toolkit(records: Iterable[tuple[str, Record]]) -> dict[str, str]:
 
 
 def places_here(root: Path, keys: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the variables of a process here, and why families are compiled in a private directory of its own.
+    """Return the variables of a process here, and why families are compiled in a private directory.
 
     That directory is new with each call, so that no earlier job can have left anything there.
     """
@@ -262,7 +262,7 @@ def is_shared(cache: CacheSpec, rules: policy.Policy | None) -> bool:
 
 
 def _without(private: Mapping[str, str], item: Item, result: TaskResult) -> TaskResult:
-    """Return a task's result, cold where a job compiles one of the families that its marker vouches for."""
+    """Return a task's result, cold where a job compiles one of the families that its marker claims."""
     claims = item.judgement.marker.claims if item.warm and item.judgement.marker else {}
     anew = [name for name in claims if name in private]
     if not anew:
