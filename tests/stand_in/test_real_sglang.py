@@ -304,6 +304,66 @@ def test_real_here_check_agrees_with_host(warmed: Warmed, copy: Path, docker_hos
     assert document["toolchain"] == warmed.first.document["toolchain"]
 
 
+#: Makes of the image's sglang an editable install of a checkout at another commit. Links: a copy takes its time.
+CHECKOUT = """
+site=/opt/standin/venv/lib/python3.11/site-packages
+mkdir -p /tree/.git /tree/python && cp -rs $site/sglang /tree/python/sglang
+echo {commit} > /tree/.git/HEAD
+rm -r $site/sglang-0.5.23.dist-info
+new=$site/sglang-0.5.23.dev7+g{commit:.9}.dist-info && mkdir $new
+printf 'Metadata-Version: 2.1\\nName: sglang\\nVersion: 0.5.23.dev7+g{commit:.9}\\n' > $new/METADATA
+echo '{{"url": "file:///tree/python", "dir_info": {{"editable": true}}}}' > $new/direct_url.json
+export PYTHONPATH=/tree/python:/copied:$PYTHONPATH PYTHONDONTWRITEBYTECODE=1
+"""
+#: A change after which sglang asks DeepGEMM for another size.
+CHANGE = """
+file=/tree/python/sglang/srt/layers/deep_gemm_wrapper/compile_utils.py
+sed 's/^def _compile_deep_gemm_one_type_all(/def _compile_deep_gemm_one_type_all(t, n, k, g, m):\\n'\\
+'    return _as_before(t, 512, k, g, [64])\\n\\n\\ndef _as_before(/' $file > /tmp/changed && mv /tmp/changed $file
+"""
+
+
+def test_real_checkout_at_another_commit_is_warm(warmed: Warmed, copy: Path, docker_host: str, tmp_path: Path) -> None:
+    """What sglang's own CI does: each commit is another build, in a container of an older image."""
+    shutil.copytree(ROOT / "builder", tmp_path / "copied" / "builder", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(warmed.manifest, tmp_path / "copied" / "manifest.toml")
+    commit = "b71d74673c" * 4
+    options = "--here --manifest /copied/manifest.toml --cache /jit"
+    run = "python3 -m builder"
+    before = entries(copy)
+    script = f"""{CHECKOUT.format(commit=commit)}
+{run} check {options} --strict --json > /out/other.json
+eval "$({run} env {options} --format shell)"
+{JIT}
+find /jit/deep_gemm /jit/triton -newer /out/other.json -type f ! -name .committed ! -name '*.lock' > /out/added
+{CHANGE}
+{run} check {options} --json > /out/changed.json
+{run} check {options} --build same || echo $? > /out/same
+{run} audit --here --cache /jit --before /out/before
+python3 -c {shlex.quote(JOB)}
+{run} audit --here --cache /jit --after /out/before --json > /out/audit.json
+"""
+    (tmp_path / "out").mkdir(mode=0o777)
+    mounts = ["-v", f"{copy}:/jit", "-v", f"{tmp_path}/copied:/copied:ro", "-v", f"{tmp_path}/out:/out"]
+    in_container(docker_host, warmed.first.document["image"]["id"], mounts, script)
+
+    def written(name: str) -> Any:
+        return json.loads((tmp_path / "out" / name).read_text())
+
+    for task in written("other.json")["tasks"]:
+        assert (task["state"], task["build"], task["kernel_sources"]) == ("warm", "other", "same")
+        assert 0 <= task["proof_age"] < 3600
+    assert (tmp_path / "out" / "added").read_text() == "", "DeepGEMM and Triton compiled nothing"
+    changed = written("changed.json")
+    assert {(task["state"], task["kernel_sources"]) for task in changed["tasks"]} == {("warm", "changed")}
+    warning = "1 kernel-relevant file differs: expect compilation in deep_gemm"
+    assert any(warning in text for text in changed["warnings"]), changed["warnings"]
+    assert (tmp_path / "out" / "same").read_text() == "10\n"
+    findings = written("audit.json")["audit"]["findings"]
+    assert [(finding["kind"], finding["family"]) for finding in findings] == [("compiled", "deep_gemm")]
+    assert {name: entries(copy).get(name) for name in before} == before
+
+
 #: What sglang does for one shape: its lock, then its loop.
 ASK = """
 from sglang.srt.layers.deep_gemm_wrapper import compile_utils as c
