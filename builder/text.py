@@ -25,6 +25,15 @@ def readable(text: str) -> str:
     return _NOT_SHOWN.sub("\ufffd", text)
 
 
+def displayed(text: str) -> str:
+    """Return lines of text as any terminal takes them: controls but tabs and ends of lines as escapes."""
+    return _NOT_SHOWN.sub(_escape, text) if _NOT_SHOWN.search(text.replace("\n", "")) else text
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0] if found[0] == "\n" else found[0].encode("unicode_escape").decode("ascii")
+
+
 def shortened(text: str, limit: int) -> str:
     """Return at most `limit` characters of the text, and an ellipsis where it has more."""
     return text if len(text) <= limit else f"{text[:limit]}…"

@@ -34,7 +34,7 @@ from builder.report import github
 from builder.report.console import PATIENCE, Console, harmless
 from builder.report.results import Report
 from builder.report.tables import TASK_COLUMNS, task_table
-from builder.text import counted, sentence
+from builder.text import counted, displayed, sentence
 
 #: The message of Python's RuntimeError where no more threads may be started.
 NO_THREAD = "can't start new thread"
@@ -161,8 +161,9 @@ class _Program:
             report.extra[str(report.verb)] = report.text
         elif report.text is not None:
             # `env` prints for programs. These name jobs and files, and such names may hold commands.
+            shown = displayed(report.text) if report.verb in ("view", "audit") else report.text
             guarded = self.console.github and report.verb in ("view", "audit")
-            unwritten += self._print(harmless(report.text) if guarded else report.text, "the result")
+            unwritten += self._print(harmless(shown) if guarded else shown, "the result")
         if self.line.args.json:
             unwritten += self._print(report.document(status, error), "the JSON document")
         if unwritten and status:
@@ -194,7 +195,7 @@ class _Program:
             why = "stdout is closed"
         else:
             out = Console(sys.stdout, terminal=False, hurried=self._gave_up)
-            out.say(text)
+            out.write(text)
             out.close(self._patience)
             failed = out.error
             if (failed is None and not out.stuck) or isinstance(failed, BrokenPipeError):

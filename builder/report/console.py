@@ -11,6 +11,7 @@ from typing import TextIO
 from builder.host.outside import GiveUp, Writer, never
 from builder.report import tables
 from builder.report.tables import STATE_STYLE
+from builder.text import displayed
 
 #: The mark before a line of a container, of an operator's hook, and of this program between those.
 LOG_MARKS = {"out": "│", "err": "┃", "note": "▸", "hook": "»"}
@@ -55,7 +56,11 @@ class Console:
         self.stuck = False
 
     def say(self, text: str = "") -> None:
-        """Write one or more lines; in GitHub Actions escape everything that the runner takes for a command."""
+        """Write one or more lines, without controls of a terminal; in GitHub Actions also without its commands."""
+        self.write(displayed(text))
+
+    def write(self, text: str) -> None:
+        """Write text as it is, but for commands of GitHub Actions: for what has colours, or is for a program."""
         self._write(harmless(text) if self.github else text)
 
     @property
@@ -177,7 +182,7 @@ class Console:
 
     def collapsed(self, title: str, lines: Sequence[str]) -> None:
         """Write a whole group at once, so that no other output can fall into it."""
-        inside = "".join(f"{harmless(line)}\n" for line in lines)
+        inside = "".join(f"{harmless(displayed(line))}\n" for line in lines)
         self._write(f"::group::{_command_data(title)}\n{inside}::endgroup::")
 
     def annotate(self, title: str, text: str, level: str = "error") -> None:
@@ -190,7 +195,8 @@ class Console:
     ) -> None:
         """Write a table: folded and coloured on a terminal, one row a line in a pipe."""
         width, codes = (self._width, styles) if self._terminal else (None, None)
-        self.say(tables.table(columns, rows, width=width, styles=codes))
+        shown = [[displayed(cell) for cell in row] for row in rows]
+        self.write(tables.table(columns, shown, width=width, styles=codes))
 
 
 #: The older form of a command counts anywhere in a line; the newer one at its start, after optional blanks.
@@ -207,7 +213,8 @@ def harmless(text: str) -> str:
 
 def _command_data(text: str) -> str:
     """Escape the data of a workflow command."""
-    return text.replace(_OLD_COMMAND, "## [").replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    shown = displayed(text.replace("\r", "\n"))
+    return shown.replace(_OLD_COMMAND, "## [").replace("%", "%25").replace("\n", "%0A")
 
 
 def _command_property(text: str) -> str:

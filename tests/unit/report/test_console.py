@@ -6,6 +6,7 @@ import io
 import re
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,7 +70,21 @@ def test_text_in_github_is_never_a_command() -> None:
         "::endgroup::",
     ]
     assert "##[" not in stream.getvalue()
-    assert "  : :error::no" in lines and "a::b" in lines
+    assert r"  : :error::no\r::error::no" in lines and "a::b" in lines
+
+
+@pytest.mark.parametrize("github", [False, True])
+def test_control_characters_never_reach_the_stream(github: bool) -> None:
+    harmful = "/jit\x1b[2J\x1b]0;title\x07\x9b1m\u202e\r\x00"
+    out, stream = console(github=github)
+    out.say(f"{harmful}\n\tstays")
+    with out.group(harmful):
+        out.log("out", harmful)
+    out.collapsed(harmful, [harmful])
+    out.annotate(harmful, harmful)
+    out.table(["root"], [[harmful]])
+    assert re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", stream.getvalue()) == []
+    assert "\n\tstays\n" in stream.getvalue() and r"/jit\x1b[2J" in stream.getvalue()
 
 
 def test_annotation_outside_github_writes_nothing() -> None:
