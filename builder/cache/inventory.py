@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.beneath import Tree
+from builder.cache import usage
 from builder.cache.entries import NAMES, EntryProblem, ProblemKind, problem_of, size_and_times
 from builder.cache.families import Family
 from builder.cache.layout import FamilyDirectory, family_directories
@@ -307,17 +308,17 @@ def _may_be_in_progress(family: Family, problem: EntryProblem) -> bool:
 
 
 def _newest(tree: Tree, name: str) -> float | None:
-    """Return the latest mtime of a file or of anything in a directory; None where it is unknown."""
+    """Return when a file, or anything in a directory, was last written to; None where it is unknown."""
     try:
         status = tree.lstat(name)
-        newest = status.st_mtime
+        newest = usage.written(status)
         if stat.S_ISDIR(status.st_mode):
             if tree.some(name, 1) is None:
                 return None
             for _, item in tree.walk(name):
                 if item is None:
                     return None
-                newest = max(newest, item.stat().st_mtime)
+                newest = max(newest, usage.written(item.stat()))
     except OSError:
         return None
     return newest

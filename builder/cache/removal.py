@@ -27,7 +27,7 @@ from pathlib import Path
 
 from builder import flock
 from builder.beneath import Tree
-from builder.cache import inventory, layout, view_records
+from builder.cache import inventory, layout, usage, view_records
 from builder.cache.families import FAMILY, KEY
 from builder.files import why
 
@@ -176,7 +176,7 @@ def _touched(tree: Tree, name: str) -> float | None:
     """
     try:
         status = tree.lstat(name)
-        newest = max(status.st_mtime, status.st_ctime)
+        newest = status.st_ctime  # moving changes it, and writing as well
         if stat.S_ISDIR(status.st_mode):
             if tree.some(name, 1) is None:
                 return None
@@ -184,7 +184,7 @@ def _touched(tree: Tree, name: str) -> float | None:
                 if item is None:
                     return None
                 status = item.stat()
-                newest = max(newest, status.st_mtime, status.st_ctime if stat.S_ISDIR(status.st_mode) else 0.0)
+                newest = max(newest, status.st_ctime if stat.S_ISDIR(status.st_mode) else usage.written(status))
     except OSError:
         return None
     return newest

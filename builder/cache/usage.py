@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 from builder.beneath import Tree
@@ -71,8 +72,17 @@ def forget(root: Path, marker: str) -> None:
 
 
 def touched(status: os.stat_result, *, accessed: bool) -> float:
-    """Return the time of a file's last use. accessed: count its access time. A new hard link is no use."""
-    return max(status.st_mtime, status.st_atime if accessed else 0.0)
+    """Return the time of a file's last use. accessed: count its access time. A new hard link is no use.
+
+    Whoever owns a file can give it any time of access or modification, but not of change.
+    """
+    read = status.st_atime if accessed and status.st_atime <= time.time() else 0.0
+    return max(written(status), read)
+
+
+def written(status: os.stat_result) -> float:
+    """Return when a file was written to: never after its last change, which nobody can choose."""
+    return min(status.st_mtime, status.st_ctime)
 
 
 def has_access_times(root: Path) -> bool:

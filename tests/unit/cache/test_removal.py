@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builder.beneath import Tree
-from builder.cache import inventory, layout, removal
+from builder.cache import entries, inventory, layout, removal, usage
 from builder.cache.families import FAMILY
 from tests.unit.test_beneath import deep
 
@@ -48,6 +48,28 @@ def test_quarantine_move_counts_as_touch(root: Path) -> None:
     for path in (entry / "file", entry, entry.parent):
         os.utime(path, (1.0, 1.0))
     assert (refusal(root, later=60) or "").startswith("it was touched ")
+
+
+@pytest.mark.attack(
+    "files have times far in the future, so that they always seem to be in use, or to be written to just now",
+    by="env",
+    holds="a file was never written to after its last change, whose time nobody can choose: it ages like any other",
+)
+def test_times_of_the_future_age_like_others(root: Path) -> None:
+    entry, future = root / "triton" / KEY / "entry", time.time() + 1000 * 24 * HOUR
+    for path in (entry / "file", entry):
+        os.utime(path, (future, future))
+    assert refusal(root) is None
+    assert usage.touched((entry / "file").stat(), accessed=True) <= time.time()
+    with Tree(root, f"triton/{KEY}") as tree:
+        damaged = entries.EntryProblem(entries.ProblemKind.UNFINISHED, "no __grp__ file")
+        later = time.time() + inventory.IN_PROGRESS + 1
+        assert not inventory.may_be_in_progress(FAMILY["triton"], tree, "entry", damaged, now=later)
+    aside = root / "aside" / f"triton-{KEY}"
+    aside.mkdir(parents=True)
+    entry.rename(aside / f"triton-{KEY}-{'a' * 12}-{'b' * 32}")
+    removed = list(removal.clear_quarantine(root, job_max=HOUR, now=time.time() + 2 * HOUR))
+    assert [stays for *_, stays in removed] == [None]
 
 
 @pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
