@@ -70,7 +70,7 @@ def anew(changed: Mapping[str, Sequence[Row]], unchanged: int) -> str:
 
 def _difference(row: Row) -> str:
     factor, was, now = row
-    before, after = _versions(factor, was, now) or brief(was, now)
+    before, after = brief(*(_versions(factor, was, now) or (was, now)))
     name = _WORDS.get(factor, factor)
     # A package by another name says so itself.
     name = "" if any(value.startswith(("sgl-kernel ", "deep-gemm ")) for value in (was, now)) else name
