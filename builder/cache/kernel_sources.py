@@ -56,6 +56,8 @@ OTHERS = re.compile(r"gfx\d|npu|xpu|rocm|aiter|ascend|musa|(?:^|[/_])(?:hip|amd)
 #: Groups of families, joined by blanks → the packed files of the group, sorted.
 Sources = Mapping[str, str]
 _WIDTH, _PATH = 12, 5
+#: A group's name, which messages show. Another version of the program may know other families.
+_GROUP = re.compile(r"[a-z0-9_]{1,40}(?: [a-z0-9_]{1,40}){0,20}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def _short(data: bytes) -> str:
 def is_sources(value: Any) -> bool:
     """Return whether a JSON value is sound kernel sources."""
     return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(text, str) and len(text) % _WIDTH == 0 for name, text in value.items()
+        isinstance(name, str) and _GROUP.fullmatch(name) and isinstance(text, str) and len(text) % _WIDTH == 0
+        for name, text in value.items()
     )
 
 

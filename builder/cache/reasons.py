@@ -79,7 +79,7 @@ def _difference(row: Row) -> str:
 
 def _versions(factor: str, was: str, now: str) -> tuple[str, str] | None:
     """Return the versions without the digests behind them; None where the versions are equal or absent."""
-    if factor in _VERSIONED and ";" not in was + now:
+    if factor in _VERSIONED and not any(sign in was + now for sign in ";\n"):
         pair = was.rpartition(" ")[0] or was, now.rpartition(" ")[0] or now
     elif (one := _RELEASE.search(was)) and (other := _RELEASE.search(now)):
         pair = one[1], other[1]

@@ -314,3 +314,12 @@ def test_judge_cold_when_shared_object_is_for_another_machine(tmp_path: Path, nu
         assert judged(tmp_path, known).state == "warm"
     else:
         assert f"op.so is for {machine}, and this machine is " in judged(tmp_path, known).reason
+
+
+@pytest.mark.parametrize("group", ["triton\x1b[31m", "triton\u2028x", "", "a" * 400])
+def test_judge_says_nothing_of_groups_that_no_program_wrote(tmp_path: Path, group: str) -> None:
+    path = publish(tmp_path, record())
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "sources": {group: "A" * 12}}))
+    proof = judge(tmp_path, record("b" * 40, {**FILES, "kernels/ops/1.py": b"@triton.jit 2"})).proof
+    assert proof is not None and proof.warning == "kernel-relevant files differ: expect compilation"
