@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from builder.cache import layout
 from builder.engine.container import Deadlines
 from builder.errors import CANNOT_RUN, EngineLostError, PreflightError, Problem
 from builder.events import FAILED, WARMED, Event
 from builder.job import Mode
-from builder.run import container_job
+from builder.run import container_job, preflight
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import NOTHING_ELSE, ContainerRequest, describe
 from builder.task import Task
@@ -59,10 +60,15 @@ def run(
 
 
 def has_root(executor: ContainerExecutor) -> bool:
-    """Return whether there is a cache root to work on. Maintenance makes none: its name may be misspelt."""
+    """Return whether there is a cache root to work on. Maintenance makes none: its name may be misspelt.
+
+    Raises PreflightError for a directory that holds something else: it is certainly not the one that was meant.
+    """
     executor.context.report.cache = executor.root_name
     if executor.cache.exists():
         with executor.cache.view(entries=False) as root:
+            if foreign := layout.foreign(root):
+                raise PreflightError(CANNOT_RUN, [preflight.other_content(executor.root_name, foreign)])
             return (root / "layout.json").is_file()
     return False
 

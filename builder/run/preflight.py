@@ -187,6 +187,12 @@ def missing_root(manifest: Manifest, *, creates: bool) -> Problem:
     return Problem("cache", text, _CREATE if creates else "")
 
 
+def other_content(root: str, foreign: str) -> Problem:
+    """Return the problem of a directory that holds something else than a cache. foreign: a name in it."""
+    text = f"{root} is no cache root, and not empty ({foreign} is in it)."
+    return Problem("cache", text, "Set [cache] root to an empty directory.")
+
+
 def other_root(manifest: Manifest) -> Problem:
     """Return the problem of a root whose path is another directory for the engine."""
     return Problem(
@@ -224,11 +230,7 @@ def _cache(manifest: Manifest) -> Iterator[Problem]:
         yield Problem("cache", f"{root} is not a directory.", _DIRECTORY)
         return
     if foreign := layout.foreign(root):
-        yield Problem(
-            "cache",
-            f"{root} is no cache root, and not empty ({foreign} is in it).",
-            "Set [cache] root to an empty directory.",
-        )
+        yield other_content(str(root), foreign)
     free = shutil.disk_usage(root).free
     if free < MIN_FREE_BYTES:
         yield Problem(

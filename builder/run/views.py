@@ -143,7 +143,7 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> NewView:
     cache = context.manifest.cache
     # Everything that can be wrong is checked before anything is made.
     if not maintenance.has_root(executor):
-        raise ColdError(f"{executor.root_name} does not exist: nothing is warm there yet")
+        raise ColdError(f"there is no cache at {executor.root_name}: nothing is warm there yet")
     volume, path = volume_name(executor, job), _path_on_engine(executor)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
     environment = job_environment.of_job(executor, root=mounts)

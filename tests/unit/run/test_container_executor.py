@@ -21,6 +21,7 @@ from builder.host.gpus import HostGpus
 from builder.manifest.load import load
 from builder.report.console import Console
 from builder.report.results import Report
+from builder.run import maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.context import Context, Options
 from builder.run.plan import probe_env
@@ -162,6 +163,16 @@ def test_require_root_refuses_file(machine: Machine) -> None:
     with pytest.raises(PreflightError) as caught:
         machine.executor(creates=True).require_root()
     assert f"{machine.root} is not a directory." in [problem.text for problem in caught.value.problems]
+
+
+def test_maintenance_finds_no_root_in_empty_directory_and_refuses_one_of_something_else(machine: Machine) -> None:
+    machine.root.mkdir()
+    assert not maintenance.has_root(machine.executor())
+    (machine.root / "notes.txt").write_text("")
+    with pytest.raises(PreflightError) as caught:
+        maintenance.has_root(machine.executor())
+    (problem,) = caught.value.problems
+    assert problem.text == f"{machine.root} is no cache root, and not empty (notes.txt is in it)."
 
 
 def test_require_root_refuses_volume_that_does_not_exist(machine: Machine) -> None:
