@@ -18,7 +18,7 @@ from pathlib import Path
 from builder import files
 from builder.errors import Problem, UsageError
 from builder.recording import TestFile, Unrecorded
-from builder.text import did_you_mean, printable
+from builder.text import counted, did_you_mean, printable
 
 _PARAMETERS = ("est_time", "suite", "nightly", "disabled")  # as positional arguments
 _REGISTER = re.compile(r"register_\w+_ci")
@@ -235,10 +235,10 @@ def _checkout(given: Sequence[Path]) -> Path:
 
 def _nothing(given: Sequence[Path], suite: str | None) -> str:
     if suite is None:
-        return f"no test of CUDA in {len(given)} files"
+        return f"no test of CUDA in {counted(len(given), 'file')}"
     known = _known(given)
     hint = did_you_mean(suite, known) if known else "none of them is registered for CUDA"
-    return f"no suite {suite!r} in {len(given)} files; {hint}"
+    return f"no suite {suite!r} in {counted(len(given), 'file')}; {hint}"
 
 
 def _known(given: Sequence[Path]) -> set[str]:

@@ -259,8 +259,10 @@ def _isolation(facts: Facts) -> CheckResult:
     """Check that containers may write the cache root despite SELinux and of user namespaces."""
     options = [str(option) for option in facts.info.get("SecurityOptions") or ()]
     root = facts.manifest.cache.root
-    if root is None or not facts.local or not root.is_dir():
+    if root is None or not facts.local:
         return CheckResult(OK, "no directory of this machine is mounted as the cache")
+    if not root.is_dir():
+        return CheckResult(UNKNOWN, f"there is no directory {root}")
     if any("name=selinux" in option for option in options) and (label := _selinux_type(root)) != CONTAINER_LABEL:
         return CheckResult(
             WARN,
@@ -310,7 +312,7 @@ def _job_files(facts: Facts) -> CheckResult:
     if root is None or not facts.local:
         return CheckResult(UNKNOWN, "a volume, or another machine's directory: its mount options are unknown")
     if not root.is_dir():
-        return CheckResult(UNKNOWN, f"{root} does not exist")
+        return CheckResult(UNKNOWN, f"there is no directory {root}")
     flags = os.statvfs(root).f_flag
     lacking = [name for name, flag in (("nosuid", os.ST_NOSUID), ("nodev", os.ST_NODEV)) if not flags & flag]
     if not lacking:

@@ -297,6 +297,8 @@ def test_doctor_user_namespace_names_owner(
 
 
 def test_doctor_isolation_without_either(found: Callable[..., diagnostics.CheckResult], tmp_path: Path) -> None:
+    for name in ("isolation", "files of jobs"):
+        assert found(name).state == UNKNOWN, "there is no root yet"
     (tmp_path / "cache").mkdir()
     assert found("isolation").state == OK
 
