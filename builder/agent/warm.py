@@ -139,7 +139,12 @@ class Warming:
         environ.update(families.environment(self._job.mount, self._keys))
         self._before = self._scan()
         done = self._compile(passes, environ, record)
-        self._require_undamaged(done.claims)
+        try:
+            self._require_undamaged(done.claims)
+        except Partial:
+            # An older marker does not list the damaged entries, and would have `check` say warm all the same.
+            markers.withdraw(self._root, task, record=record, config_digest=digest)
+            raise
         pretended = record["observed"]["pretended"]
         proof = markers.PRETENDED if pretended else done.proof
         self.verdict = replace(self.verdict, proof=proof, reason=done.doubt)

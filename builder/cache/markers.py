@@ -9,6 +9,7 @@ The judgement is here, with `build` and `publish`; the fields of a marker and it
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -254,6 +255,30 @@ def publish(root: Path, marker: Marker) -> str:
         tree.write_atomically(path, marker_files.encoded(marker))
     usage.stamp(root, path)
     return path
+
+
+def withdraw(root: Path, task: Task, *, record: Record, config_digest: str | None) -> list[str]:
+    """Remove the markers by which this task would count as warm; return their paths. Raises OSError.
+
+    For a run that showed that it is not: markers are proofs, and the newer one decides. A run on a simulated GPU shows
+    nothing of a real one, whose markers stay.
+    """
+    now, keys = coverage(task, record=record, config_digest=config_digest), toolchain.family_keys(record)
+    name = folder_name(task.label, now)
+    found = [*marker_files.folder(root, name), *marker_files.duplicates(root, name)]
+    found += marker_files.neighbours(root, task.label)
+    pretended = bool(record["observed"].get("pretended"))
+    gone = []
+    with Tree(root) as tree:
+        for item in found:
+            marker = item.marker
+            if marker is None or marker.coverage != now or not _has_keys(marker, keys) or item.path in gone:
+                continue
+            if not pretended or marker.proof == PRETENDED:
+                with contextlib.suppress(FileNotFoundError):
+                    tree.unlink(item.path)
+                gone.append(item.path)
+    return gone
 
 
 # Judging

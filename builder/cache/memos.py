@@ -234,9 +234,11 @@ def _write_host(root: Path, host: Host, known: bool) -> None:
 
     before = hosts(root)
     same = [each for each in before if circumstances(each) == circumstances(host)]
-    if any(each == host or (known and each.driver == host.driver) for each in same):
+    kept = next((each for each in same if each == host or (known and each.driver == host.driver)), None)
+    # Of those with its variables, the first is what a reader gets that cannot see the GPUs itself.
+    if kept is not None and kept == next(each for each in before if each.env == host.env):
         return
-    rows = [host, *(each for each in before if each not in same)][:_KEEP]
+    rows = [kept or host, *(each for each in before if each not in same)][:_KEEP]
     document = [{"env": each.env, "gpus": each.gpus, "driver": each.driver, "isa": each.isa} for each in rows]
     _write(root / FOLDER / _HOSTS, {"schema": SCHEMA, "hosts": document})
 

@@ -166,6 +166,11 @@ class Policy:
                     document.problems.append(Problem(location, *self._refusal(rule, value)))
         return manifest
 
+    def problem(self, section: str, field: str, value: str, location: str) -> Problem | None:
+        """Return why this value, which an option gives to the field, is refused; None for one that is allowed."""
+        rule = next(rule for rule in RULES if (rule.section, rule.field) == (section, field))
+        return None if self.allows(rule, value) else Problem(location, *self._refusal(rule, value))
+
     def _refusal(self, rule: Rule, value: str) -> tuple[str, str]:
         allowed = self.lists[rule.section, rule.list]
         return (
@@ -179,6 +184,9 @@ def current() -> Policy | None:
     try:
         descriptor = os.open(PATH, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
+        # Whoever could have removed it from its directory has not done away with it.
+        if os.path.lexists(PATH.parent):
+            _trust(PATH.parent)
         return None
     except OSError as error:
         raise _broken(f"cannot be read ({error.strerror})") from None
@@ -186,9 +194,7 @@ def current() -> Policy | None:
         why = _distrust(os.fstat(descriptor), directory=False)
         if why:
             raise _broken(why)
-        for folder in PATH.parents:
-            if why := _distrust(folder.lstat(), directory=True):
-                raise _broken(f"cannot be trusted: {folder} {why}")
+        _trust(*PATH.parents)
         raw = os.read(descriptor, _LIMIT + 1)
     except OSError as error:
         raise _broken(f"cannot be read ({error.strerror})") from None
@@ -228,6 +234,13 @@ def _lists(document: Document, root: Table) -> Iterator[tuple[tuple[str, str], A
                     table.add_problem(name, f"{name}: expected absolute paths, found {entry!r}.")
             yield (section, name), Allowed(entries, document.location((section, name)))
         table.finish()
+
+
+def _trust(*folders: Path) -> None:
+    """Raise UsageError for the first of these directories that others than root could have written to."""
+    for folder in folders:
+        if why := _distrust(folder.lstat(), directory=True):
+            raise _broken(f"cannot be trusted: {folder} {why}")
 
 
 def _distrust(status: os.stat_result, *, directory: bool) -> str:

@@ -10,6 +10,7 @@ from builder.cli.commands import prune
 from builder.cli.invocation import Invocation
 from builder.cli.options import PolicyArgs, ProofArgs
 from builder.errors import Problem, UsageError
+from builder.manifest import policy
 from builder.manifest.load import Manifest
 from builder.manifest.values import a_string, seconds
 from builder.report.webhook import checked
@@ -71,6 +72,10 @@ def _settings(args: RefreshArgs, manifest: Manifest) -> RefreshSettings:
         webhook=checked(args.webhook, args.location("webhook")),
         may_wait=args.lock_timeout is not None,
     )
+    rules = policy.current()
+    if rules is not None and args.metrics is not None and found.metrics is not None:
+        refused = rules.problem("refresh", "metrics", str(found.metrics), args.location("metrics"))
+        problems += [refused] if refused else []
     if problems:
         raise UsageError("options cannot be used as they are", problems)
     return found

@@ -100,6 +100,17 @@ def test_memo_of_one_machine_serves_another_kind_of_gpu(tmp_path: Path) -> None:
     assert remembered(tmp_path) == record()
 
 
+def test_memo_of_unseen_machine_is_of_the_one_that_wrote_last(tmp_path: Path) -> None:
+    write(tmp_path, record())
+    write(tmp_path, record(H100), image="sha256:other")
+    assert remembered(tmp_path, gpus=None, driver=None) == record(H100)
+    memos.write_memo(tmp_path, ServingImage(IMAGE), record(), env={}, known=True)
+    assert remembered(tmp_path, gpus=None, driver=None) == record()
+    before = (tmp_path / "images/hosts.json").stat()
+    memos.write_memo(tmp_path, ServingImage(IMAGE), record(), env={}, known=True)
+    assert (tmp_path / "images/hosts.json").stat().st_ino == before.st_ino  # nothing is written without need
+
+
 def test_memo_ignores_unseen_circumstances(tmp_path: Path) -> None:
     write(tmp_path, record())
     assert remembered(tmp_path, gpus=None, driver=None, mount="/jit/") == record()

@@ -226,3 +226,19 @@ def test_policy_that_others_could_have_written_is_refused(
     with pytest.raises(UsageError, match="the policy of this host") as caught:
         load.load(write(host))
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.attack(
+    "the policy is gone from a directory that others can write to, or that is a link to nowhere",
+    by="other user",
+    holds="2: that is not taken for a host without a policy",
+)
+@pytest.mark.parametrize("kind", ["writable", "dangling"])
+def test_policy_missing_where_others_could_have_removed_it_is_refused(host: Path, kind: str) -> None:
+    if kind == "writable":
+        host.chmod(0o777)
+    else:
+        host.rename(host.with_name("elsewhere"))
+        host.symlink_to("nowhere")
+    with pytest.raises(UsageError, match="the policy of this host"):
+        policy.current()
