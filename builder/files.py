@@ -18,6 +18,7 @@ UNREADABLE = "is unreadable"
 
 #: Longest number in a document.
 _DIGITS = 400
+_CHUNK = 1 << 20
 
 
 class UnreadableError(Exception):
@@ -95,6 +96,33 @@ def read_whole(fd: int, size: int, limit: int) -> bytes:
         raise UnreadableError(f"{UNREADABLE}: {why(error)}", refused=True) from None
     finally:
         os.close(fd)
+
+
+def copy_content(source: int, target: int) -> None:
+    """Copy the whole of one descriptor's file into another's, holes as holes. Raises OSError.
+
+    So a sparse file of a terabyte costs what it has on disk.
+    """
+    at, size = 0, os.fstat(source).st_size
+    while at < size:
+        try:
+            begin = os.lseek(source, at, os.SEEK_DATA)
+            at = os.lseek(source, begin, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                break
+            if error.errno != errno.EINVAL:
+                raise
+            begin, at = at, size  # this file system does not tell
+        os.lseek(source, begin, os.SEEK_SET)
+        os.lseek(target, begin, os.SEEK_SET)
+        left = at - begin
+        while left > 0 and (data := os.read(source, min(left, _CHUNK))):
+            left -= len(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(target, rest) :]
+    os.ftruncate(target, size)
 
 
 def read_proc(path: str) -> str:

@@ -29,7 +29,7 @@ from builder import flock
 from builder.beneath import Tree
 from builder.cache import inventory, layout
 from builder.cache.families import FAMILIES, Family, is_key
-from builder.files import is_dir, listing, matches, sync_directory, walk
+from builder.files import UnreadableError, copy_content, is_dir, listing, matches, sync_directory, walk
 
 ID = re.compile(r"[0-9a-f]{16}")
 STAMP = ".committed"
@@ -59,14 +59,22 @@ class Omitted:
 
 @dataclass(frozen=True)
 class _File:
-    """One file of a generation. link: it is of an earlier one. dated: a new time is a sign of new content."""
+    """One file of a generation.
+
+    name: below base, the root or an earlier generation. link: it is of an earlier one. dated: a new time is a sign of
+    new content.
+    """
 
     name: str
-    source: str
+    base: Path
     size: int
     time_ns: int
     link: bool
     dated: bool
+
+    @property
+    def source(self) -> str:
+        return str(self.base / self.name)
 
     @property
     def stamp(self) -> bool:
@@ -207,7 +215,7 @@ def _family(
                 stamp = file == STAMP
                 yield _File(
                     name=name,
-                    source=str(base / name),
+                    base=base,
                     size=status.st_size,
                     time_ns=status.st_mtime_ns,
                     link=base != root and not stamp,
@@ -227,7 +235,7 @@ def _plain(root: Path, name: str) -> Iterator[_File]:
     """Yield a file of this program, which always publishes by rename."""
     status = _status(root / name)
     if status is not None:
-        yield _File(name, str(root / name), status.st_size, status.st_mtime_ns, link=False, dated=True)
+        yield _File(name, root, status.st_size, status.st_mtime_ns, link=False, dated=True)
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -325,21 +333,18 @@ def _is_same(status: os.stat_result, path: str) -> bool:
 
 
 def _copy(file: _File, target: Path) -> None:
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        try:
-            source = os.open(file.source, flags | os.O_NOATIME)  # a copy is no use
-        except PermissionError:
-            source = os.open(file.source, flags)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise _ChangedError from None
-        raise
-    with os.fdopen(source, "rb") as reader, target.open("xb") as writer:
+        with Tree(file.base) as folders:
+            source, _ = folders.open_regular(file.name)
+    except UnreadableError as error:
+        if error.refused:
+            raise OSError(errno.EACCES, str(error), file.source) from None
+        raise _ChangedError from None
+    with os.fdopen(source, "rb"), target.open("xb") as writer:
         try:
             fcntl.ioctl(writer, _FICLONE, source)
         except OSError:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            copy_content(source, writer.fileno())
         status = os.fstat(source)
     if file.dated and not file.is_like(status):
         raise _ChangedError
@@ -361,4 +366,5 @@ def _flush(path: Path) -> None:
 def _like(path: Path, status: os.stat_result) -> None:
     with contextlib.suppress(OSError):
         os.chown(path, status.st_uid, status.st_gid)
-    path.chmod(stat.S_IMODE(status.st_mode))
+    # A directory passes its group on; a program with the rights of its owner is no kernel.
+    path.chmod(stat.S_IMODE(status.st_mode) & (0o7777 if stat.S_ISDIR(status.st_mode) else 0o777))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from builder.cache import generations, layout
 from builder.cache.families import FAMILY, Family, is_key
-from builder.files import matches, why
+from builder.files import copy_content, matches, why
 from builder.text import printable
 
 #: No kernel is so large (4 GiB), and no cache so deep: what is, was planted, and is not copied.
@@ -264,6 +264,8 @@ class _Reset:
             now = os.stat(name, dir_fd=folder.target, follow_symlinks=False)
             if not stat.S_ISREG(now.st_mode) or now.st_size != status.st_size or now.st_nlink != 1:
                 return False
+            if status.st_blocks * 512 + _CHUNK < status.st_size:
+                return False  # a sparse one is copied in less time than its holes take to read
             target = os.open(name, _READ, dir_fd=folder.target)
         except OSError:
             return False
@@ -288,9 +290,7 @@ class _Reset:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         target = os.open(new, flags, 0o600, dir_fd=self._trash)
         try:
-            os.lseek(source, 0, os.SEEK_SET)
-            while data := os.read(source, _CHUNK):
-                _write(target, data)
+            copy_content(source, target)
             os.fchmod(target, stat.S_IMODE(status.st_mode) & 0o777)
             os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
@@ -353,9 +353,3 @@ def _is_folder(folder: int, name: str) -> bool:
         return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return False
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

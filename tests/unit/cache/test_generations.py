@@ -237,3 +237,43 @@ def test_generation_does_not_count_as_use(root: Path) -> None:
     directories = max(path.lstat().st_ctime for path in (entry, *entry.rglob("*")) if path.is_dir())
     with removal.may_remove(root, "triton", KEY, job_max=HOUR, now=max(idle, directories) + HOUR + 0.001) as refusal:
         assert refusal is None
+
+
+@pytest.mark.attack(
+    "a sparse file of a terabyte lies among the kernels of a key, or a program with the set-user-ID bit of root",
+    by="env",
+    holds="a generation and a reset have the hole as a hole, in no time and without room, and no such bit",
+)
+def test_copies_of_sparse_files_are_sparse(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    with source.open("wb") as file:
+        file.write(b"head")
+        file.seek(1 << 30)
+        file.write(b"middle")
+        file.truncate(1 << 40)
+    source.chmod(0o4755)
+    if source.stat().st_blocks > 1 << 12:
+        pytest.skip("this file system has no holes")
+    listed = generations._File(source.name, tmp_path, 1 << 40, source.stat().st_mtime_ns, link=False, dated=True)
+    generations._copy(listed, target)
+    copy = target.stat()
+    assert (copy.st_size, copy.st_mode & 0o7777, copy.st_blocks <= 1 << 12) == (1 << 40, 0o755, True)
+    with target.open("rb") as reader:
+        assert reader.read(4) == b"head"
+        reader.seek(1 << 30)
+        assert reader.read(6) == b"middle"
+
+
+@pytest.mark.attack(
+    "a directory of an entry becomes a link while a generation is made",
+    by="env",
+    holds="nothing behind it is copied: the generation is made anew",
+)
+def test_copy_through_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("x")
+    (tmp_path / "entry").symlink_to("elsewhere")
+    file = generations._File("entry/secret", tmp_path, 1, 0, link=False, dated=False)
+    with pytest.raises(generations._ChangedError):
+        generations._copy(file, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
