@@ -168,13 +168,26 @@ class _Choice:
         return self.current | {mark.toolchain for mark in self.kept if mark.path not in self.needed}
 
     def kept_memos(self) -> list[Memo]:
+        """Return the memos of images that kept toolchains need: no key holds an image, so that many may have one.
+
+        These are the images that markers name, the current ones, and of the others the newest, as many as the policy
+        has toolchains of a task.
+        """
         generations = self.generations()
-        return [
-            memo
-            for memo in self.held.memos
+        images = {mark.image for mark in self.kept} | {self.policy.image, *self.policy.pins}
+        others: dict[str, list[str]] = {}
+        kept = []
+        for memo in sorted(self.held.memos, key=lambda memo: memo.written, reverse=True):
             # A young memo was probed for a warm-up that has not written its markers yet.
-            if not generations.isdisjoint(memo.toolchains) or self.now - memo.written < self.job_max
-        ]
+            needed = self.now - memo.written < self.job_max
+            for toolchain in generations.intersection(memo.toolchains):
+                newer = others.setdefault(toolchain, [])
+                if memo.path not in newer:
+                    newer.append(memo.path)
+                is_new = newer.index(memo.path) < self.policy.keep
+                needed = needed or is_new or not images.isdisjoint(memo.names)
+            kept += [memo] if needed else []
+        return kept
 
     def places(self) -> set[Dir]:
         """Return the family directories that a kept marker or memo, or the policy, refers to."""
@@ -320,7 +333,9 @@ def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterato
     kept = choice.kept_memos()
     for memo in choice.held.memos:
         if memo not in kept:
-            yield PruneStep("memo", memo.path, "its toolchain is not kept", key=(*memo.toolchains, "")[0])
+            same = not choice.generations().isdisjoint(memo.toolchains)
+            why = "newer images have its toolchain" if same else "its toolchain is not kept"
+            yield PruneStep("memo", memo.path, why, key=(*memo.toolchains, "")[0])
     places = choice.places()
     for place, item in sorted(choice.held.dirs.items()):
         if place not in places and not choice.held.newer:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.cache import blocked, layout, removal, retention, toolchain, usage
+from builder.cache import blocked, layout, memos, removal, retention, toolchain, usage
 from builder.job import PrunePolicy
+from builder.task import ServingImage
 from tests.generations import DAY, Generations, image
 
 NEWER = "a newer builder's marker is here, and what it needs is unknown: no kernels are removed"
@@ -41,6 +42,25 @@ def test_plan_with_junk_for_marker_removes_kernels(tmp_path: Path, document: str
 @pytest.mark.parametrize("schema", [3, 99])
 def test_plan_with_marker_of_newer_schema_keeps_kernels(tmp_path: Path, schema: int) -> None:
     assert planned(tmp_path, f'{{"schema": {schema}}}') == (False, True)
+
+
+def test_decide_lets_images_of_before_go_though_their_toolchain_stays(tmp_path: Path) -> None:
+    """A nightly image that changes no kernel has the toolchain of the one before, and is as large."""
+    made = Generations(tmp_path)
+    record = made.warmed(9, ["a"], days=1)
+    for number in range(1, 6):
+        memos.write_memo(tmp_path, ServingImage(image(number)), record, env={})
+        made.age(memos.memo_path(tmp_path, image(number)), 10 - number)
+    policy = PrunePolicy(keep=1, image=image(9), keys=(toolchain.family_keys(record),))
+
+    def gone(policy: PrunePolicy) -> list[int]:
+        plan = retention.plan(tmp_path, policy, job_max=0.0, now=time.time())
+        assert {step.kind for step in plan.steps} == {"memo"}
+        return [number for number in (*range(1, 6), 9) if image(number) in plan.images]
+
+    assert gone(policy) == [1, 2, 3, 4, 5]
+    assert gone(replace(policy, keep=3)) == [1, 2, 3]
+    assert gone(replace(policy, pins=(image(2),))) == [1, 3, 4, 5]
 
 
 def test_decide_keeps_what_a_pinned_image_needs(tmp_path: Path) -> None:
