@@ -41,7 +41,7 @@ TEMPORARY = ("*.tmp", "*.tmp-*", ".tmp*", ".*.tmp*", "tmp.*")
 _PART = r"(?!\.{1,2}(?:/|\Z))[^/\0]+"
 #: Names that an entry can have, by layout.
 _NAME = {
-    "deep_gemm": re.compile(f"cache/{_PART}"),
+    "deep_gemm": re.compile(f"cache(?:/{_PART})?"),  # the folder itself where it is a link
     "triton": re.compile(_PART),
     "files": re.compile(f"{_PART}(?:/{_PART})*"),
 }

@@ -427,6 +427,7 @@ def assert_inventory(family: Family, base: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
 @settings(FUZZ, max_examples=-(-EXAMPLES // len(FAMILIES)))
 @given(tree=st.dictionaries(file_names, trees, max_size=4))
+@example({b"cache": "link"})
 def test_scan_of_any_tree_is_an_inventory(place: Path, family: Family, tree: dict[bytes, Any]) -> None:
     base = clear(place / "family" / ("0" * 16))
     base.parent.mkdir(exist_ok=True)
