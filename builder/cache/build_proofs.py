@@ -12,7 +12,7 @@ from typing import Literal
 from builder.cache import kernel_sources as sources_of
 from builder.cache.kernel_sources import Changed, Relation
 from builder.cache.marker_files import Build, Marker
-from builder.cache.toolchain import Sglang
+from builder.cache.toolchain import Sglang, release
 from builder.text import printable
 
 #: Whose proof counts: that of any build of sglang of the same release, or of this build alone.
@@ -65,6 +65,8 @@ class BuildProof:
             return ""
         before, now = (printable(each.name or "unknown")[:80] for each in (self.build, self.this))
         text = f"proven by build {before} on {self.date}, this is {now}"
+        if self.this.version is not None and release(self.this.version) is None:
+            text += ", of an unknown release"
         return f"{text}; {self.warning}" if self.warning else text
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,12 +102,13 @@ def judge(
     1. A marker of the task's coverage and present keys, under any label, whose entries are all valid: warm. A label is
        only a name for the work. Markers that `run` wrote are tried first, then those of real GPUs before those of
        simulated ones, those of the task's own label before others, and newer ones before older ones.
-       Markers of schema 1 have a folder of another name: they are looked for where nothing else is warm.
+       Where nothing else is warm, those of folders of another name: of schema 1, and, for a checkout without tags,
+       whose release nobody knows, of every release, those of the same kernel sources first.
     2. Such a marker of the task's own label, the first in this order: ``entries`` if some are missing or invalid,
        ``unverified``, ``build`` or ``age`` if all are valid but another proof is wanted.
     3. An unreadable file where the task's marker should be: ``marker-unreadable``.
     4. A marker of the same label and coverage with other keys: ``compile``.
-    5. A marker of the same label with another coverage: ``coverage``.
+    5. A marker of the same label with another coverage: ``compile`` where keys differ as well, else ``coverage``.
     6. ``no-marker``.
 
     Reads only, never raises for what it finds. wanted: which proof counts; strict: short for one that is strict.
@@ -142,7 +143,7 @@ def judge(
         if item.folder == name:
             judged.append(judgement)
     neighbours = marker_files.neighbours(root, task.label)
-    for item, marker in _of_schema_1(neighbours, task, now):
+    for item, marker in _elsewhere(neighbours, task, now, record):
         if _has_keys(marker, keys):
             judgement = _against_disk(root, item, marker, record, wanted)
             if judgement.state == "warm":
@@ -164,16 +165,25 @@ def judge(
     nearest = [(item, item.marker) for item in neighbours if item.marker is not None]
     for item, marker in sorted(nearest, key=lambda pair: pair[0].written, reverse=True):
         if rows := differences(marker.coverage, now):
-            every = _toolchain_row(marker, keys) + rows
-            return Judgement("cold", "coverage", difference(rows[0]), marker, item.path, every)
+            return _against_toolchain(item, marker, record, keys, rows)
     return Judgement("cold", "no-marker")
 
 
-def _of_schema_1(found: Iterable[MarkerFile], task: Task, now: Mapping[str, Any]) -> list[tuple[MarkerFile, Marker]]:
-    """Return the markers of schema 1 with this coverage, most recent first."""
-    old = [_sufficient(item, task) for item in found if item.marker is not None and item.marker.schema == 1]
-    pairs = [(item, item.marker) for item in old if item.marker is not None and item.marker.coverage == now]
-    return sorted(pairs, key=lambda pair: pair[0].written, reverse=True)
+def _elsewhere(
+    found: Iterable[MarkerFile], task: Task, now: Mapping[str, Any], record: Record
+) -> list[tuple[MarkerFile, Marker]]:
+    """Return the markers with this coverage in folders of another name, the best first."""
+    of_any = [_sufficient(item, task) for item in found if item.marker is not None]
+    known = [(item, item.marker) for item in of_any if item.marker is not None]
+    # A marker of an unknown release proves nothing for a known one.
+    unknown, here = now["sglang"] is None and record["sglang"]["version"], record["sglang"]["sources"]
+    pairs = [
+        (item, marker)
+        for item, marker in known
+        if (marker.schema == 1 or unknown)
+        and {**marker.coverage, "sglang": None if unknown else marker.coverage.get("sglang")} == now
+    ]
+    return sorted(pairs, key=lambda pair: (here is None or pair[1].sources != here, -pair[0].written))
 
 
 def build(
@@ -358,7 +368,13 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
     return Judgement("warm", marker=marker, path=item.path, proof=young[0])
 
 
-def _against_toolchain(item: MarkerFile, marker: Marker, record: Record, keys: Mapping[str, str]) -> Judgement:
+def _against_toolchain(
+    item: MarkerFile, marker: Marker, record: Record, keys: Mapping[str, str], others: Sequence[Row] = ()
+) -> Judgement:
+    """Return why a marker of other keys, or of another coverage, does not do. others: the rows of the coverage.
+
+    What is compiled anew costs more than what is only asked for anew, and comes first.
+    """
     changed: dict[str, list[Row]] = {}
     for family in reasons.by_cost(marker.claims):
         claim = marker.claims[family]
@@ -368,9 +384,12 @@ def _against_toolchain(item: MarkerFile, marker: Marker, record: Record, keys: M
         # Equal factors under another key: the table itself changed.
         changed[family] = rows or [("table", describe(marker.table), describe(TABLE_VERSION))]
     every = [(f"{family} {name}", was, now) for family, rows in changed.items() for name, was, now in rows]
-    detail = reasons.anew(changed, len(marker.claims) - len(changed))
-    every = _toolchain_row(marker, keys) + every
-    return Judgement("cold", "compile", detail, marker, item.path, every, anew=tuple(changed))
+    told = [reasons.anew(changed, len(marker.claims) - len(changed))] if changed else []
+    if others:
+        told.append(difference(others[0]) + (f" and {len(others) - 1} more" if len(others) > 1 else ""))
+    every = [*_toolchain_row(marker, keys), *every, *others]
+    kind: Kind = "compile" if changed else "coverage"
+    return Judgement("cold", kind, "; ".join(told), marker, item.path, every, anew=tuple(changed))
 
 
 def _toolchain_row(marker: Marker, keys: Mapping[str, str]) -> list[Row]:

@@ -106,6 +106,9 @@ HOST_FACTORS = ("compute_capability", "driver", "gpu_name", "isa", "sm_count")
 
 #: What a version has behind its release while it is developed: ``.dev12+g1a2b3c4``.
 _DEVELOPMENT = re.compile(r"(\.dev\d+)?(\+.*)?$")
+#: What setuptools-scm 10.3 takes for a release where a checkout has no tags, as those of sglang's workflow have none
+#: (actions/checkout@v4 without fetch-depth; sglang's fallback_version is 0.0.0.dev0).
+_NO_RELEASE = re.compile(r"|0\.1|0(\.0)*")
 #: Of x86-64, features of the CPU by instruction set level (Linux' names; the psABI's levels). torch's inductor compiles
 #: for AVX2, AVX-512 or AMX, and on arm64 for NEON or SVE (``cpu_vec_isa.py``).
 _LEVELS = (
@@ -138,8 +141,9 @@ def of_task(record: Record, own: Mapping[str, str]) -> Record:
 
 
 def release(version: str | None) -> str | None:
-    """Return the release of a version: without the commit and the number of a development build."""
-    return None if version is None else _DEVELOPMENT.sub("", version)
+    """Return the release of a version: without the commit and the number of a development build; None if unknown."""
+    found = _DEVELOPMENT.sub("", version or "")
+    return None if _NO_RELEASE.fullmatch(found) else found
 
 
 def build_name(version: str | None, commit: str | None) -> str | None:

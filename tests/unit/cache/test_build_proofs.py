@@ -323,3 +323,25 @@ def test_judge_says_nothing_of_groups_that_no_program_wrote(tmp_path: Path, grou
     path.write_text(json.dumps({**document, "sources": {group: "A" * 12}}))
     proof = judge(tmp_path, record("b" * 40, {**FILES, "kernels/ops/1.py": b"@triton.jit 2"})).proof
     assert proof is not None and proof.warning == "kernel-relevant files differ: expect compilation"
+
+
+@pytest.mark.parametrize("version", ["0.0.0.dev0", "0.0.0.dev1+gbbbbbbbbb", "0.1.dev1+gbbbbbbbbb.d20261128"])
+def test_judge_takes_checkout_without_tags_for_a_build_of_any_release(tmp_path: Path, version: str) -> None:
+    """As sglang's workflow checks it out; a marker that it leaves proves nothing for a release."""
+    publish(tmp_path, record())
+    other = record("b" * 40, version=version)
+    proof = judge(tmp_path, other, strict=True).proof
+    assert proof is not None and (proof.same, proof.kernel_sources) == (False, "same")
+    assert proof.sentence.endswith(", of an unknown release")
+    files = {**FILES, "kernels/ops/1.py": b"@triton.jit 2"}
+    changed = judge(tmp_path, record("b" * 40, files, version)).proof
+    assert changed is not None and changed.sentence.endswith("file differs: expect compilation in triton")
+    assert judge(tmp_path, other, build="same").kind == "build"
+    newer = record("c" * 40, version=version)
+    newer["factors"]["torch"] = "torch 2"
+    assert judge(tmp_path, newer).kind == "compile"
+    publish(tmp_path, newer)
+    released = record()
+    released["factors"]["torch"] = "torch 2"
+    assert judge(tmp_path, newer, build="same").state == "warm"
+    assert judge(tmp_path, released).kind == "compile"

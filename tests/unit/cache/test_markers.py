@@ -179,6 +179,18 @@ def test_judge_names_the_costliest_family_first(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_judge_names_what_is_compiled_anew_before_another_release(warm: Path) -> None:
+    """A new image changes both; and each difference of a task is counted."""
+    other = record(deep_gemm="0.2.5 bbbb")
+    other["sglang"] = {"version": "0.5.24", "commit": "abc", "sources": None}
+    judgement = judge(warm, made=other)
+    said = "deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 → 0.2.5); sglang was 0.5.23 is 0.5.24"
+    assert (judgement.reason, judgement.anew) == (f"compile: {said}", ("deep_gemm",))
+    assert [row[0] for row in judgement.differences] == ["toolchain", "deep_gemm deep_gemm", "sglang"]
+    changed = dataclasses.replace(TASK, gpus=4, env={})
+    assert judge(warm, changed, made=other).reason == f"compile: {said} and 2 more"
+
+
 def test_judge_compares_with_newest_marker(warm: Path) -> None:
     newer = build(made=record(deep_gemm="0.2.4 cccc"))
     path = warm / markers.publish(warm, newer)
@@ -207,7 +219,7 @@ def test_judge_names_changed_family_table(warm: Path, monkeypatch: pytest.Monkey
         ({"revision": "v2"}, "coverage: revision was absent is v2"),
         ({"load": "dummy"}, "coverage: load was weights is dummy"),
         ({"families": ("triton", "deep_gemm")}, "coverage: families was absent is deep_gemm triton"),
-        ({"recipe": "command"}, "coverage: recipe was compile-deep-gemm is command"),
+        ({"recipe": "command"}, "coverage: recipe was compile-deep-gemm is command and 2 more"),
     ],
 )
 def test_judge_cold_when_coverage_factor_of_task_differs(warm: Path, changed: dict[str, Any], reason: str) -> None:
