@@ -20,7 +20,7 @@ from builder.cli.options import VERBS, Args, ManifestArgs
 from builder.cli.signals import Signals
 from builder.engine.client import Engine
 from builder.engine.lease import home_directory
-from builder.errors import EngineLostError, EngineTimeoutError, Problem, UsageError
+from builder.errors import Problem, UsageError
 from builder.host import outside
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
@@ -124,22 +124,21 @@ class Invocation:
         )
 
     @contextlib.contextmanager
-    def containers(self, context: Context) -> Iterator[ContainerExecutor]:
-        """Handle signals, connect to the engine, and give a way to run containers on it. Raises PreflightError."""
-        with self.signals.handled(), self.connected(context) as executor:
+    def containers(self, context: Context, *, greet: bool = False) -> Iterator[ContainerExecutor]:
+        """Handle signals, connect to the engine, and give a way to run containers on it. Raises PreflightError.
+
+        greet: for verbs that often need no more of the engine than its image.
+        """
+        with self.signals.handled(), self.connected(context, greet=greet) as executor:
             yield executor
 
     @contextlib.contextmanager
-    def connected(self, context: Context, timeout: float = 60.0) -> Iterator[ContainerExecutor]:
+    def connected(self, context: Context, timeout: float = 60.0, *, greet: bool = False) -> Iterator[ContainerExecutor]:
         """Give a way to run containers on the engine. timeout: seconds for each of its answers."""
         engine = Engine(self.environ.get("DOCKER_HOST") or None, timeout)
         with contextlib.closing(engine):
-            try:
-                engine.connect()
-            except EngineTimeoutError:
-                raise
-            except EngineLostError as error:
-                raise preflight.without_engine(context.manifest, engine.url, error) from error
+            with preflight.engine_wanted(context.manifest, engine.url):
+                _ = engine.greet() if greet else engine.connect()
             # Everything loaded so far is used to the end. Excluding it from collections, and from the one at exit,
             # saves a tenth of a check's time.
             gc.freeze()

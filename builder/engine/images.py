@@ -45,7 +45,7 @@ class Images(EngineConnection):
         """Return the engine's image of this name or id, or None."""
 
         def read() -> Image:
-            data = answers.an_object(self._get("/images/{0}/json", ref).json())
+            data = self.plain(f"/images/{ref}/json") or answers.an_object(self._get("/images/{0}/json", ref).json())
             config = answers.inner(data, "Config")
             return Image(
                 id=answers.required_text(data, "Id"),

@@ -248,6 +248,8 @@ class ContainerExecutor:
     def prepare(self) -> None:
         if self._prepared:
             return
+        with preflight.engine_wanted(self.context.manifest, self.engine.url):
+            self.engine.connect()
         problems = list(preflight.problems(self.context.manifest, self.engine))
         if problems:
             raise PreflightError(CANNOT_RUN, [*problems, *self.busy()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from builder.cache import layout
 from builder.cache.toolchain import Record
 from builder.engine.client import Engine
 from builder.engine.errors import GpuToolkitError, MissingSourceError, NoGpuDriverError, NoInitError, UnfitImageError
-from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, EngineTimeoutError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, HostGpus
 from builder.manifest.load import Manifest
@@ -37,12 +38,21 @@ def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
         yield from _host(manifest, image is not None)
 
 
-def without_engine(manifest: Manifest, url: str, error: EngineLostError) -> PreflightError:
-    """Return the error for an engine that does not answer, and a local engine's machine."""
-    problems = [Problem("engine", f"{error.message}.".replace("..", "."))]
-    if url.startswith("unix://") and manifest.tasks:
-        problems += _host(manifest, False)
-    return PreflightError(CANNOT_RUN, problems)
+@contextlib.contextmanager
+def engine_wanted(manifest: Manifest, url: str) -> Iterator[None]:
+    """Raise PreflightError for an engine that cannot be used inside, with what else this machine lacks.
+
+    One that got a request and does not answer stays an EngineTimeoutError.
+    """
+    try:
+        yield
+    except EngineTimeoutError:
+        raise
+    except EngineLostError as error:
+        problems = [Problem("engine", f"{error.message}.".replace("..", "."))]
+        if url.startswith("unix://") and manifest.tasks:
+            problems += _host(manifest, False)
+        raise PreflightError(CANNOT_RUN, problems) from error
 
 
 def _host(manifest: Manifest, image: bool) -> Iterator[Problem]:

@@ -44,7 +44,7 @@ def run(args: CheckArgs, invocation: Invocation) -> None:
         return
     wanted = args.wanted("any", strict=args.strict)
     context = invocation.context(invocation.manifest(only=args.only), wanted=wanted, probes=not args.no_probe)
-    with invocation.containers(context) as executor:
+    with invocation.containers(context, greet=True) as executor:
         check(executor, args.on_cold)
 
 

@@ -32,7 +32,7 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
     context = invocation.context(
         invocation.manifest(only=args.only), wanted=args.wanted("any"), probes=not args.no_probe
     )
-    with invocation.containers(context) as executor:
+    with invocation.containers(context, greet=True) as executor:
         form = args.format or "docker"
         job = job_environment.of_job(executor, form, crash_on_jit=args.crash_on_jit)
         invocation.report.text = job.text(form, invocation.report.toolchain)

@@ -41,7 +41,7 @@ def run(args: ExplainArgs, invocation: Invocation) -> None:
         return
     wanted = args.wanted("any", strict=args.strict)
     context = invocation.context(invocation.manifest(only=args.only), wanted=wanted, probes=not args.no_probe)
-    with invocation.containers(context) as executor:
+    with invocation.containers(context, greet=True) as executor:
         plan = judge(executor)
         show_tasks(console, report, plan)
         if plan is not None:

@@ -65,7 +65,7 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         creates=True,
         create=args.create,
     )
-    with invocation.containers(context) as executor:
+    with invocation.containers(context, greet=True) as executor:
         if args.prebuild_only and manifest.gpus.count and executor.engine.local and not gpus.host_gpus():
             executor.context = replace(context, manifest=prebuild.on_simulated_gpu(manifest))
         executor.require_root()

@@ -48,6 +48,8 @@ class NoEngine:
     def connect(self) -> None:
         return None
 
+    greet = connect
+
     def close(self) -> None:
         return None
 

@@ -24,6 +24,7 @@ class Played:
 
     def __init__(self, info: Mapping[str, Any] | bytes, *, newest: str = "1.41", oldest: str = "1.12") -> None:
         self.asked: list[str] = []
+        self.files: dict[str, object] = {}
         self._info = info if isinstance(info, bytes) else json.dumps(info).encode()
         self._newest, self._oldest = newest, oldest
 
@@ -35,6 +36,7 @@ class Played:
             "info": self._info,
             "version": json.dumps({"ApiVersion": self._newest, "MinAPIVersion": self._oldest}).encode(),
             "_ping": b"OK",
+            **{path[1:]: json.dumps(answer).encode() for path, answer in self.files.items()},
         }
         old = version and [int(part) for part in version.split(".")] < [int(part) for part in self._oldest.split(".")]
         status = "400 Bad Request" if old else "200 OK" if name in bodies else "404 Not Found"
@@ -81,6 +83,36 @@ def test_connect_needs_one_request(tmp_path: Path) -> None:
         assert client.connect().local
         assert client.api_version == "1.41"
     assert engine.asked == ["/info", "/v1.41/_ping"]
+
+
+def test_greeting_and_image_need_no_other_request(tmp_path: Path) -> None:
+    engine = Played(here())
+    engine.files["/images/org/model:1/json"] = {"Id": "sha256:1", "Config": {"WorkingDir": "/w"}}
+    with played(tmp_path / "s", engine) as client:
+        found = client.greet().image("org/model:1")
+        assert client.local
+    assert found is not None and (found.id, found.workdir) == ("sha256:1", "/w")
+    assert engine.asked == ["/info", "/images/org/model:1/json"]
+
+
+@pytest.mark.parametrize("info", [b"", b"no JSON", b"[]"])
+def test_greeting_not_understood_connects(tmp_path: Path, info: bytes) -> None:
+    engine = Played(info)
+    with played(tmp_path / "s", engine) as client:
+        assert client.greet().api_version == "1.41"
+
+
+def test_greeting_of_too_old_engine_is_refused(tmp_path: Path) -> None:
+    with played(tmp_path / "s", Played(here(), newest="1.39")) as client, pytest.raises(EngineLostError) as lost:
+        client.greet()
+    assert "it has API 1.39" in lost.value.message
+
+
+@pytest.mark.parametrize("url", ["unix:///nonexistent/docker.sock", "nonsense"])
+def test_greeting_without_engine_names_address(url: str) -> None:
+    with pytest.raises(EngineLostError) as lost:
+        Engine(url, timeout=2).greet()
+    assert url in lost.value.message
 
 
 @pytest.mark.parametrize("other", ["Name", "KernelVersion"])
