@@ -106,7 +106,9 @@ def test_foreign_directory_is_refused_and_unchanged(cli: Cli) -> None:
     assert [path.name for path in cli.root.iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize(("verb", "status"), [("doctor", 0), ("check", 10), ("explain", 0), ("status", 12), ("env", 10)])
+@pytest.mark.parametrize(
+    ("verb", "status"), [("doctor", 0), ("check", 10), ("explain", 0), ("status", 12), ("env", 10)]
+)
 def test_reading_verb_creates_no_cache_root(cli: Cli, verb: str, status: int) -> None:
     cli.manifest(shapes())
     assert cli.run(verb).status == status
