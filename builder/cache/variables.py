@@ -83,9 +83,14 @@ FACTORS: tuple[Factor, ...] = (
     ),
     Factor(("TRITON_CACHE_MANAGER", "TRITON_REMOTE_CACHE_BACKEND"), ("triton",), "Triton 3.9 runtime/cache.py"),
     Factor(
-        ("DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "LLVM_EXTRACT_DI_LOCAL_VARIABLES", "USE_IR_LOC"),
+        (
+            *("DISABLE_FAST_REDUCTION", "DISABLE_LLVM_OPT", "DISABLE_MMA_V3", "DISABLE_MMA_V5", "DISABLE_PTXAS_OPT"),
+            *("MLIR_*", "LLVM_*", "NVPTX_ENABLE_DUMP", "PTXAS_OPTIONS", "USE_IR_LOC"),
+            *("ALLOW_LHS_TMEM_LAYOUT_CONVERSION", "STORE_TMEM_TO_GLOBAL_BYPASS_SMEM"),
+            *("ENABLE_MMA_V5_ATT_PIPELINE", "WARP_SPECIALIZE_ATTENTION_FLAG"),
+        ),
         ("triton",),
-        "Triton 3.9 knobs.py: part of its own keys",
+        "Triton 3.9 knobs.py, Tools/Sys/GetEnv.hpp (CACHE_INVALIDATING_ENV_VARS): part of its own keys",
         apart=True,
     ),
     Factor(
@@ -195,7 +200,7 @@ INERT: tuple[Inert, ...] = (
         "torch 2.14 _inductor/config.py: workers, logs and displays",
     ),
     Inert(
-        ("FLASHINFER_CUBIN*", "FLASHINFER_LOG*", "FLASHINFER_DUMP_*"),
+        ("FLASHINFER_CUBIN*", "FLASHINFER_DISABLE_VERSION_CHECK", "FLASHINFER_LOG*", "FLASHINFER_DUMP_*"),
         "FlashInfer jit/env.py, api_logging.py: cubins of the image, and logs",
     ),
     Inert(("TVM_FFI_DISABLE_TORCH_C_DLPACK",), "tvm-ffi: a conversion at run time"),
