@@ -20,7 +20,7 @@ from builder.engine.api import Image
 from builder.engine.client import Engine
 from builder.engine.images import content, identity, names, warmup_image
 from builder.engine.lease import Lease
-from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.errors import CANNOT_RUN, ColdError, EngineLostError, EngineRefusedError, PreflightError, Problem
 from builder.host import gpus
 from builder.host.cancel import ANSWER_WITHIN
 from builder.host.gpus import GpuSnapshot, Nvml
@@ -101,7 +101,12 @@ class ContainerExecutor:
 
     @functools.cached_property
     def warmup(self) -> Image:
-        """The warm-up image, built on first use. Raises PreflightError where it cannot be built."""
+        """The warm-up image, built on first use. Raises PreflightError where it cannot be built.
+
+        Whatever is started is started from it. Raises ColdError where nothing may be: a memo can be removed meanwhile.
+        """
+        if not self.context.options.probes:
+            raise ColdError("the cache does not know this image any more, and --no-probe builds and starts nothing")
         try:
             return warmup_image(self.engine, self.serving, self.context.manifest.image.setup, self._build_line)
         except EngineRefusedError as error:
@@ -369,7 +374,13 @@ class ContainerExecutor:
     def execute(self, item: Item, allocation: Allocation, watcher: Watcher) -> Execution:
         from builder.run import container_job
 
-        return container_job.run_task(self, item.task, allocation, watcher)
+        execution = container_job.run_task(self, item.task, allocation, watcher)
+        if execution.succeeded and not (self.engine.local and gpus.host_gpus()):
+            # Only the container could see the GPUs; a memo of another machine may have stood for this one until now.
+            env = probe_env(item.task)
+            if (found := self._remembered(env, None)) is not None:
+                self._records[env] = toolchain.of_task(found, dict(env))
+        return execution
 
     def probe(self, env: ProbeEnv) -> Record:
         """Return the toolchain record that a container finds. It also lays out the cache root and writes the memo."""

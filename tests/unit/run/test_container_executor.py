@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from builder.cache import layout, memos, toolchain
 from builder.cache.toolchain import Record
 from builder.engine.api import Image
 from builder.engine.client import Engine
-from builder.errors import PreflightError
+from builder.errors import ColdError, PreflightError
 from builder.host import gpus
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
@@ -21,9 +22,10 @@ from builder.host.gpus import HostGpus
 from builder.manifest.load import load
 from builder.report.console import Console
 from builder.report.results import Report
-from builder.run import maintenance
+from builder.run import container_job, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.context import Context, Options
+from builder.run.executor import Execution
 from builder.run.plan import probe_env
 from tests.generations import image, record
 
@@ -182,3 +184,29 @@ def test_require_root_refuses_volume_that_does_not_exist(machine: Machine) -> No
     with pytest.raises(PreflightError) as caught:
         executor.require_root()
     assert caught.value.message == "there is no volume jit"
+
+
+def test_no_probe_builds_nothing_also_where_the_memo_goes_meanwhile(machine: Machine) -> None:
+    machine.has("NVIDIA H200", "NVIDIA H200")
+    executor = machine.executor(probes=False)
+    assert list(executor.unknown(executor.context.manifest.tasks)) == []
+    with pytest.raises(ColdError, match="--no-probe builds and starts nothing"):
+        _ = executor.warmup
+
+
+def test_record_of_unseen_gpus_is_that_of_the_task_that_ran(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root was last written to on another machine, whose GPUs stand for those here until a task has run."""
+    machine.has("NVIDIA H200", "NVIDIA H200")
+    executor = machine.executor()
+    tasks = executor.context.manifest.tasks
+    task = tasks[0]
+    before = dict(executor.records(tasks))
+
+    def run_task(*_: object) -> Execution:
+        machine.has("NVIDIA H200 NVL", "NVIDIA H200 NVL")
+        return cast(Execution, SimpleNamespace(succeeded=True))
+
+    monkeypatch.setattr(container_job, "run_task", run_task)
+    executor.execute(executor.plan(tasks).items[0], cast(Any, None), cast(Any, None))
+    now = executor.records(tasks)[probe_env(task)]["factors"]
+    assert (before[probe_env(task)]["factors"]["gpu_name"], now["gpu_name"]) == ("NVIDIA H200", "NVIDIA H200 NVL")
