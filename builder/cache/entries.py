@@ -51,9 +51,11 @@ MISSING = EntryProblem(ProblemKind.MISSING, "missing")
 _UNFINISHED = EntryProblem(ProblemKind.UNFINISHED, "no __grp__ file")
 _UNLISTED = EntryProblem(ProblemKind.UNREADABLE, f"{UNREADABLE}: a directory that cannot be listed")
 
-#: Bytes of a JSON file of one entry (about 2 kB as they are written), and files of one entry (about ten).
+#: Bytes of a JSON file of one entry (about 2 kB as they are written), files of one entry (about ten), and groups of
+#: them in one of Triton's (one): each group costs its document and all of its files.
 _JSON_LIMIT = 256 << 10
-_FILES = 4096
+_FILES = 256
+_GROUPS = 16
 #: Bytes of a table of an ELF file, and of it that are read at once: a sparse file of 4 kB can claim any number.
 _TABLE_LIMIT = 1 << 20
 _CHUNK = 64 << 10
@@ -201,6 +203,8 @@ def _triton_problems(family: Family, tree: Tree, name: str, mount: str | None) -
         return [_invalid(f"it holds more than {_FILES} files")]
     names = sorted(item.last for item in items)
     groups = [file for file in names if file.startswith("__grp__")]
+    if len(groups) > _GROUPS:
+        return [_invalid(f"it holds more than {_GROUPS} groups of files")]
     if groups:
         loose = [file for file in names if file.endswith(".so")]
     elif any(file.endswith(_TRITON_PARTS) for file in names):

@@ -16,7 +16,7 @@ import pytest
 
 from builder.beneath import Tree
 from builder.cache import inventory
-from builder.cache.entries import MISSING, EntryProblem, ProblemKind, file_problem
+from builder.cache.entries import MISSING, EntryProblem, ProblemKind, file_problem, problem_of
 from builder.cache.families import FAMILIES, FAMILY, Family
 
 DEEP_GEMM, TRITON, INDUCTOR = FAMILY["deep_gemm"], FAMILY["triton"], FAMILY["inductor"]
@@ -772,3 +772,23 @@ def test_what_no_compiler_made_is_no_entry(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert set(inventory.scan(FAMILY["sglang_cache"], tmp_path).entries) == {"torch/ple/k.json"}
+
+
+@pytest.mark.attack(
+    "an entry of Triton's has thousands of groups, each of which lists thousands of files",
+    by="env",
+    holds="it is damaged by the number of its groups, or of its files, before any of them is read",
+)
+@pytest.mark.parametrize(("groups", "files", "said"), [(100, 100, "16 groups"), (2, 300, "256 files")])
+def test_entry_of_countless_files_is_damaged_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int, files: int, said: str
+) -> None:
+    entry = tmp_path / "entry"
+    entry.mkdir()
+    for number in range(files):
+        (entry / f"k{number}.json").write_text("{}")
+    for number in range(groups):
+        (entry / f"__grp__k{number}.json").write_text("{}")
+    monkeypatch.setattr(Tree, "read_json", None)
+    found = problem_of(FAMILY["triton"], Tree(tmp_path), "entry", None)
+    assert found is not None and said in found.text
