@@ -243,7 +243,8 @@ def test_check_of_500_entries_reads_little(tmp_path: Path) -> None:
 )
 def test_check_refuses_names_outside_the_directory(tmp_path: Path, name: str) -> None:
     deep_gemm_entry(tmp_path)
-    assert text_of(inventory.check(DEEP_GEMM, tmp_path, name)) == "not a name of an entry"
+    if name != "cache":  # as a link it is an entry of its own
+        assert text_of(inventory.check(DEEP_GEMM, tmp_path, name)) == "not a name of an entry"
     if name not in ("cache", "a/b", "cache/a/b"):
         assert text_of(inventory.check(INDUCTOR, tmp_path, name)) == "not a name of an entry"
 
