@@ -155,6 +155,8 @@ def remove(path: Path, folder: Path) -> None:
         while batch := _some(directory):
             for item in batch:
                 if is_dir(item):
+                    with contextlib.suppress(OSError):
+                        os.chmod(item.path, 0o700)  # without it, its owner could not move it
                     number += 1
                     queue.append(flat / str(number))
                     Path(item.path).rename(queue[-1])

@@ -73,8 +73,12 @@ def reset(source: Path, target: Path, *, whatever: bool = False) -> Outcome:
     whatever: also where nothing in the target is a cache's, because all of it belongs to the cache.
     """
     began, done = time.monotonic(), Outcome()
-    _refuse(source, target, whatever)
     try:
+        if target.is_dir() and not os.access(target, os.R_OK | os.X_OK):
+            _unlocked(str(target), None)
+        _refuse(source, target, whatever)
+        if target.is_dir():
+            _unlocked(str(target), None)
         target.mkdir(parents=True, exist_ok=True)
         _Reset(source, target, done).run()
         layout.prepare(target)
@@ -196,6 +200,7 @@ class _Reset:
 
     def _locks(self, folder: _Folder) -> None:
         """Leave only what can be a lock: lock files are never replaced, because a process may hold one."""
+        _unlocked("locks", folder.target)
         with contextlib.ExitStack() as stack:
             locks = _opened(stack, "locks", folder.target)
             for name in _names(locks):
@@ -220,6 +225,7 @@ class _Reset:
                 if _exists(folder.target, name):
                     self._remove(folder, name)
                 os.mkdir(name, 0o700, dir_fd=folder.target)
+            _unlocked(name, folder.target)
             target = os.open(name, _FOLDER, dir_fd=folder.target)
         except BaseException:
             os.close(source)
@@ -301,6 +307,8 @@ class _Reset:
 
     def _remove(self, folder: _Folder, name: str) -> None:
         """Move it into a directory that is deleted at the end: a tree of any depth is one rename."""
+        if _is_folder(folder.target, name):
+            _unlocked(name, folder.target)
         os.rename(name, self._new_name(), src_dir_fd=folder.target, dst_dir_fd=self._trash)
         self._done.removed += 1
 
@@ -333,6 +341,18 @@ def _opened(stack: contextlib.ExitStack, path: str, above: int | None) -> int:
     descriptor = os.open(path, _FOLDER, dir_fd=above)
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _unlocked(path: str, above: int | None) -> None:
+    """Let the owner of a directory into it, and move it: a job of this user could have forbidden both."""
+    kind = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(path, kind if above is None else kind | os.O_NOFOLLOW, dir_fd=above)
+    try:
+        if os.fstat(descriptor).st_mode & 0o700 != 0o700:
+            with contextlib.suppress(OSError):
+                os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
+    finally:
+        os.close(descriptor)
 
 
 def _names(folder: int) -> list[str]:

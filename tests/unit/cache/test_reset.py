@@ -161,6 +161,20 @@ def test_reset_copies_no_link_or_device_of_the_source(root: Path, own: Path, tmp
     assert len(done.skipped) == 4
 
 
+@pytest.mark.attack(
+    "directories at any level lose all permissions, by a job of the same user, who is not root",
+    by="runner container",
+    holds="the owner gives them back, or removes the directory: a job cannot forbid the reset of the next one",
+)
+def test_reset_of_locked_directories_makes_them_equal(root: Path, own: Path) -> None:
+    before = state(own)
+    (own / "deep_gemm" / KEY / "evil" / "below").mkdir(parents=True)
+    for name in (f"deep_gemm/{KEY}/evil/below", f"deep_gemm/{KEY}/evil", f"flashinfer/{KEY}/ab", "locks", ""):
+        (own / name).chmod(0)
+    reset.reset(root, own)
+    assert state(own) == before
+
+
 def test_reset_picks_up_a_refresh(root: Path, own: Path) -> None:
     put(root, f"deep_gemm/{OTHER}/cache/k.2/kernel.cubin", "new")
     put(root, "markers/m-2/c.json", "{}")
