@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from builder.cache.reasons import by_cost
 from builder.cli import parser
 from builder.cli.invocation import Invocation
 from builder.cli.options import VERBS
@@ -215,7 +216,9 @@ class _Program:
             unproven = [task.label for task in report.tasks if task.proven == "nothing-claimed"]
             if unproven:
                 self.console.say(f"{', '.join(unproven)}: nothing-claimed, so that nothing on disk is vouched for")
-            more = " Nothing to do." if report.verb == "warm" else ""
+            claimed = by_cost({family for task in report.tasks for family in task.entries})
+            more = f" Vouched for: {', '.join(claimed)}." if claimed else ""
+            more += " Nothing to do." if report.verb == "warm" else ""
             self.console.say(
                 f"warm-cache: {total} of {counted(total, 'task')} warm for toolchain {report.toolchain} "
                 f"({report.image_ref}).{more}"

@@ -118,7 +118,7 @@ class LocalExecutor:
     def missing_root(self) -> str:
         root = self.root
         if not root.is_dir():
-            return f"there is no directory {root} here"
+            return f"{root} is no directory" if os.path.lexists(root) else f"there is no directory {root} here"
         if stranger := layout.foreign(root):
             return f"{root} is no cache root ({stranger} is in it)"
         if files.listing(str(root)) is None:
@@ -174,6 +174,9 @@ class LocalExecutor:
 
         Containers of test jobs get the markers read-only: their jobs may add kernels, and no markers.
         """
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            problem = Problem("cache", f"{self.root} is a file, or a link to nothing.", "Name a directory.")
+            raise PreflightError(CANNOT_RUN, [problem])
         if not self.root.is_dir() and not self.context.options.create:
             problem = Problem("cache", f"there is no directory {self.root} here.", "To make one, pass --create.")
             raise PreflightError(CANNOT_RUN, [problem])

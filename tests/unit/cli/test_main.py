@@ -125,6 +125,8 @@ def test_all_warm_prints_nothing_to_do(bench: Bench, monkeypatch: pytest.MonkeyP
         raise Interrupted(signal.SIGTERM)
 
     assert said(warm_tasks()) == "warm-cache: 2 of 2 tasks warm for toolchain None (tiny:1). Nothing to do.\n"
+    claimed = warm_tasks(entries={"triton": 1, "deep_gemm": 2})
+    assert "(tiny:1). Vouched for: deep_gemm, triton. Nothing to do.\n" in said(claimed)
     for act in (interrupted, warm_tasks(seconds=1.0)):
         shown = said(act)
         assert "Nothing to do" not in shown

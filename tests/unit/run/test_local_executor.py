@@ -123,6 +123,12 @@ def test_prepare_lays_out_the_root(tmp_path: Path, probed: PROBED) -> None:
     with pytest.raises(PreflightError) as caught:
         executor.prepare()
     assert [problem.remedy for problem in caught.value.problems] == ["To make one, pass --create."]
+    root.symlink_to("nowhere")
+    assert executor.missing_root() == f"{root} is no directory"
+    with pytest.raises(PreflightError) as caught:
+        executor.prepare()
+    assert [problem.remedy for problem in caught.value.problems] == ["Name a directory."]
+    root.unlink()
     root.mkdir()
     executor.prepare()
     assert executor.missing_root() == ""
