@@ -156,7 +156,7 @@ def remove(path: Path, folder: Path) -> None:
             for item in batch:
                 if is_dir(item):
                     with contextlib.suppress(OSError):
-                        os.chmod(item.path, 0o700)  # without it, its owner could not move it
+                        Path(item.path).chmod(0o700)  # without it, its owner could not move it
                     number += 1
                     queue.append(flat / str(number))
                     Path(item.path).rename(queue[-1])

@@ -350,7 +350,7 @@ def _unlocked(path: str, above: int | None) -> None:
     try:
         if os.fstat(descriptor).st_mode & 0o700 != 0o700:
             with contextlib.suppress(OSError):
-                os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
+                Path(f"/proc/self/fd/{descriptor}").chmod(0o700)
     finally:
         os.close(descriptor)
 
