@@ -77,7 +77,7 @@ def sweep(
     """
     swept, referred = [], set()
     with contextlib.ExitStack() as held:
-        dead = _dead_leases(private_directory(state_dir), held)
+        dead = _dead_leases(private_directory(state_dir), held, engine.identity)
         for container in engine.containers([LABEL_LEASE]):
             result = _sweep_container(engine, container, grace, save)
             if result is not None:
@@ -157,8 +157,11 @@ def _is_past_deadline(labels: Mapping[str, str]) -> bool:
     return text.isdecimal() and len(text) < 16 and time.time() > int(text)
 
 
-def _dead_leases(home: Path, held: contextlib.ExitStack) -> list[Path]:
-    """Return lease directories whose owners are dead, and hold their locks: they are dead before what is asked next."""
+def _dead_leases(home: Path, held: contextlib.ExitStack, engine: str) -> list[Path]:
+    """Return lease directories whose owners are dead, and hold their locks: they are dead before what is asked next.
+
+    Those of other engines only where a release is pending: they stay, and do not take the place of one that may go.
+    """
     found: list[Path] = []
     for item in files.listing(str(home)) or ():
         directory = Path(item.path)
@@ -169,6 +172,8 @@ def _dead_leases(home: Path, held: contextlib.ExitStack) -> list[Path]:
                 if time.time() - directory.stat().st_mtime > _NEW_AGE:
                     shutil.rmtree(directory, ignore_errors=True)
         elif item.name.startswith(HELD):
+            if engine_of(directory) != engine and not (directory / PENDING_RELEASE).exists():
+                continue
             with contextlib.suppress(OSError):
                 descriptor = flock.open_lock(directory / FILE)
                 held.callback(os.close, descriptor)

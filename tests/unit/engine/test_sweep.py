@@ -165,6 +165,20 @@ def test_sweep_on_another_engine_keeps_the_lease(tmp_path: Path, engine: FakeEng
     assert swept.removed and made not in engine.all
 
 
+def test_sweep_is_not_kept_from_leases_by_those_of_other_engines(
+    tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that was installed anew has another identity, and nobody sweeps for the former one."""
+    monkeypatch.setattr("builder.engine.sweep._LEASES", 2)
+    dead = []
+    for identity in ["gone"] * 8 + [engine.identity]:
+        with Lease(tmp_path, run_id="dead", engine=identity) as lease:
+            lease.keep = True
+        dead.append(lease.path.parent)
+    sweep(engine, tmp_path)
+    assert [path.exists() for path in dead] == [True] * 8 + [False]
+
+
 def test_sweep_keeps_lease_of_owner_that_died_after_its_list(tmp_path: Path, engine: FakeEngine) -> None:
     """The builder begins, makes a container and dies while a slow sweep stops another one."""
     container(engine, dead_owners_labels(tmp_path), start=True, name="slow")
