@@ -48,6 +48,7 @@ class EntryProblem:
 
 
 MISSING = EntryProblem(ProblemKind.MISSING, "missing")
+NO_ENTRY = EntryProblem(ProblemKind.INVALID, "not a name of an entry")
 _UNFINISHED = EntryProblem(ProblemKind.UNFINISHED, "no __grp__ file")
 _UNLISTED = EntryProblem(ProblemKind.UNREADABLE, f"{UNREADABLE}: a directory that cannot be listed")
 
@@ -134,6 +135,8 @@ def problem_of(family: Family, tree: Tree, name: str, mount: str | None) -> Entr
         return _invalid("is not a directory")
     except (OSError, ValueError) as error:
         return _invalid(why(error)) if getattr(error, "errno", None) == errno.ELOOP else _refused(error)
+    if family.layout == "deep_gemm" and "/" not in name:  # the folder of all entries, which is one only as a link
+        return NO_ENTRY
     if family.layout == "deep_gemm":
         return _joined(_deep_gemm_problems(folder, name))
     return _joined(_triton_problems(family, tree, name, mount))

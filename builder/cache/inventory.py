@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from builder.beneath import Tree
 from builder.cache import usage
-from builder.cache.entries import NAMES, EntryProblem, ProblemKind, problem_of, size_and_times
+from builder.cache.entries import NAMES, NO_ENTRY, EntryProblem, ProblemKind, problem_of, size_and_times
 from builder.cache.families import Family
 from builder.cache.layout import FamilyDirectory, family_directories
 from builder.files import UNREADABLE, matches, why
@@ -107,7 +107,7 @@ def check(family: Family, directory: Path | Tree, name: str, *, mount: str | Non
     Costs a few system calls and no more than headers and tables of ELF files: a marker lists hundreds of entries.
     """
     if not _NAME[family.layout].fullmatch(name):
-        return EntryProblem(ProblemKind.INVALID, "not a name of an entry")
+        return NO_ENTRY
     return problem_of(family, Tree.of(directory), name, mount)
 
 
