@@ -191,7 +191,12 @@ class CacheSpec:
         "The longest time a test job may take. What was used more recently than that is not removed.",
         '"6h"',
     )
-    keep: int = key(positive, 2, "How many toolchains of each task `prune` and `refresh` keep.", "3")
+    keep: int = key(
+        positive,
+        2,
+        "How many toolchains of each task, and images of each toolchain, `prune` and `refresh` keep.",
+        "3",
+    )
     older_than: float | None = key(
         positive_seconds,
         None,
