@@ -167,6 +167,8 @@ class _Program:
             unwritten += self._print(harmless(shown) if guarded else shown, "the result")
         if self.line.args.json:
             unwritten += self._print(report.document(status, error), "the JSON document")
+        elif self._shows:
+            unwritten += self._shown()
         if unwritten and status:
             console.say(f"warning: {unwritten[0]}")
         elif unwritten:
@@ -198,10 +200,25 @@ class _Program:
             out = Console(sys.stdout, terminal=False, hurried=self._gave_up)
             out.write(text)
             out.close(self._patience)
-            failed = out.error
-            if (failed is None and not out.stuck) or isinstance(failed, BrokenPipeError):
-                return []
-            why = (failed.strerror or str(failed)) if isinstance(failed, OSError) else "nobody reads it"
+            why = _failure(out)
+        return self._unwritten(what, why)
+
+    @property
+    def _shows(self) -> bool:
+        """Return whether the result is what this verb says on stdout."""
+        verb = self.line.verb
+        return verb is not None and (VERBS[verb].shown or bool(getattr(self.line.args, "dry_run", False)))
+
+    def _shown(self) -> list[str]:
+        """Wait until all that was said is on stdout; return why it is not there, as `_print` does."""
+        if sys.stdout is None:
+            return self._unwritten("the result", "stdout is closed")
+        self.console.flush(self._patience)
+        return self._unwritten("the result", _failure(self.console))
+
+    def _unwritten(self, what: str, why: str) -> list[str]:
+        if not why:
+            return []
         problem = f"{what} could not be written: {why}"
         self.report.warnings.append(problem)
         return [problem]
@@ -263,6 +280,14 @@ class _Program:
             stream.close(PATIENCE)
         reasons = [f"{problem.location}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
         self.console.annotate("warm-cache", "\n".join([error.message, *reasons]))
+
+
+def _failure(out: Console) -> str:
+    """Return why a console's stream did not take all of it; "" where it did, or its reader closed it."""
+    failed = out.error
+    if isinstance(failed, BrokenPipeError) or (failed is None and not out.stuck):
+        return ""
+    return (failed.strerror or str(failed)) if isinstance(failed, OSError) else "nobody reads it"
 
 
 def _or_nowhere(stream: TextIO | None) -> TextIO:

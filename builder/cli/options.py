@@ -115,6 +115,7 @@ class Verb:
     arguments: tuple[Argument, ...] = ()
     needs: Needs = "engine"
     text: bool = False  # the result is text on stdout, and all messages go to stderr
+    shown: bool = False  # the result is what it says on stdout: not delivered, it is no success
     here: bool = False  # has --here, which needs the standard library alone
     details: str = ""  # paragraphs below the options in its help: what it reads, writes and means
     exits: tuple[int, ...] = ()  # its statuses, besides those that every verb has (COMMON)
@@ -256,6 +257,7 @@ root; otherwise no container is started, and nothing is written. In GitHub Actio
         here=True,
         details="""Reads what check reads, and which toolchain each directory of the cache is for. Writes nothing. A
 cache that cannot be read directly is read by a container.""",
+        shown=True,
         exits=(0,),
     ),
     "status": Verb(
@@ -264,6 +266,7 @@ cache that cannot be read directly is read by a container.""",
         details="""Reads every family, marker and lock, and asks the engine which containers have the cache mounted.
 Writes nothing. The time of a task is that of its last container, and its GPU-minutes are this time multiplied by its
 GPUs. A container that has the cache mounted need not use it: only a hold, a view or a builder prevents removal.""",
+        shown=True,
         exits=(0,),
     ),
     "verify": Verb(
@@ -272,6 +275,7 @@ GPUs. A container that has the cache mounted need not use it: only a hold, a vie
         ("repair", "lock-timeout"),
         details="""Reads the whole cache, in a container. With --repair bad entries are quarantined below aside/, and
 sweep removes them once no job can have them open.""",
+        shown=True,
         exits=(0, 10, 15),
     ),
     "sweep": Verb(
@@ -411,6 +415,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         details="""Reads the machine, the engine, the driver and the cache root, and looks at the GPUs in a container,
 for which the warm-up image is built. What that container found is kept in the folder images of a cache root; nothing
 else is written there. Each warning has its remedy, and 12 means that a warm-up cannot run.""",
+        shown=True,
         exits=(0,),
     ),
 }
@@ -444,6 +449,8 @@ def statuses(name: str, verb: Verb) -> str:
     if verb.needs == "command":
         return "exit status: the command's; 2 usage"
     meanings = {**MEANS, **MEANS_OF.get(name, {})}
+    if verb.text or verb.shown:
+        meanings[12] += ", or the result could not be written"
     parts = [f"{code} {meanings[code]}" for code in sorted({*verb.exits, *COMMON})]
     return "exit status: " + "; ".join([*parts, "129, 130 or 143 a signal"])
 

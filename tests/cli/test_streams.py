@@ -114,6 +114,16 @@ def test_result_on_full_disk_is_no_success(tmp_path: Path) -> None:
     assert shell("completion bash | head -c 10; exit ${PIPESTATUS:-0}", tmp_path).returncode == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("stdout", "status"), [(">/dev/full", 12), (">&-", 12), ("| true", 0)], ids=["full", "closed", "pipe"]
+)
+def test_explanation_that_is_not_delivered_is_no_success(tmp_path: Path, stdout: str, status: int) -> None:
+    done = shell(f"explain --here --cache {tmp_path / 'none'} {stdout}", tmp_path)
+    assert done.returncode == status
+    assert ("error: the result could not be written: " in done.stderr) == (status == 12)
+
+
 def test_slow_reader_gets_the_whole_result(tmp_path: Path) -> None:
     done = shell("completion bash | (sleep 1; cat)", tmp_path)
     assert done.stdout == shell("completion bash", tmp_path).stdout

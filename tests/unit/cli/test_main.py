@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +211,28 @@ def test_demo_is_advised_only_without_gpus_or_engine(bench: Bench, place: str, a
     bench.fail(PreflightError("this machine can't run it", [Problem(place, "it is not there.")]))
     assert bench.run("check") == 12
     assert ("make demo" in bench.said()) == advised
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("argv", "shows"),
+    [
+        (["explain"], True),
+        (["status"], True),
+        (["verify"], True),
+        (["doctor"], True),
+        (["prune", "--dry-run"], True),
+        (["prune"], False),
+        (["warm"], False),
+    ],
+)
+def test_result_that_cannot_be_shown_is_no_success(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, argv: list[str], shows: bool
+) -> None:
+    module = parser.module(argv[0])
+    monkeypatch.setattr(module, "run", lambda _args, invocation: invocation.console.say("the result"))
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert bench.run(*argv) == (12 if shows else 0)
+    why = "the result could not be written: No space left on device"
+    assert bench.said() == (f"error: {why}. Exit 12.\n" if shows else "")
