@@ -336,6 +336,8 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
         if wanted.mounted:
             unusable = unusable or loadable.mount_problem(FAMILY[family], f"{root}/{family}/{claim.key}")
         stale = stale or loadable.stale(FAMILY[family], place, claim.entries, newer)
+        if wanted.mounted:
+            stale = stale or loadable.restored(FAMILY[family], place, claim.entries)
         for name in claim.entries:
             total += 1
             problem = inventory.check(FAMILY[family], place, name, mount=mount)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder.cache import coverage, kernel_sources, marker_files, markers, toolchain
+from builder.beneath import Tree
+from builder.cache import coverage, kernel_sources, loadable, marker_files, markers, toolchain
 from builder.cache.build_proofs import ProofWanted
-from builder.cache.families import FAMILIES, directory
+from builder.cache.families import FAMILIES, FAMILY, directory
 from builder.cache.kernel_sources import families_of, pack
 from builder.cache.marker_files import Build, Observed
 from builder.cache.markers import Judgement
@@ -288,6 +290,41 @@ def test_judge_warm_when_proven_with_the_same_newer_sources(tmp_path: Path) -> N
     """What is newer was no input of the module: ninja had nothing to do in the proof."""
     _, known = ops(tmp_path, made=1000, newest=2000)
     assert judged(tmp_path, known, strict=True).state == "warm"
+
+
+def ninja_deps(made: dict[str, int]) -> bytes:
+    """What ninja 1.11 and 1.13 wrote beside objects that it made: paths, each with its time (version 4)."""
+    records = b"# ninjadeps\n" + struct.pack("<I", 4)
+    for number, path in enumerate(made):
+        text = path.encode() + b"\0" * (-len(path) % 4)
+        records += struct.pack("<I", len(text) + 4) + text + struct.pack("<i", ~number)
+    for number, time_ns in enumerate(made.values()):
+        records += struct.pack("<IIQI", 16 | 1 << 31, number, time_ns, 0)
+    return records
+
+
+@pytest.mark.parametrize("record_at", ["", "op/"])
+@pytest.mark.parametrize(("later", "stale"), [(1, True), (0, False), (-SECOND // 2, False)])
+def test_restored_object_that_ninja_would_build_again(tmp_path: Path, record_at: str, later: int, stale: bool) -> None:
+    """Exact times and earlier ones are taken, as ninja takes them; later ones, as plain copies have, are not."""
+    entry = tmp_path / "op" / "op.cuda.o"
+    entry.parent.mkdir()
+    entry.touch()
+    os.utime(entry, ns=(0, 5000 * SECOND + later))
+    names = {"other.o": 1, "op/op.cuda.o".removeprefix(record_at): 5000 * SECOND}
+    (tmp_path / record_at / ".ninja_deps").write_bytes(ninja_deps(names))
+    said = loadable.restored(FAMILY["flashinfer"], Tree(tmp_path), ["op/op.cuda.o"])
+    assert said == ("op.cuda.o was copied without its time, so that ninja builds it again" if stale else "")
+    assert not loadable.restored(FAMILY["triton"], Tree(tmp_path), ["op/op.cuda.o"])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"# ninjadeps\n\3\0\0\0", ninja_deps({"x.o": 1})[:-7], ninja_deps({})[:16] + b"\xff" * 64]
+)
+def test_restored_without_a_sound_record_says_nothing(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.o").touch()
+    (tmp_path / ".ninja_deps").write_bytes(data)
+    assert loadable.restored(FAMILY["flashinfer"], Tree(tmp_path), ["x.o", "gone.o"]) == ""
 
 
 @pytest.mark.parametrize(
