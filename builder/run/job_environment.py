@@ -41,6 +41,9 @@ PRIVATE = "/tmp/warm-cache-cold"  # noqa: S108 - of the job's container alone
 SUBPATH_API = (1, 45)
 #: Makes sglang fail where it would compile (0.5.23, srt/environ.py).
 CRASH_ON_JIT = "SGLANG_CRASH_ON_JIT_COMPILE"
+#: What to do about variables and directories that only some tasks have: for jobs on the root, and in a view.
+_OF_ONE_TASK = "warm-cache env --only TASK prints what one task needs"
+_IN_A_VIEW = "a job in a view that needs it sets it itself (docker run -e)"
 #: Why a family is compiled anew by jobs.
 NO_DIRECTORY = "it has no directory yet"
 NOT_SHARED = f"{policy.PATH} does not have this root on its list [cache] shared; give the job a view"
@@ -111,7 +114,8 @@ def of_job(
         raise ColdError(f"{executor.missing_root() or NO_MEMO}: nothing is warm there yet")
     tasks, mount = context.manifest.tasks, context.manifest.cache.mount
     named = [(item.task.label, item.record) for item in plan.items]
-    keys, others = common_keys(named)
+    remedy = _IN_A_VIEW if root else _OF_ONE_TASK
+    keys, others = common_keys(named, remedy=remedy)
     found: dict[str, str] = {**common_env(tasks), **families.environment(mount, keys), **toolkit(named)}
     if crash_on_jit:
         found[CRASH_ON_JIT] = "1"
@@ -142,7 +146,7 @@ def of_job(
     if form not in ("shell", "github"):
         found[IMAGE_VARIABLE] = executor.identity
     warnings = context.report.warnings
-    warnings += [*missed(tasks), *others, *unlisted(named), *told(private)]
+    warnings += [*missed(tasks, remedy=remedy), *others, *unlisted(named), *told(private)]
     return JobEnvironment(variables=found, private=private, mounts=mounts)
 
 
@@ -161,19 +165,20 @@ def common_env(tasks: Sequence[Task]) -> dict[str, str]:
     }
 
 
-def missed(tasks: Sequence[Task]) -> list[str]:
+def missed(tasks: Sequence[Task], *, remedy: str = _OF_ONE_TASK) -> list[str]:
     """Return a warning for each variable that some tasks set and a job of all tasks does not get."""
     common = common_env(tasks)
     names = sorted({name for task in tasks for name in task.env if name not in common and name != PRETEND_VARIABLE})
     return [
         f"{name} is not set here, because only {_some([task.label for task in tasks if name in task.env])} "
-        f"{'have' if sum(name in task.env for task in tasks) > 1 else 'has'} it, or their values differ: "
-        "env --only TASK prints what one task needs"
+        f"{'have' if sum(name in task.env for task in tasks) > 1 else 'has'} it, or their values differ: " + remedy
         for name in names
     ]
 
 
-def common_keys(records: Sequence[tuple[str, Record]]) -> tuple[dict[str, str], list[str]]:
+def common_keys(
+    records: Sequence[tuple[str, Record]], *, remedy: str = _OF_ONE_TASK
+) -> tuple[dict[str, str], list[str]]:
     """Return the key of each family, and a warning for each family of which tasks have different ones.
 
     records: label and record of each task; the first one's keys are returned.
@@ -185,7 +190,7 @@ def common_keys(records: Sequence[tuple[str, Record]]) -> tuple[dict[str, str], 
     }
     return keys, [
         f"{_some(labels)} {'have' if len(labels) > 1 else 'has'} a directory of {family} of their own, because of "
-        f"their variables: env --only TASK prints it"
+        f"their variables: {remedy}"
         for family, labels in own.items()
         if labels
     ]

@@ -81,6 +81,13 @@ def announce_root(executor: ContainerExecutor) -> bool:
     return found
 
 
+def require_root(executor: ContainerExecutor) -> None:
+    """Raise PreflightError where there is no cache root to look at; an empty directory or volume is none yet."""
+    executor.require_root()
+    if not has_root(executor):
+        raise PreflightError(f"there is no cache in {executor.root_name}")
+
+
 def row(event: Event) -> dict[str, Any]:
     """Return the event's fields, with texts made printable."""
     return {name: printable(value) if isinstance(value, str) else value for name, value in vars(event).items()}

@@ -117,9 +117,8 @@ def _pins(executor: ContainerExecutor) -> set[str]:
 
 
 def prune(executor: ContainerExecutor, limits: Limits, *, dry_run: bool) -> None:
-    """Remove what the limits do not keep, or report what would be removed."""
-    if not maintenance.announce_root(executor):
-        return
+    """Remove what the limits do not keep, or report what would be removed. Raises PreflightError without a cache."""
+    maintenance.require_root(executor)
     result = PruneResult()
     try:
         if dry_run:

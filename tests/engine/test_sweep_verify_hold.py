@@ -164,6 +164,9 @@ def test_sweep_and_verify_without_cache_create_nothing(cli: Cli, volume: str) ->
     cli.root.mkdir()
     cli.manifest(shapes())
     assert "there is no cache at " in lines(cli, "sweep")[-1]
+    for verb in ("status", "verify", "prune"):
+        ended = cli.run(verb)
+        assert (ended.status, f"there is no cache in {cli.root}" in ended.err) == (12, True), ended.said
     assert not list(cli.root.iterdir())
     with cli.engine() as engine:
         assert not engine.has_volume(volume)

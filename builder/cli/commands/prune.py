@@ -27,7 +27,6 @@ def run(args: PruneArgs, invocation: Invocation) -> None:
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
     wanted = limits(args, manifest.cache)
     with invocation.containers(invocation.context(manifest)) as executor:
-        executor.require_root()
         prune.prune(executor, wanted, dry_run=args.dry_run)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -94,7 +94,7 @@ def run(args: StatusArgs, invocation: Invocation) -> None:
     """Report what the cache holds, how old it is, what uses it, and what it cost."""
     console, report = invocation.console, invocation.report
     with invocation.containers(invocation.context(invocation.manifest())) as executor:
-        executor.require_root()
+        maintenance.require_root(executor)
         found = _read(executor)
         report.cache = executor.root_name
         report.extra.update(
@@ -108,15 +108,16 @@ def run(args: StatusArgs, invocation: Invocation) -> None:
 
 
 def _show(console: Console, found: _Status) -> None:
-    console.table(
+    entries = [row for row in found.families if row.entries or row.invalid]
+    _table(
+        console,
+        "no family has an entry",
         ("family", "key", "entries", "invalid", "size", "used by"),
-        [
-            [row.family, row.key, str(row.entries), str(row.invalid), size(row.bytes), row.use]
-            for row in found.families
-            if row.entries or row.invalid
-        ],
+        [[row.family, row.key, str(row.entries), str(row.invalid), size(row.bytes), row.use] for row in entries],
     )
-    console.table(
+    _table(
+        console,
+        "no task has a marker",
         ("task", "age", "last used", "took", "GPU-min", "proof", "of"),
         [
             [
@@ -140,6 +141,14 @@ def _show(console: Console, found: _Status) -> None:
         console.table(("used now by", "how"), [[row.who, row.how] for row in found.users])
     else:
         console.say("nothing uses it now")
+
+
+def _table(console: Console, nothing: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table, or one line where it has no row."""
+    if rows:
+        console.table(columns, rows)
+    else:
+        console.say(nothing)
 
 
 def _read(executor: ContainerExecutor) -> _Status:

@@ -33,7 +33,7 @@ def run(args: VerifyArgs, invocation: Invocation) -> None:
     """Check every entry. Raises ColdError if one is bad; with repair, if one still is."""
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
     with invocation.containers(invocation.context(manifest)) as executor:
-        executor.require_root()
+        maintenance.require_root(executor)
         _verify(executor, args.repair)
 
 
@@ -66,12 +66,8 @@ class _Verification:
 def _verify(executor: ContainerExecutor, repair: bool) -> None:
     console, report = executor.context.console, executor.context.report
     found = _Verification(console)
-    exists = maintenance.announce_root(executor)
-    if exists:
-        _check_entries(executor, found, repair)
+    _check_entries(executor, found, repair)
     report.extra.update(entries=found.entries, bad=found.bad, repaired=found.quarantined)
-    if not exists:
-        return
     total = f"{counted(found.entries, 'entry')} in {counted(found.directories, 'family directory')}"
     if found.bad:
         console.table(COLUMNS, [[row[name] for name in COLUMNS] for row in found.bad])

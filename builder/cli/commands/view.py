@@ -127,4 +127,6 @@ def _list(executor: ContainerExecutor) -> None:
             for row in generations
         ],
     )
-    executor.context.report.text = f"{of_views}\n{of_generations}"
+    executor.context.report.text = "\n".join(
+        [of_views if found else "no views", of_generations if generations else "no generations"]
+    )

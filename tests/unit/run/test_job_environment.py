@@ -90,6 +90,7 @@ def test_variables_of_some_tasks_are_named() -> None:
     assert first.startswith("Y is not set here, because only a, b have it")
     assert second.startswith("Z is not set here, because only c has it")
     assert job_environment.missed(tasks[:1]) == []
+    assert all(text.endswith("warm-cache env --only TASK prints what one task needs") for text in (first, second))
 
 
 def test_tasks_with_directories_of_their_own_are_named() -> None:
