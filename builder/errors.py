@@ -46,7 +46,7 @@ class BuilderError(Exception):
 
 
 class DefectError(BuilderError):
-    """Something that cannot happen did: a defect here, not in what was asked."""
+    """Something that cannot happen did: a defect here, not in what was asked. For what nobody expected: `cli.main`."""
 
     exit_code = 1
 
@@ -75,55 +75,58 @@ class ProblemsError(BuilderError):
 
 
 class UsageError(ProblemsError):
-    """The command line or the manifest is wrong."""
+    """The command line or the manifest is wrong. Raised by `cli.parser`, `manifest.load`, and each verb's options."""
 
     exit_code = 2
 
 
 class ColdError(BuilderError):
-    """`check` found something cold."""
+    """`check` found something cold. Raised by the verbs (`cli.commands`), `run.views` and `report.audit`."""
 
     exit_code = 10
 
 
 class TasksError(BuilderError):
-    """At least one task failed, was partial, timed out or was skipped."""
+    """At least one task failed, was partial, timed out or was skipped. Raised by `run.outcome` and `run.prebuild`."""
 
     exit_code = 11
 
 
 class PreflightError(ProblemsError):
-    """This machine cannot run any of it."""
+    """This machine cannot run any of it. Mostly raised in `run`: its problems are listed by `run.preflight`."""
 
     exit_code = 12
 
 
 class GpusHeldError(BuilderError):
-    """A GPU did not become free again after a task."""
+    """A GPU did not become free again after a task. Raised by `run.gpu_reservation`."""
 
     exit_code = 13
 
 
 class BudgetError(BuilderError):
-    """The run's budget ended while tasks were still cold."""
+    """The run's budget ended while tasks were still cold. Raised by `run.outcome`."""
 
     exit_code = 14
 
 
 class BusyError(BuilderError):
-    """Another builder works on this cache or on these GPUs."""
+    """Another builder works on this cache or on these GPUs. Raised by `host.locks`, `run.refresh` and `run.views`."""
 
     exit_code = 15
 
 
 class EngineLostError(BuilderError):
-    """The engine cannot be reached, or stopped answering."""
+    """The engine cannot be reached, or stopped answering. Raised by `engine`, and by `run` for what ended with it."""
 
     exit_code = 16
 
 
 class EngineRefusedError(EngineLostError):
-    """The engine answered and refused. ``status`` is its HTTP status (0 where it gave none)."""
+    """The engine answered and refused. Raised by `engine.connection` and `engine.images`.
+
+    status: of HTTP; 0 where it gave none.
+    """
 
     def __init__(self, message: str, *, status: int = 0, notes: Sequence[str] = ()) -> None:
         super().__init__(message, notes=notes)
@@ -131,17 +134,17 @@ class EngineRefusedError(EngineLostError):
 
 
 class EngineTimeoutError(EngineLostError):
-    """The engine got the request and did not answer in time."""
+    """The engine got the request and did not answer in time. Raised by `engine.errors` and `host.cancel`."""
 
 
 class DeferredError(BuilderError):
-    """The machine never became idle, so nothing was done."""
+    """The machine never became idle, so nothing was done. Raised by `run.gpu_reservation`."""
 
     exit_code = 17
 
 
 class Interrupted(BuilderError):
-    """A signal ended the run. ``exit_code`` is 128 + the signal's number."""
+    """A signal ended the run. Raised by `host.cancel` and `cli.signals`. ``exit_code`` is 128 + the signal's number."""
 
     exit_code = 130
 

@@ -39,9 +39,9 @@ class Gpu:
 
 
 #: The models that `[gpus] pretend` accepts. DeepGEMM's keys depend on capability and number of SMs alone. None of this
-#: was measured here. Capability, and 227 KiB of shared memory a block: CUDA C++ Programming Guide, figures of 9.0 and
-#: 10.0. SMs, memory and L2: NVIDIA's data sheets of the SXM models; B200's 148 SMs: sglang 0.5.23
-#: (custom_all_reduce_v2.py).
+#: was measured on such a GPU. B200's 148 SMs: sglang 0.5.23 (custom_all_reduce_v2.py). 232448 bytes of shared memory a
+#: block: DeepGEMM's SM90ArchSpec and SM100ArchSpec (smem_capacity). Everything else was written from memory and is
+#: unchecked: names, capabilities, the 132 SMs of H200 and H100, memory and L2.
 GPUS: Mapping[str, Gpu] = {
     "H200": Gpu(name="NVIDIA H200", capability=(9, 0), sms=132, memory=141 << 30, shared=232448, l2=62914560),
     "H100": Gpu(name="NVIDIA H100 80GB HBM3", capability=(9, 0), sms=132, memory=80 << 30, shared=232448, l2=52428800),

@@ -56,10 +56,11 @@ class Invocation:
     signals: Signals
     run_id: str = field(default_factory=lambda: os.urandom(6).hex())
 
-    def manifest(self, *, only: Sequence[str] = (), **limits: str | None) -> Manifest:
+    def manifest(self, *, only: Sequence[str] = (), needs_cache: bool = True, **limits: str | None) -> Manifest:
         """Return the named manifest. Raises UsageError with every problem, and where none or two are named.
 
-        only: models or labels of the tasks to select; all by default. limits: names and values of `Overrides`.
+        only: models or labels of the tasks to select; all by default. needs_cache: False for a verb that uses none.
+        limits: names and values of `Overrides`.
         """
         args = self._manifest_args()
         if not args.manifest and not args.profile:
@@ -67,16 +68,22 @@ class Invocation:
         if args.manifest and args.profile:
             ways = f"{args.location('manifest')} {args.manifest} and {args.location('profile')} {args.profile}"
             raise UsageError(f"{ways} exclude each other")
-        overrides = Overrides(image=args.image, cache=args.cache, models=args.models, **limits)
+        overrides = Overrides(image=args.image, cache=args.cache, models=args.models, needs_cache=needs_cache, **limits)
         with self._problems_located():
             manifest = load(args.manifest, profile=args.profile, overrides=overrides)
             self.report.image_ref, cache = manifest.image.ref, manifest.cache
             self.report.cache = str(cache.root) if cache.root else f"volume {cache.volume}"
             return select(manifest, only)
 
-    def named_manifest(self, *, only: Sequence[str] = (), **limits: str | None) -> Manifest | None:
+    def named_manifest(
+        self, *, only: Sequence[str] = (), needs_cache: bool = True, **limits: str | None
+    ) -> Manifest | None:
         """Return the named manifest as `manifest` does, or None where none is named."""
-        return self.manifest(only=only, **limits) if self._manifest_args().names_manifest else None
+        return (
+            self.manifest(only=only, needs_cache=needs_cache, **limits)
+            if self._manifest_args().names_manifest
+            else None
+        )
 
     def cache(self, place: str) -> CacheSpec:
         """Return the cache that ``--cache`` names. Raises UsageError."""

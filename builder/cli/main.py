@@ -150,6 +150,7 @@ class _Program:
             console.say(f"warning: {warning}")
         if report.verb in ("warm", "check", "refresh") and report.tasks:
             self._report_tasks(error)
+        unwritten = self._print_text() if report.text is not None and not self.line.args.json else []
         if error is not None:
             self._report_error(error)
         problems = github.write_files(report, status, error, self.environ, self._gave_up) if console.github else []
@@ -157,15 +158,10 @@ class _Program:
             report.warnings.append(problem)
             console.say(f"warning: {problem}")
         # For `env` the file of outputs is a place of its result.
-        unwritten = problems[:1] if report.verb == "env" else []
-        if self.line.args.json and report.text is not None:
-            report.extra[str(report.verb)] = report.text
-        elif report.text is not None:
-            # `env` prints for programs. These name jobs and files, and such names may hold commands.
-            shown = displayed(report.text) if report.verb in ("view", "audit") else report.text
-            guarded = self.console.github and report.verb in ("view", "audit")
-            unwritten += self._print(harmless(shown) if guarded else shown, "the result")
+        unwritten += problems[:1] if report.verb == "env" else []
         if self.line.args.json:
+            if report.text is not None:
+                report.extra[str(report.verb)] = report.text
             unwritten += self._print(report.document(status, error), "the JSON document")
         elif self._shows:
             unwritten += self._shown()
@@ -188,6 +184,14 @@ class _Program:
 
     def _gave_up(self) -> bool:
         return self.cancel.is_due(READING) or self.cancel.requests > 1 or bool(self.signals.late)
+
+    def _print_text(self) -> list[str]:
+        """Write the verb's text, ahead of what is wrong with it; return as `_print` does."""
+        text = self.report.text or ""
+        if self.report.verb not in ("view", "audit"):
+            return self._print(text, "the result")  # for programs
+        shown = displayed(text)  # names of jobs and files may hold commands
+        return self._print(harmless(shown) if self.console.github else shown, "the result")
 
     def _print(self, text: str, what: str) -> list[str]:
         """Write a result to stdout; return why it could not be written. A reader that closed it is no failure."""

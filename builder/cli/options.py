@@ -116,6 +116,7 @@ class Verb:
     needs: Needs = "engine"
     text: bool = False  # the result is text on stdout, and all messages go to stderr
     shown: bool = False  # the result is what it says on stdout: not delivered, it is no success
+    engine: bool = True  # may speak to an engine, and end with 16
     here: bool = False  # has --here, which needs the standard library alone
     details: str = ""  # paragraphs below the options in its help: what it reads, writes and means
     exits: tuple[int, ...] = ()  # its statuses, besides those that every verb has (COMMON)
@@ -211,6 +212,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("docker", "shell", "github", "json"),
         "help": "docker, shell, github or json",
     },
+}
+#: verb → option → what its help has otherwise than OPTIONS.
+OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
+    "audit": {"cache": {"metavar": "DIR", "help": "the cache root, where it is mounted here"}},
 }
 #: The options that all verbs with the same needs have in common.
 SHARED: dict[Needs, tuple[str, ...]] = {
@@ -343,6 +348,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         "warm-cache here-reset --source /mnt/warm-cache --target /jit",
         ("source", "target"),
         needs="nothing",
+        engine=False,
         details="At the start of a job, in a long-lived container that has the root or one generation mounted "
         "read-only at --source, and the directory --target for itself. Afterwards the target holds every kernel, "
         "marker and memo of the source, and nothing else: what earlier jobs added or changed is gone, by content, "
@@ -375,6 +381,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         "source <(warm-cache completion bash)",
         arguments=(Argument("shell", "SHELL", "bash, zsh, fish or tcsh", choices=("bash", "zsh", "fish", "tcsh")),),
         needs="nothing",
+        engine=False,
         text=True,
         details="""Reads and writes nothing but stdout.""",
         exits=(0,),
@@ -403,6 +410,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         "warm-cache audit --here --after before.json --fail-on-jit",
         ("cache", "before", "after", "fail-on-jit"),
         needs="nothing",
+        engine=False,
         text=True,
         here=True,
         details="Without --cache DIR it compares the directories that the families' variables name here.",
@@ -422,7 +430,7 @@ else is written there. Each warning has its remedy, and 12 means that a warm-up 
 
 #: What each status means, and what it means for some verbs in particular.
 MEANS: dict[int, str] = {
-    0: "done, or warm",
+    0: "done",
     1: "defect",
     2: "usage or manifest",
     10: "something is cold",
@@ -435,9 +443,13 @@ MEANS: dict[int, str] = {
     17: "deferred: the machine was never idle",
 }
 MEANS_OF: dict[str, dict[int, str]] = {
+    "warm": {0: "all tasks are warm"},
+    "check": {0: "all tasks are warm, or --on-cold warn"},
     "explain": {0: "done, warm or cold"},
-    "verify": {10: "an entry is bad"},
-    "import-tests": {10: "a launch is not covered, or not recorded"},
+    "env": {0: "done, and all tasks are warm"},
+    "refresh": {0: "all tasks are warm"},
+    "verify": {0: "every entry is valid", 10: "an entry is bad"},
+    "import-tests": {0: "all launches are covered and recorded", 10: "a launch is not covered, or not recorded"},
     "audit": {10: "something was compiled (--fail-on-jit)"},
     "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
 }
@@ -451,13 +463,15 @@ def statuses(name: str, verb: Verb) -> str:
     meanings = {**MEANS, **MEANS_OF.get(name, {})}
     if verb.text or verb.shown:
         meanings[12] += ", or the result could not be written"
-    parts = [f"{code} {meanings[code]}" for code in sorted({*verb.exits, *COMMON})]
+    codes = {*verb.exits, *COMMON} - (set() if verb.engine else {16})
+    parts = [f"{code} {meanings[code]}" for code in sorted(codes)]
     return "exit status: " + "; ".join([*parts, "129, 130 or 143 a signal"])
 
 
-STATUSES = """exit status: 0 warm · 1 defect · 2 usage or manifest · 10 cold (check, env),
-bad entries (verify), launches not covered (import-tests), something compiled
-(audits) · 11 some tasks failed, partial, timed out or skipped · 12 this machine
-can't run it · 13 GPUs not released · 14 budget exhausted · 15 cache or GPUs
-busy · 16 engine lost · 17 deferred (refresh) · 129/130/143 signal · hold: CMD's
-Where several apply: signal, 1, 16, 13, 14, 11."""
+STATUSES = """exit status: 0 done (warm, check, env, refresh: all is warm) · 1 defect ·
+2 usage or manifest · 10 cold (check, env), bad entries (verify), launches not
+covered (import-tests), something compiled (audits) · 11 some tasks failed,
+partial, timed out or skipped · 12 this machine can't run it, or the result
+could not be written · 13 GPUs not released · 14 budget exhausted · 15 cache or
+GPUs busy · 16 engine lost · 17 deferred (refresh) · 129/130/143 signal · hold:
+CMD's. Where several apply: signal, 1, 16, 13, 14, 11."""

@@ -15,11 +15,19 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from builder import __version__
-from builder.cli.options import OPTIONS, STATUSES, VERBS, Args, Verb, statuses
+from builder.cli.options import OPTIONS, OPTIONS_OF, STATUSES, VERBS, Args, Verb, statuses
 from builder.errors import UsageError
-from builder.text import did_you_mean
+from builder.text import did_you_mean, printable
 
 ENVIRONMENT = "WARM_CACHE_"
+#: Variables of this name that are no option's: of jobs and hooks, and of this project's tests.
+OTHERS = frozenset(
+    (
+        *("GPUS", "HOST", "IMAGE_ID", "INSIDE", "JOB", "MOUNT", "PRETEND", "RUN", "TEST"),
+        *("BENCH_DIR", "EXAMPLES", "FAULT_TABLE", "GPU_IMAGE", "GPU_PYTHON", "SOAK_SEED"),
+        *("STAND_IN", "STAND_IN_CACHE", "TESTS_COMPLETE", "TEST_IMAGE"),
+    )
+)
 SWITCHES = {
     **dict.fromkeys(("1", "true", "yes", "y", "on"), True),
     **dict.fromkeys(("0", "false", "no", "n", "off", ""), False),
@@ -133,19 +141,20 @@ def parser(name: str) -> argparse.ArgumentParser:
             ]
         ),
     )
-    add_options(found, verb)
+    add_options(found, name)
     return found
 
 
-def add_options(parser: argparse.ArgumentParser, verb: Verb) -> list[argparse.Action]:
+def add_options(parser: argparse.ArgumentParser, name: str) -> list[argparse.Action]:
     """Add the verb's arguments and options to a parser, without choices: `_check` has them, for variables too."""
-    added = []
+    added, verb, own = [], VERBS[name], OPTIONS_OF.get(name, {})
     for argument in verb.arguments:
         nargs = {(True, False): "+", (True, True): "*", (False, True): "?"}.get((argument.many, argument.optional))
         added.append(parser.add_argument(argument.name, metavar=argument.metavar, nargs=nargs, help=argument.help))
     for option in verb.options:
         flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
-        keywords = {keyword: value for keyword, value in OPTIONS[option].items() if keyword != "choices"}
+        words = {**OPTIONS[option], **own.get(option, {})}
+        keywords = {keyword: value for keyword, value in words.items() if keyword != "choices"}
         added.append(parser.add_argument(*flags, **keywords))
     return added
 
@@ -174,7 +183,9 @@ def unparsed(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
     switch = SWITCHES.get(environ.get(f"{ENVIRONMENT}JSON", "").strip().lower(), False)
     owner = verb is not None and VERBS[verb].needs == "command"  # stdout is the command's
     verbose = "-v" in words or "--verbose" in words
-    return CommandLine(verb, Args(json="--json" in words or (switch and not owner), verbose=verbose))
+    return CommandLine(
+        verb, Args(json="--json" in words or (switch and not owner), verbose=verbose), tuple(misspelt(environ))
+    )
 
 
 def module(verb: str) -> Any:
@@ -259,18 +270,18 @@ def _add_variables(verb: Verb, values: dict[str, Any], environ: Mapping[str, str
 
 
 def misspelt(environ: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each variable that resembles an option's; others may be of other programs."""
+    """Return a sentence for each variable that looks like an option's, and is none's."""
     known = {option.replace("-", "_").upper() for option in OPTIONS}
-    strange = {name.removeprefix(ENVIRONMENT) for name in environ if name.startswith(ENVIRONMENT)} - known
+    strange = {name.removeprefix(ENVIRONMENT) for name in environ if name.startswith(ENVIRONMENT)} - known - OTHERS
     if not strange:
         return []
     import difflib  # only where something may be wrong
 
-    close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in sorted(strange)}
+    close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.7) for name in sorted(strange)}
     return [
-        f"{ENVIRONMENT}{name} is no option's variable, and is not read; did you mean {ENVIRONMENT}{matches[0]}?"
+        f"{printable(ENVIRONMENT + name)} is no option's variable, and is not read"
+        + (f"; did you mean {ENVIRONMENT}{matches[0]}?" if matches else "")
         for name, matches in close.items()
-        if matches
     ]
 
 

@@ -25,7 +25,8 @@ _KEYS: dict[type[Any], dict[str, Key]] = {}
 class Overrides:
     """Values of the command line or the environment that replace the manifest's; None: not given.
 
-    cache: a directory, or ``volume:NAME``. timeout, silence: of every task.
+    cache: a directory, or ``volume:NAME``. timeout, silence: of every task. needs_cache: whether it is a problem that
+    neither the manifest nor this names one; where it is none, the temporary directory stands for it.
     """
 
     image: str | None = None
@@ -35,6 +36,7 @@ class Overrides:
     timeout: str | float | None = None
     silence: str | float | None = None
     lock_timeout: str | float | None = None
+    needs_cache: bool = True
 
 
 class Key:
@@ -113,6 +115,10 @@ class OverrideReader:
         self._document = document
         self._overrides = overrides
         self._read: dict[str, Any] = {}  # several tables ask for one option, and its problem is one
+
+    @property
+    def needs_cache(self) -> bool:
+        return self._overrides.needs_cache
 
     def given(self, option: str) -> bool:
         return getattr(self._overrides, option) is not None

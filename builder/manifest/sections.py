@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,8 @@ def read_cache(table: Table, overrides: OverrideReader) -> CacheSpec:
     if location is not None:
         return replace(cache, root=location[0], volume=location[1])
     if not (table.has("root") or table.has("volume") or overrides.given("cache")):
+        if not overrides.needs_cache:
+            return replace(cache, root=Path(tempfile.gettempdir()))
         table.add_problem(
             None, "there is no cache:", "set root or volume in [cache], or pass --cache DIR or --cache volume:NAME."
         )

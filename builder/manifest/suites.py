@@ -205,7 +205,9 @@ def _given(paths: Sequence[str]) -> list[Path]:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    return did_you_mean(name, known) if known else ""
+    """Return the near match among a folder's names; all of them are no help."""
+    near = did_you_mean(name, known)
+    return near if near.startswith("did you mean") else ""
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -177,7 +177,7 @@ def test_later_run_records_changed_file_alone(verb: Verb) -> None:
     [
         (("--suite", "base-c-test-8-gpu-h20"), "did you mean 'base-c-test-8-gpu-h200'?"),
         (("--gpu", "H20"), "one of H200, H100, B200 is wanted"),
-        (("--update", "/missing.toml"), "cannot be read"),
+        (("--update", "/missing.toml"), "there is no file /missing.toml; without --update a manifest is printed"),
         (("--update", "/missing.toml", "--profile", "h200"), "exclude each other"),
     ],
 )
@@ -200,3 +200,18 @@ def test_exits_2_without_image_and_without_here(verb: Verb, capsys: pytest.Captu
     verb.checkout.test("test_one.py", ONE)
     assert main(["import-tests", str(verb.checkout.root / "test")], environ={}) == 2
     assert "Pass --image REF" in capsys.readouterr().err
+
+
+def test_manifest_without_a_cache_is_compared_all_the_same(verb: Verb) -> None:
+    verb.checkout.test("test_two.py", ONE.replace("org/one", "org/two"))
+    verb.manifest.write_text(MANIFEST.replace('[cache]\nroot = "/data/cache"\n', ""))
+    assert verb("--suite", SUITE, "--manifest", verb.manifest)[0] == 10
+
+
+def test_file_that_is_not_there_is_named_with_its_near_match(verb: Verb, tmp_path: Path) -> None:
+    status, document = verb("--update", tmp_path / "warn.toml")
+    assert status == 2
+    assert document["error"]["message"] == f"--update: there is no file {tmp_path}/warn.toml; did you mean 'warm.toml'?"
+    status, document = verb(paths=("none",))
+    assert status == 2
+    assert [problem["remedy"] for problem in document["error"]["problems"]] == [""]

@@ -33,7 +33,7 @@ def run(args: CompletionArgs, invocation: Invocation) -> None:
     paths = {"FILE": shtab.FILE, "PATH": shtab.FILE, "DIR": shtab.DIRECTORY, "DIR|volume:NAME": shtab.DIRECTORY}
 
     def fill(name: str, verb: argparse.ArgumentParser) -> None:
-        for action in parser.add_options(verb, VERBS[name]):
+        for action in parser.add_options(verb, name):
             option: dict[str, Any] = OPTIONS.get(action.dest.replace("_", "-"), {})
             of_argument = {each.name: each.choices for each in VERBS[name].arguments}.get(action.dest)
             action.choices = profiles() if action.dest == "profile" else option.get("choices") or of_argument or None

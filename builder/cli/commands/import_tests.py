@@ -16,11 +16,11 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import OPTIONS, ManifestArgs
 from builder.errors import ColdError, UsageError
 from builder.manifest import from_tests, recorded_tasks, rewrite, suites
-from builder.manifest.load import Manifest, image_alone, load
+from builder.manifest.load import Manifest, Overrides, image_alone, load
 from builder.recording import Launch, Request, Unrecorded
 from builder.run import launch_recorders, launch_records
 from builder.task import RECIPES
-from builder.text import counted
+from builder.text import counted, did_you_mean, printable
 
 #: Seconds that the engine has to answer.
 _CONTAINER_SECONDS = 60.0
@@ -52,7 +52,7 @@ def run(args: ImportTestsArgs, invocation: Invocation) -> None:
         raise UsageError("--update and --manifest or --profile exclude each other: it is compared with what it updates")
     if args.anew and update is None:
         raise UsageError("--anew says how --update rewrites a manifest; pass --update FILE")
-    manifest = _updated(update) if update is not None else invocation.named_manifest()
+    manifest = _updated(update) if update is not None else invocation.named_manifest(needs_cache=False)
     selection = suites.select(args.paths, args.suite)
     request = Request(
         checkout=str(selection.checkout),
@@ -180,7 +180,11 @@ def _gpu_of(manifest: Manifest | None) -> str:
 
 
 def _updated(path: Path) -> Manifest:
-    manifest = load(path)
+    if not path.exists():
+        near = did_you_mean(path.name, (each.name for each in path.parent.glob("*.toml")))
+        hint = near if near.startswith("did") else "without --update a manifest is printed, which can be the first one"
+        raise UsageError(f"--update: there is no file {printable(str(path))}; {hint}")
+    manifest = load(path, overrides=Overrides(needs_cache=False))
     if path.suffix == ".json" or path.read_bytes().lstrip()[:1] == b"{":
         raise UsageError(f"{path} is JSON, and only a TOML manifest can be updated in place")
     return manifest

@@ -236,3 +236,16 @@ def test_result_that_cannot_be_shown_is_no_success(
         assert bench.run(*argv) == (12 if shows else 0)
     why = "the result could not be written: No space left on device"
     assert bench.said() == (f"error: {why}. Exit 12.\n" if shows else "")
+
+
+def test_text_is_written_ahead_of_what_is_wrong_with_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_args: Any, invocation: Any) -> None:
+        invocation.report.text = "the report"
+        raise ColdError("1 of 2 launches covered by no task")
+
+    monkeypatch.setattr(parser.module("import-tests"), "run", run)
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    assert bench.run("import-tests", "test") == 10
+    assert both.getvalue() == "the report\nerror: 1 of 2 launches covered by no task. Exit 10.\n"

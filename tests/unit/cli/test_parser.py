@@ -73,7 +73,7 @@ def test_help_of_every_verb_is_printed(
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     assert "example: " in shown
-    assert ("exit status: 0 warm" in shown) == (not verb)
+    assert ("exit status: 0 done (warm, check" in shown) == (not verb)
     assert "exit status:" in shown
     if verb:
         known = words.VERBS[verb[0]]
@@ -130,3 +130,29 @@ def test_list_variable_is_split_at_commas(bench: Bench) -> None:
 def test_choice_variable_is_checked(bench: Bench) -> None:
     assert bench.run("env", WARM_CACHE_FORMAT="yaml") == 2
     assert "WARM_CACHE_FORMAT is 'yaml': one of docker, shell, github, json is wanted" in bench.said()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("ONCOLD", "; did you mean WARM_CACHE_ON_COLD?"), ("FROBNICATE", ""), ("TEST_IMAGE", None)]
+)
+def test_variable_of_no_option_is_named(bench: Bench, name: str, hint: str | None) -> None:
+    said = "" if hint is None else f"warning: WARM_CACHE_{name} is no option's variable, and is not read{hint}\n"
+    for verb in ("check", "wram"):
+        bench.run(verb, manifest=True, **{f"WARM_CACHE_{name}": "warn"})
+        captured = bench.capsys.readouterr()
+        assert ("WARM_CACHE_" in captured.out + captured.err) == bool(said)
+        assert said in captured.out + captured.err
+
+
+def test_help_names_what_the_verb_takes_and_means(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(verb: str) -> str:
+        assert cli.main([verb, "--help"], environ={}) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "--cache DIR the cache root, where it is mounted here" in shown("audit")
+    for verb in ("audit", "here-reset", "completion"):
+        assert "16 the engine was lost" not in shown(verb)
+    for verb in ("prune", "status", "sweep"):
+        assert "0 done; 1 defect" in shown(verb) and "16 the engine was lost" in shown(verb)
+    assert "0 all tasks are warm" in shown("warm")
+    assert "or the result could not be written" in shown("status")
