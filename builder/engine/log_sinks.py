@@ -107,12 +107,14 @@ class LogFile:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._writer: Writer | None = None
+        self._closed = False
         self._hurried = False
         self._gave_up = ""
 
     @property
     def is_open(self) -> bool:
-        return self._writer is not None
+        """Return whether it was opened, and not closed to the end since."""
+        return self._writer is not None and not (self._closed and self._writer.is_finished)
 
     @property
     def problem(self) -> str:
@@ -146,6 +148,7 @@ class LogFile:
     def close(self, seconds: float = CLOSING, give_up: GiveUp = never) -> None:
         """Wait until all is written, for at most this long without a byte taken. May be called twice."""
         writer = self._writer
+        self._closed = True
         if writer is not None and not writer.close(seconds, give_up=give_up) and writer.error is None:
             self._gave_up = self._gave_up or "its place took no more bytes in time"
 

@@ -108,6 +108,11 @@ class Writer:
         """Start the thread. Raises RuntimeError where there is no room for one."""
         self._thread = start_thread(self._run, "writer")
 
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the thread has closed its place, after the last byte or an error."""
+        return self._finished
+
     def put(self, data: bytes) -> bool:
         """Add these bytes, or drop them; return whether they were added. Never waits."""
         with self._changed:

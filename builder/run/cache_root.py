@@ -24,7 +24,7 @@ from builder.engine.api import MEMORY, ContainerSpec, Mount
 from builder.engine.client import Engine
 from builder.engine.errors import LinkLoopError, MissingSourceError, NotFoundError
 from builder.engine.lease import Lease
-from builder.errors import BuilderError, EngineLostError, EngineRefusedError, PreflightError
+from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError, PreflightError
 from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
 from builder.run.unpacking import Bounds, unpack
@@ -310,6 +310,10 @@ def _lease_kept_unless_confirmed(lease: Lease, *, unless: type[BuilderError] | t
     """
     try:
         yield
+    except EngineTimeoutError as error:
+        lease.keep = True
+        what = f"{error.message.rstrip('.')}. The next run, or a sweep, removes it"
+        raise EngineTimeoutError(what, notes=error.notes) from None
     except BuilderError as error:
         lease.keep = lease.keep or not isinstance(error, unless)
         raise

@@ -364,7 +364,8 @@ class Hang:
 
 
 HANGS = {
-    "create": Hang(b"/containers/create", alone=True, left=True, late="created"),
+    "create": Hang(b"-run-counts", alone=True, left=True, late="created"),
+    "create-to-read": Hang(b"?name=warm-cache-read-", alone=True, left=True, late="created"),
     "start": Hang(b"/start HTTP", alone=False, left=True, late="exited"),
     "stop": Hang(b"/stop?", alone=True, left=False),
     "removal": Hang(b"DELETE /", alone=True, left=True),
@@ -383,18 +384,22 @@ HANGS = {
 def test_signal_while_one_request_hangs_ends_run_in_time(
     far: Cli, proxy: Proxy, aftermath: Aftermath, hang: Hang
 ) -> None:
-    held, over = threading.Event(), threading.Event()
+    held, over, awaited = threading.Event(), threading.Event(), threading.Event()
+    at_end = hang.request.startswith((b"/stop", b"DELETE"))  # of the task's container, not of those before it
 
     def hold(request: bytes) -> None:
-        if hang.request in request and not over.is_set():
+        if hang.request in request and awaited.is_set() and not over.is_set():
             held.set()
             proxy.hang = not hang.alone
             over.wait(30)
 
     proxy.before = hold
+    if not at_end:
+        awaited.set()
     builder = far.start("warm", "--json")
-    if hang.request.startswith((b"/stop", b"DELETE")):
+    if at_end:
         builder.says("line 20")
+        awaited.set()
     else:
         wait_for(held.is_set, 30, "the request")
     aftermath.begins()

@@ -130,7 +130,10 @@ class Proxy:
             if self.hang:
                 return
             self.before(data)
-            engine.sendall(data)
+            try:
+                engine.sendall(data)
+            except OSError:  # closed meanwhile
+                break
             data = self._receive(client)
         self._end(engine)
 
