@@ -5,10 +5,12 @@ Reading never blocks on a FIFO, never follows a symlink and never takes in more 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -245,3 +247,26 @@ def replace_file(path: Path, data: bytes) -> None:
     if os.path.lexists(path) and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file, and would be replaced by one", str(path))
     write_atomically(path, data)
+
+
+def remove_unused(prefix: str, seconds: float) -> None:
+    """Remove this user's temporary directories of that prefix in which nothing was made for so long.
+
+    Killed processes leave them. One that cannot be looked at or removed stays, without an error.
+    """
+    import shutil  # few verbs make such directories
+    import tempfile
+
+    now = time.time()
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as items:
+        for item in items:
+            if item.name.startswith(prefix) and item.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    mine = item.stat(follow_symlinks=False).st_uid == os.geteuid()
+                    if mine and now - _last_made(item.path) > seconds:
+                        shutil.rmtree(item.path, ignore_errors=True)  # follows no link
+
+
+def _last_made(folder: str) -> float:
+    """Return when something was last made in a folder or below it. Raises OSError."""
+    return max(os.lstat(place).st_mtime for place, _, _ in os.walk(folder))

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder import events
-from builder.agent.guard import Guard, Stopped, end
+from builder.agent.guard import SCRATCH, Guard, Stopped, end
 from builder.agent.output import Output
 from builder.cache import layout
 from builder.events import FAILED
+from builder.files import remove_unused
 from builder.job import JOB_VARIABLE, Job
 from builder.task import PRETEND_VARIABLE
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from builder.task import Task
 
 NO_JOB = 2
+#: Seconds after which a temporary directory is one of a process that was killed.
+_LEFT = 24 * 3600.0
 
 #: Modes that hold one lock: the path of its file.
 LOCKS = {"lock": layout.run_lock, "views": layout.views_lock, "hold": layout.hold_lock}
@@ -50,6 +53,7 @@ def main() -> int:
     warming: Warming | None = None
     if task is not None and job.mode == "run":
         warming = _warming(job, task, output, guard)
+    remove_unused(SCRATCH, _LEFT)
     try:
         guard.start()
         if warming is not None:
@@ -96,7 +100,7 @@ def _probe(job: Job, output: Output) -> int:
 
     root = Path(job.mount)
     env = {} if job.task is None else dict(job.task.env)
-    with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as place:
         try:
             environ = simulated_gpu.environment({**os.environ, **env}, place)
         except simulated_gpu.Impossible as why:
@@ -119,7 +123,7 @@ def _toolchain(job: Job, output: Output) -> int:
     from builder.agent import probe
 
     environ = {**os.environ, **({} if job.task is None else job.task.env)}
-    with tempfile.TemporaryDirectory(prefix="warm-cache-") as place:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as place:
         if job.simulate is not None:
             from builder.agent import simulated_gpu
 

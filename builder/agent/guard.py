@@ -25,6 +25,8 @@ from builder.processes import become_subreaper, kill_descendants
 
 LEASE_ENDED = 70
 LIFETIME_OVER = 71
+#: How the names of this program's temporary directories begin; kill -9 leaves them, and a later one removes them.
+SCRATCH = "warm-cache-agent-"
 
 _END = threading.Lock()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from builder import events, processes, sglang_args
 from builder.agent import model_shapes, probe, simulated_gpu
-from builder.agent.guard import Guard
+from builder.agent.guard import SCRATCH, Guard
 from builder.agent.output import Output
 from builder.agent.prebuild_forks import Kernel, ModelWalk, Request, Sweep
 from builder.agent.progress import LOG_SECONDS
@@ -76,7 +76,7 @@ def shapes_by_sglang(
 
     record: of this environment; its GPU is simulated for the walk. Raises NotUnderstood, if anything was not walked.
     """
-    place = tempfile.mkdtemp(prefix="warm-cache-")
+    place = tempfile.mkdtemp(prefix=SCRATCH)
     try:
         gpu = toolchain.gpu_of(record)
         simulated = simulated_gpu.environment(_without_gpus(environ), place, gpu)
@@ -104,7 +104,7 @@ def _guarded(job: Job, output: Output, work: Any) -> int:
     if request is None:
         output.say(f"mode {job.mode} needs a request")
         return FAILED
-    place = tempfile.mkdtemp(prefix="warm-cache-")
+    place = tempfile.mkdtemp(prefix=SCRATCH)
     try:
         work(request, place)
     except (_Unable, simulated_gpu.Impossible, layout.LayoutError) as why:

@@ -21,7 +21,7 @@ from typing import Literal
 from builder import events
 from builder.agent import dummy_weights, model_shapes, probe, recipes, simulated_gpu
 from builder.agent.compile_lock import CompileLock
-from builder.agent.guard import Guard, Stopped
+from builder.agent.guard import SCRATCH, Guard, Stopped
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
 from builder.agent.pass_context import Partial, PassContext
@@ -120,7 +120,7 @@ class Warming:
         if unknown:
             raise Failed(f"no claimable family is called {unknown[0]!r}")
         layout.prepare(self._root)
-        self._temporary = tempfile.mkdtemp(prefix="warm-cache-")
+        self._temporary = tempfile.mkdtemp(prefix=SCRATCH)
         environ = simulated_gpu.environment({**os.environ, **task.env}, self._temporary)
         probed = probe.probe(environ=environ, mount=self._job.mount, image=self._job.image)
         record = toolchain.of_task(probed, task.env)

@@ -166,7 +166,7 @@ def _check_layers(table: Table, task: Task, _gpus: GpusSpec) -> None:
 
 def _has_valid_recipe(table: Table) -> bool:
     """Return False where the recipe is wrong, so that it is unknown which keys make sense."""
-    return not table.has("recipe") or table.data["recipe"] in RECIPES
+    return not table.has("recipe") or table.data["recipe"] in tuple(RECIPES)  # it may be a list
 
 
 def _check_argv(table: Table, task: Task, _gpus: GpusSpec) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builder import files
 from builder.cache import families, layout, variables
 from builder.cache.environment import IMAGE_VARIABLE
 from builder.cache.model_store import STORE_MOUNT as STORE
@@ -29,6 +30,7 @@ from builder.run.container_executor import ContainerExecutor
 from builder.run.executor import Executor
 from builder.run.plan import Item, Plan, result_of
 from builder.task import PRETEND_VARIABLE, Task
+from builder.text import duration
 
 #: Why a task is cold whose image must not be probed.
 NO_MEMO = "no-memo: the cache does not know this image, and --no-probe builds and starts nothing to look at it"
@@ -37,6 +39,8 @@ NO_MEMO = "no-memo: the cache does not know this image, and --no-probe builds an
 OPTIONS = ("--security-opt no-new-privileges", "--cap-drop MKNOD")
 #: Where a container's job compiles families that it has no directory of: in the container itself.
 PRIVATE = "/tmp/warm-cache-cold"  # noqa: S108 - of the job's container alone
+#: The same for a process here: how the names of its directories begin.
+_PRIVATE_HERE = "warm-cache-cold-"
 #: The first version of Docker's API that mounts a directory of a volume (Docker 26, March 2024).
 SUBPATH_API = (1, 45)
 #: Makes sglang fail where it would compile (0.5.23, srt/environ.py).
@@ -127,9 +131,10 @@ def of_job(
             f"Use --format docker, or mount {executor.root_name} at {mount}."
         )
     private: Mapping[str, str] = {}
+    place, job_max = None, context.manifest.cache.job_max
     mounts: list[str] = []
     if form in ("shell", "github"):
-        places, private = places_here(Path(mount), keys)
+        places, private, place = places_here(Path(mount), keys, job_max)
         found |= places
     elif root:
         mounts = [*root, *_store(executor)]
@@ -146,7 +151,7 @@ def of_job(
     if form not in ("shell", "github"):
         found[IMAGE_VARIABLE] = executor.identity
     warnings = context.report.warnings
-    warnings += [*missed(tasks, remedy=remedy), *others, *unlisted(named), *told(private)]
+    warnings += [*missed(tasks, remedy=remedy), *others, *unlisted(named), *told(private, place, job_max)]
     return JobEnvironment(variables=found, private=private, mounts=mounts)
 
 
@@ -216,32 +221,39 @@ def toolkit(records: Iterable[tuple[str, Record]]) -> dict[str, str]:
     return {variables.CUDA_HOME: home} if home else {}
 
 
-def places_here(root: Path, keys: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the variables of a process here, and why families are compiled in a private directory.
+def places_here(
+    root: Path, keys: Mapping[str, str], job_max: float
+) -> tuple[dict[str, str], dict[str, str], str | None]:
+    """Return the variables of a process here, why families are compiled in a private directory, and where that is.
 
-    That directory is new with each call, so that no earlier job can have left anything there.
+    That directory is new with each call, so that no earlier job can have left anything there. Each call removes those
+    of earlier jobs. job_max: seconds that a job may take; where something was made more recently, it stays.
     """
+    place: str | None = None
+    files.remove_unused(_PRIVATE_HERE, job_max)
     private = {name: why for name, key in keys.items() if (why := layout.closed(root / name / key))}
     found = families.environment(str(root), {name: key for name, key in keys.items() if name not in private})
     if private:
         mine = {name: keys[name] for name in private}
         try:
-            place = tempfile.mkdtemp(prefix="warm-cache-cold-")
+            place = tempfile.mkdtemp(prefix=_PRIVATE_HERE)
             for name, key in mine.items():
                 Path(families.directory(place, name, key)).mkdir(parents=True)
         except OSError as error:
             private = {name: f"{why}, and there is no private one ({error.strerror})" for name, why in private.items()}
         else:
             found |= families.environment(place, mine)
-    return found, private
+    return found, private, place
 
 
-def told(private: Mapping[str, str]) -> list[str]:
-    """Return one warning that names the families that are compiled anew, reason by reason."""
+def told(private: Mapping[str, str], place: str | None = None, job_max: float = 0.0) -> list[str]:
+    """Return a warning for each reason, with the families that are compiled anew. place, job_max: of `places_here`."""
+    where = "in a private directory"
+    if place is not None:
+        where += f", {place}, which a later env --here removes if nothing is made in it for {duration(job_max)}"
     named = {name: why for name, why in private.items() if families.FAMILY[name].claimable}
     return [
-        f"cold: {', '.join(name for name in named if named[name] == why)} (compiled anew by each job, in a private "
-        f"directory: {why})"
+        f"cold: {', '.join(name for name in named if named[name] == why)} (compiled anew by each job, {where}: {why})"
         for why in dict.fromkeys(named.values())
     ]
 

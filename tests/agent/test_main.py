@@ -66,6 +66,15 @@ def test_job_without_task_is_refused(program: Program) -> None:
     assert isinstance(done.events[-1], events.End)
 
 
+def test_directories_of_killed_processes_are_removed_after_a_day(program: Program, tmp_path: Path) -> None:
+    old, new = tmp_path / "tmp" / "warm-cache-agent-1", tmp_path / "tmp" / "warm-cache-agent-2"
+    for place in (old, new):
+        place.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    program.run(None, environ={"TMPDIR": str(old.parent)})
+    assert list(old.parent.iterdir()) == [new]
+
+
 def test_probe_reports_toolchain_and_writes_memo(program: Program) -> None:
     done = program.run(None, mode="probe")
     assert done.status == 0

@@ -60,13 +60,14 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
     plan = job_environment.judge(local)
     records = [(item.task.label, item.record) for item in plan.items] if plan and plan.items else [("", local.record)]
     keys, others = job_environment.common_keys(records)
-    places, private = job_environment.places_here(local.root, keys)
+    job_max = local.context.manifest.cache.job_max
+    places, private, place = job_environment.places_here(local.root, keys, job_max)
     found = {**job_environment.common_env(tasks), **places, **job_environment.toolkit(records)}
     if args.crash_on_jit:
         found[job_environment.CRASH_ON_JIT] = "1"
     warnings = invocation.report.warnings
     warnings += [*job_environment.missed(tasks), *others, *job_environment.unlisted(records)]
-    warnings += job_environment.told(private)
+    warnings += job_environment.told(private, place, job_max)
     job = JobEnvironment(variables=found, private=private)
     invocation.report.text = job.text(form, invocation.report.toolchain)
     _refuse_cold(invocation.report)

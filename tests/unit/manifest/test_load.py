@@ -206,6 +206,7 @@ class TestBad:
             (HEAD, "m.toml:1: there is no [[task]]: a manifest names at least one model."),
             (HEAD + "[[task]]\nrecipe = 'serve'\n", "m.toml:6: [[task]] needs 'model'."),
             (HEAD + TASK + "recipe = 'serv'\n", "m.toml:8: recipe: there is no recipe 'serv' (did you mean 'serve'?)."),
+            (HEAD + TASK + "recipe = []\n", "m.toml:8: recipe: expected"),
             (HEAD + TASK + "families = ['deepgemm']\n", "m.toml:8: families: item 1: there is no family 'deepgemm' (did you mean 'deep_gemm'?)."),
             (HEAD + TASK + "families = ['cuda']\n", "m.toml:8: families: item 1: the family 'cuda' cannot be claimed"),
             (HEAD + TASK + "argv = '--tp 8'\n", "m.toml:8: argv: expected a list of arguments, found a string: '--tp 8'."),

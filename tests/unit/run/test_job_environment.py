@@ -44,7 +44,7 @@ def closed(monkeypatch: pytest.MonkeyPatch, *parts: str) -> None:
 
 
 def test_places_here_are_those_of_the_root(root: Path) -> None:
-    found, private = job_environment.places_here(root, KEYS)
+    found, private, _ = job_environment.places_here(root, KEYS, 3600.0)
     assert private == {}
     assert found["TRITON_CACHE_DIR"] == f"{root}/triton/{KEYS['triton']}"
     assert found["SGLANG_DG_CACHE_DIR"] == found["DG_JIT_CACHE_DIR"] == f"{root}/deep_gemm/{KEYS['deep_gemm']}"
@@ -64,22 +64,40 @@ def test_family_without_a_usable_directory_gets_a_private_one(
         place.symlink_to(tmp_path)
     if harm == "file":
         place.write_text("")
-    found, private = job_environment.places_here(root, KEYS)
+    found, private, new = job_environment.places_here(root, KEYS, 3600.0)
     assert set(private) == {"triton"}
     assert found["DG_JIT_CACHE_DIR"].startswith(f"{root}/")
     own = Path(found["TRITON_CACHE_DIR"])
     assert own.is_dir() and own.is_relative_to(tmp_path) and not own.is_relative_to(root)
     assert (tmp_path / own.relative_to(tmp_path).parts[0]).stat().st_mode & 0o777 == 0o700
-    again, _ = job_environment.places_here(root, KEYS)
+    again, _, _ = job_environment.places_here(root, KEYS, 3600.0)
     assert again["TRITON_CACHE_DIR"] != str(own), "no earlier job can have left anything in it"
-    (warning,) = job_environment.told(private)
-    assert warning.startswith("cold: triton (compiled anew by each job, in a private directory: ")
+    (warning,) = job_environment.told(private, new, 3600.0)
+    assert warning.startswith(f"cold: triton (compiled anew by each job, in a private directory, {new}, which ")
+
+
+def test_private_directories_of_jobs_that_are_over_are_removed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    closed(monkeypatch, KEYS["triton"])
+    (_, _, over), (_, _, used) = (job_environment.places_here(root, KEYS, 3600.0) for _ in range(2))
+    (tmp_path / "warm-cache-cold-link").symlink_to(root)
+    others = tmp_path / "warm-cache-coldest"
+    others.mkdir()
+    for place in (over, used, others):
+        for folder in (Path(str(place)), *Path(str(place)).rglob("*")):
+            os.utime(folder, (0, 0))
+    (Path(str(used)) / "triton" / KEYS["triton"] / "new").mkdir()
+    _, _, mine = job_environment.places_here(root, KEYS, 3600.0)
+    left = {str(path) for path in tmp_path.iterdir()} - {str(root)}
+    assert left == {used, mine, str(others), str(tmp_path / "warm-cache-cold-link")}
 
 
 def test_no_room_for_a_private_directory_fails_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed(monkeypatch, KEYS["triton"])
     monkeypatch.setattr("tempfile.tempdir", str(root / "nowhere"))
-    found, private = job_environment.places_here(root, KEYS)
+    found, private, _ = job_environment.places_here(root, KEYS, 3600.0)
     assert "TRITON_CACHE_DIR" not in found and "there is no private one" in private["triton"]
 
 
