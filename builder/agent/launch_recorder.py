@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from builder.agent import confinement
+from builder.agent.guard import SCRATCH
 from builder.recording import LONGEST_LINE, FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode
 
 #: Records of one file: more are no test's.
@@ -87,7 +88,7 @@ def _start(request: Request, file: TestFile, others: list[int]) -> _Child:
     from builder.agent import launch_session
 
     reader, writer = os.pipe()
-    scratch = tempfile.mkdtemp(prefix="warm-cache-tests-")
+    scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}tests-")
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:

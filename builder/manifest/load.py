@@ -198,7 +198,8 @@ def _manifest(document: Document, overrides: Overrides) -> Manifest:
     root.finish()
     rules = policy.current()
     if rules is not None:
-        manifest = rules.bounded(manifest, document, options.given)
+        used = policy.SECTIONS if overrides.needs_cache else [each for each in policy.SECTIONS if each != "cache"]
+        manifest = rules.bounded(manifest, document, options.given, used)
     return _with_lifetime(manifest, root)
 
 

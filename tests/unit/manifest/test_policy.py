@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,15 @@ def test_policy_holds_for_options_too(host: Path) -> None:
     with pytest.raises(UsageError, match="--cache"):
         load.cache_of("/etc")
     assert load.cache_of(f"{host}/allowed/jit").root == host / "allowed" / "jit"
+
+
+def test_policy_asks_for_no_cache_where_none_is_used(host: Path) -> None:
+    write_policy(host)
+    table = re.compile(r"\[cache\]\n(?:[a-z_]+ = .*\n)*")
+    assert table.search(MANIFEST)
+    without = write(host, text=table.sub("", MANIFEST))
+    assert any("there is no cache" in line for line in refused(without))
+    assert load.load(without, overrides=Overrides(needs_cache=False)).cache.volume is None
 
 
 def test_policy_drops_default_secrets_that_it_does_not_list(host: Path) -> None:
