@@ -317,7 +317,7 @@ def elf(*, wide: bool, order: str) -> bytes:
 
 ELVES = [elf(wide=wide, order=order) for wide in (True, False) for order in "<>"]
 ELF_PROBLEM = re.compile(
-    r"\S+ is (?:empty|not ELF|cut: \d+ (?:bytes, less than an ELF header|of \d+ bytes)|damaged: .+)"
+    r"\S+ is (?:empty|not ELF|cut: \d+ (?:bytes, less than an ELF header|of \d+ bytes)|damaged: .+|for \S+, and .+)"
 )
 
 
