@@ -22,6 +22,7 @@ from builder.manifest.load import load
 from tests.checkout import Checkout
 from tests.engine.cli import ROOT
 from tests.engine.gpumachine import GpuCli
+from tests.generations import Generations
 from tests.stub_nvml.stub import Driver
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -33,7 +34,7 @@ BLOCKS = {
     for block in re.findall(
         r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    for name in ("make", "doctor", "hold", "--here", "view", "refresh", "import-tests", "explain")
+    for name in ("make", "doctor", "hold", "--here", "here-reset", "view", "refresh", "import-tests", "explain")
     if re.search(rf"(^|[\s(]){name}\s", block)
 }
 
@@ -146,6 +147,16 @@ def test_readme_here_block_works_inside_a_container(warmed: Machine, tmp_path: P
     said = warmed.well(job)
     tasks = len(load(profile="h200").tasks)
     assert f"{tasks} of {tasks} tasks warm" in said
+
+
+def test_readme_here_reset_block_makes_the_target(tmp_path: Path) -> None:
+    Generations(tmp_path / "source").warmed(1, ["a"], days=1)
+    (line,) = lines("here-reset")
+    for path, own in (("/copied", ROOT), ("/mnt/warm-cache", tmp_path / "source"), ("/jit", tmp_path / "target")):
+        line = line.replace(path, str(own))
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Generations(tmp_path / "target").markers() == ["a@1"]
 
 
 def test_readme_view_block_works(warmed: Machine) -> None:
