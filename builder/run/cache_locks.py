@@ -56,11 +56,12 @@ def views(executor: ContainerExecutor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterator[None]:
-    root = executor.direct_root()
-    try:
-        descriptor = open_lock(root / path, root=root) if root else None
-    except OSError:
-        descriptor = None
+    root, descriptor = executor.direct_root(), _opened(executor, path)
+    if descriptor is None and root is not None and not os.path.lexists(root / "layout.json"):
+        # The container that gets the lock lays out a new root; after that this process can hold it by itself.
+        with held_by_container(executor, lock):
+            pass
+        descriptor = _opened(executor, path)
     if descriptor is None:
         with held_by_container(executor, lock):
             yield
@@ -70,6 +71,15 @@ def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterat
         yield
     finally:
         os.close(descriptor)
+
+
+def _opened(executor: ContainerExecutor, path: str) -> int | None:
+    """Return a descriptor of a lock file below the root; None where this process cannot open it."""
+    root = executor.direct_root()
+    try:
+        return open_lock(root / path, root=root) if root else None
+    except OSError:
+        return None
 
 
 # --- held by a container ---------------------------------------------------------------------------------------------

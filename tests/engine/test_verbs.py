@@ -240,7 +240,7 @@ def test_root_without_lock_is_preflight_error(warmed: Cli) -> None:
     assert refused.status == 12
     (problem,) = refused.document["error"]["problems"]
     assert problem["place"] == "cache"
-    assert "/jit/locks" in problem["text"]
+    assert "locks: Not a directory" in problem["text"]
 
 
 # --- changed images --------------------------------------------------------------------------------------------------
@@ -273,9 +273,7 @@ def test_other_compiler_changes_keys_of_its_families(warmed: Cli, engine: Engine
     checked = warmed.run("check", "--json", "--image", image)
     assert checked.status == 10
     reason = checked.task("shapes")["reason"]
-    assert reason.startswith("compile: deep_gemm is compiled anew (nvcc ")
-    assert "V13.0.88 is " in reason
-    assert reason.endswith("V13.1.99")
+    assert reason == "compile: deep_gemm is compiled anew (nvcc 13.0.88 → 13.1.99)"
     assert checked.task("command")["state"] == "warm"
     explained = warmed.run("explain", "--json", "--image", image)
     (row,) = [
