@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from builder.cache.families import FAMILIES
 from builder.engine.client import Engine
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
@@ -107,11 +106,7 @@ def test_pip_and_uv_installs_share_keys(kit: str, tmp_path: Path) -> None:
     status, checked = run("check", manifests["uv"])
     assert (status, checked["tasks"][0]["state"]) == (0, "warm"), checked["tasks"][0]["reason"]
     _, explained = run("explain", manifests["uv"])
-    told = {row["family"]: row for row in explained["families"]}
-    bound = {name for name, row in told.items() if row["state"] == "differs"}
-    assert bound == {family.name for family in FAMILIES if family.claimable and not family.shared}
-    assert all("image" in {factor["factor"] for factor in told[name]["factors"]} for name in bound)
-    assert {row["state"] for name, row in told.items() if name not in bound} == {"found"}
+    assert {row["state"] for row in explained["families"]} == {"found"}  # no key holds the image
     status, again = run("warm", manifests["uv"], "--force")
     assert (status, again["tasks"][0]["state"], again["tasks"][0]["entries_added"]) == (0, "warmed", 0)
     assert sorted((tmp_path / "cache").glob("deep_gemm/*/cache/*")) == entries
