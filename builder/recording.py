@@ -70,8 +70,8 @@ class Request:
 @dataclass(frozen=True)
 class Launch:
     """One launch. test: ``Class.method``; location: ``FILE:LINE``, below the checkout; env: what differs from the
-    environment before the tests. A temporary path is TEMPORARY, an unknown value stands in its marks
-    (`launch_unknown.MARK`).
+    environment before the tests. A temporary path, or one of the checkout, is TEMPORARY, an unknown value stands in its
+    marks (`launch_unknown.MARK`).
     """
 
     test: str

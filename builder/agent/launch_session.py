@@ -210,7 +210,7 @@ class _Session:
         return path[len(root) :] if path.startswith(root) else None
 
     def _plain(self, value: object) -> str:
-        """A word as text; a path below the temporary folder is one word whatever its name."""
+        """A word as text; a path below the temporary folder or the checkout is one word whatever its name."""
         text = str(value)
         return self._temporary.sub(TEMPORARY, text).encode("utf-8", "backslashreplace").decode()
 
@@ -226,7 +226,8 @@ class _Session:
         os.environ.update(environ)
         self._before = dict(environ)
         tempfile.tempdir = self._scratch
-        self._temporary = re.compile(re.escape(self._scratch) + r"[^\s\"',;:]*")
+        word, checkout = r"[^\s\"',;:]*", re.escape(self._modules.checkout)
+        self._temporary = re.compile(rf"{re.escape(self._scratch)}{word}|{checkout}(?:/{word}|(?=[\s\"',;:]|$))")
         gpu = launch_facts.GPUS[self._request.gpu]
         self._names = launch_facts.table(gpu, self._file.gpus) | launch_patches.facts(self.launched)
         self._names |= {"pytest": launch_functions.module()}

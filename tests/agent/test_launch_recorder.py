@@ -140,7 +140,9 @@ def test_pairs_threads_temporary_paths_and_ports_are_recorded(checkout: Checkout
                     time.sleep(5)
 
             def test_storage(self):
-                popen_launch_server("org/l3", DEFAULT_URL_FOR_TEST, 9, other_args=["--dir", tempfile.mkdtemp() + "/x"])
+                template = os.path.dirname(os.path.abspath(__file__)) + "/t.jinja"
+                words = ["--dir", tempfile.mkdtemp() + "/x", "--chat-template", template]
+                popen_launch_server("org/l3", DEFAULT_URL_FOR_TEST, 9, other_args=words)
         """,
     )
     started = time.monotonic()
@@ -154,7 +156,7 @@ def test_pairs_threads_temporary_paths_and_ports_are_recorded(checkout: Checkout
         (("MC_POOL", "true"), ("SGLANG_SIDE", mode)) for mode in ("prefill", "decode")
     }
     (storage,) = [each for each in found.launches(name) if each.kind == "server"]
-    assert storage.argv == ("--dir", "TEMPORARY")
+    assert storage.argv == ("--dir", "TEMPORARY", "--chat-template", "TEMPORARY")
 
 
 def test_engines_runners_benchmarks_and_commands_are_recorded(checkout: Checkout, record: Recorder) -> None:
