@@ -24,6 +24,8 @@ GiveUp = Callable[[], bool]
 
 #: Seconds between two looks at whether to give up.
 _EVERY = 0.05
+#: Seconds for which bytes are waited for even then: a reader that is there takes them in less on a busy machine.
+_LEAST = 0.3
 #: Bytes of one write to a pipe: what it takes whole or not at all, so that a slow reader is seen to make progress.
 _PIECE = select.PIPE_BUF
 
@@ -154,7 +156,7 @@ class Writer:
                 if patience is not None and now - max(began, self._progress) >= patience:
                     return False
                 self._changed.wait(_EVERY)
-                if give_up():
+                if now - began >= _LEAST and give_up():
                     return done()
         return True
 
