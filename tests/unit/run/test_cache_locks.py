@@ -104,6 +104,7 @@ def test_lock_whose_file_cannot_be_opened_is_held_by_a_container(
         yield
 
     monkeypatch.setattr(cache_locks, "held_by_container", by_container)
+    (root / "layout.json").touch()
     if where != "elsewhere":
         (root / cache_locks.RUN).unlink()
     if where == "a directory":
@@ -113,6 +114,20 @@ def test_lock_whose_file_cannot_be_opened_is_held_by_a_container(
         pass
     (lock,) = asked
     assert (lock.mode, lock.owner_description, lock.lifetime) == ("lock", "another builder", None)
+
+
+def test_lock_of_a_new_root_is_held_by_this_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container lays it out first; what it held is free again before the run begins."""
+    (root / cache_locks.RUN).unlink()
+
+    @contextlib.contextmanager
+    def by_container(_executor: Any, _lock: cache_locks.ContainerLock) -> Iterator[None]:
+        (root / cache_locks.RUN).touch()
+        yield
+
+    monkeypatch.setattr(cache_locks, "held_by_container", by_container)
+    with Here(root).held(), (root / cache_locks.RUN).open() as again, pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_holder_is_found_in_the_kernels_list(root: Path, tmp_path: Path) -> None:
