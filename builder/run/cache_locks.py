@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder import events
@@ -56,12 +57,13 @@ def views(executor: ContainerExecutor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterator[None]:
-    root, descriptor = executor.direct_root(), _opened(executor, path)
+    root = executor.direct_root()
+    descriptor = _opened(root, path)
     if descriptor is None and root is not None and not os.path.lexists(root / "layout.json"):
         # The container that gets the lock lays out a new root; after that this process can hold it by itself.
         with held_by_container(executor, lock):
             pass
-        descriptor = _opened(executor, path)
+        descriptor = _opened(root, path)
     if descriptor is None:
         with held_by_container(executor, lock):
             yield
@@ -73,9 +75,8 @@ def _held(executor: ContainerExecutor, path: str, lock: ContainerLock) -> Iterat
         os.close(descriptor)
 
 
-def _opened(executor: ContainerExecutor, path: str) -> int | None:
+def _opened(root: Path | None, path: str) -> int | None:
     """Return a descriptor of a lock file below the root; None where this process cannot open it."""
-    root = executor.direct_root()
     try:
         return open_lock(root / path, root=root) if root else None
     except OSError:
