@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.cache.build_proofs import ANY_PROOF, ProofWanted
-from builder.cli.options import VERBS, Args, ManifestArgs
+from builder.cli.options import Args, ManifestArgs
 from builder.cli.signals import Signals
+from builder.cli.verbs import VERBS
 from builder.engine.client import Engine
 from builder.engine.lease import home_directory
 from builder.errors import Problem, UsageError

@@ -17,9 +17,9 @@ from typing import TextIO
 from builder.cache.reasons import by_cost
 from builder.cli import parser
 from builder.cli.invocation import Invocation
-from builder.cli.options import VERBS
 from builder.cli.parser import CommandLine, CommandLineError
 from builder.cli.signals import Signals
+from builder.cli.verbs import VERBS
 from builder.errors import (
     CANNOT_RUN,
     BuilderError,

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from builder import __version__
-from builder.cli.options import OPTIONS, OPTIONS_OF, STATUSES, VERBS, Args, Verb, statuses
+from builder.cli.options import OPTIONS, OPTIONS_OF, Args
+from builder.cli.statuses import STATUSES, statuses
+from builder.cli.verbs import VERBS, Verb
 from builder.errors import UsageError
 from builder.text import did_you_mean, printable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.cli.options import VERBS
+from builder.cli.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builder import errors
-from builder.cli.options import VERBS
+from builder.cli.verbs import VERBS
 from builder.host import gpu_locks
 
 UNITS = Path(__file__).resolve().parents[2] / "docker" / "systemd"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from builder.cli.options import OPTIONS, VERBS
+from builder.cli.options import OPTIONS
+from builder.cli.verbs import VERBS
 from tests.actions import ACTION, ROOT, WORKFLOWS, Context, Expression, entries, load
 
 FILES = [ACTION, *sorted(WORKFLOWS.glob("*.yml"))]

@@ -11,7 +11,8 @@ from typing import Any
 
 from builder.cli import parser
 from builder.cli.invocation import Invocation
-from builder.cli.options import OPTIONS, VERBS, Args
+from builder.cli.options import OPTIONS, Args
+from builder.cli.verbs import VERBS
 from builder.errors import PreflightError
 from builder.manifest.load import profiles
 

@@ -9,8 +9,8 @@ import os
 import pytest
 
 from builder.cli import main as cli
-from builder.cli import options as words
 from builder.cli import parser
+from builder.cli import verbs as words
 from builder.cli.options import ManifestArgs
 from tests.unit.cli.bench import Bench
 
