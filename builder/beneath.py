@@ -21,23 +21,19 @@ from typing import Any
 
 from builder import files
 from builder.files import matches
+from builder.openat import LISTED, is_absent, open_at, open_folder, open_regular_at, plain, readable, some_names, split
 
 #: Levels of directories below a root. Caches have less than twenty; each level costs a descriptor.
 DEPTH = 128
 #: Names of one directory that are read where a caller sets no limit.
 NAMES = 1_000_000
 
-_ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_FOLDER = _ANY | os.O_DIRECTORY
-_LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_BATCH = 4096
-#: What names no file of its directory; and no directory at all.
-_NO_NAMES = frozenset(("", ".", ".."))
+#: No name of a directory.
 _NOWHERE = "\0"
 
 
-class Item:
+class TreeItem:
     """One name in a directory. name: from the tree's root. is_dir, is_file: of itself, not of what a link leads to."""
 
     __slots__ = ("_tree", "is_dir", "is_file", "last", "name")
@@ -102,7 +98,7 @@ class Tree:
         """Return the status of a file itself. Raises OSError, with ELOOP where a link would have been followed."""
         if not name:
             return os.fstat(self.descriptor(""))
-        above, last = _split(name)
+        above, last = split(name)
         return os.stat(last, dir_fd=self.descriptor(above), follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
@@ -122,7 +118,7 @@ class Tree:
 
     def open_regular(self, name: str) -> tuple[int, int]:
         """Return a descriptor for reading and the size of a regular file. Raises UnreadableError for anything else."""
-        above, last = _split(name)
+        above, last = split(name)
         try:
             return open_regular_at(self.descriptor(above), last)
         except (OSError, ValueError) as error:
@@ -136,7 +132,7 @@ class Tree:
         """Return the document in the file. Raises UnreadableError, also for what is not JSON or nested too deeply."""
         return files.parsed(self.read_bytes(name, limit))
 
-    def listing(self, name: str = "") -> list[Item] | None:
+    def listing(self, name: str = "") -> list[TreeItem] | None:
         """Return the items of a directory by name; none where it does not exist; None where it cannot be read.
 
         A link to a directory, and a directory with more names than `NAMES`, cannot be read.
@@ -144,21 +140,21 @@ class Tree:
         items = self.some(name, NAMES + 1)
         return None if items is None or len(items) > NAMES else sorted(items, key=lambda item: item.last)
 
-    def some(self, name: str, most: int) -> list[Item] | None:
+    def some(self, name: str, most: int) -> list[TreeItem] | None:
         """Return at most so many items of a directory, in any order, otherwise like `listing`."""
         try:
-            fd = os.open(".", _LISTED, dir_fd=self.descriptor(name))
+            fd = os.open(".", LISTED, dir_fd=self.descriptor(name))
         except (OSError, ValueError) as error:
             return [] if is_absent(error) else None
         try:
             with os.scandir(fd) as entries:
-                return [Item(self, name, entry) for entry in itertools.islice(entries, most)]
+                return [TreeItem(self, name, entry) for entry in itertools.islice(entries, most)]
         except OSError:
             return None
         finally:
             os.close(fd)
 
-    def walk(self, name: str = "", skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Item | None]]:
+    def walk(self, name: str = "", skip: tuple[str, ...] = ()) -> Iterator[tuple[str, TreeItem | None]]:
         """Yield everything below a directory: (name, item), and (name, None) for a directory that cannot be read.
 
         Names are from the tree's root. A directory below the level `DEPTH` has its item only, and nothing in it.
@@ -194,7 +190,7 @@ class Tree:
         parts = name.split("/")
         for end in range(1, len(parts) + 1):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(_plain(parts[end - 1]), mode, dir_fd=self.descriptor("/".join(parts[: end - 1])))
+                os.mkdir(plain(parts[end - 1]), mode, dir_fd=self.descriptor("/".join(parts[: end - 1])))
         self.descriptor(name)
 
     def write_atomically(self, name: str, data: bytes, *, mode: int = 0o644) -> None:
@@ -202,7 +198,7 @@ class Tree:
 
         Directories that lead to it are made. A kill may leave a file whose name ends in ``.tmp``, never read by anyone.
         """
-        above, last = _split(name)
+        above, last = split(name)
         if above:
             self.make_folder(above)
         folder = self.descriptor(above)
@@ -222,12 +218,12 @@ class Tree:
 
     def sync(self, name: str) -> None:
         """Make the names in a directory survive a crash of the machine (fsync). Raises OSError."""
-        with _readable(self.descriptor(name)) as descriptor:
+        with readable(self.descriptor(name)) as descriptor:
             os.fsync(descriptor)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet: of two writers the first wins, and both then read the same."""
-        above, last = _split(name)
+        above, last = split(name)
         sibling = f".{last}.{os.urandom(16).hex()}.tmp"
         self.write_atomically(f"{above}/{sibling}".lstrip("/"), data)
         folder = self.descriptor(above)
@@ -239,12 +235,12 @@ class Tree:
 
     def open_file(self, name: str, flags: int, *, create: bool = False, mode: int = 0o666) -> int:
         """Return a descriptor of a regular file, opened with these flags. Raises OSError, NotRegularError."""
-        above, last = _split(name)
+        above, last = split(name)
         return open_at(self.descriptor(above), last, flags, create=create, mode=mode)
 
     def copy_mode(self, name: str, status: os.stat_result) -> None:
         """Give a directory the owner, where that is allowed, and the mode of another. Raises OSError."""
-        with _readable(self.descriptor(name)) as descriptor:
+        with readable(self.descriptor(name)) as descriptor:
             with contextlib.suppress(OSError):
                 os.fchown(descriptor, status.st_uid, status.st_gid)
             os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
@@ -253,25 +249,25 @@ class Tree:
         """Give a directory this mode, unless it has it. Raises OSError."""
         descriptor = self.descriptor(name)
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
-            with _readable(descriptor) as opened:
+            with readable(descriptor) as opened:
                 os.fchmod(opened, mode)
 
     def move(self, name: str, to: Tree, new: str) -> None:
         """Rename a file or directory, itself, into a tree of the same file system. Raises OSError."""
-        source, last = _split(name)
-        target, goal = _split(new)
+        source, last = split(name)
+        target, goal = split(new)
         with to.below("") as other:  # with its own descriptors: it may be this tree
             os.rename(last, goal, src_dir_fd=self.descriptor(source), dst_dir_fd=other.descriptor(target))
         self.close()
 
     def unlink(self, name: str) -> None:
         """Delete a file, itself. Raises OSError."""
-        above, last = _split(name)
+        above, last = split(name)
         os.unlink(last, dir_fd=self.descriptor(above))
 
     def rmdir(self, name: str) -> None:
         """Delete an empty directory. Raises OSError."""
-        above, last = _split(name)
+        above, last = split(name)
         os.rmdir(last, dir_fd=self.descriptor(above))
         self.close()
 
@@ -303,7 +299,7 @@ class Tree:
             name = queue.pop()
             with contextlib.suppress(OSError):
                 os.chmod(name, 0o700, dir_fd=self.descriptor(""))
-            while batch := _some(self.descriptor(name)):
+            while batch := some_names(self.descriptor(name)):
                 for last, is_dir in batch:
                     if is_dir:
                         number += 1
@@ -334,7 +330,7 @@ class Tree:
             os.close(self._fds.pop())
             self._parts.pop()
         for part in parts[same:]:
-            self._fds.append(_open_folder(self._fds[-1], part))
+            self._fds.append(open_folder(self._fds[-1], part))
             self._parts.append(part)
         self._current = name
         return self._fds[-1]
@@ -344,95 +340,8 @@ class Tree:
         fd = os.open(self._root or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in self._below.split("/") if self._below else ():
             try:
-                inner = _open_folder(fd, part)
+                inner = open_folder(fd, part)
             finally:
                 os.close(fd)
             fd = inner
         return fd
-
-
-class NotRegularError(OSError):
-    """A link, a directory, a device, a FIFO or a socket is where a file should be."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(errno.EINVAL, "is not a regular file", name)
-
-
-def open_regular_at(folder: int, last: str) -> tuple[int, int]:
-    """Return a descriptor for reading and the size of a regular file in a directory of `Tree.descriptor`.
-
-    last: one component. Raises UnreadableError for anything else.
-    """
-    try:
-        return files.reopened(os.open(last, _ANY, dir_fd=folder))
-    except (OSError, ValueError) as error:
-        raise files.unreadable(error) from None
-
-
-def open_at(folder: int | None, name: str, flags: int, *, create: bool = False, mode: int = 0o666) -> int:
-    """Return a descriptor of a regular file: its type is known before it is opened. Raises OSError, NotRegularError.
-
-    folder: a descriptor of its directory; None: `name` is the whole path. create: make it where it is missing.
-    """
-    while True:
-        try:
-            known = os.open(name, _ANY, dir_fd=folder)
-        except FileNotFoundError:
-            if not create:
-                raise
-            try:
-                return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=folder)
-            except FileExistsError:
-                continue
-        try:
-            if not stat.S_ISREG(os.fstat(known).st_mode):
-                raise NotRegularError(name)
-            return os.open(f"/proc/self/fd/{known}", flags | os.O_CLOEXEC)
-        finally:
-            os.close(known)
-
-
-def is_absent(error: BaseException) -> bool:
-    """Return whether an error says that there is nothing of this name."""
-    return isinstance(error, (FileNotFoundError, NotADirectoryError))
-
-
-def _some(folder: int) -> list[tuple[str, bool]]:
-    """Return names of a part of a directory's items, and whether each is a directory; none when it is empty."""
-    with _readable(folder) as fd, os.scandir(fd) as entries:
-        return [(each.name, each.is_dir(follow_symlinks=False)) for each in itertools.islice(entries, _BATCH)]
-
-
-@contextlib.contextmanager
-def _readable(folder: int) -> Iterator[int]:
-    """Yield the directory of an O_PATH descriptor, opened for listing and fsync."""
-    fd = os.open(".", _LISTED, dir_fd=folder)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _open_folder(above: int, part: str) -> int:
-    try:
-        return os.open(_plain(part), _FOLDER, dir_fd=above)
-    except NotADirectoryError:
-        # A link, to a directory or not, is refused as what it is.
-        if stat.S_ISLNK(os.stat(part, dir_fd=above, follow_symlinks=False).st_mode):
-            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", part) from None
-        raise
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Return the directory's name and the last component of a name. Raises OSError for what is none."""
-    above, slash, last = name.rpartition("/")
-    if slash and not above:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-    return above, _plain(last)
-
-
-def _plain(part: str) -> str:
-    """Return one component of a path that leads to nothing but itself. Raises OSError."""
-    if part in _NO_NAMES or "/" in part:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), part)
-    return part

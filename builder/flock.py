@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder import beneath
+from builder import openat
+from builder.beneath import Tree
 from builder.text import printable
 
 LOCKS = Path("/proc/locks")
@@ -38,10 +39,10 @@ def open_lock(path: Path, *, create: bool = False, root: Path | None = None) -> 
     access = os.O_RDWR if create else os.O_RDONLY
     try:
         if root is None:
-            return beneath.open_at(None, str(path), access, create=create)
-        with beneath.Tree(root) as tree:
+            return openat.open_at(None, str(path), access, create=create)
+        with Tree(root) as tree:
             return tree.open_file(path.relative_to(root).as_posix(), access, create=create)
-    except beneath.NotRegularError:
+    except openat.NotRegularError:
         raise NotALockError(path) from None
 
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from builder.cache import layout, marker_files, markers, memos, toolchain, usage
+from builder.cache import layout, marker_files, marker_writing, memos, toolchain, usage
 from builder.cache.families import FAMILIES, directory
-from builder.cache.marker_files import Observed
+from builder.cache.marker_format import Observed
 from builder.cache.toolchain import Record
 from builder.task import ServingImage, Task
 
@@ -66,7 +66,7 @@ class Generations:
             for one in names:
                 self.entry(keys["deep_gemm"], one, size=size)
             self.file("inductor", keys["inductor"], f"{name}.py")
-            marker = markers.build(
+            marker = marker_writing.build(
                 task(name),
                 record=made,
                 config_digest=None,
@@ -77,7 +77,7 @@ class Generations:
                 shapes=[],
                 observed=Observed(image=image(number), bytes={"deep_gemm": (entries + 1) * (size + 1000)}),
             )
-            path = markers.publish(self.root, marker)
+            path = marker_writing.publish(self.root, marker)
             self.age(self.root / path, days)
             self.age(usage.stamp_path(self.root, path), days)
         for family, key in keys.items():

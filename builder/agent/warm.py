@@ -29,12 +29,23 @@ from builder.agent.process import Failed
 from builder.agent.progress import EntryProgress
 from builder.agent.recipes import Passes
 from builder.beneath import Tree
-from builder.cache import families, inventory, layout, markers, memos, model_store, removal, toolchain
+from builder.cache import (
+    families,
+    inventory,
+    layout,
+    marker_format,
+    marker_writing,
+    markers,
+    memos,
+    model_store,
+    removal,
+    toolchain,
+)
 from builder.cache.coverage import needs_config
 from builder.cache.entries import EntryProblem
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
-from builder.cache.marker_files import Observed, Proof
+from builder.cache.marker_format import Observed, Proof
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
 from builder.task import GPUS, RECIPES, Shape, Task
@@ -143,12 +154,12 @@ class Warming:
             self._require_undamaged(done.claims)
         except Partial:
             # An older marker does not list the damaged entries, and would have `check` say warm all the same.
-            markers.withdraw(self._root, task, record=record, config_digest=digest)
+            marker_writing.withdraw(self._root, task, record=record, config_digest=digest)
             raise
         pretended = record["observed"]["pretended"]
-        proof = markers.PRETENDED if pretended else done.proof
+        proof = marker_format.PRETENDED if pretended else done.proof
         self.verdict = replace(self.verdict, proof=proof, reason=done.doubt)
-        marker = markers.build(
+        marker = marker_writing.build(
             task,
             record=record,
             config_digest=digest,
@@ -161,7 +172,7 @@ class Warming:
         )
         reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
         self._guard.check()
-        self.verdict = replace(self.verdict, reason=reason, marker=markers.publish(self._root, marker))
+        self.verdict = replace(self.verdict, reason=reason, marker=marker_writing.publish(self._root, marker))
 
     def _compile(self, passes: Passes, environ: Mapping[str, str], record: toolchain.Record) -> Proven:
         """Run both passes; with dummy weights first, then with real ones, if the task allows them."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from builder.cache import kernel_sources as sources_of
 from builder.cache.kernel_sources import Changed, Relation
-from builder.cache.marker_files import Build, Marker
+from builder.cache.marker_format import Build, Marker
 from builder.cache.toolchain import Sglang, release
 from builder.text import printable
 

@@ -13,13 +13,14 @@ import errno
 import os
 import posixpath
 import stat
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from builder.beneath import Item, Tree, open_regular_at
+from builder.beneath import Tree, TreeItem
+from builder.cache import elf
 from builder.cache.families import Family
 from builder.files import UNREADABLE, UnreadableError, matches, parsed, read_whole, unreadable, why
+from builder.openat import open_regular_at
 from builder.text import printable
 
 
@@ -57,27 +58,12 @@ _UNLISTED = EntryProblem(ProblemKind.UNREADABLE, f"{UNREADABLE}: a directory tha
 _JSON_LIMIT = 256 << 10
 _FILES = 256
 _GROUPS = 16
-#: Bytes of a table of an ELF file, and of it that are read at once: a sparse file of 4 kB can claim any number.
-_TABLE_LIMIT = 1 << 20
-_CHUNK = 64 << 10
-_ELF_SUFFIXES = (".so", ".o", ".cubin")
 _TRITON_PARTS = (".source", ".ttir", ".ttgir", ".llir", ".ptx", ".cubin", ".amdgcn", ".hsaco")
-
-_ELF_MAGIC = b"\x7fELF"
 
 #: The symbol of the cubin by which the plan pass of a prebuild names kernels (agent.prebuild_plan). DeepGEMM would load
 #: it. Its size by nvcc 13.0 is 3.6 kB (sm_90a) and 5.1 kB (sm_100a), and that of the smallest kernel 12 kB.
 PLAN_ONLY = "warm_cache_plan_only"
 _PLAN_ONLY_BYTES = 8192
-
-#: By whether the file is a 64-bit one, from elf.h; other fields are skipped. Header: where the segments and the
-#: sections are, then size and number of each. Row of a table: kind, offset and length of what it describes.
-_HEADER = {True: "32xQQ6xHHHH2x", False: "28xII6xHHHH2x"}
-_SECTION = {True: "4xI16xQQ24x", False: "4xI8xII16x"}
-_SEGMENT = {True: "I4xQ16xQ16x", False: "II8xI12x"}
-_SHT_NOBITS = 8
-#: Machines that hosts are, by e_machine. GPUs have numbers of their own (190 is CUDA's).
-_MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 
 # Names of entries, by layout
@@ -262,11 +248,7 @@ def file_problem(tree: Tree, name: str) -> EntryProblem | None:
 
 
 def _file_problem(folder: int, last: str) -> EntryProblem | None:
-    """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's.
-
-    Of an ELF file, only the header and the two tables are read: a cache holds gigabytes, and every check reads a
-    marker's entries.
-    """
+    """Return the problem of a file that must be regular, not empty, and whole if its name or first bytes are ELF's."""
     try:
         fd, size = open_regular_at(folder, last)
     except UnreadableError as error:
@@ -275,97 +257,22 @@ def _file_problem(folder: int, last: str) -> EntryProblem | None:
         if not size:
             return _invalid(f"{last} is empty")
         header = os.pread(fd, 64, 0)
-        if header[:4] != _ELF_MAGIC and not last.endswith(_ELF_SUFFIXES):
+        if not elf.expected(header, last):
             return None
-        problem = _tables(fd, size, header) or _machine(header, last)
+        problem = elf.problem(fd, size, header, last)
         if problem is None and size <= _PLAN_ONLY_BYTES and PLAN_ONLY.encode() in os.pread(fd, size, 0):
             problem = "is of the plan pass of a prebuild, and no kernel"
     except OSError as error:
         return _refused(error, last)
-    except (struct.error, OverflowError, MemoryError):
-        problem = "is damaged: its ELF tables do not parse"
     finally:
         os.close(fd)
     return _invalid(f"{last} {problem}") if problem else None
 
 
-# ELF
-
-
-def _tables(fd: int, size: int, header: bytes) -> str | None:
-    """Return what is wrong by header and both tables, without the label; never reads the contents."""
-    if header[:4] != _ELF_MAGIC or (len(header) > 5 and not (header[4] in (1, 2) and header[5] in (1, 2))):
-        return "is not ELF"
-    wide = header[4:5] == b"\2"
-    if len(header) < (64 if wide else 52):
-        return f"is cut: {size} bytes, less than an ELF header"
-    order = "<" if header[5] == 1 else ">"
-    segments_at, sections_at, *counts = struct.unpack_from(order + _HEADER[wide], header)
-    segment_size, segment_count, section_size, section_count = counts
-    # Section 0 holds the true counts where they do not fit into 16 bits.
-    if sections_at and (section_count == 0 or segment_count == 0xFFFF):
-        least = 64 if wide else 40
-        if sections_at + least > size:
-            return f"is cut: {size} of {sections_at + least} bytes"
-        first = os.pread(fd, least, sections_at)
-        if not section_count:
-            (section_count,) = struct.unpack_from(order + ("Q" if wide else "I"), first, 0x20 if wide else 0x14)
-        if segment_count == 0xFFFF:
-            (segment_count,) = struct.unpack_from(order + "I", first, 0x2C if wide else 0x1C)
-    end = 0
-    for what, at, count, step, least, row in (
-        ("section", sections_at, section_count, section_size, 64 if wide else 40, _SECTION[wide]),
-        ("segment", segments_at, segment_count, segment_size, 56 if wide else 32, _SEGMENT[wide]),
-    ):
-        if not at or not count:
-            continue
-        if step < least:
-            return "is damaged: its ELF tables do not parse"
-        end = max(end, at + count * step)
-        if end > size:
-            return f"is cut: {size} of {end} bytes"
-        if count * step > _TABLE_LIMIT:
-            return f"is damaged: its {what} table has {count * step} bytes"
-        nobits = _SHT_NOBITS if what == "section" else None
-        last = _last_byte(fd, at, count, step, f"{order}{row}{step - least}x", nobits)
-        if last is None:
-            return f"is damaged: its {what} table is blank"
-        end = max(end, last)
-    if not end:
-        return "is damaged: it has neither sections nor segments"
-    return f"is cut: {size} of {end} bytes" if end > size else None
-
-
-def _machine(header: bytes, name: str) -> str | None:
-    """Return for which other machine a file is; None if it is for this one, or for one that is no host's."""
-    (number,) = struct.unpack_from("<H" if header[5] == 1 else ">H", header, 18)
-    theirs, ours = _MACHINES.get(number), os.uname().machine
-    if theirs is None or (theirs == ours and not name.endswith(".cubin")):
-        return None
-    return f"is for {theirs}, " + ("and no GPU" if name.endswith(".cubin") else f"and this machine is {ours}")
-
-
-def _last_byte(fd: int, at: int, count: int, step: int, row: str, nobits: int | None) -> int | None:
-    """Return the end of what a table describes furthest into the file; None where it describes nothing."""
-    rows = max(1, _CHUNK // step)
-    last: int | None = None
-    for first in range(0, count, rows):
-        data = os.pread(fd, min(rows, count - first) * step, at + first * step)
-        # A row of kind NULL describes nothing, and a section of kind NOBITS takes no room in the file.
-        ends = [
-            offset if kind == nobits else offset + length
-            for kind, offset, length in struct.iter_unpack(row, data)
-            if kind
-        ]
-        if ends:
-            last = max(ends) if last is None else max(last, *ends)
-    return last
-
-
 # Details
 
 
-def _finished(family: Family, tree: Tree, name: str) -> list[Item] | None:
+def _finished(family: Family, tree: Tree, name: str) -> list[TreeItem] | None:
     """Return the files of an entry that are no longer being written; one more than `_FILES` at most."""
     items = tree.some(name, _FILES + 1)
     return None if items is None else [item for item in items if not matches(item.last, family.transient)]

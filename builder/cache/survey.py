@@ -15,7 +15,7 @@ from pathlib import Path
 
 from builder import text
 from builder.beneath import Tree
-from builder.cache import marker_files, toolchain, usage
+from builder.cache import marker_files, marker_format, toolchain, usage
 from builder.cache.entries import NAMES
 from builder.cache.families import FAMILY
 from builder.cache.layout import family_directories
@@ -139,7 +139,7 @@ def marks(root: Path) -> tuple[list[SurveyedMarker], list[marker_files.MarkerFil
     return readable, strangers
 
 
-def _surveyed(root: Path, found: marker_files.MarkerFile, marker: marker_files.Marker) -> SurveyedMarker:
+def _surveyed(root: Path, found: marker_files.MarkerFile, marker: marker_format.Marker) -> SurveyedMarker:
     return SurveyedMarker(
         path=found.path,
         folder=found.folder,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.cache import marker_files, survey, toolchain
+from builder.cache import marker_files, marker_format, survey, toolchain
 from builder.cache.coverage import coverage
 from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.run.plan import Item
@@ -139,7 +139,7 @@ def expected_space(root: Path, items: Iterable[Item]) -> Space:
     return Space(unclaimed + sum(map(_shared, claimed.values())), known, number)
 
 
-def _nearest(root: Path, item: Item) -> marker_files.Marker | None:
+def _nearest(root: Path, item: Item) -> marker_format.Marker | None:
     """Return the task's newest marker that holds its bytes."""
     found = sorted(marker_files.neighbours(root, item.task.label), key=lambda one: one.written, reverse=True)
     return next((one.marker for one in found if one.marker and one.marker.observed.bytes is not None), None)

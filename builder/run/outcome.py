@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.cache.markers import VERIFIED, reservation
+from builder.cache.marker_format import VERIFIED
+from builder.cache.markers import reservation
 from builder.errors import CANNOT_RUN, BudgetError, EngineLostError, PreflightError, Problem, TasksError
 from builder.events import Verdict
 from builder.report.results import Report, TaskResult

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builder.cache import markers, toolchain, variables
+from builder.cache import marker_format, markers, toolchain, variables
 from builder.cache.build_proofs import ProofWanted
 from builder.cache.coverage import coverage, coverage_digest, needs_config
 from builder.cache.model_store import config_digest
@@ -125,7 +125,7 @@ def before(item: Item) -> TaskResult:
         result_of(item, "warm"),
         entries={family: len(claim.entries) for family, claim in marker.claims.items()},
         proof=marker.proof,
-        verified=marker.proof == markers.VERIFIED,
+        verified=marker.proof == marker_format.VERIFIED,
         since=marker.written[:10],
         loaded=printable(marker.observed.loaded or "")[:60],
         reservation=markers.reservation(marker),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from builder import flock
-from builder.beneath import DEPTH, NotRegularError, Tree
+from builder.beneath import DEPTH, Tree
 from builder.files import UnreadableError, open_regular
+from builder.openat import NotRegularError
 
 LEVELS = ("a", "a/b", "a/b/c")
 

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from builder import events
-from builder.cache import inventory, layout, marker_files, markers, toolchain, usage
+from builder.cache import inventory, layout, marker_files, marker_format, markers, toolchain, usage
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.engine.lease import LABEL
@@ -203,7 +203,7 @@ def _marker(
     now: float,
 ) -> _MarkerRow:
     marker = found.marker
-    observed = marker.observed if marker else marker_files.Observed()
+    observed = marker.observed if marker else marker_format.Observed()
     written, last = found.written or None, None
     if written is not None:
         last = usage.last(root, found.path, written) if used is None else used.get(found.path, written)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from builder.beneath import Tree
-from builder.cache import coverage, kernel_sources, loadable, marker_files, markers, toolchain
+from builder.cache import coverage, kernel_sources, loadable, marker_files, marker_writing, markers, toolchain
 from builder.cache.build_proofs import ProofWanted
 from builder.cache.families import FAMILIES, FAMILY, directory
 from builder.cache.kernel_sources import families_of, pack
-from builder.cache.marker_files import Build, Observed
+from builder.cache.marker_format import Build, Observed
 from builder.cache.markers import Judgement
 from builder.cache.toolchain import Record
 from builder.task import Task
@@ -50,8 +50,8 @@ def publish(root: Path, made: Record, **fields: Any) -> Path:
     (place / "a.py").write_text("code")
     known: dict[str, Any] = {"proof": "verified", "second_pass_added": 0, "shapes": [], "observed": Observed()}
     entries = {"claims": ["inductor"], "entries": {"inductor": ["a.py"]}}
-    marker = markers.build(TASK, record=made, config_digest=None, **{**known, **entries, **fields})
-    return root / markers.publish(root, marker)
+    marker = marker_writing.build(TASK, record=made, config_digest=None, **{**known, **entries, **fields})
+    return root / marker_writing.publish(root, marker)
 
 
 def judge(root: Path, made: Record, **wanted: Any) -> Judgement:
@@ -257,7 +257,7 @@ def ops(root: Path, *, made: int, newest: int) -> tuple[Path, Record]:
     place.mkdir(parents=True)
     (place / "op.so").write_bytes(Path("/bin/true").read_bytes())
     os.utime(place / "op.so", ns=(made * SECOND, made * SECOND))
-    marker = markers.build(
+    marker = marker_writing.build(
         OPS,
         record=known,
         config_digest=None,
@@ -268,7 +268,7 @@ def ops(root: Path, *, made: int, newest: int) -> tuple[Path, Record]:
         shapes=[],
         observed=Observed(),
     )
-    markers.publish(root, marker)
+    marker_writing.publish(root, marker)
     return place / "op.so", known
 
 

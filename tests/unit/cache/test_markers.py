@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import files
-from builder.cache import coverage, inventory, marker_files, markers, toolchain
+from builder.cache import coverage, inventory, marker_files, marker_format, marker_writing, markers, toolchain
 from builder.cache.families import FAMILIES, FAMILY, directory
-from builder.cache.marker_files import Build, Claim, Marker, Observed
+from builder.cache.marker_format import Build, Claim, Marker, Observed
 from builder.cache.toolchain import Record
 from builder.task import RECIPES, Task
 
@@ -77,7 +77,7 @@ def build(task: Task = TASK, made: Record | None = None, **change: Any) -> Marke
         "shapes": ["GEMM_NT_F8F8BF16 N=4096, K=7168, num_groups=1"],
         "observed": Observed(image="sha256:1"),
     }
-    return markers.build(task, **{**arguments, **change})
+    return marker_writing.build(task, **{**arguments, **change})
 
 
 def judge(root: Path, task: Task = TASK, made: Record | None = None, **change: Any) -> markers.Judgement:
@@ -90,7 +90,7 @@ def warm(tmp_path: Path) -> Path:
     """A cache root in which the task is warm."""
     for name in ENTRIES:
         entry(tmp_path, record(), name)
-    markers.publish(tmp_path, build())
+    marker_writing.publish(tmp_path, build())
     read = marker_files.read(tmp_path / path_of(tmp_path))
     judgement = judge(tmp_path)
     assert (judgement.state, judgement.marker, judgement.path) == ("warm", read, path_of(tmp_path))
@@ -169,7 +169,7 @@ def test_judge_cold_when_compile_factor_differs(warm: Path, changed: dict[str, s
 
 def test_judge_names_the_costliest_family_first(tmp_path: Path) -> None:
     claims = ["cute_dsl", "deep_gemm", "flashinfer", "triton"]
-    markers.publish(tmp_path, build(claims=claims, entries={name: ["x"] for name in claims}))
+    marker_writing.publish(tmp_path, build(claims=claims, entries={name: ["x"] for name in claims}))
     judgement = judge(tmp_path, made=record(triton="3.9.0 t", deep_gemm="0.2.5 b", cutlass_dsl="4.9 c"))
     said = "deep_gemm is compiled anew (sgl-deep-gemm 0.2.3.post2 → 0.2.5) and 2 more; 1 family unchanged"
     assert judgement.reason == f"compile: {said}"
@@ -193,7 +193,7 @@ def test_judge_names_what_is_compiled_anew_before_another_release(warm: Path) ->
 
 def test_judge_compares_with_newest_marker(warm: Path) -> None:
     newer = build(made=record(deep_gemm="0.2.4 cccc"))
-    path = warm / markers.publish(warm, newer)
+    path = warm / marker_writing.publish(warm, newer)
     os.utime(path, (time.time() + 100, time.time() + 100))
     assert judge(warm, made=record(deep_gemm="0.2.5 bbbb")).reason == (
         "compile: deep_gemm is compiled anew (sgl-deep-gemm 0.2.4 → 0.2.5)"
@@ -290,14 +290,14 @@ def test_judge_cold_when_triton_cache_relocated(tmp_path: Path) -> None:
     for mount, state in (("/jit", "warm"), ("/root/.triton", "cold")):
         path = f"{mount}/triton/{place.parent.name}/KEY/k.ttir"
         (place / "__grp__k.json").write_text(json.dumps({"child_paths": {"k.ttir": path}}))
-        markers.publish(tmp_path, build(task, claims=["triton"], entries={"triton": ["KEY"]}))
+        marker_writing.publish(tmp_path, build(task, claims=["triton"], entries={"triton": ["KEY"]}))
         assert judge(tmp_path, task).state == state
     assert "another mount path" in judge(tmp_path, task).reason
 
 
 @pytest.mark.parametrize("proof", ["steady", "inventory"])
 def test_judge_strict_cold_unless_verified(warm: Path, proof: str) -> None:
-    markers.publish(warm, build(proof=proof))
+    marker_writing.publish(warm, build(proof=proof))
     assert judge(warm).state == "warm"
     judgement = judge(warm, strict=True)
     assert (judgement.state, judgement.reason) == ("cold", "unverified")
@@ -322,14 +322,14 @@ def test_judge_strict_cold_when_no_entries_listed() -> None:
 )
 def test_judge_cold_when_marker_claims_too_little(warm: Path, task: Task, change: dict[str, Any], why: str) -> None:
     (warm / path_of(warm)).unlink()
-    path = markers.publish(warm, dataclasses.replace(build(task, **change), proof="verified"))
+    path = marker_writing.publish(warm, dataclasses.replace(build(task, **change), proof="verified"))
     for strict in (False, True):
         judgement = judge(warm, task, strict=strict)
         assert (judgement.state, judgement.reason) == ("cold", f"marker-unreadable: {path}: {why}")
 
 
 def test_judge_reason_is_not_hidden_by_incomplete_marker(warm: Path) -> None:
-    less = markers.publish(warm, build(claims=[], entries={}))
+    less = marker_writing.publish(warm, build(claims=[], entries={}))
     os.utime(warm / less, (time.time() + 100, time.time() + 100))
     assert judge(warm).state == "warm"
     assert judge(warm, made=record(deep_gemm="0.2.5 b")).reason.startswith(
@@ -342,21 +342,21 @@ def test_judge_warm_when_nothing_required_or_claimed(
     tmp_path: Path, recipe: str, families: tuple[str, ...] | None
 ) -> None:
     task = dataclasses.replace(TASK, recipe=recipe, families=families)
-    markers.publish(tmp_path, build(task, claims=[], entries={}))
+    marker_writing.publish(tmp_path, build(task, claims=[], entries={}))
     assert judge(tmp_path, task).state == "warm"
     assert judge(tmp_path, task, strict=True).reason == "unverified"
 
 
 def test_judge_without_claims_depends_on_coverage(tmp_path: Path) -> None:
     task = dataclasses.replace(TASK, recipe="command", families=())
-    markers.publish(tmp_path, build(task, claims=[], entries={}))
+    marker_writing.publish(tmp_path, build(task, claims=[], entries={}))
     assert judge(tmp_path, task, made=record(deep_gemm="other", nvcc=None)).state == "warm"
     assert judge(tmp_path, task, strict=True).reason == "unverified"
 
 
 def test_judge_warm_when_one_of_several_markers_holds(warm: Path) -> None:
     wider = build(claims=["deep_gemm", "triton"], entries={"deep_gemm": ENTRIES, "triton": ["GONE"]})
-    path = warm / markers.publish(warm, wider)
+    path = warm / marker_writing.publish(warm, wider)
     os.utime(path, (time.time() + 100, time.time() + 100))
     assert len(list(warm.glob("markers/*/*.json"))) == 2
     assert judge(warm).state == "warm"
@@ -364,7 +364,7 @@ def test_judge_warm_when_one_of_several_markers_holds(warm: Path) -> None:
 
 def test_judge_prefers_marker_of_real_gpu(warm: Path) -> None:
     proven = path_of(warm)
-    path = warm / markers.publish(warm, build(proof=markers.PRETENDED))
+    path = warm / marker_writing.publish(warm, build(proof=marker_format.PRETENDED))
     os.utime(path, (time.time() + 100, time.time() + 100))
     assert judge(warm).path == judge(warm, strict=True).path == proven
     (warm / proven).unlink()
@@ -374,7 +374,7 @@ def test_judge_prefers_marker_of_real_gpu(warm: Path) -> None:
 def test_judge_prefers_marker_of_real_gpu_under_other_label(warm: Path) -> None:
     proven = path_of(warm)
     other = dataclasses.replace(TASK, label="another-label")
-    own = markers.publish(warm, build(other, proof=markers.PRETENDED))
+    own = marker_writing.publish(warm, build(other, proof=marker_format.PRETENDED))
     os.utime(warm / own, (time.time() + 100, time.time() + 100))
     assert judge(warm, other).path == judge(warm, other, strict=True).path == proven
     (warm / proven).unlink()
@@ -383,7 +383,7 @@ def test_judge_prefers_marker_of_real_gpu_under_other_label(warm: Path) -> None:
 
 def test_judge_prefers_marker_of_given_run(warm: Path) -> None:
     proven = path_of(warm)
-    simulated = markers.publish(warm, build(proof=markers.PRETENDED, observed=Observed(run="this")))
+    simulated = marker_writing.publish(warm, build(proof=marker_format.PRETENDED, observed=Observed(run="this")))
     assert judge(warm, run="this").path == simulated
     assert judge(warm, run="another").path == judge(warm).path == proven
     # What does not hold does not win.
@@ -392,7 +392,7 @@ def test_judge_prefers_marker_of_given_run(warm: Path) -> None:
 
 def test_judge_prefers_own_label_over_newer_marker_of_other_label(warm: Path) -> None:
     own = path_of(warm)
-    newer = markers.publish(warm, build(dataclasses.replace(TASK, label="another-label")))
+    newer = marker_writing.publish(warm, build(dataclasses.replace(TASK, label="another-label")))
     os.utime(warm / newer, (time.time() + 100, time.time() + 100))
     assert judge(warm).path == own
 
@@ -466,7 +466,7 @@ def test_judge_cold_when_marker_unreadable(warm: Path, spoil: Callable[[Path], o
     assert marker_files.read(path) is None
     # Warming again mends it, unless something that is no file is in the way.
     if not path.is_dir():
-        markers.publish(warm, build())
+        marker_writing.publish(warm, build())
         assert judge(warm).state == "warm"
 
 
@@ -499,7 +499,7 @@ def test_judge_ignores_temporary_marker_files(warm: Path) -> None:
     assert judge(warm).reason == "no-marker"
 
 
-FIELDS = sorted(json.loads(marker_files.encoded(build())))
+FIELDS = sorted(json.loads(marker_format.encoded(build())))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -509,7 +509,7 @@ JSON = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(
-    field=st.sampled_from(sorted(json.loads(marker_files.encoded(build())))),
+    field=st.sampled_from(sorted(json.loads(marker_format.encoded(build())))),
     value=JSON,
     below=st.booleans(),
     gpus=st.sampled_from([8, 4]),
@@ -520,9 +520,9 @@ def test_judge_never_raises_for_any_field_content(
     root = tmp_path_factory.getbasetemp() / "any-field"
     if not root.exists():
         root.mkdir()
-        markers.publish(root, build())
+        marker_writing.publish(root, build())
     path = root / path_of(root)
-    marker = json.loads(marker_files.encoded(build()))
+    marker = json.loads(marker_format.encoded(build()))
     if below and isinstance(marker[field], dict):
         marker[field] = dict.fromkeys(marker[field], value)
     else:
@@ -598,7 +598,7 @@ def test_marker_of_earlier_version_is_read(tmp_path: Path) -> None:
             others={"host": "h", "builder": "0.1.0", "time": 1795512000, "compiled-on": "GPU"},
         ),
     )
-    path.write_bytes(marker_files.encoded(read))
+    path.write_bytes(marker_format.encoded(read))
     assert marker_files.read(path) == dataclasses.replace(read, schema=2)
 
 
@@ -607,21 +607,21 @@ def test_marker_of_earlier_version_is_read(tmp_path: Path) -> None:
 
 def test_publish_path_has_coverage_and_claimed_keys(tmp_path: Path) -> None:
     marker = build()
-    path = markers.publish(tmp_path, marker)
+    path = marker_writing.publish(tmp_path, marker)
     digest = coverage.coverage_digest(marker.coverage)
     assert path == f"markers/DeepSeek-V3-0324-tp8-{digest}/{toolchain.digest(marker.keys)}.json"
     assert (tmp_path / path).stat().st_mode & 0o777 == 0o644
     assert marker_files.read(tmp_path / path) == marker
     # Another claim is another file; the same claim replaces.
-    assert markers.publish(tmp_path, build(claims=[], entries={})) != path
-    assert markers.publish(tmp_path, build()) == path
+    assert marker_writing.publish(tmp_path, build(claims=[], entries={})) != path
+    assert marker_writing.publish(tmp_path, build()) == path
     assert len(list((tmp_path / path).parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("label", ["../../evil", "", ".hidden", "a/b c:d", "é\udcff", "x" * 400])
 def test_publish_label_stays_in_its_folder(tmp_path: Path, label: str) -> None:
     task = dataclasses.replace(TASK, label=label)
-    path = markers.publish(tmp_path, build(task))
+    path = marker_writing.publish(tmp_path, build(task))
     assert (tmp_path / path).parent.parent == tmp_path / "markers"
     assert not (tmp_path / path).parent.name.startswith(".")
     assert judge(tmp_path, task).reason.startswith("entries: ")
@@ -640,7 +640,7 @@ def test_publish_failing_keeps_old_marker(warm: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, step, failing)
         with pytest.raises(OSError, match="No space left"):
-            markers.publish(warm, build())
+            marker_writing.publish(warm, build())
     assert (warm / path_of(warm)).read_text() == before
     assert [path.name for path in (warm / path_of(warm)).parent.iterdir()] == [Path(path_of(warm)).name]
 
@@ -658,7 +658,7 @@ def test_publish_is_atomic_for_readers(warm: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(40):
-        markers.publish(warm, large if number % 2 else build())
+        marker_writing.publish(warm, large if number % 2 else build())
     over.set()
     reader.join()
     assert seen
@@ -681,7 +681,7 @@ def test_judge_of_500_entries_makes_few_system_calls(tmp_path: Path) -> None:
     names = [f"cache/gemm.{number:032x}" for number in range(500)]
     for name in names:
         entry(tmp_path, record(), name)
-    markers.publish(tmp_path, build(entries={"deep_gemm": names}))
+    marker_writing.publish(tmp_path, build(entries={"deep_gemm": names}))
     begun = time.process_time()
     assert judge(tmp_path).state == "warm"
     # The aim is 50 ms; the bound leaves room for a busy machine.

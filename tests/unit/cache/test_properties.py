@@ -16,10 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.beneath import Tree
-from builder.cache import coverage, inventory, marker_files, markers, memos, toolchain
+from builder.cache import coverage, inventory, marker_files, marker_format, marker_writing, markers, memos, toolchain
 from builder.cache.entries import ProblemKind, file_problem
 from builder.cache.families import FAMILIES, FAMILY, Family, directory
-from builder.cache.marker_files import Marker, Observed, folder_name
+from builder.cache.marker_files import folder_name
+from builder.cache.marker_format import Marker, Observed
 from builder.cache.toolchain import Record
 from builder.task import ServingImage, Task
 from tests.strategies import (
@@ -87,12 +88,12 @@ def marker(made: Record | None = None, **change: Any) -> Marker:
         "shapes": [],
         "observed": Observed(image="sha256:1"),
     }
-    return markers.build(change.pop("task", TASK), **{**given, **change})
+    return marker_writing.build(change.pop("task", TASK), **{**given, **change})
 
 
 def document() -> Any:
     """The marker as its file holds it."""
-    return json.loads(marker_files.encoded(marker()))
+    return json.loads(marker_format.encoded(marker()))
 
 
 # A 32-bit ELF header and a table of one section, which is the table itself: the smallest file that is whole.
@@ -115,7 +116,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             else:
                 entry.write_bytes(ELF32)
     made = marker()
-    markers.publish(root, made)
+    marker_writing.publish(root, made)
     # Where a marker of another coverage lies: the nearest one, when there is none of this.
     (root / "markers" / f"DeepSeek-V3-tp8-{'0' * 12}").mkdir()
     assert judge(root).state == "warm"

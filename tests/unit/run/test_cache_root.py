@@ -13,9 +13,9 @@ from typing import cast
 
 import pytest
 
-from builder.cache import layout, markers
+from builder.cache import layout, marker_writing
 from builder.cache.families import FAMILIES
-from builder.cache.marker_files import Observed
+from builder.cache.marker_format import Observed
 from builder.cache.model_store import config_digest
 from builder.cache.toolchain import Record
 from builder.engine.api import ContainerSpec
@@ -140,7 +140,7 @@ def root(tmp_path: Path) -> Path:
         "variables": {},
         "observed": {},
     }
-    marker = markers.build(
+    marker = marker_writing.build(
         Task(label="a", model="a", recipe="command"),
         record=record,
         config_digest=None,
@@ -152,7 +152,7 @@ def root(tmp_path: Path) -> Path:
         observed=Observed(),
     )
     claims = {"triton": replace(marker.claims["triton"], key=KEY)}
-    markers.publish(root, replace(marker, claims=claims))
+    marker_writing.publish(root, replace(marker, claims=claims))
     return root
 
 

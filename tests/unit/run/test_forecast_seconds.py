@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from builder.cache import markers
+from builder.cache import marker_writing
 from builder.cache.families import FAMILIES
-from builder.cache.marker_files import Observed
+from builder.cache.marker_format import Observed
 from builder.cache.toolchain import Record
 from builder.run.forecast import TIME_OUT, Estimate, expected_seconds
 from builder.run.plan import make_plan
@@ -36,10 +36,10 @@ def record(sglang: str = "0.5.23", **factors: str) -> Record:
 def seen(root: Path, task: Task, seconds: Any, made: Record | None = None, written: float = 1.0) -> Path:
     """Write a marker of an earlier run of this many seconds."""
     known: dict[str, Any] = {"claims": [], "entries": {}, "proof": "nothing-claimed", "second_pass_added": None}
-    marker = markers.build(
+    marker = marker_writing.build(
         task, record=made or record(), config_digest=None, shapes=[], observed=Observed(seconds=seconds), **known
     )
-    path = root / markers.publish(root, marker)
+    path = root / marker_writing.publish(root, marker)
     os.utime(path, (written, written))
     return path
 

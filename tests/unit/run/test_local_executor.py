@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from builder.cache import markers
-from builder.cache.marker_files import Observed
+from builder.cache import marker_writing
+from builder.cache.marker_format import Observed
 from builder.cache.toolchain import Record
 from builder.errors import PreflightError
 from builder.host.cancel import Cancel
@@ -140,8 +140,8 @@ def test_plan_prefers_marker_of_this_run(tmp_path: Path, probed: PROBED) -> None
     executor = local(tmp_path, task())
     for run, proof in (("another", "nothing-claimed"), (executor.context.run_id, "pretended")):
         known: dict[str, Any] = {"claims": [], "entries": {}, "shapes": [], "second_pass_added": None, "proof": proof}
-        marker = markers.build(task(), record=record(1), config_digest=None, observed=Observed(run=run), **known)
-        markers.publish(tmp_path, marker)
+        marker = marker_writing.build(task(), record=record(1), config_digest=None, observed=Observed(run=run), **known)
+        marker_writing.publish(tmp_path, marker)
     (item,) = executor.plan((task(),)).items
     assert item.judgement.marker is not None
     assert item.judgement.marker.observed.run == executor.context.run_id

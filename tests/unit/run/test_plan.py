@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from builder.cache import markers
+from builder.cache import marker_writing
 from builder.cache.build_proofs import ProofWanted
 from builder.cache.families import FAMILIES
-from builder.cache.marker_files import Observed
+from builder.cache.marker_format import Observed
 from builder.cache.toolchain import Record
 from builder.run.plan import Item, make_plan, probe_env
 from builder.task import Task
@@ -31,10 +31,10 @@ def record(**factors: str | None) -> Record:
 
 def publish(root: Path, task: Task, **more: Any) -> None:
     known: dict[str, Any] = {"claims": [], "entries": {}, "proof": "nothing-claimed", "second_pass_added": None}
-    marker = markers.build(
+    marker = marker_writing.build(
         task, record=record(), config_digest=None, shapes=[], observed=Observed(), **{**known, **more}
     )
-    markers.publish(root, marker)
+    marker_writing.publish(root, marker)
 
 
 def only(tasks: tuple[Task, ...], root: Path, **options: Any) -> tuple[Item, ...]:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import markers
+from builder.cache import marker_writing
 from builder.cache.families import FAMILIES
-from builder.cache.marker_files import Observed, Proof
+from builder.cache.marker_format import Observed, Proof
 from builder.cache.toolchain import Record
 from builder.errors import BudgetError, EngineLostError, Interrupted, PreflightError, TasksError
 from builder.host.cancel import Cancel
@@ -58,7 +58,7 @@ def publish(
     root: Path, task: Task, *, run: str = RUN, seconds: float | None = None, proof: Proof = "nothing-claimed"
 ) -> None:
     """Write a marker of the task, as the agent does at its end."""
-    marker = markers.build(
+    marker = marker_writing.build(
         task,
         record=record(),
         config_digest=None,
@@ -69,7 +69,7 @@ def publish(
         second_pass_added=None,
         observed=Observed(run=run, seconds=seconds),
     )
-    markers.publish(root, marker)
+    marker_writing.publish(root, marker)
 
 
 class FakeExecutor:
