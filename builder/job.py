@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from builder.errors import UsageError
@@ -77,12 +77,14 @@ class PlannedShape:
     """A shape, the Ms to compile it for, and after the plan pass which M makes which entries.
 
     m_values: empty for sglang's own, made from `chunked_prefill_size`; None there: the default of the GPU.
+    every: each M up to `chunked_prefill_size` instead, because an earlier list missed kernels.
     """
 
     shape: Shape
     m_values: tuple[int, ...] = ()
     chunked_prefill_size: int | None = None
     kernels: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Job:
     view: ViewRequest = ViewRequest()
     record: str = ""  # mode ``record``: path of a `recording.Request`
     prebuild: PrebuildRequest | None = None
+    prebuilt: Mapping[str, str] = field(default_factory=dict)  # mode ``run``: keys, by family, of a complete prebuild
     simulate: Gpu | None = None  # mode ``toolchain``: as on this GPU, where there is none
     observed: RunOrigin | None = None
 

@@ -11,12 +11,15 @@ The attention kernels of DeepGEMM that V3.2's indexer uses are in no list: sglan
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder import sglang_args
+from builder import files, sglang_args
+from builder.beneath import Tree
 from builder.cache import marker_files, model_store
 from builder.task import Shape, Task
 from builder.text import printable
@@ -60,6 +63,9 @@ FOREIGN = (
 #: Switches of the environment, likewise: set to anything but off.
 FOREIGN_ENV = ("SGLANG_SHARED_EXPERT_TP1", "SGLANG_USE_DEEPGEMM_BMM")
 
+#: Of a kernel's source; they have about 500.
+_SOURCE_BYTES = 64 << 10
+
 _FORMS = {"auto": (CONTIGUOUS, MASKED), "normal": (CONTIGUOUS,), "low_latency": (MASKED,)}
 _OFF = ("", "0", "false", "no", "off")
 
@@ -90,6 +96,21 @@ def wanted(
         hint = 'warm it once with compile-deep-gemm, or set shapes_from = "config"'
         raise NotUnderstood(f"no earlier run of {task.model} left a marker that names shapes: {hint}")
     return tuple(found)
+
+
+def missed(directory: Tree, entries: Iterable[str], asked: Iterable[Shape]) -> tuple[str, ...]:
+    """Return of which of the shapes that sglang asked for these entries are; and the names of those that are of none.
+
+    directory: of deep_gemm. DeepGEMM writes N, K and the groups of a problem into the source that it compiles.
+    """
+    found: set[str] = set()
+    for entry in entries:
+        source = b""
+        with contextlib.suppress(files.UnreadableError, OSError):
+            source = directory.read_bytes(f"{entry}/kernel.cu", _SOURCE_BYTES)
+        own = {str(s) for s in asked if re.search(rb"\b%d,\s*%d,\s*%d\b" % (s.n, s.k, s.groups), source)}
+        found |= own or {printable(entry)}
+    return tuple(sorted(found))
 
 
 def _of_model(task: Task, environ: Mapping[str, str], walk: Walk, say: Callable[[str], None]) -> tuple[Shape, ...]:

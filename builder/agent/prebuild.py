@@ -130,7 +130,12 @@ def _environment(job: Job, request: PrebuildRequest, place: str) -> dict[str, st
 def _plan(job: Job, request: PrebuildRequest, place: str, output: Output, guard: Guard) -> None:
     environ = _environment(job, request, place)
     sweeps = [
-        Sweep(_problem(each.shape), list(each.m_values), each.chunked_prefill_size or request.gpu.chunked_prefill_size)
+        Sweep(
+            _problem(each.shape),
+            list(each.m_values),
+            each.chunked_prefill_size or request.gpu.chunked_prefill_size,
+            each.every,
+        )
         for each in request.shapes
     ]
     walks = [

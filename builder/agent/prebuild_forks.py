@@ -36,11 +36,15 @@ Problem = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A shape and the Ms to compile it for. m_values: empty for sglang's own, made from chunked_prefill_size."""
+    """A shape and the Ms to compile it for. m_values: empty for sglang's own, made from chunked_prefill_size.
+
+    every: each M up to chunked_prefill_size, whatever sglang's list leaves out.
+    """
 
     problem: Problem
     m_values: list[int]
     chunked_prefill_size: int
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,10 @@ def use_cache(folder: Path, nvcc: Path | None = None) -> Path:
 
 def m_list(compile_utils: Any, sweep: Sweep) -> list[int]:
     """Return the Ms to compile a shape for: contiguous kinds take only multiples of sglang's alignment."""
-    found = sorted(set(sweep.m_values)) or builtin_m_list(compile_utils, sweep.chunked_prefill_size)
+    if sweep.every:
+        found = list(range(1, sweep.chunked_prefill_size + 1))
+    else:
+        found = sorted(set(sweep.m_values)) or builtin_m_list(compile_utils, sweep.chunked_prefill_size)
     if sweep.problem[0].endswith("_CONTIG"):
         multiple = alignment()
         found = [m for m in found if m % multiple == 0]

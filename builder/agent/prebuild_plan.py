@@ -77,7 +77,7 @@ class Plan:
         while waiting or self._children:
             while waiting and len(self._children) < self._request.workers:
                 number, sweep = waiting.pop(0)
-                self._start(number, Sweep(sweep[0], list(sweep[1]), sweep[2]), compiler)
+                self._start(number, Sweep(sweep[0], list(sweep[1]), *sweep[2:]), compiler)
             for reader in select.select(list(self._children), [], [])[0]:
                 self._finish(reader)
 
@@ -169,7 +169,7 @@ class Plan:
 
 
 def _hashable(sweep: Sweep) -> tuple[Any, ...]:
-    return sweep.problem, tuple(sweep.m_values), sweep.chunked_prefill_size
+    return sweep.problem, tuple(sweep.m_values), sweep.chunked_prefill_size, sweep.every
 
 
 def _walk_model(model: ModelWalk, writer: int) -> None:

@@ -45,7 +45,7 @@ from builder.cache.coverage import needs_config
 from builder.cache.entries import EntryProblem
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
-from builder.cache.marker_format import Observed, Proof
+from builder.cache.marker_format import Observed, Prebuild, Proof
 from builder.events import FAILED, PARTIAL, SKIPPED, WARMED
 from builder.job import Job
 from builder.task import GPUS, RECIPES, Shape, Task
@@ -63,6 +63,7 @@ class Proven:
     used: Mapping[str, set[str]]  # entries by family
     proof: Proof
     doubt: str  # why the proof is weaker than requested, or how it was reached
+    missed: tuple[str, ...] = ()  # DeepGEMM problems that were compiled in spite of a prebuild
 
 
 class _Disturbed(Failed):
@@ -169,6 +170,7 @@ class Warming:
             second_pass_added=self.verdict.second_pass_added,
             shapes=self._shapes(),
             observed=self._observed(done, pretended),
+            prebuild=Prebuild(dict(self._job.prebuilt), done.missed) if self._job.prebuilt else None,
         )
         reason = "; ".join(filter(None, (markers.reservation(marker), done.doubt)))
         self._guard.check()
@@ -252,9 +254,19 @@ class Warming:
         after = self._scan()
         claims, used = self._claim(first, before, after)
         self._count(after, only=claims)
+        missed = self._missed(first, before, after)
         if not claims:
-            return Proven(claims, used, "nothing-claimed", "the task claims no family, so there was nothing to prove")
-        return Proven(claims, used, *self._prove(passes, context, first, after, claims))
+            nothing = "the task claims no family, so there was nothing to prove"
+            return Proven(claims, used, "nothing-claimed", nothing, missed)
+        return Proven(claims, used, *self._prove(passes, context, first, after, claims), missed)
+
+    def _missed(self, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]) -> tuple[str, ...]:
+        """Return what was compiled although a prebuild had named every kernel: problems, or entries of none."""
+        family = "deep_gemm"
+        if self._job.prebuilt.get(family) != self._keys[family]:
+            return ()
+        new = inventory.added(before[family], after[family])
+        return model_shapes.missed(self._tree(family), sorted(new), first.shapes)
 
     def _clear_host_specific(self) -> None:
         """Remove, on every way out, files that are true on this host alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,22 @@ def every(root: Path) -> Iterator[MarkerFile]:
 
 def shapes_of(root: Path, models: Collection[str]) -> dict[str, tuple[Shape, ...]]:
     """Return for each of these models the shapes in its markers below `root`, whatever their toolchain and argv."""
+    return _of_models(root, models, lambda marker: marker.shapes)
+
+
+def missed_of(root: Path, models: Collection[str]) -> dict[str, tuple[Shape, ...]]:
+    """Return for each of these models the shapes of which a prebuild missed kernels, by its markers below `root`."""
+    return _of_models(root, models, lambda marker: () if marker.prebuild is None else marker.prebuild.misses)
+
+
+def _of_models(
+    root: Path, models: Collection[str], texts: Callable[[Marker], Iterable[str]]
+) -> dict[str, tuple[Shape, ...]]:
     found: dict[str, set[Shape]] = {model: set() for model in models}
     for file in every(root) if models else ():
         model = file.marker.coverage.get("model") if file.marker is not None else None
         if file.marker is not None and isinstance(model, str) and model in found:
-            for text in file.marker.shapes:
+            for text in texts(file.marker):
                 with contextlib.suppress(ValueError):
                     found[model].add(Shape.parse(text))
     return {model: tuple(sorted(shapes)) for model, shapes in found.items()}

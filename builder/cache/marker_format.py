@@ -92,7 +92,7 @@ class Build:
 class Prebuild:
     """What a run's prebuild, on CPU cores, was good for. keys: those that it used, by family.
 
-    misses: DeepGEMM problems that it was asked for, and that were compiled on a GPU in spite of it.
+    misses: DeepGEMM problems that were compiled on a GPU in spite of it, and the names of entries that are of none.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Marker:
     proof: a `Proof`, or any other text that the file has. table: TABLE_VERSION of its keys. shapes: DeepGEMM problems
     that the run compiled. written: ISO 8601, UTC. builds: of sglang that proved it, the most recent first.
     sources: kernel sources of the first of them. newest: time (ns) of the newest source of each package that ninja
-    compared with in its proof. prebuild: of the run, None without one. schema: of the file.
+    compared with in its proof. prebuild: of the run, None without a complete one. schema: of the file.
     """
 
     label: str

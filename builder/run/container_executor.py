@@ -374,7 +374,7 @@ class ContainerExecutor:
     def execute(self, item: Item, allocation: Allocation, watcher: Watcher) -> Execution:
         from builder.run import container_job
 
-        execution = container_job.run_task(self, item.task, allocation, watcher)
+        execution = container_job.run_task(self, item, allocation, watcher)
         if execution.succeeded and not (self.engine.local and gpus.host_gpus()):
             # Only the container could see the GPUs; a memo of another machine may have stood for this one until now.
             env = probe_env(item.task)

@@ -29,7 +29,7 @@ from builder.job import JOB_VARIABLE, Job, Mode, PrebuildRequest, PrunePolicy, R
 from builder.manifest.load import Manifest
 from builder.run import preflight
 from builder.run.executor import Allocation, Execution, Watcher
-from builder.run.plan import ProbeEnv
+from builder.run.plan import Item, ProbeEnv
 from builder.task import PRETEND_VARIABLE, Task
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class ContainerRequest:
     prune: PrunePolicy | None = None  # mode prune
     view: ViewRequest = field(default_factory=ViewRequest)  # modes of views
     prebuild: PrebuildRequest | None = None  # modes plan and prebuild
+    prebuilt: Mapping[str, str] = field(default_factory=dict)  # mode run: keys of a complete prebuild
     record: str = ""  # mode record: path of the launch recorder's request in the container
     mounts: tuple[Mount, ...] = ()  # besides the cache root
 
@@ -68,8 +69,9 @@ NOTHING_ELSE = ContainerRequest()
 LEAST_SHARES = 2
 
 
-def run_task(executor: ContainerExecutor, task: Task, allocation: Allocation, watcher: Watcher) -> Execution:
+def run_task(executor: ContainerExecutor, item: Item, allocation: Allocation, watcher: Watcher) -> Execution:
     """Run one task's container to its end."""
+    task = item.task
     run_spec = executor.context.manifest.run
     limits = Deadlines(task=task.timeout, silence=task.silence, start=run_spec.start, grace=run_spec.grace)
     request = ContainerRequest(
@@ -79,6 +81,7 @@ def run_task(executor: ContainerExecutor, task: Task, allocation: Allocation, wa
         on_event=watcher.on_event,
         budget=executor.context.budget,
         concurrent=allocation.concurrent,
+        prebuilt=item.prebuilt,
     )
     outcome = run(executor, "run", task, limits, request)
     return Execution(
@@ -199,6 +202,7 @@ def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlin
         view=request.view,
         record=request.record,
         prebuild=request.prebuild,
+        prebuilt=request.prebuilt,
         observed=RunOrigin(socket.gethostname(), __version__, executor.serving.ref, context.run_id),
     )
 

@@ -243,7 +243,7 @@ class LocalExecutor:
 
     def execute(self, item: Item, allocation: Allocation, watcher: Watcher) -> Execution:
         image = local_job.serving_image(self.image)
-        return local_job.run_task(self.context, self.root, image, item.task, allocation, watcher)
+        return local_job.run_task(self.context, self.root, image, item, allocation, watcher)
 
 
 class _NoReservation:

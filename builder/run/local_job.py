@@ -29,6 +29,7 @@ from builder.job import Job, PrebuildRequest, RunOrigin
 from builder.processes import describe_status
 from builder.run.context import Context
 from builder.run.executor import PROBE_TIMEOUT, Allocation, Ended, Execution, Watcher
+from builder.run.plan import Item
 from builder.task import Gpu, ServingImage, Task
 
 #: Seconds that the program gets to end by itself after a cancellation: a cancelled CI step has 7.5 s in all.
@@ -59,7 +60,7 @@ def run_task(
     context: Context,
     root: Path,
     image: ServingImage,
-    task: Task,
+    item: Item,
     allocation: Allocation,
     watcher: Watcher,
 ) -> Execution:
@@ -68,6 +69,7 @@ def run_task(
     image: that this environment was made of.
     """
     began, spec, environ = time.monotonic(), context.manifest, dict(context.options.environ)
+    task = item.task
     job = Job(
         mode="run",
         nonce=os.urandom(8).hex(),
@@ -80,6 +82,7 @@ def run_task(
         workdir=str(Path.cwd()),
         secrets=tuple(name for name in spec.container.secrets if environ.get(name)),
         concurrent=allocation.concurrent,
+        prebuilt=item.prebuilt,
         observed=RunOrigin(socket.gethostname(), __version__, "this environment", context.run_id),
     )
     if allocation.visible_gpus is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder.cache import marker_format, markers, toolchain, variables
@@ -38,6 +38,7 @@ class Item:
     config_digest: str | None
     config_problem: str | None
     judgement: markers.Judgement
+    prebuilt: Mapping[str, str] = field(default_factory=dict)  # keys, by family, of a complete prebuild before it
 
     @property
     def warm(self) -> bool:

@@ -75,17 +75,27 @@ class Stage:
     gpu_kernels: int | None = None
 
 
-def known_shapes(root: Path, items: Iterable[Item]) -> dict[str, tuple[Shape, ...]]:
-    """Return model → shapes that markers of earlier runs name, for tasks that use them. root: the cache's index."""
+@dataclass(frozen=True)
+class Known:
+    """What markers of earlier runs tell, by model. missed: shapes of which a prebuild did not name every kernel."""
+
+    shapes: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
+    missed: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
+
+
+def known_shapes(root: Path, items: Iterable[Item]) -> Known:
+    """Return what markers tell about the models of these tasks. root: the cache's index."""
+    items = tuple(items)
     models = {item.task.model for item in items if _asks(item) and _is_walked(item.task)}
     models |= {item.task.model for item in items if "markers" in item.task.shapes_from}
-    return marker_files.shapes_of(root, models)
+    asking = {item.task.model for item in items if _asks(item)}
+    return Known(marker_files.shapes_of(root, models), marker_files.missed_of(root, asking))
 
 
-def run(executor: Executor, items: Sequence[Item], known: Mapping[str, Sequence[Shape]]) -> Stage:
+def run(executor: Executor, items: Sequence[Item], known: Known) -> Stage:
     """Run the stage for these items, as far as it is enabled and possible, and put it into the report.
 
-    known: shapes of earlier runs, by model. Raises Interrupted; with ``--prebuild-only``, where something is missing,
+    Raises Interrupted; with ``--prebuild-only``, where something is missing,
     TasksError.
     """
     began, only = time.monotonic(), _only(executor)
@@ -103,6 +113,18 @@ def run(executor: Executor, items: Sequence[Item], known: Mapping[str, Sequence[
     if only and stage.state not in ("done", "nothing"):
         raise TasksError(f"the prebuild is not complete: {stage.reason or f'{len(stage.missing)} kernels are missing'}")
     return stage
+
+
+def with_keys(stage: Stage, items: Sequence[Item]) -> tuple[Item, ...]:
+    """Return the items, those with the keys of the stage for which it named and made every kernel."""
+    if stage.state != "done":
+        return tuple(items)
+    return tuple(
+        replace(item, prebuilt={"deep_gemm": key})
+        if _asks(item) and (key := toolchain.family_key(item.record, "deep_gemm")) in stage.keys
+        else item
+        for item in items
+    )
 
 
 def finish(executor: Executor, stage: Stage) -> None:
@@ -196,9 +218,7 @@ class _Group:
 class _Prebuild:
     """One stage: plans of all groups, then their kernels."""
 
-    def __init__(
-        self, executor: Executor, known: Mapping[str, Sequence[Shape]], items: Sequence[Item], stage: Stage
-    ) -> None:
+    def __init__(self, executor: Executor, known: Known, items: Sequence[Item], stage: Stage) -> None:
         self._executor, self._known, self._stage = executor, known, stage
         stage.unverified += _unprepared(items)
         self._context = executor.context
@@ -254,10 +274,13 @@ class _Prebuild:
 
     def _shapes(self, task: Task) -> Iterator[PlannedShape]:
         """Yield the shapes that are known on the host: the task's own, and those of earlier runs."""
-        listed = dict.fromkeys([*task.shapes, *self._known.get(task.model, ())])
-        size = chunked_prefill_size(task.argv, -1)
+        listed = dict.fromkeys([*task.shapes, *self._known.shapes.get(task.model, ())])
+        argued = chunked_prefill_size(task.argv, -1)
+        size = argued if argued > 0 else None
         for shape in listed:
-            yield PlannedShape(shape, task.m_values, size if size > 0 else None)
+            yield PlannedShape(shape, task.m_values, size)
+        for shape in self._known.missed.get(task.model, ()):
+            yield PlannedShape(shape, (), size, every=True)
         if listed:
             self._stage.tasks[task.label] = f"{counted(len(listed), 'shape')} of the manifest or of markers"
 

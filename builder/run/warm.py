@@ -43,6 +43,7 @@ def warm(executor: Executor) -> None:
         stage = prebuild.run(executor, items, known)
         if context.options.prebuild_only:
             return
+        items = prebuild.with_keys(stage, items)
         with executor.reserve_gpus(items) as gpus:
             dispatch.run_all(executor, items, estimates, lambda item, where: warm_task(executor, gpus, item, where))
         outcome.recheck(executor, tasks)

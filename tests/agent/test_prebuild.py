@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import inventory
+from builder.cache import inventory, marker_files
 from builder.cache.families import FAMILY
+from builder.cache.marker_format import Prebuild
 from builder.job import PlannedShape, PrebuildRequest
 from builder.task import GPUS, Shape
 from tests.program import Program, Result
@@ -111,6 +112,23 @@ def test_prebuilt_kernels_are_those_a_task_asks_for(
     run = program.run(task)
     assert run.verdict.state == "warmed" and run.verdict.second_pass_added == 0
     assert run.verdict.added.get("deep_gemm", 0) == 0, "the task hits what is there"
+
+
+def test_kernel_that_a_prebuild_missed_is_in_the_marker_and_in_the_next_plan(
+    program: Program, stub: dict[str, str]
+) -> None:
+    prebuilt = prebuild(program, stub, *planned(plan(program, stub, PlannedShape(DENSE, (1, 64)))))
+    keys = {"deep_gemm": summary(prebuilt).key}
+    task = program.task(recipe="shapes", shapes=(DENSE, CONTIGUOUS), m_values=MS)
+    run = program.run(task, prebuilt=keys)
+    assert run.verdict.state == "warmed", run.verdict
+    (marker,) = (file.marker for file in marker_files.every(program.root))
+    assert marker is not None and marker.prebuild == Prebuild(keys, tuple(sorted(map(str, (DENSE, CONTIGUOUS)))))
+    assert marker_files.missed_of(program.root, {task.model})[task.model] == (DENSE, CONTIGUOUS)
+
+    again = planned(plan(program, stub, PlannedShape(DENSE, (), 320, every=True)))
+    made = prebuild(program, stub, *again)
+    assert summary(made).made == 0 and summary(made).present == 5, "each M names all that the task had to compile"
 
 
 def test_interrupted_prebuild_keeps_what_is_finished(

@@ -103,6 +103,19 @@ def test_kernels_of_all_tasks_are_compiled_once(tmp_path: Path) -> None:
     assert "5 kernels named, 0 there, 5 made (99 B) by 2 workers of 536.9 MB" in executor.output.getvalue()
 
 
+def test_shape_with_missed_kernels_is_planned_over_every_m(tmp_path: Path) -> None:
+    executor = FakeExecutor(tmp_path, shapes_task("one", DENSE, argv=("--chunked-prefill-size", "4096")))
+    items = make_plan(executor.context.manifest.tasks, executor.records(()), root=tmp_path, store=None).items
+    missed = prebuild.Known(missed={"org/one": (OTHER,), "org/two": (DENSE,)})
+    stage = prebuild.run(executor, items, missed)
+    (plan,) = (request for mode, request in executor.requests if mode == "plan")
+    assert plan.shapes == (PlannedShape(DENSE, (), 4096), PlannedShape(OTHER, (), 4096, every=True))
+    (key,) = {request.key for mode, request in executor.requests if mode == "prebuild"}
+    assert [item.prebuilt for item in prebuild.with_keys(stage, items)] == [{"deep_gemm": key}]
+    stage.state = "incomplete"
+    assert [item.prebuilt for item in prebuild.with_keys(stage, items)] == [{}], "it did not make all that it named"
+
+
 def test_environments_of_tasks_are_kept_apart_and_share_kernels(tmp_path: Path) -> None:
     executor = FakeExecutor(
         tmp_path, shapes_task("one", DENSE), shapes_task("two", DENSE, OTHER, env={"SGLANG_X": "1"})

@@ -114,7 +114,7 @@ def _compile_deep_gemm_one_type_all(
         if done == 1 or tile != min(TILES, -(-m_list[done - 2] // TILE)):
             log.bar("DeepGEMM warmup", done - 1, len(m_list))
             plays.at_kernel(tile)
-            made |= compile_kernel("sm90_fp8_gemm_1d2d", f"{kernel_type.name} {n} {k} {num_groups} tile {tile}")
+            made |= compile_kernel("sm90_fp8_gemm_1d2d", f"{kernel_type.name} {n}, {k}, {num_groups} tile {tile}")
     log.bar("DeepGEMM warmup", len(m_list), len(m_list))
     if plays.play() == "grows-in-second-pass":
         compile_kernel("sm90_fp8_gemm_1d2d", f"pid {os.getpid()} {kernel_type.name} {n}")
