@@ -126,7 +126,7 @@ class Job:
     concurrent: bool = False  # other tasks of this run may compile into the root at the same time
     prune: PrunePolicy | None = None
     view: ViewRequest = ViewRequest()
-    record: str = ""  # mode ``record``: path of a `recording.Request`
+    record: str = ""  # mode ``record``: path of a `recording.RecordingRequest`
     prebuild: PrebuildRequest | None = None
     prebuilt: Mapping[str, str] = field(default_factory=dict)  # mode ``run``: keys, by family, of a complete prebuild
     simulate: Gpu | None = None  # mode ``toolchain``: as on this GPU, where there is none

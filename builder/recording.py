@@ -38,7 +38,7 @@ class TestFile:
 
 
 @dataclass(frozen=True)
-class Request:
+class RecordingRequest:
     """What to record. checkout: folder with ``python/sglang/test``; gpu: a name in `launch_facts.GPUS`.
 
     seconds_per_test, seconds_per_file: wall-clock limits; memory: bytes of address space for each process; workers:
@@ -57,7 +57,7 @@ class Request:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Request:
+    def from_json(cls, text: str) -> RecordingRequest:
         """Raises ValueError for any other document than `to_json` wrote."""
         data = json.loads(text)
         try:

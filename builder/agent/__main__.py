@@ -140,10 +140,10 @@ def _toolchain(job: Job, output: Output) -> int:
 def _record(job: Job, output: Output, guard: Guard) -> int:
     """Record what the test files of a request launch."""
     from builder.agent import launch_recorder  # no other mode runs code of a checkout
-    from builder.recording import Request, fields_of
+    from builder.recording import RecordingRequest, fields_of
 
     try:
-        request = Request.from_json(Path(job.record).read_text(encoding="utf-8"))
+        request = RecordingRequest.from_json(Path(job.record).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         output.say(f"{job.record}: {error}")
         return FAILED

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from builder.agent import confinement
 from builder.agent.guard import SCRATCH
-from builder.recording import LONGEST_LINE, FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode
+from builder.recording import LONGEST_LINE, FileEnd, Launch, Record, RecordingRequest, TestFile, Unrecorded, decode
 
 #: Records of one file: more are no test's.
 _MOST_RECORDS = 4096
@@ -33,7 +33,7 @@ Report = Callable[[TestFile, Record], None]
 
 
 @dataclass
-class _Child:
+class _FileProcess:
     """A file's process. deadline: monotonic; ended: its last record has come; broken: why its pipe is not believed."""
 
     file: TestFile
@@ -49,11 +49,11 @@ class _Child:
     overdue: bool = field(default=False)
 
 
-def record(request: Request, report: Report, check: Callable[[], None] = lambda: None) -> None:
+def record(request: RecordingRequest, report: Report, check: Callable[[], None] = lambda: None) -> None:
     """Run every file of the request. check: called about ten times a second; what it raises ends the run."""
     confinement.hide_process()
     waiting = list(request.files)[::-1]
-    running: dict[int, _Child] = {}
+    running: dict[int, _FileProcess] = {}
     selector = selectors.DefaultSelector()
     try:
         while waiting or running:
@@ -84,7 +84,7 @@ def record(request: Request, report: Report, check: Callable[[], None] = lambda:
         selector.close()
 
 
-def _start(request: Request, file: TestFile, others: list[int]) -> _Child:
+def _start(request: RecordingRequest, file: TestFile, others: list[int]) -> _FileProcess:
     from builder.agent import launch_session
 
     reader, writer = os.pipe()
@@ -108,10 +108,10 @@ def _start(request: Request, file: TestFile, others: list[int]) -> _Child:
         finally:
             os._exit(70)
     os.close(writer)
-    return _Child(file, pid, reader, scratch, time.monotonic() + request.seconds_per_file)
+    return _FileProcess(file, pid, reader, scratch, time.monotonic() + request.seconds_per_file)
 
 
-def _take(child: _Child, data: bytes, report: Report) -> None:
+def _take(child: _FileProcess, data: bytes, report: Report) -> None:
     """Report the records in what was read; a line that is none ends the belief in what follows."""
     *lines, child.rest = (child.rest + data).split(b"\n")
     if len(child.rest) > LONGEST_LINE:
@@ -137,7 +137,7 @@ def _take(child: _Child, data: bytes, report: Report) -> None:
         report(child.file, each)
 
 
-def _finish(child: _Child, request: Request, report: Report) -> None:
+def _finish(child: _FileProcess, request: RecordingRequest, report: Report) -> None:
     """Report how a file ended, after its pipe did."""
     os.close(child.descriptor)
     _kill(child.pid)

@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from builder.agent import launch_facts, launch_functions, launch_modules, launch_patches, launch_reach, launch_unknown
-from builder.recording import FileEnd, Launch, Request, State, TestFile, Unrecorded, encode
+from builder.recording import FileEnd, Launch, RecordingRequest, State, TestFile, Unrecorded, encode
 
 TEMPORARY = "TEMPORARY"
 #: Variables that no launch depends on: set by an evaluation's client, in the test's process.
@@ -40,7 +40,7 @@ class TestTimeoutError(BaseException):
     __test__ = False
 
 
-def record_file(request: Request, file: TestFile, descriptor: int, scratch: str) -> NoReturn:
+def record_file(request: RecordingRequest, file: TestFile, descriptor: int, scratch: str) -> NoReturn:
     """Run one test file and write its records to this descriptor; ends the process. scratch: where it may write."""
     write = os.write
     leave = os._exit
@@ -72,7 +72,7 @@ def record_file(request: Request, file: TestFile, descriptor: int, scratch: str)
 class _Session:
     """One file's run. test: the label of what is running now."""
 
-    def __init__(self, request: Request, file: TestFile, send: Callable[[Any], None], scratch: str) -> None:
+    def __init__(self, request: RecordingRequest, file: TestFile, send: Callable[[Any], None], scratch: str) -> None:
         self._request, self._file, self._send = request, file, send
         self._path = os.path.join(os.path.realpath(request.checkout), file.path)
         self._modules = launch_modules.Modules(request.checkout, os.path.dirname(self._path), self._patch)
@@ -238,7 +238,7 @@ class _Session:
         sys.path[:] = [each for each in sys.path if "site-packages" not in each and "dist-packages" not in each]
         sys.argv = [self._path]
         sys.dont_write_bytecode = True
-        sys.stdout = sys.stderr = _Nothing()
+        sys.stdout = sys.stderr = _DiscardedText()
         threading.excepthook = self._in_thread
         signal.signal(signal.SIGALRM, _on_alarm)
         sys.addaudithook(self._audit)
@@ -376,7 +376,7 @@ def label(test: Any) -> str:
     return f"{found[2]}.{found[1]}" if found else str(test)
 
 
-class _Nothing(io.TextIOBase):
+class _DiscardedText(io.TextIOBase):
     """Text that nothing keeps."""
 
     def write(self, text: str) -> int:

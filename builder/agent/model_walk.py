@@ -46,7 +46,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
 TOKENS = 128
 
 
-class _Nothing:
+class _NoKernel:
     """Stands for a kernel or a module of kernels: any name, any call. real: has the names that compute nothing."""
 
     def __init__(self, real: Any = None) -> None:
@@ -61,7 +61,7 @@ class _Nothing:
             return getattr(real, name)
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Nothing()
+        return _NoKernel()
 
 
 def missing_names() -> list[str]:
@@ -151,14 +151,14 @@ class _Walk:
 
         wrapper = "layers.deep_gemm_wrapper"
         _names(f"{wrapper}.compile_utils")._maybe_compile_deep_gemm_one_type_all = record  # noqa: SLF001 - see PRIVATE
-        _names(f"{wrapper}.entrypoint").deep_gemm = _Nothing(importlib.import_module("deep_gemm"))
+        _names(f"{wrapper}.entrypoint").deep_gemm = _NoKernel(importlib.import_module("deep_gemm"))
         importlib.import_module("triton.runtime.jit").JITFunction.run = lambda *_, **__: None
 
     def _attempt(self, call: Callable[[], Any]) -> None:
         """Call; what it raises is a problem, because a shape would be missing in silence."""
         for module in list(sys.modules.values()):  # they bind it when they are imported, some of them late
             if getattr(module, "__dict__", {}).get("load_jit") is self._jit:
-                module.load_jit = lambda *_, **__: _Nothing()  # type: ignore[attr-defined]
+                module.load_jit = lambda *_, **__: _NoKernel()  # type: ignore[attr-defined]
         try:
             call()
         except Exception as error:  # noqa: BLE001 - see above

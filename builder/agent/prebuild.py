@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from builder import events, processes, sglang_args
 from builder.agent import model_shapes, probe, simulated_gpu
 from builder.agent.guard import SCRATCH, Guard
 from builder.agent.output import Output
-from builder.agent.prebuild_forks import Kernel, ModelWalk, Request, Sweep
+from builder.agent.prebuild_forks import Kernel, ModelWalk, Sweep, WorkerRequest
 from builder.agent.progress import LOG_SECONDS
 from builder.beneath import Tree
 from builder.cache import families, inventory, layout, model_store, toolchain
@@ -81,7 +81,7 @@ def shapes_by_sglang(
         gpu = toolchain.gpu_of(record)
         simulated = simulated_gpu.environment(_without_gpus(environ), place, gpu)
         argv = _server_argv(task.model, task.revision, task.argv)
-        asked = Request("walk", -1, place, 1, models=[ModelWalk(task.label, argv, [])])
+        asked = WorkerRequest("walk", -1, place, 1, models=[ModelWalk(task.label, argv, [])])
         for answer in _answers(asked, simulated, PrebuildRequest(gpu=gpu), workdir, output, guard):
             if "walked" in answer:
                 return tuple(Shape(*each["problem"]) for each in answer["sweeps"])
@@ -146,7 +146,7 @@ def _plan(job: Job, request: PrebuildRequest, place: str, output: Output, guard:
     if architecture is None:
         raise _Unable(f"DeepGEMM has no kernels for a GPU of capability {'.'.join(map(str, request.gpu.capability))}")
     nvcc = _nvcc(environ)
-    asked = Request(
+    asked = WorkerRequest(
         "plan", -1, place, _workers(request), nvcc=nvcc, architecture=architecture, sweeps=sweeps, models=walks
     )
     output.event(events.Phase("plan pass: importing sglang"))
@@ -164,7 +164,7 @@ def _plan(job: Job, request: PrebuildRequest, place: str, output: Output, guard:
         elif "unwalked" in answer:
             fallen_back += _from_table(answer, request, environ, output)
     if fallen_back:
-        again = Request("plan", -1, place, _workers(request), nvcc=nvcc, architecture=architecture, sweeps=fallen_back)
+        again = replace(asked, sweeps=fallen_back, models=[])
         shutil.rmtree(f"{place}/bin", ignore_errors=True)
         for answer in _answers(again, environ, request, job.workdir, output, guard):
             if "planned" in answer:
@@ -277,7 +277,7 @@ def _compile(
     summary: dict[str, Any] = {}
     imported = 0.0
     if kernels:
-        asked = Request(
+        asked = WorkerRequest(
             "compile",
             -1,
             place,
@@ -333,7 +333,12 @@ def _workers(request: PrebuildRequest) -> int:
 
 
 def _answers(
-    asked: Request, environ: Mapping[str, str], request: PrebuildRequest, workdir: str, output: Output, guard: Guard
+    asked: WorkerRequest,
+    environ: Mapping[str, str],
+    request: PrebuildRequest,
+    workdir: str,
+    output: Output,
+    guard: Guard,
 ) -> Iterator[dict[str, Any]]:
     """Run the child, and yield its answers while it works. Raises _Unable if it fails, or can do nothing."""
     reader, writer = os.pipe()

@@ -1,8 +1,8 @@
 """The process that imports sglang once, and forks what names or compiles the kernels of DeepGEMM shapes.
 
 It runs in the serving image's python, as a child of the in-container program (`prebuild`), on a simulated GPU only:
-importing sglang asks for the GPU, and a real driver does not survive a fork. Its argument is a `Request` as JSON. It
-answers by JSON lines on a separate descriptor; stdout and stderr are sglang's.
+importing sglang asks for the GPU, and a real driver does not survive a fork. Its argument is a `WorkerRequest` as JSON.
+It answers by JSON lines on a separate descriptor; stdout and stderr are sglang's.
 
 `prebuild_plan` names kernels, `prebuild_pool` compiles them. Both leave out sglang's lock for a shape: one worker would
 wait for another, and DeepGEMM publishes each entry by a rename.
@@ -66,7 +66,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Request:
+class WorkerRequest:
     """The argument. memory: bytes for all workers together, 0 for what is available.
 
     scratch: a folder for this process alone. cache: the family's directory. architecture: as nvcc names it.
@@ -88,7 +88,7 @@ class Request:
     gentle: bool = False
 
     @classmethod
-    def from_json(cls, text: str) -> Request:
+    def from_json(cls, text: str) -> WorkerRequest:
         data = json.loads(text)
         data["sweeps"] = [Sweep(**{**each, "problem": tuple(each["problem"])}) for each in data["sweeps"]]
         data["models"] = [ModelWalk(**each) for each in data["models"]]
@@ -113,7 +113,7 @@ def main(file: str) -> int:
     """Do the work of the request in this file. Returns the exit status: 1 where nothing can be done here at all."""
     from builder.agent import prebuild_plan, prebuild_pool
 
-    request = Request.from_json(Path(file).read_text(encoding="ascii"))
+    request = WorkerRequest.from_json(Path(file).read_text(encoding="ascii"))
     _give_way(request)
     answers = Answers(request.report)
     if not os.environ.get(PRETEND_VARIABLE):
@@ -136,12 +136,12 @@ def main(file: str) -> int:
     if request.mode == "compile":
         prebuild_pool.Pool(request, answers, compile_utils).run()
         return 0
-    plan = prebuild_plan.Plan(request, answers, compile_utils)
+    plan = prebuild_plan.PlanPass(request, answers, compile_utils)
     (plan.walk if request.mode == "walk" else plan.run)()
     return 0
 
 
-def _give_way(request: Request) -> None:
+def _give_way(request: WorkerRequest) -> None:
     """Set this process's place among others. What the system refuses is left to the engine's limits."""
     _set_oom_score(_FIRST_BUT_ITS_WORKERS)
     with contextlib.suppress(OSError):

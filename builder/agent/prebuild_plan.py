@@ -22,8 +22,8 @@ from typing import Any
 from builder.agent.prebuild_forks import (
     Answers,
     ModelWalk,
-    Request,
     Sweep,
+    WorkerRequest,
     compile_one,
     describe_end,
     fork,
@@ -48,7 +48,7 @@ exec cp {cubin} "$out"
 
 
 @dataclass(frozen=True)
-class _Child:
+class _SweepFork:
     """A fork that answers by one JSON document."""
 
     pid: int
@@ -57,13 +57,13 @@ class _Child:
     folder: Path
 
 
-class Plan:
+class PlanPass:
     """One plan pass: first the shapes of models, then the kernels of all shapes."""
 
-    def __init__(self, request: Request, answers: Answers, compile_utils: Any) -> None:
+    def __init__(self, request: WorkerRequest, answers: Answers, compile_utils: Any) -> None:
         self._request, self._answers, self._utils = request, answers, compile_utils
         self._scratch = Path(request.scratch)
-        self._children: dict[int, _Child] = {}  # by the descriptor of their answer
+        self._children: dict[int, _SweepFork] = {}  # by the descriptor of their answer
 
     def run(self) -> None:
         """Answer `planned` or `unplanned` for each sweep, and `walked` or `unwalked` for each model."""
@@ -92,7 +92,7 @@ class Plan:
         reader, writer = os.pipe()
         pid = fork(lambda: self._sweep(sweep, folder, writer, compiler), log)
         os.close(writer)
-        self._children[reader] = _Child(pid, log, sweep, folder)
+        self._children[reader] = _SweepFork(pid, log, sweep, folder)
 
     def _sweep(self, sweep: Sweep, folder: Path, writer: int, compiler: Path) -> None:
         """Find the M of each kernel. Runs in a fork."""

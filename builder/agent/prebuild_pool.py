@@ -22,7 +22,7 @@ from typing import Any
 
 from builder.agent.prebuild_forks import (
     Answers,
-    Request,
+    WorkerRequest,
     compile_one,
     describe_end,
     fork,
@@ -51,7 +51,7 @@ _CGROUP_MEMORY = (
 
 
 @dataclass
-class _Worker:
+class _CompileFork:
     """A fork that compiles one kernel after the other. job: index of the present one."""
 
     pid: int
@@ -63,12 +63,12 @@ class _Worker:
 class Pool:
     """All workers, and the kernels that wait. No method raises for what a worker does."""
 
-    def __init__(self, request: Request, answers: Answers, compile_utils: Any) -> None:
+    def __init__(self, request: WorkerRequest, answers: Answers, compile_utils: Any) -> None:
         self._request, self._answers, self._utils = request, answers, compile_utils
         self._scratch = Path(request.scratch)
         self._waiting = list(range(len(request.kernels)))
         self._tries: dict[int, int] = {}
-        self._workers: dict[int, _Worker] = {}  # by the descriptor of their channel
+        self._workers: dict[int, _CompileFork] = {}  # by the descriptor of their channel
         self._most = request.workers
         self._started, self._widest = 0, 0
         self._worker_bytes = 0
@@ -99,7 +99,7 @@ class Pool:
 
     # --- the parent --------------------------------------------------------------------------------------------------
 
-    def _busy(self) -> list[_Worker]:
+    def _busy(self) -> list[_CompileFork]:
         return [worker for worker in self._workers.values() if worker.job is not None]
 
     def _room(self) -> int:
@@ -126,7 +126,7 @@ class Pool:
                 worker.channel.sendall(json.dumps([kernel.problem, kernel.m]).encode() + b"\n")
         self._widest = max(self._widest, len(self._busy()))
 
-    def _start(self) -> _Worker:
+    def _start(self) -> _CompileFork:
         ours, theirs = socket.socketpair()
         log = self._scratch / f"worker-{self._started}.log"
         self._started += 1
@@ -144,7 +144,7 @@ class Pool:
             raise
         finally:
             theirs.close()
-        worker = self._workers[ours.fileno()] = _Worker(pid, ours, log)
+        worker = self._workers[ours.fileno()] = _CompileFork(pid, ours, log)
         return worker
 
     def _collect(self) -> None:
@@ -164,7 +164,7 @@ class Pool:
             else:
                 self._replace(worker)
 
-    def _take(self, worker: _Worker, answer: Mapping[str, Any]) -> None:
+    def _take(self, worker: _CompileFork, answer: Mapping[str, Any]) -> None:
         assert worker.job is not None
         job, worker.job = worker.job, None
         self._worker_bytes = max(self._worker_bytes, answer["bytes"])
@@ -181,7 +181,7 @@ class Pool:
             self._failures = 0
             self._answers.write(done=job, seconds=answer["seconds"])
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _CompileFork) -> None:
         """Take note of a worker's death. Its kernel gets another try, with fewer workers if memory was the reason."""
         job, others = worker.job, len(self._busy()) - 1
         assert job is not None
@@ -195,7 +195,7 @@ class Pool:
             self._failures += 1
             self._fail(job, describe_end(status, worker.log))
 
-    def _end(self, worker: _Worker) -> int:
+    def _end(self, worker: _CompileFork) -> int:
         del self._workers[worker.channel.fileno()]
         worker.channel.close()
         return os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])

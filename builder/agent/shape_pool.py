@@ -102,13 +102,13 @@ class ShapePool:
         """Run one worker after another in this slot, until no shape is left."""
         try:
             while self._queue:
-                with _Worker(number, self._request, self._pass_on) as worker:
+                with _ShapeProcess(number, self._request, self._pass_on) as worker:
                     if not self._is_ready(worker) or self._feed(worker):
                         return
         except (OSError, RuntimeError) as error:  # the PID limit: of a process, of a thread
             self._report(f"failed: a worker cannot be started: {error}")
 
-    def _is_ready(self, worker: _Worker) -> bool:
+    def _is_ready(self, worker: _ShapeProcess) -> bool:
         """Return whether a worker can compile. If it cannot, no other one could."""
         answer = worker.read()
         if answer is None or answer.ready is None:
@@ -122,7 +122,7 @@ class ShapePool:
                 self._line(f"{work}, {_counted(self._workers, 'worker')}, import took {worker.seconds:.1f} s")
         return True
 
-    def _feed(self, worker: _Worker) -> bool:
+    def _feed(self, worker: _ShapeProcess) -> bool:
         """Give a worker one shape after the other. Returns False if it died."""
         while (taken := self._next()) is not None:
             shape, text = taken
@@ -156,7 +156,7 @@ class ShapePool:
         """Return the number of Ms that sglang should compile; its own progress bar has the actual number."""
         return self._ms[1 if shape[0].endswith(CONTIGUOUS) else 0]
 
-    def _pass_on(self, worker: _Worker, line: bytes) -> None:
+    def _pass_on(self, worker: _ShapeProcess, line: bytes) -> None:
         """Pass on a worker's line, or take its progress bar into account."""
         bar = _BAR.search(line)
         prefix = b"[worker %d] " % worker.number if self._workers > 1 else b""
@@ -188,10 +188,10 @@ class ShapePool:
         self._out.flush()
 
 
-_OnLine = Callable[["_Worker", bytes], None]
+_OnLine = Callable[["_ShapeProcess", bytes], None]
 
 
-class _Worker:
+class _ShapeProcess:
     """One process of shape_worker.py. Leaving the context closes its stdin, which ends it."""
 
     def __init__(self, number: int, request: PoolRequest, on_line: _OnLine) -> None:
@@ -227,7 +227,7 @@ class _Worker:
         self._reader = threading.Thread(target=self._read, args=(on_line,))
         self._reader.start()
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> _ShapeProcess:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,6 @@
 """What a job did to its view: the upper layer against the generation below it and the merged view.
 
-The upper layer belongs to an untrusted job. It is walked once, without following a link and within `Bounds`; only
+The upper layer belongs to an untrusted job. It is walked once, without following a link and within `AuditBounds`; only
 regular files in it are opened, and nothing in it raises. A layer with more files than that is reported as such and not
 judged; where bytes or seconds end first, what was found until then is reported with the reason.
 
@@ -30,7 +30,7 @@ from builder.task import Shape
 
 
 @dataclass(frozen=True)
-class Bounds:
+class AuditBounds:
     """What one audit may cost. files: also directories, of the upper layer. bytes: that are compared."""
 
     files: int = 200_000
@@ -75,7 +75,7 @@ class _TooMuchError(Exception):
 class _Meter:
     """Counts what an audit costs. check: called from time to time, may raise."""
 
-    def __init__(self, bounds: Bounds, check: Callable[[], None]) -> None:
+    def __init__(self, bounds: AuditBounds, check: Callable[[], None]) -> None:
         self._bounds, self._check = bounds, check
         self._files, self._bytes = 0, 0
         self._until = time.monotonic() + bounds.seconds
@@ -106,12 +106,12 @@ class _Meter:
             raise _TooMuchError(f"it took more than {self._bounds.seconds:.0f} s")
 
 
-def audit(layers: Layers, *, now: float, check: Callable[[], None], bounds: Bounds | None = None) -> Audit:
+def audit(layers: Layers, *, now: float, check: Callable[[], None], bounds: AuditBounds | None = None) -> Audit:
     """Return everything that the job changed, or as much of it as the bounds allow.
 
     now: seconds since the epoch. check: called from time to time, may raise.
     """
-    found, meter = Audit(), _Meter(bounds or Bounds(), check)
+    found, meter = Audit(), _Meter(bounds or AuditBounds(), check)
     trees = _Trees(Tree.of(layers.lower), Tree.of(layers.upper), Tree.of(layers.merged), meter)
     places: dict[tuple[str, str], _Touched] = {}
     locks: list[tuple[float, Shape]] = []

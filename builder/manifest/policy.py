@@ -58,7 +58,7 @@ def _inside(value: str, allowed: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Rule:
+class PolicyRule:
     """One field of the manifest, and the list of the policy that its values have to be on."""
 
     section: str
@@ -76,17 +76,17 @@ class Rule:
 
 
 RULES = (
-    Rule("image", "ref", "allowed", _matches),
-    Rule("image", "setup", "setup", _equals),
-    Rule("cache", "root", "roots", _inside),
-    Rule("cache", "volume", "volumes", _matches),
-    Rule("models", "store", "stores", _inside),
-    Rule("models", "writable", "writable", _inside),
-    Rule("container", "network", "networks", _matches),
-    Rule("container", "secrets", "secrets", _matches),
-    Rule("gpus", "acquire", "hooks", _equals),
-    Rule("gpus", "release", "hooks", _equals),
-    Rule("refresh", "metrics", "metrics", _inside),
+    PolicyRule("image", "ref", "allowed", _matches),
+    PolicyRule("image", "setup", "setup", _equals),
+    PolicyRule("cache", "root", "roots", _inside),
+    PolicyRule("cache", "volume", "volumes", _matches),
+    PolicyRule("models", "store", "stores", _inside),
+    PolicyRule("models", "writable", "writable", _inside),
+    PolicyRule("container", "network", "networks", _matches),
+    PolicyRule("container", "secrets", "secrets", _matches),
+    PolicyRule("gpus", "acquire", "hooks", _equals),
+    PolicyRule("gpus", "release", "hooks", _equals),
+    PolicyRule("refresh", "metrics", "metrics", _inside),
 )
 SECTIONS = tuple(dict.fromkeys(rule.section for rule in RULES))
 #: Lists that no field of a manifest is compared with: roots whose keys `env` hands out writable, and files of shapes
@@ -125,7 +125,7 @@ class Policy:
 
     lists: Mapping[tuple[str, str], Allowed]
 
-    def allows(self, rule: Rule, value: str) -> bool:
+    def allows(self, rule: PolicyRule, value: str) -> bool:
         """Return whether one of the entries of the rule's list matches this value."""
         return any(rule.compare(value, entry) for entry in self.lists[rule.section, rule.list].entries)
 
@@ -171,7 +171,7 @@ class Policy:
         rule = next(rule for rule in RULES if (rule.section, rule.field) == (section, field))
         return None if self.allows(rule, value) else Problem(location, *self._refusal(rule, value))
 
-    def _refusal(self, rule: Rule, value: str) -> tuple[str, str]:
+    def _refusal(self, rule: PolicyRule, value: str) -> tuple[str, str]:
         allowed = self.lists[rule.section, rule.list]
         return (
             f"[{rule.section}] {rule.field} is {value!r}, which this host does not allow:",

@@ -34,7 +34,7 @@ _OFF = ("0", "false", "no", "off", "n", "f")
 
 
 @dataclass(frozen=True)
-class Server:
+class LaunchedServer:
     """What the rules look at. flags: options in their first spelling, with values; gpu: as `import-tests --gpu`."""
 
     launch: Launch
@@ -68,66 +68,66 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Rule:
+class RecipeRule:
     """Decides about a server for which `holds`. recipe: None where none warms it; why: a format string."""
 
     recipe: str | None
     why: str
-    holds: Callable[[Server], bool]
+    holds: Callable[[LaunchedServer], bool]
 
 
 #: The first one that holds decides.
-RULES: tuple[Rule, ...] = (
+RULES: tuple[RecipeRule, ...] = (
     # disaggregation/encoder/http_server.py: it has /encode, and no /generate.
-    Rule(None, "an encoder alone generates no tokens", lambda server: "--encoder-only" in server.flags),
+    RecipeRule(None, "an encoder alone generates no tokens", lambda server: "--encoder-only" in server.flags),
     # server_args.py: language_only needs encoder_urls.
-    Rule(None, "it needs the server of an encoder", lambda server: "--language-only" in server.flags),
+    RecipeRule(None, "it needs the server of an encoder", lambda server: "--language-only" in server.flags),
     # deep_gemm_wrapper/configurer.py; compile_deep_gemm.py would turn it on.
-    Rule(SERVE, "its environment turns DeepGEMM off", lambda server: server.is_off("SGLANG_ENABLE_JIT_DEEPGEMM")),
-    Rule(SERVE, "it runs in the test's own process", lambda server: server.launch.kind in ("engine", "bench")),
+    RecipeRule(SERVE, "its environment turns DeepGEMM off", lambda server: server.is_off("SGLANG_ENABLE_JIT_DEEPGEMM")),
+    RecipeRule(SERVE, "it runs in the test's own process", lambda server: server.launch.kind in ("engine", "bench")),
     # lora/backend: Triton's kernels, and csgmv's.
-    Rule(
+    RecipeRule(
         SERVE,
         "its adapters' kernels are Triton's",
         lambda server: "--enable-lora" in server.flags or "--lora-paths" in server.flags,
     ),
     # layers/quantization/__init__.py: only fp8 has a weight_block_size.
-    Rule(
+    RecipeRule(
         SERVE,
         "--quantization {quantization} is not FP8 in blocks",
         lambda server: server.flag("--quantization", default="fp8") != "fp8",
     ),
     # layers/moe/moe_runner/runner.py, layers/quantization/fp8.py: get_quant_method.
-    Rule(SERVE, "its experts run on {experts}", lambda server: server.experts not in ("auto", "deep_gemm")),
+    RecipeRule(SERVE, "its experts run on {experts}", lambda server: server.experts not in ("auto", "deep_gemm")),
     # arg_groups/overrides.py, DeepSeek-V4: auto becomes flashinfer_mxfp4.
-    Rule(
+    RecipeRule(
         SERVE,
         "its experts are FP4, and run on flashinfer_mxfp4",
         lambda server: server.fp4_experts and server.experts == "auto" and not server.apart,
     ),
     # arg_groups/overrides.py: auto becomes flashinfer_trtllm on SM100 for all families with such checkpoints.
-    Rule(
+    RecipeRule(
         SERVE,
         "on {gpu} its experts run on flashinfer_trtllm",
         lambda server: server.gpu == "B200" and server.in_blocks and server.experts == "auto" and not server.apart,
     ),
     # layers/quantization/unquant.py, mxfp4.py: DeepGEMM's grouped kernels for other checkpoints.
-    Rule(COMPILE, "its experts run on DeepGEMM", lambda server: server.experts == "deep_gemm"),
+    RecipeRule(COMPILE, "its experts run on DeepGEMM", lambda server: server.experts == "deep_gemm"),
     # layers/quantization/fp8_utils.py: _dispatch_explicit_backend.
-    Rule(
+    RecipeRule(
         SERVE,
         "--fp8-gemm-backend {dense} is not DeepGEMM",
         lambda server: server.flag("--fp8-gemm-backend", default="auto") not in ("auto", "deep_gemm"),
     ),
     # layers/quantization/fp8_utils.py: _dispatch_auto_backend takes DeepGEMM first.
-    Rule(COMPILE, "its checkpoint is FP8 in blocks", lambda server: server.in_blocks),
-    Rule(SERVE, "its checkpoint is not FP8 in blocks", lambda _server: True),
+    RecipeRule(COMPILE, "its checkpoint is FP8 in blocks", lambda server: server.in_blocks),
+    RecipeRule(SERVE, "its checkpoint is not FP8 in blocks", lambda _server: True),
 )
 
 
 def choose(launch: Launch, flags: Mapping[str, str], gpu: str) -> tuple[str | None, str]:
     """Return the recipe that warms a launch (None: none does), and why."""
-    server = Server(launch, flags, gpu)
+    server = LaunchedServer(launch, flags, gpu)
     rule = next(rule for rule in RULES if rule.holds(server))
     values = {
         "quantization": server.flag("--quantization"),

@@ -27,7 +27,7 @@ from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError, PreflightError
 from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
-from builder.run.unpacking import Bounds, unpack
+from builder.run.unpacking import UnpackBudget, unpack
 from builder.text import printable
 
 #: What decides whether a task is warm, besides the entries.
@@ -126,13 +126,13 @@ class CacheRoot:
         with self._scratch() as copy, self._reader() as container:
             if container is not None:
                 with self._copying():
-                    self._fetch(container, INDEX, copy, Bounds(INDEX_FILE, INDEX_BYTES))
+                    self._fetch(container, INDEX, copy, UnpackBudget(INDEX_FILE, INDEX_BYTES))
                     if entries:
                         claimed = _claimed(copy)
                         if keys is not None:
                             claimed &= {f"{family}/{key}" for family, key in keys}
                         free = shutil.disk_usage(copy).free
-                        self._fetch(container, sorted(claimed), copy, Bounds(ENTRY_FILE, int(free * SHARE)))
+                        self._fetch(container, sorted(claimed), copy, UnpackBudget(ENTRY_FILE, int(free * SHARE)))
             yield copy
 
     @contextlib.contextmanager
@@ -163,7 +163,7 @@ class CacheRoot:
             if container is None:
                 return False
             with self._copying():
-                self._fetch(container, ("layout.json",), copy, Bounds(INDEX_FILE, INDEX_BYTES))
+                self._fetch(container, ("layout.json",), copy, UnpackBudget(INDEX_FILE, INDEX_BYTES))
             return _is_same(_identity(copy), _identity(direct))
 
     def prove(self, volume: str) -> None:
@@ -243,19 +243,19 @@ class CacheRoot:
         except MissingSourceError:
             return None
 
-    def _fetch(self, container: str, names: Iterable[str], copy: Path, bounds: Bounds) -> None:
+    def _fetch(self, container: str, names: Iterable[str], copy: Path, bounds: UnpackBudget) -> None:
         mount = PurePosixPath(self._manifest.cache.mount)
         for name in names:
             self._unpack(container, f"{mount}/{name}", copy / PurePosixPath(name).parent, bounds)
         self._warn(bounds)
 
-    def _warn(self, bounds: Bounds) -> None:
+    def _warn(self, bounds: UnpackBudget) -> None:
         for text in bounds.skipped:
             self._on_skip(f"{self.name}: {text}")
 
     def _fetch_model(self, container: str, model: str, copy: Path) -> None:
         base = model_store.repository(model)
-        bounds = Bounds(INDEX_FILE, INDEX_BYTES)
+        bounds = UnpackBudget(INDEX_FILE, INDEX_BYTES)
         self._unpack(container, f"{STORE}/{base}/refs", copy / base, bounds)
         for reference in (copy / base / "refs").glob("*") if (copy / base / "refs").is_dir() else ():
             commit = reference.read_text(errors="replace").strip()
@@ -272,7 +272,7 @@ class CacheRoot:
                     (copy / snapshot).mkdir(parents=True, exist_ok=True)
                     shutil.move(str(file), copy / snapshot / "config.json")
 
-    def _unpack(self, container: str, source: str, target: Path, bounds: Bounds) -> None:
+    def _unpack(self, container: str, source: str, target: Path, bounds: UnpackBudget) -> None:
         """Unpack `source` below `target`. Regular files and directories only, no link or device."""
         try:
             stream = self._engine.archive(container, source)

@@ -16,7 +16,7 @@ from builder.events import Event
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import Job
-from builder.recording import Request
+from builder.recording import RecordingRequest
 from builder.run.launch_records import child_environment, total_seconds
 from builder.task import Task
 
@@ -35,7 +35,7 @@ class InContainer:
 
     executor: ContainerExecutor
 
-    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
+    def __call__(self, request: RecordingRequest, on_event: Callable[[Event], None]) -> str:
         from builder.engine.api import Mount
         from builder.engine.container import Deadlines
         from builder.run import container_job
@@ -78,7 +78,7 @@ class InChild:
     environ: Mapping[str, str]
     cancel: Cancel
 
-    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
+    def __call__(self, request: RecordingRequest, on_event: Callable[[Event], None]) -> str:
         from builder.run.executor import Watcher
         from builder.run.local_job import AgentProcess
 

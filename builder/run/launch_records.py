@@ -19,7 +19,17 @@ from typing import Protocol
 
 from builder import files
 from builder.events import Event, LaunchRecorded
-from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode, encode, from_mapping
+from builder.recording import (
+    FileEnd,
+    Launch,
+    Record,
+    RecordingRequest,
+    TestFile,
+    Unrecorded,
+    decode,
+    encode,
+    from_mapping,
+)
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: What of the program decides what is recorded.
@@ -40,7 +50,7 @@ _RESTARTS = 8
 class Recorder(Protocol):
     """Something that runs a request. on_event: is called with each of its events; returns why it ended early, or ""."""
 
-    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str: ...
+    def __call__(self, request: RecordingRequest, on_event: Callable[[Event], None]) -> str: ...
 
 
 @dataclass
@@ -79,7 +89,7 @@ class FileRecords:
             self.broken = self.broken or (record.state == "not-understood" and not record.test)
 
 
-def record(request: Request, recorder: Recorder, store: Store | None) -> list[FileRecords]:
+def record(request: RecordingRequest, recorder: Recorder, store: Store | None) -> list[FileRecords]:
     """Return the records of every file of the request, in its order."""
     known = {file: store.find(request, file) for file in request.files} if store is not None else {}
     results = {file: known.get(file) or FileRecords(file) for file in request.files}
@@ -132,7 +142,7 @@ class Store:
         sources = sorted(path for pattern in _RECORDER for path in _PACKAGE.glob(pattern))
         self._recorder = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
-    def find(self, request: Request, file: TestFile) -> FileRecords | None:
+    def find(self, request: RecordingRequest, file: TestFile) -> FileRecords | None:
         """Return the records of this file where all that they depend on is as it was."""
         try:
             document = files.read_json(str(self._path(request, file)), _LARGEST)
@@ -146,7 +156,7 @@ class Store:
             return None
         return found if found.end is not None and file.path in digests else None
 
-    def keep(self, request: Request, records: FileRecords) -> None:
+    def keep(self, request: RecordingRequest, records: FileRecords) -> None:
         """Keep the records of a file whose tests have ended, unless they depend on more than files."""
         if records.end is None or records.broken or records.end.listed:
             return
@@ -171,11 +181,11 @@ class Store:
                 os.unlink(name)  # noqa: PTH108
                 raise
 
-    def _path(self, request: Request, file: TestFile) -> Path:
+    def _path(self, request: RecordingRequest, file: TestFile) -> Path:
         key = "\0".join((self._recorder, request.gpu, str(file.gpus), file.path))
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
-    def _digest(self, request: Request, name: str) -> str:
+    def _digest(self, request: RecordingRequest, name: str) -> str:
         """Return the digest of a file of the checkout; "" where there is none."""
         path = Path(request.checkout, name)
         if path not in self._digests:
@@ -186,7 +196,7 @@ class Store:
         return self._digests[path]
 
 
-def total_seconds(request: Request) -> float:
+def total_seconds(request: RecordingRequest) -> float:
     """Return how long the recorder may take: every file its limit, one after the other on each worker, and a start."""
     return 60.0 + request.seconds_per_file * (1 + len(request.files) / max(1, request.workers))
 

@@ -26,7 +26,7 @@ _MOST_NAMED = 20
 
 
 @dataclass
-class Bounds:
+class UnpackBudget:
     """What is left of the bytes and files that may be unpacked. file: bytes of one file.
 
     skipped: what was left out, with the reason. Bytes that are only read to get past a file count as well.
@@ -67,7 +67,7 @@ class _BrokenOff(Exception):
     """The rest of this archive is not read."""
 
 
-def unpack(chunks: Iterator[bytes], source: str, target: Path, bounds: Bounds) -> None:
+def unpack(chunks: Iterator[bytes], source: str, target: Path, bounds: UnpackBudget) -> None:
     """Unpack an archive of `source` below `target`. Raises tarfile.TarError, and OSError for the target's disk."""
     try:
         with tarfile.open(fileobj=cast(IO[bytes], _Reader(chunks)), mode="r|") as tar:

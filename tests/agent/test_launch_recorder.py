@@ -13,7 +13,7 @@ import pytest
 
 from builder import events
 from builder.job import Job
-from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, from_mapping
+from builder.recording import FileEnd, Launch, Record, RecordingRequest, TestFile, Unrecorded, from_mapping
 from tests.checkout import Checkout
 from tests.program import NONCE, ROOT
 
@@ -52,7 +52,7 @@ def record(checkout: Checkout, tmp_path: Path) -> Recorder:
 
     def run(*names: str, gpus: int = 8, **changes: object) -> Recorded:
         files = tuple(TestFile(name, gpus) for name in names)
-        request = Request(str(checkout.root), files, seconds_per_test=3.0, seconds_per_file=8.0)
+        request = RecordingRequest(str(checkout.root), files, seconds_per_test=3.0, seconds_per_file=8.0)
         path = tmp_path / "request.json"
         path.write_text(replace(request, **changes).to_json())  # type: ignore[arg-type]
         job = Job(mode="record", nonce=NONCE, mount=str(tmp_path), record=str(path))

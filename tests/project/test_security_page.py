@@ -31,7 +31,7 @@ def test_every_field_of_a_manifest_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("rule", policy.RULES, ids=lambda rule: f"{rule.section}-{rule.field}")
-def test_row_names_the_list_that_bounds_the_field(rule: policy.Rule) -> None:
+def test_row_names_the_list_that_bounds_the_field(rule: policy.PolicyRule) -> None:
     assert rows()[f"[{rule.section}] {rule.field}"][1] == f"`[{rule.section}] {rule.list}`"
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, decode, encode
+from builder.recording import FileEnd, Launch, Record, RecordingRequest, TestFile, Unrecorded, decode, encode
 
 LAUNCH = Launch("TestIt.setUpClass", "test/a.py:7", "pd", "org/m", ("--tp", "8"), (("A", "1"),))
 
@@ -49,8 +49,8 @@ def test_decode_refuses_other_line(line: bytes) -> None:
 
 
 def test_request_survives_its_document() -> None:
-    request = Request("/co", (TestFile("test/a.py", 4),), gpu="B200", workers=3)
-    assert Request.from_json(request.to_json()) == request
+    request = RecordingRequest("/co", (TestFile("test/a.py", 4),), gpu="B200", workers=3)
+    assert RecordingRequest.from_json(request.to_json()) == request
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_request_survives_its_document() -> None:
 )
 def test_request_refuses_other_document(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Request.from_json(text)
+        RecordingRequest.from_json(text)

@@ -17,7 +17,7 @@ from builder.cli.options import OPTIONS, ManifestArgs
 from builder.errors import ColdError, UsageError
 from builder.manifest import from_tests, recorded_tasks, rewrite, suites
 from builder.manifest.load import Manifest, Overrides, image_alone, load
-from builder.recording import Launch, Request, Unrecorded
+from builder.recording import Launch, RecordingRequest, Unrecorded
 from builder.run import launch_recorders, launch_records
 from builder.task import RECIPES
 from builder.text import counted, did_you_mean, printable
@@ -54,7 +54,7 @@ def run(args: ImportTestsArgs, invocation: Invocation) -> None:
         raise UsageError("--anew says how --update rewrites a manifest; pass --update FILE")
     manifest = _updated(update) if update is not None else invocation.named_manifest(needs_cache=False)
     selection = suites.select(args.paths, args.suite)
-    request = Request(
+    request = RecordingRequest(
         checkout=str(selection.checkout),
         files=selection.files,
         gpu=args.gpu or _gpu_of(manifest),

@@ -13,7 +13,7 @@ import pytest
 
 from builder.cache import generations, overlay_audit
 from builder.cache.findings import Audit, proposal
-from builder.cache.overlay_audit import Bounds, Layers
+from builder.cache.overlay_audit import AuditBounds, Layers
 from builder.events import Finding
 from builder.task import Shape
 from tests.unit.cache.test_inventory import deep_gemm_entry, elf, triton_entry
@@ -39,7 +39,7 @@ class View:
             (self.lower / name).write_text("{}")
         shutil.copytree(self.lower, self.merged, symlinks=True)
 
-    def audit(self, *, bounds: Bounds | None = None) -> Audit:
+    def audit(self, *, bounds: AuditBounds | None = None) -> Audit:
         self.upper.mkdir()
         self._settle("")
         layers = Layers(self.lower, self.upper, self.merged, "/jit", self.created)
@@ -252,7 +252,7 @@ def test_audit_beyond_budget_is_not_judged(view: View) -> None:
     many = view.merged / GEMM / "cache" / f"gemm_a.{'a' * 32}"
     for number in range(300):
         (many / f"{number}").write_text("x")
-    found = view.audit(bounds=Bounds(files=200))
+    found = view.audit(bounds=AuditBounds(files=200))
     assert found.findings == [] and found.truncated == "more than 200 files were written: none was judged"
 
 
@@ -312,9 +312,9 @@ def test_span_counts_overlapping_time_once() -> None:
 def test_audit_beyond_its_bytes_or_seconds_reports_what_it_found(view: View) -> None:
     deep_gemm_entry(view.merged / GEMM, f"cache/gemm_new.{'9' * 32}")
     (view.merged / INDUCTOR / "a" / "kernel.so").write_bytes((view.lower / INDUCTOR / "a" / "kernel.so").read_bytes())
-    found = view.audit(bounds=Bounds(bytes=10))
+    found = view.audit(bounds=AuditBounds(bytes=10))
     assert [finding.kind for finding in found.findings] == ["compiled"]
     assert "more than 10 bytes would have to be compared: not all was judged" in found.truncated
     shutil.rmtree(view.upper)
-    found = view.audit(bounds=Bounds(seconds=-1.0))
+    found = view.audit(bounds=AuditBounds(seconds=-1.0))
     assert "it took more than" in found.truncated

@@ -9,7 +9,7 @@ import pytest
 
 from builder import events
 from builder.events import Event, LaunchRecorded
-from builder.recording import FileEnd, Launch, Record, Request, TestFile, Unrecorded, fields_of
+from builder.recording import FileEnd, Launch, Record, RecordingRequest, TestFile, Unrecorded, fields_of
 from builder.run.launch_records import FileRecords, Store, record
 
 A, B, C = (TestFile(f"test/{name}.py", 8) for name in "abc")
@@ -33,7 +33,7 @@ class Recorder:
         self.deadly, self.listed = deadly, listed
         self.asked: list[tuple[TestFile, ...]] = []
 
-    def __call__(self, request: Request, on_event: Callable[[Event], None]) -> str:
+    def __call__(self, request: RecordingRequest, on_event: Callable[[Event], None]) -> str:
         self.asked.append(request.files)
         for file in request.files:
             if file in self.deadly:
@@ -47,24 +47,24 @@ class Recorder:
 
 
 @pytest.fixture
-def request_(tmp_path: Path) -> Request:
+def request_(tmp_path: Path) -> RecordingRequest:
     for name in ("a", "b", "c"):
         path = tmp_path / "co" / "test" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     (tmp_path / "co" / "lib.py").write_text("lib")
-    return Request(str(tmp_path / "co"), (A, B, C))
+    return RecordingRequest(str(tmp_path / "co"), (A, B, C))
 
 
 def launches(found: list[FileRecords]) -> list[Launch]:
     return [each for records in found for each in records.launches]
 
 
-def test_record_takes_events_of_its_files_alone(request_: Request) -> None:
+def test_record_takes_events_of_its_files_alone(request_: RecordingRequest) -> None:
     assert launches(record(request_, Recorder(), None)) == [launch(A), launch(B), launch(C)]
 
 
-def test_record_blames_file_that_ends_recorder_and_goes_on(request_: Request) -> None:
+def test_record_blames_file_that_ends_recorder_and_goes_on(request_: RecordingRequest) -> None:
     recorder = Recorder((B,))
     found = record(request_, recorder, None)
     assert launches(found) == [launch(A), launch(C)]
@@ -72,12 +72,12 @@ def test_record_blames_file_that_ends_recorder_and_goes_on(request_: Request) ->
     assert recorder.asked == [(A, B, C), (B, C), (C,)]
 
 
-def test_record_ends_when_every_file_ends_recorder(request_: Request) -> None:
+def test_record_ends_when_every_file_ends_recorder(request_: RecordingRequest) -> None:
     found = record(request_, Recorder((A, B, C)), None)
     assert [len(each.problems) for each in found] == [1, 1, 1]
 
 
-def test_store_returns_what_was_kept(request_: Request, tmp_path: Path) -> None:
+def test_store_returns_what_was_kept(request_: RecordingRequest, tmp_path: Path) -> None:
     first = record(request_, Recorder(), Store(tmp_path / "store"))
     recorder = Recorder()
     again = record(request_, recorder, Store(tmp_path / "store"))
@@ -87,7 +87,7 @@ def test_store_returns_what_was_kept(request_: Request, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "again"), [("test/b.py", (B,)), ("lib.py", (A, B, C)), ("absent.py", (A, B, C))])
 def test_store_forgets_file_when_what_it_read_changes(
-    request_: Request, tmp_path: Path, name: str, again: tuple[TestFile, ...]
+    request_: RecordingRequest, tmp_path: Path, name: str, again: tuple[TestFile, ...]
 ) -> None:
     record(request_, Recorder(), Store(tmp_path / "store"))
     (tmp_path / "co" / name).write_text("changed")
@@ -96,12 +96,12 @@ def test_store_forgets_file_when_what_it_read_changes(
     assert recorder.asked == [again]
 
 
-def test_store_keeps_nothing_when_a_folder_was_listed(request_: Request, tmp_path: Path) -> None:
+def test_store_keeps_nothing_when_a_folder_was_listed(request_: RecordingRequest, tmp_path: Path) -> None:
     record(request_, Recorder(listed=True), Store(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
 
 
-def test_store_keeps_nothing_of_broken_file(request_: Request, tmp_path: Path) -> None:
+def test_store_keeps_nothing_of_broken_file(request_: RecordingRequest, tmp_path: Path) -> None:
     record(request_, Recorder((B,)), Store(tmp_path / "store"))
     recorder = Recorder()
     record(request_, recorder, Store(tmp_path / "store"))
@@ -111,7 +111,7 @@ def test_store_keeps_nothing_of_broken_file(request_: Request, tmp_path: Path) -
 @pytest.mark.parametrize(
     "damage", [b"", b"{}", b'{"digests": [], "records": []}', b"\xff", b'{"digests": {}, "records": [1]}']
 )
-def test_store_ignores_damaged_record(request_: Request, tmp_path: Path, damage: bytes) -> None:
+def test_store_ignores_damaged_record(request_: RecordingRequest, tmp_path: Path, damage: bytes) -> None:
     record(request_, Recorder(), Store(tmp_path / "store"))
     for path in (tmp_path / "store").iterdir():
         path.write_bytes(damage)
@@ -120,7 +120,7 @@ def test_store_ignores_damaged_record(request_: Request, tmp_path: Path, damage:
     assert recorder.asked == [(A, B, C)]
 
 
-def test_store_that_cannot_be_written_costs_nothing(request_: Request, tmp_path: Path) -> None:
+def test_store_that_cannot_be_written_costs_nothing(request_: RecordingRequest, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert len(launches(record(request_, Recorder(), Store(tmp_path / "file")))) == 3
 
