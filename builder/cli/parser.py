@@ -8,16 +8,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import shutil
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from builder import __version__
+from builder.cli import help_texts
+from builder.cli.help_texts import Formatter, filled, rows, usage
 from builder.cli.options import OPTIONS, OPTIONS_OF, Args
-from builder.cli.statuses import STATUSES, statuses
-from builder.cli.verbs import VERBS, Verb
+from builder.cli.statuses import statuses
+from builder.cli.verbs import VERBS, Action
 from builder.errors import UsageError
 from builder.text import did_you_mean, printable
 
@@ -34,8 +34,6 @@ SWITCHES = {
     **dict.fromkeys(("1", "true", "yes", "y", "on"), True),
     **dict.fromkeys(("0", "false", "no", "n", "off", ""), False),
 }
-#: Columns of the longest line of a help text.
-WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -55,25 +53,13 @@ class CommandLineError(UsageError):
         self.usage = f"usage: {usage(verb)}"
 
 
-def usage(verb: str | None) -> str:
-    """Return the usage line of a verb, or of the program."""
-    if verb is None:
-        return "warm-cache VERB [option ...]"
-    words = VERBS[verb]
-    arguments = [
-        (f"[{each.metavar}]" if each.optional else each.metavar) + (" ..." if each.many else "")
-        for each in words.arguments
-    ]
-    return " ".join(["warm-cache", verb, *arguments, "[option ...]"]) + (
-        " -- CMD [argument ...]" if words.needs == "command" else ""
-    )
-
-
 class _Parser(argparse.ArgumentParser):
     """Raises UsageError where argparse would exit; --help and --version still raise SystemExit."""
 
-    def __init__(self, verb: str | None = None, **keywords: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Formatter, usage=usage(verb), **keywords)
+    def __init__(self, verb: str | None = None, action: Action | None = None, **keywords: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=Formatter, usage=filled(usage(verb, action), indent=" " * 7), **keywords
+        )
         self.verb = verb
 
     def error(self, message: str) -> NoReturn:
@@ -97,13 +83,11 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=min(WIDTH, shutil.get_terminal_size((80, 24)).columns))
+class _Top(_Parser):
+    """The parser of the program's own help, whose verbs stand in groups."""
 
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, WIDTH)
+    def format_help(self) -> str:
+        return help_texts.program()
 
 
 def top(fill: Callable[[str, argparse.ArgumentParser], None] | None = None) -> argparse.ArgumentParser:
@@ -111,14 +95,7 @@ def top(fill: Callable[[str, argparse.ArgumentParser], None] | None = None) -> a
 
     fill: is called with the name and the parser of each verb, and may add options to it.
     """
-    parser = _Parser(
-        prog="warm-cache",
-        description=_filled(
-            "Compile every JIT kernel that sglang's test jobs will need into a persistent cache, prove it, and "
-            "leave nothing behind."
-        ),
-        epilog=f"example: {VERBS['warm'].example}\n\n{STATUSES}",
-    )
+    parser = _Top(prog="warm-cache", description=help_texts.ABOUT)
     parser.add_argument("--version", action="version", version=f"warm-cache {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=argparse.ArgumentParser)
     for name, verb in VERBS.items():
@@ -128,32 +105,39 @@ def top(fill: Callable[[str, argparse.ArgumentParser], None] | None = None) -> a
     return parser
 
 
-def parser(name: str) -> argparse.ArgumentParser:
-    """Return the parser of a verb."""
+def parser(name: str, action: Action | None = None) -> argparse.ArgumentParser:
+    """Return the parser of a verb, or of one of its actions."""
     verb = VERBS[name]
+    text, example = (verb.help, verb.example) if action is None else (action.help, action.example)
+    parts = [f"{filled(text[0].upper() + text[1:] + '.')}"]
+    if verb.actions and action is None:
+        parts.append("\n".join(["actions:", *rows([(each.name, each.help) for each in verb.actions])]))
+    more = [f"More: warm-cache {name} ACTION --help"] if verb.actions and action is None else []
     found = _Parser(
         name,
-        prog=f"warm-cache {name}",
-        description=_filled(verb.help[0].upper() + verb.help[1:] + "."),
+        action,
+        prog=f"warm-cache {name}" + (f" {action.name}" if action else ""),
+        description="\n\n".join(parts),
         epilog="\n\n".join(
             [
-                *map(_filled, filter(None, verb.details.split("\n\n"))),
-                f"example: {verb.example}",
-                _filled(statuses(name, verb)),
+                *map(filled, filter(None, verb.details.split("\n\n"))),
+                *more,
+                filled(f"example: {example}"),
+                filled(statuses(name, verb)),
             ]
         ),
     )
-    add_options(found, name)
+    add_options(found, name, action)
     return found
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> list[argparse.Action]:
+def add_options(parser: argparse.ArgumentParser, name: str, action: Action | None = None) -> list[argparse.Action]:
     """Add the verb's arguments and options to a parser, without choices: `_check` has them, for variables too."""
     added, verb, own = [], VERBS[name], OPTIONS_OF.get(name, {})
-    for argument in verb.arguments:
+    for argument in verb.arguments_of(action):
         nargs = {(True, False): "+", (True, True): "*", (False, True): "?"}.get((argument.many, argument.optional))
         added.append(parser.add_argument(argument.name, metavar=argument.metavar, nargs=nargs, help=argument.help))
-    for option in verb.options:
+    for option in verb.options_of(action):
         flags = ["-v", "--verbose"] if option == "verbose" else [f"--{option}"]
         words = {**OPTIONS[option], **own.get(option, {})}
         keywords = {keyword: value for keyword, value in words.items() if keyword != "choices"}
@@ -165,12 +149,16 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
     """Return the verb and its arguments. Raises UsageError, and SystemExit after --help and --version."""
     words, command = _split(argv)
     name = _verb(words)
-    found, rest = parser(name).parse_known_intermixed_args(words[1:])
+    verb = VERBS[name]
+    # An action that does not follow its verb at once (`view --json list`) is an argument like any other.
+    action = next((each for each in verb.actions if words[1:2] == [each.name]), None)
+    found, rest = parser(name, action).parse_known_intermixed_args(words[2 if action else 1 :])
     if rest:
-        raise CommandLineError(_surplus(name, rest), name)
-    verb, values = VERBS[name], vars(found)
-    sources = _add_variables(verb, values, environ)
+        raise CommandLineError(_surplus(name, rest, action), name)
+    values = {**vars(found), **({"action": action.name} if action else {})}
+    sources = _add_variables(verb.options_of(action), values, environ)
     _check(name, values, sources)
+    _check_action(name, values)
     if verb.needs == "command":
         values["command"] = command
     given = {name: value for name, value in values.items() if value is not None}
@@ -223,20 +211,23 @@ def _verb(words: list[str]) -> str:
     raise CommandLineError(f"there is no option {word!r}; see: warm-cache --help", None)
 
 
-def _surplus(name: str, rest: list[str]) -> str:
+def _surplus(name: str, rest: list[str], action: Action | None) -> str:
     verb = VERBS[name]
+    title = f"{name} {action.name}" if action else name
     for word in rest:
         option = word.partition("=")[0]
         if not option.startswith("-") or option in ("-", "--"):
             continue
-        others = [other for other, its in VERBS.items() if option.removeprefix("--") in its.options]
+        plain = option.removeprefix("--")
+        others = [f"{name} {each.name}" for each in verb.actions if plain in each.own]
+        others = others or [other for other, its in VERBS.items() if plain in its.options]
         if others:
-            return f"{option} is no option of {name}, but of {', '.join(others)}"
-        hint = _close(option, (f"--{known}" for known in verb.options)) or f"see: warm-cache {name} --help"
+            return f"{option} is no option of {title}, but of {', '.join(others)}"
+        hint = _close(option, (f"--{known}" for known in verb.options)) or f"see: warm-cache {title} --help"
         return f"there is no option {option!r}; {hint}"
     more = "; the command follows after two dashes" if verb.needs == "command" else ""
     argument = next((word for word in rest if word != "--"), "--")
-    return f"{name} takes no argument {argument!r}{more}"
+    return f"{title} takes no argument {argument!r}{more}"
 
 
 def _close(word: str, known: Iterable[str]) -> str:
@@ -246,11 +237,11 @@ def _close(word: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else ""
 
 
-def _add_variables(verb: Verb, values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+def _add_variables(options: Iterable[str], values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
     """Add the values that variables give to options without a flag. Return the variables used, by option."""
     sources: dict[str, str] = {}
     chosen = bool(values.get("manifest") is not None or values.get("profile") is not None)
-    for option in verb.options:
+    for option in options:
         name = option.replace("-", "_")
         variable = ENVIRONMENT + name.upper()
         value: Any = environ.get(variable)
@@ -291,7 +282,7 @@ def _check(name: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> 
     """Raise UsageError for a value that is not UTF-8, or none of its choices."""
     for option in VERBS[name].options:
         location = sources.get(option, f"--{option}")
-        for text in _texts(values[option.replace("-", "_")]):
+        for text in _texts(values.get(option.replace("-", "_"))):
             if not _is_text(text):
                 raise UsageError(f"{location}: {text!r} is not valid UTF-8, and cannot be used")
             choices = OPTIONS[option].get("choices")
@@ -299,11 +290,29 @@ def _check(name: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> 
                 message = f"{location} is {text!r}: one of {', '.join(choices)} is wanted"
                 raise UsageError(message) if option in sources else CommandLineError(message, name)
     for argument in VERBS[name].arguments:
-        for text in _texts(values[argument.name]):
+        for text in _texts(values.get(argument.name)):
             if not _is_text(text):
                 raise UsageError(f"{argument.metavar}: {text!r} is not valid UTF-8, and cannot be used")
             if argument.choices and text not in argument.choices:
                 raise CommandLineError(f"{argument.metavar} is {text!r}: {did_you_mean(text, argument.choices)}", name)
+
+
+def _check_action(name: str, values: Mapping[str, Any]) -> None:
+    """Raise CommandLineError for an argument that an action needs, or an option or argument that it does not take."""
+    verb = VERBS[name]
+    action = next((each for each in verb.actions if each.name == values.get("action")), None)
+    if action is None:
+        return
+    title = f"{name} {action.name}"
+    for argument in verb.arguments:
+        given = values.get(argument.name) is not None
+        if argument.name in action.arguments and not given:
+            raise CommandLineError(f"{title} needs a {argument.metavar}: the {argument.help}", name)
+        if given and argument.name not in (*action.arguments, "action"):
+            raise CommandLineError(f"{title} takes no {argument.metavar}, found {values[argument.name]!r}", name)
+    for option in verb.own:
+        if values.get(option.replace("-", "_")) and option not in action.own:
+            raise CommandLineError(_surplus(name, [f"--{option}"], action), name)
 
 
 def _texts(value: Any) -> list[str]:

@@ -45,10 +45,10 @@ def statuses(name: str, verb: Verb) -> str:
     return "exit status: " + "; ".join([*parts, "129, 130 or 143 a signal"])
 
 
-STATUSES = """exit status: 0 done (warm, check, env, refresh: all is warm) · 1 defect ·
-2 usage or manifest · 10 cold (check, env), bad entries (verify), launches not
-covered (import-tests), something compiled (audits) · 11 some tasks failed,
-partial, timed out or skipped · 12 this machine can't run it, or the result
-could not be written · 13 GPUs not released · 14 budget exhausted · 15 cache or
-GPUs busy · 16 engine lost · 17 deferred (refresh) · 129/130/143 signal · hold:
-CMD's. Where several apply: signal, 1, 16, 13, 14, 11."""
+STATUSES = (
+    "exit status: 0 done (warm, check, env, refresh: all is warm) · 1 defect · 2 usage or manifest · 10 cold (check, "
+    "env), bad entries (verify), launches not covered (import-tests), something compiled (audits) · 11 some tasks "
+    "failed, partial, timed out or skipped · 12 this machine can't run it, or the result could not be written · 13 "
+    "GPUs not released · 14 budget exhausted · 15 cache or GPUs busy · 16 engine lost · 17 deferred (refresh) · "
+    "129/130/143 signal · hold: CMD's. Where several apply: signal, 1, 16, 13, 14, 11."
+)

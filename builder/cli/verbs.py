@@ -7,13 +7,16 @@ with one field for each option and argument (``CheckArgs`` for ``check``), and `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from builder.cli.options import POLICY, PROOF, STARTS
 
 #: What a verb works with. engine: a manifest and an engine. nothing: neither, or what its options name. command: the
 #: user's command, which follows after ``--`` and owns stdout.
 Needs = Literal["engine", "nothing", "command"]
+#: The parts of the program's help, in their order.
+Group = Literal["Warm", "Inspect", "Maintain", "Test jobs", "Share", "Manifests", "Help"]
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,26 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Action:
+    """One of the things that a verb does, named by the word after the verb."""
+
+    name: str
+    help: str  # one line
+    example: str
+    own: tuple[str, ...] = ()  # of the verb's own options
+    arguments: tuple[str, ...] = ()  # of the verb's arguments; each is required
+
+
+@dataclass(frozen=True)
 class Verb:
     """One verb."""
 
+    group: Group
     help: str  # one line
     example: str  # a command line that works
     own: tuple[str, ...] = ()  # names in OPTIONS, after the SHARED ones
     arguments: tuple[Argument, ...] = ()
+    actions: tuple[Action, ...] = ()
     needs: Needs = "engine"
     text: bool = False  # the result is text on stdout, and all messages go to stderr
     shown: bool = False  # the result is what it says on stdout: not delivered, it is no success
@@ -49,6 +65,16 @@ class Verb:
         """Return the names of all its options."""
         return (*SHARED[self.needs], *self.own, *(("here",) if self.here else ()))
 
+    def options_of(self, action: Action | None) -> tuple[str, ...]:
+        """Return the names of an action's options; of all options without an action."""
+        return self.options if action is None else (*SHARED[self.needs], *action.own)
+
+    def arguments_of(self, action: Action | None) -> tuple[Argument, ...]:
+        """Return the arguments after an action's name; all arguments without an action."""
+        if action is None:
+            return self.arguments
+        return tuple(each for each in self.arguments if each.name in action.arguments)
+
 
 #: The options that all verbs with the same needs have in common.
 SHARED: dict[Needs, tuple[str, ...]] = {
@@ -57,8 +83,49 @@ SHARED: dict[Needs, tuple[str, ...]] = {
     "nothing": ("json", "verbose"),
 }
 
+_VIEW_ACTIONS = (
+    Action(
+        "create",
+        "make a view, and print the arguments of docker run that give it to a job",
+        "warm-cache view create pr-4711 --profile h200",
+        ("replace", "lock-timeout"),
+        ("job",),
+    ),
+    Action(
+        "audit",
+        "report what the job compiled although the cache is warm, and what it changed",
+        "warm-cache view audit pr-4711 --profile h200 --fail-on-jit",
+        ("fail-on-jit",),
+        ("job",),
+    ),
+    Action(
+        "promote",
+        "print lines of a manifest that would cover what the job compiled",
+        "warm-cache view promote pr-4711 --profile h200",
+        ("fail-on-jit",),
+        ("job",),
+    ),
+    Action(
+        "drop",
+        "remove a view and what was written in it",
+        "warm-cache view drop pr-4711 --profile h200",
+        ("lock-timeout",),
+        ("job",),
+    ),
+    Action("list", "show all views, with size and age", "warm-cache view list --profile h200"),
+)
+
+
+def _named(actions: tuple[Action, ...], *, optional: bool = False) -> Argument:
+    """Return the argument that names one of these actions."""
+    names = tuple(each.name for each in actions)
+    text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+    return Argument("action", "ACTION", text, optional=optional, choices=names)
+
+
 VERBS = {
     "warm": Verb(
+        "Warm",
         "make every task of the manifest warm",
         "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
         (
@@ -76,6 +143,7 @@ With --prebuild-only no task runs and no GPU is used: kernels of cold tasks are 
         exits=(0, 11, 13, 14, 15),
     ),
     "check": Verb(
+        "Warm",
         "report warm or cold per task; exit 0 or 10",
         "warm-cache check --profile h200 --cache /data/sglang-jit",
         ("only", "strict", *PROOF, "on-cold", "no-probe"),
@@ -86,6 +154,7 @@ root; otherwise no container is started, and nothing is written. In GitHub Actio
         exits=(0, 10),
     ),
     "explain": Verb(
+        "Inspect",
         "per task: why it is warm or cold, factor by factor",
         "warm-cache explain --profile h200 --only GLM-5.2-FP8",
         ("only", "strict", *PROOF, "no-probe"),
@@ -96,6 +165,7 @@ cache that cannot be read directly is read by a container.""",
         exits=(0,),
     ),
     "status": Verb(
+        "Inspect",
         "what is in the cache, how old it is, what uses it, and what it cost",
         "warm-cache status --profile h200 --json",
         details="""Reads every family, marker and lock, and asks the engine which containers have the cache mounted.
@@ -105,6 +175,7 @@ GPUs. A container that has the cache mounted need not use it: only a hold, a vie
         exits=(0,),
     ),
     "verify": Verb(
+        "Maintain",
         "check every entry in the cache; exit 0 or 10",
         "warm-cache verify --repair --profile h200",
         ("repair", "lock-timeout"),
@@ -114,6 +185,7 @@ sweep removes them once no job can have them open.""",
         exits=(0, 10, 15),
     ),
     "sweep": Verb(
+        "Maintain",
         "remove containers of killed builders, and quarantine what they left in the cache",
         "warm-cache sweep --profile h200 --cache /data/sglang-jit",
         ("lock-timeout",),
@@ -124,6 +196,7 @@ that no view uses.""",
         exits=(0, 15),
     ),
     "refresh": Verb(
+        "Warm",
         "nightly: pull the image if it moved, warm what is cold, prune, and report the outcome",
         "warm-cache refresh --profile h200 --when-idle 10m --metrics FILE.prom",
         (
@@ -139,6 +212,7 @@ removes them. If nothing has changed, no container is started. A second refresh 
         exits=(0, 11, 13, 14, 15, 17),
     ),
     "prune": Verb(
+        "Maintain",
         "remove what no kept toolchain needs, and never what the manifest's image needs or a job uses",
         "warm-cache prune --profile h200 --keep 2 --max-size 200G --dry-run",
         (*POLICY, "dry-run", "lock-timeout"),
@@ -152,6 +226,7 @@ cache.""",
         exits=(0, 15),
     ),
     "hold": Verb(
+        "Test jobs",
         "run a command while nothing is removed from the cache; exit with its status",
         "warm-cache hold --cache /jit -- pytest test/srt",
         needs="command",
@@ -159,6 +234,7 @@ cache.""",
 never fails the command. Signals are passed on to the command.""",
     ),
     "env": Verb(
+        "Test jobs",
         "mounts and variables of a test job that must hit the cache",
         "docker run $(warm-cache env --profile h200) lmsysorg/sglang:v0.5.23 env",
         ("only", "format", "crash-on-jit", *PROOF, "no-probe"),
@@ -174,6 +250,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         exits=(0, 10),
     ),
     "here-reset": Verb(
+        "Test jobs",
         "in a runner's container: make its own copy of the cache equal to a published one again",
         "warm-cache here-reset --source /mnt/warm-cache --target /jit",
         ("source", "target"),
@@ -188,6 +265,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         exits=(0,),
     ),
     "import-tests": Verb(
+        "Manifests",
         "which servers sglang's tests launch: as a manifest, or compared with one; exit 0 or 10",
         "warm-cache import-tests test --suite base-c-test-8-gpu-h200 --here",
         ("manifest", "profile", "image", "cache", "suite", "gpu", "update", "anew", "records", "pull"),
@@ -207,6 +285,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         exits=(0, 10),
     ),
     "completion": Verb(
+        "Help",
         "print a script by which a shell completes verbs, options and profiles",
         "source <(warm-cache completion bash)",
         arguments=(Argument("shell", "SHELL", "bash, zsh, fish or tcsh", choices=("bash", "zsh", "fish", "tcsh")),),
@@ -217,25 +296,19 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         exits=(0,),
     ),
     "view": Verb(
+        "Test jobs",
         "writable views of the warm cache for test jobs, and what jobs changed in theirs",
         "warm-cache view create pr-4711 --profile h200",
         ("replace", "fail-on-jit", "lock-timeout"),
-        (
-            Argument(
-                "action",
-                "ACTION",
-                "create, audit, promote, drop or list",
-                choices=("create", "audit", "promote", "drop", "list"),
-            ),
-            Argument("job", "JOB", "name of the view", optional=True),
-        ),
+        (_named(_VIEW_ACTIONS), Argument("job", "JOB", "name of the view", optional=True)),
+        _VIEW_ACTIONS,
         text=True,
-        details="create prints the arguments of docker run that give a job a view: it reads the warm cache, and what "
-        "it writes stays in the view. audit reports what the job compiled although the cache is warm, promote prints "
-        "lines of a manifest that would cover that. drop removes the view; list shows all views.",
+        details="A job with a view reads the warm cache, and what it writes stays in the view: nothing that it does "
+        "reaches other jobs.",
         exits=(0, 10, 15),
     ),
     "audit": Verb(
+        "Test jobs",
         "what a job compiled although the cache is warm, where there is no engine",
         "warm-cache audit --here --after before.json --fail-on-jit",
         ("cache", "before", "after", "fail-on-jit"),
@@ -247,6 +320,7 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         exits=(0, 10),
     ),
     "doctor": Verb(
+        "Inspect",
         "everything that prevents this machine from running the manifest",
         "warm-cache doctor --profile h200",
         ("allow-busy",),

@@ -32,9 +32,7 @@ class ViewArgs(ManifestArgs):
 def run(args: ViewArgs, invocation: Invocation) -> None:
     """Carry out one action on one view, or list all views."""
     manifest = invocation.manifest(lock_timeout=args.lock_timeout)
-    if args.action == "list" and args.job is not None:
-        raise UsageError(f"view list takes no JOB, found {args.job!r}")
-    job = "" if args.action == "list" else _checked(args.action, args.job)
+    job = "" if args.job is None else _checked(args.job)
     with invocation.containers(invocation.context(manifest)) as executor:
         match args.action:
             case "create":
@@ -49,10 +47,8 @@ def run(args: ViewArgs, invocation: Invocation) -> None:
                 _list(executor)
 
 
-def _checked(action: str, job: str | None) -> str:
-    """Return the name of the view. Raises UsageError where none is given, or it is not a name."""
-    if job is None:
-        raise UsageError(f"view {action} needs a JOB: the name of the view")
+def _checked(job: str) -> str:
+    """Return the name of the view. Raises UsageError where it is not a name."""
     if not view_records.NAME.fullmatch(job):
         raise UsageError(
             f"JOB is {job!r}: 2 to 63 letters, digits, dots, dashes and underscores are wanted, the first a letter "
