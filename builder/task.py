@@ -129,3 +129,8 @@ class Task:
     load: str = "weights"
     layers: int | None = None  # that stay, with dummy weights; None: all
     verify: str = "second-pass"
+
+    @property
+    def claimed(self) -> tuple[str, ...] | None:
+        """The families that it claims at least; None where only its run shows them."""
+        return self.families if self.families is not None else RECIPES[self.recipe].requires or None

@@ -28,7 +28,7 @@ from builder.agent.pass_context import Partial, PassContext
 from builder.agent.process import Failed
 from builder.agent.progress import EntryProgress
 from builder.agent.recipes import Passes
-from builder.beneath import Tree
+from builder.agent.task_entries import TaskEntries
 from builder.cache import (
     families,
     inventory,
@@ -42,7 +42,6 @@ from builder.cache import (
     toolchain,
 )
 from builder.cache.coverage import needs_config
-from builder.cache.entries import EntryProblem
 from builder.cache.families import FAMILIES, FAMILY
 from builder.cache.inventory import Inventory
 from builder.cache.marker_format import Observed, Prebuild, Proof
@@ -78,11 +77,10 @@ class Warming:
         self._root = Path(job.mount)
         self._begun = time.monotonic()
         self._temporary: str | None = None
-        self._keys: dict[str, str] = {}
         self._chunked_prefill_size = GPUS["H200"].chunked_prefill_size
-        self._before: dict[str, Inventory] = {}
         self._locks: dict[str, int] = {}
         self._compile_lock = CompileLock(self._root, guard, output, active=job.concurrent)
+        self._entries = TaskEntries(self._root, task, self._compile_lock)
         self._watches: list[Watch] = []
         self.verdict = events.Verdict()
 
@@ -96,8 +94,8 @@ class Warming:
                 shutil.rmtree(self._temporary, ignore_errors=True)
         seconds = round(time.monotonic() - self._begun, 3)
         self.verdict = replace(self.verdict, seconds=seconds, shapes=self._shapes())
-        if self._before and not self.verdict.entries:
-            self._count(self._scan(), only=self._candidates())
+        if self._entries.before and not self.verdict.entries:
+            self._count(self._entries.scan(), only=list(self._entries.trees()))
         self._output.event(self.verdict)
         return status
 
@@ -138,8 +136,8 @@ class Warming:
         record = toolchain.of_task(probed, task.env)
         with contextlib.suppress(ValueError):  # no GPU, or none that is known
             self._chunked_prefill_size = toolchain.gpu_of(record).chunked_prefill_size
-        self._keys = toolchain.family_keys(record)
-        self._output.event(events.Started(os.getpid(), self._guard.mode, self._keys, toolchain.digest(self._keys)))
+        self._entries.keys = keys = toolchain.family_keys(record)
+        self._output.event(events.Started(os.getpid(), self._guard.mode, keys, toolchain.digest(keys)))
         self._guard.check()
         self._prepare_families(record)
         memos.write_memo(self._root, self._job.image, probed, env=task.env, known=True)
@@ -148,11 +146,11 @@ class Warming:
         digest = model_store.require(task, environ) if needs_config(task) else None
         # The families' variables override those of the image and of the task.
         environ = {**model_store.defaults(environ, self._temporary), **environ}
-        environ.update(families.environment(self._job.mount, self._keys))
-        self._before = self._scan()
+        environ.update(families.environment(self._job.mount, keys))
+        self._entries.before = self._entries.scan()
         done = self._compile(passes, environ, record)
         try:
-            self._require_undamaged(done.claims)
+            self._entries.require_undamaged(done.claims)
         except Partial:
             # An older marker does not list the damaged entries, and would have `check` say warm all the same.
             marker_writing.withdraw(self._root, task, record=record, config_digest=digest)
@@ -232,7 +230,8 @@ class Warming:
 
     def _run_passes(self, passes: Passes, environ: Mapping[str, str], task: Task) -> Proven:
         self._watches = []
-        before = self._scan()
+        entries = self._entries
+        before = entries.scan()
         context = PassContext(
             watches=self._watches,
             task=task,
@@ -243,16 +242,16 @@ class Warming:
             grace=max(0.5, self._job.grace - 1.0),
             compile_lock=self._compile_lock,
             chunked_prefill_size=self._chunked_prefill_size,
-            entries=lambda: sum(len(found.valid) for found in self._scan().values()),
-            on_tick=EntryProgress(self._output, {name: self._tree(name) for name in self._candidates()}).tick,
+            entries=lambda: sum(len(found.valid) for found in entries.scan().values()),
+            on_tick=EntryProgress(self._output, entries.trees()).tick,
         )
         self._phase(task.recipe)
         first = passes.first(context)
         if passes.resumable and first.reduced:
             self._phase("finishing what memory cut short")
             recipes.finish_shapes(context, first)
-        after = self._scan()
-        claims, used = self._claim(first, before, after)
+        after = entries.scan()
+        claims, used = entries.claim(first, before, after)
         self._count(after, only=claims)
         missed = self._missed(first, before, after)
         if not claims:
@@ -263,20 +262,20 @@ class Warming:
     def _missed(self, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]) -> tuple[str, ...]:
         """Return what was compiled although a prebuild had named every kernel: problems, or entries of none."""
         family = "deep_gemm"
-        if self._job.prebuilt.get(family) != self._keys[family]:
+        if self._job.prebuilt.get(family) != self._entries.keys[family]:
             return ()
         new = inventory.added(before[family], after[family])
-        return model_shapes.missed(self._tree(family), sorted(new), first.shapes)
+        return model_shapes.missed(self._entries.tree(family), sorted(new), first.shapes)
 
     def _clear_host_specific(self) -> None:
         """Remove, on every way out, files that are true on this host alone."""
         for name in [family.name for family in FAMILIES if family.host_specific and family.name in self._locks]:
             os.close(self._locks.pop(name))  # our own lock would prevent the removal
-            removal.clear_host_specific(self._root, name, self._keys[name])
+            removal.clear_host_specific(self._root, name, self._entries.keys[name])
 
     def _prepare_families(self, record: toolchain.Record) -> None:
         """Make the directory of every family, for jobs to mount, and take shared locks until the process ends."""
-        for name, key in sorted(self._keys.items()):
+        for name, key in sorted(self._entries.keys.items()):
             layout.describe_family(self._root, name, key, toolchain.family_factors(record, name))
             if FAMILY[name].host_specific:
                 removal.clear_host_specific(self._root, name, key)  # left by a killed container
@@ -284,10 +283,10 @@ class Warming:
 
     def _quarantine_leftovers(self) -> None:
         for family in FAMILIES:
-            key = self._keys[family.name]
+            key = self._entries.keys[family.name]
             moved = inventory.sweep(
                 family,
-                self._tree(family.name),
+                self._entries.tree(family.name),
                 layout.quarantine(self._root, family.name, key),
                 now=time.time(),
                 older_than=inventory.IN_PROGRESS,
@@ -297,51 +296,6 @@ class Warming:
                     self._output.event(events.Kept(family.name, key, path, f"{why}; {stays}"))
                 else:
                     self._output.event(events.Quarantined(family.name, key, path, why))
-
-    def _claim(
-        self, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]
-    ) -> tuple[list[str], dict[str, set[str]]]:
-        """Return the families that the task claims, and the entries it used. Raises Failed if it used none of one."""
-        used = {name: inventory.used(before[name], found) for name, found in after.items()}
-        requires = RECIPES[self._task.recipe].requires
-        wanted = self._task.families if self._task.families is not None else requires or None
-        claims = list(wanted) if wanted is not None else [name for name in used if used[name]]
-        for name in claims:
-            broken = {
-                entry: why
-                for entry, why in after[name].invalid.items()
-                if entry not in before[name].entries and not self._is_in_progress(name, entry, why)
-            }
-            if broken:
-                entry = min(broken)
-                raise Failed(f"{name}: {len(broken)} new entries are not valid (first: {entry}: {broken[entry]})")
-            if not used[name]:
-                held = len(after[name].valid)
-                why = f"none of its {held} entries was used" if held else "it holds no valid entry"
-                compiled = "" if first.shapes or not requires else ": the log names no shape, so nothing was compiled"
-                raise Failed(f"{name} is required and {why}{compiled}")
-        return claims, used
-
-    def _require_undamaged(self, claims: list[str]) -> None:
-        """Raise Partial for entries of claimed families that were damaged before and still are.
-
-        They could not be quarantined (another owner, another file system, written to just now), and a program that
-        takes what exists for complete would fail on them.
-        """
-        suspect = [name for name in claims if self._before[name].invalid]
-        after = self._scan() if suspect else {}
-        for name in suspect:
-            damaged = {
-                entry: problem
-                for entry, problem in after[name].invalid.items()
-                if entry in self._before[name].invalid and not self._is_in_progress(name, entry, problem)
-            }
-            if damaged:
-                first = min(damaged)
-                raise Partial(
-                    f"{name}: {counted(len(damaged), 'damaged entry')} could not be quarantined (first: {first}: "
-                    f"{damaged[first]}); warm-cache verify --repair tries again"
-                )
 
     def _prove(
         self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]
@@ -358,13 +312,7 @@ class Warming:
                 raise
         # Another task may have added it. What our own pass added is on disk now: a pass that adds nothing is the proof.
         with self._compile_lock.exclusive():
-            return self._second_pass(passes, context, first, self._scan(), claims)
-
-    def _is_in_progress(self, family: str, entry: str, problem: EntryProblem) -> bool:
-        """Return whether another task may be making this invalid entry now."""
-        return self._compile_lock.active and inventory.may_be_in_progress(
-            FAMILY[family], self._tree(family), entry, problem, now=time.time()
-        )
+            return self._second_pass(passes, context, first, self._entries.scan(), claims)
 
     def _second_pass(
         self, passes: Passes, context: PassContext, first: Watch, after: Mapping[str, Inventory], claims: list[str]
@@ -374,7 +322,7 @@ class Warming:
             doubt = passes.second(context, first)
         except (Failed, Partial) as failed:
             raise Failed(f"second pass: {failed}") from None
-        again = self._scan()
+        again = self._entries.scan()
         grown = [f"{name}/{entry}" for name in claims for entry in sorted(inventory.added(after[name], again[name]))]
         anew = [
             f"{name}/{entry}" for name in claims for entry in sorted(inventory.recompiled(after[name], again[name]))
@@ -397,15 +345,6 @@ class Warming:
             )
         return ("inventory", doubt) if doubt else ("verified", "")
 
-    def _candidates(self) -> list[str]:
-        """Return the families that the task may claim."""
-        if self._task.families is not None:
-            return list(self._task.families)
-        return list(RECIPES[self._task.recipe].requires) or [family.name for family in FAMILIES if family.claimable]
-
-    def _scan(self) -> dict[str, Inventory]:
-        return {family.name: inventory.scan(family, self._tree(family.name)) for family in FAMILIES if family.claimable}
-
     def _count(self, found: Mapping[str, Inventory], *, only: list[str]) -> None:
         """Put into the verdict the valid entries of these families, and what the run added to any family.
 
@@ -413,7 +352,7 @@ class Warming:
         """
         names = only if self._compile_lock.active else list(found)
         entries = {name: len(found[name].valid) for name in only if found[name].valid}
-        added = {name: inventory.added(self._before[name], found[name]) for name in names}
+        added = {name: inventory.added(self._entries.before[name], found[name]) for name in names}
         self.verdict = replace(
             self.verdict,
             entries=entries,
@@ -427,19 +366,9 @@ class Warming:
         """Return the shapes of the first pass, as far as it got."""
         return tuple(str(shape) for shape in self._watches[0].shapes) if self._watches else ()
 
-    def _tree(self, family: str) -> Tree:
-        return Tree(self._root, f"{family}/{self._keys[family]}")
-
     def _phase(self, phase: str) -> None:
         self._guard.check()
         self._output.event(events.Phase(phase))
-
-    def _weigh(self, done: Proven) -> dict[str, int]:
-        """Return the bytes of the entries that the marker lists: a warm-up under other keys needs as many."""
-        return {
-            name: sum(inventory.weigh(FAMILY[name], self._tree(name), entry) for entry in done.used[name])
-            for name in done.claims
-        }
 
     def _observed(self, done: Proven, pretended: str | None) -> Observed:
         origin = {} if self._job.observed is None else asdict(self._job.observed)
@@ -449,7 +378,7 @@ class Warming:
             loaded=self.verdict.loaded,
             seconds=round(time.monotonic() - self._begun, 3),
             gpus=self._task.gpus,
-            bytes=self._weigh(done),
+            bytes=self._entries.weigh({name: done.used[name] for name in done.claims}),
             added_bytes=dict(self.verdict.added_bytes),
             pretended=pretended,
             others={

@@ -24,7 +24,7 @@ from builder.cache.families import FAMILY, TABLE_VERSION
 from builder.cache.marker_files import MarkerFile, folder_name
 from builder.cache.marker_format import PRETENDED, VERIFIED, Marker
 from builder.cache.toolchain import Record
-from builder.task import RECIPES, Task
+from builder.task import Task
 from builder.text import age, printable
 
 Row = tuple[str, str, str]
@@ -195,13 +195,6 @@ def reservation(marker: Marker) -> str:
 # Judging
 
 
-def _required(task: Task) -> tuple[str, ...] | None:
-    """Return the families that a marker of this task claims at least; None where only its run shows them."""
-    if task.families is not None:
-        return task.families
-    return RECIPES[task.recipe].requires or None
-
-
 def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:
     """Return the marker, unless it claims less than the task requires, or a family without an entry.
 
@@ -210,7 +203,7 @@ def _sufficient(item: MarkerFile, task: Task) -> MarkerFile:
     marker = item.marker
     if marker is None:
         return item
-    for family in dict.fromkeys((*(_required(task) or ()), *marker.claims)):
+    for family in dict.fromkeys((*(task.claimed or ()), *marker.claims)):
         if family not in marker.claims:
             problem = f"it claims nothing for {printable(family)}"
         elif not marker.claims[family].entries:
@@ -304,7 +297,7 @@ def difference(row: Row) -> str:
 
 def _expected(task: Task, keys: Mapping[str, str]) -> str | None:
     """Return the name of the marker that the task would write; None where only its run shows it."""
-    claims = _required(task)
+    claims = task.claimed
     if claims is None or any(family not in keys for family in claims):
         return None
     return toolchain.digest({family: keys[family] for family in claims})

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from builder.job import PrebuildRequest
     from builder.run.schedule import Capacity
 
-#: Exit statuses of a container's init that finds no such program, or may not run it.
-NO_PYTHON = (126, 127)
-
 
 @dataclass(eq=False)
 class ContainerExecutor:
@@ -384,7 +381,6 @@ class ContainerExecutor:
 
     def probe(self, env: ProbeEnv) -> Record:
         """Return the toolchain record that a container finds. It also lays out the cache root and writes the memo."""
-        from builder.events import ToolchainProbed
         from builder.run import container_job
 
         self.prepare()
@@ -392,18 +388,7 @@ class ContainerExecutor:
             self.context.console.say(f"created {self.cache.name}")
         outcome = container_job.run_probe(self, env, PROBE_TIMEOUT)
         self.context.cancel.check()
-        records = [event.record for event in outcome.events if isinstance(event, ToolchainProbed)]
-        found = [record for record in records if toolchain.sound(record)]
-        ref = self.context.manifest.image.ref
-        if not found:
-            why = "; ".join(outcome.problems) or f"it {container_job.describe(outcome)}"
-            if outcome.exit_code in NO_PYTHON or any("catatonit" in line for line in outcome.tail):
-                problem = Problem("image", f"{ref} cannot run python3, which it needs: {why}.")
-                raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
-            # Whatever it is, it is of this image: nothing else took part, and no task can run without a probe.
-            problem = Problem("image", f"the probe of {ref} reported nothing: {why}.", "Its last lines say more.")
-            raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
-        record = found[-1]
+        record = container_job.probed_record(outcome, self.context.manifest.image.ref)
         problems = list(preflight.gpu_problems(self.context.manifest, None, record, podman=self.engine.podman))
         if problems:
             raise PreflightError(CANNOT_RUN, problems)

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from builder import __version__
+from builder.cache import toolchain
 from builder.cache.model_store import STORE_MOUNT as STORE
+from builder.cache.toolchain import Record
 from builder.engine.api import COMPILING_PIDS, MEMORY, SCRATCH, ContainerSpec, Mount
 from builder.engine.container import ContainerOutcome, Deadlines, Sinks, run_container
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.log_pump import EventCallback
-from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError
-from builder.events import PrebuildProblem
+from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, PreflightError, Problem
+from builder.events import PrebuildProblem, ToolchainProbed
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import JOB_VARIABLE, Job, Mode, PrebuildRequest, PrunePolicy, RunOrigin, ViewRequest
@@ -35,6 +37,8 @@ from builder.task import PRETEND_VARIABLE, Task
 if TYPE_CHECKING:
     from builder.run.container_executor import ContainerExecutor
 
+#: Exit statuses of a container's init that finds no such program, or may not run it.
+NO_PYTHON = (126, 127)
 #: Bytes of temporary files of a launch recorder's container.
 RECORDER_SCRATCH = 512 << 20
 #: Modes whose containers see GPUs. Of these only ``run`` gets models, secrets and a network.
@@ -101,6 +105,20 @@ def run_probe(executor: ContainerExecutor, env: ProbeEnv, timeout: float) -> Con
     task = Task(label="probe", model="", recipe="command", env=dict(env), timeout=timeout)
     start = executor.context.manifest.run.start
     return run(executor, "probe", task, Deadlines(task=timeout, silence=timeout, start=start, grace=2.0))
+
+
+def probed_record(outcome: ContainerOutcome, ref: str) -> Record:
+    """Return the record that a probe of this image reported. Raises PreflightError where it reported none."""
+    records = [event.record for event in outcome.events if isinstance(event, ToolchainProbed)]
+    if found := [record for record in records if toolchain.sound(record)]:
+        return found[-1]
+    why = "; ".join(outcome.problems) or f"it {describe(outcome)}"
+    if outcome.exit_code in NO_PYTHON or any("catatonit" in line for line in outcome.tail):
+        problem = Problem("image", f"{ref} cannot run python3, which it needs: {why}.")
+    else:
+        # Whatever it is, it is of this image: nothing else took part, and no task can run without a probe.
+        problem = Problem("image", f"the probe of {ref} reported nothing: {why}.", "Its last lines say more.")
+    raise PreflightError(CANNOT_RUN, [problem], notes=outcome.tail)
 
 
 def run_prebuild(

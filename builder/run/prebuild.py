@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from builder import events
 from builder.cache import marker_files, toolchain
 from builder.errors import BuilderError, Problem, TasksError, UsageError
-from builder.host import machine
-from builder.job import MAX_JOB, PlannedShape, PrebuildRequest
-from builder.run import proofs
+from builder.job import PlannedShape, PrebuildRequest
+from builder.run import prebuild_jobs, proofs
 from builder.run.executor import Executor
 from builder.run.plan import Item
 from builder.sglang_args import chunked_prefill_size
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 PLAN_TIMEOUT = 900.0
 #: Seconds for compiling, unless the run's budget ends before.
 COMPILE_TIMEOUT = 3600.0
-#: Bytes of the plan in one job, the rest of which is small.
-_PLAN_BYTES = MAX_JOB - 16384
-#: Bytes that importing sglang and one compiler take, with room: 0.5 GB each were measured.
-LEAST_MEMORY = 2 << 30
 #: Problems that are shown; the report has all of them.
 _SHOWN = 5
 
@@ -222,14 +217,9 @@ class _Prebuild:
         self._executor, self._known, self._stage = executor, known, stage
         stage.unverified += _unprepared(items)
         self._context = executor.context
-        spec = self._context.manifest.prebuild
         self._groups = list(_groups((item for item in items if _asks(item)), self._context.manifest))
         busy = executor.gpus_in_use() != ""
-        limits = _limits(busy, executor.shares_machine)
-        self._limits = replace(limits, workers=spec.workers or 0, memory=spec.memory or limits.memory)
-        if self._limits.memory is not None and self._limits.memory < LEAST_MEMORY:
-            free, least = size(self._limits.memory), size(LEAST_MEMORY)
-            raise BuilderError(f"{free} of memory are free for it, and it needs at least {least}")
+        self._limits = prebuild_jobs.limits(self._context.manifest.prebuild, busy, executor.shares_machine)
 
     def run(self) -> None:
         self._executor.start()
@@ -238,10 +228,10 @@ class _Prebuild:
             planned = self._plan(group)
             new = []
             for shape in planned:
-                rest = _without(shape, seen)
+                rest = prebuild_jobs.without(shape, seen)
                 seen |= {name for _, names in rest.kernels for name in names}
                 new += [rest] if rest.kernels else []
-            for batch in _batches(new):
+            for batch in prebuild_jobs.batches(new):
                 self._compile(group, batch)
         self._stage.named = len(seen)
         if not self._stage.named and not self._stage.problems:
@@ -345,47 +335,6 @@ def _groups(items: Iterable[Item], manifest: Manifest) -> Iterator[_Group]:
         except ValueError as error:
             raise BuilderError(str(error)) from None
         yield _Group(dict(env), gpu, key, tuple(members))
-
-
-def _limits(busy: bool, shares_machine: bool) -> PrebuildRequest:
-    """Return the limits of workers on this machine: while others use it half the cores, and memory that nothing uses.
-
-    busy: other processes use its GPUs. shares_machine: the containers run on this machine, so that its numbers count.
-    """
-    request = PrebuildRequest(gpu=GPUS["H200"], gentle=busy)
-    memory = machine.memory() if shares_machine else None
-    if memory is None:
-        return request
-    if busy:
-        return replace(request, cpus=machine.half_of_cores(), memory=memory.free)
-    return replace(request, memory=memory.available * 9 // 10)
-
-
-def _without(shape: PlannedShape, seen: set[str]) -> PlannedShape:
-    """Return the shape with those kernels alone that no shape before it makes."""
-    kernels = [(m, tuple(name for name in names if name not in seen)) for m, names in shape.kernels]
-    return replace(shape, kernels=tuple((m, names) for m, names in kernels if names))
-
-
-def _batches(shapes: Sequence[PlannedShape]) -> Iterator[list[PlannedShape]]:
-    """Yield the shapes in as few lists as fit into one job each."""
-    batch: list[PlannedShape] = []
-    length = 0
-    for shape in shapes:
-        for part in _parts(shape):
-            bytes_ = len(repr(asdict(part)))
-            if batch and length + bytes_ > _PLAN_BYTES:
-                yield batch
-                batch, length = [], 0
-            batch.append(part)
-            length += bytes_
-    if batch:
-        yield batch
-
-
-def _parts(shape: PlannedShape, kernels: int = 500) -> Iterator[PlannedShape]:
-    for at in range(0, len(shape.kernels), kernels):
-        yield replace(shape, m_values=(), kernels=shape.kernels[at : at + kernels])
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

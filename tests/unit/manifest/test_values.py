@@ -8,7 +8,7 @@ from builder.cache.model_store import STORE_MOUNT
 from builder.engine.images import PROGRAM_ROOT
 from builder.engine.lease import TARGET
 from builder.job import MERGED
-from builder.manifest import sections, values
+from builder.manifest import section_values, values
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_size_of_another_form_is_refused(text: object) -> None:
 )
 def test_mount_over_what_the_container_needs_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="use a new path such as /jit"):
-        sections.mount_point(path)
+        section_values.mount_point(path)
     for fine in ("/jit", "/opt/jit", "/var/cache/jit", "/etcetera", "/home/ci/jit"):
-        assert sections.mount_point(fine) == fine
+        assert section_values.mount_point(fine) == fine
 
 
 def test_mounts_of_the_program_are_refused_for_the_cache() -> None:
     for path in (PROGRAM_ROOT, TARGET, MERGED, STORE_MOUNT):
         with pytest.raises(ValueError, match="use a new path"):
-            sections.mount_point(path)
+            section_values.mount_point(path)

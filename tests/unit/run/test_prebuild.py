@@ -17,7 +17,7 @@ from builder.job import PlannedShape, PrebuildRequest
 from builder.manifest.load import without_tasks
 from builder.manifest.sections import GpusSpec, PrebuildSpec
 from builder.report.results import TaskResult
-from builder.run import prebuild, proofs
+from builder.run import prebuild, prebuild_jobs, proofs
 from builder.run.plan import make_plan
 from builder.run.prebuild import Stage
 from builder.task import PRETEND_VARIABLE, Shape, Task
@@ -223,7 +223,7 @@ def test_stage_that_fails_keeps_no_task_from_running(tmp_path: Path) -> None:
 
 def test_long_plans_are_divided_among_jobs() -> None:
     names = tuple((m, (f"sm90_fp8_gemm_1d2d.{m:032x}",)) for m in range(4000))
-    batches = list(prebuild._batches([PlannedShape(DENSE, (1, 2), None, names)]))
+    batches = list(prebuild_jobs.batches([PlannedShape(DENSE, (1, 2), None, names)]))
     assert len(batches) > 1
     assert tuple(kernel for batch in batches for shape in batch for kernel in shape.kernels) == names
 
