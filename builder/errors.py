@@ -8,12 +8,14 @@
     ├── ColdError              10   `check`: something is cold
     ├── TasksError             11   some tasks failed, were partial, timed out or were skipped
     ├── PreflightError         12   this machine cannot run any of it; lists every problem
+    ├── RegistryRefusedError   12   a registry refused, or served what is not believed
     ├── GpusHeldError          13   GPUs were not released
     ├── BudgetError            14   the budget ended with tasks still cold
     ├── BusyError              15   cache or GPUs are in use by another builder
     ├── EngineLostError        16   the engine stopped answering
     │   ├── EngineRefusedError 16   the engine answered, and said no
     │   └── EngineTimeoutError 16   the engine got the request and did not answer in time
+    ├── RegistryLostError      16   a registry cannot be reached, or stopped answering
     ├── DeferredError          17   `refresh --when-idle`: the machine never became idle
     └── Interrupted            130 / 143   a signal: 128 + its number
 
@@ -98,6 +100,19 @@ class PreflightError(ProblemsError):
     exit_code = 12
 
 
+class RegistryRefusedError(BuilderError):
+    """A registry refused a request, or served what no digest or signature proves. Raised by `registry`.
+
+    status: of HTTP; 0 where it is not the answer that was refused.
+    """
+
+    exit_code = 12
+
+    def __init__(self, message: str, *, status: int = 0, notes: Sequence[str] = ()) -> None:
+        super().__init__(message, notes=notes)
+        self.status = status
+
+
 class GpusHeldError(BuilderError):
     """A GPU did not become free again after a task. Raised by `run.gpu_reservation`."""
 
@@ -135,6 +150,12 @@ class EngineRefusedError(EngineLostError):
 
 class EngineTimeoutError(EngineLostError):
     """The engine got the request and did not answer in time. Raised by `engine.errors` and `host.cancel`."""
+
+
+class RegistryLostError(BuilderError):
+    """A registry cannot be reached, stopped answering, or asks to come back too late. Raised by `registry`."""
+
+    exit_code = 16
 
 
 class DeferredError(BuilderError):

@@ -19,9 +19,13 @@ def test_errors_have_unique_exit_statuses() -> None:
     for cls in leaves():
         if cls in (errors.ProblemsError, errors.EngineRefusedError, errors.EngineTimeoutError):
             continue  # a base, and two ways to lose the engine
+        if cls in (errors.RegistryRefusedError, errors.RegistryLostError):
+            continue  # as of a machine and of an engine: what a caller does about them is the same
         assert cls.exit_code not in statuses, f"{cls.__name__} and {statuses[cls.exit_code]} share {cls.exit_code}"
         statuses[cls.exit_code] = cls.__name__
     assert set(statuses) == {1, 2, 10, 11, 12, 13, 14, 15, 16, 17, 130}
+    assert errors.RegistryRefusedError.exit_code == errors.PreflightError.exit_code
+    assert errors.RegistryLostError.exit_code == errors.EngineLostError.exit_code
     assert errors.EngineRefusedError.exit_code == errors.EngineLostError.exit_code
 
 

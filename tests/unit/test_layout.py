@@ -53,8 +53,9 @@ ARROWS = {
     "manifest": "cache.families",
     "engine": "host",
     "report": "host cache.findings",
-    "run": "cache host manifest engine report",
-    "cli": "cache host manifest engine report run",
+    "registry": "cache host",
+    "run": "cache host manifest engine registry report",
+    "cli": "cache host manifest engine registry report run",
 }
 
 #: Modules that may import packages of others → these packages.
@@ -66,6 +67,10 @@ THIRD_PARTY = {
     "builder.host.deadlines": "tenacity",
     "builder.report.live": "rich",
     "builder.report.webhook": "requests",
+    "builder.registry.credentials": "docker",
+    "builder.registry.failures": "requests",
+    "builder.registry.transport": "requests tenacity urllib3",
+    "builder.registry.signature": "cryptography",
     "builder.manifest.document": "tomli pip",
     "builder.cli.commands.completion": "shtab",
 }
