@@ -8,6 +8,7 @@ no such rows: a digest of its files' contents stands for them.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -41,6 +42,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 _NO_CONTENT = ("__pycache__", "*.pyc", ".git", "build", "*.egg-info")
 #: What ninja's inputs are called.
 _SOURCES = (".cu", ".cuh", ".h", ".hpp", ".cpp", ".cc", ".inc", ".inl")
+#: Headers that are looked at: CUDA and libstdc++ have about ten thousand, many without a suffix.
+_MOST_HEADERS = 200_000
 #: Bytes of a file above which its size and time stand for its content (libraries of an editable torch have gigabytes).
 _WHOLE = 64 << 20
 
@@ -128,6 +131,23 @@ def newest(package: Package) -> int:
                     latest = max(latest, item.stat().st_mtime_ns)
                 except OSError:
                     continue
+    return latest
+
+
+def newest_header(folders: Iterable[str]) -> int:
+    """Return the time (ns) of the newest file below these folders of headers; 0 where there is none."""
+    latest, looked = 0, 0
+    places = sorted({os.path.realpath(folder) for folder in folders})
+    for place in places:
+        if any(place.startswith(f"{above}/") for above in places):
+            continue
+        for _, item in files.walk(place, ()):
+            if looked >= _MOST_HEADERS:
+                return latest
+            if item is not None and not files.is_dir(item):
+                looked += 1
+                with contextlib.suppress(OSError):
+                    latest = max(latest, item.stat().st_mtime_ns)
     return latest
 
 

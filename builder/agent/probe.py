@@ -24,7 +24,7 @@ from typing import Any
 from builder import files
 from builder.agent import packages, sglang_build
 from builder.cache import kernel_sources, toolchain, variables
-from builder.cache.families import FAMILIES, PACKAGES
+from builder.cache.families import COMPILERS, FAMILIES, PACKAGES
 from builder.cache.toolchain import SCHEMA, Record, distinct, factor_variables, switches
 from builder.task import PRETEND_VARIABLE, ServingImage
 
@@ -33,6 +33,9 @@ SECONDS = 20.0
 
 #: Assemblers of Triton: the second one from compute capability 9.0 (Triton 3.9) or 10.0 (before) on.
 PTXAS = ("ptxas", "ptxas-blackwell")
+
+#: Name of the question for the host compiler's folders of headers.
+_SEARCH = "host_compiler_headers"
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _GPU_FACTS = f"import sys; sys.path.insert(0, {_ROOT!r}); from builder.agent import gpu_probe; gpu_probe.main()"
@@ -75,8 +78,13 @@ def probe(
     factors["sm_count"] = distinct(gpus, "sm_count")
     factors["gpu_name"] = distinct(gpus, "name")
     factors["driver"] = driver
+    searched = _searched(finish(compilers.pop(_SEARCH, None), until, _SEARCH, []))
     texts = {name: finish(process, until, name, problems) for name, process in compilers.items()}
     factors["nvcc"] = texts.get("nvcc")
+    headers = {
+        "nvcc": [f"{cuda_home(environ)}/include"] if factors["nvcc"] else [],
+        "host_compiler": searched,
+    }
     factors["deep_gemm_nvcc"] = texts["deep_gemm_nvcc"] if "deep_gemm_nvcc" in compilers else texts.get("nvcc")
     factors["host_compiler"] = (texts.get("host_compiler") or "").split("\n", 1)[0] or None
     factors["ptxas"] = "\n".join(text for name in PTXAS if (text := texts.get(name))) or None
@@ -88,7 +96,7 @@ def probe(
         "sglang": sglang,
         "switches": switches(inherited),
         "variables": factor_variables(inherited, named_home(environ)),
-        "newest": newest_sources(),
+        "newest": newest_sources(headers),
         "observed": {
             "cuda_home": cuda_home(environ),
             "driver": driver,
@@ -120,22 +128,40 @@ def start_compilers(environ: Mapping[str, str], site: str | None) -> dict[str, s
         compiler = []
     if compiler and shutil.which(compiler[0], path=path):
         commands["host_compiler"] = compiler
+        # For the folders that it looks for headers in, which it prints among its errors.
+        commands[_SEARCH] = [*compiler, "-x", "c++", "-E", "-v", os.devnull]
     for name in PTXAS:
         # Triton falls back to the one in its wheel if the one in the variable cannot be run.
         named = environ.get(f"TRITON_{name.upper().replace('-', '_')}_PATH")
         if ptxas := _first_executable([named, f"{site}/triton/backends/nvidia/bin/{name}" if site else None]):
             commands[name] = [ptxas]
-    return {name: start([*command, "--version"], environ) for name, command in commands.items()}
+    return {
+        name: start(command, {**environ, "LC_ALL": "C"}, errors=True)
+        if name == _SEARCH
+        else start([*command, "--version"], environ)
+        for name, command in commands.items()
+    }
 
 
-def newest_sources() -> dict[str, int]:
-    """Return the time (ns) of the newest source of each package that ninja compares its results with."""
-    found = {}
-    for name in sorted({name for family in FAMILIES for name in family.sources}):
+def newest_sources(headers: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """Return the time (ns) of the newest source of each package, and of each compiler's headers, that ninja compares.
+
+    headers: the folders of each compiler.
+    """
+    found = {name: time for name, folders in headers.items() if (time := packages.newest_header(folders))}
+    for name in sorted({name for family in FAMILIES for name in family.sources} - {*COMPILERS}):
         times = [packages.newest(package) for each in PACKAGES.get(name, (name,)) if (package := packages.find(each))]
         if any(times):
             found[name] = max(times)
     return found
+
+
+def _searched(text: str | None) -> list[str]:
+    """Return the folders of headers of gcc's or clang's answer to ``-v``."""
+    between = re.search(
+        r"^#include <\.\.\.> search starts here:$(.*?)^End of search list", text or "", re.MULTILINE | re.DOTALL
+    )
+    return [line.strip() for line in between[1].splitlines() if line.strip()] if between else []
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str | None:
@@ -164,15 +190,15 @@ def _first_executable(paths: Iterable[str | None]) -> str | None:
     return next((path for path in paths if path and Path(path).is_file() and os.access(path, os.X_OK)), None)
 
 
-def start(command: list[str], environ: Mapping[str, str]) -> subprocess.Popen[str] | None:
-    """Start a command in a new session; None if it cannot be started."""
+def start(command: list[str], environ: Mapping[str, str], *, errors: bool = False) -> subprocess.Popen[str] | None:
+    """Start a command in a new session; None if it cannot be started. errors: what it prints there counts as well."""
     try:
         return subprocess.Popen(
             command,
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if errors else subprocess.DEVNULL,
             text=True,
             errors="replace",
             start_new_session=True,

@@ -24,12 +24,14 @@ class ProofWanted:
     """Which proof counts. strict: only one with the kind ``verified``. max_age: seconds; None: any age.
 
     mounted: the root that is read is the one that is mounted, and no copy, so that its mount counts as well.
+    inside: the files of the environment that is judged can be seen, so that inputs can be compared one by one.
     """
 
     strict: bool = False
     build: Builds = "any"
     max_age: float | None = None
     mounted: bool = True
+    inside: bool = False
 
 
 ANY_PROOF = ProofWanted()

@@ -44,6 +44,9 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "deep_ep": ("deep-ep",),
 }
 
+#: Compilers whose headers are among ninja's inputs: nvcc reports system headers as well.
+COMPILERS = ("nvcc", "host_compiler")
+
 #: Distributions with DeepGEMM, the first that is present counts: its wheel, upstream's, sgl-kernel (sglang <= 0.5.11).
 DEEP_GEMM_PACKAGES = ("sgl-deep-gemm", "deep-gemm", "sgl-kernel")
 
@@ -78,8 +81,8 @@ class Family:
     factors: names of factors in the toolchain record.
     layout: how entries are recognised: ``deep_gemm`` | ``triton`` | ``files``.
     shared: images with equal factors may use one directory. Where not, the build of sglang is among the factors.
-    sources: packages (factors of PACKAGES, or ``sglang``) whose files ninja compares the entries with: an entry that is
-    older than one of them would be compiled again. Empty: entries are found by content.
+    sources: packages (factors of PACKAGES, or ``sglang``) and compilers (COMPILERS) whose files ninja compares the
+    entries with: an entry that is older than one of them would be compiled again. Empty: entries are found by content.
     executes: it holds host code that is loaded from its files. locks: its users take lock files in it even for a hit
     (DeepGEMM through sglang from 0.5.20 on; FlashInfer, quack, tvm-ffi by flock; torch by a file).
     claimable: a task may claim it in its marker. Where not, the driver manages it and nothing in it is ever moved.
@@ -167,7 +170,7 @@ FAMILIES: tuple[Family, ...] = (
         # FlashInfer appends .cache/flashinfer to its base. Its FLASHINFER_CUBIN_DIR stays in the image on purpose.
         env=(("FLASHINFER_WORKSPACE_BASE", ""), ("TRTLLM_DG_CACHE_DIR", "trtllm_deep_gemm")),
         factors=("flashinfer", "torch", "nvcc", "compute_capability", *HOST_ABI),
-        sources=("flashinfer", "torch", "tvm_ffi"),
+        sources=("flashinfer", "torch", "tvm_ffi", *COMPILERS),
         leftovers=(("trtllm_deep_gemm/tmp/*", f"build {_ABANDONED}"), ("*.tmp", f"write {_ABANDONED}")),
     ),
     Family(
@@ -184,7 +187,7 @@ FAMILIES: tuple[Family, ...] = (
         locks=True,
         env=(("TVM_FFI_CACHE_DIR", ""),),
         factors=("tvm_ffi", "sglang_csrc", "torch", "nvcc", *HOST_ABI),
-        sources=("sglang", "tvm_ffi", "torch", "flashinfer"),
+        sources=("sglang", "tvm_ffi", "torch", "flashinfer", *COMPILERS),
     ),
     Family(
         name="cute_dsl",
@@ -210,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         locks=True,
         env=(("TORCH_EXTENSIONS_DIR", ""),),
         factors=("torch", "sglang_extensions", "nvcc", *HOST_ABI),
-        sources=("sglang", "torch"),
+        sources=("sglang", "torch", *COMPILERS),
         # torch's FileBaton is the file's existence, so the lock of a killed owner is waited for without end.
         leftovers=(("lock", "lock file whose owner is gone: every later loader waits for it forever"),),
     ),

@@ -7,18 +7,17 @@ files even for a hit, and ninja compares the times of what it made with those of
 from __future__ import annotations
 
 import os
-import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
-from builder import files
 from builder.beneath import Tree
-from builder.cache.families import Family
+from builder.cache.families import COMPILERS, Family
+from builder.cache.ninja import Ninja
+from builder.cache.toolchain import Record
+from builder.text import printable
 
 #: Names of files that ninja makes.
 _MADE = (".so", ".o")
-#: ninja's record of what it made (ninja 1.13 deps_log.cc, version 4), and the bytes of it that are read.
-_DEPS, _SIGNATURE, _LARGEST = ".ninja_deps", b"# ninjadeps\n\4\0\0\0", 64 << 20
 
 
 def mount_problem(family: Family, path: str) -> str:
@@ -34,71 +33,66 @@ def mount_problem(family: Family, path: str) -> str:
     return ""
 
 
-def stale(family: Family, tree: Tree, entries: Iterable[str], newest: Mapping[str, int]) -> str:
+def stale(
+    family: Family, tree: Tree, entries: Iterable[str], newest: Mapping[str, int], *, mounted: bool, inside: bool
+) -> str:
     """Return why an entry of this family would be built again, or "".
 
-    newest: time in ns of the newest source of each package, by factor, as a probe found them; ninja compares only with
-    those that it noted, which are among these.
+    newest: time in ns of the newest source of each package, and of each compiler's headers, by factor, as a probe found
+    them; ninja compares only with those that it noted, which are among these. mounted: the times of the entries are
+    those that a job finds. inside: the files that ninja noted can be seen; what it noted of no entry, newest decides.
     """
-    sources = [(newest[name], name) for name in family.sources if name in newest]
-    if not sources:
+    if not family.sources:
         return ""
-    latest, package = max(sources)
+    ninja = Ninja(tree)
+    latest, name = max(((newest[each], each) for each in family.sources if each in newest), default=(0, ""))
     for entry in entries:
-        if entry.endswith(_MADE):
-            made = _time(tree, entry)
-            if 0 < made < latest:
-                return f"{package}'s sources ({_day(latest)}) are newer than the cached build ({_day(made)})"
+        if not entry.endswith(_MADE) or not (made := ninja.time(entry)):
+            continue
+        if mounted and (why := _restored(ninja, entry, made)):
+            return why
+        try:
+            if not inside:
+                raise LookupError(entry)
+            found = ninja.newer_input(entry)
+        except LookupError:
+            found = (f"{name}'s {'headers' if name in COMPILERS else 'sources'}", latest) if made < latest else None
+            if found is not None:
+                return f"{found[0]} ({_day(latest)}) are newer than the cached build ({_day(made)})"
+            continue
+        if found is not None:
+            path = printable(found[0])[-200:]
+            if not found[1]:
+                return f"{path} is gone, which the cached build was made of"
+            return f"{path} ({_day(found[1])}) is newer than the cached build ({_day(made)})"
     return ""
 
 
-def restored(family: Family, tree: Tree, entries: Iterable[str]) -> str:
-    """Return which object of this family was copied without its time, so that ninja would build it again, or "".
+def unjudged(family: Family, record: Record, noted: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the compilers whose headers ninja compares with, and whose times are not known on both sides.
+
+    noted: times of the marker. An earlier version of this program recorded none.
+    """
+    here = record.get("newest", {})
+    return tuple(
+        name
+        for name in family.sources
+        if name in COMPILERS and record["factors"].get(name) and not (name in here and name in noted)
+    )
+
+
+def _restored(ninja: Ninja, entry: str, made: int) -> str:
+    """Return whether this object was copied without its time, so that ninja would build it again, or "".
 
     ninja builds anew what is newer than it was when ninja made it (``stored deps info out of date``).
     """
-    logs: dict[str, Mapping[str, int]] = {}
-    for entry in entries if family.sources else ():
-        parts = entry.split("/") if entry.endswith(".o") else []
-        # ninja names it from the folder that it was started in, where its record is.
-        for at in range(len(parts) - 1, -1, -1):
-            folder = "/".join(parts[:at])
-            if folder not in logs:
-                logs[folder] = dict(_made(tree, f"{folder}/{_DEPS}" if folder else _DEPS))
-            if (made := logs[folder].get("/".join(parts[at:]))) is None:
-                continue
-            if _time(tree, entry) > made:
-                return f"{parts[-1]} was copied without its time, so that ninja builds it again"
-            break
+    for _, name, notes in ninja.of(entry) if entry.endswith(".o") else ():
+        if name in notes.times:
+            late = made > notes.times[name]
+            return (
+                f"{entry.rpartition('/')[2]} was copied without its time, so that ninja builds it again" if late else ""
+            )
     return ""
-
-
-def _time(tree: Tree, name: str) -> int:
-    try:
-        return tree.lstat(name).st_mtime_ns
-    except (OSError, ValueError):
-        return 0
-
-
-def _made(tree: Tree, name: str) -> Iterator[tuple[str, int]]:
-    """Yield what ninja made, by this record of it, and the time (ns) that it then had."""
-    try:
-        data = tree.read_bytes(name, _LARGEST)
-    except (OSError, ValueError, files.UnreadableError):
-        return
-    if not data.startswith(_SIGNATURE):
-        return
-    paths, at = [], len(_SIGNATURE)
-    while at + 4 <= len(data):
-        (size,) = struct.unpack_from("<I", data, at)
-        is_deps, size, at = size >> 31, size & 0x7FFFFFFF, at + 4
-        if not is_deps:
-            paths.append(data[at : max(at, at + size - 4)].rstrip(b"\0"))
-        elif size >= 12 and at + 12 <= len(data):
-            number, made = struct.unpack_from("<IQ", data, at)
-            if number < len(paths) and made:
-                yield os.fsdecode(paths[number]), made
-        at += size
 
 
 def _day(ns: int) -> str:

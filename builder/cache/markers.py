@@ -20,7 +20,7 @@ from builder.cache import build_proofs, inventory, loadable, marker_files, reaso
 from builder.cache.build_proofs import BuildProof, ProofWanted
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
-from builder.cache.families import FAMILY, TABLE_VERSION
+from builder.cache.families import COMPILERS, FAMILY, TABLE_VERSION
 from builder.cache.marker_files import MarkerFile, folder_name
 from builder.cache.marker_format import PRETENDED, VERIFIED, Marker
 from builder.cache.toolchain import Record
@@ -219,14 +219,19 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
     missing, invalid, total, first = 0, 0, 0, ""
     unusable, stale = "", ""
     # Where the proof was made with the very same files, ninja itself has found that nothing is to be done.
-    newer = {name: time for name, time in record.get("newest", {}).items() if marker.newest.get(name) != time}
+    # Earlier versions recorded no times of headers.
+    newer = {
+        name: time
+        for name, time in record.get("newest", {}).items()
+        if marker.newest.get(name) != time and (name in marker.newest or name not in COMPILERS)
+    }
     for family, claim in marker.claims.items():
         place = Tree(root, f"{family}/{claim.key}")
         if wanted.mounted:
             unusable = unusable or loadable.mount_problem(FAMILY[family], f"{root}/{family}/{claim.key}")
-        stale = stale or loadable.stale(FAMILY[family], place, claim.entries, newer)
-        if wanted.mounted:
-            stale = stale or loadable.restored(FAMILY[family], place, claim.entries)
+        stale = stale or loadable.stale(
+            FAMILY[family], place, claim.entries, newer, mounted=wanted.mounted, inside=wanted.inside
+        )
         for name in claim.entries:
             total += 1
             problem = inventory.check(FAMILY[family], place, name, mount=mount)

@@ -9,7 +9,7 @@ The record is JSON::
      "sglang":   {"version": text or null, "commit": text or null, "sources": see `kernel_sources`, or null},
      "switches": {variable: text},                     # that every process there has, a task's own not among them
      "variables": {variable: text},                    # factors of families, where they are set (`variables`)
-     "newest":   {factor: time in ns},                 # of the newest source of a package that ninja compares with
+     "newest":   {factor: time in ns},                 # of the newest source, or header, that ninja compares with
      "observed": {"driver", "python", "cuda_status", "problems": [text], "pretended": a GPU that is not there, or null}}
 
 `agent.probe` makes it. What is absent is null, never guessed: an absent compiler is another toolchain than any

@@ -131,7 +131,7 @@ class LocalExecutor:
             self.records(tasks),
             root=self.root,
             store=model_store.home(self._environ),
-            wanted=self.context.options.wanted,
+            wanted=replace(self.context.options.wanted, inside=True),
             run=self.context.run_id,
         )
         return Plan(tuple(self._in_this_environment(item) for item in plan.items))

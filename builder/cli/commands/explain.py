@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from builder import text
-from builder.cache import environment, families
+from builder.cache import environment, families, loadable
 from builder.cache.coverage import brief
 from builder.cache.environment import Standing
+from builder.cache.families import FAMILY
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.report.console import Console
 from builder.report.results import Report
 from builder.run.job_environment import judge
 from builder.run.local_executor import LocalExecutor
-from builder.run.plan import Plan
+from builder.run.plan import Item, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,9 @@ def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
             because += f"; {result.proven_by.sentence}"
         if result.reservation:
             because += f"; {result.reservation}"
+        unjudged = _unjudged(plan.items[index]) if plan else ()
+        if unjudged:
+            because += f"; headers of {' and '.join(unjudged)} were not compared: an earlier version noted no times"
         console.say(f"{result.label}: {result.state}{because}")
         differences = list(judgement.differences) if judgement else []
         if differences:
@@ -70,10 +74,20 @@ def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
                 "reason": result.reason,
                 "reservation": result.reservation or None,
                 "marker": judgement.path if judgement else None,
+                "unjudged": list(unjudged),
                 "factors": [dict(zip(("factor", "marker", "now"), row, strict=True)) for row in differences],
             }
         )
     report.extra["explain"] = explained
+
+
+def _unjudged(item: Item) -> tuple[str, ...]:
+    """Return the compilers whose headers were not compared for this warm task."""
+    marker = item.judgement.marker if item.judgement.state == "warm" else None
+    if marker is None:
+        return ()
+    names = (name for each in marker.claims for name in loadable.unjudged(FAMILY[each], item.record, marker.newest))
+    return tuple(dict.fromkeys(names))
 
 
 def show_families(console: Console, report: Report, standings: Sequence[Standing], shown: Sequence[Standing]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,27 @@ def test_judge_warm_when_proven_with_the_same_newer_sources(tmp_path: Path) -> N
     assert judged(tmp_path, known, strict=True).state == "warm"
 
 
+def restored(root: Path, entry: str, family: str = "flashinfer") -> str:
+    return loadable.stale(FAMILY[family], Tree(root), [entry], {}, mounted=True, inside=False)
+
+
+def test_judge_cold_when_headers_of_a_compiler_are_newer_than_the_build(tmp_path: Path) -> None:
+    """A toolkit that was installed later says the same version; its headers' times are what ninja compares with."""
+    day = 86400
+    _, known = ops(tmp_path, made=20000 * day, newest=19990 * day)
+    upgraded: Record = {**known, "newest": {**known["newest"], "nvcc": 20008 * day * SECOND}}
+    assert judged(tmp_path, upgraded).state == "warm", "a marker of an earlier version has no time to compare"
+    marker = next(iter(marker_files.folder(tmp_path, next(path.name for path in (tmp_path / "markers").iterdir()))))
+    assert marker.marker is not None
+    assert loadable.unjudged(FAMILY["flashinfer"], upgraded, marker.marker.newest) == ("nvcc", "host_compiler")
+    noted = replace(marker.marker, newest={**marker.marker.newest, "nvcc": 19000 * day * SECOND})
+    markers.publish(tmp_path, noted)
+    assert (
+        judged(tmp_path, upgraded).detail == "nvcc's headers (2024-10-12) are newer than the cached build (2024-10-04)"
+    )
+    assert loadable.unjudged(FAMILY["flashinfer"], upgraded, noted.newest) == ("host_compiler",)
+
+
 def ninja_deps(made: dict[str, int]) -> bytes:
     """What ninja 1.11 and 1.13 wrote beside objects that it made: paths, each with its time (version 4)."""
     records = b"# ninjadeps\n" + struct.pack("<I", 4)
@@ -313,9 +335,9 @@ def test_restored_object_that_ninja_would_build_again(tmp_path: Path, record_at:
     os.utime(entry, ns=(0, 5000 * SECOND + later))
     names = {"other.o": 1, "op/op.cuda.o".removeprefix(record_at): 5000 * SECOND}
     (tmp_path / record_at / ".ninja_deps").write_bytes(ninja_deps(names))
-    said = loadable.restored(FAMILY["flashinfer"], Tree(tmp_path), ["op/op.cuda.o"])
+    said = restored(tmp_path, "op/op.cuda.o")
     assert said == ("op.cuda.o was copied without its time, so that ninja builds it again" if stale else "")
-    assert not loadable.restored(FAMILY["triton"], Tree(tmp_path), ["op/op.cuda.o"])
+    assert not restored(tmp_path, "op/op.cuda.o", "triton")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +346,7 @@ def test_restored_object_that_ninja_would_build_again(tmp_path: Path, record_at:
 def test_restored_without_a_sound_record_says_nothing(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.o").touch()
     (tmp_path / ".ninja_deps").write_bytes(data)
-    assert loadable.restored(FAMILY["flashinfer"], Tree(tmp_path), ["x.o", "gone.o"]) == ""
+    assert restored(tmp_path, "x.o") == restored(tmp_path, "gone.o") == ""
 
 
 @pytest.mark.parametrize(
