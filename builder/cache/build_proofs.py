@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from builder.cache import kernel_sources as sources_of
+from builder.cache import reasons
 from builder.cache.kernel_sources import Changed, Relation
 from builder.cache.marker_format import Build, Marker
 from builder.cache.toolchain import Sglang, release
@@ -80,7 +81,7 @@ class BuildProof:
             return "kernel-relevant files differ: expect compilation"
         number = self.changed.files
         files = "1 kernel-relevant file differs" if number == 1 else f"{number} kernel-relevant files differ"
-        return f"{files}: expect compilation in {', '.join(self.changed.families)}"
+        return f"{files}: expect compilation in {', '.join(reasons.by_cost(self.changed.families))}"
 
 
 def build_of(sglang: Sglang) -> Build:

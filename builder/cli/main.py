@@ -148,6 +148,8 @@ class _Program:
         report, console = self.report, self.console
         for warning in report.warnings:
             console.say(f"warning: {warning}")
+        if changed := report.changed_sources:
+            console.annotate("kernel sources changed", changed, "warning")
         if report.verb in ("warm", "check", "refresh") and report.tasks:
             self._report_tasks(error)
         unwritten = self._print_text() if report.text is not None and not self.line.args.json else []

@@ -16,7 +16,8 @@ JSON_SCHEMA = 1
 class ProvenBy:
     """The build of sglang that proved a task, against the one that is here.
 
-    age: seconds since then. sentence: "" where it is the same build. warning: what to expect of changed sources.
+    age: seconds since then. sentence: "" where it is the same build. warning: what to expect of changed sources. rank:
+    of the costliest family that this concerns, 0 for the costliest of all.
     """
 
     build: Literal["same", "other"]
@@ -24,6 +25,7 @@ class ProvenBy:
     age: float
     sentence: str = ""
     warning: str = ""
+    rank: int = 0
 
 
 @dataclass
@@ -112,6 +114,16 @@ class Report:
     #: `text` is arguments of ``docker run``.
     docker_arguments: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed_sources(self) -> str:
+        """What to expect of changed kernel sources, for all warm tasks, the costliest first; "" for nothing."""
+        proofs = [(task.proven_by, task.label) for task in self.tasks if task.proven_by and task.state == "warm"]
+        found: dict[str, list[str]] = {}
+        for proof, label in sorted(proofs, key=lambda pair: pair[0].rank):
+            if proof.warning:
+                found.setdefault(proof.warning, []).append(label)
+        return "; ".join(f"{', '.join(labels)}: {text}" for text, labels in found.items())
 
     def set_tasks(self, tasks: Sequence[TaskResult]) -> None:
         """Replace all results; add one warning for each reservation, and each change of sources, that tasks have."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from builder.cache import marker_format, markers, toolchain, variables
+from builder.cache import marker_format, markers, reasons, toolchain, variables
 from builder.cache.build_proofs import ProofWanted
 from builder.cache.coverage import coverage, coverage_digest, needs_config
 from builder.cache.model_store import config_digest
@@ -114,6 +114,7 @@ def _proven_by(item: Item) -> ProvenBy | None:
         age=proof.age,
         sentence=proof.sentence,
         warning=proof.warning,
+        rank=min(map(reasons.rank, proof.changed.families), default=0) if proof.changed else 0,
     )
 
 

@@ -307,7 +307,7 @@ def test_judge_cold_when_headers_of_a_compiler_are_newer_than_the_build(tmp_path
     assert marker.marker is not None
     assert loadable.unjudged(FAMILY["flashinfer"], upgraded, marker.marker.newest) == ("nvcc", "host_compiler")
     noted = replace(marker.marker, newest={**marker.marker.newest, "nvcc": 19000 * day * SECOND})
-    markers.publish(tmp_path, noted)
+    marker_writing.publish(tmp_path, noted)
     assert (
         judged(tmp_path, upgraded).detail == "nvcc's headers (2024-10-12) are newer than the cached build (2024-10-04)"
     )

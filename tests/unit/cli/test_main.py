@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from builder.errors import (
     Problem,
     TasksError,
 )
-from builder.report.results import TaskResult
+from builder.report.results import ProvenBy, TaskResult
 from builder.run import warm
 from builder.run.container_executor import ContainerExecutor
 from builder.task import Task
@@ -107,6 +108,33 @@ def test_github_error_is_an_annotation(bench: Bench) -> None:
     bench.fail(ColdError("100% cold\nreally"))
     assert bench.run("check", GITHUB_ACTIONS="true") == 10
     assert "::error title=warm-cache::100%25 cold%0Areally\n" in bench.capsys.readouterr().out
+
+
+def test_github_has_one_annotation_for_changed_kernel_sources(bench: Bench) -> None:
+    """The costliest first, whatever the order of the tasks; a cold task says nothing of them."""
+
+    def proven(families: str, rank: int) -> ProvenBy:
+        text = f"3 kernel-relevant files differ: expect compilation in {families}"
+        return ProvenBy("other", "changed", 60.0, f"proven by build A; {text}", text, rank)
+
+    def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
+        report = executor.context.report
+        report.set_tasks(
+            [
+                TaskResult("a", "org/a", "", "warm", proven_by=proven("triton", 10)),
+                TaskResult("b", "org/b", "", "warm", proven_by=proven("deep_gemm, triton", 0)),
+                TaskResult("c", "org/c", "", "warm", proven_by=proven("triton", 10)),
+                TaskResult("d", "org/d", "", "cold", "no-marker", proven_by=proven("quack", 0)),
+            ]
+        )
+
+    bench.act(act)
+    bench.run("check", GITHUB_ACTIONS="true")
+    (line,) = re.findall(r"::warning title=kernel sources changed::(.*)", bench.capsys.readouterr().out)
+    differ = "3 kernel-relevant files differ: expect compilation in"
+    assert line == f"b: {differ} deep_gemm, triton; a, c: {differ} triton"
+    bench.run("check")
+    assert "::warning" not in bench.capsys.readouterr().out
 
 
 def test_github_error_text_is_no_command(bench: Bench) -> None:
