@@ -16,9 +16,10 @@ from builder.errors import RegistryLostError, RegistryRefusedError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.registry.documents import MANIFEST_LIMIT, MANIFESTS, StoredManifest, digest_of, json_object
+from builder.registry.exchange import Answer, Body, origin
 from builder.registry.failures import TransientError
 from builder.registry.reference import DIGEST, Reference, is_tag
-from builder.registry.transport import Access, Answer, Body, Transport, origin
+from builder.registry.transport import Access, Transport
 from builder.text import printable, shortened
 
 #: Bytes of one page of tags, and how many pages and tags are read.

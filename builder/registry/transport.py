@@ -6,12 +6,10 @@ that arrives byte by byte.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +21,7 @@ from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.registry import credentials
 from builder.registry.authorization import Authorization, TokenAnswer
-from builder.registry.documents import error_text
+from builder.registry.exchange import Answer, Body, host_of, origin
 from builder.registry.failures import PlainHttpError, TransientError, failure, retry_after
 from builder.registry.reference import Reference, is_loopback
 from builder.text import printable
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Bytes of a body that are read or written at once.
-CHUNK = 1 << 20
 #: Seconds to connect, and between two packets of an answer.
 _TIMEOUT = (10.0, 60.0)
 #: Seconds after which no byte sent or received counts as lost; and those for the head of an answer.
@@ -43,8 +39,8 @@ _STALL = 90.0
 _ATTEMPTS, _PATIENCE = 5, 300.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 5
-#: Bytes of an error's body, and of a token server's answer, that are read.
-_ERROR_LIMIT, _TOKEN_LIMIT = 1 << 14, 1 << 18
+#: Bytes of a token server's answer that are read.
+_TOKEN_LIMIT = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -60,92 +56,6 @@ class Access:
     ca_file: Path | None = None
     deadline: Deadline = field(default_factory=lambda: Deadline(None))
     cancel: Cancel | None = None
-
-
-class Body:
-    """A request's body of known length, from pieces. Counts what was taken, and can be stopped.
-
-    progress: called with the number of bytes of each piece, in another thread.
-    """
-
-    def __init__(self, pieces: Iterable[bytes], size: int, progress: Callable[[int], None] = lambda _: None) -> None:
-        self._pieces = pieces
-        self._size = size
-        self._progress = progress
-        self.sent = 0
-        self.moved = time.monotonic()
-        self.stopped = False
-        self.error: Exception | None = None
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[memoryview]:
-        try:
-            yield from self._checked()
-        except Exception as error:
-            self.error = error  # http.client would make a failure of the connection of it
-            raise
-
-    def _checked(self) -> Iterator[memoryview]:
-        for piece in self._pieces:
-            view = memoryview(piece)
-            for start in range(0, len(view), CHUNK):
-                part = view[start : start + CHUNK]
-                self.sent += len(part)
-                if self.sent > self._size or self.stopped:
-                    raise RegistryRefusedError("it became longer while it was sent")
-                yield part
-                self.moved = time.monotonic()
-                self._progress(len(part))
-        if self.sent < self._size:
-            raise RegistryRefusedError("it became shorter while it was sent")
-
-
-class Answer:
-    """The answer to a request, whose body is read with deadlines. A context manager: closing frees the connection."""
-
-    def __init__(self, response: requests.Response, transport: Transport) -> None:
-        self._response = response
-        self._transport = transport
-        self.status: int = response.status_code
-        self.headers: Mapping[str, str] = response.headers
-        self.url: str = response.url or ""
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._response.close()
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the body. Raises TransientError where it is cut, RegistryLostError at the deadline."""
-        read: Callable[[], bytes] = functools.partial(self._response.raw.read, CHUNK, decode_content=False)
-        while piece := self._transport.wait_for(read, host_of(self.url)):
-            yield piece
-
-    def read(self, limit: int, what: str) -> bytes:
-        """Return the whole body. Raises RegistryRefusedError beyond `limit` bytes."""
-        found = bytearray()
-        for piece in self.chunks():
-            found += piece
-            if len(found) > limit:
-                raise RegistryRefusedError(f"{host_of(self.url)}: {what} has more than {limit} bytes")
-        return bytes(found)
-
-    def length(self) -> int | None:
-        """Return the Content-Length; None where it is missing or no number."""
-        text = self.headers.get("Content-Length", "")
-        return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
-
-    def error(self) -> str:
-        """Return what the registry wrote about its error: its code and message, on one line; "" if nothing."""
-        with contextlib.suppress(RegistryRefusedError, RegistryLostError, TransientError):
-            return self._transport.redacted(error_text(self.read(_ERROR_LIMIT, "an error")))
-        return ""
 
 
 class Transport:
@@ -399,20 +309,6 @@ class Transport:
         else:
             threading.Event().wait(seconds)
         self.check()
-
-
-def host_of(url: str) -> str:
-    """Return the host of a URL, which is all of it that messages show."""
-    try:
-        return printable(urllib.parse.urlsplit(url).netloc.rpartition("@")[2])
-    except ValueError:
-        return "the registry"
-
-
-def origin(url: str) -> tuple[str, str, int]:
-    """Return scheme, host and port of a URL."""
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or {"https": 443}.get(parts.scheme, 80)
 
 
 def _after(state: Any) -> float | None:

@@ -1,0 +1,133 @@
+"""One exchange with a registry: the body of a request, the answer to it, and where it was sent."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from builder.errors import RegistryLostError, RegistryRefusedError
+from builder.registry.documents import error_text
+from builder.registry.failures import TransientError
+from builder.text import printable
+
+if TYPE_CHECKING:
+    import requests
+
+#: Bytes of a body that are read or written at once.
+CHUNK = 1 << 20
+#: Bytes of an error's body that are read.
+_ERROR_LIMIT = 1 << 14
+
+
+class Waiting(Protocol):
+    """What an answer needs of its transport."""
+
+    def wait_for(self, action: Callable[[], bytes], host: str) -> bytes:
+        """Return `action()`, waited for as long as there is time."""
+
+    def redacted(self, text: str) -> str:
+        """Return the text without secrets."""
+
+
+class Body:
+    """A request's body of known length, from pieces. Counts what was taken, and can be stopped.
+
+    progress: called with the number of bytes of each piece, in another thread.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], size: int, progress: Callable[[int], None] = lambda _: None) -> None:
+        self._pieces = pieces
+        self._size = size
+        self._progress = progress
+        self.sent = 0
+        self.moved = time.monotonic()
+        self.stopped = False
+        self.error: Exception | None = None
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[memoryview]:
+        try:
+            yield from self._checked()
+        except Exception as error:
+            self.error = error  # http.client would make a failure of the connection of it
+            raise
+
+    def _checked(self) -> Iterator[memoryview]:
+        for piece in self._pieces:
+            view = memoryview(piece)
+            for start in range(0, len(view), CHUNK):
+                part = view[start : start + CHUNK]
+                self.sent += len(part)
+                if self.sent > self._size or self.stopped:
+                    raise RegistryRefusedError("it became longer while it was sent")
+                yield part
+                self.moved = time.monotonic()
+                self._progress(len(part))
+        if self.sent < self._size:
+            raise RegistryRefusedError("it became shorter while it was sent")
+
+
+class Answer:
+    """The answer to a request, whose body is read with deadlines. A context manager: closing frees the connection."""
+
+    def __init__(self, response: requests.Response, waiting: Waiting) -> None:
+        self._response = response
+        self._waiting = waiting
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        self.url: str = response.url or ""
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._response.close()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body. Raises TransientError where it is cut, RegistryLostError at the deadline."""
+        read: Callable[[], bytes] = functools.partial(self._response.raw.read, CHUNK, decode_content=False)
+        while piece := self._waiting.wait_for(read, host_of(self.url)):
+            yield piece
+
+    def read(self, limit: int, what: str) -> bytes:
+        """Return the whole body. Raises RegistryRefusedError beyond `limit` bytes."""
+        found = bytearray()
+        for piece in self.chunks():
+            found += piece
+            if len(found) > limit:
+                raise RegistryRefusedError(f"{host_of(self.url)}: {what} has more than {limit} bytes")
+        return bytes(found)
+
+    def length(self) -> int | None:
+        """Return the Content-Length; None where it is missing or no number."""
+        text = self.headers.get("Content-Length", "")
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+    def error(self) -> str:
+        """Return what the registry wrote about its error: its code and message, on one line; "" if nothing."""
+        with contextlib.suppress(RegistryRefusedError, RegistryLostError, TransientError):
+            return self._waiting.redacted(error_text(self.read(_ERROR_LIMIT, "an error")))
+        return ""
+
+
+def host_of(url: str) -> str:
+    """Return the host of a URL, which is all of it that messages show."""
+    try:
+        return printable(urllib.parse.urlsplit(url).netloc.rpartition("@")[2])
+    except ValueError:
+        return "the registry"
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port of a URL."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"https": 443}.get(parts.scheme, 80)
