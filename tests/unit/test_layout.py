@@ -68,6 +68,7 @@ THIRD_PARTY = {
     "builder.report.live": "rich",
     "builder.report.webhook": "requests",
     "builder.registry.credentials": "docker",
+    "builder.registry.exchange": "requests",
     "builder.registry.failures": "requests",
     "builder.registry.transport": "requests tenacity urllib3",
     "builder.registry.signature": "cryptography",
