@@ -25,7 +25,17 @@ from builder.errors import Problem, UsageError
 from builder.host import outside
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
-from builder.manifest.load import CacheSpec, Manifest, Overrides, cache_of, load, profiles, select, without_tasks
+from builder.manifest.document import Document
+from builder.manifest.load import (
+    CacheSpec,
+    Manifest,
+    Overrides,
+    cache_of,
+    profiles,
+    read_manifest,
+    select,
+    without_tasks,
+)
 from builder.report.console import Console
 from builder.report.results import Report
 from builder.run import preflight
@@ -63,6 +73,12 @@ class Invocation:
         only: models or labels of the tasks to select; all by default. needs_cache: False for a verb that uses none.
         limits: names and values of `Overrides`.
         """
+        manifest, _ = self.manifest_and_document(needs_cache=needs_cache, **limits)
+        with self._problems_located():
+            return select(manifest, only)
+
+    def manifest_and_document(self, *, needs_cache: bool = True, **limits: str | None) -> tuple[Manifest, Document]:
+        """Return the named manifest, with all its tasks, and what it was read from. Raises as `manifest` does."""
         args = self._manifest_args()
         if not args.manifest and not args.profile:
             raise UsageError(f"which manifest? Pass --manifest FILE or --profile NAME ({', '.join(profiles())})")
@@ -71,10 +87,10 @@ class Invocation:
             raise UsageError(f"{ways} exclude each other")
         overrides = Overrides(image=args.image, cache=args.cache, models=args.models, needs_cache=needs_cache, **limits)
         with self._problems_located():
-            manifest = load(args.manifest, profile=args.profile, overrides=overrides)
-            self.report.image_ref, cache = manifest.image.ref, manifest.cache
-            self.report.cache = str(cache.root) if cache.root else f"volume {cache.volume}"
-            return select(manifest, only)
+            manifest, document = read_manifest(args.manifest, profile=args.profile, overrides=overrides)
+        self.report.image_ref, cache = manifest.image.ref, manifest.cache
+        self.report.cache = str(cache.root) if cache.root else f"volume {cache.volume}"
+        return manifest, document
 
     def named_manifest(
         self, *, only: Sequence[str] = (), needs_cache: bool = True, **limits: str | None

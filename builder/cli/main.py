@@ -247,6 +247,8 @@ class _Program:
                 f"({report.image_ref}).{more}"
             )
             return
+        if report.verb == "warm" and getattr(self.line.args, "dry_run", False):
+            return  # the plan has them
         self.console.table(TASK_COLUMNS, task_table(report.tasks))
         for task in report.tasks:
             if task.log and task.state in ("failed", "partial", "skipped"):

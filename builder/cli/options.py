@@ -159,7 +159,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "when-idle": {"metavar": "10m", "help": "wait at most this long for idle GPUs, else do nothing: exit 17"},
     "metrics": {"metavar": "FILE", "help": "where to write metrics for Prometheus' textfile collector"},
     "webhook": {"metavar": "URL", "help": "where to POST the outcome; a secret belongs in WARM_CACHE_WEBHOOK"},
-    "dry-run": {"action": "store_true", "help": "show what would be removed, and change nothing"},
+    "dry-run": {"action": "store_true", "help": "show what would be done, and do nothing"},
     "on-cold": {
         "metavar": "warn|fail",
         "choices": ("warn", "fail"),
@@ -173,6 +173,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 #: verb → option → what its help has otherwise than OPTIONS.
 OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
+    "prune": {"dry-run": {"help": "show what would be removed, and change nothing"}},
+    "init": {"profile": {"help": f"begin with a packaged manifest: {', '.join(profiles())}"}},
     "audit": {"cache": {"metavar": "DIR", "help": "the cache root, where it is mounted here"}},
 }
 STARTS = ("pull", "log-dir")

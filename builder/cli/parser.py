@@ -58,7 +58,10 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str | None = None, action: Action | None = None, **keywords: Any) -> None:
         super().__init__(
-            allow_abbrev=False, formatter_class=Formatter, usage=filled(usage(verb, action), indent=" " * 7), **keywords
+            allow_abbrev=False,
+            formatter_class=Formatter,
+            usage=filled(f"usage: {usage(verb, action)}", indent=" " * 7)[7:],
+            **keywords,
         )
         self.verb = verb
 

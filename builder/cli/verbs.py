@@ -115,6 +115,8 @@ _VIEW_ACTIONS = (
     Action("list", "show all views, with size and age", "warm-cache view list --profile h200"),
 )
 
+_PROFILE_ACTIONS = (Action("show", "print one, with its comments", "warm-cache profiles show h200", (), ("name",)),)
+
 
 def _named(actions: tuple[Action, ...], *, optional: bool = False) -> Argument:
     """Return the argument that names one of these actions."""
@@ -129,7 +131,7 @@ VERBS = {
         "make every task of the manifest warm",
         "warm-cache warm --profile h200 --cache /data/sglang-jit --budget 55m",
         (
-            *("only", "force", "strict", *PROOF, "create", "prebuild-only", "allow-busy"),
+            *("only", "force", "strict", *PROOF, "create", "dry-run", "prebuild-only", "allow-busy"),
             *("budget", "timeout", "silence", "lock-timeout", *STARTS),
         ),
         here=True,
@@ -137,6 +139,9 @@ VERBS = {
 written by containers; each task's complete log is written to --log-dir. A root that does not exist is an error
 without --create. With --here there is no container: tasks run in this environment, which has to be the one of the
 tests.
+
+With --dry-run nothing is warmed: it shows which tasks would start when, on which GPUs, and for how long. Only an image
+that the cache does not know is looked at in a container, as for a check. The exit status is 0, cold or warm.
 
 With --prebuild-only no task runs and no GPU is used: kernels of cold tasks are compiled for the GPU of the manifest
 ([gpus] name) and nothing is proven. It exits with 11 where a kernel that was named is missing.""",
@@ -283,6 +288,68 @@ only some tasks set are named and not printed: --only TASK prints what one task 
         "The recipe is compile-deep-gemm where DeepGEMM compiles a model's matrix products, else serve. Exit 0 when "
         "every launch is covered and everything was recorded, 10 otherwise.",
         exits=(0, 10),
+    ),
+    "init": Verb(
+        "Manifests",
+        "write a manifest to begin with; refuses to overwrite",
+        "warm-cache init warm-cache.toml",
+        ("profile",),
+        (Argument("file", "FILE", "where (default warm-cache.toml); - is stdout", optional=True),),
+        needs="nothing",
+        engine=False,
+        text=True,
+        details="Asks nothing. The file has every key with its meaning: what is needed is set, and the rest is there "
+        "as comments. Its first line names the JSON Schema, by which editors complete and check it. With --profile it "
+        "is that profile instead.",
+        exits=(0,),
+    ),
+    "profiles": Verb(
+        "Manifests",
+        "list the packaged manifests, or print one",
+        "warm-cache profiles show h200",
+        (),
+        (_named(_PROFILE_ACTIONS, optional=True), Argument("name", "NAME", "profile to print", optional=True)),
+        _PROFILE_ACTIONS,
+        needs="nothing",
+        engine=False,
+        text=True,
+        details="A profile is a manifest that comes with the program; --profile NAME takes it wherever --manifest "
+        "FILE takes a file.",
+        exits=(0,),
+    ),
+    "config": Verb(
+        "Inspect",
+        "the values that a run would work with, and where each comes from",
+        "warm-cache config --profile h200 --budget 40m",
+        ("manifest", "profile", "cache", "image", "models", "only", "budget", "timeout", "silence", "lock-timeout"),
+        needs="nothing",
+        engine=False,
+        text=True,
+        details="Reads the manifest and nothing else. A value comes from a flag, else from a variable, else from a "
+        "line of the manifest, else it is the default.",
+        exits=(0,),
+    ),
+    "help": Verb(
+        "Help",
+        "the help of a verb, or a page of the reference",
+        "warm-cache help manifest",
+        (),
+        (Argument("topic", "TOPIC", "a verb, or a topic of the list below", many=True, optional=True),),
+        needs="nothing",
+        engine=False,
+        text=True,
+        details="Topics are the pages of builder/docs/, in Markdown. Without a topic it is the help of the program.",
+        exits=(0,),
+    ),
+    "version": Verb(
+        "Help",
+        "print the version of the program",
+        "warm-cache version --json",
+        needs="nothing",
+        engine=False,
+        text=True,
+        details="Reads and writes nothing but stdout.",
+        exits=(0,),
     ),
     "completion": Verb(
         "Help",

@@ -37,7 +37,7 @@ from builder.text import did_you_mean, printable
 __all__ = [
     "CacheSpec", "ContainerSpecs", "GpusSpec", "ImageSpec", "Manifest", "ModelsSpec", "Overrides",
     "PrebuildSpec", "RefreshSpec", "RunSpec",
-    "cache_of", "image_alone", "load", "profiles", "select",
+    "cache_of", "image_alone", "load", "profile_text", "profiles", "read_manifest", "select",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -72,12 +72,25 @@ def load(
 
     only: selects tasks, as `select` does. Raises UsageError with every problem.
     """
+    manifest, _ = read_manifest(path, profile=profile, overrides=overrides)
+    return select(manifest, only)
+
+
+def read_manifest(
+    path: str | Path | None = None, *, profile: str | None = None, overrides: Overrides = Overrides()
+) -> tuple[Manifest, Document]:
+    """Return a manifest and the document that it was read from. Raises UsageError with every problem."""
     name, raw = _read_profile(profile) if profile is not None else _read_file(Path(path or ""))
     document = Document.parse(name, raw)
     manifest = _manifest(document, overrides)
     if document.problems:
         raise UsageError(f"{name} cannot be used as it is", document.in_order())
-    return select(manifest, only)
+    return manifest, document
+
+
+def profile_text(name: str) -> str:
+    """Return the text of a packaged profile. Raises UsageError where there is none of this name."""
+    return _read_profile(name)[1].decode("utf-8")
 
 
 def cache_of(location: str) -> CacheSpec:

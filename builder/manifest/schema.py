@@ -13,10 +13,11 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.manifest import load, values
+from builder.manifest import load
 from builder.manifest.document import Document
 from builder.manifest.fields import Key, keys_of
 from builder.manifest.task_keys import Defaults, TaskTable, arguments
+from builder.manifest.values import as_toml
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 PAGE_FILE = Path(__file__).parents[1] / "docs" / "manifest.md"
@@ -95,7 +96,7 @@ def _property(key: Key, default: object) -> dict[str, Any]:
     example = Document.parse("example", f"value = {key.example}".encode()).data["value"]
     found = {**key.kind.schema, "description": _meaning(key), "examples": [example]}
     if default not in (None, "") and not key.default and not key.required:
-        found["default"] = _as_toml(key, default)
+        found["default"] = as_toml(key.kind, default)
     return found
 
 
@@ -111,7 +112,7 @@ def _rows(table: type[Any], keys: Mapping[str, Key]) -> Iterator[str]:
 def _default(key: Key, default: object) -> str:
     if key.required or key.default:
         return key.default or "required"
-    return "not set" if default in (None, "") else f"`{json.dumps(_as_toml(key, default), ensure_ascii=False)}`"
+    return "not set" if default in (None, "") else f"`{json.dumps(as_toml(key.kind, default), ensure_ascii=False)}`"
 
 
 def _meaning(key: Key) -> str:
@@ -120,16 +121,6 @@ def _meaning(key: Key) -> str:
 
 def _text(table: type[Any]) -> str:
     return " ".join((table.__doc__ or "").split())
-
-
-def _as_toml(key: Key, value: Any) -> Any:
-    """Return the value as a manifest would have it: durations and sizes as text."""
-    if key.kind in (values.seconds, values.positive_seconds):
-        unit, length = next(each for each in (("h", 3600), ("m", 60), ("s", 1)) if value % each[1] == 0)
-        return f"{value / length:.0f}{unit}"
-    if key.kind is values.size:
-        return f"{value >> 30}g"
-    return [_as_toml(key, each) for each in value] if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A converter raises ValueError with what was expected and what was found.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
@@ -210,3 +211,34 @@ def a_variable(value: Any) -> str:
     if not VARIABLE.fullmatch(text):
         raise ValueError(f"expected the NAME of an environment variable, found {text!r}")
     return text
+
+
+def as_toml(kind: Kind[Any], value: Any) -> Any:
+    """Return a converted value as a manifest would have it: durations and sizes with their units, the rest as text."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if kind in (seconds, positive_seconds):
+        units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+        return next((f"{value / length:.0f}{unit}" for unit, length in units if value and not value % length), value)
+    if kind is size:
+        units = (("t", 1 << 40), ("g", 1 << 30), ("m", 1 << 20), ("k", 1 << 10))
+        return next((f"{value // length}{unit}" for unit, length in units if value and not value % length), value)
+    if isinstance(value, (tuple, list)):
+        return [as_toml(kind, each) if isinstance(each, tuple) else _plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def toml(value: Any) -> str:
+    """Return the text of a value that `as_toml` returned, for one line of a manifest."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{name} = {toml(each)}" for name, each in value.items()) + " }" if value else "{}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    # A string of JSON is one of TOML, but that TOML wants DEL escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

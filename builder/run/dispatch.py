@@ -8,12 +8,13 @@ first: each removes its own container or process, so that a failure of one leave
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrupted
 from builder.report.live import LiveProgress
@@ -45,6 +46,42 @@ def expected_time(executor: Executor, items: Sequence[Item], estimates: Mapping[
     if unknown:
         text = f"at most {span(seconds)} ({f'{unknown} ' if unknown < len(planned) else ''}never timed)"
     return f"{text} of a {span(budget)} budget" if budget else text
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A task as a run would start it now. The fields are keys of the JSON document.
+
+    start: seconds from the start of the run; None: it would not start. gpus: indices. timed: whether `seconds` comes
+    from an earlier run, and is not its time limit.
+    """
+
+    task: str
+    start: float | None
+    gpus: tuple[int, ...]
+    seconds: float
+    timed: bool
+    note: str = ""
+
+
+def planned_rows(executor: Executor, items: Sequence[Item], estimates: Mapping[str, Estimate]) -> list[PlannedRow]:
+    """Return the schedule of these tasks, in the order of their starts; last those that would not start."""
+    distinct, same = duplicates(items)
+    planned = [planned_task(item, estimates) for item in distinct]
+    budget = executor.context.manifest.run.budget
+    found = best_schedule(planned, executor.capacity(), limit=budget or math.inf)
+    rows = [
+        PlannedRow(one.task.name, round(one.at, 3), one.devices, round(one.task.seconds, 3), one.task.sure)
+        for one in found.starts
+    ]
+    rows += [
+        PlannedRow(task.name, None, (), task.seconds, task.sure, "budget: would not end within it")
+        for task in found.left_out
+    ]
+    rows += [
+        PlannedRow(label, None, (), 0.0, True, f"the same work as {other.task.label}") for label, other in same.items()
+    ]
+    return rows
 
 
 def planned_task(item: Item, estimates: Mapping[str, Estimate]) -> PlannedTask:

@@ -18,7 +18,7 @@ from builder.run.context import Context
 from builder.run.executor import Allocation, Executor, Reservation, Watcher
 from builder.run.forecast import Estimate
 from builder.run.plan import Item, Plan, result_of
-from builder.text import counted, printable, size
+from builder.text import counted, duration, printable, size
 
 
 def warm(executor: Executor) -> None:
@@ -51,6 +51,39 @@ def warm(executor: Executor) -> None:
     outcome.raise_unless_warm(context)
 
 
+def show_plan(executor: Executor) -> None:
+    """Show what `warm` would do: which tasks, when, on which GPUs, and for how long. Starts none of it.
+
+    An image that the cache does not know is probed, as for a check.
+    """
+    context = executor.context
+    tasks = context.manifest.tasks
+    with executor.snapshot(tasks) as (root, plan):
+        estimates = forecast.expected_seconds(root, plan.items)
+    context.report.set_tasks(plan.results())
+    items = to_do(context, plan)
+    rows = dispatch.planned_rows(executor, items, estimates)
+    context.report.extra["plan"] = [vars(row) for row in rows]
+    if not items:
+        return
+    announce(executor, plan, estimates, reasons_too=False)
+    reasons_of = {item.task.label: item.config_problem or item.judgement.reason or "warm, forced" for item in items}
+    context.console.table(
+        ("task", "starts", "GPUs", "takes", "why"),
+        [
+            [
+                row.task,
+                "–" if row.start is None else duration(row.start),
+                ",".join(map(str, row.gpus)) or "–",
+                ("" if row.timed else "at most ") + duration(row.seconds),
+                row.note or reasons_of[row.task],
+            ]
+            for row in rows
+        ],
+    )
+    context.console.say("nothing was started: this is what warm would do")
+
+
 def to_do(context: Context, plan: Plan) -> tuple[Item, ...]:
     """Return the cold tasks, or all of them when forced."""
     return plan.items if context.options.force else plan.cold
@@ -71,8 +104,8 @@ def warm_task(executor: Executor, gpus: Reservation, item: Item, allocation: All
         outcome.raise_if_fatal(execution, result)
 
 
-def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate]) -> None:
-    """Write the heading of a run that has work to do."""
+def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate], *, reasons_too: bool = True) -> None:
+    """Write the heading of a run that has work to do. reasons_too: and why each task is to run."""
     context = executor.context
     say = context.console.say
     say(f"warm-cache  {executor.heading()}  cache {executor.root_name}")
@@ -80,7 +113,8 @@ def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate]) 
     anew = [item.judgement for item in plan.cold if item.judgement.anew]
     costliest = min(anew, key=lambda judgement: reasons.rank(judgement.anew[0]), default=None)
     why = f": {costliest.detail}" if costliest else f" of {len(keys)} families"
-    say(f"toolchain {plan.digest}{why}, logs in {context.log_directory()}")
+    logs = f", logs in {context.log_directory()}" if reasons_too else ""
+    say(f"toolchain {plan.digest}{why}{logs}")
     items = to_do(context, plan)
     sums = [f"{counted(len(plan.items), 'task')}: {len(plan.items) - len(plan.cold)} warm, {len(items)} to do"]
     if items:
@@ -88,7 +122,7 @@ def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate]) 
     if root := executor.direct_root():
         sums.append(f"{size(shutil.disk_usage(root).free)} free")
     say(" · ".join(sums))
-    for item in items:
+    for item in items if reasons_too else ():
         say(f"  {item.task.label}: {item.judgement.reason or 'warm, forced'}")
 
 

@@ -183,6 +183,25 @@ def test_failed_task_shows_log_tail(bad: dict[str, Group]) -> None:
     assert "Received sigquit from a child process" in shown
 
 
+def test_dry_run_shows_the_plan_and_runs_nothing(cli: Cli) -> None:
+    again = command("again", "print('KERNELS READY')")
+    cli.manifest(shapes("first"), command("second", "print('KERNELS READY')"), {**again, "timeout": "2h"})
+    planned = cli.run("warm", "--dry-run", "--json", "--budget", "1h")
+    assert planned.status == 0
+    rows = {row["task"]: row for row in planned.document["plan"]}
+    assert set(rows) == {"first", "second", "again"}
+    assert rows["first"]["start"] == 0 and not rows["first"]["timed"]
+    assert {task["state"] for task in planned.document["tasks"]} == {"cold"}
+    assert cli.markers() == [] and not cli.logs.exists()
+    shown = cli.run("warm", "--dry-run", "--only", "first").out
+    assert "at most" in shown and "no-marker" in shown and "nothing was started" in shown
+    cli.warm("--only", "first")
+    rows = {row["task"]: row for row in cli.run("warm", "--dry-run", "--json").document["plan"]}
+    assert "first" not in rows
+    (row,) = cli.run("warm", "--dry-run", "--json", "--force", "--only", "first").document["plan"]
+    assert row["timed"] and row["seconds"] < 60
+
+
 # --- deadlines of the run --------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
+from builder.errors import UsageError
 from builder.host import gpus
 from builder.run import prebuild, warm
 from builder.task import GPUS
@@ -27,11 +28,14 @@ class WarmArgs(ProofArgs):
     pull: bool = False
     log_dir: str | None = None
     prebuild_only: bool = False
+    dry_run: bool = False
     here: bool = False
 
 
 def run(args: WarmArgs, invocation: Invocation) -> None:
     """Make every task of the manifest warm. Raises what prevented it; the report is complete either way."""
+    if args.dry_run and args.prebuild_only:
+        raise UsageError(f"{args.location('dry-run')} shows the plan of the tasks, and --prebuild-only runs none")
     manifest = invocation.manifest(
         only=args.only,
         budget=args.budget,
@@ -49,6 +53,9 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
             prebuild_only=args.prebuild_only,
         )
         with invocation.signals.handled():
+            if args.dry_run:
+                warm.show_plan(local)
+                return
             if args.prebuild_only and not local.record["gpus"]:
                 local.simulate = GPUS[prebuild.simulated_name(manifest)]
                 local.forget_records()
@@ -62,11 +69,11 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         wanted=args.wanted("same", strict=args.strict),
         allow_busy=args.allow_busy,
         prebuild_only=args.prebuild_only,
-        creates=True,
-        create=args.create,
+        creates=not args.dry_run,
+        create=args.create and not args.dry_run,
     )
     with invocation.containers(context, greet=True) as executor:
         if args.prebuild_only and manifest.gpus.count and executor.engine.local and not gpus.host_gpus():
             executor.context = replace(context, manifest=prebuild.on_simulated_gpu(manifest))
         executor.require_root()
-        warm.warm(executor)
+        (warm.show_plan if args.dry_run else warm.warm)(executor)
