@@ -31,22 +31,25 @@ def descendants(root: int | None = None) -> set[int]:
     return found
 
 
-def kill_descendants(*, seconds: float = 5.0, spare: Iterable[int] = (), leave: Iterable[int] = ()) -> bool:
+def kill_descendants(
+    *, seconds: float = 5.0, spare: Iterable[int] = (), leave: Iterable[int] = (), keep: Iterable[int] = ()
+) -> bool:
     """Send SIGKILL to all descendants, repeatedly, until none lives. Return False if some do after `seconds`.
 
     spare: direct children that another thread reaps; they are killed, and not waited for here.
-    leave: processes that are not killed, nor anything below them.
+    leave: processes that are not killed, nor anything below them. keep: processes that are not killed themselves.
     """
     limit = time.monotonic() + seconds
-    spared, kept = set(spare), set(leave)
+    spared, left_alone, kept = set(spare), set(leave), set(keep)
     while True:
-        for pid in (left := _descendants_except(kept)):
+        for pid in (left := _descendants_except(left_alone) - kept):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in left - spared:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        alive = {pid for pid in _descendants_except(kept) if _state(pid) not in ("Z", "X", "")}
+        remaining = _descendants_except(left_alone) - kept
+        alive = {pid for pid in remaining if _state(pid) not in ("Z", "X", "")}
         if not alive:
             return True
         if time.monotonic() > limit:

@@ -10,6 +10,7 @@ from builder.agent.guard import Guard
 from builder.agent.log_watch import Watch
 from builder.agent.output import Output
 from builder.agent.process import Child
+from builder.agent.shape_forks import Imported
 from builder.task import Task
 
 SERVER_STOP_SECONDS = 15.0  # sglang 0.5.23 drains for up to 15 s
@@ -32,6 +33,7 @@ class PassContext:
     entries: Callable[[], int]  # counts the valid entries of every claimable family
     compile_lock: CompileLock
     chunked_prefill_size: int  # of a server on the GPU here, unless its argv sets it
+    imported: Imported
     on_tick: Callable[[], None] = lambda: None  # called about ten times a second
     watches: list[Watch] = field(default_factory=list)  # of all children so far, also where a pass failed
 
@@ -47,6 +49,7 @@ class PassContext:
             guard=self.guard,
             grace=SERVER_STOP_SECONDS if server else self.grace,
             gentle=server,
+            keep=lambda: self.imported.pids,
             on_tick=self.on_tick,
         )
 

@@ -169,7 +169,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os.dup2(descriptor, 2)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _set_oom_score(_FIRST)
-        _allow_cuda()
+        allow_cuda()
         work()
         status = 0
     except BaseException as error:  # noqa: BLE001 - the parent finds it in the log
@@ -178,7 +178,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os._exit(status)
 
 
-def _allow_cuda() -> None:
+def allow_cuda() -> None:
     """Let torch use the simulated GPU in a fork. On a real one this must not be done."""
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda"):

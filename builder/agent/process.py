@@ -88,6 +88,7 @@ class Child:
     grace: seconds between SIGTERM and SIGKILL.
     gentle: send SIGTERM to the child alone, for a server that stops its own workers and treats their death as a crash;
         otherwise to its whole process group.
+    keep: returns children of this program that go on when this one ends, without what is below them.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class Child:
         guard: Guard,
         grace: float,
         gentle: bool = False,
+        keep: Callable[[], tuple[int, ...]] = lambda: (),
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._argv, self._env, self._cwd = list(argv), dict(env), cwd
         self._output, self._guard, self._on_tick = output, guard, on_tick
-        self._grace, self._gentle = grace, gentle
+        self._grace, self._gentle, self._keep = grace, gentle, keep
         self.watch = watch
         self.status: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -194,7 +196,7 @@ class Child:
         while not self.ended and time.monotonic() < self._guard.stop_limit(limit):
             self._changed.wait(0.02)
             self._changed.clear()
-        processes.kill_descendants(spare=(process.pid,))
+        processes.kill_descendants(spare=(process.pid,), keep=self._keep())
         if self.status is None:
             self.status = process.wait()
         self._drained()
@@ -218,7 +220,8 @@ class Child:
             return
         self._pump.join(0.05)
         if self._pump.is_alive():
-            processes.kill_descendants(spare=() if self._process is None else (self._process.pid,))
+            spare = () if self._process is None else (self._process.pid,)
+            processes.kill_descendants(spare=spare, keep=self._keep())
         self._closing = time.monotonic()
         self._pump.join()
         self._pump = None
@@ -266,7 +269,7 @@ class Child:
                     readers[number].tick(now)
                 progress.tick(now)
                 if now - swept > 5:
-                    processes.reap(spare=(process.pid,))
+                    processes.reap(spare=(process.pid, *self._keep()))
                     swept = now
             for number in open_pipes:
                 readers[number].finish()

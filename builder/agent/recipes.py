@@ -192,6 +192,7 @@ def compile_shapes(
         "chunked_prefill_size": size,
         "workers": workers,
         "devices": _devices(context),
+        "imported": context.imported.socket(),
     }
     watch = _watch(r"^warm-cache shapes: all \d+ shapes done", pool=True)
     script = Path(__file__).with_name("shape_pool.py")

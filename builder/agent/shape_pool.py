@@ -9,6 +9,8 @@ Its own lines begin with ``warm-cache shapes:``, one progress bar for all shapes
 evidence of success. It passes on the workers' lines, behind ``[worker N]`` where there are several, without their bars.
 A worker that dies is reported with its shape, and another one continues with the rest. Exit status 0 if every shape was
 done, else 1.
+
+With ``"imported": SOCKET`` workers are forks of one process that has imported sglang (shape_forks.py).
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 CONTIGUOUS = "_CONTIG"  # ends the kernel types of which sglang keeps only aligned Ms
 ALIGNMENT = 128  # of their Ms on Hopper; near enough to order the shapes
@@ -45,6 +48,7 @@ class PoolRequest:
     chunked_prefill_size: int
     workers: int
     devices: list[str]
+    imported: str = ""  # socket of a process that forks workers (`shape_forks`); "": each imports sglang
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,16 @@ class ShapePool:
         try:
             while self._queue:
                 with _ShapeProcess(number, self._request, self._pass_on) as worker:
-                    if not self._is_ready(worker) or self._feed(worker):
+                    ready = worker.read()
+                    if ready is None and worker.is_fork:
+                        self._request = replace(self._request, imported="")  # what went wrong is shown by an import
+                    elif not self._is_ready(worker, ready) or self._feed(worker):
                         return
         except (OSError, RuntimeError) as error:  # the PID limit: of a process, of a thread
             self._report(f"failed: a worker cannot be started: {error}")
 
-    def _is_ready(self, worker: _ShapeProcess) -> bool:
-        """Return whether a worker can compile. If it cannot, no other one could."""
-        answer = worker.read()
+    def _is_ready(self, worker: _ShapeProcess, answer: WorkerAnswer | None) -> bool:
+        """Return whether a worker can compile, by its first answer. If it cannot, no other one could."""
         if answer is None or answer.ready is None:
             unable = answer.unable if answer else ""
             self._report(f"failed: {unable or 'a worker ' + worker.describe_end()}")
@@ -192,32 +198,23 @@ _OnLine = Callable[["_ShapeProcess", bytes], None]
 
 
 class _ShapeProcess:
-    """One process of shape_worker.py. Leaving the context closes its stdin, which ends it."""
+    """One process of shape_worker.py, or a fork that does the same. Leaving the context closes its stdin: it ends."""
 
     def __init__(self, number: int, request: PoolRequest, on_line: _OnLine) -> None:
         self.number = number
         self.shape: str | None = None
         self.seconds = 0.0
         self._last = b""
-        devices = request.devices
-        env = dict(os.environ)
-        if devices:
-            env["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._status: int | None = None
         reports, report = os.pipe()
-        argument = {
-            "m_values": request.m_values,
-            "chunked_prefill_size": request.chunked_prefill_size,
-            "report": report,
-        }
         try:
-            self._process = subprocess.Popen(
-                ["python3", str(Path(__file__).with_name("shape_worker.py")), json.dumps(argument)],
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(report,),
-            )
+            order = {"m_values": request.m_values, "chunked_prefill_size": request.chunked_prefill_size}
+            if request.imported:
+                self._fork(request.imported, order, report)
+            if self._connection is None:
+                self._start(request.devices, {**order, "report": report})
         except BaseException:
             os.close(reports)
             raise
@@ -226,6 +223,47 @@ class _ShapeProcess:
         self._reports = os.fdopen(reports, encoding="ascii")
         self._reader = threading.Thread(target=self._read, args=(on_line,))
         self._reader.start()
+
+    def _start(self, devices: list[str], order: dict[str, Any]) -> None:
+        env = dict(os.environ)
+        if devices:
+            env["CUDA_VISIBLE_DEVICES"] = devices[self.number % len(devices)]
+        self._process = subprocess.Popen(
+            ["python3", str(Path(__file__).with_name("shape_worker.py")), json.dumps(order)],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(order["report"],),
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin: IO[bytes] = self._process.stdin
+        self._stdout: IO[bytes] = self._process.stdout
+
+    def _fork(self, imported: str, order: dict[str, Any], report: int) -> None:
+        """Have it forked. Without a connection afterwards, there is nothing to fork it of."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(imported)
+            theirs, stdin = os.pipe()
+            stdout, output = os.pipe()
+            self._stdin, self._stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
+            try:
+                socket.send_fds(connection, [b"."], [theirs, output, report])
+            finally:
+                os.close(theirs)
+                os.close(output)
+            self._stdin.write(json.dumps(order).encode() + b"\n")
+            self._stdin.flush()
+        except OSError:
+            connection.close()
+            return
+        self._connection = connection
+
+    @property
+    def is_fork(self) -> bool:
+        return self._connection is not None
 
     def __enter__(self) -> _ShapeProcess:
         return self
@@ -242,10 +280,9 @@ class _ShapeProcess:
 
     def compile(self, shape: _Shape) -> WorkerAnswer | None:
         """Have it compile one shape. Returns its answer; None if it died."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(shape).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(shape).encode() + b"\n")
+            self._stdin.flush()
         except OSError:
             return None
         return self.read()
@@ -258,22 +295,31 @@ class _ShapeProcess:
         return f"{how}; its last line: {last}" if last else how
 
     def _end(self) -> int:
-        stdin = self._process.stdin
-        assert stdin is not None
         with contextlib.suppress(OSError):  # it died without reading all of it
-            stdin.close()
-        status = self._process.wait()
+            self._stdin.close()
+        status = self._wait()
         if threading.current_thread() is not self._reader:
             self._reader.join()
         self._reports.close()
         return status
 
+    def _wait(self) -> int:
+        """Return its exit status: a negative number for a signal."""
+        if self._process is not None:
+            return self._process.wait()
+        assert self._connection is not None
+        with self._connection:
+            if self._status is None:
+                text = b""
+                with contextlib.suppress(OSError):
+                    text = self._connection.recv(16)
+                self._status = int(text or -signal.SIGKILL)  # without an answer it went with what it was forked of
+        return self._status
+
     def _read(self, on_line: _OnLine) -> None:
         """Take its output line by line; a line may end with a carriage return."""
-        stream = self._process.stdout
-        assert stream is not None
         held = b""
-        with stream:
+        with self._stdout as stream:
             while data := os.read(stream.fileno(), 1 << 16):
                 *whole, held = re.split(rb"[\r\n]", held + data)
                 for text in whole:

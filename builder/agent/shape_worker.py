@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,33 @@ from typing import Any
 def main(document: str) -> int:
     """Compile shapes until stdin ends; a failure does not stop the others. Returns the exit status."""
     order = json.loads(document)
+    os.set_inheritable(order["report"], False)  # a compiler that outlives this process must not keep it open
+    return serve(load(), order, order["report"], sys.stdin)
+
+
+def load() -> Any:
+    """Import sglang. Returns its module that compiles."""
     # The same two switches that sglang.compile_deep_gemm sets before it imports anything.
     os.environ["SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE"] = "1"
     os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "1"
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    os.set_inheritable(order["report"], False)  # a compiler that outlives this process must not keep it open
-    with os.fdopen(order["report"], "w", encoding="ascii", buffering=1) as report:
+    return importlib.import_module("sglang.srt.layers.deep_gemm_wrapper.compile_utils")
+
+
+def serve(compile_utils: Any, order: Mapping[str, Any], report: int, orders: Iterable[str]) -> int:
+    """Compile the shapes of these lines, and answer on the descriptor `report`. Returns the exit status."""
+    with os.fdopen(report, "w", encoding="ascii", buffering=1) as answers:
 
         def answer(**fields: Any) -> None:
-            report.write(json.dumps(fields) + "\n")
+            answers.write(json.dumps(fields) + "\n")
 
-        compile_utils = importlib.import_module("sglang.srt.layers.deep_gemm_wrapper.compile_utils")
         if not getattr(compile_utils, "ENABLE_JIT_DEEPGEMM", True):
             answer(unable="sglang finds no usable DeepGEMM here (no GPU that it supports, or the package is missing)")
             return 1
         m_list = sorted(set(order["m_values"])) or builtin_m_list(compile_utils, order["chunked_prefill_size"])
         multiple = alignment()
         answer(ready=[len(m_list), sum(m % multiple == 0 for m in m_list)])
-        for line in sys.stdin:
+        for line in orders:
             begun = time.monotonic()
             failed = compile_shape(compile_utils, json.loads(line), m_list)
             if failed:

@@ -1,7 +1,8 @@
 """Warms one task, from its job to its verdict: prepare, first pass, inventory, second pass, marker last.
 
 The order makes the marker true. Entries are counted before and after in the same directories; the second pass runs in a
-new process after every process of the first one has ended; and the marker is published when nothing can fail any more.
+process that has loaded no kernel, after every process that compiled in the first one has ended; and the marker is
+published when nothing can fail any more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from builder.agent.pass_context import Partial, PassContext
 from builder.agent.process import Failed
 from builder.agent.progress import EntryProgress
 from builder.agent.recipes import Passes
+from builder.agent.shape_forks import Imported
 from builder.agent.task_entries import TaskEntries
 from builder.cache import (
     families,
@@ -229,6 +231,10 @@ class Warming:
             raise Failed(str(error)) from None
 
     def _run_passes(self, passes: Passes, environ: Mapping[str, str], task: Task) -> Proven:
+        with Imported(environ, self._job.workdir) as imported:
+            return self._prove_passes(passes, environ, task, imported)
+
+    def _prove_passes(self, passes: Passes, environ: Mapping[str, str], task: Task, imported: Imported) -> Proven:
         self._watches = []
         entries = self._entries
         before = entries.scan()
@@ -242,6 +248,7 @@ class Warming:
             grace=max(0.5, self._job.grace - 1.0),
             compile_lock=self._compile_lock,
             chunked_prefill_size=self._chunked_prefill_size,
+            imported=imported,
             entries=lambda: sum(len(found.valid) for found in entries.scan().values()),
             on_tick=EntryProgress(self._output, entries.trees()).tick,
         )

@@ -10,11 +10,18 @@ import threading
 import uuid
 from pathlib import Path
 
+LOADED: set[tuple[str, str]] = set()
 VERSION_TEXT = "nvcc: NVIDIA (R) Cuda compiler driver, release 13.0, V13.0.88 (test double)"
 
 
 def compile_kernel(name: str, key: str) -> bool:
-    """True when an entry was made, False for a hit, whose stamp is touched as DeepGEMM does."""
+    """True when an entry was made, False for a hit, whose stamp is touched as DeepGEMM does.
+
+    As in the original, a process that has loaded a kernel does not look at the disk again.
+    """
+    if (name, key) in LOADED:
+        return False
+    LOADED.add((name, key))
     root = Path(os.environ["DG_JIT_CACHE_DIR"])
     digest = hashlib.sha256(f"{name} {key}".encode()).hexdigest()[:32]
     entry = root / "cache" / f"{name}.{digest}"
