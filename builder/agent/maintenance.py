@@ -9,7 +9,7 @@ from builder import events
 from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
-from builder.cache import environment, inventory, layout, removal
+from builder.cache import environment, inventory, layout, leaves, removal
 from builder.cache import survey as holdings
 from builder.cache.inventory import bad_entries, contents
 from builder.cache.layout import FamilyDirectory, claimable_directories
@@ -79,6 +79,8 @@ def survey(job: Job, output: Output, guard: Guard) -> int:
 
 def _quarantine(root: Path, place: FamilyDirectory, job: Job, output: Output) -> None:
     name = place.family.name
+    if place.family.looked_at:
+        leaves.refresh(root)  # what markers list is no leftover
     moved = inventory.sweep(
         place.family,
         place.tree(),

@@ -20,7 +20,7 @@ from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
 from builder.beneath import Tree
-from builder.cache import blocked, layout, memos, removal, survey, usage
+from builder.cache import blocked, layout, leaves, memos, removal, survey, usage
 from builder.cache.blocked import Waits
 from builder.cache.retention import PrunePlan, PruneStep, is_past_use, plan
 from builder.events import FAILED, WARMED
@@ -59,6 +59,7 @@ def prune(job: Job, output: Output, guard: Guard) -> int:
         guard.check()
         if stays is None:
             output.event(events.Removed(family, key, path))
+    leaves.refresh(root)
     for mark in survey.marks(root)[0]:
         if mark.folder in policy.folders:
             usage.stamp(root, mark.path)

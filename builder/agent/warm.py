@@ -35,6 +35,7 @@ from builder.cache import (
     families,
     inventory,
     layout,
+    leaves,
     marker_format,
     marker_writing,
     markers,
@@ -289,6 +290,7 @@ class Warming:
             self._locks[name] = self._guard.acquire(layout.family_lock(self._root, name, key), exclusive=False)
 
     def _quarantine_leftovers(self) -> None:
+        leaves.refresh(self._root)  # what markers list is no leftover
         for family in FAMILIES:
             key = self._entries.keys[family.name]
             moved = inventory.sweep(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from builder.beneath import Tree, TreeItem
 from builder.cache import elf
-from builder.cache.families import Family
+from builder.cache.families import Family, whole
 from builder.files import UNREADABLE, UnreadableError, matches, parsed, read_whole, unreadable, why
 from builder.openat import open_regular_at
 from builder.text import printable
@@ -281,7 +281,7 @@ def _finished(family: Family, tree: Tree, name: str) -> list[TreeItem] | None:
 def size_and_times(family: Family, tree: Tree, name: str) -> tuple[int, int, int]:
     """Return bytes, use and writing of an entry, times in nanoseconds.
 
-    use: mtime of its ``.committed``, which a hit touches; 0 without one.
+    use: mtime of its ``.committed``, or of the directory that it was published with, which a hit touches; 0 without.
     writing: newest mtime of its other files, which only compiling changes; 0 where a use changes it too.
     """
     size, used, written = 0, 0, 0
@@ -289,7 +289,9 @@ def size_and_times(family: Family, tree: Tree, name: str) -> tuple[int, int, int
         status = tree.lstat(name)
         if not stat.S_ISDIR(status.st_mode):
             steady = not matches(name.rpartition("/")[2], family.rewritten)
-            return status.st_size, 0, status.st_mtime_ns if steady else 0
+            leaf = whole(family, name)
+            used = tree.lstat(leaf).st_mtime_ns if leaf != name else 0
+            return status.st_size, used, status.st_mtime_ns if steady else 0
         for item in tree.some(name, _FILES) or ():
             found = item.stat()
             size += found.st_size if stat.S_ISREG(found.st_mode) else 0

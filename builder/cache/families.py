@@ -19,6 +19,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 #: Part of every family key: raise it when the meaning of a family's directory changes.
 TABLE_VERSION = 1
@@ -92,6 +93,7 @@ class Family:
     host_specific: names, directly in the family's directory, that are true on one host only: never entries.
     apart: names, directly in the family's directory, of what no compiler made: never entries, and copied nowhere.
     whole: patterns of directories that are published by one rename, so that they are quarantined only as a whole.
+    looked_at: how many of these, the newest of one parent by their own times, a look-up reads (`leaves`); 0 for all.
     rewritten: names of files that a mere use writes anew, so that a new time is no sign of a compilation.
     renamed: every file of an entry is published by rename and never written again, so that it can be copied while a
     process compiles. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of
@@ -112,6 +114,7 @@ class Family:
     host_specific: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    looked_at: int = 0
     rewritten: tuple[str, ...] = REWRITTEN
     renamed: bool = False
 
@@ -180,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
         leftovers=((".staging-*", f"build {_ABANDONED}"), ("*.tmp-*", f"write {_ABANDONED}")),
         # sglang renames a finished build onto the leaf and takes "it exists" for success: half a leaf never heals.
         whole=("deps-*",),
+        looked_at=100,
         renamed=True,
     ),
     Family(
@@ -246,6 +250,15 @@ FAMILY: dict[str, Family] = {family.name: family for family in FAMILIES}
 def directory(root: str, family: str, key: str) -> str:
     """Where the family with this key lives below the cache root: ``<root>/<family>/<key>``."""
     return posixpath.join(root, family, key)
+
+
+def whole(family: Family, name: str) -> str:
+    """Return the directory that is published and moved as a whole with this entry, or the entry itself."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts, 1):
+        if any(fnmatchcase(part, pattern) for pattern in family.whole):
+            return "/".join(parts[:depth])
+    return name
 
 
 #: A family key as a regular expression.

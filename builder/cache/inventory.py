@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.beneath import Tree
-from builder.cache import usage
+from builder.cache import families, leaves, usage
 from builder.cache.entries import NAMES, NO_ENTRY, EntryProblem, ProblemKind, problem_of, size_and_times
 from builder.cache.families import Family
 from builder.cache.layout import FamilyDirectory, family_directories
@@ -184,7 +184,7 @@ def sweep(
     for name, problem in scan(family, tree, mount=mount).invalid.items():
         if problem.kind is ProblemKind.UNREADABLE:
             continue  # another user's file may be good
-        whole = _whole(family, name)
+        whole = families.whole(family, name)
         reason = problem.text if whole == name else f"{printable(name[len(whole) + 1 :])}: {problem}"
         in_progress = whole == name and _may_be_in_progress(family, problem)
         doomed.setdefault(whole, (reason, older_than if in_progress else None))
@@ -209,7 +209,7 @@ def sweep(
 def may_be_in_progress(family: Family, directory: Path | Tree, name: str, problem: EntryProblem, *, now: float) -> bool:
     """Return whether this invalid entry may be in progress, so that `sweep` leaves it for now."""
     unreadable = problem.kind is ProblemKind.UNREADABLE
-    if unreadable or _whole(family, name) != name or not _may_be_in_progress(family, problem):
+    if unreadable or families.whole(family, name) != name or not _may_be_in_progress(family, problem):
         return False
     newest = _newest(Tree.of(directory), name)
     return newest is None or newest > now - IN_PROGRESS
@@ -276,6 +276,12 @@ def _leftovers(family: Family, tree: Tree, *, temporary: bool) -> Iterator[tuple
             yield from ((name, reason, True) for name in _glob(tree, "", pattern.split("/")))
         else:
             anywhere.append((pattern, reason))
+    for name in leaves.beyond(family, tree):
+        yield (
+            name,
+            f"never looked at: its module has {family.looked_at} newer builds",
+            True,
+        )
     for name, item in tree.walk() if anywhere or temporary else ():
         if item is None or name.partition("/")[0] in family.apart:
             continue
@@ -291,15 +297,6 @@ def _glob(tree: Tree, above: str, patterns: list[str]) -> Iterator[str]:
                 yield item.name
             elif item.is_dir:
                 yield from _glob(tree, item.name, patterns[1:])
-
-
-def _whole(family: Family, name: str) -> str:
-    """Return the directory that must move as a whole with this entry, or the entry itself."""
-    parts = name.split("/")
-    for depth, part in enumerate(parts, 1):
-        if matches(part, family.whole):
-            return "/".join(parts[:depth])
-    return name
 
 
 def _may_be_in_progress(family: Family, problem: EntryProblem) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder.beneath import Tree
-from builder.cache import build_proofs, inventory, loadable, marker_files, reasons, toolchain, usage
+from builder.cache import build_proofs, inventory, leaves, loadable, marker_files, reasons, toolchain, usage
 from builder.cache.build_proofs import BuildProof, ProofWanted
 from builder.cache.coverage import brief, coverage, describe, differences
 from builder.cache.entries import ProblemKind
@@ -37,7 +37,7 @@ Row = tuple[str, str, str]
 #: entries: entries that the marker lists are missing or invalid (``N missing, M invalid (first: …)``).
 #: marker-unreadable: the file where the marker should be holds none (its path and the problem).
 #: mount: nothing of a claimed family can be used where the root is mounted (why).
-#: stale: ninja would build an entry again, because sources are newer (which).
+#: stale: ninja would build an entry again, because sources are newer, or sglang, which looks at newer ones (which).
 #: unverified: the marker would do, but `strict` requires the proof ``verified``.
 #: build: the marker would do, but only another build of sglang proved it, and this one's own proof is wanted.
 #: age: the marker would do, but its proof is older than is wanted.
@@ -232,6 +232,7 @@ def _against_disk(root: Path, item: MarkerFile, marker: Marker, record: Record, 
         stale = stale or loadable.stale(
             FAMILY[family], place, claim.entries, newer, mounted=wanted.mounted, inside=wanted.inside
         )
+        stale = stale or leaves.unseen(FAMILY[family], place, claim.entries)
         for name in claim.entries:
             total += 1
             problem = inventory.check(FAMILY[family], place, name, mount=mount)

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from builder.cache import blocked, removal, usage
+from builder.cache import blocked, leaves, removal, usage
+from builder.cache.families import FAMILY, whole
 from builder.cache.survey import Dir, Holdings, Memo, Object, SurveyedMarker, survey
 from builder.job import PrunePolicy
 from builder.text import age, counted, size
@@ -203,7 +204,8 @@ class _Choice:
         listed: dict[Dir, set[str]] = {}
         for mark in self.kept:
             for family, names in mark.entries.items():
-                listed.setdefault((family, mark.keys[family]), set()).update(names)
+                mine = {whole(FAMILY[family], name) for name in names} if family in FAMILY else names
+                listed.setdefault((family, mark.keys[family]), set()).update(mine)
         for place in () if self.held.newer else (places & self.held.entries.keys()) - self.pinned.keys():
             mine = listed.get(place, set())
             for name, entry in self.held.entries[place].items():
@@ -233,6 +235,7 @@ def decide(
         for place, name, entry in choice.loose(choice.places()):
             if now - entry.used >= policy.older_than:
                 goes.setdefault(place, {})[name] = entry
+    _by_number(choice, goes)
     after = _bysize(choice, goes)
     named = {mark.image for mark in held.marks}.union(*(memo.names for memo in held.memos))
     kept = {mark.image for mark in choice.kept}.union(
@@ -242,7 +245,7 @@ def decide(
         steps=tuple(_steps(choice, goes)),
         before=held.bytes,
         after=after,
-        left=tuple(_left(choice, after)),
+        left=tuple(_left(choice, goes, after)),
         images=frozenset(named - kept - {""}),
         kept_images=frozenset(kept - {""}),
     )
@@ -266,6 +269,15 @@ def _by_count(choice: _Choice) -> None:
             newer.append(mark.toolchain)
         if newer.index(mark.toolchain) >= keep:
             choice.drop(mark, f"{counted(keep, 'newer toolchain')} of the task")
+
+
+def _by_number(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> None:
+    """Keep so few builds of each module that sglang's look-up reaches all that kept markers list."""
+    for place in choice.places():
+        there = choice.held.entries.get(place, {})
+        loose = {name: entry.used for _, name, entry in choice.loose({place})}
+        for name in leaves.surplus(FAMILY[place[0]], there, loose):
+            goes.setdefault(place, {})[name] = there[name]
 
 
 def _bysize(choice: _Choice, goes: dict[Dir, dict[str, Object]]) -> int:
@@ -350,7 +362,7 @@ def _steps(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]]) -> Iterato
         yield PruneStep("entries", name, why, freed, family, key, names=tuple(sorted(entries)))
 
 
-def _left(choice: _Choice, after: int) -> Iterator[str]:
+def _left(choice: _Choice, goes: Mapping[Dir, Mapping[str, Object]], after: int) -> Iterator[str]:
     for path, problem in sorted(choice.held.strangers.items()):
         yield f"{path} is left alone: {problem}"
     if choice.held.newer:
@@ -359,6 +371,15 @@ def _left(choice: _Choice, after: int) -> Iterator[str]:
         places = [f"{family}/{key}" for (family, key), reason in sorted(choice.pinned.items()) if reason == why]
         more = f" and {len(places) - 1} more stay" if len(places) > 1 else " stays"
         yield f"{places[0]}{more}, with the markers for it: {why}"
+    for place in sorted(choice.places()):
+        stay = choice.held.entries.get(place, {}).keys() - goes.get(place, {}).keys()
+        most = FAMILY[place[0]].looked_at
+        for scope, names in leaves.scopes(stay).items() if most else ():
+            if len(names) > most:
+                yield (
+                    f"{place[0]}/{place[1]}/{scope} keeps {len(names)} builds, listed by markers or in "
+                    f"use, and sglang looks at the {most} newest alone"
+                )
     if choice.held.view_bytes:
         yield f"{size(choice.held.view_bytes)} more are held by generations and views alone; sweep removes unused ones"
     limit = choice.policy.max_size

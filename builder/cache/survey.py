@@ -15,9 +15,9 @@ from pathlib import Path
 
 from builder import text
 from builder.beneath import Tree
-from builder.cache import marker_files, marker_format, toolchain, usage
+from builder.cache import leaves, marker_files, marker_format, toolchain, usage
 from builder.cache.entries import NAMES
-from builder.cache.families import FAMILY
+from builder.cache.families import FAMILY, Family
 from builder.cache.layout import family_directories
 from builder.cache.memos import memos_in, records
 
@@ -82,8 +82,8 @@ class Holdings:
     """All that a root holds.
 
     strangers: reason by path of markers that this program cannot read. newer: one of them has another schema, so that
-    its needs are unknown. dirs, entries: by family and key; entries only of layouts in ALONE. bytes: of the root,
-    without what only generations and views hold, which is `view_bytes`.
+    its needs are unknown. dirs, entries: by family and key; entries only of what can be removed alone. bytes: of the
+    root, without what only generations and views hold, which is `view_bytes`.
     """
 
     marks: tuple[SurveyedMarker, ...]
@@ -108,7 +108,7 @@ def survey(root: Path) -> Holdings:
     with Tree(root) as tree:
         for each in family_directories(root):
             base, family = f"{each.family.name}/{each.key}", each.family
-            names = list(NAMES[family.layout](family, each.tree())) if family.layout in ALONE else []
+            names = list(_alone(family, each.tree()))
             dirs[each.name], entries[each.name] = measure.split(tree, base, names)
             total += dirs[each.name].bytes
             apart.add(base)
@@ -126,6 +126,14 @@ def survey(root: Path) -> Holdings:
         bytes=total,
         view_bytes=view_bytes,
     )
+
+
+def _alone(family: Family, tree: Tree) -> Iterator[str]:
+    """Yield what of a family directory may be removed without the rest."""
+    if family.looked_at:
+        yield from leaves.every(family, tree)
+    elif family.layout in ALONE:
+        yield from NAMES[family.layout](family, tree)
 
 
 def marks(root: Path) -> tuple[list[SurveyedMarker], list[marker_files.MarkerFile]]:
