@@ -238,6 +238,18 @@ class Tree:
         above, last = split(name)
         return open_at(self.descriptor(above), last, flags, create=create, mode=mode)
 
+    def new_file(self, name: str, mode: int = 0o644) -> int:
+        """Return a descriptor for writing a file that must not exist yet, with this mode. Raises OSError."""
+        above, last = split(name)
+        descriptor = os.open(last, _NEW, mode, dir_fd=self.descriptor(above))
+        os.fchmod(descriptor, mode)  # whatever the umask
+        return descriptor
+
+    def set_time(self, name: str, ns: int) -> None:
+        """Give a file or directory itself this time of its last change and use, in ns. Raises OSError."""
+        above, last = split(name)
+        os.utime(last, ns=(ns, ns), dir_fd=self.descriptor(above), follow_symlinks=False)
+
     def copy_mode(self, name: str, status: os.stat_result) -> None:
         """Give a directory the owner, where that is allowed, and the mode of another. Raises OSError."""
         with readable(self.descriptor(name)) as descriptor:

@@ -236,6 +236,17 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush(path: Path) -> None:
+    """Wait until everything that was written to this directory's file system is on the disk (syncfs)."""
+    import ctypes  # once per restore or generation
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        ctypes.CDLL(None, use_errno=True).syncfs(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Call `write_atomically` for a path from the command line, which may be anything. Raises OSError.
 

@@ -98,6 +98,8 @@ class Family:
     renamed: every file of an entry is published by rename and never written again, so that it can be copied while a
     process compiles. Known of these: DeepGEMM renames the directory, Triton each file, sglang's JIT the leaf. Not of
     the others: ninja, quack and torch's loader write in place, and the rest was not examined.
+    timeless: entries are found by content alone, at any mount path that the key allows, so that times and path do not
+    travel with a cache image. Of the others, a build or a look-up compares times, or files may name others by path.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Family:
     looked_at: int = 0
     rewritten: tuple[str, ...] = REWRITTEN
     renamed: bool = False
+    timeless: bool = False
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -137,6 +140,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         layout="deep_gemm",
         renamed=True,
+        timeless=True,
         leftovers=(("tmp/*", f"build {_ABANDONED}"),),
     ),
     Family(
@@ -158,6 +162,7 @@ FAMILIES: tuple[Family, ...] = (
         factors=("triton", "ptxas", "compute_capability", "mount", *HOST_ABI),
         layout="triton",
         renamed=True,
+        timeless=True,
         leftovers=(("*/tmp.pid_*", f"write {_ABANDONED}"),),
     ),
     Family(
@@ -198,6 +203,7 @@ FAMILIES: tuple[Family, ...] = (
         executes=False,
         env=(("CUTE_DSL_CACHE_DIR", ""), ("SGLANG_CUTE_AOT_CACHE_DIR", "aot")),
         factors=("cutlass_dsl", "tvm_ffi", "quack", *HOST_ABI),
+        timeless=True,
         leftovers=(("*.tmp", f"write {_ABANDONED}"), (".*.tmp*", f"write {_ABANDONED}")),
     ),
     Family(
@@ -205,11 +211,13 @@ FAMILIES: tuple[Family, ...] = (
         locks=True,
         env=(("QUACK_CACHE_DIR", ""),),
         factors=("cutlass_dsl", "tvm_ffi", "quack", *HOST_ABI),
+        timeless=True,
     ),
     Family(
         name="tilelang",
         env=(("TILELANG_CACHE_DIR", ""),),
         factors=("tilelang", "nvcc", "compute_capability", *HOST_ABI),
+        timeless=True,
         leftovers=(("tmp/*", f"build {_ABANDONED}"),),
     ),
     Family(

@@ -29,7 +29,7 @@ from builder import flock
 from builder.beneath import Tree
 from builder.cache import inventory, layout
 from builder.cache.families import FAMILIES, Family, is_key
-from builder.files import UnreadableError, copy_content, is_dir, listing, matches, sync_directory, walk
+from builder.files import UnreadableError, copy_content, flush, is_dir, listing, matches, sync_directory, walk
 
 ID = re.compile(r"[0-9a-f]{16}")
 STAMP = ".committed"
@@ -281,7 +281,7 @@ def _build(root: Path, place: Path, files: list[_File], newest: str | None, chec
         _date_directories(root, new, made)
         layout.prepare(new)
         shutil.copystat(root, new)
-        _flush(new)
+        flush(new)
         new.rename(place)
     except BaseException:
         remove(new, place.parent)
@@ -352,17 +352,6 @@ def _copy(file: _File, target: Path) -> None:
         raise _ChangedError
     _like(target, status)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _flush(path: Path) -> None:
-    """Wait until everything that was written to this file system is on the disk."""
-    import ctypes  # once per generation
-
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        ctypes.CDLL(None, use_errno=True).syncfs(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _like(path: Path, status: os.stat_result) -> None:

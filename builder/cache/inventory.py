@@ -193,10 +193,7 @@ def sweep(
         if least is not None and ((newest := _newest(tree, name)) is None or newest > now - least):
             continue
         try:
-            aside.make()
-            # A new name each time: renaming onto an existing one would delete it.
-            tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            tree.move(name, aside, f"{family.name}-{tree.path.name}-{tag}-{os.urandom(16).hex()}")
+            set_aside(family, tree, name, aside)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -204,6 +201,14 @@ def sweep(
         else:
             moved.append(Leftover(name, reason))
     return moved
+
+
+def set_aside(family: Family, tree: Tree, name: str, quarantine: Tree) -> None:
+    """Rename something of a family directory into its quarantine. Raises OSError."""
+    quarantine.make()
+    # A new name each time: renaming onto an existing one would delete it.
+    tag = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    tree.move(name, quarantine, f"{family.name}-{tree.path.name}-{tag}-{os.urandom(16).hex()}")
 
 
 def may_be_in_progress(family: Family, directory: Path | Tree, name: str, problem: EntryProblem, *, now: float) -> bool:

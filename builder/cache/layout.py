@@ -23,11 +23,13 @@ SCHEMA = 1
 FOLDERS = ("images", "markers", "locks")
 LAYOUT = "layout.json"
 QUARANTINE = "aside"
+#: Where a restore unpacks a cache image before anything of it gets its place, and its record of what was restored.
+STAGING, RESTORED = "staging", "restored.json"
 #: Names of a directory that are looked at to see whether it is a cache root.
 _NAMES = 10_000
 #: Folders of what jobs write and mount. The mode keeps other users of the host from what jobs leave there, programs
 #: with the set-user-ID bit of root among them; an overlay is read with the rights of the engine.
-CLOSED, CLOSED_MODE = ("views", "generations"), 0o700
+CLOSED, CLOSED_MODE = ("views", "generations", STAGING), 0o700
 
 _RECORD_LIMIT = 1 << 20
 
@@ -98,7 +100,7 @@ def is_current(root: Path) -> bool:
 
 def foreign(root: Path) -> str | None:
     """Return a name in this directory that shows that it is no cache root; None in a root or an empty directory."""
-    own = {"lost+found", QUARANTINE, "used", *CLOSED, *FOLDERS, *FAMILY}
+    own = {"lost+found", QUARANTINE, "used", RESTORED, *CLOSED, *FOLDERS, *FAMILY}
     with Tree(root) as tree:
         names = [item.name for item in tree.some("", _NAMES) or ()]
     if LAYOUT in names:
@@ -132,6 +134,11 @@ def views_lock(root: Path) -> Path:
 def generations_lock(root: Path) -> Path:
     """Return the lock of the container that makes or removes generations or views; it holds it exclusively."""
     return root / "locks" / "generations.lock"
+
+
+def staging_lock(root: Path) -> Path:
+    """Return the lock of the process that restores a cache image; it holds it exclusively."""
+    return root / "locks" / "staging.lock"
 
 
 def family_lock(root: Path, family: str, key: str) -> Path:

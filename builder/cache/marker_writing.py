@@ -65,6 +65,13 @@ def build(
     )
 
 
+def path_of(marker: Marker) -> str:
+    """Return the path of a marker below the root."""
+    # One that was made without a GPU never replaces one that a real GPU proved.
+    kind = ".pretended" if marker.proof == PRETENDED else ""
+    return f"markers/{folder_name(marker.label, marker.coverage)}/{toolchain.digest(marker.keys)}{kind}.json"
+
+
 def publish(root: Path, marker: Marker) -> str:
     """Writes the marker last, after all that it claims; its path below `root`. Raises OSError and leaves nothing.
 
@@ -80,9 +87,7 @@ def publish(root: Path, marker: Marker) -> str:
 
     The builds of the marker that it replaces stay, after its own.
     """
-    # A marker made without a GPU never replaces one that a real GPU proved.
-    kind = ".pretended" if marker.proof == PRETENDED else ""
-    path = f"markers/{folder_name(marker.label, marker.coverage)}/{toolchain.digest(marker.keys)}{kind}.json"
+    path = path_of(marker)
     with Tree(root) as tree:
         if (before := marker_files.read_in(tree, path)) is not None:
             known = marker.builds

@@ -17,8 +17,8 @@ import contextlib
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,50 @@ def write_memo(root: Path, image: ServingImage, record: Record, *, env: Mapping[
     _write_host(root, host, known)
 
 
+def exported(root: Path, names: Collection[str], envs: Collection[Mapping[str, str]]) -> dict[str, Mapping[str, Any]]:
+    """Return the documents of a root that knows no more than these images, for these environments of tasks, by name.
+
+    No GPU is named by its UUID, which is one machine's.
+    """
+    documents: dict[str, Mapping[str, Any]] = {}
+    for path in _files(root):
+        memos = [memo for memo in memos_in(path) if memo.names & set(names) and dict(memo.env) in map(dict, envs)]
+        current = [memo for memo in memos if memo.table == TABLE_VERSION]
+        if current:
+            rows = [{"table": memo.table, "env": memo.env, "record": memo.record} for memo in current]
+            known = sorted(current[0].names)
+            documents[path.name] = {"schema": SCHEMA, "image": current[0].image, "names": known, "memos": rows}
+    found = [host for host in hosts(root) if dict(host.env) in map(dict, envs)]
+    if documents and found:
+        rows = [_host_row(replace(host, gpus=[_nameless(gpu) for gpu in host.gpus])) for host in found]
+        documents[_HOSTS] = {"schema": SCHEMA, "hosts": rows}
+    return documents
+
+
+def adopt(root: Path, other: Path) -> None:
+    """Add the memos of another root that this one does not have. What this one knows stays. Raises OSError."""
+    known = [(memo.names, memo.env, memo.record["factors"].get("mount")) for memo in known_images(root)]
+    for path in _files(other):
+        rows = []
+        for memo in memos_in(path):
+            mount = memo.record["factors"].get("mount")
+            if memo.table == TABLE_VERSION and not any(
+                names & memo.names and (env, its) == (memo.env, mount) for names, env, its in known
+            ):
+                rows.append(memo)
+        if rows:
+            before = [memo for each in _files(root) for memo in memos_in(each) if memo.names & rows[0].names]
+            target = root / FOLDER / path.name
+            every = [{"table": memo.table, "env": memo.env, "record": memo.record} for memo in (*before, *rows)]
+            names = sorted(rows[0].names.union(*(memo.names for memo in before)))
+            _write(target, {"schema": SCHEMA, "image": rows[0].image, "names": names, "memos": every[:_KEEP]})
+    mine = hosts(root)
+    added = [host for host in hosts(other) if all((host.env, host.model) != (own.env, own.model) for own in mine)]
+    if added:
+        document = [_host_row(host) for host in (*mine, *added)][:_KEEP]
+        _write(root / FOLDER / _HOSTS, {"schema": SCHEMA, "hosts": document})
+
+
 def drop_memos(root: Path, path: Path, toolchain: str) -> None:
     """Remove the memos of this toolchain, on the machine that used the root last. Raises OSError.
 
@@ -239,8 +283,15 @@ def _write_host(root: Path, host: Host, known: bool) -> None:
     if kept is not None and kept == next(each for each in before if each.env == host.env):
         return
     rows = [kept or host, *(each for each in before if each not in same)][:_KEEP]
-    document = [{"env": each.env, "gpus": each.gpus, "driver": each.driver, "isa": each.isa} for each in rows]
-    _write(root / FOLDER / _HOSTS, {"schema": SCHEMA, "hosts": document})
+    _write(root / FOLDER / _HOSTS, {"schema": SCHEMA, "hosts": [_host_row(each) for each in rows]})
+
+
+def _host_row(host: Host) -> dict[str, Any]:
+    return {"env": host.env, "gpus": host.gpus, "driver": host.driver, "isa": host.isa}
+
+
+def _nameless(gpu: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in gpu.items() if name != "uuid"}
 
 
 def _host(row: Any) -> Host | None:

@@ -179,7 +179,12 @@ def family_factors(record: Record, family: str) -> dict[str, str | None]:
 
 def family_key(record: Record, family: str) -> str:
     """Return 16 hex digits that name the family's directory: equal exactly where every factor is equal."""
-    return _digest([family, TABLE_VERSION, family_factors(record, family)])
+    return key_of(family, family_factors(record, family))
+
+
+def key_of(family: str, factors: Mapping[str, Any]) -> str:
+    """Return the key that these factors of a family have, by this program's table."""
+    return _digest([family, TABLE_VERSION, dict(factors)])
 
 
 def family_keys(record: Record) -> dict[str, str]:
