@@ -14,7 +14,10 @@ import pytest
 from builder.registry.client import RegistryClient
 from builder.registry.reference import Reference, parse
 
-SCRIPT = Path(__file__).resolve().parents[1] / "docker" / "stand-in" / "registry" / "registry.sh"
+STAND_INS = Path(__file__).resolve().parents[1] / "docker" / "stand-in" / "registry"
+SCRIPT = STAND_INS / "registry.sh"
+#: Where programs that are hard to get stay for the next run, as those of the stand-in images do.
+KEPT = Path(os.environ.get("WARM_CACHE_STAND_IN_CACHE") or Path.home() / ".cache" / "warm-cache-stand-in")
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,11 @@ def stand_in(folder: Path, *options: str) -> Iterator[StandIn]:
         yield StandIn(found["REGISTRY"], folder, Path(ca_file) if ca_file else None)
     finally:
         subprocess.run([SCRIPT, "down", folder], check=True, timeout=30)
+
+
+def tool(name: str) -> Path:
+    """Return the program cosign or oras; skip the test where it cannot be had."""
+    done = subprocess.run([STAND_INS / "tools.sh", KEPT / "tools", name], capture_output=True, text=True, timeout=240)
+    if done.returncode:
+        pytest.skip(f"no {name}: {done.stderr.strip()[-300:]}")
+    return KEPT / "tools" / name

@@ -71,7 +71,7 @@ THIRD_PARTY = {
     "builder.registry.exchange": "requests",
     "builder.registry.failures": "requests",
     "builder.registry.transport": "requests tenacity urllib3",
-    "builder.registry.signature": "cryptography",
+    "builder.registry.keys": "cryptography",
     "builder.manifest.document": "tomli pip",
     "builder.cli.commands.completion": "shtab",
 }

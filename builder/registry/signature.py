@@ -1,0 +1,229 @@
+"""Signatures of images, as cosign makes them with a key: who vouches for a digest, for which stream, and from when.
+
+A valid signature alone does not say that an image is meant for this machine, or that it is the newest: so the payload's
+optional part names a stream and a time, which `require_current` compares.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from builder.errors import RegistryRefusedError
+from builder.registry.client import RegistryClient
+from builder.registry.documents import (
+    OCI_CONFIG,
+    OCI_MANIFEST,
+    Descriptor,
+    StoredManifest,
+    digest_of,
+    dumped,
+)
+from builder.registry.keys import SigningKey, VerificationKey
+from builder.registry.signature_forms import (
+    KIND,
+    MOST,
+    PAYLOAD_TYPE,
+    SIGNATURE,
+    Candidate,
+    of_referrers,
+    of_tag,
+    tag_of,
+)
+from builder.text import printable, shortened
+
+#: Names in the payload's optional part (`cosign sign -a NAME=VALUE` writes them too).
+STREAM, TIME = "io.sglang.warm-cache.stream", "io.sglang.warm-cache.time"
+CREATED = "org.opencontainers.image.created"
+
+_STREAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Vouched:
+    """An image that a key vouches for. stream, time (seconds since 1970): as signed; None where they were not."""
+
+    digest: str
+    key: VerificationKey
+    stream: str | None = None
+    time: float | None = None
+
+
+def is_stream(text: str) -> bool:
+    """Return whether this can be the name of a stream."""
+    return bool(_STREAM.fullmatch(text))
+
+
+def sign(
+    client: RegistryClient, digest: str, key: SigningKey, *, stream: str | None = None, time: float
+) -> tuple[Vouched, bool]:
+    """Sign a manifest that the registry has; return what is signed, and whether a signature was added.
+
+    The signatures of others stay. One by this key, for this stream, is enough: nothing is added.
+
+    time: seconds since 1970, for an image that does not say when it was created.
+    """
+    image = client.get_manifest(digest)
+    created = parse_time(image.annotations.get(CREATED, ""))
+    time = float(int(created if created is not None else time))
+    optional = {TIME: format_time(time), **({STREAM: stream} if stream is not None else {})}
+    payload = dumped(
+        {
+            "critical": {
+                "identity": {"docker-reference": client.reference.name},
+                "image": {"docker-manifest-digest": digest},
+                "type": KIND,
+            },
+            "optional": optional,
+        }
+    )
+    for _ in range(3):
+        stored = client.find_manifest(tag_of(digest))
+        for vouched in _vouched(of_tag(client, stored)[0], digest, [key.public]):
+            if vouched.stream == stream:
+                return vouched, False
+        _add(client, digest, stored, payload, key)
+        # Two that sign at the same time read the same manifest: the later one has to add its own again.
+        after = client.find_manifest(tag_of(digest))
+        if after is not None and any(layer.digest == digest_of(payload) for layer in after.layers):
+            return Vouched(digest, key.public, stream, time), True
+    raise RegistryRefusedError(f"{client.reference.name}: others write {tag_of(digest)} at the same time; sign again")
+
+
+def verify_signature(
+    client: RegistryClient, digest: str, keys: Sequence[VerificationKey], *, stream: str | None = None
+) -> Vouched:
+    """Return who vouches for a manifest. Raises RegistryRefusedError, with one sentence for each way to be unsigned.
+
+    keys: any of them is enough, so that a new one can be brought in before the old one leaves.
+    stream: of several signatures, those of this stream count first; `require_current` says whether it is right.
+    """
+    candidates, unreadable = of_tag(client, client.find_manifest(tag_of(digest)))
+    found = _vouched(candidates, digest, keys)
+    if not found:
+        more, also = of_referrers(client, digest)
+        found = _vouched(more, digest, keys)
+        candidates, unreadable = [*candidates, *more], [*unreadable, *also]
+    if found:
+        return max(found, key=lambda each: (each.stream == stream, each.time or 0.0))
+    raise _unsigned(client, digest, keys, candidates, unreadable)
+
+
+def require_current(vouched: Vouched, *, stream: str | None, restored: float | None) -> None:
+    """Raise RegistryRefusedError for an image of another stream, or one that is older than the last restored one.
+
+    stream: the one that this machine takes; None for any. restored: the signed time of the image that was restored
+    last; None if there was none.
+    """
+    shown = f"{vouched.digest[:19]}…"
+    if stream is not None and vouched.stream != stream:
+        signed = f"for the stream {vouched.stream!r}" if vouched.stream is not None else "for no stream"
+        raise RegistryRefusedError(f"{shown} is signed {signed}, and this machine takes {stream!r}")
+    if restored is None:
+        return
+    last = format_time(restored)
+    if vouched.time is None:
+        raise RegistryRefusedError(
+            f"{shown} is signed without a time, so that it may be older than the image of {last} that was restored here"
+        )
+    if vouched.time < restored:
+        raise RegistryRefusedError(
+            f"{shown} is of {format_time(vouched.time)}, older than the image of {last} that was restored here: the "
+            "tag was moved back, or the registry serves an old one. Only --fallback takes older ones"
+        )
+
+
+def parse_time(text: str) -> float | None:
+    """Return seconds since 1970 of an RFC 3339 time; None for anything else."""
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", text):
+        return None
+    whole = re.sub(r"\.\d+", "", text).replace("Z", "+00:00")
+    try:
+        return datetime.datetime.fromisoformat(whole).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def format_time(seconds: float) -> str:
+    """Return an RFC 3339 time in UTC, in whole seconds."""
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def _vouched(candidates: Sequence[Candidate], digest: str, keys: Sequence[VerificationKey]) -> list[Vouched]:
+    """Return what the keys vouch for, of these signatures, about this digest."""
+    found = []
+    for each in candidates:
+        if each.digest == digest:
+            key = next((key for key in keys if key.verifies(each.signature, each.signed)), None)
+            if key is not None:
+                stream, time = each.optional.get(STREAM), each.optional.get(TIME)
+                found.append(
+                    Vouched(
+                        digest,
+                        key,
+                        stream if isinstance(stream, str) and is_stream(stream) else None,
+                        parse_time(time) if isinstance(time, str) else None,
+                    )
+                )
+    return found
+
+
+def _unsigned(
+    client: RegistryClient,
+    digest: str,
+    keys: Sequence[VerificationKey],
+    candidates: Sequence[Candidate],
+    unreadable: Sequence[str],
+) -> RegistryRefusedError:
+    """Return the error for an image that none of the keys vouches for."""
+    image = f"{client.reference.name}@{digest}"
+    others = sorted({each.digest for each in candidates if each.digest != digest})
+    if any(each.digest == digest for each in candidates):
+        why = f"is signed, but by no key that counts here ({', '.join(map(str, keys))})"
+    elif others:
+        why = f"has the signature of another image: {printable(shortened(others[0], 80))}"
+    elif unreadable:
+        why = f"has no signature that can be read: {unreadable[0]}"
+    else:
+        why = (
+            f"is not signed: {client.reference.repository} has no {tag_of(digest)[:23]}….sig, and nothing refers to it"
+        )
+    return RegistryRefusedError(f"{image} {why}. Nothing of it was used")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _add(client: RegistryClient, digest: str, stored: StoredManifest | None, payload: bytes, key: SigningKey) -> None:
+    """Store the signatures that were there, and one more."""
+    before = stored.layers if stored is not None else ()
+    if len(before) >= MOST:
+        raise RegistryRefusedError(f"{tag_of(digest)} has {len(before)} signatures: more are not read")
+    annotations = {SIGNATURE: base64.b64encode(key.sign(payload)).decode("ascii")}
+    layers = (*before, Descriptor(PAYLOAD_TYPE, digest_of(payload), len(payload), annotations))
+    # As cosign writes it: an image with no platform, whose layers are the payloads as they are.
+    config = dumped(
+        {
+            "architecture": "",
+            "os": "",
+            "config": {},
+            "created": "0001-01-01T00:00:00Z",
+            "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
+            "history": [{"created": "0001-01-01T00:00:00Z"} for _ in layers],
+        }
+    )
+    for blob in (payload, config):
+        client.put_blob(digest_of(blob), len(blob), lambda blob=blob: [blob])  # type: ignore[misc]
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": Descriptor(OCI_CONFIG, digest_of(config), len(config)).document(),
+        "layers": [layer.document() for layer in layers],
+    }
+    client.put_manifest(dumped(manifest), OCI_MANIFEST, tag_of(digest))
