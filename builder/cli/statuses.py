@@ -30,7 +30,29 @@ MEANS_OF: dict[str, dict[int, str]] = {
     "audit": {10: "something was compiled (--fail-on-jit)"},
     "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
 }
+#: What to do about each, for people.
+REMEDIES: dict[int, str] = {
+    0: "nothing",
+    1: "run again with `-v`, and report the traceback",
+    2: "read the list: every problem is there, with its line and the name that was probably meant",
+    10: "`warm-cache explain` says why; `warm-cache warm` compiles what is cold",
+    11: "read the log of each task that is named; what was finished stays warm, and a second run tries the rest",
+    12: "read the list: each problem has its remedy; `warm-cache doctor` shows the same without a run",
+    13: "end the process that is named; nothing more was started",
+    14: "run again to go on: what was finished stays warm; or raise `--budget`",
+    15: "wait for the builder that is named, or raise `--lock-timeout`",
+    16: "start the engine (or reach the registry) and run again; nothing of the run stays: `warm-cache sweep`",
+    17: "nothing was pulled or warmed; the next nightly run tries again",
+    130: "run again to go on: what was finished stays warm",
+}
 COMMON = (1, 2, 12, 16)
+
+
+def codes(verb: Verb) -> tuple[int, ...]:
+    """Return the statuses that a verb may end with, besides a signal's; none for the command of `hold`."""
+    if verb.needs == "command":
+        return ()
+    return tuple(sorted({*verb.exits, *COMMON} - (set() if verb.engine else {16})))
 
 
 def statuses(name: str, verb: Verb) -> str:
@@ -40,8 +62,7 @@ def statuses(name: str, verb: Verb) -> str:
     meanings = {**MEANS, **MEANS_OF.get(name, {})}
     if verb.text or verb.shown:
         meanings[12] += ", or the result could not be written"
-    codes = {*verb.exits, *COMMON} - (set() if verb.engine else {16})
-    parts = [f"{code} {meanings[code]}" for code in sorted(codes)]
+    parts = [f"{code} {meanings[code]}" for code in codes(verb)]
     return "exit status: " + "; ".join([*parts, "129, 130 or 143 a signal"])
 
 

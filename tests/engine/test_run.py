@@ -186,6 +186,8 @@ def test_failed_task_shows_log_tail(bad: dict[str, Group]) -> None:
 def test_dry_run_shows_the_plan_and_runs_nothing(cli: Cli) -> None:
     again = command("again", "print('KERNELS READY')")
     cli.manifest(shapes("first"), command("second", "print('KERNELS READY')"), {**again, "timeout": "2h"})
+    assert "there is no cache" in cli.run("warm", "--dry-run").said
+    cli.root.mkdir()
     planned = cli.run("warm", "--dry-run", "--json", "--budget", "1h")
     assert planned.status == 0
     rows = {row["task"]: row for row in planned.document["plan"]}

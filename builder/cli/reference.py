@@ -1,0 +1,149 @@
+"""Generates ``docs/commands.md`` and ``docs/exit-statuses.md`` from the verbs, options and errors of the program.
+
+``python3 -m builder.cli.reference`` writes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from builder import errors
+from builder.cli.help_texts import PAGES, usage
+from builder.cli.options import OPTIONS, OPTIONS_OF
+from builder.cli.statuses import MEANS, MEANS_OF, REMEDIES, codes
+from builder.cli.verbs import GROUPS, SHARED, VERBS, Action, Verb
+
+COMMANDS, STATUSES = PAGES / "commands.md", PAGES / "exit-statuses.md"
+_GENERATED = "This page is generated: `python3 -m builder.cli.reference`."
+_COMMANDS = f"""\
+# Commands
+
+`warm-cache VERB [option ...]`, or `python3 -m builder VERB …`. `warm-cache help VERB` prints this for one verb.
+
+Every option can be given as a variable, too: `--lock-timeout 5m` is `WARM_CACHE_LOCK_TIMEOUT=5m`; a switch is 1 or 0,
+and an option that may be repeated is a list with commas. A flag takes precedence over a variable, a variable over the
+manifest, and the manifest over the default; `warm-cache config` shows which one it was. Durations are `90s`, `20m`,
+`1h30m`, `14d`; a bare number is seconds. Sizes are `200G`, `512M` (powers of 1024).
+
+{_GENERATED}
+"""
+_STATUSES = f"""\
+# Exit statuses
+
+A script can rely on these numbers; none of them will change its meaning. Where several apply, the first of these
+counts: a signal, 1, 16, 13, 14, 11. Only `hold` ends with the status of the command that it runs.
+
+{_GENERATED}
+"""
+_UNWRITTEN = (
+    "12 also takes the place of 0 where a result could not be written (a full disk, a closed stdout): a result that is "
+    "not delivered is no success. A reader that closes the pipe (`| head`) is no failure."
+)
+
+
+def commands() -> str:
+    """Return the page of all verbs, in Markdown."""
+    lines = [_COMMANDS]
+    for group in GROUPS:
+        names = [name for name, verb in VERBS.items() if verb.group == group]
+        links = ", ".join(f"[{name}](#{name})" for name in names)
+        if names:
+            lines.append(f"- {group}: {links}")
+    lines += ["", "## Options that many verbs have", "", *_table(_common())]
+    for group in GROUPS:
+        for name, verb in VERBS.items():
+            if verb.group == group:
+                lines += _verb(name, verb)
+    return "\n".join([*lines, ""])
+
+
+def exit_statuses() -> str:
+    """Return the page of the exit statuses, in Markdown."""
+    lines = [_STATUSES, "| status | means | what to do |", "| --- | --- | --- |"]
+    for code, text in MEANS.items():
+        lines.append(f"| {code} | {text} | {REMEDIES[code]} |")
+    lines.append(f"| 129, 130, 143 | a signal: SIGHUP, SIGINT, SIGTERM | {REMEDIES[130]} |")
+    lines += ["", "## By verb", "", "Beside a signal's.", "", "| verb | statuses |", "| --- | --- |"]
+    for name, verb in VERBS.items():
+        own = {code: text for code, text in MEANS_OF.get(name, {}).items() if code in codes(verb)}
+        parts = [f"{code} ({own[code]})" if code in own else str(code) for code in codes(verb)]
+        lines.append(f"| `{name}` | {', '.join(parts) or 'the command’s; 2 usage'} |")
+    lines += [
+        "",
+        _UNWRITTEN,
+        "",
+        "## In the program",
+        "",
+        "| status | error |",
+        "| --- | --- |",
+    ]
+    for error in _errors():
+        lines.append(f"| {error.exit_code} | `{error.__name__}`: {' '.join((error.__doc__ or '').split())} |")
+    return "\n".join([*lines, ""])
+
+
+def write() -> None:
+    COMMANDS.write_text(commands(), encoding="utf-8")
+    STATUSES.write_text(exit_statuses(), encoding="utf-8")
+
+
+def _errors() -> list[type[errors.BuilderError]]:
+    """Return the classes of errors with an exit status of their own, by status."""
+    found = [
+        each
+        for each in vars(errors).values()
+        if isinstance(each, type) and issubclass(each, errors.BuilderError) and "exit_code" in vars(each)
+    ]
+    return sorted((each for each in found if each is not errors.BuilderError), key=lambda each: each.exit_code)
+
+
+def _common() -> list[tuple[str, dict[str, Any]]]:
+    return [(name, OPTIONS[name]) for name in SHARED["engine"]]
+
+
+def _verb(name: str, verb: Verb) -> Iterator[str]:
+    yield from ["", f"## {name}", "", f"{verb.help[0].upper()}{verb.help[1:]}.", ""]
+    yield from ["```", usage(name), "```", ""]
+    for paragraph in verb.details.split("\n\n"):
+        yield from [" ".join(paragraph.split()), ""]
+    if verb.arguments:
+        yield from ["| argument | meaning |", "| --- | --- |"]
+        for argument in verb.arguments:
+            yield f"| `{argument.metavar}` | {_cell(argument.help)}{' (optional)' if argument.optional else ''} |"
+        yield ""
+    if verb.actions:
+        yield from ["| action | does | its own options |", "| --- | --- | --- |"]
+        yield from (_action(each) for each in verb.actions)
+        yield ""
+    common = [option for option in verb.options if option in SHARED["engine"]]
+    if common:
+        yield from ["Common options: " + ", ".join(f"`--{option}`" for option in common) + ".", ""]
+    own = [
+        (option, {**OPTIONS[option], **OPTIONS_OF.get(name, {}).get(option, {})})
+        for option in verb.options
+        if option not in SHARED["engine"] or option in OPTIONS_OF.get(name, {})
+    ]
+    if own:
+        yield from [*_table(own), ""]
+    yield from ["```sh", verb.example, "```"]
+
+
+def _action(action: Action) -> str:
+    options = ", ".join(f"`--{option}`" for option in action.own) or "–"
+    return f"| `{action.name}` | {_cell(action.help)} | {options} |"
+
+
+def _table(options: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    yield from ["| option | value | meaning |", "| --- | --- | --- |"]
+    for name, words in options:
+        value = f"`{_cell(words['metavar'])}`" if "metavar" in words else "switch"
+        yield f"| `--{name}` | {value} | {_cell(words['help'])} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    write()
