@@ -33,7 +33,7 @@ from builder.host.cancel import Cancel
 from builder.manifest import policy
 from builder.report import github
 from builder.report.console import PATIENCE, Console, harmless
-from builder.report.results import Report
+from builder.report.results import Report, Text
 from builder.report.tables import TASK_COLUMNS, task_table
 from builder.text import counted, displayed, sentence
 
@@ -163,7 +163,7 @@ class _Program:
         unwritten += problems[:1] if report.verb == "env" else []
         if self.line.args.json:
             if report.text is not None:
-                report.extra[str(report.verb)] = report.text
+                report.add(Text(str(report.verb), report.text))
             unwritten += self._print(report.document(status, error), "the JSON document")
         elif self._shows:
             unwritten += self._shown()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
 
 from builder.cache.findings import KINDS, Audit
 from builder.errors import ColdError
 from builder.events import Finding
+from builder.report.results import Section
 
 #: Findings that are listed for people; the document has more.
 MOST_LISTED = 40
@@ -59,21 +60,40 @@ def text_of(found: Audit, job: str) -> str:
     return "\n".join(lines)
 
 
-def document_of(found: Audit) -> dict[str, Any]:
-    """Return the findings as they are in the JSON document."""
-    return {
-        "jit": found.jit,
-        "seconds": round(found.seconds, 3),
-        "used": found.used,
-        "counts": {kind: found.count(kind) for kind in KINDS},
-        "asked": [str(shape) for shape in found.asked],
-        "truncated": found.truncated,
-        "findings": [_row(finding) for finding in found.findings],
-    }
+@dataclass(frozen=True)
+class AuditResult:
+    """An audit as it is in the JSON document: see `Audit`."""
+
+    jit: int
+    seconds: float
+    used: int
+    counts: Mapping[str, int]
+    asked: list[str]
+    truncated: str
+    findings: list[Finding]
 
 
-def _row(finding: Finding) -> Mapping[str, Any]:
-    return {**vars(finding), "began": round(finding.began, 3), "ended": round(finding.ended, 3)}
+@dataclass
+class AuditSection(Section):
+    """The result of an audit."""
+
+    audit: AuditResult
+
+    @classmethod
+    def of(cls, found: Audit) -> AuditSection:
+        """Return the section for an audit, with times in milliseconds."""
+        findings = [replace(each, began=round(each.began, 3), ended=round(each.ended, 3)) for each in found.findings]
+        return cls(
+            AuditResult(
+                jit=found.jit,
+                seconds=round(found.seconds, 3),
+                used=found.used,
+                counts={kind: found.count(kind) for kind in KINDS},
+                asked=[str(shape) for shape in found.asked],
+                truncated=found.truncated,
+                findings=findings,
+            )
+        )
 
 
 def _listed(found: Audit, kind: str) -> str:

@@ -97,6 +97,26 @@ class GpuResult:
 
 
 @dataclass
+class Section:
+    """Base of what a verb or a stage adds to the document: each field is a key at its top level."""
+
+    def to_json(self) -> Mapping[str, object]:
+        """Return the keys and their values, of JSON's types."""
+        return asdict(self)
+
+
+@dataclass
+class Text(Section):
+    """Text that is the whole result of a verb, below the verb's name."""
+
+    verb: str
+    text: str
+
+    def to_json(self) -> Mapping[str, object]:
+        return {self.verb: self.text}
+
+
+@dataclass
 class Report:
     """The result of a run; complete at every moment, so that an interrupted run has a report too."""
 
@@ -113,7 +133,12 @@ class Report:
     text: str | None = None
     #: `text` is arguments of ``docker run``.
     docker_arguments: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    #: By class: there is one of each.
+    _sections: dict[type[Section], Section] = field(default_factory=dict)
+
+    def add(self, section: Section) -> None:
+        """Add a section to the document, or replace the one of this class."""
+        self._sections[type(section)] = section
 
     @property
     def changed_sources(self) -> str:
@@ -185,8 +210,9 @@ class Report:
             "gpus": [asdict(gpu) for gpu in self.gpus],
             "warnings": self.warnings,
             "seconds": round(self.seconds, 3),
-            **self.extra,
         }
+        for section in self._sections.values():
+            data |= section.to_json()
         if error is not None:
             data["error"] = {"message": error.message}
             if isinstance(error, ProblemsError):

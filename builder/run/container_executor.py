@@ -234,7 +234,7 @@ class ContainerExecutor:
 
         found: list[Event] = []
         maintenance.run(self, "families", found.append)
-        return [Described(**maintenance.row(event)) for event in found if isinstance(event, FamilyDescribed)]
+        return [Described(**vars(maintenance.printed(event))) for event in found if isinstance(event, FamilyDescribed)]
 
     # --- around a run ------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from builder.errors import FIRST_OF_SEVERAL, BuilderError, DefectError, Interrupted
 from builder.report.live import LiveProgress
 from builder.report.progress import PARTS, TaskProgress
+from builder.report.results import Section
 from builder.run.executor import Allocation, Executor
 from builder.run.forecast import TIME_OUT, Estimate
 from builder.run.plan import Item, before, result_of
@@ -31,16 +32,37 @@ _POLL = 0.1
 Do = Callable[[Item, Allocation], None]
 
 
+@dataclass
+class PlanSection(Section):
+    """Every task that a run would start."""
+
+    plan: Sequence[PlannedRow]
+
+
+@dataclass(frozen=True)
+class ExpectedTime:
+    """How long cold tasks will take, in seconds. never_timed: tasks whose deadline was taken."""
+
+    seconds: float
+    lower_bound: float
+    never_timed: list[str]
+
+
+@dataclass
+class ExpectedSection(Section):
+    """The forecast of a run."""
+
+    expected: ExpectedTime
+
+
 def expected_time(executor: Executor, items: Sequence[Item], estimates: Mapping[str, Estimate]) -> str:
     """Return how long these tasks will take, for people. The report gets the numbers."""
     planned = [planned_task(item, estimates) for item in duplicates(items)[0]]
     capacity, budget = executor.capacity(), executor.context.manifest.run.budget
     seconds = best_schedule(planned, capacity).seconds
-    executor.context.report.extra["expected"] = {
-        "seconds": round(seconds, 1),
-        "lower_bound": round(lower_bound(planned, capacity), 1),
-        "never_timed": [task.name for task in planned if not task.sure],
-    }
+    never_timed = [task.name for task in planned if not task.sure]
+    expected = ExpectedTime(round(seconds, 1), round(lower_bound(planned, capacity), 1), never_timed)
+    executor.context.report.add(ExpectedSection(expected))
     unknown = sum(not task.sure for task in planned)
     text = f"about {span(seconds)}"
     if unknown:

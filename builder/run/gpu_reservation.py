@@ -24,7 +24,7 @@ from builder.host import gpu_locks, hooks
 from builder.host.cancel import TOLD_WITHIN
 from builder.host.deadlines import Deadline, poll
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
-from builder.report.results import GpuResult
+from builder.report.results import GpuResult, Section
 from builder.run import gpu_failures, preflight
 from builder.run.context import Context
 from builder.run.plan import Item
@@ -227,6 +227,13 @@ class Held:
     why: str = ""  # set where NVML does not answer for it
 
 
+@dataclass
+class GpusUnknown(Section):
+    """Why nothing is known about the GPUs."""
+
+    gpus_reason: str
+
+
 class GpuReservation:
     """The GPUs of a run's containers: checks that they are free before it, and again after each task."""
 
@@ -373,7 +380,7 @@ class GpuReservation:
         if devices is not None:
             snapshot = snapshot.chosen(devices, 0)
         if snapshot.absent is not None:
-            self._context.report.extra["gpus_reason"] = snapshot.absent
+            self._context.report.add(GpusUnknown(snapshot.absent))
             self._report_once(
                 f"{snapshot.absent}; which processes use them, and whether they are free after a task, is not checked"
             )

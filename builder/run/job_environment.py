@@ -70,10 +70,12 @@ class JobEnvironment:
             return _docker_arguments(self.mounts, self.variables)
         if form in ("shell", "github"):
             return render_variables(self.variables, form)
-        document: dict[str, object] = {"toolchain": toolchain}
-        if self.mounts:
-            document |= {"mounts": list(self.mounts), "options": list(OPTIONS)}
-        return json.dumps({**document, "env": dict(self.variables), "cold": dict(self.private)}, indent=2)
+        return json.dumps(self.document(toolchain), indent=2)
+
+    def document(self, toolchain: str | None) -> Mapping[str, object]:
+        """Return it as values of JSON's types."""
+        mounts = {"mounts": list(self.mounts), "options": list(OPTIONS)} if self.mounts else {}
+        return {"toolchain": toolchain, **mounts, "env": dict(self.variables), "cold": dict(self.private)}
 
 
 def judge(executor: Executor) -> Plan | None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +23,7 @@ from builder.cache.markers import Judgement
 from builder.cache.toolchain import Record
 from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.host.locks import open_lock
+from builder.report.results import Section
 from builder.run import local_job
 from builder.run.context import Context
 from builder.run.executor import Allocation, Execution, Reservation, Watcher
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 
 #: Where the cache is mounted, if neither a manifest nor --cache names the place.
 MOUNT = Path("/jit")
+
+
+@dataclass
+class ImageKnown(Section):
+    """How the image of this environment is known."""
+
+    image_known: str
 
 
 class LocalExecutor:
@@ -91,7 +99,8 @@ class LocalExecutor:
             self._records[env] = toolchain.of_task(environment.of_image(record, self._image), own)
         report = self.context.report
         assert self._image is not None
-        report.image_id, report.extra["image_known"] = self._image.id, self._image.how
+        report.image_id = self._image.id
+        report.add(ImageKnown(self._image.how))
         report.toolchain = toolchain.digest(toolchain.family_keys(next(iter(self._records.values()))))
         return self._records
 

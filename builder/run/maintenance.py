@@ -6,7 +6,8 @@ Also answers whether there is a cache root to work on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TypeVar
 
 from builder.cache import layout
 from builder.engine.container import Deadlines
@@ -21,6 +22,8 @@ from builder.text import duration, printable
 
 #: Seconds for a root of a terabyte on a slow disk.
 TIMEOUT = 3600.0
+
+E = TypeVar("E", bound=Event)
 
 
 def run(
@@ -88,6 +91,7 @@ def require_root(executor: ContainerExecutor) -> None:
         raise PreflightError(f"there is no cache in {executor.root_name}")
 
 
-def row(event: Event) -> dict[str, Any]:
-    """Return the event's fields, with texts made printable."""
-    return {name: printable(value) if isinstance(value, str) else value for name, value in vars(event).items()}
+def printed(event: E) -> E:
+    """Return the event with its texts made printable."""
+    texts = {name: printable(value) for name, value in vars(event).items() if isinstance(value, str)}
+    return replace(event, **texts)

@@ -19,6 +19,7 @@ from builder.errors import BuilderError, DefectError, Interrupted
 from builder.events import Event, MetricSample
 from builder.host import outside
 from builder.report import metrics, webhook
+from builder.report.results import Section
 from builder.run import maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.context import Context
@@ -72,6 +73,26 @@ class RefreshRecord:
             self.contents.append((event.metric, event.value, labels))
 
 
+@dataclass
+class RefreshSection(Section):
+    """What a refresh did."""
+
+    refresh: RefreshRecord
+
+    def to_json(self) -> Mapping[str, object]:
+        record = self.refresh
+        return {
+            "refresh": {
+                "image_before": record.image_before,
+                "registry_digest": record.digest,
+                "pulled": record.pulled,
+                "waited_seconds": round(record.waited, 3),
+                "freed": record.freed,
+                "prune_blocked_seconds": round(record.blocked, 3),
+            }
+        }
+
+
 @contextlib.contextmanager
 def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRecord]:
     """Write the metrics and post the webhook when the block ends, however it ends."""
@@ -85,14 +106,7 @@ def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRec
     finally:
         with context.cancel.shield():
             status = _status(context, error)
-            context.report.extra["refresh"] = {
-                "image_before": record.image_before,
-                "registry_digest": record.digest,
-                "pulled": record.pulled,
-                "waited_seconds": round(record.waited, 3),
-                "freed": record.freed,
-                "prune_blocked_seconds": round(record.blocked, 3),
-            }
+            context.report.add(RefreshSection(record))
             seconds = time.monotonic() - began
             if settings.metrics is not None:
                 _write(context, settings, settings.metrics, record, status, seconds)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder import events
 from builder.cache import marker_files, toolchain
 from builder.errors import BuilderError, Problem, TasksError, UsageError
 from builder.job import PlannedShape, PrebuildRequest
+from builder.report.results import Section
 from builder.run import prebuild_jobs, proofs
 from builder.run.executor import Executor
 from builder.run.plan import Item
@@ -70,6 +71,13 @@ class Stage:
     gpu_kernels: int | None = None
 
 
+@dataclass
+class PrebuildSection(Section):
+    """The stage in the report."""
+
+    prebuild: Stage
+
+
 @dataclass(frozen=True)
 class Known:
     """What markers of earlier runs tell, by model. missed: shapes of which a prebuild did not name every kernel."""
@@ -103,7 +111,7 @@ def run(executor: Executor, items: Sequence[Item], known: Known) -> Stage:
             executor.context.cancel.check()
             stage.state, stage.reason = "failed", error.message
     stage.seconds = round(time.monotonic() - began, 1)
-    executor.context.report.extra["prebuild"] = asdict(stage)
+    executor.context.report.add(PrebuildSection(stage))
     _report(executor, stage)
     if only and stage.state not in ("done", "nothing"):
         raise TasksError(f"the prebuild is not complete: {stage.reason or f'{len(stage.missing)} kernels are missing'}")
@@ -128,7 +136,7 @@ def finish(executor: Executor, stage: Stage) -> None:
         return
     tasks = executor.context.report.tasks
     stage.gpu_kernels = sum(task.added.get("deep_gemm", 0) for task in tasks)
-    executor.context.report.extra["prebuild"] = asdict(stage)
+    executor.context.report.add(PrebuildSection(stage))
     executor.context.console.say(
         f"kernels of DeepGEMM: {stage.made} made on CPU cores before, {stage.gpu_kernels} by tasks on GPUs"
     )

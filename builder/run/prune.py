@@ -18,6 +18,7 @@ from builder.errors import CANNOT_RUN, PreflightError, Problem
 from builder.job import PrunePolicy
 from builder.manifest.load import load
 from builder.manifest.sections import ImageSpec
+from builder.report.results import Section
 from builder.run import cache_locks, image_cleanup, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
@@ -49,6 +50,27 @@ class PruneRow:
     bytes: int = 0
     why: str = ""
     stays: str = ""  # why it was not removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSum:
+    """A prune as it is in the JSON document. Sizes in bytes."""
+
+    dry_run: bool
+    steps: list[PruneRow]
+    bytes_before: int
+    bytes_after: int
+    freed: int  # 0 with --dry-run
+    image_bytes: int
+    left: list[str]
+    blocked_seconds: float
+
+
+@dataclass
+class PruneSection(Section):
+    """The result of a prune."""
+
+    prune: PruneSum
 
 
 @dataclass
@@ -169,7 +191,7 @@ def _run_in_container(executor: ContainerExecutor, wanted: PrunePolicy, result: 
     def on_event(event: events.Event) -> None:
         match event:
             case events.Pruned():  # and Planned
-                result.rows.append(PruneRow(**maintenance.row(event)))
+                result.rows.append(PruneRow(**vars(maintenance.printed(event))))
             case events.Removed():
                 why = "quarantined for longer than a job may last"
                 result.rows.append(PruneRow("aside", printable(event.path), why=why))
@@ -202,17 +224,18 @@ def prune_images(executor: ContainerExecutor, limits: Limits, result: PruneResul
 def show(executor: ContainerExecutor, result: PruneResult, *, dry_run: bool) -> None:
     """Report a result: the table, and the sum."""
     say, report, name = executor.context.console.say, executor.context.report, executor.root_name
-    report.extra["prune"] = {
-        "dry_run": dry_run,
-        "steps": list(map(vars, result.rows)),
-        "bytes_before": result.before,
-        "bytes_after": result.after if dry_run else max(0, result.before - result.freed),
-        "freed": 0 if dry_run else result.freed,
-        "image_bytes": result.image_bytes,
-        "left": result.left,
-        "blocked_seconds": round(result.blocked, 3),
-    }
     result.left += _holders(executor, result)
+    pruned = PruneSum(
+        dry_run=dry_run,
+        steps=result.rows,
+        bytes_before=result.before,
+        bytes_after=result.after if dry_run else max(0, result.before - result.freed),
+        freed=0 if dry_run else result.freed,
+        image_bytes=result.image_bytes,
+        left=result.left,
+        blocked_seconds=round(result.blocked, 3),
+    )
+    report.add(PruneSection(pruned))
     if result.rows:
         executor.context.console.table(("what", "which", "size", "why"), list(map(_cells, result.rows)))
     for text in result.left:

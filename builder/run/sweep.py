@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass, field
 
 from builder import events
+from builder.engine.sweep import Swept
+from builder.report.results import Section
 from builder.run import cache_locks, maintenance, views
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
 from builder.text import counted
 
 
+@dataclass
+class SweptContainers(Section):
+    """Containers of dead owners."""
+
+    containers: list[Swept]
+
+
+@dataclass
+class SweptRoot(Section):
+    """What was done below the cache root."""
+
+    swept: list[events.Quarantined] = field(default_factory=list)
+    removed: list[events.Removed] = field(default_factory=list)
+    kept: list[events.Kept] = field(default_factory=list)
+
+
 def sweep_engine(executor: ContainerExecutor) -> None:
     """Remove containers of dead owners, and run the releases that they left. No cache and no image is needed."""
     context = executor.context
     found = executor.sweep()
-    context.report.extra["containers"] = [dataclasses.asdict(container) for container in found]
+    context.report.add(SweptContainers(found))
     removed = sum(container.removed for container in found)
     left = f", {len(found) - removed} left" if len(found) > removed else ""
     context.console.say(f"{executor.engine.url}: {counted(removed, 'container')} of dead builders removed{left}")
@@ -25,29 +42,26 @@ def sweep_engine(executor: ContainerExecutor) -> None:
 def sweep(executor: ContainerExecutor) -> None:
     """Remove containers of dead owners, quarantine unsafe leftovers, and remove what was quarantined long enough."""
     context = executor.context
-    containers = [dataclasses.asdict(container) for container in executor.sweep()]
-    quarantined: list[dict[str, Any]] = []
-    removed: list[dict[str, Any]] = []
-    kept: list[dict[str, Any]] = []
-    context.report.extra.update(containers=containers, swept=quarantined, removed=removed, kept=kept)
+    found = SweptRoot()
+    context.report.add(SweptContainers(executor.sweep()))
+    context.report.add(found)
 
     def on_event(event: events.Event) -> None:
-        row = maintenance.row(event)
-        match event:
+        match event := maintenance.printed(event):
             case events.Quarantined():
-                quarantined.append(row)
-                context.console.say(f"quarantined {row['family']}/{row['key']}/{row['path']}: {row['why']}")
+                found.swept.append(event)
+                context.console.say(f"quarantined {event.family}/{event.key}/{event.path}: {event.why}")
             case events.Removed():
-                removed.append(row)
-                why = "it was quarantined for longer than a job may last" if row["family"] else "nothing uses it"
-                context.console.say(f"removed {row['path']}: {why}")
+                found.removed.append(event)
+                why = "it was quarantined for longer than a job may last" if event.family else "nothing uses it"
+                context.console.say(f"removed {event.path}: {why}")
             case events.Kept():
-                kept.append(row)
-                context.console.say(f"kept {row['path']}: {row['why']}")
+                found.kept.append(event)
+                context.console.say(f"kept {event.path}: {event.why}")
 
     if not maintenance.announce_root(executor):
         return
     with cache_locks.held(executor), views.removed_unused(executor) as request:
         maintenance.run(executor, "sweep", on_event, ContainerRequest(view=request))
-    more = f", {len(kept)} kept" if kept else ""
-    context.console.say(f"{executor.root_name}: {len(quarantined)} quarantined, {len(removed)} removed{more}")
+    more = f", {len(found.kept)} kept" if found.kept else ""
+    context.console.say(f"{executor.root_name}: {len(found.swept)} quarantined, {len(found.removed)} removed{more}")

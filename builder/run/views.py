@@ -33,6 +33,7 @@ from builder.job import MERGED, ViewRequest
 from builder.run import cache_locks, job_environment, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
+from builder.run.job_environment import JobEnvironment
 from builder.task import Shape
 from builder.text import did_you_mean, printable, size
 
@@ -55,8 +56,7 @@ class NewView:
 
     volume: str
     generation: str  # the immutable copy of the cache below it
-    arguments: str  # of docker run, that give it to a job
-    document: str  # the same as JSON
+    environment: JobEnvironment  # gives it to a job
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,18 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> NewView:
     volume, path = volume_name(executor, job), _path_on_engine(executor)
     mounts = [f"type=volume,src={volume},dst={cache.mount},volume-nocopy"]
     environment = job_environment.of_job(executor, root=mounts)
-    arguments, document = (environment.text(form, context.report.toolchain) for form in ("docker", "json"))
+    environment.text("docker", context.report.toolchain)  # raises for what a shell would split
     generation = ""
 
     def on_event(event: Event) -> None:
         nonlocal generation
-        match event:
+        match event := maintenance.printed(event):
             case events.ViewState():
                 generation = event.generation
             case events.FamilyOmitted():
-                omitted = maintenance.row(event)
                 context.report.warnings.append(
-                    f"{omitted['family']}/{omitted['key']} is not in the view: {omitted['why']}. What a job needs of "
-                    "it is compiled in the view"
+                    f"{event.family}/{event.key} is not in the view: {event.why}. What a job needs of it is compiled "
+                    "in the view"
                 )
 
     with cache_locks.views(executor):
@@ -181,7 +180,7 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> NewView:
     cold = [task.label for task in context.report.tasks if task.state == "cold"]
     if cold:
         context.report.warnings.append(f"cold, so that a job compiles it in its view: {', '.join(cold)}")
-    return NewView(volume, printable(generation), arguments, document)
+    return NewView(volume, printable(generation), environment)
 
 
 def _path_on_engine(executor: ContainerExecutor) -> str:
@@ -271,7 +270,7 @@ def audited(executor: ContainerExecutor, job: str) -> Audit:
                 if large := _too_large(executor, event):
                     context.report.warnings.append(f"the view {job}: {large}")
             case events.Finding():
-                found.findings.append(events.Finding(**maintenance.row(event)))
+                found.findings.append(maintenance.printed(event))
             case events.Audited():
                 found.used = event.used
                 found.asked = [Shape(*row) for row in event.asked]

@@ -63,7 +63,7 @@ def show_plan(executor: Executor) -> None:
     context.report.set_tasks(plan.results())
     items = to_do(context, plan)
     rows = dispatch.planned_rows(executor, items, estimates)
-    context.report.extra["plan"] = [vars(row) for row in rows]
+    context.report.add(dispatch.PlanSection(rows))
     if not items:
         return
     announce(executor, plan, estimates, reasons_too=False)

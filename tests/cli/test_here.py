@@ -252,6 +252,7 @@ def test_here_env_process_adds_no_entries(warmed: Job, form: str) -> None:
     text = warmed.run("env", "--format", form, status=0)[0]
     if form == "json":
         variables = json.loads(text)["env"]
+        assert warmed.document("env", "--format", "json", status=0)["env"] == json.loads(text)
     elif form == "github":
         variables = dict(line.split("=", 1) for line in text.splitlines())
     else:

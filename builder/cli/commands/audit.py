@@ -17,6 +17,7 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import Args
 from builder.errors import PreflightError, UsageError
 from builder.report import audit
+from builder.report.results import Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,13 @@ class AuditArgs(Args):
     after: str | None = None
     fail_on_jit: bool = False
     here: bool = False
+
+
+@dataclass
+class SnapshotSection(Section):
+    """Path of the record that was written."""
+
+    snapshot: str
 
 
 def run(args: AuditArgs, invocation: Invocation) -> None:
@@ -52,7 +60,7 @@ def _record(path: str, places: list[FamilyDirectory], invocation: Invocation) ->
         files.replace_file(Path(path), document)
     except (OSError, ValueError) as error:
         raise UsageError(f"--before: cannot write {path!r}: {files.why(error)}") from None
-    invocation.report.extra["snapshot"] = path
+    invocation.report.add(SnapshotSection(path))
     invocation.console.say(f"recorded what {len(places)} family directories hold")
 
 
@@ -61,7 +69,7 @@ def _compare(path: str, places: list[FamilyDirectory], args: AuditArgs, invocati
         found = snapshot.compare(snapshot.read(Path(path)), places)
     except snapshot.SnapshotError as error:
         raise UsageError(f"--after: {error}") from None
-    invocation.report.extra["audit"] = audit.document_of(found)
+    invocation.report.add(audit.AuditSection.of(found))
     invocation.report.text = None if args.json else audit.text_of(found, "the job")
     if args.fail_on_jit:
         audit.raise_if_compiled(found, "the job")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
@@ -10,6 +10,7 @@ from builder.manifest import effective, policy
 from builder.manifest.effective import Setting
 from builder.manifest.load import select
 from builder.manifest.values import toml
+from builder.report.results import Section
 from builder.report.tables import table
 from builder.text import printable
 
@@ -23,6 +24,14 @@ class ConfigArgs(ManifestArgs):
     timeout: str | None = None
     silence: str | None = None
     lock_timeout: str | None = None
+
+
+@dataclass
+class ConfigSection(Section):
+    """All values. policy: the file that bounds them."""
+
+    settings: list[Setting]
+    policy: str | None
 
 
 def run(args: ConfigArgs, invocation: Invocation) -> None:
@@ -39,8 +48,7 @@ def run(args: ConfigArgs, invocation: Invocation) -> None:
         for each in effective.settings(manifest, document, given)
         if each.table in chosen or not each.table.startswith("task ")
     ]
-    invocation.report.extra["settings"] = [asdict(each) for each in found]
-    invocation.report.extra["policy"] = str(policy.PATH) if policy.current() else None
+    invocation.report.add(ConfigSection(found, str(policy.PATH) if policy.current() else None))
     shown = [each for each in found if each.origin != "default" or not each.table.startswith("task ")]
     rows = [[each.table, each.key, _shown(each), _source(each)] for each in shown]
     invocation.report.text = None if args.json else table(("table", "key", "value", "from"), rows)

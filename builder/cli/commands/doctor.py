@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import CANNOT_RUN, PreflightError
 from builder.host import gpus
+from builder.report.results import Section
 from builder.run import preflight
 from builder.run.container_executor import ContainerExecutor
-from builder.run.diagnostics import WARN, Facts, examine
+from builder.run.diagnostics import WARN, CheckResult, Facts, examine
 from builder.run.plan import probe_env
 from builder.text import counted
 
@@ -24,6 +25,20 @@ class DoctorArgs(ManifestArgs):
     """Arguments of `doctor`."""
 
     allow_busy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow(CheckResult):
+    """One check by its name."""
+
+    check: str
+
+
+@dataclass
+class Checks(Section):
+    """All checks."""
+
+    checks: list[CheckRow]
 
 
 def run(args: DoctorArgs, invocation: Invocation) -> None:
@@ -45,7 +60,7 @@ def _doctor(executor: ContainerExecutor) -> None:
         powerful=engine.powerful_users([str(manifest.cache.root or manifest.cache.volume)]),
     )
     results = examine(facts)
-    context.report.extra["checks"] = [{"check": name, **asdict(result)} for name, result in results.items()]
+    context.report.add(Checks([CheckRow(check=name, **vars(result)) for name, result in results.items()]))
     console.table(
         ("check", "state", "finding"),
         [[name, result.state, f"{result.text}. {result.remedy}".rstrip()] for name, result in results.items()],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.errors import ColdError, UsageError
-from builder.report.results import Report
+from builder.report.results import Report, Section
 from builder.run import job_environment
 from builder.run.job_environment import JobEnvironment
 from builder.text import counted
@@ -24,6 +25,13 @@ class EnvArgs(ProofArgs):
     no_probe: bool = False
 
 
+@dataclass
+class EnvSection(Section):
+    """What a job gets, as values."""
+
+    env: Mapping[str, object]
+
+
 def run(args: EnvArgs, invocation: Invocation) -> None:
     """Print the mounts and variables. Raises ColdError if something in that cache is cold."""
     if args.here:
@@ -35,7 +43,7 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
     with invocation.containers(context, greet=True) as executor:
         form = args.format or "docker"
         job = job_environment.of_job(executor, form, crash_on_jit=args.crash_on_jit)
-        invocation.report.text = job.text(form, invocation.report.toolchain)
+        _show(job, form, args, invocation.report)
         invocation.report.docker_arguments = form == "docker"
         _refuse_cold(invocation.report)
 
@@ -69,8 +77,16 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
     warnings += [*job_environment.missed(tasks), *others, *job_environment.unlisted(records)]
     warnings += job_environment.told(private, place, job_max)
     job = JobEnvironment(variables=found, private=private)
-    invocation.report.text = job.text(form, invocation.report.toolchain)
+    _show(job, form, args, invocation.report)
     _refuse_cold(invocation.report)
+
+
+def _show(job: JobEnvironment, form: str, args: EnvArgs, report: Report) -> None:
+    """Print it in this format; with --json, JSON is a part of the document and no text in it."""
+    if args.json and form == "json":
+        report.add(EnvSection(job.document(report.toolchain)))
+    else:
+        report.text = job.text(form, report.toolchain)
 
 
 def _refuse_cold(report: Report) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from builder import text
@@ -13,7 +13,7 @@ from builder.cache.families import FAMILY
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.report.console import Console
-from builder.report.results import Report
+from builder.report.results import Report, Section
 from builder.run.job_environment import judge
 from builder.run.local_executor import LocalExecutor
 from builder.run.plan import Item, Plan
@@ -27,6 +27,59 @@ class ExplainArgs(ProofArgs):
     strict: bool = False
     no_probe: bool = False
     here: bool = False
+
+
+@dataclass(frozen=True)
+class TaskFactor:
+    """A factor that differs from the nearest marker."""
+
+    factor: str
+    marker: str
+    now: str
+
+
+@dataclass(frozen=True)
+class ExplainedTask:
+    """Why a task is warm or cold.
+
+    marker: path of the one that it was compared with. unjudged: compilers whose headers were not compared.
+    """
+
+    label: str
+    state: str
+    reason: str
+    reservation: str | None
+    marker: str | None
+    unjudged: list[str]
+    factors: list[TaskFactor]
+
+
+@dataclass
+class ExplainedTasks(Section):
+    """All tasks."""
+
+    explain: list[ExplainedTask]
+
+
+@dataclass
+class ExplainedFamilies(Section):
+    """How the directory of each family compares with this environment."""
+
+    families: Sequence[Standing]
+
+    def to_json(self) -> Mapping[str, object]:
+        return {"families": [_family_document(each) for each in self.families]}
+
+
+def _family_document(standing: Standing) -> Mapping[str, object]:
+    factors = [{"factor": factor, "was": was, "is": now} for factor, was, now in standing.rows]
+    return {
+        "family": standing.family,
+        "state": standing.state,
+        "key": standing.key,
+        "nearest": standing.nearest,
+        "factors": factors,
+    }
 
 
 def run(args: ExplainArgs, invocation: Invocation) -> None:
@@ -52,7 +105,7 @@ def run(args: ExplainArgs, invocation: Invocation) -> None:
 
 def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
     """Report for every task what differs from the nearest marker."""
-    explained = []
+    explained: list[ExplainedTask] = []
     for index, result in enumerate(report.tasks):
         judgement = plan.items[index].judgement if plan else None
         because = f", because {result.reason}" if result.reason else f", since {result.since}"
@@ -68,17 +121,17 @@ def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
         if differences:
             console.table(("factor", "marker", "now"), [[str(cell) for cell in row] for row in differences])
         explained.append(
-            {
-                "label": result.label,
-                "state": result.state,
-                "reason": result.reason,
-                "reservation": result.reservation or None,
-                "marker": judgement.path if judgement else None,
-                "unjudged": list(unjudged),
-                "factors": [dict(zip(("factor", "marker", "now"), row, strict=True)) for row in differences],
-            }
+            ExplainedTask(
+                result.label,
+                result.state,
+                result.reason,
+                result.reservation or None,
+                judgement.path if judgement else None,
+                list(unjudged),
+                [TaskFactor(*row) for row in differences],
+            )
         )
-    report.extra["explain"] = explained
+    report.add(ExplainedTasks(explained))
 
 
 def _unjudged(item: Item) -> tuple[str, ...]:
@@ -92,16 +145,7 @@ def _unjudged(item: Item) -> tuple[str, ...]:
 
 def show_families(console: Console, report: Report, standings: Sequence[Standing], shown: Sequence[Standing]) -> None:
     """Report how each family's directory compares with this environment. shown: the rows of the table."""
-    report.extra["families"] = [
-        {
-            "family": each.family,
-            "state": each.state,
-            "key": each.key,
-            "nearest": each.nearest,
-            "factors": [dict(zip(("factor", "was", "is"), row, strict=True)) for row in each.rows],
-        }
-        for each in standings
-    ]
+    report.add(ExplainedFamilies(standings))
     if shown:
         rows = [[each.family, each.state, each.key, _against(each)] for each in shown]
         console.table(("family", "state", "key", "against the nearest one"), rows, styles={})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from builder.cache import reset
 from builder.cli.invocation import Invocation
 from builder.cli.options import Args
 from builder.errors import CANNOT_RUN, PreflightError, UsageError
+from builder.report.results import Section
 from builder.text import counted
 
 #: Where the copy is by default: the mount path of caches.
@@ -21,6 +22,21 @@ class HereResetArgs(Args):
 
     source: str | None = None
     target: str | None = None
+
+
+@dataclass(kw_only=True)
+class ResetResult(reset.Outcome):
+    """What was done, and where."""
+
+    source: str
+    target: str
+
+
+@dataclass
+class ResetSection(Section):
+    """The result of a reset."""
+
+    reset: ResetResult
 
 
 def run(args: HereResetArgs, invocation: Invocation) -> None:
@@ -36,7 +52,7 @@ def run(args: HereResetArgs, invocation: Invocation) -> None:
     except reset.ResetError as error:
         raise PreflightError(f"{CANNOT_RUN}: {error}") from None
     invocation.report.cache = str(target)
-    invocation.report.extra["reset"] = {"source": str(source), "target": str(target), **asdict(done)}
+    invocation.report.add(ResetSection(ResetResult(source=str(source), target=str(target), **vars(done))))
     invocation.report.warnings += [f"not copied: {name}" for name in done.skipped]
     invocation.console.say(
         f"warm-cache: {target} is as {source} is: {counted(done.copied, 'file')} copied, {done.removed} removed, "

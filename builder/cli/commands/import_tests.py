@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from builder.errors import ColdError, UsageError
 from builder.manifest import from_tests, recorded_tasks, rewrite, suites
 from builder.manifest.load import Manifest, Overrides, image_alone, load
 from builder.recording import Launch, RecordingRequest, Unrecorded
+from builder.report.results import Section
 from builder.run import launch_recorders, launch_records
 from builder.task import RECIPES
 from builder.text import counted, did_you_mean, printable
@@ -40,6 +41,68 @@ class ImportTestsArgs(ManifestArgs):
     records: str | None = None
     pull: bool = False
     here: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRow:
+    """One launch. place: file and line."""
+
+    kind: str
+    model: str
+    argv: list[str]
+    env: Mapping[str, str]
+    test: str
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotWarmableRow(LaunchRow):
+    """A launch that no recipe warms."""
+
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRow(LaunchRow):
+    """A launch against the tasks of a manifest: see `from_tests.Compared`."""
+
+    covered: bool
+    task: str | None
+    differences: list[str]
+
+
+@dataclass(kw_only=True)
+class ImportSection(Section):
+    """What was recorded."""
+
+    launches: Sequence[LaunchRow]
+    not_warmable: Sequence[NotWarmableRow]
+    problems: Sequence[Unrecorded]
+    not_understood: Sequence[Unrecorded]
+    source: recorded_tasks.Source
+
+
+@dataclass
+class UnneededTasks(Section):
+    """Labels of tasks that no launch needs."""
+
+    unneeded: list[str]
+
+
+@dataclass(frozen=True)
+class UpdateCounts:
+    """How many tasks of a manifest were kept, added and removed."""
+
+    kept: int
+    added: int
+    removed: int
+
+
+@dataclass
+class UpdatedTasks(Section):
+    """What an update did to a manifest."""
+
+    updated: UpdateCounts
 
 
 def run(args: ImportTestsArgs, invocation: Invocation) -> None:
@@ -90,13 +153,14 @@ class Recorded:
 
 
 def _report(args: ImportTestsArgs, invocation: Invocation, manifest: Manifest | None, found: Recorded) -> None:
-    extra: dict[str, Any] = {
-        "launches": [_document(launch) for launch in found.launches],
-        "not_warmable": [{**_document(launch), "why": why} for launch, why in found.others],
-        "problems": [vars(each) for each in found.problems],
-        "not_understood": [vars(each) for each in found.unclear],
-        "source": asdict(found.source),
-    }
+    section = ImportSection(
+        launches=[LaunchRow(**_fields(launch)) for launch in found.launches],
+        not_warmable=[NotWarmableRow(**_fields(launch), why=why) for launch, why in found.others],
+        problems=found.problems,
+        not_understood=found.unclear,
+        source=found.source,
+    )
+    invocation.report.add(section)
     compared: list[from_tests.Compared] = []
     if manifest is None:
         invocation.report.text = recorded_tasks.as_manifest(found.launches, args.paths, found.source.gpu)
@@ -109,26 +173,23 @@ def _report(args: ImportTestsArgs, invocation: Invocation, manifest: Manifest | 
         compared, unneeded = from_tests.compare(found.launches, manifest.tasks)
         # A launch that was not recorded may need any task.
         unneeded = [] if found.unclear else unneeded
-        extra["launches"] = [
-            {
-                **_document(each.launch),
-                "covered": each.covered,
-                "task": each.task,
-                "differences": list(each.differences),
-            }
+        section.launches = [
+            ComparedRow(
+                **_fields(each.launch), covered=each.covered, task=each.task, differences=list(each.differences)
+            )
             for each in compared
         ]
-        extra["unneeded"] = unneeded
+        invocation.report.add(UnneededTasks(unneeded))
         selection = found.selection
         passed_over = f" ({selection.passed_over} of other suites passed over)" if selection.passed_over else ""
         counts = f"{counted(len(selection.files), 'file')}{passed_over}"
-        invocation.report.text = from_tests.as_text(
-            compared, unneeded, found.problems, found.others, manifest.path, counts
-        )
+        if not args.json:
+            invocation.report.text = from_tests.as_text(
+                compared, unneeded, found.problems, found.others, manifest.path, counts
+            )
         if args.update:
             _update(args, invocation, manifest, found, compared, unneeded)
             compared = []
-    invocation.report.extra |= extra
     cold = [each for each in compared if not each.covered]
     parts = [f"{len(cold)} of {len(compared)} launches covered by no task"] if cold else []
     if found.unclear:
@@ -170,7 +231,7 @@ def _update(
         rewrite.write(path, result)
     kept = len(manifest.tasks) - len(going)
     invocation.console.say(f"{path}: {counted(kept, 'task')} kept, {len(added)} added, {len(going)} removed")
-    invocation.report.extra["updated"] = {"kept": kept, "added": len(added), "removed": len(going)}
+    invocation.report.add(UpdatedTasks(UpdateCounts(kept, len(added), len(going))))
 
 
 def _gpu_of(manifest: Manifest | None) -> str:
@@ -217,7 +278,8 @@ def _store(args: ImportTestsArgs, environ: Mapping[str, str]) -> launch_records.
     return launch_records.Store(Path(base, "warm-cache", "launches")) if base else None
 
 
-def _document(launch: Launch) -> dict[str, Any]:
+def _fields(launch: Launch) -> dict[str, Any]:
+    """Return the fields of a `LaunchRow`."""
     return {
         "kind": launch.kind,
         "model": launch.model,

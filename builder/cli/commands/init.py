@@ -9,6 +9,7 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import Args
 from builder.errors import PreflightError, UsageError
 from builder.manifest import template
+from builder.report.results import Section
 from builder.text import printable
 
 DEFAULT = "warm-cache.toml"
@@ -20,6 +21,13 @@ class InitArgs(Args):
 
     file: str | None = None
     profile: str | None = None
+
+
+@dataclass
+class InitSection(Section):
+    """The file that was written."""
+
+    file: str
 
 
 def run(args: InitArgs, invocation: Invocation) -> None:
@@ -37,5 +45,5 @@ def run(args: InitArgs, invocation: Invocation) -> None:
         raise UsageError(f"{name} exists, and is left as it is: name another file, or remove it") from None
     except OSError as error:
         raise PreflightError(f"{name} cannot be written: {error.strerror}") from None
-    invocation.report.extra["file"] = str(path)
+    invocation.report.add(InitSection(str(path)))
     invocation.console.say(f"wrote {name}. Change it, and then: warm-cache doctor --manifest {name}")

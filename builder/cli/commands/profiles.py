@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from builder.cli.invocation import Invocation
 from builder.cli.options import Args
 from builder.manifest import load
 from builder.manifest.fields import Overrides
+from builder.report.results import Section
 from builder.report.tables import table
 from builder.text import counted
 
@@ -31,6 +32,13 @@ class _Profile:
     image: str
 
 
+@dataclass
+class ProfilesSection(Section):
+    """All profiles."""
+
+    profiles: list[_Profile]
+
+
 def run(args: ProfilesArgs, invocation: Invocation) -> None:
     """Print the list, or the text of one. Raises UsageError for an unknown name."""
     report = invocation.report
@@ -38,7 +46,7 @@ def run(args: ProfilesArgs, invocation: Invocation) -> None:
         report.text = load.profile_text(args.name or "").rstrip("\n")
         return
     found = [_profile(name) for name in load.profiles()]
-    report.extra["profiles"] = [asdict(each) for each in found]
+    report.add(ProfilesSection(found))
     rows = [
         [each.name, str(each.tasks), f"{each.gpus} × {each.gpu}" if each.gpus else "none", each.image] for each in found
     ]

@@ -16,6 +16,7 @@ from builder.cli.options import ManifestArgs
 from builder.engine.lease import LABEL
 from builder.flock import holders
 from builder.report.console import Console
+from builder.report.results import Section
 from builder.run import maintenance, views
 from builder.run.container_executor import ContainerExecutor
 from builder.text import age, duration, printable, size
@@ -72,8 +73,8 @@ class _User:
 
 
 @dataclass
-class _Status:
-    """All rows."""
+class _Status(Section):
+    """All rows, and the cost of all tasks' last runs."""
 
     families: list[_FamilyRow] = field(default_factory=list)
     markers: list[_MarkerRow] = field(default_factory=list)
@@ -89,6 +90,9 @@ class _Status:
         """Return the GPU-minutes of all tasks' last runs."""
         return round(sum(row.gpu_minutes or 0.0 for row in self.markers), 3)
 
+    def to_json(self) -> Mapping[str, object]:
+        return {**super().to_json(), "cost": {"seconds": self.seconds, "gpu_minutes": self.gpu_minutes}}
+
 
 def run(args: StatusArgs, invocation: Invocation) -> None:
     """Report what the cache holds, how old it is, what uses it, and what it cost."""
@@ -97,12 +101,7 @@ def run(args: StatusArgs, invocation: Invocation) -> None:
         maintenance.require_root(executor)
         found = _read(executor)
         report.cache = executor.root_name
-        report.extra.update(
-            families=list(map(vars, found.families)),
-            markers=list(map(vars, found.markers)),
-            users=list(map(vars, found.users)),
-            cost={"seconds": found.seconds, "gpu_minutes": found.gpu_minutes},
-        )
+        report.add(found)
         console.say(f"cache {report.cache}, toolchain {report.toolchain or 'unknown'}")
         _show(console, found)
 
@@ -184,7 +183,7 @@ def _contents(executor: ContainerExecutor) -> tuple[list[inventory.Content], dic
     def on_event(event: events.Event) -> None:
         match event:
             case events.FamilyContents():
-                found.append(inventory.Content(**maintenance.row(event)))
+                found.append(inventory.Content(**vars(maintenance.printed(event))))
             case events.MarkerUsed():
                 used[event.path] = event.time
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from builder import events
 from builder.cache.inventory import bad_entries
@@ -13,6 +12,7 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import ColdError
 from builder.report.console import Console
+from builder.report.results import Section
 from builder.run import cache_locks, maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.container_job import ContainerRequest
@@ -38,59 +38,65 @@ def run(args: VerifyArgs, invocation: Invocation) -> None:
 
 
 @dataclass
-class _Verification:
-    """What was found so far. bad, quarantined: rows of the document."""
+class Verification(Section):
+    """What a check of every entry found."""
 
-    console: Console
     entries: int = 0
-    directories: int = 0
-    bad: list[dict[str, Any]] = field(default_factory=list)
-    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[events.BadEntry] = field(default_factory=list)
+    repaired: list[events.Quarantined] = field(default_factory=list)
+
+
+class _Verifying:
+    """What was found so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._say = console.say
+        self.found = Verification()
+        self.directories = 0
 
     def on_event(self, event: events.Event) -> None:
-        match event:
+        match event := maintenance.printed(event):
             case events.Quarantined():
-                row = maintenance.row(event)
-                self.quarantined.append(row)
-                self.console.say(f"quarantined {row['family']}/{row['key']}/{row['path']}: {row['why']}")
+                self.found.repaired.append(event)
+                self._say(f"quarantined {event.family}/{event.key}/{event.path}: {event.why}")
             case events.Kept():
-                row = maintenance.row(event)
-                self.console.say(f"left {row['family']}/{row['key']}/{row['path']}: {row['why']}")
+                self._say(f"left {event.family}/{event.key}/{event.path}: {event.why}")
             case events.BadEntry():
-                self.bad.append(maintenance.row(event))
+                self.found.bad.append(event)
             case events.Checked():
                 self.directories += 1
-                self.entries += event.entries
+                self.found.entries += event.entries
 
 
 def _verify(executor: ContainerExecutor, repair: bool) -> None:
     console, report = executor.context.console, executor.context.report
-    found = _Verification(console)
-    _check_entries(executor, found, repair)
-    report.extra.update(entries=found.entries, bad=found.bad, repaired=found.quarantined)
-    total = f"{counted(found.entries, 'entry')} in {counted(found.directories, 'family directory')}"
+    verifying = _Verifying(console)
+    _check_entries(executor, verifying, repair)
+    found = verifying.found
+    report.add(found)
+    total = f"{counted(found.entries, 'entry')} in {counted(verifying.directories, 'family directory')}"
     if found.bad:
-        console.table(COLUMNS, [[row[name] for name in COLUMNS] for row in found.bad])
+        console.table(COLUMNS, [[row.family, row.key, row.entry, row.problem] for row in found.bad])
         remedy = (
             "see above why they stay" if repair else "run warm-cache verify --repair, so that they are compiled again"
         )
         raise ColdError(f"{len(found.bad)} bad of {total}; {remedy}")
-    more = f"; {len(found.quarantined)} quarantined" if found.quarantined else ""
+    more = f"; {len(found.repaired)} quarantined" if found.repaired else ""
     console.say(f"{executor.root_name}: {total}, all valid{more}")
 
 
-def _check_entries(executor: ContainerExecutor, found: _Verification, repair: bool) -> None:
+def _check_entries(executor: ContainerExecutor, verifying: _Verifying, repair: bool) -> None:
     """Check the root in a container, or in this process where it can read all of it and nothing is repaired."""
     if repair:
         with cache_locks.held(executor):
-            maintenance.run(executor, "verify", found.on_event, ContainerRequest(repair=True))
+            maintenance.run(executor, "verify", verifying.on_event, ContainerRequest(repair=True))
     elif executor.direct_root() is None:
-        maintenance.run(executor, "verify", found.on_event)  # a copy would be as large as the cache
+        maintenance.run(executor, "verify", verifying.on_event)  # a copy would be as large as the cache
     else:
         with executor.cache.view() as root:
             for directory in claimable_directories(root):
                 family, key = directory.family.name, directory.key
                 entries, problems = bad_entries(directory, now=time.time())
                 for name, problem in sorted(problems.items()):
-                    found.on_event(events.BadEntry(family, key, name, problem))
-                found.on_event(events.Checked(family, key, entries))
+                    verifying.on_event(events.BadEntry(family, key, name, problem))
+                verifying.on_event(events.Checked(family, key, entries))

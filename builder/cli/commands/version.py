@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from builder import __version__
 from builder.cli.invocation import Invocation
 from builder.cli.options import Args
+from builder.report.results import Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,16 @@ class VersionArgs(Args):
     """Arguments of `version`."""
 
 
+@dataclass
+class VersionSection(Section):
+    """The versions of the program and of its Python."""
+
+    version: str
+    python: str
+
+
 def run(args: VersionArgs, invocation: Invocation) -> None:
     """Print the version of the program, and of the Python that runs it."""
     python = platform.python_version()
-    invocation.report.extra.update(version=__version__, python=python)
+    invocation.report.add(VersionSection(__version__, python))
     invocation.report.text = None if args.json else f"warm-cache {__version__} (Python {python})"

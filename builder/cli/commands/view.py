@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from builder.cache import view_records
@@ -12,9 +12,11 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import UsageError
 from builder.report import audit
+from builder.report.results import Section
 from builder.report.tables import table
 from builder.run import views
 from builder.run.container_executor import ContainerExecutor
+from builder.run.views import GenerationRow, ViewRow
 from builder.text import age, size
 
 
@@ -27,6 +29,39 @@ class ViewArgs(ManifestArgs):
     replace: bool = False
     fail_on_jit: bool = False
     lock_timeout: str | None = None
+
+
+@dataclass
+class CreatedView(Section):
+    """A view that was made. docker: what gives it to a job, as values."""
+
+    job: str
+    volume: str
+    generation: str
+    docker: Mapping[str, object]
+
+
+@dataclass
+class DroppedView(Section):
+    """A view that is gone. removed: it was there."""
+
+    job: str
+    removed: bool
+
+
+@dataclass
+class AllViews(Section):
+    """All views, and the generations that they lie on."""
+
+    views: Sequence[ViewRow]
+    generations: Sequence[GenerationRow]
+
+
+@dataclass
+class Promotion(Section):
+    """Lines of a manifest that would cover what a job compiled."""
+
+    promote: str
 
 
 def run(args: ViewArgs, invocation: Invocation) -> None:
@@ -44,7 +79,7 @@ def run(args: ViewArgs, invocation: Invocation) -> None:
             case "drop":
                 _drop(executor, job)
             case _:
-                _list(executor)
+                _list(executor, args.json)
 
 
 def _checked(job: str) -> str:
@@ -60,8 +95,8 @@ def _checked(job: str) -> str:
 def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
     """Make a view, and print the arguments of docker run that give it to a job."""
     view, report = views.create(executor, job, replace=replace), executor.context.report
-    report.text = view.arguments
-    report.extra.update(job=job, volume=view.volume, generation=view.generation, docker=json.loads(view.document))
+    report.text = view.environment.text("docker", report.toolchain)
+    report.add(CreatedView(job, view.volume, view.generation, view.environment.document(report.toolchain)))
     executor.context.console.say(
         f"the view {job} of {executor.root_name} is made of generation {view.generation}, volume {view.volume}"
     )
@@ -70,7 +105,7 @@ def _create(executor: ContainerExecutor, job: str, replace: bool) -> None:
 def _audit(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
     """Report what the job compiled. Raises ColdError with --fail-on-jit if it compiled anything."""
     found, report = views.audited(executor, job), executor.context.report
-    report.extra["audit"] = audit.document_of(found)
+    report.add(audit.AuditSection.of(found))
     report.text = None if args.json else audit.text_of(found, f"the job {job}")
     if args.fail_on_jit:
         audit.raise_if_compiled(found, f"the job {job}")
@@ -79,9 +114,10 @@ def _audit(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
 def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
     """Print the lines of a manifest that would cover what the job compiled. Raises ColdError as `_audit` does."""
     found, report = views.audited(executor, job), executor.context.report
-    report.extra["audit"] = audit.document_of(found)
-    report.extra["promote"] = text = proposal(found, job)
-    report.text = text or None
+    text = proposal(found, job)
+    report.add(audit.AuditSection.of(found))
+    report.add(Promotion(text))
+    report.text = None if args.json else text or None
     if not text:
         executor.context.console.say(f"the job {job} compiled nothing that a manifest could cover")
     if args.fail_on_jit:
@@ -91,15 +127,17 @@ def _promote(executor: ContainerExecutor, job: str, args: ViewArgs) -> None:
 def _drop(executor: ContainerExecutor, job: str) -> None:
     """Remove a view. One that is gone is no error: a step that cleans up runs whatever happened before."""
     removed, context = views.drop(executor, job), executor.context
-    context.report.extra.update(job=job, removed=removed)
+    context.report.add(DroppedView(job, removed))
     said = f"the view {job} is removed" if removed else f"there is no view {job} of {executor.root_name}, so it is gone"
     context.console.say(said)
 
 
-def _list(executor: ContainerExecutor) -> None:
+def _list(executor: ContainerExecutor, as_json: bool) -> None:
     """Print all views, and the generations that they lie on."""
     found, generations = views.listed(executor)
-    executor.context.report.extra.update(views=list(map(vars, found)), generations=list(map(vars, generations)))
+    executor.context.report.add(AllViews(found, generations))
+    if as_json:
+        return
     now = time.time()
     of_views = table(
         ("view", "age", "written", "files", "generation", "used by", "note"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from builder.errors import GpusHeldError
 from builder.host.cancel import Cancel
 from builder.host.gpus import GpuProcess, GpuSnapshot, GpuUsage
 from builder.manifest.load import GpusSpec
-from builder.report.results import GpuResult
+from builder.report.results import GpuResult, Report
 from builder.run.gpu_reservation import TOLERANCE, GpuReservation
 
 OURS, THEIRS = "0" * 64, "f" * 64
@@ -36,7 +37,7 @@ class FakeExecutor:
             manifest=SimpleNamespace(gpus=GpusSpec(release_timeout=timeout)),
             options=SimpleNamespace(allow_busy=allow_busy),
             console=SimpleNamespace(say=self.said.append),
-            report=SimpleNamespace(gpus=[GpuResult(0, "GPU-0", "", None, None, [])], warnings=[], extra={}),
+            report=Report("warm", gpus=[GpuResult(0, "GPU-0", "", None, None, [])]),
         )
 
     def gpu_snapshot(self) -> GpuSnapshot:
@@ -142,7 +143,7 @@ def test_absent_driver_is_reported_once() -> None:
         with reservation.free_after("x"):
             executor.ran[container] = "x"
     assert len(executor.said) == 1 and "is not checked" in executor.said[0]
-    assert executor.context.report.extra["gpus_reason"] == absent.absent
+    assert json.loads(executor.context.report.document(0, None))["gpus_reason"] == absent.absent
 
 
 def test_concurrent_task_waits_for_its_own_gpus_alone() -> None:

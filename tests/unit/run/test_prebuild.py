@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_kernels_of_all_tasks_are_compiled_once(tmp_path: Path) -> None:
     (plan, compiling) = [request for _, request in executor.requests]
     assert [each.shape for each in plan.shapes] == [DENSE, OTHER] and plan.gpu.sms == 132
     assert compiling.key and not compiling.gentle
-    assert executor.context.report.extra["prebuild"]["state"] == "done"
+    assert json.loads(executor.context.report.document(0, None))["prebuild"]["state"] == "done"
     assert "5 kernels named, 0 there, 5 made (99 B) by 2 workers of 536.9 MB" in executor.output.getvalue()
 
 
@@ -130,7 +131,7 @@ def test_kernels_on_gpus_are_counted_after_the_stage(tmp_path: Path) -> None:
     stage = executor.run_stage()
     executor.context.report.tasks = [TaskResult("one", "one", "k", "warmed", added={"deep_gemm": 2, "triton": 7})]
     prebuild.finish(executor, stage)
-    assert executor.context.report.extra["prebuild"]["gpu_kernels"] == 2
+    assert json.loads(executor.context.report.document(0, None))["prebuild"]["gpu_kernels"] == 2
     assert "3 made on CPU cores before, 2 by tasks on GPUs" in executor.output.getvalue()
 
 
@@ -198,7 +199,7 @@ def test_missing_kernel_is_a_warning_before_tasks_and_an_error_alone(tmp_path: P
                 executor.run_stage()
         else:
             executor.run_stage()
-        assert executor.context.report.extra["prebuild"]["missing"] == ["kernel-4096.01"]
+        assert json.loads(executor.context.report.document(0, None))["prebuild"]["missing"] == ["kernel-4096.01"]
         assert executor.context.report.warnings == ["prebuild: kernel-4096.01: NVCC compilation failed"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import signal
 import threading
@@ -389,6 +390,6 @@ def test_expected_time_of_the_run_is_reported(tmp_path: Path) -> None:
     publish(tmp_path, known, run="another", seconds=120.0)
     executor = FakeExecutor(tmp_path, known, task("new", gpus=8, timeout=300.0), force=True)
     run(executor)
-    expected = executor.context.report.extra["expected"]
+    expected = json.loads(executor.context.report.document(0, None))["expected"]
     assert math.isclose(expected["seconds"], 240.0) and expected["never_timed"] == ["new"]
     assert "2 tasks: 1 warm, 2 to do · at most 4 min (1 never timed)" in executor.output.getvalue()
