@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from builder.cli.statuses import STATUSES
-from builder.cli.verbs import GROUPS, VERBS, Action
+from builder.cli.verb import GROUPS, Action
+from builder.cli.verbs import VERBS
 
 ABOUT = (
     "Compile every JIT kernel that sglang's test jobs will need into a persistent cache, prove it, and leave nothing "

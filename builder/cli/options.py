@@ -167,8 +167,51 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "format": {
         "metavar": "FORMAT",
-        "choices": ("docker", "shell", "github", "json"),
-        "help": "docker, shell, github or json",
+        "choices": ("docker", "shell", "github", "json", "kubernetes"),
+        "help": "docker, shell, github, json or kubernetes",
+    },
+    "key": {"metavar": "FILE", "help": "the public key (PEM) with which cache images are signed"},
+    "deadline": {"metavar": "20s", "help": "how long a restore may take"},
+    "jitter": {"metavar": "60s", "help": "a restore begins after a random time of at most this"},
+    "part": {"metavar": "PART", "help": "print these parts only; several with commas"},
+    "name": {"metavar": "NAME", "help": "how names of objects or jobs begin (default warm-cache)"},
+    "builder-image": {"metavar": "REF", "help": "the image that has warm-cache installed, for pods"},
+    "namespace": {"metavar": "NAME", "help": "the namespace of all objects"},
+    "schedule": {"metavar": "CRON", "help": 'warm at these times, as "0 3 * * *" (default: once)'},
+    "queue": {"metavar": "NAME", "help": "the local queue of Kueue that admits the warm job"},
+    "claim": {"metavar": "NAME", "help": "with --target pvc: the claim that holds the cache"},
+    "models-claim": {"metavar": "NAME", "help": "the claim with the model store, instead of a directory of nodes"},
+    "user": {"metavar": "UID", "help": "the user of containers that are not root's (default 65532)"},
+    "node-selector": {
+        "metavar": "KEY=VALUE",
+        "action": "append",
+        "help": "a label of the nodes (may be repeated)",
+    },
+    "toleration": {
+        "metavar": "KEY[=VALUE][:EFFECT]",
+        "action": "append",
+        "help": "a taint of the nodes that is tolerated (may be repeated)",
+    },
+    "registry-secret": {"metavar": "NAME", "help": "the secret with the registries' logins (dockerconfigjson)"},
+    "env-secret": {"metavar": "NAME", "help": "the secret whose keys are variables of the warm-up, as HF_TOKEN"},
+    "max-unavailable": {
+        "metavar": "N|PERCENT",
+        "help": "how many nodes restore at a time after a change (default a tenth)",
+    },
+    "gres": {"metavar": "GRES", "help": "Slurm's generic resources of a job (default gpu:COUNT)"},
+    "partition": {"metavar": "NAME", "help": "Slurm's partition"},
+    "account": {"metavar": "NAME", "help": "Slurm's account"},
+    "runtime": {
+        "metavar": "RUNTIME",
+        "help": "where a Slurm job warms: engine (the node's), pyxis or apptainer (default engine)",
+    },
+    "program": {"metavar": "DIR", "help": "the folder that holds builder/ on all nodes, for pyxis and apptainer"},
+    "push": {"metavar": "REF", "help": "the cache image to which what is warm is pushed"},
+    "logs": {"metavar": "DIR", "help": "where reports and logs go; the directory exists on all nodes"},
+    "pass-variable": {
+        "metavar": "NAME",
+        "action": "append",
+        "help": "a variable of the submitter that Slurm jobs get, as HF_TOKEN (may be repeated; default: none)",
     },
 }
 #: verb → option → what its help has otherwise than OPTIONS.
@@ -176,6 +219,14 @@ OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
     "prune": {"dry-run": {"help": "show what would be removed, and change nothing"}},
     "init": {"profile": {"help": f"begin with a packaged manifest: {', '.join(profiles())}"}},
     "audit": {"cache": {"metavar": "DIR", "help": "the cache root, where it is mounted here"}},
+    "fleet": {
+        "cache": {"metavar": "DIR", "help": "the cache root on the nodes, instead of the manifest's"},
+        "target": {
+            "metavar": "TARGET",
+            "help": "where pods restore to: hostpath (a directory of each node), pvc (a claim) or emptydir (the pod's "
+            "own) (default hostpath)",
+        },
+    },
 }
 STARTS = ("pull", "log-dir")
 PROOF = ("build", "max-proof-age")

@@ -17,7 +17,8 @@ from builder.cli import help_texts
 from builder.cli.help_texts import Formatter, filled, rows, usage
 from builder.cli.options import OPTIONS, OPTIONS_OF, Args
 from builder.cli.statuses import statuses
-from builder.cli.verbs import VERBS, Action
+from builder.cli.verb import Action
+from builder.cli.verbs import VERBS
 from builder.errors import UsageError
 from builder.text import did_you_mean, printable
 
@@ -308,7 +309,7 @@ def _check_action(name: str, values: Mapping[str, Any]) -> None:
         return
     title = f"{name} {action.name}"
     for argument in verb.arguments:
-        given = values.get(argument.name) is not None
+        given = values.get(argument.name) not in (None, [])
         if argument.name in action.arguments and not given:
             raise CommandLineError(f"{title} needs a {argument.metavar}: the {argument.help}", name)
         if given and argument.name not in (*action.arguments, "action"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.cli.verbs import Verb
+from builder.cli.verb import Verb
 from builder.errors import CANNOT_RUN
 
 #: What each status means, and what it means for some verbs in particular.
@@ -27,6 +27,7 @@ MEANS_OF: dict[str, dict[int, str]] = {
     "refresh": {0: "all tasks are warm"},
     "verify": {0: "every entry is valid", 10: "an entry is bad"},
     "import-tests": {0: "all launches are covered and recorded", 10: "a launch is not covered, or not recorded"},
+    "fleet": {0: "done, or every run of a summary is warm", 10: "a run of a summary ended with it"},
     "audit": {10: "something was compiled (--fail-on-jit)"},
     "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
 }

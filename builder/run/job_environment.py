@@ -62,12 +62,14 @@ class JobEnvironment:
     mounts: Sequence[str] = ()
 
     def text(self, form: str, toolchain: str | None) -> str:
-        """Return it as arguments of docker run, as a shell's exports, as lines for GitHub, or as JSON.
+        """Return it as arguments of docker run, a shell's exports, lines for GitHub, JSON, or part of a pod's spec.
 
-        Raises UsageError for docker arguments that a shell would split.
+        Raises UsageError for docker arguments that a shell would split, and for a pod that had a volume of an engine.
         """
         if form == "docker":
             return _docker_arguments(self.mounts, self.variables)
+        if form == "kubernetes":
+            return json.dumps(_pod(self.mounts, self.variables), indent=2)
         if form in ("shell", "github"):
             return render_variables(self.variables, form)
         return json.dumps(self.document(toolchain), indent=2)
@@ -326,6 +328,35 @@ def _docker_arguments(mounts: Sequence[str], variables: Mapping[str, str]) -> st
     return " ".join(
         [f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]] + list(OPTIONS)
     )
+
+
+def _pod(mounts: Sequence[str], variables: Mapping[str, str]) -> dict[str, object]:
+    """Return what is merged into a pod's spec, whose container is named sglang: variables, mounts and volumes."""
+    container: dict[str, object] = {
+        "name": "sglang",
+        "env": [{"name": name, "value": value} for name, value in sorted(variables.items())],
+    }
+    sources: dict[str, str] = {}  # directory of the node → name of the volume
+    mounted: list[dict[str, object]] = []
+    for mount in mounts:
+        head, _, tail = mount.rpartition(",dst=")  # a path of the host may hold commas
+        (kind, _, source), (path, *flags) = head.partition(",src="), tail.split(",")
+        if kind != "type=bind":
+            raise UsageError(f"--format kubernetes: a pod cannot have the engine's volume {source}: use a directory")
+        above = next((each for each in sources if source.startswith(f"{each}/")), source)
+        name = sources.setdefault(above, "models" if path == STORE else "warm-cache")
+        where: dict[str, object] = {"name": name, "mountPath": path}
+        if above != source:
+            where["subPath"] = source[len(above) + 1 :]
+        if "readonly" in flags:
+            where["readOnly"] = True
+        mounted.append(where)
+    if not mounts:
+        return {"containers": [container]}
+    container["volumeMounts"] = mounted
+    container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["MKNOD"]}}
+    volumes = [{"name": name, "hostPath": {"path": path, "type": "Directory"}} for path, name in sources.items()]
+    return {"containers": [container], "volumes": volumes}
 
 
 def render_variables(variables: Mapping[str, str], form: str) -> str:

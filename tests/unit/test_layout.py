@@ -53,9 +53,10 @@ ARROWS = {
     "manifest": "cache.families",
     "engine": "host",
     "report": "host cache.findings",
+    "fleet": "",
     "registry": "cache host",
     "run": "cache host manifest engine registry report",
-    "cli": "cache host manifest engine registry report run",
+    "cli": "cache host manifest engine registry report run fleet",
 }
 
 #: Modules that may import packages of others → these packages.

@@ -56,7 +56,8 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
     form = args.format or "shell"
     if form == "docker":
         raise UsageError(
-            "--format docker starts a container, and --here is for processes inside one: use shell, github or json"
+            "--format docker starts a container, and --here is for processes inside one: use shell, github, json or "
+            "kubernetes"
         )
     manifest = invocation.named_manifest(only=args.only)
     if args.only and manifest is None:

@@ -36,7 +36,7 @@ def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[s
         (["check", "all"], "usage: warm-cache check [option ...]\nerror: check takes no argument 'all'. Exit 2."),
         (["check", "--cache"], "error: --cache needs a value. Exit 2."),
         (["check", "--strict=1"], "error: --strict takes no value. Exit 2."),
-        (["env", "--format", "yaml"], "error: --format is 'yaml': one of docker, shell, github, json is wanted. Exit"),
+        (["env", "--format", "yaml"], "error: --format is 'yaml': one of docker, shell, github, json, kub"),
         (["hold", "pytest"], "error: hold takes no argument 'pytest'; the command follows after two dashes. Exit 2."),
     ],
 )
@@ -129,7 +129,7 @@ def test_list_variable_is_split_at_commas(bench: Bench) -> None:
 
 def test_choice_variable_is_checked(bench: Bench) -> None:
     assert bench.run("env", WARM_CACHE_FORMAT="yaml") == 2
-    assert "WARM_CACHE_FORMAT is 'yaml': one of docker, shell, github, json is wanted" in bench.said()
+    assert "WARM_CACHE_FORMAT is 'yaml': one of docker, shell, github, json, kubernetes is wanted" in bench.said()
 
 
 @pytest.mark.parametrize(

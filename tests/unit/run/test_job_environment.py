@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kubernetes_validate
 import pytest
 
 from builder.cache import layout, toolchain
@@ -197,6 +198,28 @@ def test_docker_arguments_end_with_least_privilege() -> None:
     assert document["options"] == list(OPTIONS) and document["cold"] == {}
     with pytest.raises(UsageError, match="would not get"):
         JobEnvironment(variables={"A": "a b"}, mounts=["m"]).text("docker", None)
+
+
+def test_pod_gets_the_root_read_only_and_keys_below_it() -> None:
+    mounts = [
+        "type=bind,src=/data/a,b,dst=/jit,readonly",
+        "type=bind,src=/data/a,b/triton/0123,dst=/jit/triton/0123",
+        "type=bind,src=/hf,dst=/models,readonly",
+    ]
+    job = JobEnvironment(variables={"B": "2", "A": "1"}, mounts=mounts)
+    spec = json.loads(job.text("kubernetes", None))
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "tests"}, "spec": spec}
+    spec["containers"][0]["image"] = "tiny:1"
+    kubernetes_validate.validate(pod, "1.29", strict=True)
+    assert spec["containers"][0]["env"] == [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]
+    assert [volume["hostPath"]["path"] for volume in spec["volumes"]] == ["/data/a,b", "/hf"]
+    assert spec["containers"][0]["volumeMounts"] == [
+        {"name": "warm-cache", "mountPath": "/jit", "readOnly": True},
+        {"name": "warm-cache", "mountPath": "/jit/triton/0123", "subPath": "triton/0123"},
+        {"name": "models", "mountPath": "/models", "readOnly": True},
+    ]
+    with pytest.raises(UsageError, match="cannot have the engine's volume jit: use a directory"):
+        JobEnvironment(variables={}, mounts=["type=volume,src=jit,dst=/jit,readonly"]).text("kubernetes", None)
 
 
 def test_families_that_no_task_claims_are_not_named_cold() -> None:

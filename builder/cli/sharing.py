@@ -1,0 +1,74 @@
+"""The verbs that take a cache to other machines, as data (`builder.cli.verbs`)."""
+
+from __future__ import annotations
+
+from builder.cli.verb import Action, Argument, Verb, named
+
+#: What all printed documents are made of, and what those that restore have besides.
+_MANIFEST = ("manifest", "profile", "cache", "image", "models")
+_RESTORE = ("key", "deadline", "jitter")
+
+_FLEET_ACTIONS = (
+    Action(
+        "kubernetes",
+        "print JSON for kubectl apply -f -: what warms once, restores on nodes, and checks",
+        "warm-cache fleet kubernetes r.example/jit --profile h200 --builder-image r.example/builder:1",
+        (
+            *(*_MANIFEST, "builder-image", "target", "part", "name", "namespace", "budget", *_RESTORE),
+            *("schedule", "queue", "node-selector", "toleration", "max-unavailable", "user"),
+            *("claim", "models-claim", "registry-secret", "env-secret"),
+        ),
+        ("ref",),
+    ),
+    Action(
+        "slurm",
+        "print a script for sbatch that warms one node, and with --push pushes its cache",
+        "warm-cache fleet slurm --profile h200 --logs /srv/jobs",
+        (
+            *(*_MANIFEST, "push", "logs", "name", "budget", "gres", "partition", "account"),
+            *("pass-variable", "runtime", "program"),
+        ),
+    ),
+    Action(
+        "prolog",
+        "print the lines of a Prolog of Slurm that restores, and never fails",
+        "warm-cache fleet prolog r.example/jit --profile h200",
+        (*_MANIFEST, *_RESTORE),
+        ("ref",),
+    ),
+    Action(
+        "summary",
+        "sum up the reports of many runs, and end with the status that counts most",
+        "warm-cache fleet summary /srv/jobs/h1.json /srv/jobs/h2.json",
+        (),
+        ("reports",),
+    ),
+)
+
+SHARING: dict[str, Verb] = {
+    "fleet": Verb(
+        "Share",
+        "print what Kubernetes or Slurm run to warm once and restore everywhere",
+        "warm-cache fleet slurm --profile h200 --logs /srv/jobs",
+        tuple(dict.fromkeys(option for action in _FLEET_ACTIONS for option in action.own)),
+        (
+            named(_FLEET_ACTIONS),
+            Argument("ref", "REF", "cache image, with its registry", optional=True),
+            Argument("reports", "REPORT", "documents that warm-cache --json wrote", many=True, optional=True),
+        ),
+        _FLEET_ACTIONS,
+        needs="nothing",
+        engine=False,
+        text=True,
+        details="""kubernetes prints a job that restores, warms on a GPU node and pushes (with --schedule a CronJob),
+what restores on every node (a DaemonSet for --target hostpath, a Job for pvc), and a pod that uses the cache as jobs do
+and ends with 0 or 10. The serving image has to be named with its digest: --image NAME@sha256:DIGEST. The job's
+statuses 2 and 12 fail it at once, 15 and 17 are tried again; --budget is its deadline.
+
+summary ends with a signal's status, 1, 16, 13, 14, 11, 12, 2, 10, 15, 17 or 0, the first of these that a report has. A
+run without a report counts as 11.
+
+Reads the manifest and the key; starts nothing, and speaks to no cluster. Every value is checked.""",
+        exits=(0, 10, 11, 13, 14, 15, 17),
+    ),
+}
