@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +31,23 @@ from builder.errors import (
     ProblemsError,
     UsageError,
 )
+from builder.host import outside, stuck
 from builder.host.cancel import Cancel
+from builder.host.deadlines import Deadline, poll
 from builder.manifest import policy
 from builder.report import github
 from builder.report.console import PATIENCE, Console, harmless
 from builder.report.results import Report, Text
 from builder.report.tables import TASK_COLUMNS, task_table
-from builder.text import counted, displayed, sentence
+from builder.text import counted, displayed, printable, sentence
 
 #: The message of Python's RuntimeError where no more threads may be started.
 NO_THREAD = "can't start new thread"
 #: Seconds after a signal for which a full stream without a reader is waited for; and without a signal, where nobody
 #: sits at a terminal.
 READING, READER = 1.0, 60.0
+#: Seconds that a run has to end in order once one of its tasks is stuck in a file system, and that its outcome takes.
+ORDERLY, LAST = 6.0, 5.0
 #: Locations of problems for which there is something to see on this machine all the same.
 DEMO = frozenset({"GPUs", "engine"})
 #: Third-party packages: import name → name to install.
@@ -85,6 +91,10 @@ class _Program:
         self.started = time.monotonic()
         self.report = Report(line.verb, warnings=list(line.warnings))
         self.status = 0
+        #: Set where a task is stuck in a file system. ending: held by the thread that reports the outcome.
+        self.stuck: BuilderError | None = None
+        self.ending = threading.Lock()
+        self.watch = stuck.StuckWatch(self._end_stuck, stuck.PATIENCE)
         self.cancel = Cancel()
         self.signals = Signals(self.cancel)
         for stream in (sys.stdout, sys.stderr):
@@ -108,6 +118,7 @@ class _Program:
             verb, self.line.args, self.environ, self.console, self.report, self.cancel, self.signals
         )
         error: BuilderError | None = None
+        self.watch.start()
         try:
             policy.current()  # one that cannot be trusted refuses every verb
             self.status = parser.module(verb).run(self.line.args, invocation) or 0
@@ -118,7 +129,9 @@ class _Program:
         except Exception as raised:  # noqa: BLE001 - every failure ends as a sentence
             error = self.unexpected(raised)
         self.report.seconds = time.monotonic() - self.started
-        if self.cancel.signum is not None and not isinstance(error, Interrupted):
+        if self.stuck is not None:
+            error = self.stuck
+        elif self.cancel.signum is not None and not isinstance(error, Interrupted):
             if error is not None:
                 self.report.warnings.append(error.message)  # of several reasons the signal is the first
             error = Interrupted(self.cancel.signum)
@@ -132,6 +145,8 @@ class _Program:
 
     def finish(self, error: BuilderError | None, tidy: Callable[[], None] = lambda: None) -> int:
         """Report the outcome, and return the exit status. tidy: is called after that."""
+        if not self.ending.acquire(blocking=False):
+            threading.Event().wait()  # the watch reports it, and ends the process
         try:
             status = self._finish(error)
             tidy()
@@ -141,7 +156,32 @@ class _Program:
             return stopped.exit_code
         finally:
             self.signals.restore()
+            self.watch.stop()
         return status
+
+    def _end_stuck(self, used: str, signum: int | None, is_main: bool) -> None:
+        """End the process, whose main thread or one of whose tasks is stuck in a file system. In the watch's thread.
+
+        Containers that are left end by their leases.
+        """
+        place = f" (in use: {printable(used)})" if used else ""
+        error: BuilderError = PreflightError(
+            f"{CANNOT_RUN}: a file system has not answered for {stuck.PATIENCE:.0f} s{place}. Is its server gone? "
+            "Mount it again, or name another directory"
+        )
+        if signum is not None:
+            self.report.warnings.append(f"a file system does not answer{place}")
+            error = Interrupted(signum)
+        if not is_main:
+            self.stuck = error
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            poll(self.ending.locked, Deadline(ORDERLY), every=0.1)
+        if not self.ending.acquire(blocking=False):
+            return  # the main thread ends after all
+        self.report.seconds = time.monotonic() - self.started
+        with contextlib.suppress(Exception):
+            outside.call(lambda: self._finish(error), "the outcome", LAST)
+        os._exit(error.exit_code)
 
     def _finish(self, error: BuilderError | None) -> int:
         status = error.exit_code if error else self.status

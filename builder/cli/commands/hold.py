@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from builder.cache import layout
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import BuilderError, PreflightError, ProblemsError, UsageError
 from builder.flock import try_lock
-from builder.host import foreground
+from builder.host import foreground, outside
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline, poll
 from builder.host.locks import open_lock
@@ -33,6 +34,10 @@ from builder.run.container_executor import ContainerExecutor
 _SAY_AFTER = 0.5
 #: Seconds that the engine has to answer.
 _ENGINE_TIMEOUT = 10.0
+#: Seconds that the root's file system has.
+_FILES_TIMEOUT = 10.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +101,13 @@ def _take(
 ) -> None:
     if cache.root is not None and here:
         path = layout.hold_lock(cache.root)
+        root = cache.root
         try:
-            descriptor = open_lock(path, root=cache.root)
+            descriptor = _answer(lambda: open_lock(path, root=root), root, cancel)
         except OSError as error:
-            if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not _is_root(cache.root):
-                console.say(f"there is no cache at {cache.root} yet, so there is nothing to hold")
+            gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            if gone and not _answer(lambda: _is_root(root), root, cancel):
+                console.say(f"there is no cache at {root} yet, so there is nothing to hold")
                 return
             if connect is None:
                 raise PreflightError(f"{path} cannot be opened ({error.strerror})") from None
@@ -124,6 +131,14 @@ def _take(
         "hold", "the hold", "a cleaner", f"removes from {name}", f"{name} is being cleaned", lifetime
     )
     stack.enter_context(cache_locks.held_by_container(executor, lock))
+
+
+def _answer(ask: Callable[[], T], root: Path, cancel: Cancel) -> T:
+    """Return what a file system answers. Raises PreflightError for one that hangs, and what `ask` raises."""
+    try:
+        return outside.call(ask, str(root), _FILES_TIMEOUT, give_up=lambda: cancel.is_set)
+    except outside.StuckError:
+        raise PreflightError(f"the file system of {root} does not answer") from None
 
 
 def _is_root(root: Path) -> bool:
