@@ -12,7 +12,8 @@ from builder import errors
 from builder.cli.help_texts import PAGES, usage
 from builder.cli.options import OPTIONS, OPTIONS_OF
 from builder.cli.statuses import MEANS, MEANS_OF, REMEDIES, codes
-from builder.cli.verbs import GROUPS, SHARED, VERBS, Action, Verb
+from builder.cli.verb import GROUPS, SHARED, Action, Verb
+from builder.cli.verbs import VERBS
 
 COMMANDS, STATUSES = PAGES / "commands.md", PAGES / "exit-statuses.md"
 _GENERATED = "This page is generated: `python3 -m builder.cli.reference`."

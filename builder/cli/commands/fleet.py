@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from builder.cli.options import ManifestArgs
 from builder.errors import Problem, UsageError
 from builder.fleet import kubernetes, pods, slurm, summary, values
 from builder.fleet.slurm import SlurmNode
+from builder.fleet.summary import RunReport
 from builder.manifest.load import Manifest
 from builder.manifest.values import a_variable, positive_seconds, seconds
+from builder.report.results import Section
 from builder.report.tables import table
 from builder.text import did_you_mean, printable
 
@@ -70,6 +71,13 @@ class FleetArgs(ManifestArgs):
     pass_variable: tuple[str, ...] = ()
 
 
+@dataclass
+class SummarySection(Section):
+    """What became of each run."""
+
+    reports: tuple[RunReport, ...]
+
+
 def run(args: FleetArgs, invocation: Invocation) -> int:
     """Print one document. Return 0, or for `summary` the status that counts most of all reports."""
     if args.action == "summary":
@@ -99,7 +107,7 @@ def _summary(args: FleetArgs, invocation: Invocation) -> int:
     lines = [[printable(cell) for cell in row] for row in summary.rows(reports)]
     columns = ("report", "exit", "tasks", "time", "note")
     failed = [f"{label} ({report.name})" for report in reports for label in report.failed]
-    invocation.report.extra["reports"] = [dataclasses.asdict(report) for report in reports]
+    invocation.report.add(SummarySection(tuple(reports)))
     if not args.json:
         text = table(columns, lines)
         if failed:
