@@ -1,6 +1,6 @@
-"""Generates ``docs/commands.md`` and ``docs/exit-statuses.md`` from the verbs, options and errors of the program.
+"""Generates pages of the reference from the program: commands, exit statuses, metrics.
 
-``python3 -m builder.cli.reference`` writes both.
+``python3 -m builder.cli.reference`` writes them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from builder.cli.options import OPTIONS, OPTIONS_OF
 from builder.cli.statuses import MEANS, MEANS_OF, REMEDIES, codes
 from builder.cli.verb import GROUPS, SHARED, Action, Verb
 from builder.cli.verbs import VERBS
+from builder.report import metrics
 
-COMMANDS, STATUSES = PAGES / "commands.md", PAGES / "exit-statuses.md"
+COMMANDS, STATUSES, METRICS = (PAGES / f"{name}.md" for name in ("commands", "exit-statuses", "metrics"))
 _GENERATED = "This page is generated: `python3 -m builder.cli.reference`."
 _COMMANDS = f"""\
 # Commands
@@ -36,6 +37,41 @@ A script can rely on these numbers; none of them will change its meaning. Where 
 counts: a signal, 1, 16, 13, 14, 11. Only `hold` ends with the status of the command that it runs.
 
 {_GENERATED}
+"""
+_METRICS = f"""\
+# Metrics and the webhook
+
+`warm-cache refresh --metrics FILE` writes metrics in the text format of Prometheus' textfile collector, by one rename,
+however the refresh ends. All are gauges, and all have the labels `manifest` (its path, or the profile) and `cache`.
+What a run did not measure keeps its value of the run before.
+
+{_GENERATED}
+
+| metric | meaning |
+| --- | --- |
+"""
+_WEBHOOK = """
+## The webhook
+
+`WARM_CACHE_WEBHOOK=URL` (or `--webhook`, which other users of the machine can read in the list of processes) gets one
+POST when a refresh ends, with a JSON document:
+
+| field | meaning |
+| --- | --- |
+| `text` | one sentence for people; chat services show it |
+| `schema` | 1 |
+| `verb` | `refresh` |
+| `host` | name of the machine |
+| `exit` | exit status |
+| `error` | why it is not 0; null where it is |
+| `image` | `ref`, `id`, and `pulled`: whether it was pulled now |
+| `toolchain`, `cache` | as in the JSON of `refresh` |
+| `tasks` | how many tasks are in each state |
+| `freed` | bytes that were removed from the cache |
+| `seconds` | how long it took |
+
+It is sent once; redirects are not followed, and an answer other than 2xx, or none within 20 s, is a warning and changes
+no exit status. No message shows the URL, which may hold a secret.
 """
 _UNWRITTEN = (
     "12 also takes the place of 0 where a result could not be written (a full disk, a closed stdout): a result that is "
@@ -84,9 +120,16 @@ def exit_statuses() -> str:
     return "\n".join([*lines, ""])
 
 
+def metrics_page() -> str:
+    """Return the page of metrics and the webhook, in Markdown."""
+    rows = [f"| `{metrics.PREFIX}{name}` | {_cell(text)} |" for name, text in metrics.GAUGES.items()]
+    return _METRICS + "\n".join(rows) + "\n" + _WEBHOOK
+
+
 def write() -> None:
     COMMANDS.write_text(commands(), encoding="utf-8")
     STATUSES.write_text(exit_statuses(), encoding="utf-8")
+    METRICS.write_text(metrics_page(), encoding="utf-8")
 
 
 def _errors() -> list[type[errors.BuilderError]]:

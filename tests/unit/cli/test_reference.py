@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from builder import errors
-from builder.cli.reference import COMMANDS, STATUSES, commands, exit_statuses
+from builder.cli.reference import COMMANDS, METRICS, STATUSES, commands, exit_statuses, metrics_page
 from builder.cli.statuses import MEANS, REMEDIES
 
 REMEDY = "run: python3 -m builder.cli.reference"
@@ -12,6 +12,7 @@ REMEDY = "run: python3 -m builder.cli.reference"
 def test_pages_are_what_the_program_generates() -> None:
     assert COMMANDS.read_text(encoding="utf-8") == commands(), REMEDY
     assert STATUSES.read_text(encoding="utf-8") == exit_statuses(), REMEDY
+    assert METRICS.read_text(encoding="utf-8") == metrics_page(), REMEDY
 
 
 def test_every_status_of_an_error_has_a_meaning_and_a_remedy() -> None:
