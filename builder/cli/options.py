@@ -85,6 +85,14 @@ class PolicyArgs(ManifestArgs):
     images: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegistryArgs(Args):
+    """The options that say how a registry is reached: REGISTRY."""
+
+    insecure: bool = False
+    ca_file: str | None = None
+
+
 #: name → keyword arguments of argparse. `choices` also hold for the environment: every option can be given as
 #: WARM_CACHE_<NAME>, a switch by a word of `parser.SWITCHES`, a repeatable option as a list with commas.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -165,12 +173,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("warn", "fail"),
         "help": "warn: a cold cache is an annotation and no failure; fail: a failure (default)",
     },
+    "stream": {"metavar": "NAME", "help": "the stream of images that is meant: nightly, release, …"},
+    "insecure": {
+        "action": "store_true",
+        "help": "plain http, and certificates that nobody vouches for, are no reason to refuse the registry",
+    },
+    "ca-file": {"metavar": "FILE", "help": "certificates (PEM) that are trusted beside the usual ones"},
     "format": {
         "metavar": "FORMAT",
         "choices": ("docker", "shell", "github", "json", "kubernetes"),
         "help": "docker, shell, github, json or kubernetes",
     },
-    "key": {"metavar": "FILE", "help": "the public key (PEM) with which cache images are signed"},
+    "key": {
+        "metavar": "FILE",
+        "help": "public keys (PEM, one or more) with which cache images are signed",
+    },
     "deadline": {"metavar": "20s", "help": "how long a restore may take"},
     "jitter": {"metavar": "60s", "help": "a restore begins after a random time of at most this"},
     "part": {"metavar": "PART", "help": "print these parts only; several with commas"},
@@ -218,6 +235,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
     "prune": {"dry-run": {"help": "show what would be removed, and change nothing"}},
     "init": {"profile": {"help": f"begin with a packaged manifest: {', '.join(profiles())}"}},
+    "sign": {
+        "key": {"help": "the private key (PEM) to sign with"},
+        "stream": {"help": "the stream that the image is of: machines that take another one refuse it"},
+    },
     "audit": {"cache": {"metavar": "DIR", "help": "the cache root, where it is mounted here"}},
     "fleet": {
         "cache": {"metavar": "DIR", "help": "the cache root on the nodes, instead of the manifest's"},
@@ -228,6 +249,7 @@ OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+REGISTRY = ("insecure", "ca-file")
 STARTS = ("pull", "log-dir")
 PROOF = ("build", "max-proof-age")
 POLICY = ("keep", "older-than", "max-size", "images")

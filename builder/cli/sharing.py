@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from builder.cli.options import REGISTRY
 from builder.cli.verb import Action, Argument, Verb, named
 
 #: What all printed documents are made of, and what those that restore have besides.
@@ -46,6 +47,20 @@ _FLEET_ACTIONS = (
 )
 
 SHARING: dict[str, Verb] = {
+    "sign": Verb(
+        "Share",
+        "sign a cache image in a registry, so that machines with a key restore it",
+        "warm-cache sign r.example/jit:h200-20261129 --key cache.pem --stream nightly",
+        ("key", "stream", *REGISTRY),
+        (Argument("ref", "REF", "cache image, with its registry and a tag or digest"),),
+        needs="nothing",
+        text=True,
+        details="""Resolves the tag to a digest once, signs that digest in the form of cosign 2 (the tag
+sha256-….sig of the same repository), and prints it. Signatures of other keys stay; a second one by the same key for the
+same stream changes nothing. The key is a private one of ECDSA on P-256, in PEM and not encrypted; where it lies in a
+KMS, cosign signs. Needs the package cryptography: pip install 'warm-cache[sign]'.""",
+        exits=(0,),
+    ),
     "fleet": Verb(
         "Share",
         "print what Kubernetes or Slurm run to warm once and restore everywhere",

@@ -28,6 +28,7 @@ MEANS_OF: dict[str, dict[int, str]] = {
     "verify": {0: "every entry is valid", 10: "an entry is bad"},
     "import-tests": {0: "all launches are covered and recorded", 10: "a launch is not covered, or not recorded"},
     "fleet": {0: "done, or every run of a summary is warm", 10: "a run of a summary ended with it"},
+    "sign": {12: "the registry refused", 16: "the registry was lost"},
     "audit": {10: "something was compiled (--fail-on-jit)"},
     "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
 }

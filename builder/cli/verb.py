@@ -49,7 +49,7 @@ class Verb:
     needs: Needs = "engine"
     text: bool = False  # the result is text on stdout, and all messages go to stderr
     shown: bool = False  # the result is what it says on stdout: not delivered, it is no success
-    engine: bool = True  # may speak to an engine, and end with 16
+    engine: bool = True  # may speak to an engine or a registry, and end with 16
     here: bool = False  # has --here, which needs the standard library alone
     details: str = ""  # paragraphs below the options in its help: what it reads, writes and means
     exits: tuple[int, ...] = ()  # its statuses, besides those that every verb has (COMMON)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from builder.errors import Problem, UsageError
 from builder.manifest.document import Document, Table
-from builder.manifest.values import a_string, count, list_of
+from builder.manifest.values import a_string, count, list_of, matching
 
 if TYPE_CHECKING:
     from builder.manifest.load import Manifest
@@ -36,6 +36,7 @@ VOLUME = "volume:"
 _LIMIT = 1 << 20
 _REMEDY = "Nothing is done until root mends or removes it."
 _entries = list_of(a_string, "texts")
+_a_stream = matching(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}", "the name of a stream")
 
 
 # --- how a value is compared -----------------------------------------------------------------------------------------
@@ -120,10 +121,26 @@ class Allowed:
 
 
 @dataclass(frozen=True)
+class RegistryPolicy:
+    """Whose cache images this host takes, whatever an option says. location: ``FILE:LINE`` of the section's keys.
+
+    keys: files of public keys, of which one has to have signed; none: options say. stream: None for any.
+    """
+
+    keys: tuple[Path, ...] = ()
+    stream: str | None = None
+    location: str = str(PATH)
+
+
+NO_REGISTRY = RegistryPolicy()
+
+
+@dataclass(frozen=True)
 class Policy:
     """What this host allows: section and list → entries. A list that is missing allows nothing."""
 
     lists: Mapping[tuple[str, str], Allowed]
+    registry: RegistryPolicy = NO_REGISTRY
 
     def allows(self, rule: PolicyRule, value: str) -> bool:
         """Return whether one of the entries of the rule's list matches this value."""
@@ -217,10 +234,11 @@ def parse(name: str, raw: bytes) -> Policy:
     if schema != SCHEMA:
         root.add_problem("schema", f"schema {schema} is not known to this builder;", f"it reads schema {SCHEMA}.")
     lists = dict(_lists(document, root))
+    registry = _registry(document, root.table("registry"))
     root.finish()
     if document.problems:
         raise _broken("is broken: " + "; ".join(map(str, document.in_order())), name)
-    return Policy(lists)
+    return Policy(lists, registry)
 
 
 def _lists(document: Document, root: Table) -> Iterator[tuple[tuple[str, str], Allowed]]:
@@ -234,6 +252,31 @@ def _lists(document: Document, root: Table) -> Iterator[tuple[tuple[str, str], A
                     table.add_problem(name, f"{name}: expected absolute paths, found {entry!r}.")
             yield (section, name), Allowed(entries, document.location((section, name)))
         table.finish()
+
+
+def _registry(document: Document, table: Table) -> RegistryPolicy:
+    keys = table.read("keys", _entries, ())
+    for entry in keys:
+        if not entry.startswith("/"):
+            table.add_problem("keys", f"keys: expected absolute paths of public keys, found {entry!r}.")
+    stream = table.read("stream", _a_stream, None)
+    if stream is not None and not keys:
+        table.add_problem("stream", "stream: only a signature says of which stream an image is:", "name keys, too.")
+    table.finish()
+    return RegistryPolicy(tuple(map(Path, keys)), stream, document.location(("registry", "keys")))
+
+
+def require_trusted(paths: Collection[Path]) -> None:
+    """Raise UsageError for the first of these files that others than root could have written, or replaced."""
+    for path in paths:
+        try:
+            why = _distrust(path.lstat(), directory=False)
+            above = why or next(filter(None, (_distrust(each.lstat(), directory=True) for each in path.parents)), "")
+        except OSError as error:
+            raise _broken(f"names the key {path}, which cannot be read ({error.strerror})") from None
+        if above:
+            place = "it" if why else "a directory above"
+            raise _broken(f"names the key {path}, which cannot be trusted: {place} {above}")
 
 
 def _trust(*folders: Path) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from builder.errors import RegistryRefusedError
+from builder.errors import RegistryRefusedError, UsageError
 from builder.registry.client import RegistryClient
 from builder.registry.documents import (
     OCI_CONFIG,
@@ -35,7 +35,7 @@ from builder.registry.signature_forms import (
 )
 from builder.text import printable, shortened
 
-#: Names in the payload's optional part (`cosign sign -a NAME=VALUE` writes them too).
+#: Annotations of a cache image, and names in a payload's optional part (`cosign sign -a NAME=VALUE` writes them too).
 STREAM, TIME = "io.sglang.warm-cache.stream", "io.sglang.warm-cache.time"
 CREATED = "org.opencontainers.image.created"
 
@@ -62,13 +62,19 @@ def sign(
 ) -> tuple[Vouched, bool]:
     """Sign a manifest that the registry has; return what is signed, and whether a signature was added.
 
-    The signatures of others stay. One by this key, for this stream, is enough: nothing is added.
+    The signatures of others stay. One by this key, for this stream, is enough: nothing is added. Raises UsageError for
+    an image of another stream.
 
-    time: seconds since 1970, for an image that does not say when it was created.
+    stream: None for that of the image, if it has one.
+    time: seconds since 1970, for an image that does not say when it was made.
     """
     image = client.get_manifest(digest)
-    created = parse_time(image.annotations.get(CREATED, ""))
-    time = float(int(created if created is not None else time))
+    own = image.annotations.get(STREAM) or None
+    if stream is not None and own not in (None, stream):
+        raise UsageError(f"{digest[:19]}… was pushed for the stream {own!r}, and is not signed for {stream!r}")
+    if stream is None and own is not None and is_stream(own):
+        stream = own
+    time = float(int(_time_of(image, time)))
     optional = {TIME: format_time(time), **({STREAM: stream} if stream is not None else {})}
     payload = dumped(
         {
@@ -198,6 +204,18 @@ def _unsigned(
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _time_of(image: StoredManifest, otherwise: float) -> float:
+    """Return when an image was made, by its own annotations, which its digest holds.
+
+    The time of signing would make an old image new when a second key signs it.
+    """
+    text = image.annotations.get(TIME, "")
+    if text.isascii() and text.isdigit() and len(text) < 12:
+        return float(text)
+    created = parse_time(image.annotations.get(CREATED, ""))
+    return otherwise if created is None else created
 
 
 def _add(client: RegistryClient, digest: str, stored: StoredManifest | None, payload: bytes, key: SigningKey) -> None:
