@@ -42,7 +42,7 @@ class Image:
     id: ``sha256:…``.
     ref: the name or id it was looked up by.
     digests: ``repository@sha256:…``, one for each registry it came from.
-    layers, env: of its file system, in their order, and its variables, as its config has them.
+    layers, env, user: of its file system, in their order; its variables and USER, as its config has them.
     """
 
     id: str
@@ -52,6 +52,7 @@ class Image:
     workdir: str = ""
     layers: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
+    user: str = ""
 
     def has_digest(self, digest: str) -> bool:
         """Return whether a registry has this image under this digest."""

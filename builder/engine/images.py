@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from builder.errors import DefectError, EngineRefusedError
 from builder.text import readable
 
 REPOSITORY = "sglang-warm-cache"
+#: Names of serving images for engines that build on no id.
+BASES = "sglang-warm-cache-base"
 LABEL_SERVING = "io.sglang.warm-cache.serving-image"
 PROGRAM_ROOT = "/opt/warm-cache"
 
@@ -34,6 +37,8 @@ AGENT_FILES = ("*.py", "cache/*.py", "agent/*.py", "agent/stub_driver/*.[ch]")
 
 #: How many of the last lines of a build's output a failure shows again.
 _TAIL = 20
+#: A step of a build that comes after its base.
+_AFTER_BASE = re.compile(r"step (?!0*[12]/)\d+/", re.IGNORECASE)
 #: The tag that an engine reports for an image without one.
 _NO_TAG = "<none>:<none>"
 
@@ -55,6 +60,7 @@ class Images(EngineConnection):
                 workdir=answers.text(config, "WorkingDir"),
                 layers=answers.texts(answers.inner(data, "RootFS"), "Layers"),
                 env=answers.texts(config, "Env"),
+                user=answers.text(config, "User"),
             )
 
         try:
@@ -91,6 +97,11 @@ class Images(EngineConnection):
         """Remove a tag, or an image by its id. One that is missing counts as removed; one in use is refused."""
         with contextlib.suppress(NotFoundError), self._translated(f"cannot remove the image {name}"):
             self._request("DELETE", "/images/{0}", name)
+
+    def tag_image(self, name: str, repository: str, tag: str) -> None:
+        """Give an image another name."""
+        with self._translated(f"cannot tag the image {name}"):
+            self._request("POST", "/images/{0}/tag", name, params={"repo": repository, "tag": tag})
 
     def registry_digest(self, ref: str) -> str:
         """Return the digest that the registry has for this reference now, without pulling."""
@@ -262,7 +273,18 @@ def warmup_image(engine: Images, serving: Image, setup: Sequence[str], on_line: 
     image = engine.image(tag)
     if image is not None and image.labels.get(LABEL_SERVING) == serving.id:
         return image
-    return engine.build(_context(text, files), tag=tag, labels={LABEL_SERVING: serving.id}, on_line=on_line)
+    labels = {LABEL_SERVING: serving.id}
+    try:
+        return engine.build(_context(text, files), tag=tag, labels=labels, on_line=on_line)
+    except EngineRefusedError as error:
+        if any(_AFTER_BASE.match(line) for line in error.notes):
+            raise
+    # Some engines build on no id: BuildKit takes it for a repository (moby #39769), and the classic builder on
+    # containerd's image store has missed images by their digest (for-mac #7607). The name is of this id alone.
+    name = serving.id.rpartition(":")[2][:16]
+    engine.tag_image(serving.id, BASES, name)
+    text = _with_setup(dockerfile(), f"{BASES}:{name}", setup)
+    return engine.build(_context(text, files), tag=tag, labels=labels, on_line=on_line)
 
 
 def _program() -> list[tuple[str, bytes]]:
@@ -271,12 +293,14 @@ def _program() -> list[tuple[str, bytes]]:
     return [(f"builder/{path.relative_to(_PACKAGE).as_posix()}", path.read_bytes()) for path in sources]
 
 
-def _with_setup(text: str, serving_id: str, setup: Iterable[str]) -> str:
+def _with_setup(text: str, base: str, setup: Iterable[str]) -> str:
     """Return the Dockerfile with its base pinned to the image id, and the setup commands right after the base.
+
+    base: the id, or a name of it.
 
     The program's layer stays last, so that a change of the program does not run the setup again.
     """
-    lines = [f"ARG SERVING_IMAGE={serving_id}"]
+    lines = [f"ARG SERVING_IMAGE={base}"]
     for line in text.splitlines():
         if line.startswith("ARG SERVING_IMAGE"):
             continue

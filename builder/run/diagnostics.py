@@ -20,9 +20,11 @@ from typing import Any
 from builder.cache import model_store
 from builder.cache.coverage import needs_config
 from builder.engine import gpu_request
+from builder.engine.api import Image
 from builder.engine.podman import is_podman
 from builder.host.gpus import HostGpus
 from builder.manifest.load import Manifest
+from builder.run import image_checks
 from builder.task import Task
 from builder.text import size
 
@@ -64,6 +66,7 @@ class Facts:
     local: bool  # the engine is on this machine
     host: HostGpus | None  # the GPUs of this machine by /proc; None without a driver
     now: float  # seconds since the epoch, at the time of that answer
+    image: Image | None = None  # the serving image, where the engine has it
     powerful: Sequence[str] = ()  # running containers that mount the cache and have CAP_SYS_ADMIN
     dev: Path = Path("/dev")
     proc: Path = Path("/proc")
@@ -340,6 +343,13 @@ def _job_containers(facts: Facts) -> CheckResult:
     )
 
 
+def _jit_keep(facts: Facts) -> CheckResult:
+    """Check that no variable makes sglang remove kernels that markers list."""
+    root = facts.manifest.cache.root if facts.local else None
+    found = image_checks.keep_warnings(facts.manifest.tasks, image_checks.variables(facts.image), root)
+    return CheckResult(WARN, *found) if found else CheckResult(OK, "no variable makes sglang remove listed kernels")
+
+
 #: In the order in which they are shown.
 CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "engine": _engine,
@@ -356,6 +366,8 @@ CHECKS: dict[str, Callable[[Facts], CheckResult]] = {
     "isolation": _isolation,
     "files of jobs": _job_files,
     "job containers": _job_containers,
+    "image user": lambda facts: CheckResult(*image_checks.user_state(facts.image)),
+    "builds of jobs": _jit_keep,
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from builder.engine.api import ListedImage
-from builder.engine.images import Images, identity, serving_id
+from builder.engine.images import BASES, Images, identity, serving_id
 from builder.errors import EngineRefusedError
 
 
@@ -56,10 +56,11 @@ def superseded(
             removals.append(ImageRemoval(image, "warm-up image of a dropped toolchain", stays))
             continue
         stays = stays or ("a warm-up image of it is in use" if image.id in bases else "")
-        others = [tag for tag in image.tags if repository(tag) != repository(ref)]
+        tags = [tag for tag in image.tags if repository(tag) != BASES]
+        others = [tag for tag in tags if repository(tag) != repository(ref)]
         if others:
             stays = stays or f"it is tagged {', '.join(others)}"
-        elif image.tags and not tagged:
+        elif tags and not tagged:
             stays = stays or "it is tagged; --images removes it too"
         removals.append(ImageRemoval(image, "serving image of a dropped toolchain", stays))
     return sorted(removals, key=lambda removal: serving_id(removal.image) is None)  # an image goes after its children

@@ -52,8 +52,8 @@ class LocalExecutor:
 
     def __init__(self, context: Context, root: Path, named_image: str | None = None) -> None:
         self.context, self.root = context, root
-        self._environ = context.options.environ
-        self._names = named_image, self._environ.get(IMAGE_VARIABLE)
+        self.environ = context.options.environ
+        self._names = named_image, self.environ.get(IMAGE_VARIABLE)
         self._image: ImageIdentity | None = None
         self._records: dict[ProbeEnv, Record] = {}
         #: The GPU to simulate, where kernels are prebuilt on a machine without any.
@@ -92,7 +92,7 @@ class LocalExecutor:
         wanted = {probe_env(task) for task in (tasks or self.context.manifest.tasks)} or {()}
         for env in sorted(wanted - self._records.keys()):
             own = {name: value for name, value in env if name != PRETEND_VARIABLE}  # only the GPUs here count
-            record = local_job.probe(self._environ, self.root, own, self.simulate)
+            record = local_job.probe(self.environ, self.root, own, self.simulate)
             if self._image is None:
                 named = environment.named_image(self.root, record, *self._names)
                 self._image = named or environment.recognised(self.root, record)
@@ -110,7 +110,7 @@ class LocalExecutor:
 
     def _other_python(self) -> str | None:
         """Return the python3 that tests would start, if it is of another environment than this one."""
-        found = shutil.which("python3", path=self._environ.get("PATH"))
+        found = shutil.which("python3", path=self.environ.get("PATH"))
         if found is None or os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
             return None
         return found
@@ -139,7 +139,7 @@ class LocalExecutor:
             tasks,
             self.records(tasks),
             root=self.root,
-            store=model_store.home(self._environ),
+            store=model_store.home(self.environ),
             wanted=replace(self.context.options.wanted, inside=True),
             run=self.context.run_id,
         )

@@ -17,7 +17,7 @@ from builder.errors import CANNOT_RUN, EngineLostError, EngineRefusedError, Engi
 from builder.host import gpus
 from builder.host.gpus import GpuProcess, GpuSnapshot, HostGpus
 from builder.manifest.load import Manifest
-from builder.run import gpu_failures
+from builder.run import gpu_failures, image_checks
 from builder.text import did_you_mean
 
 #: Below this much free space not even one family's kernels fit (a DeepGEMM entry is about 75 kB, a serve task leaves
@@ -36,6 +36,8 @@ def problems(manifest: Manifest, engine: Engine) -> Iterator[Problem]:
         yield Problem("image", text, f"Run: docker pull {ref}, or: warm-cache warm --pull.")
     if engine.local:
         yield from _host(manifest, image is not None)
+        if image is not None:
+            yield from image_checks.user_problems(manifest, image, engine.info)
 
 
 @contextlib.contextmanager

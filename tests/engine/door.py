@@ -60,14 +60,22 @@ class Door:
                 for method, path in _REQUEST.findall(data):
                     name = re.sub(rb"^/v1\.\d+", b"", path)
                     self.requests.append(f"{method.decode()} {name.decode()}")
-                engine.sendall(data)
+                engine.sendall(self.asks(data))
         self._end(engine)
 
     def _pass(self, engine: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := engine.recv(1 << 18):
-                client.sendall(data)
+                client.sendall(self.answered(data))
         self._end(client)
+
+    def asks(self, data: bytes) -> bytes:
+        """Return what is passed on of these bytes to the engine."""
+        return data
+
+    def answered(self, data: bytes) -> bytes:
+        """Return what is passed on of these bytes of the engine."""
+        return data
 
     @staticmethod
     def _end(end: socket.socket) -> None:

@@ -12,6 +12,7 @@ from builder.cli.options import ProofArgs
 from builder.errors import ColdError
 from builder.report.console import Console
 from builder.report.results import Report
+from builder.run import image_checks
 from builder.run.container_executor import ContainerExecutor
 from builder.run.job_environment import judge
 from builder.text import counted
@@ -51,6 +52,8 @@ def run(args: CheckArgs, invocation: Invocation) -> None:
 def check(executor: ContainerExecutor, on_cold: str | None) -> None:
     """Judge all tasks, and raise ColdError if one is cold."""
     judge(executor)
+    context, image = executor.context, image_checks.variables(executor.image)
+    context.report.warnings += image_checks.keep_warnings(context.manifest.tasks, image, executor.direct_root())
     gate(executor.context.console, executor.context.report, on_cold, REMEDY)
 
 
@@ -76,6 +79,8 @@ def _check_here(args: CheckArgs, invocation: Invocation) -> None:
     manifest = invocation.named_manifest(only=args.only)
     local = invocation.local(manifest, wanted=args.wanted("any", strict=args.strict))
     judge(local)
+    tasks = manifest.tasks if manifest else ()
+    report.warnings += image_checks.keep_warnings(tasks, local.environ, local.root)
     if environment.may_mount():
         report.warnings.append(SYS_ADMIN)
     families = explain.show_here(local, everything=False)

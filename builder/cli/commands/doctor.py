@@ -57,6 +57,7 @@ def _doctor(executor: ContainerExecutor) -> None:
         engine.local,
         gpus.host_gpus() if engine.local else None,
         time.time(),
+        image=executor.image,
         powerful=engine.powerful_users([str(manifest.cache.root or manifest.cache.volume)]),
     )
     results = examine(facts)

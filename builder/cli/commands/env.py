@@ -9,7 +9,7 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.errors import ColdError, UsageError
 from builder.report.results import Report, Section
-from builder.run import job_environment
+from builder.run import image_checks, job_environment
 from builder.run.job_environment import JobEnvironment
 from builder.text import counted
 
@@ -44,6 +44,8 @@ def run(args: EnvArgs, invocation: Invocation) -> None:
         form = args.format or "docker"
         job = job_environment.of_job(executor, form, crash_on_jit=args.crash_on_jit)
         _show(job, form, args, invocation.report)
+        image, tasks = image_checks.variables(executor.image), context.manifest.tasks
+        invocation.report.warnings += image_checks.keep_warnings(tasks, image, executor.direct_root())
         invocation.report.docker_arguments = form == "docker"
         _refuse_cold(invocation.report)
 
@@ -77,6 +79,7 @@ def _env_here(args: EnvArgs, invocation: Invocation) -> None:
     warnings = invocation.report.warnings
     warnings += [*job_environment.missed(tasks), *others, *job_environment.unlisted(records)]
     warnings += job_environment.told(private, place, job_max)
+    warnings += image_checks.keep_warnings(tasks, local.environ, local.root)
     job = JobEnvironment(variables=found, private=private)
     _show(job, form, args, invocation.report)
     _refuse_cold(invocation.report)

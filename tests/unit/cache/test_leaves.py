@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from builder.cache import inventory, leaves, marker_writing, markers, retention,
 from builder.cache.families import FAMILY, directory
 from builder.cache.marker_format import Observed
 from builder.job import PrunePolicy
+from builder.run import image_checks
 from builder.task import Task
 from tests.generations import CUBIN, DAY, Generations, image, record
 
@@ -102,6 +104,20 @@ def test_decide_keeps_builds_below_a_hundred_and_the_listed_ones(tmp_path: Path,
     plan = retention.plan(tmp_path, policy, job_max=0.0, now=time.time() + 1)
     gone = {int(name[-3:]) for step in plan.steps if step.kind == "entries" for name in step.names}
     assert gone == ({*range(97, 129)} - {101} if pinned else {*range(98, 130)} - {101}) and len(gone) == 31
+
+
+@pytest.mark.parametrize(("keep", "warns"), [("1", True), ("2", True), ("3", False), ("x", False), ("", False)])
+def test_keep_of_sglang_is_named_where_it_removes_what_markers_list(tmp_path: Path, keep: str, warns: bool) -> None:
+    root = Root(tmp_path, 5)
+    task = root.listing("release", [3])
+    root.listing("main", [0])
+    of_task = image_checks.keep_warnings([replace(task, env={image_checks.KEEP: keep})], {}, tmp_path)
+    of_image = image_checks.keep_warnings([task], {image_checks.KEEP: keep}, tmp_path)
+    assert bool(of_task) == bool(of_image) == warns
+    if warns:
+        assert of_task[0].startswith(f"SGLANG_JIT_CACHE_KEEP={keep} (task release): ")
+        assert "markers list 2 of cuda_90a/rope" in of_image[0]
+    assert image_checks.keep_warnings([task], {}, tmp_path) == []
 
 
 def test_hit_is_a_use_of_the_build_and_nothing_else_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import pytest
 
@@ -26,6 +26,8 @@ class Builds:
 
     def __init__(self) -> None:
         self.built: dict[str, tuple[bytes, Mapping[str, str]]] = {}
+        self.tagged: dict[str, str] = {}
+        self.refuses: Callable[[str], tuple[str, ...] | None] = lambda dockerfile: None
 
     def image(self, ref: str) -> Image | None:
         if ref not in self.built:
@@ -34,8 +36,15 @@ class Builds:
 
     def build(self, context: bytes, *, tag: str, labels: Mapping[str, str], on_line: Callable[[str], None]) -> Image:
         on_line("Step 1/4")
+        with tarfile.open(fileobj=io.BytesIO(context)) as tar:
+            text = cast(IO[bytes], tar.extractfile("Dockerfile")).read().decode()
+        if (notes := self.refuses(text)) is not None:
+            raise EngineRefusedError("building failed: pull access denied for sha256", notes=notes)
         self.built[tag] = context, labels
         return Image(id=f"sha256:{tag}", ref=tag, labels=labels)
+
+    def tag_image(self, name: str, repository: str, tag: str) -> None:
+        self.tagged[f"{repository}:{tag}"] = name
 
     def warm(self, serving: Image = SERVING, setup: tuple[str, ...] = ()) -> str:
         return images.warmup_image(cast(Engine, self), serving, setup, lambda line: None).ref
@@ -99,6 +108,24 @@ def test_build_context_has_agent_pinned_base_and_setup(engine: Builds) -> None:
 def test_build_context_is_deterministic() -> None:
     first, second = Builds(), Builds()
     assert first.built.get(first.warm()) == second.built.get(second.warm())
+
+
+def test_warmup_image_of_engine_that_builds_on_no_id(engine: Builds) -> None:
+    """A stub of one that takes an id for a repository, as BuildKit does. The name is of this id alone."""
+    engine.refuses = lambda text: ("Step 1/6 : ARG", "Step 2/6 : FROM") if f"={SERVING.id}\n" in text else None
+    tag = engine.warm(setup=("first",))
+    assert engine.tagged == {"sglang-warm-cache-base:" + "5" * 16: SERVING.id}
+    lines = engine.files(tag)["Dockerfile"].splitlines()
+    assert lines[0] == "ARG SERVING_IMAGE=sglang-warm-cache-base:" + "5" * 16 and "RUN first" in lines
+    assert engine.warm(setup=("first",)) == tag and len(engine.built) == 1, "the next run finds it"
+    assert engine.built[tag][1] == {images.LABEL_SERVING: SERVING.id}
+
+
+def test_warmup_image_whose_setup_fails_is_built_once(engine: Builds) -> None:
+    engine.refuses = lambda text: ("Step 1/6 : ARG", "Step 2/6 : FROM", "Step 3/6 : RUN false", "no")
+    with pytest.raises(EngineRefusedError) as refused:
+        engine.warm(setup=("false",))
+    assert refused.value.notes[-1] == "no" and not engine.tagged
 
 
 def test_identity_changes_with_setup() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,7 @@ class KnownImage:
     """An engine on this machine that has the image, and starts nothing."""
 
     local, podman = True, False
+    info: Mapping[str, Any] = {}
 
     def image(self, ref: str) -> Image:
         return Image(id=image(1), ref=ref)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -26,9 +27,10 @@ H200 = HostGpus(("NVIDIA H200",) * 8, "580.65.06")
 class Here:
     """An engine that has the image or not, on this machine or another one."""
 
-    def __init__(self, *, image: bool = True, local: bool = True) -> None:
+    def __init__(self, *, image: bool = True, local: bool = True, user: str = "") -> None:
         self.local = local
-        self._image = Image(id="sha256:1", ref="tiny") if image else None
+        self._image = Image(id="sha256:1", ref="tiny", user=user) if image else None
+        self.info: dict[str, Any] = {}
 
     def image(self, _ref: str) -> Image | None:
         return self._image
@@ -156,6 +158,39 @@ def test_preflight_remote_engine_checks_image_only(write: Write, tmp_path: Path)
     assert found(manifest, Here(local=False)) == []
     (problem,) = found(manifest, Here(local=False, image=False))
     assert problem.location == "image"
+
+
+@pytest.mark.parametrize(
+    ("user", "mode", "owner", "refused"),
+    [
+        ("1234", 0o755, 0, True),
+        ("01234:5", 0o755, 0, True),
+        ("1234", 0o555, 1234, True),
+        ("1234", 0o755, 1234, False),
+        ("1234", 0o757, 0, False),
+        ("1234", 0o775, 0, False),  # its groups are in the image
+        ("0", 0o755, 0, False),
+        ("0:7", 0o755, 0, False),
+        ("", 0o755, 0, False),
+        ("ubuntu", 0o755, 0, False),  # its number is in the image
+    ],
+)
+def test_preflight_user_of_image_that_cannot_write_the_root(
+    write: Write, tmp_path: Path, user: str, mode: int, owner: int, refused: bool
+) -> None:
+    root = tmp_path / "cache"
+    root.mkdir()
+    os.chown(root, owner, 0)
+    root.chmod(mode)
+    engine = Here(user=user)
+    problems = found(write(cache=root), engine)
+    assert [problem.location for problem in problems] == ["image"] * refused
+    if refused:
+        (problem,) = problems
+        assert f"user 1234 (USER of tiny:1), which cannot write {root}: it belongs to user {owner}" in problem.text
+        assert problem.remedy == f"Run: sudo chown -R 1234 {root}"
+    engine.info = {"SecurityOptions": ["name=seccomp,profile=default", "name=userns"]}
+    assert not found(write(cache=root), engine)
 
 
 def test_preflight_root_not_a_directory(write: Write, tmp_path: Path) -> None:
