@@ -168,7 +168,7 @@ class PlanPass:
         return program
 
 
-def _hashable(sweep: Sweep) -> tuple[Any, ...]:
+def _hashable(sweep: Sweep) -> tuple[object, ...]:
     return sweep.problem, tuple(sweep.m_values), sweep.chunked_prefill_size, sweep.every
 
 

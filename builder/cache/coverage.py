@@ -19,12 +19,12 @@ from builder.task import PRETEND_VARIABLE, RECIPES, Task
 from builder.text import printable
 
 
-def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, Any]:
+def coverage(task: Task, *, record: Record, config_digest: str | None) -> dict[str, object]:
     """Return the coverage factors, in the order in which a difference is named; JSON types only."""
     recipe = RECIPES[task.recipe]
     # sglang's own parser ignores the order of a server's options; a command's argv may depend on it.
     argv = list(task.argv) if task.recipe == "command" else sglang_args.normalised(task.argv)
-    factors: dict[str, Any] = {
+    factors: dict[str, object] = {
         # A build changes with every commit, and compiles the same kernels of the same sources: markers record it.
         "sglang": release(record["sglang"]["version"]),
         "model": task.model,
@@ -79,13 +79,13 @@ def of_schema_1(factors: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def coverage_digest(factors: Mapping[str, Any]) -> str:
+def coverage_digest(factors: Mapping[str, object]) -> str:
     """Return 12 hex digits that are equal exactly where every factor is."""
     text = json.dumps(factors, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def differences(was: Mapping[str, object], now: Mapping[str, object]) -> list[tuple[str, str, str]]:
     """Return (factor, was, is) for every factor that differs, in words; environment variables one by one."""
     before, after = _flat(was), _flat(now)
     return [
@@ -95,7 +95,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[st
     ]
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Return a factor's value in words, on as many lines as it has."""
     if value is None:
         return "absent"
@@ -127,8 +127,8 @@ def _window(text: str, start: int, limit: int) -> str:
     return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
 
 
-def _flat(factors: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(factors: Mapping[str, object]) -> dict[str, object]:
+    flat: dict[str, object] = {}
     for name, value in factors.items():
         if name == "env" and isinstance(value, dict):
             flat.update({f"env {variable}": text for variable, text in sorted(value.items())})

@@ -91,7 +91,7 @@ def of_image(record: Record, image: ImageIdentity) -> Record:
     return {**record, "factors": factors, "sglang": sglang}
 
 
-def _build(record: Record) -> tuple[Any, ...]:
+def _build(record: Record) -> tuple[object, ...]:
     sglang = record["sglang"]
     return sglang["version"], kernel_sources.digest(sglang["sources"])
 

@@ -239,7 +239,7 @@ def _new_id() -> str:
     return str(uuid.uuid4())
 
 
-def _encoded(document: Mapping[str, Any]) -> bytes:
+def _encoded(document: Mapping[str, object]) -> bytes:
     return json.dumps(document, indent=1).encode("ascii") + b"\n"
 
 

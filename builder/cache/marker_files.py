@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from builder import files, text
 from builder.beneath import Tree
@@ -55,7 +54,7 @@ def read_in(tree: Tree, name: str) -> Marker | None:
     return _found(tree, name, "", 0.0).marker
 
 
-def folder_name(label: str, factors: Mapping[str, Any]) -> str:
+def folder_name(label: str, factors: Mapping[str, object]) -> str:
     """Return the name, below ``markers/``, of the directory for a task with this label and coverage."""
     return f"{_label(label)}-{coverage_digest(factors)}"
 

@@ -44,7 +44,7 @@ class Claim:
     """What a marker states about one family. factors: what the key stands for; entries: names that must be valid."""
 
     key: str
-    factors: Mapping[str, Any]
+    factors: Mapping[str, object]
     entries: tuple[str, ...]
 
 
@@ -65,7 +65,7 @@ class Observed:
     bytes: Mapping[str, int] | None = None
     added_bytes: Mapping[str, int] = field(default_factory=dict)
     pretended: str | None = None
-    others: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Marker:
 
     label: str
     claims: Mapping[str, Claim]
-    coverage: Mapping[str, Any]
+    coverage: Mapping[str, object]
     proof: str
     toolchain: str | None = None
     table: int | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from builder.beneath import Tree
 from builder.cache import build_proofs, inventory, leaves, loadable, marker_files, reasons, toolchain, usage
@@ -167,7 +167,7 @@ def judge(
 
 
 def _elsewhere(
-    found: Iterable[MarkerFile], task: Task, now: Mapping[str, Any], record: Record
+    found: Iterable[MarkerFile], task: Task, now: Mapping[str, object], record: Record
 ) -> list[tuple[MarkerFile, Marker]]:
     """Return the markers with this coverage in folders of another name, the best first."""
     of_any = [_sufficient(item, task) for item in found if item.marker is not None]

@@ -273,7 +273,7 @@ def _portable(record: Record) -> Record:
 
 
 def _write_host(root: Path, host: Host, known: bool) -> None:
-    def circumstances(each: Host) -> tuple[Any, ...]:
+    def circumstances(each: Host) -> tuple[object, ...]:
         return each.env, each.model, each.isa
 
     before = hosts(root)
@@ -286,7 +286,7 @@ def _write_host(root: Path, host: Host, known: bool) -> None:
     _write(root / FOLDER / _HOSTS, {"schema": SCHEMA, "hosts": [_host_row(each) for each in rows]})
 
 
-def _host_row(host: Host) -> dict[str, Any]:
+def _host_row(host: Host) -> dict[str, object]:
     return {"env": host.env, "gpus": host.gpus, "driver": host.driver, "isa": host.isa}
 
 
@@ -365,7 +365,7 @@ def _document(path: Path) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
+def _write(path: Path, document: Mapping[str, object]) -> None:
     tree = _folder(path)
     tree.make()
     with tree:

@@ -182,7 +182,7 @@ def family_key(record: Record, family: str) -> str:
     return key_of(family, family_factors(record, family))
 
 
-def key_of(family: str, factors: Mapping[str, Any]) -> str:
+def key_of(family: str, factors: Mapping[str, object]) -> str:
     """Return the key that these factors of a family have, by this program's table."""
     return _digest([family, TABLE_VERSION, dict(factors)])
 
@@ -251,6 +251,6 @@ def distinct(gpus: Iterable[Mapping[str, Any]], field: str) -> str | None:
     return ", ".join(sorted({str(gpu[field]) for gpu in gpus if gpu.get(field)})) or None
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]

@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 
 from builder.engine.api import Containers, ContainerSpec, State
 from builder.engine.errors import MissingSourceError, NotFoundError
-from builder.engine.lease import LABEL_LEASE, Lease
+from builder.engine.lease import LABEL_LEASE, LABEL_MODE, Lease
 from builder.engine.log_pump import GIVE_UP, EventCallback, Pump
 from builder.engine.log_sinks import Sinks
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError
@@ -191,7 +191,7 @@ class _ContainerLife:
         self._name = spec.name
         task = job.task.label if job.task else job.mode
         labels = self._lease.labels(task, job.lifetime)
-        labels = {**labels, **spec.labels, LABEL_LEASE: labels[LABEL_LEASE]}
+        labels = {**labels, LABEL_MODE: job.mode, **spec.labels, LABEL_LEASE: labels[LABEL_LEASE]}
         by_stdin = replace(spec, labels=labels, stdin=True)
         by_lock = replace(by_stdin, mounts=(*spec.mounts, self._lease.mount()))
         try:

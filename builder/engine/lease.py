@@ -31,7 +31,9 @@ from builder.errors import PreflightError
 from builder.host.hooks import PENDING_RELEASE
 
 LABEL = "io.sglang.warm-cache."
-LABEL_RUN, LABEL_LEASE, LABEL_TASK, LABEL_DEADLINE = (LABEL + name for name in ("run", "lease", "task", "deadline"))
+LABEL_RUN, LABEL_LEASE, LABEL_MODE, LABEL_TASK, LABEL_DEADLINE = (
+    LABEL + name for name in ("run", "lease", "mode", "task", "deadline")
+)
 
 #: Path of the lease file in a container.
 TARGET = "/run/warm-cache-lease"

@@ -11,7 +11,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from builder import sglang_args
 from builder.task import Task
@@ -33,7 +32,7 @@ def digest(task: Task) -> str:
 
 def content(task: Task) -> str:
     """Return, as JSON, what makes two tasks the same work."""
-    ignored: dict[str, Any] = {"label": "", "timeout": 0, "silence": 0, "workers": 0}
+    ignored: dict[str, object] = {"label": "", "timeout": 0, "silence": 0, "workers": 0}
     if task.recipe == "shapes":
         ignored["gpus"] = 0  # what is compiled does not depend on the number of workers
     return json.dumps({**vars(task), **ignored}, sort_keys=True, default=vars)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from builder.errors import BuilderError, ProblemsError
 
@@ -176,7 +176,7 @@ class Report:
 
     def document(self, exit_code: int, error: BuilderError | None) -> str:
         """Return the JSON document of ``--json``."""
-        data: dict[str, Any] = {
+        data: dict[str, object] = {
             "schema": JSON_SCHEMA,
             "verb": self.verb,
             "exit": exit_code,
@@ -214,11 +214,8 @@ class Report:
         for section in self._sections.values():
             data |= section.to_json()
         if error is not None:
-            data["error"] = {"message": error.message}
-            if isinstance(error, ProblemsError):
-                data["error"]["problems"] = [
-                    {"place": problem.location, "text": problem.text, "remedy": problem.remedy}
-                    for problem in error.problems
-                ]
+            found = error.problems if isinstance(error, ProblemsError) else None
+            problems = [{"place": each.location, "text": each.text, "remedy": each.remedy} for each in found or ()]
+            data["error"] = {"message": error.message, **({} if found is None else {"problems": problems})}
         # GitHub's runner takes ##[ for a command anywhere in a line; escaped, the document means the same.
         return json.dumps(data, indent=2).replace("##[", "##\\u005b")

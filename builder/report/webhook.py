@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
 
 from builder.errors import UsageError
 from builder.host import outside
@@ -37,7 +36,7 @@ def _is_url(text: str) -> bool:
     return bool(known) and not re.search(r"[\s\x00-\x20\x7f]", text)
 
 
-def post(url: str, document: Mapping[str, Any], *, give_up: GiveUp = never) -> str:
+def post(url: str, document: Mapping[str, object], *, give_up: GiveUp = never) -> str:
     """Send the document; return why it was not accepted, or "". give_up: polled; true ends the wait."""
     host = urllib.parse.urlsplit(url).hostname or "its host"
     try:
@@ -49,7 +48,7 @@ def post(url: str, document: Mapping[str, Any], *, give_up: GiveUp = never) -> s
         return f"{host}: {type(error).__name__}"
 
 
-def _post(url: str, host: str, document: Mapping[str, Any]) -> str:
+def _post(url: str, host: str, document: Mapping[str, object]) -> str:
     import requests
 
     with requests.post(url, json=document, timeout=TIMEOUT, allow_redirects=False, stream=True) as answer:

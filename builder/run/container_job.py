@@ -186,15 +186,11 @@ def run(
         if problem is None:
             raise
         raise PreflightError(CANNOT_RUN, [problem]) from error
-    context.report.warnings += [_labelled(problem, spec, task, request) for problem in outcome.problems]
+    which = f"{task.label}: " if request.concurrent else ""
+    context.report.warnings += [f"{which}{problem}" for problem in outcome.problems]
     if outcome.container:
         executor.ran[outcome.container] = spec.name
     return outcome
-
-
-def _labelled(problem: str, spec: ContainerSpec, task: Task, request: ContainerRequest) -> str:
-    """Return a container's problem, with its task where several run at the same time."""
-    return f"{task.label}: {problem}" if request.concurrent and spec.name not in problem else problem
 
 
 def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlines, request: ContainerRequest) -> Job:
@@ -240,7 +236,6 @@ def _spec(
         entrypoint=["python3", "-m", "builder.agent"],
         command=[],
         env=_environment(executor, job),
-        labels=executor.lease.labels(task.label, job.lifetime),
         mounts=(*_root(executor, job.mode), *request.mounts),
         gpus=_devices(manifest, request.devices) if job.mode in SEES_GPUS else 0,
         shm_size=manifest.container.shm_size,
@@ -289,7 +284,6 @@ def _prebuilder(executor: ContainerExecutor, job: Job, prebuild: PrebuildRequest
         name=f"warm-cache-{executor.context.run_id}-{job.mode}",
         entrypoint=["python3", "-m", "builder.agent"],
         env={**_environment(executor, job), **NO_GPUS},
-        labels=executor.lease.labels(task.label, job.lifetime),
         mounts=_store(executor.context.manifest) if plans else _root(executor, job.mode),
         shm_size=executor.context.manifest.container.shm_size,
         network="none",

@@ -47,9 +47,6 @@ CUDA_FAILURES: Mapping[int, DriverFailure] = {
     ),
 }
 
-#: nvmlReturn_t: the kernel's driver and the library are of different versions.
-NVML_MISMATCH = 18
-
 _MIG = re.compile(r"\bMIG \d+(?:c\.\d+)?g\.")
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Literal
 
 from builder import __version__, events, processes
 from builder.cache.environment import ImageIdentity
@@ -296,7 +296,7 @@ class AgentProcess:
         if process.stdin is not None:
             process.stdin.close()
 
-    def _pump(self, stream: Any, mark: str) -> None:
+    def _pump(self, stream: IO[bytes], mark: str) -> None:
         lines = Lines()
         while data := os.read(stream.fileno(), _CHUNK):
             self._last_output = time.monotonic()

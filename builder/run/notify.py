@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from builder.cache import survey
 from builder.errors import BuilderError, DefectError, Interrupted
@@ -162,7 +161,7 @@ def _write(
 
 def summary(
     context: Context, record: RefreshRecord, status: int, seconds: float, error: BaseException | None
-) -> Mapping[str, Any]:
+) -> Mapping[str, object]:
     """Return the webhook's document. Its ``text`` is what chat services show."""
     report, manifest = context.report, context.manifest
     states = {state: report.count(state) for state in metrics.STATES if report.count(state)}

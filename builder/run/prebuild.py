@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from builder import events
 from builder.cache import marker_files, toolchain
@@ -20,7 +20,7 @@ from builder.job import PlannedShape, PrebuildRequest
 from builder.report.results import Section
 from builder.run import prebuild_jobs, proofs
 from builder.run.executor import Executor
-from builder.run.plan import Item
+from builder.run.plan import Item, ProbeEnv
 from builder.sglang_args import chunked_prefill_size
 from builder.task import GPUS, PRETEND_VARIABLE, RECIPES, Gpu, Shape, Task
 from builder.text import counted, printable, size, span
@@ -332,7 +332,7 @@ def _is_walked(task: Task) -> bool:
 
 def _groups(items: Iterable[Item], manifest: Manifest) -> Iterator[_Group]:
     """Yield the tasks of each environment together. Where the probe found no GPU, the manifest names one."""
-    found: dict[tuple[Any, ...], list[Item]] = {}
+    found: dict[tuple[ProbeEnv, str], list[Item]] = {}
     for item in items:
         key = toolchain.family_key(item.record, "deep_gemm")
         found.setdefault((tuple(sorted(item.task.env.items())), key), []).append(item)

@@ -13,7 +13,7 @@ from builder import events
 from builder.cache import inventory, layout, marker_files, marker_format, markers, toolchain, usage
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
-from builder.engine.lease import LABEL
+from builder.engine.lease import LABEL_MODE, LABEL_RUN
 from builder.flock import holders
 from builder.report.console import Console
 from builder.report.results import Section
@@ -253,15 +253,14 @@ def _users(executor: ContainerExecutor) -> Iterator[_User]:
     jobs = {volume.name: volume.labels[views.LABEL_VIEW] for volume in views.volumes(executor)}
     mounting = executor.engine.mounting([executor.cache.mount().source, *jobs])
     for source, container in mounting:
-        run_id = container.labels.get(f"{LABEL}run")
+        run_id = container.labels.get(LABEL_RUN)
         if run_id == executor.context.run_id:
             continue
         name = f"container {printable(container.name)}"
         if source in jobs:
             yield _User(name, f"in the view {printable(jobs[source])}")
         elif run_id is not None:
-            mode = container.name.partition(f"-{run_id}-")[2].partition("-")[0]
-            yield _User(name, _MODES.get(mode, _BUILDER))
+            yield _User(name, _MODES.get(container.labels.get(LABEL_MODE, ""), _BUILDER))
         else:
             yield _User(name, "has it mounted")
     mounted = {source for source, _ in mounting}
