@@ -163,7 +163,7 @@ class RegistryClient:
                 name=f"repository {self.reference.repository}",
             ) as answer:
                 document = json_object(answer.read(_TAGS_LIMIT, "a list of tags"), "the list of tags")
-                tags = document.get("tags")
+                tags = document.get("tags", "")
                 if tags is not None and not isinstance(tags, list):
                     raise RegistryRefusedError(f"{self.reference.host}: the list of tags is none")
                 names = [name for name in tags or () if isinstance(name, str) and is_tag(name)]
@@ -223,7 +223,7 @@ class RegistryClient:
             try:
                 self._finish_upload(location, digest, body, what)
             except BaseException:
-                progress(-body.sent)
+                progress(-body.reported)
                 raise
             return size
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from builder.errors import RegistryLostError, RegistryRefusedError
+from builder.host import outside
 from builder.registry.documents import error_text
 from builder.registry.failures import TransientError
 from builder.text import printable
@@ -44,6 +45,7 @@ class Body:
         self._size = size
         self._progress = progress
         self.sent = 0
+        self.reported = 0
         self.moved = time.monotonic()
         self.stopped = False
         self.error: Exception | None = None
@@ -68,6 +70,7 @@ class Body:
                     raise RegistryRefusedError("it became longer while it was sent")
                 yield part
                 self.moved = time.monotonic()
+                self.reported += len(part)
                 self._progress(len(part))
         if self.sent < self._size:
             raise RegistryRefusedError("it became shorter while it was sent")
@@ -82,6 +85,7 @@ class Answer:
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.url: str = response.url or ""
+        self._left_alone = False
 
     def __enter__(self) -> Answer:
         return self
@@ -90,12 +94,24 @@ class Answer:
         self.close()
 
     def close(self) -> None:
-        self._response.close()
+        """Free the connection. Where a read was left alone it holds a lock that closing would wait for."""
+        if not self._left_alone:
+            self._response.close()
+            return
+        with contextlib.suppress(Exception):
+            self._response.raw.shutdown()  # ends the read, in urllib3 2.3 and later
+        with contextlib.suppress(RuntimeError):
+            outside.start_thread(self._response.close, "close")
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the body. Raises TransientError where it is cut, RegistryLostError at the deadline."""
         read: Callable[[], bytes] = functools.partial(self._response.raw.read, CHUNK, decode_content=False)
-        while piece := self._waiting.wait_for(read, host_of(self.url)):
+        while True:
+            self._left_alone = True
+            piece = self._waiting.wait_for(read, host_of(self.url))
+            self._left_alone = False
+            if not piece:
+                return
             yield piece
 
     def read(self, limit: int, what: str) -> bytes:

@@ -143,8 +143,10 @@ class Transport:
             if answer.status in expected:
                 return answer
             with answer:
-                if answer.status == 401 and self._is_own(answer.url) and not renewed and not _used(body):
+                if answer.status == 401 and self._is_own(answer.url) and not renewed:
                     self._authorization.renew(answer.headers.get("WWW-Authenticate", ""), scope, sent)
+                    if isinstance(body, Body) and body.sent:
+                        raise TransientError(f"the token of {self._host} ended while the blob was sent")
                     continue
                 self._raise_transient(answer)
                 raise self.refuse(what, answer, name=name)
@@ -314,11 +316,6 @@ class Transport:
 def _after(state: Any) -> float | None:
     error = state.outcome.exception() if state.outcome else None
     return error.after if isinstance(error, TransientError) else None
-
-
-def _used(body: Body | bytes | None) -> bool:
-    """Return whether a body's pieces were taken, so that the request cannot be sent again."""
-    return isinstance(body, Body) and body.sent > 0
 
 
 def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
