@@ -73,6 +73,6 @@ def trust(args: RegistryArgs, key: str | None, stream: str | None) -> Trust | No
 def checked_stream(text: str, location: str) -> str:
     """Return the name of a stream. Raises UsageError for what can be none."""
     if not signature.is_stream(text):
-        shown = printable(shortened(text, 140))
+        shown = shortened(text, 140)
         raise UsageError(f"{location}: {shown!r} is no name of a stream: letters, digits and, after the first, . _ / -")
     return text

@@ -102,7 +102,7 @@ def _ask_helper(name: str, server: str, path: str, timeout: float) -> Credential
     found = shutil.which(program) if _HELPER.fullmatch(name) else None
     if found is None:
         raise RegistryRefusedError(
-            f"{path} names the credential helper {printable(shortened(name, 60))!r}, and there is no program "
+            f"{path} names the credential helper {shortened(name, 60)!r}, and there is no program "
             f"{printable(shortened(program, 80))} on PATH: install it, or log in without it"
         )
     # A session of its own: a helper that hangs may have started others, which keep its pipe open.

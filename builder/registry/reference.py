@@ -58,7 +58,7 @@ class Reference:
     def with_tag(self, tag: str) -> Reference:
         """Return this repository with another tag and no digest. Raises UsageError for what is no tag."""
         if not is_tag(tag):
-            raise UsageError(f"{printable(shortened(tag, 140))!r} is no tag: {_tag_rule()}")
+            raise UsageError(f"{shortened(tag, 140)!r} is no tag: {_tag_rule()}")
         return replace(self, tag=tag, digest=None)
 
     def with_digest(self, digest: str) -> Reference:
@@ -104,17 +104,17 @@ def parse(text: str, location: str = "REF") -> Reference:
     name, at, digest = text.partition("@")
     if at and not DIGEST.fullmatch(digest):
         lower = digest.lower()
-        why = f"{printable(shortened(digest, 80))!r} is no digest: sha256: and 64 hexadecimal digits are wanted"
+        why = f"{shortened(digest, 80)!r} is no digest: sha256: and 64 hexadecimal digits are wanted"
         raise refuse(why, f"{printable(name)}@{lower}" if DIGEST.fullmatch(lower) else "")
     head, slash, path = name.partition("/")
     if not (slash and _is_host(head)):
         head, path = DOCKER_HUB, name
     path, colon, tag = path.partition(":")
     if colon and not is_tag(tag):
-        raise refuse(f"{printable(shortened(tag, 140))!r} is no tag: {_tag_rule()}")
+        raise refuse(f"{shortened(tag, 140)!r} is no tag: {_tag_rule()}")
     host, port = _split_port(head)
     if not (_HOST.fullmatch(host) or _is_address(host)) or (port and not _is_port(port)):
-        raise refuse(f"{printable(head)!r} is no host with a port")
+        raise refuse(f"{head!r} is no host with a port")
     if head == DOCKER_HUB and path and "/" not in path:
         path = f"library/{path}"
     if not path:
@@ -126,7 +126,7 @@ def parse(text: str, location: str = "REF") -> Reference:
             near = part.lower()
             better = text.replace(part, near, 1) if part and _PART.fullmatch(near) else ""
             rule = "lower case letters and digits, with single separators (. _ __ -) between them"
-            raise refuse(f"{printable(part)!r} is no part of a repository's name, which has {rule}", better)
+            raise refuse(f"{part!r} is no part of a repository's name, which has {rule}", better)
     return Reference(head, path, tag if colon else None, digest if at else None)
 
 
