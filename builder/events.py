@@ -364,6 +364,15 @@ class LaunchRecorded(Event):
     record: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ImageResult(Event):
+    """Modes ``pack``, ``restore``: a `packing.Packed` or `restore.RestoreResult`, or why there is none."""
+
+    result: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    busy: bool = False  # another process has what is needed
+
+
 # --- the codec -------------------------------------------------------------------------------------------------------
 
 

@@ -25,11 +25,11 @@ SCHEMA = 1
 #: What the program is to do. ``probe``: find out the toolchain, prepare the root, write the memo. ``toolchain``: find
 #: it out, and write nothing. ``run``: warm one task. ``lock``, ``views``, ``hold``: hold one lock until the end.
 #: ``record``: record what test files launch. ``plan``: name the kernels of shapes. ``prebuild``: compile named kernels.
-#: The others work on a whole cache root.
+#: ``pack``, ``restore``: layers of a cache image out of a root, and into one. The others work on a whole cache root.
 Mode = Literal[
     "probe", "toolchain", "run", "lock", "views", "hold", "record", "plan", "prebuild",
     "sweep", "verify", "prune", "status", "families",
-    "survey", "view-create", "view-drop", "view-list", "view-audit",
+    "survey", "pack", "restore", "view-create", "view-drop", "view-list", "view-audit",
 ]  # fmt: skip
 
 #: Where a container that audits a view has it mounted.
@@ -126,6 +126,7 @@ class Job:
     concurrent: bool = False  # other tasks of this run may compile into the root at the same time
     prune: PrunePolicy | None = None
     view: ViewRequest = ViewRequest()
+    transfer: str = ""  # modes ``pack`` and ``restore``: a directory with the request, and layers of a cache image
     record: str = ""  # mode ``record``: path of a `recording.RecordingRequest`
     prebuild: PrebuildRequest | None = None
     prebuilt: Mapping[str, str] = field(default_factory=dict)  # mode ``run``: keys, by family, of a complete prebuild

@@ -124,7 +124,6 @@ def pack(root: Path, out: Path, **change: Any) -> tuple[CacheImage, Packed]:
         mount=MOUNT,
         table=TABLE_VERSION,
         time=1800000000,
-        stream="main",
         families=packed.families,
         tasks=packed.tasks,
     )

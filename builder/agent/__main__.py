@@ -181,7 +181,7 @@ def _lock(job: Job, output: Output, guard: Guard) -> int:
 
 def _maintain(job: Job, output: Output, guard: Guard) -> int:
     """Run a mode for a whole cache root."""
-    from builder.agent import maintenance, prune, views
+    from builder.agent import cache_image, maintenance, prune, views
 
     modes = {
         "sweep": maintenance.sweep,
@@ -190,6 +190,8 @@ def _maintain(job: Job, output: Output, guard: Guard) -> int:
         "status": maintenance.status,
         "families": maintenance.families,
         "survey": maintenance.survey,
+        "pack": cache_image.pack,
+        "restore": cache_image.restore,
         **views.MODES,
     }
     try:

@@ -9,7 +9,7 @@ from builder import events
 from builder.agent import views
 from builder.agent.guard import Guard
 from builder.agent.output import Output
-from builder.cache import environment, inventory, layout, leaves, removal
+from builder.cache import environment, inventory, layout, leaves, removal, restore
 from builder.cache import survey as holdings
 from builder.cache.inventory import bad_entries, contents
 from builder.cache.layout import FamilyDirectory, claimable_directories
@@ -31,6 +31,8 @@ def sweep(job: Job, output: Output, guard: Guard) -> int:
             output.event(events.Removed(family, key, path))
         else:
             output.event(events.Kept(family, key, path, stays))
+    for path in restore.sweep_staging(root):
+        output.event(events.Removed("", "", path))
     views.sweep(root, job, output, guard)
     return WARMED
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -105,7 +106,7 @@ class Description:
 
     gpu: names of the GPU models, sorted and joined by ", "; "" for none. toolchain: digest of all family keys.
     release: of sglang. mount: the cache root as its users saw it. time: seconds since the epoch, when it was packed.
-    stream: the name of the line of images that this one belongs to. table: version of the table of families.
+    table: version of the table of families.
     """
 
     gpu: str
@@ -114,7 +115,6 @@ class Description:
     mount: str
     table: int
     time: int
-    stream: str
     families: tuple[PackedFamily, ...]
     tasks: tuple[PackedTask, ...]
     schema: int = SCHEMA
@@ -152,9 +152,9 @@ def slug(gpu: str) -> str:
     return _SLUG.sub("-", gpu.lower().replace("nvidia", " ")).strip("-")[:60].strip("-") or "no-gpu"
 
 
-def tag(gpu: str, toolchain: str, time: str) -> str:
-    """Return the tag of an image. time: as ``20261128-071231``."""
-    return f"{slug(gpu)}-{toolchain}-{time}"
+def tag(gpu: str, toolchain: str, moment: str) -> str:
+    """Return the tag of an image. moment: as ``20261128-071231``."""
+    return f"{slug(gpu)}-{toolchain}-{moment}"
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,10 @@ def labels(description: Description) -> dict[str, str]:
         f"{PREFIX}.gpu": description.gpu,
         f"{PREFIX}.toolchain": description.toolchain,
         f"{PREFIX}.release": description.release,
-        f"{PREFIX}.stream": description.stream,
         f"{PREFIX}.time": str(description.time),
         f"{PREFIX}.bytes": str(description.bytes),
         f"{PREFIX}.tasks": ", ".join(task.label for task in description.tasks),
+        "org.opencontainers.image.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(description.time)),
         "org.opencontainers.image.title": "sglang warm-cache",
     }
 

@@ -124,7 +124,7 @@ def read_memo(
     seen last counts.
     env: the task's environment. With a simulated GPU the machine's do not count.
     """
-    wanted = _probe_env(env)
+    wanted = probe_env(env)
     if wanted.get(PRETEND_VARIABLE):
         gpus = driver = None
     host = _seen(root, wanted, gpus, driver, isa)
@@ -168,7 +168,7 @@ def write_memo(root: Path, image: ServingImage, record: Record, *, env: Mapping[
     """
     if image.id is None:
         return
-    wanted = _probe_env(env)
+    wanted = probe_env(env)
     host = Host(wanted, list(record["gpus"]), record["factors"].get("driver"), record["factors"].get("isa"))
     portable = _portable(record)
     before = _current(root, image)
@@ -186,6 +186,11 @@ def write_memo(root: Path, image: ServingImage, record: Record, *, env: Mapping[
         for other in others_of_it:
             _remove(other)
     _write_host(root, host, known)
+
+
+def probe_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a task by which memos are told apart."""
+    return {name: env[name] for name in PROBE_ENV if name in env}
 
 
 def exported(root: Path, names: Collection[str], envs: Collection[Mapping[str, str]]) -> dict[str, Mapping[str, Any]]:
@@ -346,10 +351,6 @@ def _current(root: Path, image: ServingImage) -> list[ProbeMemo]:
     own = memos_in(memo_path(root, image.content)) if image.content else []
     paths = [] if own else _named(root, image)
     return [memo for memo in (own or [m for path in paths for m in memos_in(path)]) if memo.table == TABLE_VERSION]
-
-
-def _probe_env(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: env[name] for name in PROBE_ENV if name in env}
 
 
 def _text(value: Any) -> str | None:

@@ -114,6 +114,16 @@ def restore(
         return _publish(root, name, request, staged, check)
 
 
+def unpack_index(blob: Path, layer: Layer, out: Path) -> None:
+    """Unpack the layer of markers and memos into a directory of this process's own. Raises RefusedImageError."""
+    try:
+        with blob.open("rb") as source, Tree(out) as target:
+            for member, content in members(source, layer):
+                _unpack(target, layer, member, content, {})
+    except HostileLayerError as error:
+        raise RefusedImageError(f"layer {layer.name} ({layer.digest[:19]}…) is refused: {error}") from None
+
+
 def clear_staging(root: Path) -> list[str]:
     """Remove what killed restores left; return their names. The caller holds `layout.staging_lock`. Raises OSError."""
     with Tree(root) as tree:
@@ -314,14 +324,12 @@ def _publish(
     memos.adopt(root, below)
     written = tuple(_markers(root, below, request, left))
     total = sum(layer.bytes for layer in request.image.layers if (layer.family, layer.key) in staged)
-    description = request.image.description
     remember(
         root,
         Restored(
             digest=request.digest,
             source=request.source,
-            stream=description.stream,
-            time=description.time,
+            time=request.image.description.time,
             restored=int(time.time()),
             keys=request.keys,
             markers=written,

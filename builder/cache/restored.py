@@ -11,7 +11,8 @@ from pathlib import Path
 
 from builder import files
 from builder.beneath import Tree
-from builder.cache import layout
+from builder.cache import inventory, layout, marker_files
+from builder.cache.families import FAMILY
 from builder.typed_json import from_object
 
 SCHEMA = 1
@@ -20,7 +21,7 @@ _LIMIT, _KEEP = 1 << 20, 16
 
 @dataclass(frozen=True)
 class Restored:
-    """One restore. digest: of the image's manifest. source: its repository. stream, time: by its description.
+    """One restore. digest: of the image's manifest. source: its repository. time: by its description.
 
     restored: when, in seconds since the epoch. keys: digest of the family keys of the environment that it was for.
     markers: paths of those that it wrote.
@@ -28,7 +29,6 @@ class Restored:
 
     digest: str
     source: str
-    stream: str
     time: int
     restored: int
     keys: str
@@ -50,6 +50,18 @@ def remembered(root: Path) -> list[Restored]:
         except (ValueError, RecursionError):
             continue
     return found
+
+
+def holds(root: Path, restored: Restored, mount: str) -> bool:
+    """Return whether every marker of a restore, and every entry that these list, is there and valid."""
+    with Tree(root) as tree:
+        found = [marker_files.read_in(tree, path) for path in restored.markers]
+    for marker in found:
+        for family, claim in marker.claims.items() if marker else ():
+            with Tree(root, f"{family}/{claim.key}") as place:
+                if any(inventory.check(FAMILY[family], place, entry, mount=mount) for entry in claim.entries):
+                    return False
+    return bool(found) and None not in found
 
 
 def remember(root: Path, restored: Restored) -> None:

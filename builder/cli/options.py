@@ -190,6 +190,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "deadline": {"metavar": "20s", "help": "how long a restore may take"},
     "jitter": {"metavar": "60s", "help": "a restore begins after a random time of at most this"},
+    "tag": {"metavar": "TAG", "help": "let this tag name the image too; many registries forbid that a tag moves"},
+    "fallback": {"metavar": "N", "help": "try up to N older images where one is refused; each is verified"},
+    "fail-open": {"action": "store_true", "help": "exit 0 whatever happens; the JSON document has the reason"},
     "part": {"metavar": "PART", "help": "print these parts only; several with commas"},
     "name": {"metavar": "NAME", "help": "how names of objects or jobs begin (default warm-cache)"},
     "builder-image": {"metavar": "REF", "help": "the image that has warm-cache installed, for pods"},
@@ -235,6 +238,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
     "prune": {"dry-run": {"help": "show what would be removed, and change nothing"}},
     "init": {"profile": {"help": f"begin with a packaged manifest: {', '.join(profiles())}"}},
+    "push": {
+        "only": {"help": "only these tasks, also one whose model is a local path (may be repeated; * matches)"},
+    },
     "sign": {
         "key": {"help": "the private key (PEM) to sign with"},
         "stream": {"help": "the stream that the image is of: machines that take another one refuse it"},

@@ -47,6 +47,40 @@ _FLEET_ACTIONS = (
 )
 
 SHARING: dict[str, Verb] = {
+    "push": Verb(
+        "Share",
+        "publish what is warm as a cache image",
+        "warm-cache push r.example/jit --profile h200 --cache /data/sglang-jit",
+        ("only", "tag", "dry-run", "lock-timeout", *REGISTRY),
+        (Argument("ref", "REF", "repository of cache images, with its registry"),),
+        here=True,
+        details="""Packs what the markers of warm tasks claim, while no other builder works in the cache, and sends the
+layers that the registry lacks. The image gets a tag of its own, GPU-TOOLCHAIN-DATE-TIME; where nothing has changed
+since the last push, it keeps its tag and digest, and nothing is sent. Cold tasks are left out, and named. So are tasks
+whose model is a local path, or that set variables which are no switches, unless --only names them. Sign the digest that
+it prints: warm-cache sign.""",
+        exits=(0, 10, 15),
+    ),
+    "pull": Verb(
+        "Share",
+        "restore a cache image into the cache, as far as it is proven and fits",
+        "warm-cache pull r.example/jit --profile h200 --key cache.pub",
+        (
+            *("key", "stream", "fallback", "fail-open", "deadline", "jitter", "create", "lock-timeout"),
+            *REGISTRY,
+        ),
+        (Argument("ref", "REF", "cache image; without tag and digest the newest one for this machine"),),
+        here=True,
+        details="""Resolves REF to a digest once; verifies the signature ahead of any layer; compares the key of each
+family with this machine's, and takes those that are equal; verifies every blob, file and entry beside the cache, and
+puts them in place by renames, markers last. What is valid in the cache stays. An image that was restored before is not
+fetched again. With --here it needs the installed package, and --image NAME@DIGEST where it does not run in the image of
+the tests.
+
+With --fail-open and --deadline nothing that goes wrong keeps a node from working: the cache is whole, and tasks compile
+what is not there.""",
+        exits=(0, 15),
+    ),
     "sign": Verb(
         "Share",
         "sign a cache image in a registry, so that machines with a key restore it",

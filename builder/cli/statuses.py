@@ -29,6 +29,12 @@ MEANS_OF: dict[str, dict[int, str]] = {
     "import-tests": {0: "all launches are covered and recorded", 10: "a launch is not covered, or not recorded"},
     "fleet": {0: "done, or every run of a summary is warm", 10: "a run of a summary ended with it"},
     "sign": {12: "the registry refused", 16: "the registry was lost"},
+    "push": {10: "nothing is warm", 12: f"{CANNOT_RUN}, or the registry refused", 16: "registry or engine was lost"},
+    "pull": {
+        0: "done, or --fail-open",
+        12: "refused: signature, content or registry; or nothing fits this machine",
+        16: "registry or engine was lost",
+    },
     "audit": {10: "something was compiled (--fail-on-jit)"},
     "view": {10: "nothing is warm (create), or something was compiled (--fail-on-jit)"},
 }

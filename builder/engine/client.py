@@ -155,6 +155,15 @@ class Engine(Images, Volumes):
             )
         return self._chunks(response, action)
 
+    def upload(self, container: str, path: str, archive: Iterator[bytes]) -> None:
+        """Unpack a tar in a directory of a container, running or not, whose root file system can be written."""
+        with self._translated(f"cannot write to {path} in {container[:12]}"):
+            headers = {"Content-Type": "application/x-tar"}
+            params = {"path": path, "noOverwriteDirNonDir": "true"}
+            self._request(
+                "PUT", "/containers/{0}/archive", container, params=params, headers=headers, data=archive, **self._long
+            ).close()
+
     def _chunks(self, response: Any, action: str) -> Generator[bytes, None, None]:
         with contextlib.closing(response):
             yield from self._iterated(response.raw.stream(1 << 20, decode_content=False), action)

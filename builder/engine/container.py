@@ -98,12 +98,15 @@ def run_container(
     sinks: Sinks,
     on_event: EventCallback | None = None,
     budget: Deadline | None = None,
+    before_start: Callable[[str], None] | None = None,
+    after_exit: Callable[[str], None] | None = None,
 ) -> ContainerOutcome:
     """Run the container to its end, whatever that is. Raises what kept it from starting.
 
     The job, the lease's mount and labels and an open stdin are added to the spec here.
 
     on_event: called in another thread while the log is drained; must not wait.
+    before_start, after_exit: get the container's id when its files can be written, and when it ended by itself.
     """
     began = time.monotonic()
     life = _ContainerLife(engine, lease, deadlines, cancel, budget or Deadline(None))
@@ -118,8 +121,12 @@ def run_container(
             life.call(pump.attach, f"attach to {spec.name}")
             pump.start()
             stack.callback(life.clean_up, "stopping the container", life.stop)
+            if before_start is not None:
+                life.call(lambda: before_start(container), f"write to {spec.name}")
             life.call(lambda: engine.start(container), f"start {spec.name}")
             ended = life.watch(pump)
+            if after_exit is not None and ended == "exited":
+                life.call(lambda: after_exit(container), f"read from {spec.name}")
     except BuilderError as error:
         if life.lost:
             error.message = "; ".join([error.message, *life.problems])

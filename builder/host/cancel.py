@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import threading
 import time
 import weakref
@@ -124,6 +125,37 @@ class Cancel:
             poller.register(descriptor, select.POLLIN)
         poller.poll(max(0.0, seconds) * 1000)
         return self.is_set
+
+
+class LimitedCancel(Cancel):
+    """A cancellation that is part of another one, and also begins when its time is over. A context manager.
+
+    seconds: from the entry on.
+    """
+
+    def __init__(self, part_of: Cancel, seconds: float) -> None:
+        super().__init__(part_of)
+        self._wider, self._seconds, self._ended = part_of, seconds, threading.Event()
+        self.late = False
+
+    def __enter__(self) -> LimitedCancel:
+        threading.Thread(target=self._watch, name="deadline", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        limit = Deadline(self._seconds)
+        while not (self._ended.wait(0.05) or self.is_set):
+            if self._wider.is_set or limit.expired:
+                self.late = not self._wider.is_set
+                self.set(self._wider.signum or signal.SIGALRM)
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        with self._wider.shield(), super().shield():
+            yield
 
 
 def _close_all(*descriptors: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from builder.errors import BuilderError, ProblemsError
 
@@ -116,6 +116,9 @@ class Text(Section):
         return {self.verb: self.text}
 
 
+S = TypeVar("S", bound=Section)
+
+
 @dataclass
 class Report:
     """The result of a run; complete at every moment, so that an interrupted run has a report too."""
@@ -139,6 +142,11 @@ class Report:
     def add(self, section: Section) -> None:
         """Add a section to the document, or replace the one of this class."""
         self._sections[type(section)] = section
+
+    def section(self, kind: type[S]) -> S | None:
+        """Return the section of this class."""
+        found = self._sections.get(kind)
+        return found if isinstance(found, kind) else None
 
     @property
     def changed_sources(self) -> str:

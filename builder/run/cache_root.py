@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from builder import files
 from builder.beneath import Tree
 from builder.cache import families, marker_files, model_store
+from builder.cache.layout import RESTORED
 from builder.cache.model_store import STORE_MOUNT as STORE
 from builder.engine.api import MEMORY, ContainerSpec, Mount
 from builder.engine.client import Engine
@@ -31,7 +32,7 @@ from builder.run.unpacking import UnpackBudget, unpack
 from builder.text import printable
 
 #: What decides whether a task is warm, besides the entries.
-INDEX = ("layout.json", "images", "markers")
+INDEX = ("layout.json", "images", "markers", RESTORED)
 
 #: Seconds after which a sweep may remove a container that was created for reading.
 READ_LIFETIME = 3600.0

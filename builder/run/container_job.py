@@ -46,7 +46,7 @@ SEES_GPUS = ("run", "probe")
 #: Where NVIDIA's runtime is the engine's default, an image's own variable would ask for all GPUs.
 NO_GPUS = {"NVIDIA_VISIBLE_DEVICES": "void"}
 #: Modes that only read, some of them what an untrusted job left: they get the root read-only.
-READS = ("view-list", "view-audit", "status", "families", "survey")
+READS = ("pack", "view-list", "view-audit", "status", "families", "survey")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,9 @@ class ContainerRequest:
     prebuilt: Mapping[str, str] = field(default_factory=dict)  # mode run: keys of a complete prebuild
     record: str = ""  # mode record: path of the launch recorder's request in the container
     mounts: tuple[Mount, ...] = ()  # besides the cache root
+    transfer: str = ""  # modes pack and restore: directory of the container's own for what goes in and out
+    before_start: Callable[[str], None] | None = None  # gets the container's id when its files can be written
+    after_exit: Callable[[str], None] | None = None  # gets it when the program has ended by itself
 
 
 NOTHING_ELSE = ContainerRequest()
@@ -176,6 +179,8 @@ def run(
                 sinks=Sinks(log_path=log, display=request.display),
                 on_event=request.on_event,
                 budget=request.budget,
+                before_start=request.before_start,
+                after_exit=request.after_exit,
             )
     except EngineRefusedError as error:
         known = (
@@ -215,6 +220,7 @@ def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlin
         prune=request.prune,
         view=request.view,
         record=request.record,
+        transfer=request.transfer,
         prebuild=request.prebuild,
         prebuilt=request.prebuilt,
         observed=RunOrigin(socket.gethostname(), __version__, executor.serving.ref, context.run_id),
@@ -247,7 +253,7 @@ def _spec(
         spec = replace(spec, env={**spec.env, **NO_GPUS})
     if job.mode != "run":
         # NVIDIA's hook for CDI devices fails where the root file system is read-only (kserve/kserve#5711).
-        return replace(spec, read_only=not spec.gpus, tmpfs=SCRATCH, memory=MEMORY)
+        return replace(spec, read_only=not (spec.gpus or job.transfer), tmpfs=SCRATCH, memory=MEMORY)
     return replace(
         spec, mounts=(*spec.mounts, *_store(manifest)), network=manifest.container.network, pids=COMPILING_PIDS
     )
