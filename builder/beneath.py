@@ -21,7 +21,18 @@ from typing import Any
 
 from builder import files
 from builder.files import matches
-from builder.openat import LISTED, is_absent, open_at, open_folder, open_regular_at, plain, readable, some_names, split
+from builder.openat import (
+    LISTED,
+    is_absent,
+    open_at,
+    open_folder,
+    open_regular_at,
+    plain,
+    readable,
+    some_names,
+    split,
+    unlock,
+)
 
 #: Levels of directories below a root. Caches have less than twenty; each level costs a descriptor.
 DEPTH = 128
@@ -292,6 +303,8 @@ class Tree:
         if not stat.S_ISDIR(self.lstat(name).st_mode):
             self.unlink(name)
             return
+        outer, last = split(name)
+        unlock(self.descriptor(outer), last)
         flat = self._temporary(above)
         self.move(name, self, f"{flat}/0")
         with self.below(flat) as inner:
@@ -309,11 +322,10 @@ class Tree:
         queue, number = ["0"], 0
         while queue:
             name = queue.pop()
-            with contextlib.suppress(OSError):
-                os.chmod(name, 0o700, dir_fd=self.descriptor(""))
             while batch := some_names(self.descriptor(name)):
                 for last, is_dir in batch:
                     if is_dir:
+                        unlock(self.descriptor(name), last)
                         number += 1
                         queue.append(str(number))
                         os.rename(last, queue[-1], src_dir_fd=self.descriptor(name), dst_dir_fd=self._fds[0])

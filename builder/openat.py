@@ -12,6 +12,7 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 from builder import files
 
@@ -93,6 +94,17 @@ def open_folder(above: int, part: str) -> int:
         if stat.S_ISLNK(os.stat(part, dir_fd=above, follow_symlinks=False).st_mode):
             raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", part) from None
         raise
+
+
+def unlock(above: int, last: str) -> None:
+    """Let the owner of a directory into it, and move it: a process of this user could have forbidden both."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(last, _FOLDER, dir_fd=above)
+        try:
+            if os.fstat(descriptor).st_mode & 0o700 != 0o700:
+                Path(f"/proc/self/fd/{descriptor}").chmod(0o700)
+        finally:
+            os.close(descriptor)
 
 
 def split(name: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from builder.agent.output import Output
 from builder.beneath import Tree
 from builder.cache import generations, layout, overlay_audit
 from builder.cache.findings import KINDS, Audit, foremost
-from builder.cache.view_records import FOLDER, ViewRecord, home, read, records, write
+from builder.cache.view_records import FOLDER, ViewRecord, read, records, write
 from builder.events import FAILED, WARMED
 from builder.job import MERGED, Job
 
@@ -37,8 +37,8 @@ def create(job: Job, output: Output, guard: Guard) -> int:
     guard.acquire(layout.generations_lock(root), exclusive=True)
     tree = Tree(root)
     layout.close(tree, FOLDER, make=True)
-    generations.remove_unfinished(generations.home(root))
-    generations.remove_unfinished(home(root))
+    generations.remove_unfinished(root, generations.FOLDER)
+    generations.remove_unfinished(root, FOLDER)
     if tree.exists(f"{FOLDER}/{name}"):
         other = read(root, name)
         if other is not None and other.engine != engine:
@@ -79,7 +79,7 @@ def drop(job: Job, output: Output, guard: Guard) -> int:
         if tree.exists(f"{FOLDER}/{name}"):
             tree.remove(f"{FOLDER}/{name}")
             output.event(events.Removed("", "", f"views/{name}"))
-    generations.remove_unfinished(home(root))
+    generations.remove_unfinished(root, FOLDER)
     return WARMED
 
 
@@ -112,8 +112,8 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
     for name in layout.CLOSED:
         with Tree(root) as tree:
             layout.close(tree, name)
-    for folder in (home(root), generations.home(root)):
-        generations.remove_unfinished(folder)
+    for folder in (FOLDER, generations.FOLDER):
+        generations.remove_unfinished(root, folder)
     for name, record in records(root).items():
         if name in job.view.keep:
             continue
@@ -125,7 +125,7 @@ def sweep(root: Path, job: Job, output: Output, guard: Guard) -> None:
             output.event(events.Removed("", "", f"views/{name}"))
     for generation in _unused(root, spare=1):
         guard.check()
-        generations.remove(generations.tree(root, generation), generations.home(root))
+        generations.remove(root, generation)
         output.event(events.Removed("", "", f"generations/{generation}"))
 
 
@@ -137,7 +137,7 @@ def remove_generations(root: Path, guard: Guard) -> None:
     guard.acquire(layout.generations_lock(root), exclusive=True)
     for generation in _unused(root, spare=0):
         guard.check()
-        generations.remove(generations.tree(root, generation), generations.home(root))
+        generations.remove(root, generation)
 
 
 def _unused(root: Path, *, spare: int) -> list[str]:

@@ -16,10 +16,8 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import itertools
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,13 +27,15 @@ from builder import flock
 from builder.beneath import Tree
 from builder.cache import inventory, layout
 from builder.cache.families import FAMILIES, Family, is_key
-from builder.files import UnreadableError, copy_content, flush, is_dir, listing, matches, sync_directory, walk
+from builder.files import UnreadableError, copy_content, flush, matches
+from builder.openat import split
 
+FOLDER = "generations"
 ID = re.compile(r"[0-9a-f]{16}")
 STAMP = ".committed"
 
 _TRIES = 5
-_BATCH = 4096
+_CREATED = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Part of every id: raise it when what a generation holds changes, so that no old one is used again.
 _VERSION = 2
 #: ioctl of Linux: make one file share the blocks of another (linux/fs.h).
@@ -66,7 +66,7 @@ class _File:
     """
 
     name: str
-    base: Path
+    base: Tree
     size: int
     time_ns: int
     link: bool
@@ -74,7 +74,7 @@ class _File:
 
     @property
     def source(self) -> str:
-        return str(self.base / self.name)
+        return str(self.base.path / self.name)
 
     @property
     def stamp(self) -> bool:
@@ -88,7 +88,7 @@ class _File:
 
 def home(root: Path) -> Path:
     """Return the directory of all generations."""
-    return root / "generations"
+    return root / FOLDER
 
 
 def tree(root: Path, generation: str) -> Path:
@@ -98,10 +98,9 @@ def tree(root: Path, generation: str) -> Path:
 
 def known(root: Path) -> list[str]:
     """Return the ids of all generations, the newest last."""
-    found = [item for item in listing(str(home(root))) or () if ID.fullmatch(item.name) and is_dir(item)]
-    return [
-        item.name for item in sorted(found, key=lambda item: (item.stat(follow_symlinks=False).st_mtime_ns, item.name))
-    ]
+    with Tree(root, FOLDER) as tree:
+        found = [item for item in tree.listing() or () if ID.fullmatch(item.name) and item.is_dir]
+        return [item.name for item in sorted(found, key=lambda item: (item.stat().st_mtime_ns, item.name))]
 
 
 def publish(root: Path, *, check: Callable[[], None]) -> tuple[str, list[Omitted]]:
@@ -109,141 +108,117 @@ def publish(root: Path, *, check: Callable[[], None]) -> tuple[str, list[Omitted
 
     The caller holds `layout.generations_lock`. check: called from time to time, may raise.
     """
-    with Tree(root) as folders:
-        layout.close(folders, "generations", make=True)
-    newest = next(reversed(known(root)), None)
-    for attempt in range(_TRIES):
-        omitted: list[Omitted] = []
-        with contextlib.ExitStack() as locks:
-            files = list(_wanted(root, newest, locks, omitted, check))
-            generation = _digest(files)
-            place = tree(root, generation)
-            if not place.is_dir():
-                try:
-                    _build(root, place, files, newest, check)
-                except _ChangedError:
-                    if attempt == _TRIES - 1:
-                        raise OSError(errno.EBUSY, "it is being written to all the time", str(root)) from None
-                    continue
-        os.utime(place)  # the newest is the one that was requested last
-        return generation, omitted
+    with Tree(root) as folders, Tree(root) as base, contextlib.ExitStack() as stack:
+        layout.close(folders, FOLDER, make=True)
+        newest = next(reversed(known(root)), None)
+        before = stack.enter_context(Tree(root, f"{FOLDER}/{newest}")) if newest else None
+        for attempt in range(_TRIES):
+            omitted: list[Omitted] = []
+            with contextlib.ExitStack() as locks:
+                files = list(_wanted(root, base, before, locks, omitted, check))
+                generation = _digest(files)
+                if not folders.is_dir(f"{FOLDER}/{generation}"):
+                    try:
+                        _build(root, generation, files, before, check)
+                    except _ChangedError:
+                        if attempt == _TRIES - 1:
+                            raise OSError(errno.EBUSY, "it is being written to all the time", str(root)) from None
+                        continue
+            # The newest is the one that was requested last.
+            os.utime(generation, dir_fd=folders.descriptor(FOLDER), follow_symlinks=False)
+            return generation, omitted
     raise AssertionError("unreachable")
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was making or removing here. The caller holds `layout.generations_lock`."""
-    for item in listing(str(folder)) or ():
-        if item.name.startswith(".") and item.name.endswith(".tmp"):
-            remove(Path(item.path), folder)
+def remove(root: Path, generation: str) -> None:
+    """Delete one generation. Raises OSError."""
+    with Tree(root, FOLDER) as tree:
+        tree.remove(generation)
 
 
-def remove(path: Path, folder: Path) -> None:
-    """Delete a tree of any depth and size: never by a path longer than a few parts, never through a link.
-
-    folder: for temporary names, on the same file system. Raises OSError.
-    """
-    flat = folder / f".{os.urandom(8).hex()}.tmp"
-    flat.mkdir(mode=0o700)
-    queue, number = [flat / "0"], 0
-    path.rename(queue[0])
-    while queue:
-        directory = queue.pop()
-        if not stat.S_ISDIR(directory.lstat().st_mode):
-            directory.unlink()
-            continue
-        directory.chmod(0o700)
-        while batch := _some(directory):
-            for item in batch:
-                if is_dir(item):
-                    with contextlib.suppress(OSError):
-                        Path(item.path).chmod(0o700)  # without it, its owner could not move it
-                    number += 1
-                    queue.append(flat / str(number))
-                    Path(item.path).rename(queue[-1])
-                else:
-                    Path(item.path).unlink()
-        directory.rmdir()
-    flat.rmdir()
-
-
-def _some(directory: Path) -> list[os.DirEntry[str]]:
-    """Return a part of a directory's items; none when it is empty."""
-    with os.scandir(directory) as items:
-        return list(itertools.islice(items, _BATCH))
+def remove_unfinished(root: Path, folder: str) -> None:
+    """Remove what a killed process was making or removing in a folder. The caller holds `layout.generations_lock`."""
+    with Tree(root, folder) as tree:
+        for item in tree.listing() or ():
+            if item.name.startswith(".") and item.name.endswith(".tmp"):
+                tree.remove(item.name)
 
 
 # What belongs into a generation
 
 
 def _wanted(
-    root: Path, newest: str | None, locks: contextlib.ExitStack, omitted: list[Omitted], check: Callable[[], None]
+    root: Path,
+    base: Tree,
+    before: Tree | None,
+    locks: contextlib.ExitStack,
+    omitted: list[Omitted],
+    check: Callable[[], None],
 ) -> Iterator[_File]:
-    yield from _plain(root, "layout.json")
+    yield from _plain(base, "layout.json")
     for folder in ("images", "markers"):
-        yield from (file for name in _below(root, folder) if name.endswith(".json") for file in _plain(root, name))
+        yield from (file for name in _below(base, folder) if name.endswith(".json") for file in _plain(base, name))
     for family in FAMILIES:
-        for item in listing(str(root / family.name)) or ():
-            if is_key(item.name.removesuffix(".json")):
-                yield from _plain(root, f"{family.name}/{item.name}")
+        for item in base.listing(family.name) or ():
+            if is_key(item.last.removesuffix(".json")):
+                yield from _plain(base, item.name)
     for directory in layout.family_directories(root):
         check()
-        yield from _family(root, directory.family, directory.key, newest, locks, omitted)
+        yield from _family(root, base, directory.family, directory.key, before, locks, omitted)
 
 
 def _family(
     root: Path,
+    base: Tree,
     family: Family,
     key: str,
-    newest: str | None,
+    before: Tree | None,
     locks: contextlib.ExitStack,
     omitted: list[Omitted],
 ) -> Iterator[_File]:
-    base = root
+    own, name = True, f"{family.name}/{key}"
     if not _locked(layout.family_lock(root, family.name, key), family.renamed, locks):
         # Another process compiles or removes here. What the newest generation has of it is whole.
-        before = tree(root, newest) if newest else None
-        if before is None or not (before / family.name / key).is_dir():
+        if before is None or not before.is_dir(name):
             omitted.append(Omitted(family.name, key, "another process works in it, and no earlier generation has it"))
             return
-        base = before
-    place = base / family.name / key
-    for entry in sorted(inventory.scan(family, place).valid):
-        for name in _below(base, f"{family.name}/{key}/{entry}"):
-            file = name.rpartition("/")[2]
+        own, base = False, before
+    for entry in sorted(inventory.scan(family, base.below(name)).valid):
+        for path in _below(base, f"{name}/{entry}"):
+            file = path.rpartition("/")[2]
             if matches(file, family.transient):
                 continue
-            status = _status(base / name)
+            status = _status(base, path)
             if status is not None:
                 stamp = file == STAMP
                 yield _File(
-                    name=name,
+                    name=path,
                     base=base,
                     size=status.st_size,
                     time_ns=status.st_mtime_ns,
-                    link=base != root and not stamp,
+                    link=not own and not stamp,
                     dated=not stamp and not matches(file, family.rewritten),
                 )
 
 
-def _below(base: Path, name: str) -> list[str]:
+def _below(base: Tree, name: str) -> list[str]:
     """Return the name of a file, or the names of all files below a directory."""
-    status = _status(base / name)
-    if status is not None:
+    if _status(base, name) is not None:
         return [name]
-    return [f"{name}/{below}" for below, item in walk(f"{base}/{name}", ()) if item is not None and not is_dir(item)]
+    return [below for below, item in base.walk(name) if item is not None and not item.is_dir]
 
 
-def _plain(root: Path, name: str) -> Iterator[_File]:
+def _plain(base: Tree, name: str) -> Iterator[_File]:
     """Yield a file of this program, which always publishes by rename."""
-    status = _status(root / name)
+    status = _status(base, name)
     if status is not None:
-        yield _File(name, root, status.st_size, status.st_mtime_ns, link=False, dated=True)
+        yield _File(name, base, status.st_size, status.st_mtime_ns, link=False, dated=True)
 
 
-def _status(path: Path) -> os.stat_result | None:
+def _status(base: Tree, name: str) -> os.stat_result | None:
     """Return the status of a regular file; None for anything else."""
     try:
-        status = path.lstat()
+        status = base.lstat(name)
     except (OSError, ValueError):
         return None
     return status if stat.S_ISREG(status.st_mode) else None
@@ -267,95 +242,95 @@ def _digest(files: list[_File]) -> str:
 # Building one
 
 
-def _build(root: Path, place: Path, files: list[_File], newest: str | None, check: Callable[[], None]) -> None:
-    before = tree(root, newest) if newest else None
-    new = place.with_name(f".{place.name}.{os.urandom(8).hex()}.tmp")
-    new.mkdir()
-    try:
-        made = {""}
-        for number, file in enumerate(files):
-            if number % 64 == 0:
-                check()
-            _directories(root, new, file.name.rpartition("/")[0], made)
-            _put(file, new / file.name, before)
-        _date_directories(root, new, made)
-        layout.prepare(new)
-        shutil.copystat(root, new)
-        flush(new)
-        new.rename(place)
-    except BaseException:
-        remove(new, place.parent)
-        raise
-    sync_directory(place.parent)
+def _build(root: Path, generation: str, files: list[_File], before: Tree | None, check: Callable[[], None]) -> None:
+    name = f".{generation}.{os.urandom(8).hex()}.tmp"
+    with Tree(root, FOLDER) as home, Tree(root) as base, Tree(root, f"{FOLDER}/{name}") as new:
+        home.make_folder(name)
+        try:
+            made = {""}
+            for number, file in enumerate(files):
+                if number % 64 == 0:
+                    check()
+                _directories(base, new, file.name.rpartition("/")[0], made)
+                _put(file, new, before)
+            _date_directories(base, new, made)
+            layout.prepare(new.path)
+            new.copy_mode("", root.stat())
+            flush(new.path)
+            home.move(name, home, generation)
+        except BaseException:
+            home.remove(name)
+            raise
+        home.sync("")
 
 
-def _directories(root: Path, new: Path, name: str, made: set[str]) -> None:
+def _directories(base: Tree, new: Tree, name: str, made: set[str]) -> None:
     """Make the directories that lead to a file, with the modes and owners that they have in the root."""
     if name in made:
         return
-    _directories(root, new, name.rpartition("/")[0], made)
-    (new / name).mkdir()
+    _directories(base, new, name.rpartition("/")[0], made)
+    new.make_folder(name)
     with contextlib.suppress(OSError):
-        _like(new / name, (root / name).stat())
+        new.copy_mode(name, base.lstat(name))
     made.add(name)
 
 
-def _date_directories(root: Path, new: Path, made: set[str]) -> None:
+def _date_directories(base: Tree, new: Tree, made: set[str]) -> None:
     """Give directories the times that they have in the root: sglang looks at its 100 newest leaves alone."""
     for name in sorted(made - {""}, reverse=True):  # before the directory above, whose time stays
         with contextlib.suppress(OSError):
-            status = (root / name).stat()
-            os.utime(new / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+            status = base.lstat(name)
+            above, last = split(name)
+            times = status.st_atime_ns, status.st_mtime_ns
+            os.utime(last, ns=times, dir_fd=new.descriptor(above), follow_symlinks=False)
 
 
-def _put(file: _File, target: Path, before: Path | None) -> None:
-    earlier = _status(before / file.name) if before is not None and (file.dated or file.stamp) else None
-    same = earlier is not None and file.is_like(earlier) and not _is_same(earlier, file.source)
-    sources = [file.source] if file.link else []
-    sources += [f"{before}/{file.name}"] if same else []
+def _put(file: _File, new: Tree, before: Tree | None) -> None:
+    earlier = _status(before, file.name) if before is not None and (file.dated or file.stamp) else None
+    same = earlier is not None and file.is_like(earlier) and not _is_same(earlier, file)
+    sources = [file.base] if file.link else []
+    sources += [before] if before is not None and same else []
+    above, last = split(file.name)
     for source in sources:
         try:
-            os.link(source, target, follow_symlinks=False)
+            folders = source.descriptor(above), new.descriptor(above)
+            os.link(last, last, src_dir_fd=folders[0], dst_dir_fd=folders[1], follow_symlinks=False)
         except FileNotFoundError:
             raise _ChangedError from None
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
         else:
-            if not file.is_like(target.lstat()):
+            if not file.is_like(new.lstat(file.name)):
                 raise _ChangedError
             return
-    _copy(file, target)
+    _copy(file, new)
 
 
-def _is_same(status: os.stat_result, path: str) -> bool:
-    """Return whether the path is another name of this file: generations of earlier versions linked to the root."""
-    now = _status(Path(path))
+def _is_same(status: os.stat_result, file: _File) -> bool:
+    """Return whether the file is another name of this one: generations of earlier versions linked to the root."""
+    now = _status(file.base, file.name)
     return now is not None and os.path.samestat(status, now)
 
 
-def _copy(file: _File, target: Path) -> None:
+def _copy(file: _File, new: Tree) -> None:
     try:
-        with Tree(file.base) as folders:
-            source, _ = folders.open_regular(file.name)
+        source, _ = file.base.open_regular(file.name)
     except UnreadableError as error:
         if error.refused:
             raise OSError(errno.EACCES, str(error), file.source) from None
         raise _ChangedError from None
-    with os.fdopen(source, "rb"), target.open("xb") as writer:
+    above, last = split(file.name)
+    with os.fdopen(source, "rb"), os.fdopen(os.open(last, _CREATED, dir_fd=new.descriptor(above)), "wb") as writer:
+        target = writer.fileno()
         try:
-            fcntl.ioctl(writer, _FICLONE, source)
+            fcntl.ioctl(target, _FICLONE, source)
         except OSError:
-            copy_content(source, writer.fileno())
+            copy_content(source, target)
         status = os.fstat(source)
-    if file.dated and not file.is_like(status):
-        raise _ChangedError
-    _like(target, status)
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _like(path: Path, status: os.stat_result) -> None:
-    with contextlib.suppress(OSError):
-        os.chown(path, status.st_uid, status.st_gid)
-    # A directory passes its group on; a program with the rights of its owner is no kernel.
-    path.chmod(stat.S_IMODE(status.st_mode) & (0o7777 if stat.S_ISDIR(status.st_mode) else 0o777))
+        if file.dated and not file.is_like(status):
+            raise _ChangedError
+        with contextlib.suppress(OSError):
+            os.fchown(target, status.st_uid, status.st_gid)
+        os.fchmod(target, stat.S_IMODE(status.st_mode) & 0o777)  # a program with the rights of its owner is no kernel
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builder.beneath import Tree
 from builder.cache import generations, layout
 from builder.cache.families import FAMILY, Family, is_key
 from builder.files import copy_content, matches, why
@@ -143,8 +144,9 @@ class _Reset:
                 self._trash = _opened(stack, name, target)
                 self._folder(_Folder("", source, target, None, 0), spare=name)
         finally:
-            if (self._target / name).is_dir():
-                generations.remove(self._target / name, self._target)
+            with Tree(self._target) as tree:
+                if tree.is_dir(name):
+                    tree.remove(name)
 
     def _folder(self, top: _Folder, spare: str) -> None:
         """Walk both sides, a directory's content before its times. spare: a name at the top that stays."""

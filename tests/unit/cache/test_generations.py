@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from builder.agent import views
+from builder.beneath import Tree
 from builder.cache import generations, inventory, layout, removal, view_records
 from builder.cache.families import FAMILY
 from builder.cache.generations import Omitted
@@ -77,7 +78,7 @@ def test_publish_without_change_makes_no_generation(root: Path) -> None:
     second = published(root)
     assert second != first
     assert generations.known(root) == [first.name, second.name]
-    generations.remove(root / "deep_gemm" / KEY / "cache" / "new.1", root)
+    Tree(root).remove(f"deep_gemm/{KEY}/cache/new.1")
     assert published(root) == first
     assert generations.known(root) == [second.name, first.name], "the newest is the one that was asked for last"
 
@@ -157,7 +158,7 @@ def test_unfinished_generation_is_none(root: Path) -> None:
     half.mkdir(parents=True)
     (half / "layout.json").write_text("{}")
     assert generations.known(root) == []
-    generations.remove_unfinished(generations.home(root))
+    generations.remove_unfinished(root, generations.FOLDER)
     assert list(generations.home(root).iterdir()) == []
 
     def stop() -> None:
@@ -218,7 +219,7 @@ def test_generations_without_view_are_removed_for_room(root: Path) -> None:
     record.write_text("garbage")
     views.remove_generations(root, guard)
     assert generations.known(root) == [used.name], "it is unknown what that view has as its lower layer"
-    generations.remove(record.parent, view_records.home(root))
+    Tree(root).remove(str(record.parent.relative_to(root)))
     views.remove_generations(root, guard)
     assert generations.known(root) == []
     assert inventory.scan(FAMILY["deep_gemm"], root / "deep_gemm" / KEY).valid
@@ -245,7 +246,8 @@ def test_generation_does_not_count_as_use(root: Path) -> None:
     holds="a generation and a reset have the hole as a hole, in no time and without room, and no such bit",
 )
 def test_copies_of_sparse_files_are_sparse(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
+    source, target = tmp_path / "source", tmp_path / "new" / "source"
+    target.parent.mkdir()
     with source.open("wb") as file:
         file.write(b"head")
         file.seek(1 << 30)
@@ -254,8 +256,8 @@ def test_copies_of_sparse_files_are_sparse(tmp_path: Path) -> None:
     source.chmod(0o4755)
     if source.stat().st_blocks > 1 << 12:
         pytest.skip("this file system has no holes")
-    listed = generations._File(source.name, tmp_path, 1 << 40, source.stat().st_mtime_ns, link=False, dated=True)
-    generations._copy(listed, target)
+    listed = generations._File(source.name, Tree(tmp_path), 1 << 40, source.stat().st_mtime_ns, link=False, dated=True)
+    generations._copy(listed, Tree(target.parent))
     copy = target.stat()
     assert (copy.st_size, copy.st_mode & 0o7777, copy.st_blocks <= 1 << 12) == (1 << 40, 0o755, True)
     with target.open("rb") as reader:
@@ -273,7 +275,8 @@ def test_copy_through_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("x")
     (tmp_path / "entry").symlink_to("elsewhere")
-    file = generations._File("entry/secret", tmp_path, 1, 0, link=False, dated=False)
+    (tmp_path / "new" / "entry").mkdir(parents=True)
+    file = generations._File("entry/secret", Tree(tmp_path), 1, 0, link=False, dated=False)
     with pytest.raises(generations._ChangedError):
-        generations._copy(file, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
+        generations._copy(file, Tree(tmp_path, "new"))
+    assert list((tmp_path / "new" / "entry").iterdir()) == []

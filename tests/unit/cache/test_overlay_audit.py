@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.cache import generations, overlay_audit
+from builder.beneath import Tree
+from builder.cache import overlay_audit
 from builder.cache.findings import Audit, proposal
 from builder.cache.overlay_audit import AuditBounds, Layers
 from builder.events import Finding
@@ -74,7 +75,7 @@ def view(tmp_path: Path) -> Iterator[View]:
     view = View(tmp_path)
     yield view
     if view.merged.exists():  # as deep as it may be: whoever empties the temporary directory would not get through
-        generations.remove(view.merged, tmp_path)
+        Tree(tmp_path).remove(view.merged.name)
 
 
 def told(found: Audit) -> set[tuple[str, str, str]]:
@@ -242,7 +243,7 @@ def test_audit_of_hostile_layer_never_raises_or_escapes(
             assert text.isprintable() and len(text) < 600, finding
         assert "secret" not in finding.detail
     # And it can be removed, which takes nothing else along.
-    generations.remove(view.merged, tmp_path)
+    Tree(tmp_path).remove(view.merged.name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lower", "outside", "upper"]
     assert (outside / "secret").read_text() == "secret"
     assert (outside / f"gemm_a.{'a' * 32}" / "kernel.cubin").exists()
