@@ -13,7 +13,8 @@ _FLEET_ACTIONS = (
     Action(
         "kubernetes",
         "print JSON for kubectl apply -f -: what warms once, restores on nodes, and checks",
-        "warm-cache fleet kubernetes r.example/jit --profile h200 --builder-image r.example/builder:1",
+        "warm-cache fleet kubernetes r.example/jit --profile h200 --image r.example/sglang@sha256:DIGEST "
+        "--builder-image r.example/builder:1",
         (
             *(*_MANIFEST, "builder-image", "target", "part", "name", "namespace", "budget", *_RESTORE),
             *("schedule", "queue", "node-selector", "toleration", "max-unavailable", "user"),
