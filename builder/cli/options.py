@@ -225,7 +225,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "RUNTIME",
         "help": "where a Slurm job warms: engine (the node's), pyxis or apptainer (default engine)",
     },
-    "program": {"metavar": "DIR", "help": "the folder that holds builder/ on all nodes, for pyxis and apptainer"},
+    "program": {
+        "metavar": "PATH",
+        "help": "the program on all nodes (default: warm-cache on PATH); for pyxis and apptainer the folder that "
+        "holds builder/",
+    },
     "push": {"metavar": "REF", "help": "the cache image to which what is warm is pushed"},
     "logs": {"metavar": "DIR", "help": "where reports and logs go; the directory exists on all nodes"},
     "pass-variable": {

@@ -35,7 +35,7 @@ _FLEET_ACTIONS = (
         "prolog",
         "print the lines of a Prolog of Slurm that restores, and never fails",
         "warm-cache fleet prolog r.example/jit --profile h200",
-        (*_MANIFEST, *_RESTORE),
+        (*_MANIFEST, *_RESTORE, "program"),
         ("ref",),
     ),
     Action(

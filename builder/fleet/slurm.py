@@ -62,7 +62,7 @@ class SlurmJob:
     account: str | None
     budget: float
     runtime: Runtime
-    program: str  # the folder that holds builder/, on every node
+    program: str  # on every node: the command; for pyxis and apptainer the folder that holds builder/
     logs: str  # directory of reports and logs, on every node
     passed: Sequence[str]  # names of variables of the submitter that jobs get
 
@@ -72,6 +72,7 @@ class SlurmRestore:
     """A restore ahead of each job of a node. Seconds; key: path on the node."""
 
     node: SlurmNode
+    program: str
     ref: str
     key: str | None
     deadline: float
@@ -116,7 +117,7 @@ def job_script(job: SlurmJob) -> str:
 
 def prolog_script(restore: SlurmRestore) -> str:
     """Return the lines for the Prolog of the nodes: they restore the cache, and end with 0 whatever happens."""
-    words = ["warm-cache", "pull", restore.ref, *restore.node.options, "--fail-open"]
+    words = [restore.program, "pull", restore.ref, *restore.node.options, "--fail-open"]
     words += ["--deadline", f"{restore.deadline:g}s", "--jitter", f"{restore.jitter:g}s"]
     words += ["--key", restore.key] if restore.key else []
     limit = math.ceil(restore.deadline + restore.jitter) + _PROLOG_SLACK
@@ -137,7 +138,7 @@ def _warm(job: SlurmJob) -> list[str]:
     budget = ["--budget", f"{int(job.budget)}s", "--json"]
     if job.runtime == "engine":
         verb = ["refresh", "--push", job.push] if job.push else ["warm"]
-        return ["warm-cache", *verb, *job.node.options, *budget]
+        return [job.program, *verb, *job.node.options, *budget]
     here = ["python3", "-m", "builder", "warm", "--here", *job.node.named, "--cache", job.mount, *budget]
     binds = [f"{job.node.cache}:{job.mount}", f"{job.program}:{_PROGRAM}:ro"]
     variables = []

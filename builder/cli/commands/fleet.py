@@ -12,7 +12,7 @@ from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs
 from builder.errors import Problem, UsageError
 from builder.fleet import kubernetes, pods, slurm, summary, values
-from builder.fleet.slurm import SlurmNode
+from builder.fleet.slurm import Runtime, SlurmNode
 from builder.fleet.summary import RunReport
 from builder.manifest.load import Manifest
 from builder.manifest.values import a_variable, positive_seconds, seconds
@@ -31,7 +31,7 @@ _DEADLINE, _JITTER = 20.0, 60.0
 #: Bytes of the largest manifest or key in a ConfigMap, which holds 1 MiB in all.
 _LARGEST = 900 << 10
 TARGETS: tuple[pods.Target, ...] = ("hostpath", "pvc", "emptydir")
-RUNTIMES: tuple[slurm.Runtime, ...] = ("engine", "pyxis", "apptainer")
+RUNTIMES: tuple[Runtime, ...] = ("engine", "pyxis", "apptainer")
 _BUILDER_IMAGE = "build target `builder` of docker/Dockerfile, push it, and pass --builder-image."
 
 
@@ -198,7 +198,7 @@ class _FleetReader:
             account=self._read("account", args.account, values.scheduler_word, None),
             budget=self._budget(),
             runtime=runtime,
-            program=self._folder("program", str(Path(__file__).resolve().parents[3])),
+            program=self._program(runtime),
             logs=self._folder("logs", "/"),
             passed=self._read_all("pass-variable", args.pass_variable, a_variable),
         )
@@ -209,6 +209,7 @@ class _FleetReader:
         """Return the lines of a Prolog. Raises UsageError with every problem."""
         restore = slurm.SlurmRestore(
             node=self._node(),
+            program=self._program("engine"),
             ref=self._ref(),
             key=os.path.abspath(self.args.key) if self.args.key else None,
             deadline=self._seconds("deadline", _DEADLINE),
@@ -276,10 +277,16 @@ class _FleetReader:
             self._add("budget", "a job without a limit would hold its GPUs for ever:", "pass --budget 55m.")
         return self.manifest.run.budget or 0.0
 
+    def _program(self, runtime: Runtime) -> str:
+        """Return the command on the nodes; for a runtime without an engine, the folder that holds builder/."""
+        if runtime == "engine" and self.args.program is None:
+            return "warm-cache"
+        return self._folder("program", str(Path(__file__).resolve().parents[3]))
+
     def _folder(self, option: str, default: str) -> str:
         value = str(getattr(self.args, option) or default)
         if not value.startswith("/"):
-            self._add(option, f"the absolute path of a directory on the nodes is wanted, found {value!r}.")
+            self._add(option, f"an absolute path on the nodes is wanted, found {value!r}.")
         return os.path.normpath(value)
 
     def _manifest_in_pod(self) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -90,7 +90,7 @@ def test_prolog_ends_well_whatever_happens(script: Print) -> None:
         ),
         (("slurm", "--pass-variable", "HF-TOKEN"), "expected the NAME of an environment variable, found 'HF-TOKEN'"),
         (("slurm", "--queue", "gpu"), "--queue is no option of fleet slurm, but of fleet kubernetes"),
-        (("slurm", "--program", "here"), "the absolute path of a directory on the nodes is wanted, found 'here'"),
+        (("slurm", "--program", "here"), "an absolute path on the nodes is wanted, found 'here'"),
         (("slurm",), "--logs the directory for reports and logs is missing; it has to exist on all nodes"),
         (("prolog",), "fleet prolog needs a REF: the cache image, with its registry"),
         (("prolog", "jit"), "REF the name of a cache image with its registry is wanted"),
