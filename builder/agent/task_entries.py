@@ -17,7 +17,7 @@ from builder.agent.process import Failed
 from builder.beneath import Tree
 from builder.cache import inventory
 from builder.cache.entries import EntryProblem
-from builder.cache.families import FAMILIES, FAMILY
+from builder.cache.families import CLAIMABLE, FAMILY
 from builder.cache.inventory import Inventory
 from builder.task import RECIPES, Task
 from builder.text import counted
@@ -37,13 +37,13 @@ class TaskEntries:
 
     def scan(self) -> dict[str, Inventory]:
         """Return what is there now, of every family that can be claimed."""
-        return {family.name: inventory.scan(family, self.tree(family.name)) for family in FAMILIES if family.claimable}
+        return {family.name: inventory.scan(family, self.tree(family.name)) for family in CLAIMABLE}
 
     def trees(self) -> dict[str, Tree]:
         """Return the directory of each family that the task may claim."""
         names = self._task.claimed
         if names is None:
-            names = tuple(family.name for family in FAMILIES if family.claimable)
+            names = tuple(family.name for family in CLAIMABLE)
         return {name: self.tree(name) for name in names}
 
     def claim(

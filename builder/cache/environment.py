@@ -16,7 +16,7 @@ from typing import Any, Literal
 from builder import text
 from builder.cache import kernel_sources, layout, toolchain
 from builder.cache.coverage import differences
-from builder.cache.families import FAMILIES, TABLE_VERSION, Family
+from builder.cache.families import CLAIMABLE, TABLE_VERSION, Family
 from builder.cache.memos import known_images
 from builder.cache.toolchain import Record, Sglang
 
@@ -131,11 +131,7 @@ class Described:
 
 def compare(known: Sequence[Described], record: Record) -> list[Standing]:
     """Return every claimable family, in the table's order, against the directories that exist."""
-    return [
-        _standing([each for each in known if each.family == family.name], family, record)
-        for family in FAMILIES
-        if family.claimable
-    ]
+    return [_standing([each for each in known if each.family == family.name], family, record) for family in CLAIMABLE]
 
 
 def described(root: Path) -> Iterator[Described]:

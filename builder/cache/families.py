@@ -253,6 +253,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 FAMILY: dict[str, Family] = {family.name: family for family in FAMILIES}
+#: Those that a task can claim: what tables show, and what counts as warm or cold.
+CLAIMABLE = tuple(family for family in FAMILIES if family.claimable)
 
 
 def directory(root: str, family: str, key: str) -> str:

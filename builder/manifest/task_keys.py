@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from builder.cache.families import FAMILIES, FAMILY
+from builder.cache.families import CLAIMABLE, FAMILY
 from builder.manifest.fields import key
 from builder.manifest.values import (
     VARIABLE,
@@ -38,7 +38,7 @@ EXAMPLE_SHAPE = Shape("GEMM_NT_F8F8BF16", 4096, 7168)
 arguments = list_of(an_argument, "arguments")
 
 
-@kind("name of a family", enum=[family.name for family in FAMILIES if family.claimable])
+@kind("name of a family", enum=[family.name for family in CLAIMABLE])
 def family_name(value: Any) -> str:
     name = one_of(FAMILY, "family")(value)
     if not FAMILY[name].claimable:

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Mapping
 
 from builder import events
-from builder.cache import reasons, toolchain
+from builder.cache import reasons
+from builder.cache.families import CLAIMABLE
 from builder.report.progress import TaskProgress
 from builder.report.task_output import TaskOutput, open_output
 from builder.run import dispatch, forecast, outcome, prebuild
@@ -109,10 +110,9 @@ def announce(executor: Executor, plan: Plan, estimates: Mapping[str, Estimate], 
     context = executor.context
     say = context.console.say
     say(f"warm-cache  {executor.heading()}  cache {executor.root_name}")
-    keys = toolchain.family_keys(plan.items[0].record)
     anew = [item.judgement for item in plan.cold if item.judgement.anew]
     costliest = min(anew, key=lambda judgement: reasons.rank(judgement.anew[0]), default=None)
-    why = f": {costliest.detail}" if costliest else f" of {len(keys)} families"
+    why = f": {costliest.detail}" if costliest else f" of {len(CLAIMABLE)} families"
     logs = f", logs in {context.log_directory()}" if reasons_too else ""
     say(f"toolchain {plan.digest}{why}{logs}")
     items = to_do(context, plan)

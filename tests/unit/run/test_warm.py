@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import marker_writing
+from builder.cache import environment, marker_writing
 from builder.cache.families import FAMILIES
 from builder.cache.marker_format import Observed, Proof
 from builder.cache.toolchain import Record
@@ -392,4 +392,7 @@ def test_expected_time_of_the_run_is_reported(tmp_path: Path) -> None:
     run(executor)
     expected = json.loads(executor.context.report.document(0, None))["expected"]
     assert math.isclose(expected["seconds"], 240.0) and expected["never_timed"] == ["new"]
-    assert "2 tasks: 1 warm, 2 to do · at most 4 min (1 never timed)" in executor.output.getvalue()
+    said = executor.output.getvalue()
+    assert "2 tasks: 1 warm, 2 to do · at most 4 min (1 never timed)" in said
+    rows_of_explain = environment.compare([], executor.plan([known]).items[0].record)
+    assert f" of {len(rows_of_explain)} families, logs in" in said
