@@ -10,16 +10,15 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from builder import files
 from builder.engine.podman import is_podman
 from builder.errors import EngineLostError
+from builder.host import temporary
 from builder.text import printable
 
 #: Bytes of the docker command's configuration that are read at most.
@@ -96,7 +95,8 @@ class Tunnel:
     def __init__(self, url: str) -> None:
         self._command = [*_ssh(url), "docker", "system", "dial-stdio"]
         self._children: list[subprocess.Popen[bytes]] = []
-        self._directory = Path(tempfile.mkdtemp(prefix="warm-cache-ssh-"))
+        self._stack = contextlib.ExitStack()
+        self._directory = self._stack.enter_context(temporary.directory("ssh"))
         self._stderr = (self._directory / "stderr").open("ab")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = self._directory / "docker.sock"
@@ -122,7 +122,7 @@ class Tunnel:
             child.wait()
         self._children.clear()
         self._stderr.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._stack.close()
 
     def _serve(self) -> None:
         while True:

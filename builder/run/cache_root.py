@@ -26,6 +26,7 @@ from builder.engine.client import Engine
 from builder.engine.errors import LinkLoopError, MissingSourceError, NotFoundError
 from builder.engine.lease import Lease
 from builder.errors import BuilderError, EngineLostError, EngineRefusedError, EngineTimeoutError, PreflightError
+from builder.host import temporary
 from builder.host.cancel import REMOVE_WITHIN, Cancel
 from builder.manifest.load import Manifest
 from builder.run.unpacking import UnpackBudget, unpack
@@ -181,10 +182,10 @@ class CacheRoot:
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
         """Yield a private directory, removed with the context."""
-        with self._copying():
-            scratch = tempfile.TemporaryDirectory(prefix="warm-cache-view-")
-        with scratch as name:
-            yield Path(name)
+        with contextlib.ExitStack() as stack:
+            with self._copying():
+                scratch = stack.enter_context(temporary.directory("view"))
+            yield scratch
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:

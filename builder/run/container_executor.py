@@ -21,7 +21,7 @@ from builder.engine.client import Engine
 from builder.engine.images import content, identity, names, warmup_image
 from builder.engine.lease import Lease
 from builder.errors import CANNOT_RUN, ColdError, EngineLostError, EngineRefusedError, PreflightError, Problem
-from builder.host import gpus
+from builder.host import gpus, temporary
 from builder.host.cancel import ANSWER_WITHIN
 from builder.host.gpus import GpuSnapshot, Nvml
 from builder.run import cache_root, preflight
@@ -268,6 +268,7 @@ class ContainerExecutor:
         from builder.engine.sweep import save_log, sweep
         from builder.run import gpu_reservation
 
+        temporary.remove_orphans()
         options = self.context.options
         found = sweep(
             self.engine,

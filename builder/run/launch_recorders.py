@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder import processes
 from builder.errors import PreflightError, UsageError
 from builder.events import Event
+from builder.host import temporary
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.job import Job
@@ -52,9 +51,9 @@ class InContainer:
             start=context.manifest.run.start,
             grace=_GRACE,
         )
-        with tempfile.TemporaryDirectory(prefix="warm-cache-request-") as folder:
-            Path(folder).chmod(0o755)
-            path = Path(folder, "request.json")
+        with temporary.directory("request") as folder:
+            folder.chmod(0o755)
+            path = folder / "request.json"
             path.write_text(replace(request, checkout=_CHECKOUT).to_json(), encoding="utf-8")
             path.chmod(0o644)
             mounts = (
@@ -83,21 +82,21 @@ class InChild:
         from builder.run.local_job import AgentProcess
 
         processes.become_subreaper()
-        with tempfile.TemporaryDirectory(prefix="warm-cache-request-") as folder:
-            path = Path(folder, "request.json")
+        with temporary.directory("request") as folder:
+            path = folder / "request.json"
             path.write_text(request.to_json(), encoding="utf-8")
             lifetime = total_seconds(request)
             job = Job(
                 mode="record",
                 nonce=os.urandom(8).hex(),
-                mount=folder,
+                mount=str(folder),
                 lifetime=lifetime + 30.0,
                 grace=_GRACE,
                 record=str(path),
             )
             environ = child_environment(self.environ)
             watcher = Watcher(lambda _stream, _line: None, on_event)
-            program = AgentProcess(job, environ, watcher, Path(folder, "log"))
+            program = AgentProcess(job, environ, watcher, folder / "log")
             with self.cancel.shield():
                 ended = program.run(
                     task=Deadline(lifetime),
