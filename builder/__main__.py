@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -24,8 +25,11 @@ def main() -> int:
         import threading
 
         before = set(threading.enumerate())
+        gc.disable()  # modules stay: to look for garbage among them while they are loaded takes a tenth of a check
         from builder.cli.main import main as run
 
+        gc.freeze()
+        gc.enable()
         if handled:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = run()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def become_subreaper() -> None:
     """Make orphans of our children our children, setsid or not, so that they can be found and ended."""
+    import ctypes  # with `subprocess` a tenth of the modules of a check, which starts nothing
+
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -59,10 +63,12 @@ def kill_descendants(
 
 def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     """End a child that leads its own process group: SIGTERM to the group, `grace` seconds later SIGKILL."""
+    from subprocess import TimeoutExpired
+
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             process.wait(grace)
             break
     # Processes of the group that ignored SIGTERM outlive their leader.

@@ -88,8 +88,11 @@ def _tables(fd: int, size: int, header: bytes) -> str | None:
 def _machine(header: bytes, name: str) -> str | None:
     """Return for which other machine a file is; None if it is for this one, or for one that is no host's."""
     (number,) = struct.unpack_from("<H" if header[5] == 1 else ">H", header, 18)
-    theirs, ours = _MACHINES.get(number), os.uname().machine
-    if theirs is None or (theirs == ours and not name.endswith(".cubin")):
+    theirs = _MACHINES.get(number)
+    if theirs is None:
+        return None
+    ours = os.uname().machine
+    if theirs == ours and not name.endswith(".cubin"):
         return None
     return f"is for {theirs}, " + ("and no GPU" if name.endswith(".cubin") else f"and this machine is {ours}")
 

@@ -8,13 +8,13 @@ import gc
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder import files
 from builder.cache.build_proofs import ANY_PROOF, ProofWanted
 from builder.cli.options import Args, ManifestArgs
 from builder.cli.signals import Signals
@@ -126,7 +126,7 @@ class Invocation:
         options = Options(
             log_dir=chosen,
             log_dir_fallback=None if log_dir else self._log_dir_in(_temporary_home()),
-            state_dir=_absolute(self.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "XDG_RUNTIME_DIR"),
+            state_dir=_absolute(self.environ.get("XDG_RUNTIME_DIR") or files.temporary_directory(), "XDG_RUNTIME_DIR"),
             environ=self.environ,
             pull=pull,
             force=force,
@@ -191,7 +191,7 @@ class Invocation:
             root = (manifest.cache if manifest else self.cache(args.cache)).root
         if root is None:
             raise UsageError(f"--cache {args.cache}: with --here, the directory is wanted where the cache is mounted")
-        logs = log_dir or str(Path(tempfile.gettempdir(), f"warm-cache-logs-{self.run_id}"))
+        logs = log_dir or str(Path(files.temporary_directory(), f"warm-cache-logs-{self.run_id}"))
         context = self.context(
             manifest or without_tasks(),
             log_dir=logs,
@@ -256,7 +256,7 @@ class Invocation:
 
 def _temporary_home() -> Path:
     """Return this user's own directory in the temporary one."""
-    return home_directory(Path(tempfile.gettempdir()))
+    return home_directory(Path(files.temporary_directory()))
 
 
 def _prune_logs(place: Path) -> None:

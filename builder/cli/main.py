@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -140,6 +139,8 @@ class _Program:
     def unexpected(self, raised: Exception) -> BuilderError:
         """Return the error for an exception that is being handled, and write its traceback if asked for."""
         if self.line.args.verbose:
+            import traceback  # nothing else needs it
+
             self.console.say(traceback.format_exc().rstrip())
         return _unexpected(raised)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import json
 import os
 import socket
-import urllib.parse
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -37,6 +36,8 @@ DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 QUICK = 10.0
 #: Bytes of a refusal's body that are read.
 _BODY = 1 << 16
+#: Characters of a path that a request needs no quoting for: all of an image's name.
+_PLAIN = frozenset(string.ascii_letters + string.digits + "/:@._-")
 
 
 class EngineConnection:
@@ -87,7 +88,7 @@ class EngineConnection:
         On a unix socket this spares a verb that only looks at an image the import of docker-py.
         """
         if self._client is None and self.url.startswith("unix://"):
-            with contextlib.suppress(OSError, http.client.HTTPException):  # `connect` has the words for them
+            with contextlib.suppress(OSError):  # `connect` has the words for them
                 with contextlib.closing(PlainRequest(self.url.removeprefix("unix://"), self._timeout)) as request:
                     newest, info = request.answer()
                 if info and (parse_version(newest) or (0, 0)) >= MINIMUM_API:
@@ -100,12 +101,13 @@ class EngineConnection:
         """Return the JSON object at this path, without docker-py; None where there is none, or not so."""
         if self._client is not None or not self._is_greeted:
             return None
+        if any(character not in _PLAIN for character in path):
+            return None
         try:
-            target = urllib.parse.quote(path, safe="/:@")
-            request = PlainRequest(self.url.removeprefix("unix://"), self._timeout, target)
+            request = PlainRequest(self.url.removeprefix("unix://"), self._timeout, path)
             with contextlib.closing(request):
                 return request.answer()[1] or None
-        except (OSError, http.client.HTTPException):
+        except OSError:
             return None
 
     def _know(self, info: Mapping[str, Any]) -> None:
@@ -314,6 +316,8 @@ class EngineConnection:
 
     def _explained(self, action: str, error: Exception) -> EngineLostError | None:
         """Return the error to raise instead; None if this is no failure of an engine."""
+        import http.client
+
         import docker
         import urllib3
 

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import re
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -312,6 +311,8 @@ def _with_setup(text: str, base: str, setup: Iterable[str]) -> str:
 
 def _context(text: str, files: Sequence[tuple[str, bytes]]) -> bytes:
     """Return a build context with the same bytes for the same input, so that the engine's layer cache applies."""
+    import tarfile  # only a build needs it
+
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in [("Dockerfile", text.encode()), *files]:

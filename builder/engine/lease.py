@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +81,8 @@ class Lease:
         return self
 
     def _take(self, home: Path) -> None:
+        import tempfile  # a check takes no lease
+
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=home))
         try:
             # Readable by every user that a container may run as; no other user of this host can enter the directory.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import http.client
 import json
 import os
 import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from builder import files
 from builder.engine.podman import is_podman
@@ -21,13 +19,22 @@ from builder.errors import EngineLostError
 from builder.host import temporary
 from builder.text import printable
 
+if TYPE_CHECKING:
+    import subprocess
+
 #: Bytes of the docker command's configuration that are read at most.
 _CONFIG_LIMIT = 1 << 20
+#: Bytes of an answer, and of it that are read at once.
+_ANSWER_LIMIT, _CHUNK = 16 << 20, 64 << 10
+
+
+class ForeignServerError(OSError):
+    """What answers does not speak HTTP."""
 
 
 class PlainRequest:
-    """``GET`` on a unix socket without docker-py, whose import costs a tenth of a second. Raises OSError if nothing
-    listens.
+    """``GET`` on a unix socket without docker-py, whose import costs a tenth of a second, and http.client, whose
+    import is a tenth of a check. Raises OSError if nothing listens.
 
     An engine takes 20 ms to describe itself (``/info``), because it starts its container runtime for that: what can be
     done meanwhile is done between construction and `answer`.
@@ -40,7 +47,8 @@ class PlainRequest:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(path)
-            self._socket.sendall(f"GET {target} HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n".encode("ascii"))
+            # In HTTP 1.0 the answer is one piece, which ends with the connection.
+            self._socket.sendall(f"GET {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode("ascii"))
         except BaseException:
             self.close()
             raise
@@ -48,16 +56,21 @@ class PlainRequest:
     def answer(self) -> tuple[str | None, Mapping[str, Any]]:
         """Return the engine's newest API version and its answer; None and an empty mapping if they are missing.
 
-        Raises OSError and HTTPException if the server does not speak HTTP.
+        Raises OSError, also if the server does not speak HTTP.
         """
-        with http.client.HTTPResponse(self._socket, method="GET") as response:
-            response.begin()
-            version, data = response.getheader("Api-Version"), response.read()
-        try:
-            info = json.loads(data) if response.status == http.HTTPStatus.OK else None
-        except (ValueError, RecursionError):
-            info = None
-        return version, info if isinstance(info, dict) else {}
+        data = b""
+        while len(data) <= _ANSWER_LIMIT and (more := self._socket.recv(_CHUNK)):
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        status, *lines = head.decode("latin-1").split("\r\n")
+        if not status.startswith("HTTP/1."):
+            raise ForeignServerError(errno.EPROTO, "no answer of an engine")
+        fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        info = None
+        if status.split()[1:2] == ["200"] and len(body) >= int(fields.get("content-length", "0") or 0):
+            with contextlib.suppress(ValueError, RecursionError):
+                info = json.loads(body)
+        return fields.get("api-version"), info if isinstance(info, dict) else {}
 
     def close(self) -> None:
         self._socket.close()
@@ -125,6 +138,8 @@ class Tunnel:
         self._stack.close()
 
     def _serve(self) -> None:
+        import subprocess
+
         while True:
             try:
                 connection, _ = self._listener.accept()
@@ -141,6 +156,8 @@ class Tunnel:
 
 def _ssh(url: str) -> list[str]:
     """Return the ssh command for this address; in batch mode, because its prompts could not be answered."""
+    from urllib.parse import urlsplit  # only this needs it
+
     parts = urlsplit(url)
     try:
         port = parts.port

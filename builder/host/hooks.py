@@ -12,15 +12,18 @@ import contextlib
 import json
 import os
 import select
-import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from builder import files, flock
 from builder.host.deadlines import Deadline
 from builder.processes import end_group
+
+if TYPE_CHECKING:
+    import subprocess
 
 #: In a lease's directory: the release that its owner has recorded. The directory is kept until it has run.
 PENDING_RELEASE = "release.json"
@@ -100,6 +103,8 @@ def run(
 def _run_line(
     line: str, hooks: Hooks, environ: Mapping[str, str], show: Show, hurried: Callable[[], bool]
 ) -> HookFailure | None:
+    import subprocess  # most verbs run no hook
+
     show(f"$ {line}")
     tail: deque[str] = deque(maxlen=_TAIL)
 
@@ -148,6 +153,8 @@ def _run_line(
 
 def _follow(process: subprocess.Popen[bytes], emit: Show, stop: Callable[[], bool]) -> None:
     """Pass on the output until the process ends. A background process that keeps the pipe open is not waited for."""
+    from subprocess import TimeoutExpired  # as above
+
     assert process.stdout is not None
     pipe = process.stdout.fileno()
     poller = select.poll()
@@ -169,7 +176,7 @@ def _follow(process: subprocess.Popen[bytes], emit: Show, stop: Callable[[], boo
         elif ended:
             break
         elif not is_open:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(TimeoutExpired):
                 process.wait(0.05)
     if rest:
         emit(rest.decode(errors="replace"))

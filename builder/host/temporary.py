@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder import flock
+from builder import files, flock
 
 #: How names begin, with the lock and, for an instant, without.
 _PREFIX, _NEW = "warm-cache-held-", "warm-cache-new-"
@@ -25,6 +24,8 @@ def directory(purpose: str) -> Iterator[Path]:
 
     purpose: a part of its name, for people.
     """
+    import tempfile  # a check makes none
+
     remove_orphans()
     new = Path(tempfile.mkdtemp(prefix=_NEW))
     with contextlib.ExitStack() as stack:
@@ -44,7 +45,7 @@ def directory(purpose: str) -> Iterator[Path]:
 
 def remove_orphans() -> None:
     """Remove the directories of this user's processes that ended without removing them. Never raises OSError."""
-    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as items:
+    with contextlib.suppress(OSError), os.scandir(files.temporary_directory()) as items:
         for item in items:
             if item.name.startswith(_PREFIX):
                 with contextlib.suppress(OSError):

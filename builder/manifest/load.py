@@ -6,12 +6,11 @@ Every problem is reported at once, with its line and, for an unknown name, the k
 from __future__ import annotations
 
 import fnmatch
-import importlib.resources
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from builder import files
 from builder.errors import Problem, UsageError
 from builder.manifest import policy
 from builder.manifest.document import Document, Table
@@ -41,6 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = 1
+_PROFILES = Path(__file__).resolve().parents[1] / "profiles"
 #: Bytes of a manifest.
 _LARGEST = 1 << 20
 
@@ -122,7 +122,7 @@ def without_tasks(image: str = "") -> Manifest:
     return Manifest(
         path="",
         image=ImageSpec(ref=image),
-        cache=CacheSpec(root=Path(tempfile.gettempdir())),
+        cache=CacheSpec(root=Path(files.temporary_directory())),
         models=ModelsSpec(),
         container=ContainerSpecs(),
         gpus=GpusSpec(count=0),
@@ -135,8 +135,7 @@ def without_tasks(image: str = "") -> Manifest:
 
 def profiles() -> list[str]:
     """Return the names of the packaged profiles."""
-    folder = importlib.resources.files("builder") / "profiles"
-    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+    return sorted(path.stem for path in _PROFILES.glob("*.toml"))
 
 
 def select(manifest: Manifest, only: Sequence[str]) -> Manifest:
@@ -171,7 +170,7 @@ def _read_profile(name: str) -> tuple[str, bytes]:
         raise UsageError(
             f"there is no profile {name!r}", [Problem("--profile", f"there is no profile {name!r};", hint)]
         )
-    return f"{name}.toml", (importlib.resources.files("builder") / "profiles" / f"{name}.toml").read_bytes()
+    return f"{name}.toml", (_PROFILES / f"{name}.toml").read_bytes()
 
 
 def _read_file(path: Path) -> tuple[str, bytes]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from builder import files
 from builder.manifest.document import Table
 from builder.manifest.fields import OverrideReader, key, read
 from builder.manifest.section_values import (
@@ -274,7 +274,7 @@ def read_cache(table: Table, overrides: OverrideReader) -> CacheSpec:
         return replace(cache, root=location[0], volume=location[1])
     if not (table.has("root") or table.has("volume") or overrides.given("cache")):
         if not overrides.needs_cache:
-            return replace(cache, root=Path(tempfile.gettempdir()))
+            return replace(cache, root=Path(files.temporary_directory()))
         table.add_problem(
             None, "there is no cache:", "set root or volume in [cache], or pass --cache DIR or --cache volume:NAME."
         )

@@ -11,8 +11,6 @@ import functools
 import os
 import shutil
 import stat
-import tarfile
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -256,6 +254,8 @@ class CacheRoot:
             self._on_skip(f"{self.name}: {text}")
 
     def _fetch_model(self, container: str, model: str, copy: Path) -> None:
+        import tempfile  # of no use where the root can be read
+
         base = model_store.repository(model)
         bounds = UnpackBudget(INDEX_FILE, INDEX_BYTES)
         self._unpack(container, f"{STORE}/{base}/refs", copy / base, bounds)
@@ -280,11 +280,13 @@ class CacheRoot:
             stream = self._engine.archive(container, source)
         except (NotFoundError, LinkLoopError):
             return
+        from tarfile import TarError  # as `tempfile`
+
         try:
             # Closed on every exit: the engine cannot remove the container while an archive of it is open.
             with contextlib.closing(stream):
                 unpack(stream, PurePosixPath(source).name, target, bounds)
-        except tarfile.TarError as error:
+        except TarError as error:
             raise EngineLostError(f"the engine's archive of {source} broke off or is none: {error}") from error
 
 

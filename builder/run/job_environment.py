@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,6 +232,8 @@ def places_here(
     That directory is new with each call, so that no earlier job can have left anything there. Each call removes those
     of earlier jobs. job_max: seconds that a job may take; where something was made more recently, it stays.
     """
+    import tempfile  # only `env` here needs it
+
     place: str | None = None
     files.remove_unused(_PRIVATE_HERE, job_max)
     private = {name: why for name, key in keys.items() if (why := layout.closed(root / name / key))}

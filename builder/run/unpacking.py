@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from builder.text import printable, size
+
+if TYPE_CHECKING:
+    import tarfile
 
 #: Errors of one name, where the next file may do well.
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -69,6 +71,8 @@ class _BrokenOff(Exception):
 
 def unpack(chunks: Iterator[bytes], source: str, target: Path, bounds: UnpackBudget) -> None:
     """Unpack an archive of `source` below `target`. Raises tarfile.TarError, and OSError for the target's disk."""
+    import tarfile  # of no use where the root can be read
+
     try:
         with tarfile.open(fileobj=cast(IO[bytes], _Reader(chunks)), mode="r|") as tar:
             for member in tar:
