@@ -33,7 +33,8 @@ def test_directory_of_a_killed_process_is_removed_and_of_a_living_one_stays(tmp_
         assert process.stdin and process.stdout
         path = Path(process.stdout.readline().strip())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tempfile.tempdir", str(tmp_path))
+            patch.setenv("TMPDIR", str(tmp_path))
+            patch.setattr("tempfile.tempdir", None)
             temporary.remove_orphans()
             assert (path / "index.json").exists()
             process.kill()
