@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import queue
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,15 +22,21 @@ if TYPE_CHECKING:
 
 #: Bytes of a body that are read or written at once.
 CHUNK = 1 << 20
+#: Pieces of a body that are read before they are wanted.
+_AHEAD = 4
 #: Bytes of an error's body that are read.
 _ERROR_LIMIT = 1 << 14
+
+
+#: Pieces of a body as a thread reads them: the last one is empty, or the error that ended it.
+Pieces = queue.Queue["bytes | Exception"]
 
 
 class Waiting(Protocol):
     """What an answer needs of its transport."""
 
-    def wait_for(self, action: Callable[[], bytes], host: str) -> bytes:
-        """Return `action()`, waited for as long as there is time."""
+    def next_of(self, pieces: Pieces, host: str) -> bytes:
+        """Return the next piece of a body, waited for as long as there is time; raise the error in its place."""
 
     def redacted(self, text: str) -> str:
         """Return the text without secrets."""
@@ -85,7 +93,8 @@ class Answer:
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.url: str = response.url or ""
-        self._left_alone = False
+        self._reader: threading.Thread | None = None
+        self._left = threading.Event()
 
     def __enter__(self) -> Answer:
         return self
@@ -94,25 +103,42 @@ class Answer:
         self.close()
 
     def close(self) -> None:
-        """Free the connection. Where a read was left alone it holds a lock that closing would wait for."""
-        if not self._left_alone:
+        """Free the connection. A thread that still reads from it does that itself: it has a lock that closing needs."""
+        reader = self._reader
+        if reader is None or not reader.is_alive():
             self._response.close()
             return
+        self._left.set()
         with contextlib.suppress(Exception):
-            self._response.raw.shutdown()  # ends the read, in urllib3 2.3 and later
-        with contextlib.suppress(RuntimeError):
-            outside.start_thread(self._response.close, "close")
+            self._response.raw.shutdown()  # ends a read that waits, in urllib3 2.3 and later
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body. Raises TransientError where it is cut, RegistryLostError at the deadline."""
-        read: Callable[[], bytes] = functools.partial(self._response.raw.read, CHUNK, decode_content=False)
-        while True:
-            self._left_alone = True
-            piece = self._waiting.wait_for(read, host_of(self.url))
-            self._left_alone = False
-            if not piece:
-                return
+        """Yield the body. Raises TransientError where it is cut, RegistryLostError at the deadline.
+
+        A thread reads ahead, at most _AHEAD pieces: a read of a socket has no limit for all of its bytes.
+        """
+        pieces: Pieces = queue.Queue(_AHEAD)
+        self._reader = outside.start_thread(functools.partial(self._read_into, pieces), "reader")
+        while piece := self._waiting.next_of(pieces, host_of(self.url)):
             yield piece
+        self._reader.join()
+
+    def _read_into(self, pieces: Pieces) -> None:
+        def put(item: bytes | Exception) -> bool:
+            while not self._left.is_set():
+                with contextlib.suppress(queue.Full):
+                    pieces.put(item, timeout=0.1)
+                    return True
+            return False
+
+        try:
+            while put(piece := self._response.raw.read(CHUNK, decode_content=False)) and piece:
+                pass
+        except Exception as error:  # noqa: BLE001 - raised again where the pieces are taken
+            put(error)
+        finally:
+            if self._left.is_set():
+                self._response.close()
 
     def read(self, limit: int, what: str) -> bytes:
         """Return the whole body. Raises RegistryRefusedError beyond `limit` bytes."""

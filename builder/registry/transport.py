@@ -6,6 +6,7 @@ that arrives byte by byte.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 import urllib.parse
@@ -21,7 +22,7 @@ from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
 from builder.registry import credentials
 from builder.registry.authorization import Authorization, TokenAnswer
-from builder.registry.exchange import Answer, Body, host_of, origin
+from builder.registry.exchange import CHUNK, Answer, Body, Pieces, host_of, origin
 from builder.registry.failures import PlainHttpError, TransientError, failure, retry_after
 from builder.registry.reference import Reference, is_loopback
 from builder.text import printable
@@ -174,11 +175,26 @@ class Transport:
             if body is not None:
                 body.stopped = True
             self.check(host)
-            raise TransientError(f"{host} took or gave no byte for {_STALL:.0f} s") from None
+            raise TransientError(f"{host} took no byte, or gave no answer, for {_STALL:.0f} s") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             if body is not None and body.error is not None:
                 raise body.error from None
             raise failure(error, host) from None
+
+    def next_of(self, pieces: Pieces, host: str) -> bytes:
+        """Return the next piece of an answer. Raises TransientError, RegistryLostError, Interrupted."""
+        started = time.monotonic()
+        while True:
+            self.check(host)
+            try:
+                found = pieces.get(timeout=min(0.1, self._access.deadline.left()))
+            except queue.Empty:
+                if time.monotonic() - started > _STALL:
+                    raise TransientError(f"{host} gave less than {CHUNK >> 20} MiB in {_STALL:.0f} s") from None
+                continue
+            if isinstance(found, Exception):
+                raise failure(found, host)
+            return found
 
     def pause(self, failures: int) -> None:
         """Wait before a broken transfer goes on: longer with each failure in a row."""

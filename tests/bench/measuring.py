@@ -76,7 +76,7 @@ def milliseconds(series: Series) -> list[str]:
     return [series.name, f"{series.median * 1e3:.0f} ms", f"{series.least * 1e3:.0f} ms", series.remark]
 
 
-def write_down(name: str, engine: Engine, series: Sequence[Series], **more: Any) -> Path:
+def write_down(name: str, engine: Engine | None, series: Sequence[Series], **more: Any) -> Path:
     """The measurement and its conditions, as JSON."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     document = {
@@ -94,9 +94,9 @@ def write_down(name: str, engine: Engine, series: Sequence[Series], **more: Any)
     return path
 
 
-def conditions(engine: Engine) -> dict[str, Any]:
-    """What a number means nothing without."""
-    info = engine.info
+def conditions(engine: Engine | None) -> dict[str, Any]:
+    """What a number means nothing without. engine: None where none took part."""
+    info = engine.info if engine is not None else {}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(sys.argv),

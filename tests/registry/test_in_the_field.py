@@ -374,7 +374,7 @@ def test_stall_of_an_upload_is_noticed(registry: StandIn, monkeypatch: pytest.Mo
     blob = os.urandom(20_000_000)
     with front(registry.host, rule) as before, before.client("field/stall") as client:
         started = time.monotonic()
-        with pytest.raises(RegistryLostError, match="took or gave no byte for"):
+        with pytest.raises(RegistryLostError, match="took no byte"):
             client.put_blob(digest_of(blob), len(blob), lambda: [blob])
         assert time.monotonic() - started < 10
         over.set()
