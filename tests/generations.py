@@ -79,7 +79,7 @@ class Generations:
             )
             path = marker_writing.publish(self.root, marker)
             self.age(self.root / path, days)
-            self.age(usage.stamp_path(self.root, path), days)
+            self.age(self.root / usage.stamp_name(path), days)
         for family, key in keys.items():
             self.age(Path(directory(str(self.root), family, key)), days)
         self.age(memos.memo_path(self.root, image(number)), days)

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -190,7 +189,7 @@ def sweep(
         doomed.setdefault(whole, (reason, older_than if in_progress else None))
     moved = []
     for name, (reason, least) in sorted(doomed.items()):
-        if least is not None and ((newest := _newest(tree, name)) is None or newest > now - least):
+        if least is not None and ((newest := usage.newest(tree, name)) is None or newest > now - least):
             continue
         try:
             set_aside(family, tree, name, aside)
@@ -216,7 +215,7 @@ def may_be_in_progress(family: Family, directory: Path | Tree, name: str, proble
     unreadable = problem.kind is ProblemKind.UNREADABLE
     if unreadable or families.whole(family, name) != name or not _may_be_in_progress(family, problem):
         return False
-    newest = _newest(Tree.of(directory), name)
+    newest = usage.newest(Tree.of(directory), name)
     return newest is None or newest > now - IN_PROGRESS
 
 
@@ -307,20 +306,3 @@ def _glob(tree: Tree, above: str, patterns: list[str]) -> Iterator[str]:
 def _may_be_in_progress(family: Family, problem: EntryProblem) -> bool:
     """Return whether an invalid entry of this family can be in progress."""
     return {"deep_gemm": False, "triton": problem.kind is ProblemKind.UNFINISHED, "files": True}[family.layout]
-
-
-def _newest(tree: Tree, name: str) -> float | None:
-    """Return when a file, or anything in a directory, was last written to; None where it is unknown."""
-    try:
-        status = tree.lstat(name)
-        newest = usage.written(status)
-        if stat.S_ISDIR(status.st_mode):
-            if tree.some(name, 1) is None:
-                return None
-            for _, item in tree.walk(name):
-                if item is None:
-                    return None
-                newest = max(newest, usage.written(item.stat()))
-    except OSError:
-        return None
-    return newest

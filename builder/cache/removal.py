@@ -174,20 +174,12 @@ def _touched(tree: Tree, name: str) -> float | None:
     Of a file in a directory only its own time of modification counts: moving it changes the directory, and a generation
     that gives it another name, or removes one, is no use of it. What lies too deep to be a kernel does not count.
     """
-    try:
-        status = tree.lstat(name)
-        newest = status.st_ctime  # moving changes it, and writing as well
-        if stat.S_ISDIR(status.st_mode):
-            if tree.some(name, 1) is None:
-                return None
-            for _, item in tree.walk(name):
-                if item is None:
-                    return None
-                status = item.stat()
-                newest = max(newest, status.st_ctime if stat.S_ISDIR(status.st_mode) else usage.written(status))
-    except OSError:
-        return None
-    return newest
+
+    def below(status: os.stat_result) -> float:
+        return status.st_ctime if stat.S_ISDIR(status.st_mode) else usage.written(status)
+
+    # Moving changes st_ctime, and writing as well.
+    return usage.newest(tree, name, lambda status: status.st_ctime, below)
 
 
 def _recorded(root: Path, what: Path) -> str | None:

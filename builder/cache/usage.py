@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from builder.beneath import Tree
@@ -23,11 +25,6 @@ FOLDER = "used"
 def stamp_name(marker: str) -> str:
     """Return the path, below the root, of the stamp of the marker at this path below the root."""
     return f"{FOLDER}/{Path(marker).relative_to('markers').as_posix()}"
-
-
-def stamp_path(root: Path, marker: str) -> Path:
-    """Return the stamp of the marker at this path below the root."""
-    return root / stamp_name(marker)
 
 
 def stamp(root: Path, marker: str) -> None:
@@ -83,6 +80,31 @@ def touched(status: os.stat_result, *, accessed: bool) -> float:
 def written(status: os.stat_result) -> float:
     """Return when a file was written to: never after its last change, which nobody can choose."""
     return min(status.st_mtime, status.st_ctime)
+
+
+def newest(
+    tree: Tree,
+    name: str,
+    own: Callable[[os.stat_result], float] = written,
+    below: Callable[[os.stat_result], float] = written,
+) -> float | None:
+    """Return the latest time of a file, or of a directory and anything in it; None where one is unknown.
+
+    own: the time of the file or directory itself; below: that of what is in it.
+    """
+    try:
+        status = tree.lstat(name)
+        latest = own(status)
+        if stat.S_ISDIR(status.st_mode):
+            if tree.some(name, 1) is None:
+                return None
+            for _, item in tree.walk(name):
+                if item is None:
+                    return None
+                latest = max(latest, below(item.stat()))
+    except OSError:
+        return None
+    return latest
 
 
 def has_access_times(root: Path) -> bool:

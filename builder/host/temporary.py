@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from builder import files, flock
+from builder.errors import CANNOT_RUN, PreflightError
 
 #: How names begin, with the lock and, for an instant, without.
 _PREFIX, _NEW = "warm-cache-held-", "warm-cache-new-"
@@ -41,6 +42,17 @@ def directory(purpose: str) -> Iterator[Path]:
         stack.callback(shutil.rmtree, path, ignore_errors=True)
         new.rename(path)
         yield path
+
+
+@contextlib.contextmanager
+def room(purpose: str) -> Iterator[Path]:
+    """Yield a `directory` for a large copy. Raises PreflightError where none can be made."""
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(directory(purpose))
+        except OSError as error:
+            raise PreflightError(f"{CANNOT_RUN}: there is no room for a copy: {error}. Set TMPDIR") from error
+        yield scratch
 
 
 def remove_orphans() -> None:

@@ -62,16 +62,6 @@ class StoredManifest:
     def document(self) -> Mapping[str, Any]:
         return json_object(self.raw, f"the manifest {self.digest}")
 
-    @property
-    def is_index(self) -> bool:
-        """Return whether it lists other manifests, one for each platform, instead of layers."""
-        return (self.document.get("mediaType") or self.media_type) in (OCI_INDEX, DOCKER_INDEX)
-
-    @property
-    def artifact_type(self) -> str:
-        found = self.document.get("artifactType", "")
-        return found if isinstance(found, str) else ""
-
     @cached_property
     def annotations(self) -> Mapping[str, str]:
         return _texts(self.document.get("annotations", {}), self._refusal("annotations"))

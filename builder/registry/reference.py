@@ -61,10 +61,6 @@ class Reference:
             raise UsageError(f"{shortened(tag, 140)!r} is no tag: {_tag_rule()}")
         return replace(self, tag=tag, digest=None)
 
-    def with_digest(self, digest: str) -> Reference:
-        """Return this repository with a digest and no tag."""
-        return replace(self, tag=None, digest=digest)
-
 
 def is_tag(text: str) -> bool:
     """Return whether a registry takes this as a tag."""

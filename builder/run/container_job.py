@@ -235,7 +235,7 @@ def _spec(
     if job.mode == "record":
         return _recorder(executor, job, task, request)
     if job.prebuild is not None:
-        return _prebuilder(executor, job, job.prebuild, task)
+        return _prebuilder(executor, job, job.prebuild)
     spec = ContainerSpec(
         image=executor.warmup.id,
         name=f"warm-cache-{context.run_id}-{job.mode}-{task.label}"[:120],
@@ -279,7 +279,7 @@ def _recorder(executor: ContainerExecutor, job: Job, task: Task, request: Contai
     )
 
 
-def _prebuilder(executor: ContainerExecutor, job: Job, prebuild: PrebuildRequest, task: Task) -> ContainerSpec:
+def _prebuilder(executor: ContainerExecutor, job: Job, prebuild: PrebuildRequest) -> ContainerSpec:
     """Return a container without GPUs, secrets and network; a plan pass, whose entries are no kernels, gets no cache.
 
     What it writes outside the cache is in memory, and counts among the memory that it may take.

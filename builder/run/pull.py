@@ -7,9 +7,7 @@ What is restored is decided here; how, by `cache.restore`.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from builder.cache.restore import FamilyRestored, RefusedImageError, RestoreRequ
 from builder.cache.restored import Restored
 from builder.cache.toolchain import Record
 from builder.errors import CANNOT_RUN, PreflightError, Problem, RegistryRefusedError
+from builder.host import temporary
 from builder.host.deadlines import Deadline
 from builder.registry import images, signature
 from builder.registry.client import RegistryClient
@@ -99,8 +98,9 @@ def pull(place: ImagePlace, client: RegistryClient, settings: PullSettings, limi
     context = place.executor.context
     pulled = Pulled(client.reference.name)
     context.report.add(PullSection(pulled))
-    with _scratch() as scratch:
-        names, left, unfit = _names(place, client, settings), settings.fallback, None
+    with temporary.room("image") as scratch:
+        (scratch / LAYERS).mkdir()
+        names, left, unfit = _names(client, settings), settings.fallback, None
         for name in names:
             try:
                 stored = images.find(client, name)
@@ -125,18 +125,7 @@ def pull(place: ImagePlace, client: RegistryClient, settings: PullSettings, limi
     )
 
 
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix="warm-cache-image-")
-    except OSError as error:
-        raise PreflightError(f"{CANNOT_RUN}: there is no room for a copy: {error}. Set TMPDIR") from error
-    with scratch as name:
-        (Path(name) / LAYERS).mkdir()
-        yield Path(name)
-
-
-def _names(place: ImagePlace, client: RegistryClient, settings: PullSettings) -> list[str]:
+def _names(client: RegistryClient, settings: PullSettings) -> list[str]:
     """Return what to try, in this order: tags or digests."""
     named = client.reference.digest or client.reference.tag
     older = images.tags(client) if named is None or settings.fallback else []

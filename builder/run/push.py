@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from builder.cache import cache_image, memos, toolchain, variables
 from builder.cache.cache_image import CacheImage, Description
 from builder.cache.families import TABLE_VERSION
 from builder.cache.model_store import is_directory
 from builder.cache.packing import Packed, PackRequest
-from builder.errors import CANNOT_RUN, ColdError, PreflightError
+from builder.errors import ColdError
+from builder.host import temporary
 from builder.registry import images
 from builder.registry.client import RegistryClient
 from builder.registry.images import LayerSent, StoredImage
@@ -68,7 +66,7 @@ def push(place: ImagePlace, client: RegistryClient, settings: PushSettings) -> P
     context = executor.context
     say = context.console.say
     place.require_root()
-    with _scratch() as scratch:
+    with temporary.room("image") as scratch:
         blobs = scratch / LAYERS
         blobs.mkdir()
         with executor.run_lock():
@@ -103,17 +101,6 @@ def push(place: ImagePlace, client: RegistryClient, settings: PushSettings) -> P
     context.report.add(PushSection(done))
     say(_told(client, done))
     return done
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """Yield a private directory, removed with the context. Raises PreflightError."""
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix="warm-cache-image-")
-    except OSError as error:
-        raise PreflightError(f"{CANNOT_RUN}: there is no room for a copy: {error}. Set TMPDIR") from error
-    with scratch as name:
-        yield Path(name)
 
 
 def _show(place: ImagePlace, name: str, done: int, total: int) -> None:
