@@ -121,6 +121,14 @@ def _spec(name: str) -> ModuleSpec | None:
         return None
 
 
+def imported(name: str) -> str | None:
+    """Return the folder that ``import`` takes this package from in this process, or None; nothing is imported."""
+    spec = _spec(name)
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
+        return None  # a folder without __init__.py, which happens to have the name, is no package
+    return os.path.dirname(spec.origin)  # noqa: PTH120
+
+
 def newest(package: Package) -> int:
     """Return the time (ns) of the package's newest C++ or CUDA source; 0 where it has none."""
     latest = 0

@@ -1,7 +1,7 @@
 """Which build of sglang this environment runs: version, commit, and the contents of its kernel sources.
 
-A checkout that is installed as editable differs from the image that it was installed into, so what it says of itself
-counts before the image's labels and variables.
+A checkout that is installed as editable, or that is first on the path, differs from the image that it came into, so
+what it says of itself counts before the image's labels and variables.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ def build(environ: Mapping[str, str], image: ServingImage) -> Sglang:
     package = packages.find("sglang")
     version = package.version if package else None
     folders = package.folders() if package else []
+    # What is first on the path is imported, whatever is installed: a checkout in PYTHONPATH, or where it was started.
+    imported = packages.imported("sglang")
+    is_other = imported is not None and os.path.realpath(imported) not in map(os.path.realpath, folders)
+    folders = [imported] if imported is not None and is_other else folders
     found: list[str | None] = [environ.get("SGLANG_BUILD_COMMIT"), *map(image.labels.get, _COMMIT_LABELS)]
-    if package and package.editable:
+    # ``setup.py develop`` leaves no RECORD, and no mark.
+    if is_other or (package and (package.editable or package.payload is None)):
         found = [*map(_checked_out, folders), _of_version(version), *found]
     else:
         found = [*found, packages.commit("sglang"), _of_version(version)]
