@@ -10,7 +10,8 @@ is missing, or is another one than the label names, proves nothing, and its cont
 
 So the file of a dead owner is kept for as long as a container may name it. It is removed only by a sweeper that had
 its lock first, listed the containers of the very engine that the lease is for after that, and found none that names it:
-the owner made no container after its death, and no other engine's list says anything.
+the owner made no container after its death, and no other engine's list says anything. A lease for an engine that no
+sweep reaches any more is named by each sweep, and goes after a month: containers that name it are past their lifetime.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ SAVED_ENTRIES = 10_000
 _ENDED = ("created", "exited", "dead")
 #: A directory that is still named NEW after so many seconds belongs to a builder that died while it made it.
 _NEW_AGE = 3600.0
+#: Seconds for which the lease of a dead owner is kept for an engine other than the one that is swept. After that its
+#: containers, if that engine still exists, are past their own deadlines, by which a sweep there removes them.
+OTHERS_AGE = 30 * 86400.0
 #: Dead owners' leases that one sweep removes: each takes a descriptor.
 _LEASES = 256
 
@@ -68,7 +71,8 @@ def sweep(
 ) -> list[Swept]:
     """Remove containers of dead owners, then dead owners' lease directories that no container refers to.
 
-    A lease is removed by its own engine's sweep alone, and only if it was free before the containers were listed.
+    A lease is removed by its own engine's sweep alone, or after OTHERS_AGE, and only if it was free before the
+    containers were listed.
 
     grace: seconds between SIGTERM and SIGKILL.
     run_release: receives a dead owner's directory with a pending release, after its containers are removed; returns
@@ -93,6 +97,20 @@ def sweep(
 def has_pending_releases(state_dir: Path) -> bool:
     """Return whether any builder of this user, dead or alive, has recorded a release that has not run yet."""
     return any(home_directory(state_dir).glob(f"{HELD}*/{PENDING_RELEASE}"))
+
+
+def kept_for_others(state_dir: Path, engine: str) -> list[Path]:
+    """Return the lease directories of this user that are for other engines and whose owners are dead."""
+    found = []
+    for item in files.listing(str(home_directory(state_dir))) or ():
+        directory = Path(item.path)
+        if files.is_dir(item) and item.name.startswith(HELD) and engine_of(directory) != engine:
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                descriptor = flock.open_lock(directory / FILE)
+                stack.callback(os.close, descriptor)
+                if is_free(descriptor):
+                    found.append(directory)
+    return found
 
 
 def save_log(engine: Containers, container: ListedContainer, directory: Path) -> str:
@@ -172,7 +190,7 @@ def _dead_leases(home: Path, held: contextlib.ExitStack, engine: str) -> list[Pa
                 if time.time() - directory.stat().st_mtime > _NEW_AGE:
                     shutil.rmtree(directory, ignore_errors=True)
         elif item.name.startswith(HELD):
-            if engine_of(directory) != engine and not (directory / PENDING_RELEASE).exists():
+            if not (_is_to_go(directory, engine) or (directory / PENDING_RELEASE).exists()):
                 continue
             with contextlib.suppress(OSError):
                 descriptor = flock.open_lock(directory / FILE)
@@ -183,8 +201,18 @@ def _dead_leases(home: Path, held: contextlib.ExitStack, engine: str) -> list[Pa
 
 
 def _remove_lease(directory: Path, engine: str, run_release: Callable[[Path], bool]) -> None:
-    """Run a dead owner's release, and remove its lease if it is for this engine: others' containers may name it."""
+    """Run a dead owner's release, and remove its lease unless containers of another engine may name it."""
     with contextlib.suppress(OSError):
         settled = not (directory / PENDING_RELEASE).exists() or run_release(directory)
-        if settled and engine_of(directory) == engine:
+        if settled and _is_to_go(directory, engine):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_to_go(directory: Path, engine: str) -> bool:
+    """Return whether a dead owner's lease is this engine's, or older than any other engine needs it."""
+    if engine_of(directory) == engine:
+        return True
+    try:
+        return time.time() - (directory / FILE).lstat().st_mtime > OTHERS_AGE
+    except OSError:
+        return False

@@ -83,11 +83,12 @@ def is_this_machine(info: Mapping[str, Any]) -> bool:
 
 
 def identity_of(info: Mapping[str, Any]) -> str:
-    """Return what distinguishes the engine of this description from others: its id, kept in its data directory.
+    """Return what distinguishes the engine of this description from others: its id, its host and its data directory.
 
-    Podman makes up another id for each answer, so there it is host and directory.
+    An id alone is shared by engines that began with the same /etc/docker/key.json: two on one machine, and machines
+    that were copied. Podman makes up another id for each answer, so there it is none.
     """
-    names = ("Name", "DockerRootDir") if is_podman(info) or not info.get("ID") else ("ID",)
+    names = ("Name", "DockerRootDir") if is_podman(info) else ("ID", "Name", "DockerRootDir")
     return " ".join(str(info.get(name) or "") for name in names)
 
 

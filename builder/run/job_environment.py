@@ -32,7 +32,12 @@ from builder.task import PRETEND_VARIABLE, Task
 from builder.text import duration
 
 #: Why a task is cold whose image must not be probed.
-NO_MEMO = "no-memo: the cache does not know this image, and --no-probe builds and starts nothing to look at it"
+NO_MEMO = (
+    "no-memo: the cache does not know this image, and --no-probe builds and starts nothing to look at it. In a trusted "
+    "job, warm-cache check without --no-probe does so, once for an image"
+)
+#: What that means for a job.
+NO_MOUNTS = "Nothing is printed: a job without these mounts works, and compiles every kernel itself"
 
 #: Options of docker run that every job gets: no gain of privileges by set-user-id files, and no device nodes.
 OPTIONS = ("--security-opt no-new-privileges", "--cap-drop MKNOD")
@@ -118,7 +123,8 @@ def of_job(
     context = executor.context
     plan = judge(executor)
     if plan is None:
-        raise ColdError(f"{executor.missing_root() or NO_MEMO}: nothing is warm there yet")
+        missing = executor.missing_root()
+        raise ColdError(f"{missing}: nothing is warm there yet" if missing else f"{NO_MEMO}. {NO_MOUNTS}")
     tasks, mount = context.manifest.tasks, context.manifest.cache.mount
     named = [(item.task.label, item.record) for item in plan.items]
     remedy = _IN_A_VIEW if root else _OF_ONE_TASK

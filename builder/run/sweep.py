@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from builder import events
-from builder.engine.sweep import Swept
+from builder.engine.sweep import OTHERS_AGE, Swept, kept_for_others
 from builder.report.results import Section
 from builder.run import cache_locks, maintenance, views
 from builder.run.container_executor import ContainerExecutor
@@ -37,6 +37,7 @@ def sweep_engine(executor: ContainerExecutor) -> None:
     removed = sum(container.removed for container in found)
     left = f", {len(found) - removed} left" if len(found) > removed else ""
     context.console.say(f"{executor.engine.url}: {counted(removed, 'container')} of dead builders removed{left}")
+    _say_kept(executor)
 
 
 def sweep(executor: ContainerExecutor) -> None:
@@ -65,3 +66,14 @@ def sweep(executor: ContainerExecutor) -> None:
         maintenance.run(executor, "sweep", on_event, ContainerRequest(view=request))
     more = f", {len(found.kept)} kept" if found.kept else ""
     context.console.say(f"{executor.root_name}: {len(found.swept)} quarantined, {len(found.removed)} removed{more}")
+    _say_kept(executor)
+
+
+def _say_kept(executor: ContainerExecutor) -> None:
+    context = executor.context
+    others = kept_for_others(context.options.state_dir, executor.engine.identity)
+    if others:
+        context.console.say(
+            f"{counted(len(others), 'lease')} of dead builders kept for other engines (first: {others[0]}): a sweep "
+            f"with DOCKER_HOST set to theirs removes them, and any sweep after {OTHERS_AGE / 86400:.0f} days"
+        )

@@ -97,10 +97,6 @@ def volumes(executor: ContainerExecutor) -> list[Volume]:
     return sorted((volume for volume in found if LABEL_VIEW in volume.labels), key=lambda volume: volume.name)
 
 
-def _engine_id(executor: ContainerExecutor) -> str:
-    return str(executor.engine.info.get("ID") or "")
-
-
 def _states(executor: ContainerExecutor) -> list[Event]:
     """Return events with the state of each view and generation below the root."""
     found: list[Event] = []
@@ -128,7 +124,7 @@ def removed_unused(executor: ContainerExecutor) -> Iterator[ViewRequest]:
                 executor.engine.remove_volume(volume)
             except EngineRefusedError:
                 keep.append(job)  # a job has started meanwhile
-        yield ViewRequest(engine=_engine_id(executor), keep=tuple(keep))
+        yield ViewRequest(engine=executor.engine.identity, keep=tuple(keep))
 
 
 # --- create ----------------------------------------------------------------------------------------------------------
@@ -163,7 +159,7 @@ def create(executor: ContainerExecutor, job: str, *, replace: bool) -> NewView:
 
     with cache_locks.views(executor):
         _free_name(executor, job, volume, replace)
-        order = ViewRequest(job, _engine_id(executor))
+        order = ViewRequest(job, executor.engine.identity)
         maintenance.run(executor, "view-create", on_event, ContainerRequest(view=order))
         try:
             executor.engine.create_volume(

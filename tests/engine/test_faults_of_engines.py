@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import threading
@@ -507,3 +508,16 @@ def remove_images(cli: Cli) -> None:
                 for tag in image["RepoTags"] or ():
                     if tag != "<none>:<none>":  # what a build on the same engine left behind has no name to remove
                         engine._api.remove_image(tag, force=True)
+
+
+def test_sweep_of_another_engine_keeps_and_names_the_lease(own: Cli) -> None:
+    """Two engines of one user, and of one id: both began with the /etc/docker/key.json of this machine."""
+    builder = own.start("warm")
+    builder.says("line 5")
+    builder.send(signal.SIGKILL)
+    builder.process.wait()
+    other = own.start("sweep", environ={"DOCKER_HOST": os.environ["DOCKER_HOST"]}).end()
+    assert (other.status, "1 lease of dead builders kept for other engines" in other.out) == (0, True), other.said
+    mine = own.run("sweep")
+    assert (mine.status, "its builder is gone" in mine.out) == (0, True), mine.said
+    assert "kept for other engines" not in mine.out

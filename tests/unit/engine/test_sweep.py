@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from builder.engine.api import ContainerSpec
 from builder.engine.lease import LABEL_DEADLINE, LABEL_LEASE, Lease, private_directory
-from builder.engine.sweep import SAVED_ENTRIES, save_log, sweep
+from builder.engine.sweep import OTHERS_AGE, SAVED_ENTRIES, kept_for_others, save_log, sweep
 from builder.errors import EngineLostError
 from builder.host.hooks import PENDING_RELEASE, Hooks, record_pending_release
 from tests.fakes import FakeEngine
@@ -163,6 +164,18 @@ def test_sweep_on_another_engine_keeps_the_lease(tmp_path: Path, engine: FakeEng
     assert sweep(other, tmp_path) == []
     (swept,) = sweep(engine, tmp_path)
     assert swept.removed and made not in engine.all
+
+
+def test_sweep_removes_lease_of_another_engine_after_a_month(tmp_path: Path, engine: FakeEngine) -> None:
+    with Lease(tmp_path, run_id="dead", engine="gone") as lease:
+        lease.keep = True
+    with Lease(tmp_path, run_id="alive", engine="gone") as alive:
+        os.utime(alive.path, (0, 0))
+        sweep(engine, tmp_path)
+        assert kept_for_others(tmp_path, engine.identity) == [lease.path.parent]
+        os.utime(lease.path, (0, time.time() - OTHERS_AGE - 60))
+        sweep(engine, tmp_path)
+        assert (lease.path.exists(), alive.path.exists()) == (False, True)
 
 
 def test_sweep_is_not_kept_from_leases_by_those_of_other_engines(
