@@ -90,9 +90,8 @@ RULES = (
     PolicyRule("refresh", "metrics", "metrics", _inside),
 )
 SECTIONS = tuple(dict.fromkeys(rule.section for rule in RULES))
-#: Lists that no field of a manifest is compared with: roots whose keys `env` hands out writable, and files of shapes
-#: that jobs asked for.
-OTHERS = (("cache", "shared"), ("refresh", "asked"))
+#: Lists that no field of a manifest is compared with: roots whose keys `env` hands out writable.
+OTHERS = (("cache", "shared"),)
 #: Of these the entries are paths.
 PATHS = {*OTHERS, *((rule.section, rule.list) for rule in RULES if rule.compare is _inside)}
 #: The option that replaces a field's value.
@@ -152,10 +151,6 @@ class Policy:
         if root is None:
             return any(_matches(f"{VOLUME}{volume}", entry) for entry in entries)
         return any(_inside(str(root), entry) for entry in entries if not entry.startswith(VOLUME))
-
-    def asked(self, path: Path) -> bool:
-        """Return whether this file may name shapes that jobs asked for."""
-        return any(_inside(str(path), entry) for entry in self.lists["refresh", "asked"].entries)
 
     def bounded(
         self,

@@ -51,7 +51,6 @@ secrets = ["HF_*", "CI_DEPLOY_KEY"]
 hooks = ["drain-runner", "undrain-runner", "curl evil"]
 [refresh]
 metrics = ["/etc"]
-asked = ["{allowed}/asked"]
 """
 
 
@@ -175,13 +174,12 @@ def test_policy_drops_default_secrets_that_it_does_not_list(host: Path) -> None:
     assert load.load(write(host, text=text)).container.secrets == ()
 
 
-def test_policy_names_roots_that_jobs_share_and_files_of_asked_shapes(host: Path) -> None:
+def test_policy_names_roots_that_jobs_share(host: Path) -> None:
     write_policy(host)
     rules = policy.current()
     assert rules is not None
     assert rules.shares(host / "allowed" / "shared" / "jit") and not rules.shares(host / "allowed" / "jit")
     assert rules.shares(None, "ci-jit") and not rules.shares(None, "release-jit")
-    assert rules.asked(host / "allowed" / "asked" / "x.json") and not rules.asked(host / "allowed" / "x.json")
 
 
 @pytest.mark.parametrize(
