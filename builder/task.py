@@ -38,14 +38,16 @@ class Gpu:
         return next((size for below, size in _CHUNKED_PREFILL if self.memory < below), _LARGEST_CHUNK)
 
 
-#: The models that `[gpus] pretend` accepts. DeepGEMM's keys depend on capability and number of SMs alone. None of this
-#: was measured on such a GPU. B200's 148 SMs: sglang 0.5.23 (custom_all_reduce_v2.py). 232448 bytes of shared memory a
-#: block: DeepGEMM's SM90ArchSpec and SM100ArchSpec (smem_capacity). Everything else was written from memory and is
-#: unchecked: names, capabilities, the 132 SMs of H200 and H100, memory and L2.
+#: The models that `[gpus] pretend` accepts. DeepGEMM's keys depend on capability and number of SMs alone. Names,
+#: capabilities, SMs, memory and L2 are what torch prints on such GPUs (`_CudaDeviceProperties`), by public logs:
+#: ``total_memory=143156MB, multi_processor_count=132, L2_cache_size=60MB`` of an H200, ``81089MB``, 132 and 50 MB of an
+#: H100, ``182642MB`` (182631 on another), 148 and 126 MB of a B200; torch counts MiB. The 148 SMs are in sglang 0.5.23
+#: as well (custom_all_reduce_v2.py). 232448 bytes of shared memory a block: DeepGEMM's SM90ArchSpec and SM100ArchSpec
+#: (smem_capacity). None of this was measured here.
 GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(name="NVIDIA H200", capability=(9, 0), sms=132, memory=141 << 30, shared=232448, l2=62914560),
-    "H100": Gpu(name="NVIDIA H100 80GB HBM3", capability=(9, 0), sms=132, memory=80 << 30, shared=232448, l2=52428800),
-    "B200": Gpu(name="NVIDIA B200", capability=(10, 0), sms=148, memory=180 << 30, shared=232448, l2=132120576),
+    "H200": Gpu("NVIDIA H200", (9, 0), sms=132, memory=143156 << 20, shared=232448, l2=60 << 20),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), sms=132, memory=81089 << 20, shared=232448, l2=50 << 20),
+    "B200": Gpu("NVIDIA B200", (10, 0), sms=148, memory=182642 << 20, shared=232448, l2=126 << 20),
 }
 
 

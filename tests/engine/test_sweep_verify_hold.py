@@ -209,6 +209,8 @@ def damage(cli: Cli) -> dict[tuple[str, str], str]:
     (gemm[2] / "kernel.cubin").unlink()
     (gemm[3] / "meta.json").write_text("{")
     (gemm[4] / "kernel.cu").write_text("")
+    with (gemm[5] / "kernel.cubin").open("ab") as file:
+        file.write(b"\0warm_cache_plan_only\0")
     _cut(next(triton[0].glob("__grp__*")))
     next(triton[1].glob("*.ptx")).unlink()
     _cut(next(triton[2].glob("*.cubin")))
@@ -218,6 +220,7 @@ def damage(cli: Cli) -> dict[tuple[str, str], str]:
     for path in (triton[3], inductor):
         aged(path)
     problems = ["no .committed", "kernel.cubin is cut", "kernel.cubin is missing", "meta.json is not JSON", "is empty"]
+    problems.append("kernel.cubin is of the plan pass of a prebuild, and no kernel")
     found = {("deep_gemm", f"cache/{path.name}"): text for path, text in zip(gemm, problems)}  # noqa: B905
     problems = ["is not JSON", ".ptx is missing", ".cubin is cut", "no __grp__ file"]
     found |= {("triton", path.name): text for path, text in zip(triton, problems)}  # noqa: B905
@@ -248,7 +251,7 @@ def test_verify_repair_quarantines_damage_and_warm_recompiles(cli: Cli) -> None:
     assert bad.keys() == expected.keys()
     assert [(key, bad[key]) for key in bad if expected[key] not in bad[key]] == []
     assert ended.document["error"]["message"].startswith(
-        f"11 bad of 19 entries in {DIRECTORIES} family directories; run "
+        f"12 bad of 19 entries in {DIRECTORIES} family directories; run "
     )
     shown = cli.run("verify")
     for _, entry in expected:
@@ -264,10 +267,10 @@ def test_verify_repair_quarantines_damage_and_warm_recompiles(cli: Cli) -> None:
 
     cold = cli.run("check", "--json")
     assert cold.status == 10
-    assert cold.task("m-tp8")["reason"].startswith("entries: 5 missing, 0 invalid")
+    assert cold.task("m-tp8")["reason"].startswith("entries: 6 missing, 0 invalid")
     assert cold.task("triton")["reason"].startswith("entries: 4 missing, 0 invalid")
     again = cli.warm()
-    assert {label: again.task(label)["entries_added"] for label in count} == {"m-tp8": 5, "triton": 4}
+    assert {label: again.task(label)["entries_added"] for label in count} == {"m-tp8": 6, "triton": 4}
     assert "quarantined" not in again.err
     assert cli.run("verify").status == 0
     assert all(os.path.lexists(path) for path in foreign)

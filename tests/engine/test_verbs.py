@@ -115,6 +115,10 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+def mark(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0warm_cache_plan_only\0")
+
+
 def replace_by_file(path: Path) -> None:
     shutil.rmtree(path)
     path.write_text("not a directory")
@@ -125,6 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Cli], object], str]] = {
     "entry without .committed": (lambda cli: (an_entry(cli) / ".committed").unlink(), ": no .committed"),
     "cubin truncated": (lambda cli: cut(an_entry(cli) / "kernel.cubin", 100), "entries: 0 missing, 1 invalid"),
     "cubin empty": (lambda cli: cut(an_entry(cli) / "kernel.cubin", 0), "kernel.cubin is empty"),
+    "cubin of the plan pass": (lambda cli: mark(an_entry(cli) / "kernel.cubin"), "is of the plan pass of a prebuild"),
     "meta.json garbage": (lambda cli: (an_entry(cli) / "meta.json").write_text("{"), "meta.json is not JSON"),
     "marker garbage": (lambda cli: marker(cli, "shapes").write_bytes(b"\xff{"), "marker-unreadable: markers/shapes-"),
     "marker empty": (lambda cli: marker(cli, "shapes").write_text(""), "marker-unreadable: markers/shapes-"),
