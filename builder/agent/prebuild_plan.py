@@ -7,6 +7,7 @@ by DeepGEMM: so the plan pass runs where no cache root is mounted, and every che
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -122,30 +123,39 @@ class PlanPass:
         self._answers.write(unplanned=vars(child.sweep), why=why or "no kernel was asked for")
 
     def _walk(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the sweeps of each model, each walked in a new fork."""
-        for number, model in enumerate(self._request.models):
-            log = self._scratch / f"walk-{number}.log"
-            reader, writer = os.pipe()
-            pid = fork(lambda: _walk_model(model, writer), log)  # noqa: B023 - the fork runs at once
-            os.close(writer)
-            with os.fdopen(reader, encoding="ascii") as answer:
-                text = answer.read()
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if status or not text:
-                why = describe_end(status, log) if status < 0 else last_lines(log)
-                self._answers.write(unwalked=model.label, why=why or "the walk gave no answer")
-                continue
-            found = json.loads(text)
-            if found["problems"]:
-                place, problem = next(iter(found["problems"].items()))
-                self._answers.write(unwalked=model.label, why=f"{place}: {problem}")
-                continue
-            sweeps = [
-                Sweep((shape[0], *shape[1:]), model.m_values, found["chunked_prefill_size"])
-                for shape in found["shapes"]
-            ]
-            self._answers.write(walked=model.label, classes=found["classes"], sweeps=[vars(each) for each in sweeps])
-            yield from map(_hashable, sweeps)
+        """Yield the sweeps of each model. Each is walked in a new fork, as many at once as there are workers."""
+        waiting = list(enumerate(self._request.models))
+        walking: dict[int, tuple[int, Path, ModelWalk]] = {}  # by the descriptor of their answer
+        while waiting or walking:
+            while waiting and len(walking) < self._request.workers:
+                number, model = waiting.pop(0)
+                log = self._scratch / f"walk-{number}.log"
+                reader, writer = os.pipe()
+                pid = fork(functools.partial(_walk_model, model, writer), log)
+                os.close(writer)
+                walking[reader] = pid, log, model
+            for reader in select.select(list(walking), [], [])[0]:
+                yield from self._walked(reader, *walking.pop(reader))
+
+    def _walked(self, reader: int, pid: int, log: Path, model: ModelWalk) -> Iterator[tuple[Any, ...]]:
+        """Yield the sweeps of a model whose fork has begun to answer."""
+        with os.fdopen(reader, encoding="ascii") as answer:
+            text = answer.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status or not text:
+            why = describe_end(status, log) if status < 0 else last_lines(log)
+            self._answers.write(unwalked=model.label, why=why or "the walk gave no answer")
+            return
+        found = json.loads(text)
+        if found["problems"]:
+            place, problem = next(iter(found["problems"].items()))
+            self._answers.write(unwalked=model.label, why=f"{place}: {problem}")
+            return
+        sweeps = [
+            Sweep((shape[0], *shape[1:]), model.m_values, found["chunked_prefill_size"]) for shape in found["shapes"]
+        ]
+        self._answers.write(walked=model.label, classes=found["classes"], sweeps=[vars(each) for each in sweeps])
+        yield from map(_hashable, sweeps)
 
     def _copying_compiler(self) -> Path:
         """Make the marked cubin and the program that copies it. Returns the program's path."""
