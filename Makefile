@@ -17,6 +17,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # As many tests at a time. Half of a test's time is spent waiting for containers.
 WORKERS ?= 2
 UPSTREAM ?=
+BUILDER_IMAGE ?= warm-cache:latest
+BUILDER_BASE ?= python:3.12-slim
+PIP_OPTIONS ?=
 
 .PHONY: help
 help: ## Show this help
@@ -96,6 +99,11 @@ profiles: $(VENV)/.ready ## Make the packaged profiles again from a checkout of 
 dist: $(VENV)/.ready ## Build the wheel and the source distribution into dist/
 	@rm -rf dist
 	$(BIN)/hatchling build -d dist
+
+.PHONY: builder-image
+builder-image: dist ## Build the image that pods restore and push with (BUILDER_IMAGE=…, BUILDER_BASE=…, PIP_OPTIONS=…)
+	@docker build -f docker/Dockerfile --target builder -t $(BUILDER_IMAGE) \
+	  --build-arg BUILDER_BASE=$(BUILDER_BASE) --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" .
 
 # Everything but builder/ comes from the checkout; builder/ is what the wheel installed, also for child processes.
 .PHONY: test-wheel

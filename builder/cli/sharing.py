@@ -7,7 +7,7 @@ from builder.cli.verb import Action, Argument, Verb, named
 
 #: What all printed documents are made of, and what those that restore have besides.
 _MANIFEST = ("manifest", "profile", "cache", "image", "models")
-_RESTORE = ("key", "deadline", "jitter")
+_RESTORE = ("key", "stream", "deadline", "jitter")
 
 _FLEET_ACTIONS = (
     Action(

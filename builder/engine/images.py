@@ -223,8 +223,22 @@ def dockerfile() -> str:
     """Return the Dockerfile's text: from the wheel, or from the checkout that holds this package."""
     for path in (_PACKAGE / "_docker" / "Dockerfile", _PACKAGE.parent / "docker" / "Dockerfile"):
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return _first_stage(path.read_text(encoding="utf-8"))
     raise DefectError(f"the Dockerfile of the warm-up image is missing near {_PACKAGE}: reinstall the package")
+
+
+def _first_stage(text: str) -> str:
+    """Return a Dockerfile's text up to its second stage, without the comment above that."""
+    lines, stages = [], 0
+    for line in text.splitlines():
+        stages += line.startswith("FROM ")
+        if stages > 1:
+            break
+        if not line.startswith("ARG BUILDER_"):
+            lines.append(line)
+    while stages > 1 and (not lines[-1].strip() or lines[-1].startswith("#")):
+        lines.pop()
+    return "\n".join(lines) + "\n"
 
 
 def identity(serving_id: str, setup: Sequence[str]) -> str:

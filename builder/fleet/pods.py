@@ -33,13 +33,15 @@ class Fleet:
 
     name: str
     namespace: str | None
-    ref: str  # the cache image
+    ref: str  # the cache image, as it is restored
+    push: tuple[str, ...]  # its repository, and with --tag the tag that is moved
     builder_image: str
     image: str  # the serving image, with its digest
     digest: str
     mount: str
     manifest: tuple[str, ...]  # the options that name the manifest in a pod
     files: Mapping[str, str]  # text by name in FILES: the manifest, if it is no profile, and the public key
+    stream: str | None
     gpus: int
     shm_size: int
     budget: float
@@ -62,8 +64,9 @@ class Fleet:
 
     @property
     def key_options(self) -> tuple[str, ...]:
-        """Return the options that name the public key of the signatures."""
-        return ("--key", f"{FILES}/{KEY_FILE}") if KEY_FILE in self.files else ()
+        """Return the options that say whose signatures count."""
+        key = ("--key", f"{FILES}/{KEY_FILE}") if KEY_FILE in self.files else ()
+        return (*key, "--stream", self.stream) if self.stream else key
 
 
 #: What a job's container may do, and what one of the builder image may.
@@ -80,7 +83,14 @@ AS_ROOT: Object = {
 _SMALL: Object = {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 #: Ends at once on SIGTERM, which PID 1 would ignore without a handler.
 _WAITS = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
-_COPIES = f"import shutil, builder; shutil.copytree(builder.__path__[0], '{PROGRAM}/builder', dirs_exist_ok=True)"
+#: The program, and beside it the packages that a push needs: in the serving image, whose own it does not touch.
+_COPIES = f"""\
+import pathlib, shutil, builder
+site = pathlib.Path(builder.__path__[0]).parent
+shutil.copytree(site / "builder", "{PROGRAM}/builder", dirs_exist_ok=True)
+left = shutil.ignore_patterns("builder", "pip*", "setuptools*", "__pycache__", "bin")
+shutil.copytree(site, "{PROGRAM}/lib", ignore=left, dirs_exist_ok=True)
+"""
 #: The shell is PID 1 there: it passes SIGTERM on, and waits for the report. What failed for some tasks (11, 14) does
 #: not keep the rest from being pushed; the pod ends with that status after the push.
 WARMS = f"""\
@@ -91,18 +101,19 @@ if [ -n "${{stopped:-}}" ]; then wait $child; status=$?; fi
 echo $status >{SCRATCH}/status
 case $status in 11|14) exit 0 ;; esac
 exit $status"""
-_PUSHES = f"""\
-warm-cache "$@" || exit
+PUSHES = f"""\
+python3 -m builder "$@"; pushed=$?
 read -r status <{SCRATCH}/status
-exit "$status\""""
+if [ "$status" -ne 0 ]; then exit "$status"; fi
+exit $pushed"""
 #: A cache that cannot be copied makes a job slower; it does not keep it from running.
-_RESETS = """\
+RESETS = """\
 warm-cache "$@" || echo "no cache: this pod compiles what it needs" >&2"""
 #: The job's own words follow. Something cold is no failure of a job.
-_CONSUMES = f"""\
-variables=$(cd {PROGRAM} && python3 -m builder env --here --format shell "$@") || echo "something is cold" >&2
+CONSUMES = """\
+variables=$(python3 -m builder env --here --format shell "$@") || echo "something is cold" >&2
 eval "$variables"
-cd {PROGRAM} && exec python3 -m builder check --here "$@\""""
+exec python3 -m builder check --here "$@\""""
 
 
 def program_container(fleet: Fleet) -> Object:
@@ -124,58 +135,56 @@ def waiting_container(fleet: Fleet) -> Object:
 
 
 def warm_container(fleet: Fleet, budget: str) -> Object:
-    """Return the container of the serving image that warms. budget: as the option has it."""
+    """Return the container that warms. budget: as the option has it."""
     words = ["warm", "--here", "--cache", fleet.mount, "--create", *fleet.manifest, "--image", fleet.digest]
     words += ["--budget", budget, "--log-dir", f"{SCRATCH}/logs"]
-    names = ["program", "cache", "scratch", "shm", "files", *(["models"] if _has_models(fleet) else [])]
-    found: Object = {
-        "name": "warm",
-        "image": fleet.image,
-        "workingDir": PROGRAM,
-        "command": ["sh", "-c", WARMS, "warm"],
-        "args": words,
-        "env": serving_environment(fleet),
-        "volumeMounts": mounts(fleet, names),
-        "securityContext": AS_ROOT,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-    }
-    if fleet.env_secret:
-        found["envFrom"] = [{"secretRef": {"name": fleet.env_secret}}]
-    if fleet.gpus:
-        found["resources"] = {"limits": {"nvidia.com/gpu": str(fleet.gpus)}}
-    return found
+    found = _serving_container(fleet, "warm", WARMS, words, AS_ROOT)
+    return found | ({"envFrom": [{"secretRef": {"name": fleet.env_secret}}]} if fleet.env_secret else {})
 
 
 def push_container(fleet: Fleet) -> Object:
-    """Return the container that pushes what is warm, and ends with the status of the warm-up."""
-    words = ["push", fleet.ref, "--here", "--cache", fleet.mount, *fleet.manifest, "--image", fleet.image]
-    command = ["sh", "-c", _PUSHES, "push", *words]
-    found = builder_container(fleet, "push", command, ["cache", "scratch", "files", "registry"])
-    return found | {"securityContext": {**AS_ROOT, "readOnlyRootFilesystem": True}}
+    """Return the container that pushes what is warm, and ends with the status of the warm-up.
+
+    It is of the serving image, with the same GPUs: only there is the cache known to be warm.
+    """
+    words = ["push", *fleet.push, "--here", "--cache", fleet.mount, *fleet.manifest, "--image", fleet.digest]
+    found = _serving_container(fleet, "push", PUSHES, words, AS_ROOT, "registry")
+    found["env"] += [{"name": "PYTHONPATH", "value": f"{PROGRAM}/lib"}, {"name": "HOME", "value": SCRATCH}]
+    if fleet.registry_secret:
+        found["env"] += [{"name": "DOCKER_CONFIG", "value": REGISTRY}]
+    return found
 
 
 def reset_container(fleet: Fleet) -> Object:
     """Return the container that gives a job its own copy of the node's cache."""
     words = ["here-reset", "--source", SOURCE, "--target", fleet.mount]
-    return builder_container(fleet, "copy", ["sh", "-c", _RESETS, "copy", *words], ["source", "cache", "scratch"])
+    return builder_container(fleet, "copy", ["sh", "-c", RESETS, "copy", *words], ["source", "cache", "scratch"])
 
 
 def consumer_container(fleet: Fleet) -> Object:
     """Return a job's container: it sets the variables of its environment, and checks that the cache is warm."""
-    names = ["program", "cache", "scratch", "shm", "files", *(["models"] if _has_models(fleet) else [])]
+    found = _serving_container(fleet, "sglang", CONSUMES, ["--cache", fleet.mount, *fleet.manifest], UNPRIVILEGED)
+    found["env"] += [{"name": "HOME", "value": SCRATCH}]
+    return found
+
+
+def _serving_container(
+    fleet: Fleet, name: str, script: str, words: Sequence[str], security: Object, *volumes: str
+) -> Object:
+    """Return a container of the serving image that runs a script with these words, on all GPUs."""
+    names = ["program", "cache", "scratch", "shm", "files", *(["models"] if _has_models(fleet) else []), *volumes]
     found: Object = {
-        "name": "sglang",
+        "name": name,
         "image": fleet.image,
-        "command": ["sh", "-c", _CONSUMES, "consumer"],
-        "args": ["--cache", fleet.mount, *fleet.manifest],
-        "env": [*serving_environment(fleet), {"name": "HOME", "value": SCRATCH}],
+        "workingDir": PROGRAM,
+        "command": ["sh", "-c", script, name],
+        "args": list(words),
+        "env": serving_environment(fleet),
         "volumeMounts": mounts(fleet, names),
-        "securityContext": UNPRIVILEGED,
+        "securityContext": security,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
-    if fleet.gpus:
-        found["resources"] = {"limits": {"nvidia.com/gpu": str(fleet.gpus)}}
-    return found
+    return found | ({"resources": {"limits": {"nvidia.com/gpu": str(fleet.gpus)}}} if fleet.gpus else {})
 
 
 def builder_container(fleet: Fleet, name: str, command: Sequence[str], names: Sequence[str]) -> Object:

@@ -75,6 +75,7 @@ class SlurmRestore:
     program: str
     ref: str
     key: str | None
+    stream: str | None
     deadline: float
     jitter: float
 
@@ -120,6 +121,7 @@ def prolog_script(restore: SlurmRestore) -> str:
     words = [restore.program, "pull", restore.ref, *restore.node.options, "--fail-open"]
     words += ["--deadline", f"{restore.deadline:g}s", "--jitter", f"{restore.jitter:g}s"]
     words += ["--key", restore.key] if restore.key else []
+    words += ["--stream", restore.stream] if restore.stream else []
     limit = math.ceil(restore.deadline + restore.jitter) + _PROLOG_SLACK
     lines = [
         "#!/bin/sh",

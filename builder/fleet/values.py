@@ -11,8 +11,6 @@ from dataclasses import dataclass
 _LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _WORD = r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?"
 _DIGEST = re.compile(r"(?P<name>[^@\s]+)@(?P<digest>sha256:[0-9a-f]{64})")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,5})?(?:/[A-Za-z0-9][A-Za-z0-9._/-]*)+")
-_TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 #: The shorthands that Kubernetes' CronJob knows.
@@ -63,19 +61,6 @@ def existing_name(text: str) -> str:
     if not re.fullmatch(rf"{_LABEL}(?:\.{_LABEL})*", text) or len(text) > 253:
         raise ValueError(
             f"the name of an object is wanted (lower-case letters, digits, dashes and dots), found {text!r}"
-        )
-    return text
-
-
-def reference(text: str) -> str:
-    """Return the reference of a cache image: its registry is always named."""
-    name, _, digest = text.partition("@")
-    name, _, tag = name.rpartition(":") if re.search(r":[^/]*$", name) else (name, "", "")
-    right = _REPOSITORY.fullmatch(name) and (not tag or _TAG.fullmatch(tag))
-    if not right or ("@" in text and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
-        raise ValueError(
-            "the name of a cache image with its registry is wanted (registry.example/sglang-cache, with :TAG or "
-            f"@sha256:DIGEST), found {text!r}"
         )
     return text
 

@@ -88,7 +88,11 @@ class TestDockerFolder:
     def test_dockerfile_begins_with_base_argument(self) -> None:
         lines = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").splitlines()
         instructions = [line for line in lines if line and line[0].isupper()]
-        assert instructions[:2] == ["ARG SERVING_IMAGE", "FROM ${SERVING_IMAGE}"]
+        assert instructions[:3] == [
+            "ARG SERVING_IMAGE=scratch",
+            "ARG BUILDER_BASE=python:3.12-slim",
+            "FROM ${SERVING_IMAGE} AS warm-up",
+        ]
 
 
 def test_top_level_is_as_prescribed() -> None:

@@ -16,6 +16,8 @@ from builder.fleet.slurm import Runtime, SlurmNode
 from builder.fleet.summary import RunReport
 from builder.manifest.load import Manifest
 from builder.manifest.values import a_variable, positive_seconds, seconds
+from builder.registry.reference import Reference, parse
+from builder.registry.signature import is_stream
 from builder.report.results import Section
 from builder.report.tables import table
 from builder.text import did_you_mean, printable
@@ -46,6 +48,7 @@ class FleetArgs(ManifestArgs):
     name: str | None = None
     budget: str | None = None
     key: str | None = None
+    stream: str | None = None
     deadline: str | None = None
     jitter: str | None = None
     namespace: str | None = None
@@ -143,16 +146,19 @@ class _FleetReader:
         if target != "pvc" and claim is not None:
             self._add("claim", f"--target {target} uses no claim.")
         words, files = self._manifest_in_pod()
+        reference = self._ref()
         fleet = pods.Fleet(
             name=self._read("name", args.name, values.object_name, "warm-cache"),
             namespace=self._read("namespace", args.namespace, values.namespace, None),
-            ref=self._ref(),
+            ref=str(reference),
+            push=(reference.name, *(["--tag", reference.tag] if reference.tag else [])),
             builder_image=self._read("builder-image", args.builder_image, values.any_image, ""),
             image=pinned[0],
             digest=pinned[1],
             mount=manifest.cache.mount,
             manifest=words,
             files=files | self._key_file(),
+            stream=self._stream(),
             gpus=manifest.gpus.count,
             shm_size=manifest.container.shm_size,
             budget=self._budget(),
@@ -191,7 +197,7 @@ class _FleetReader:
         job = slurm.SlurmJob(
             node=self._node(),
             name=self._read("name", args.name, values.object_name, "warm-cache"),
-            push=self._read("push", args.push, values.reference, None),
+            push=args.push if self._pushed() else None,
             mount=manifest.cache.mount,
             gres=self._read("gres", args.gres, values.scheduler_word, f"gpu:{gpus}" if gpus else None),
             partition=self._read("partition", args.partition, values.scheduler_word, None),
@@ -210,7 +216,8 @@ class _FleetReader:
         restore = slurm.SlurmRestore(
             node=self._node(),
             program=self._program("engine"),
-            ref=self._ref(),
+            ref=str(self._ref()),
+            stream=self._stream(),
             key=os.path.abspath(self.args.key) if self.args.key else None,
             deadline=self._seconds("deadline", _DEADLINE),
             jitter=self._read("jitter", self.args.jitter, seconds, 0.0),
@@ -261,8 +268,33 @@ class _FleetReader:
             self._add(option, f"it is {value!r}; {did_you_mean(value, map(str, choices))}")
         return default if found is None else found
 
-    def _ref(self) -> str:
-        return next(iter(self._read_all("REF", [self.args.ref or ""], values.reference)), "")
+    def _pushed(self) -> bool:
+        """Return whether an image is named to push to."""
+        if self.args.push is None:
+            return False
+        try:
+            if parse(self.args.push).digest:
+                self._add("push", "a push makes a digest of its own:", "name the repository, or a tag to move.")
+        except UsageError as error:
+            self._add("push", error.message.removeprefix("REF "))
+        return True
+
+    def _ref(self) -> Reference:
+        """Return the cache image."""
+        try:
+            return parse(self.args.ref or "")
+        except UsageError as error:
+            self.problems.append(Problem("REF", error.message.removeprefix("REF ")))
+            return Reference("", "")
+
+    def _stream(self) -> str | None:
+        if self.args.stream is None:
+            return None
+        if self.args.key is None:
+            self._add("stream", "a stream is a part of a signature:", "pass --key too.")
+        if not is_stream(self.args.stream):
+            self._add("stream", f"{self.args.stream!r} is no name of a stream.")
+        return self.args.stream
 
     def _parts(self) -> list[str]:
         known = kubernetes.PARTS

@@ -96,7 +96,12 @@ def test_warmup_image_with_foreign_tag_is_rebuilt(engine: Builds) -> None:
 def test_build_context_has_agent_pinned_base_and_setup(engine: Builds) -> None:
     files = engine.files(engine.warm(setup=("first", "second")))
     lines = [line for line in files["Dockerfile"].splitlines() if line and not line.startswith("#")]
-    assert lines[:4] == [f"ARG SERVING_IMAGE={SERVING.id}", "FROM ${SERVING_IMAGE}", "RUN first", "RUN second"]
+    assert lines[:4] == [
+        f"ARG SERVING_IMAGE={SERVING.id}",
+        "FROM ${SERVING_IMAGE} AS warm-up",
+        "RUN first",
+        "RUN second",
+    ]
     assert sum(line.startswith("ARG") for line in lines) == 1
     assert [line.split()[0] for line in lines[-2:]] == ["COPY", "COPY"]
     assert {"builder/__init__.py", "builder/agent/__main__.py", "builder/cache/families.py"} <= files.keys()

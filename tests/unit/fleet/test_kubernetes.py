@@ -234,7 +234,7 @@ def test_every_wrong_value_is_named_at_once(refused: Callable[..., str], tmp_pat
     key = tmp_path / "key.pem"
     key.write_text("-----BEGIN EC PRIVATE KEY-----\n")
     said = refused(
-        *("nohost", "--profile", "h200", "--key", str(key), "--target", "hostpaht", "--user", "0"),
+        *("r.example/UPPER", "--profile", "h200", "--key", str(key), "--target", "hostpaht", "--user", "0"),
         *("--name", "Upper", "--namespace", "a_b", "--queue", "a b", "--schedule", "61 * * * *", "--claim", "x"),
         *("--node-selector", "gpu", "--toleration", "a:Never", "--max-unavailable", "0%", "--deadline", "0"),
         *("--registry-secret", "A", "--env-secret", "-", "--models-claim", ".", "--jitter", "soon"),

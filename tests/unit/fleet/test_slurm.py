@@ -93,7 +93,12 @@ def test_prolog_ends_well_whatever_happens(script: Print) -> None:
         (("slurm", "--program", "here"), "an absolute path on the nodes is wanted, found 'here'"),
         (("slurm",), "--logs the directory for reports and logs is missing; it has to exist on all nodes"),
         (("prolog",), "fleet prolog needs a REF: the cache image, with its registry"),
-        (("prolog", "jit"), "REF the name of a cache image with its registry is wanted"),
+        (("prolog", "r.example/JIT"), "REF r.example/JIT: "),
+        (
+            ("prolog", "r.example/jit", "--stream", "nightly"),
+            "--stream a stream is a part of a signature: pass --key too",
+        ),
+        (("slurm", "--push", "r.example/JIT"), "--push r.example/JIT: "),
         (("prolog", "reg.example/jit", "--jitter", "x"), '--jitter expected a duration such as "20m"'),
     ],
 )
