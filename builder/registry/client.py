@@ -215,7 +215,14 @@ class RegistryClient:
             return 0
         what = f"store the blob {self._shown(digest)}"
 
+        failed = False
+
         def attempt() -> int:
+            nonlocal failed
+            if failed and self.has_blob(digest) is not None:  # it was stored, and the answer was lost
+                progress(size)
+                return size
+            failed = True
             location = self._start_upload(digest, mount_from, what)
             if location is None:
                 return 0

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: Seconds to connect, and between two packets of an answer.
-_TIMEOUT = (10.0, 60.0)
-#: Seconds after which no byte sent or received counts as lost; and those for the head of an answer.
-_STALL = 90.0
+_CONNECT, _BETWEEN = 10.0, 60.0
+#: Seconds after which no byte sent or received counts as lost, also before an answer; and those after the last byte of
+#: a blob, which some registries then copy to where it stays.
+_STALL, _STORING = 90.0, 300.0
 #: Attempts of a request that fails, and seconds for which a registry that limits its rate is asked again.
 _ATTEMPTS, _PATIENCE = 5, 300.0
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -166,8 +167,9 @@ class Transport:
 
         def give_up() -> bool:
             moved = max(started, body.moved) if body else started
+            limit = _STORING if body is not None and body.sent == len(body) else _STALL
             is_stopped = self._access.cancel is not None and self._access.cancel.is_set
-            return is_stopped or time.monotonic() - moved > _STALL
+            return is_stopped or time.monotonic() - moved > limit
 
         try:
             return outside.call(action, host, self._access.deadline.left(), give_up=give_up)
@@ -175,7 +177,7 @@ class Transport:
             if body is not None:
                 body.stopped = True
             self.check(host)
-            raise TransientError(f"{host} took no byte, or gave no answer, for {_STALL:.0f} s") from None
+            raise TransientError(f"{host} took no byte, or gave no answer, in time") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             if body is not None and body.error is not None:
                 raise body.error from None
@@ -254,7 +256,7 @@ class Transport:
         session = self._opened()
         host = host_of(self.allowed(url))
         # Without this a proxy of the environment would get what is meant for this machine.
-        proxies = {"no_proxy": host} if is_loopback(host) else None
+        proxies = {"no_proxy": urllib.parse.urlsplit(url).hostname or ""} if is_loopback(host) else None
 
         def request() -> requests.Response:
             return session.request(
@@ -264,7 +266,7 @@ class Transport:
                 data=body,  # type: ignore[arg-type] # an iterable with a length is as good as a file
                 allow_redirects=False,
                 stream=True,
-                timeout=_TIMEOUT,
+                timeout=(_CONNECT, _STORING if isinstance(body, Body) else _BETWEEN),
                 proxies=proxies,
                 verify=not self._access.insecure,
             )

@@ -44,7 +44,8 @@ class Request:
 
 
 #: True: it was answered. None or False: it is passed on. A number: the connection is cut after so many bytes of the
-#: body, of the request where it has one, else of the answer.
+#: body, of the request where it has one, else of the answer; with LOST when the registry has answered.
+LOST = 1 << 40
 Rule = Callable[[Request], "bool | int | None"]
 
 
@@ -134,6 +135,8 @@ def _pass_on(made: Front, request: Request, cut: int | None) -> None:
             registry.send(piece)
             left -= len(piece)
         answer = registry.getresponse()
+        if cut == LOST:
+            return _cut(handler)
         handler.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("connection", "transfer-encoding", "date", "server"):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from builder.errors import Interrupted, RegistryLostError, RegistryRefusedError
@@ -20,10 +21,10 @@ from builder.host.deadlines import Deadline
 from builder.registry import transport
 from builder.registry.client import RegistryClient
 from builder.registry.documents import digest_of
-from builder.registry.reference import Reference
+from builder.registry.reference import Reference, is_loopback
 from tests.registries import StandIn
 from tests.registry.conftest import LOGIN
-from tests.registry.front import Request, TokenServer, front
+from tests.registry.front import LOST, Request, TokenServer, front
 from tests.registry.test_client import image, log_in
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -80,6 +81,33 @@ def test_token_server_over_plain_http_gets_no_login(registry: StandIn, docker_co
         log_in(docker_config, before.host, *LOGIN)
         with pytest.raises(RegistryRefusedError, match=r"on to tokens.example over plain http, which only --insecure"):
             client.tags()
+
+
+def test_netrc_and_proxies_of_the_environment_are_not_for_this_machine(
+    registry: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cret\n", encoding="utf-8")
+    (tmp_path / ".netrc").chmod(0o600)
+    for name in ("http_proxy", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with front(registry.host, lambda _: None) as before, before.client("field/netrc") as client:
+        assert client.find_manifest("none") is None
+        assert [each.headers.get("Authorization") for each in before.requests] == [None, None]
+
+
+def test_plain_http_of_another_machine_needs_insecure(registry: StandIn) -> None:
+    addresses = [each.address for found in psutil.net_if_addrs().values() for each in found if each.family == 2]
+    others = [address for address in addresses if not is_loopback(address)]
+    if not others:
+        pytest.skip("this machine has no address but its loopback")
+    with front(registry.host, lambda _: None, name=others[0]) as before:
+        with (
+            before.client("field/plain") as client,
+            pytest.raises(RegistryRefusedError, match="Pass --insecure"),
+        ):
+            client.tags()
+        with RegistryClient(before.reference("field/plain"), insecure=True) as client:
+            assert client.find_manifest("none") is None
 
 
 # --- limits and redirects --------------------------------------------------------------------------------------------
@@ -243,6 +271,21 @@ def test_broken_upload_starts_anew(registry: StandIn) -> None:
         assert client.has_blob(digest_of(blob)) == len(blob)
     assert len(opened) == 2
     assert sum(moved) == len(blob)
+
+
+def test_blob_whose_answer_was_lost_is_not_sent_again(registry: StandIn) -> None:
+    blob, opened, moved = os.urandom(100_000), list[int](), list[int]()
+
+    def stream() -> list[bytes]:
+        opened.append(1)
+        return [blob]
+
+    def rule(request: Request) -> int | None:
+        return LOST if request.method == "PUT" else None
+
+    with front(registry.host, rule) as before, before.client("field/lost") as client:
+        assert client.put_blob(digest_of(blob), len(blob), stream, moved.append) == len(blob)
+    assert (len(opened), sum(moved)) == (1, len(blob))
 
 
 def test_registry_that_always_breaks_is_lost(registry: StandIn) -> None:
