@@ -188,14 +188,29 @@ def find(name: str, path: Sequence[str] | None = None) -> Package | None:
     except csv.Error:
         payload = None
     source = _editable_source(_text(found, "direct_url.json"))
+    place = str(found.locate_file(""))
+    editable = source is not None or _looks_editable(payload)
+    if path is None and not editable and (shadow := _shadow(name, place)) is not None:
+        # What is first on the path is imported: the contents there count, and no row of what is installed.
+        payload, place = None, shadow
     return Package(
         name=name,
         version=version,
         payload=payload or None,
-        editable=source is not None or _looks_editable(payload),
-        place=str(found.locate_file("")),
+        editable=editable,
+        place=place,
         source=source,
     )
+
+
+def _shadow(name: str, place: str) -> str | None:
+    """Return the folder, other than place, from which a module of this distribution is imported; None for none."""
+    for module in MODULES.get(name) or (name.replace("-", "_"),):
+        folder = imported(module)
+        above = os.path.realpath(place)
+        if folder is not None and not f"{os.path.realpath(folder)}/".startswith(f"{above.rstrip('/')}/"):
+            return os.path.dirname(folder)  # noqa: PTH120
+    return None
 
 
 def identity(names: Iterable[str], path: Sequence[str] | None = None) -> str | None:

@@ -16,10 +16,10 @@ from tests.commands import ROOT
 HEAD, LABEL = "e" * 40, "f" * 40
 PROBE = f"""
 import json, os
-from builder.agent import sglang_build
+from builder.agent import packages, sglang_build
 from builder.task import ServingImage
 image = ServingImage("sha256:1", {{"ai.sglang.build.commit": "{LABEL}"}})
-print(json.dumps(sglang_build.build(os.environ, image)))
+print(json.dumps({{**sglang_build.build(os.environ, image), "identity": packages.identity(["sglang"])}}))
 """
 RECORD = "sglang/__init__.py,sha256=x,1\nsglang/kernels/k.py,sha256=x,1\n"
 
@@ -71,4 +71,6 @@ def test_build_is_of_what_is_imported(tmp_path: Path, way: str) -> None:
     assert found["commit"] == (HEAD if is_checkout else LABEL)
     assert list(found["sources"]) == ["triton"]
     (checkout / "sglang" / "kernels" / "k.py").write_text("@triton.jit\nagain\n")
-    assert (build()["sources"] != found["sources"]) == is_checkout
+    again = build()
+    assert (again["sources"] != found["sources"]) == is_checkout
+    assert (again["identity"] != found["identity"]) == is_checkout, "as for every package that a key depends on"
