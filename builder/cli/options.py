@@ -176,9 +176,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stream": {"metavar": "NAME", "help": "the stream of images that is meant: nightly, release, …"},
     "insecure": {
         "action": "store_true",
-        "help": "plain http, and certificates that nobody vouches for, are no reason to refuse the registry",
+        "help": "accept plain http and certificates of unknown authorities (test beds)",
     },
-    "ca-file": {"metavar": "FILE", "help": "certificates (PEM) that are trusted beside the usual ones"},
+    "ca-file": {"metavar": "FILE", "help": "certificates (PEM) that are trusted in addition to the usual ones"},
     "format": {
         "metavar": "FORMAT",
         "choices": ("docker", "shell", "github", "json", "kubernetes"),

@@ -1,4 +1,4 @@
-"""Registries as verbs reach them, and whose signatures count: from options, and from the host's policy above them."""
+"""Registries as verbs reach them, and the keys that count: from options, and from the host's policy above them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from builder.text import printable, shortened
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose images this machine takes. stream: None for any."""
+    """The keys and the stream of images that this machine takes. stream: None for any."""
 
     keys: tuple[keys.VerificationKey, ...]
     stream: str | None
@@ -38,7 +38,7 @@ def client(
 
 
 def trust(args: RegistryArgs, key: str | None, stream: str | None) -> Trust | None:
-    """Return whose signatures count; None where neither an option nor the policy names a key.
+    """Return the keys that count; None where neither an option nor the policy names a key.
 
     The policy has the last word: an option that names another key or another stream is an error, and none is needed.
     Raises UsageError, and PreflightError where keys are named that nothing here can check.

@@ -18,7 +18,7 @@ from builder.errors import RegistryRefusedError
 from builder.registry.credentials import Credentials
 from builder.text import printable, shortened
 
-#: Seconds for which a token holds whose server does not say (the token specification's default), the least, the most.
+#: Seconds for which a token without a stated life is valid (the token specification's default), the least, the most.
 _DEFAULT_LIFE, _LEAST_LIFE, _LONGEST_LIFE = 60.0, 10.0, 86400.0
 #: The part of a token's life in which it is used: a request begun with it has to end with it.
 _USED_PART = 0.8
@@ -46,7 +46,7 @@ class TokenAnswer:
     raw: bytes
 
 
-#: method, URL, headers, form → the answer. Raises for a URL that may not be asked.
+#: method, URL, headers, form → the answer. Raises for a URL that may not be requested.
 Fetch = Callable[[str, str, Mapping[str, str], Mapping[str, str] | None], TokenAnswer]
 
 

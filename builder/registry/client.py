@@ -24,7 +24,7 @@ from builder.text import printable, shortened
 
 #: Bytes of one page of tags, and how many pages and tags are read.
 _TAGS_LIMIT, _MOST_PAGES, _MOST_TAGS = 4 << 20, 1000, 200_000
-#: Times a blob is asked for again although no byte of it came.
+#: Requests in a row for a blob that give no byte of it.
 _READS = 5
 
 Progress = Callable[[int], None]
@@ -269,7 +269,7 @@ class RegistryClient:
     def read_blob(self, digest: str, size: int, progress: Progress = _ignored) -> Iterator[bytes]:
         """Yield a blob's bytes. Only its end proves them: until then they must not be used for anything.
 
-        Goes on where a connection broke. Raises RegistryRefusedError for a blob of another size or digest.
+        Resumes where a connection broke. Raises RegistryRefusedError for a blob of another size or digest.
         """
         seen, done, failures = hashlib.sha256(), 0, 0
         what = f"read the blob {self._shown(digest)}"

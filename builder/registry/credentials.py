@@ -22,7 +22,7 @@ from builder.text import printable, shortened
 HELPER_TIMEOUT = 30.0
 #: More bytes are no config.json, and no answer of a helper.
 _LIMIT = 1 << 20
-#: The user name by which helpers say that the secret is a token (docker-py has the same).
+#: The user name of helpers for a secret that is a token (docker-py has the same).
 _TOKEN_USER = "<token>"  # noqa: S105 - no password
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -105,7 +105,7 @@ def _ask_helper(name: str, server: str, path: str, timeout: float) -> Credential
             f"{path} names the credential helper {shortened(name, 60)!r}, and there is no program "
             f"{printable(shortened(program, 80))} on PATH: install it, or log in without it"
         )
-    # A session of its own: a helper that hangs may have started others, which keep its pipe open.
+    # In a new session: a helper that hangs may have started others, which keep its pipe open.
     process = subprocess.Popen(
         [found, "get"],
         stdin=subprocess.PIPE,
@@ -124,7 +124,7 @@ def _ask_helper(name: str, server: str, path: str, timeout: float) -> Credential
                 f"{program} gave no credentials for {server} within {timeout:.0f} s; try: echo {server} | {program} get"
             ) from None
     if process.returncode:
-        # Helpers say on stdout why they have nothing; it is the text that tells "none" from a failure.
+        # The reason is on stdout, and its text alone distinguishes "none" from a failure.
         said = printable(shortened(output[:400].decode("utf-8", "replace").strip(), 200))
         if "credentials not found" in said.lower():
             return None

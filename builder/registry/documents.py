@@ -34,7 +34,7 @@ def digest_of(raw: bytes) -> str:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """What a manifest says of a blob or of another manifest."""
+    """A manifest's row for a blob, or for another manifest."""
 
     media_type: str
     digest: str
@@ -49,7 +49,7 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class StoredManifest:
-    """A manifest as a registry has it: its bytes, whose digest is proven, and the type that it was served with.
+    """A manifest as a registry has it: its bytes, their proven digest, and the type that it was served with.
 
     Every property raises RegistryRefusedError where the manifest does not have the form that OCI gives it.
     """

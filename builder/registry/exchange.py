@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Bytes of a body that are read or written at once.
 CHUNK = 1 << 20
-#: Pieces of a body that are read before they are wanted.
+#: Pieces of a body that are read ahead.
 _AHEAD = 4
 #: Bytes of an error's body that are read.
 _ERROR_LIMIT = 1 << 14
@@ -85,7 +85,7 @@ class Body:
 
 
 class Answer:
-    """The answer to a request, whose body is read with deadlines. A context manager: closing frees the connection."""
+    """The answer to a request. Its body is read with deadlines. A context manager: closing frees the connection."""
 
     def __init__(self, response: requests.Response, waiting: Waiting) -> None:
         self._response = response

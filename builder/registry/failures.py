@@ -14,7 +14,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACK
 
 
 class TransientError(Exception):
-    """A failure that may not happen again. after: seconds that the registry asks to wait; None if it does not say."""
+    """A failure that may not happen again. after: seconds that the registry asks to wait; None if it names none."""
 
     def __init__(self, message: str, after: float | None = None) -> None:
         super().__init__(message)

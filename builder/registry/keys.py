@@ -138,7 +138,7 @@ def _public(serialization: Any, kind: str, block: bytes, path: Path) -> Verifica
         raise ValueError(f"holds a {kind.lower()}: a public key in PEM is wanted")
     try:
         key = serialization.load_pem_public_key(block)
-    except Exception:  # noqa: BLE001 - it has exceptions of its own for algorithms that OpenSSL does not have
+    except Exception:  # noqa: BLE001 - it raises another one for algorithms that OpenSSL does not have
         raise ValueError("holds no public key that can be read") from None
     return _checked(serialization, key, path)
 

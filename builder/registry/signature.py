@@ -1,7 +1,7 @@
-"""Signatures of images, as cosign makes them with a key: who vouches for a digest, for which stream, and from when.
+"""Signatures of images, as cosign makes them with a key: which key signed a digest, for which stream and time.
 
-A valid signature alone does not say that an image is meant for this machine, or that it is the newest: so the payload's
-optional part names a stream and a time, which `require_current` compares.
+A valid signature alone does not prove that an image is meant for this machine, or that it is the newest: so the
+payload's optional part names a stream and a time, which `require_current` compares.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _STREAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
 @dataclass(frozen=True)
-class Vouched:
-    """An image that a key vouches for. stream, time (seconds since 1970): as signed; None where they were not."""
+class SignedImage:
+    """An image with a verified signature. stream, time (seconds since 1970): as signed; None where they were not."""
 
     digest: str
     key: VerificationKey
@@ -59,14 +59,14 @@ def is_stream(text: str) -> bool:
 
 def sign(
     client: RegistryClient, digest: str, key: SigningKey, *, stream: str | None = None, time: float
-) -> tuple[Vouched, bool]:
+) -> tuple[SignedImage, bool]:
     """Sign a manifest that the registry has; return what is signed, and whether a signature was added.
 
     The signatures of others stay. One by this key, for this stream, is enough: nothing is added. Raises UsageError for
     an image of another stream.
 
     stream: None for that of the image, if it has one.
-    time: seconds since 1970, for an image that does not say when it was made.
+    time: seconds since 1970, for an image without a time of its making.
     """
     image = client.get_manifest(digest)
     own = image.annotations.get(STREAM) or None
@@ -88,56 +88,56 @@ def sign(
     )
     for _ in range(3):
         stored = client.find_manifest(tag_of(digest))
-        for vouched in _vouched(of_tag(client, stored)[0], digest, [key.public]):
-            if vouched.stream == stream:
-                return vouched, False
+        for signed in _verified(of_tag(client, stored)[0], digest, [key.public]):
+            if signed.stream == stream:
+                return signed, False
         _add(client, digest, stored, payload, key)
         # Two that sign at the same time read the same manifest: the later one has to add its own again.
         after = client.find_manifest(tag_of(digest))
         if after is not None and any(layer.digest == digest_of(payload) for layer in after.layers):
-            return Vouched(digest, key.public, stream, time), True
+            return SignedImage(digest, key.public, stream, time), True
     raise RegistryRefusedError(f"{client.reference.name}: others write {tag_of(digest)} at the same time; sign again")
 
 
 def verify_signature(
     client: RegistryClient, digest: str, keys: Sequence[VerificationKey], *, stream: str | None = None
-) -> Vouched:
-    """Return who vouches for a manifest. Raises RegistryRefusedError, with one sentence for each way to be unsigned.
+) -> SignedImage:
+    """Return the verified signature of a manifest. Raises RegistryRefusedError: one sentence for each way to have none.
 
     keys: any of them is enough, so that a new one can be brought in before the old one leaves.
-    stream: of several signatures, those of this stream count first; `require_current` says whether it is right.
+    stream: of several signatures, those of this stream count first; `require_current` decides whether it is right.
     """
     candidates, unreadable = of_tag(client, client.find_manifest(tag_of(digest)))
-    found = _vouched(candidates, digest, keys)
+    found = _verified(candidates, digest, keys)
     if not found:
         more, also = of_referrers(client, digest)
-        found = _vouched(more, digest, keys)
+        found = _verified(more, digest, keys)
         candidates, unreadable = [*candidates, *more], [*unreadable, *also]
     if found:
         return max(found, key=lambda each: (each.stream == stream, each.time or 0.0))
     raise _unsigned(client, digest, keys, candidates, unreadable)
 
 
-def require_current(vouched: Vouched, *, stream: str | None, restored: float | None) -> None:
+def require_current(signed: SignedImage, *, stream: str | None, restored: float | None) -> None:
     """Raise RegistryRefusedError for an image of another stream, or one that is older than the last restored one.
 
     stream: the one that this machine takes; None for any. restored: the signed time of the image that was restored
     last; None if there was none.
     """
-    shown = f"{vouched.digest[:19]}…"
-    if stream is not None and vouched.stream != stream:
-        signed = f"for the stream {vouched.stream!r}" if vouched.stream is not None else "for no stream"
-        raise RegistryRefusedError(f"{shown} is signed {signed}, and this machine takes {stream!r}")
+    shown = f"{signed.digest[:19]}…"
+    if stream is not None and signed.stream != stream:
+        which = f"for the stream {signed.stream!r}" if signed.stream is not None else "for no stream"
+        raise RegistryRefusedError(f"{shown} is signed {which}, and this machine takes {stream!r}")
     if restored is None:
         return
     last = format_time(restored)
-    if vouched.time is None:
+    if signed.time is None:
         raise RegistryRefusedError(
             f"{shown} is signed without a time, so that it may be older than the image of {last} that was restored here"
         )
-    if vouched.time < restored:
+    if signed.time < restored:
         raise RegistryRefusedError(
-            f"{shown} is of {format_time(vouched.time)}, older than the image of {last} that was restored here: the "
+            f"{shown} is of {format_time(signed.time)}, older than the image of {last} that was restored here: the "
             "tag was moved back, or the registry serves an old one. Only --fallback takes older ones"
         )
 
@@ -161,8 +161,8 @@ def format_time(seconds: float) -> str:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def _vouched(candidates: Sequence[Candidate], digest: str, keys: Sequence[VerificationKey]) -> list[Vouched]:
-    """Return what the keys vouch for, of these signatures, about this digest."""
+def _verified(candidates: Sequence[Candidate], digest: str, keys: Sequence[VerificationKey]) -> list[SignedImage]:
+    """Return the signatures of this digest that one of the keys verifies."""
     found = []
     for each in candidates:
         if each.digest == digest:
@@ -170,7 +170,7 @@ def _vouched(candidates: Sequence[Candidate], digest: str, keys: Sequence[Verifi
             if key is not None:
                 stream, time = each.optional.get(STREAM), each.optional.get(TIME)
                 found.append(
-                    Vouched(
+                    SignedImage(
                         digest,
                         key,
                         stream if isinstance(stream, str) and is_stream(stream) else None,
@@ -187,7 +187,7 @@ def _unsigned(
     candidates: Sequence[Candidate],
     unreadable: Sequence[str],
 ) -> RegistryRefusedError:
-    """Return the error for an image that none of the keys vouches for."""
+    """Return the error for an image without a signature that one of the keys verifies."""
     image = f"{client.reference.name}@{digest}"
     others = sorted({each.digest for each in candidates if each.digest != digest})
     if any(each.digest == digest for each in candidates):
@@ -225,7 +225,7 @@ def _add(client: RegistryClient, digest: str, stored: StoredManifest | None, pay
         raise RegistryRefusedError(f"{tag_of(digest)} has {len(before)} signatures: more are not read")
     annotations = {SIGNATURE: base64.b64encode(key.sign(payload)).decode("ascii")}
     layers = (*before, Descriptor(PAYLOAD_TYPE, digest_of(payload), len(payload), annotations))
-    # As cosign writes it: an image with no platform, whose layers are the payloads as they are.
+    # As cosign writes it: an image with no platform; its layers are the payloads as they are.
     config = dumped(
         {
             "architecture": "",

@@ -1,11 +1,11 @@
-"""The two forms in which registries keep signatures of images, read before any key is asked about them.
+"""The two forms in which registries keep signatures of images, before any key has verified them.
 
 cosign's tag form: the signatures of ``sha256:HEX`` are the manifest ``sha256-HEX.sig`` of the same repository, one
 layer each: a payload that names the digest, and in an annotation the signature of the payload. Source:
 https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md.
 
 cosign 3's form: a manifest that refers to the image has a sigstore bundle, a DSSE envelope around an in-toto statement
-whose subject is the image's digest. Sources: ``signDigestBundle`` (cosign, cmd/cosign/cli/sign/sign.go) and
+with the image's digest as its subject. Sources: ``signDigestBundle`` (cosign, cmd/cosign/cli/sign/sign.go) and
 ``WriteAttestationNewBundleFormat`` (pkg/oci/remote/write.go); https://github.com/secure-systems-lab/dsse. What needs
 more than a key (certificates of keyless signatures, a transparency log) is not verified here.
 """
@@ -29,7 +29,7 @@ KIND = "cosign container image signature"
 #: The start of a bundle's type; its version follows.
 BUNDLE = "application/vnd.dev.sigstore.bundle"
 STATEMENT = "application/vnd.in-toto+json"
-#: What a statement says that is a signature of an image: other statements vouch for something else.
+#: The predicate of a statement that is a signature of an image: other statements are about something else.
 PREDICATE = "https://sigstore.dev/cosign/sign/v1"
 #: More signatures, and longer payloads, are not read.
 MOST, LIMIT = 64, 1 << 16

@@ -37,7 +37,7 @@ _CONNECT, _BETWEEN = 10.0, 60.0
 #: Seconds after which no byte sent or received counts as lost, also before an answer; and those after the last byte of
 #: a blob, which some registries then copy to where it stays.
 _STALL, _STORING = 90.0, 300.0
-#: Attempts of a request that fails, and seconds for which a registry that limits its rate is asked again.
+#: Attempts of a request that fails, and seconds for which requests are repeated to a registry that limits its rate.
 _ATTEMPTS, _PATIENCE = 5, 300.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 5
@@ -49,8 +49,8 @@ _TOKEN_LIMIT = 1 << 18
 class Access:
     """How a registry is reached.
 
-    insecure: plain http and certificates that nobody vouches for are accepted, as by Docker's `insecure-registries`.
-    ca_file: PEM certificates that are trusted beside the usual ones.
+    insecure: plain http and certificates of unknown authorities are accepted, as by Docker's `insecure-registries`.
+    ca_file: PEM certificates that are trusted in addition to the usual ones.
     deadline: ends every wait. cancel: ends every wait with Interrupted.
     """
 
@@ -80,7 +80,7 @@ class Transport:
         return self._authorization.redacted(text)
 
     def refuse(self, what: str, answer: Answer, *, name: str = "") -> RegistryRefusedError:
-        """Return the error for an answer whose status was not expected. what: the request: ``read the tags``."""
+        """Return the error for an answer with an unexpected status. what: the request: ``read the tags``."""
         more = answer.error()
         more = f" ({more})" if more else ""
         if answer.status in (401, 403):
@@ -100,7 +100,7 @@ class Transport:
             after = _after(state)
             if after is None:
                 return tenacity.wait_random_exponential(multiplier=0.2, max=10)(state)
-            # What many asked to come back at one time must not all do so.
+            # Many clients get the same time, and must not all come back at it.
             return after + tenacity.wait_random(0, max(0.5, after / 2))(state)
 
         def ends(state: tenacity.RetryCallState) -> bool:
@@ -133,10 +133,10 @@ class Transport:
         body: Body | bytes | None = None,
         name: str = "",
     ) -> Answer:
-        """Return the answer to one request, whose status is one of those expected. Raises TransientError.
+        """Return the answer to one request, with one of the expected statuses. Raises TransientError.
 
         path: below the registry's address, or a whole URL. what: for messages, ``read the tags``. name: of what is
-        asked for, for the message that it is not there.
+        requested, for the message that it is not there.
         """
         url = urllib.parse.urljoin(self.base(), path)
         for renewed in (False, True):
@@ -199,7 +199,7 @@ class Transport:
             return found
 
     def pause(self, failures: int) -> None:
-        """Wait before a broken transfer goes on: longer with each failure in a row."""
+        """Wait before a broken transfer is resumed: longer with each failure in a row."""
         self._sleep(min(0.1 * 2**failures, 5.0))
 
     def check(self, host: str = "") -> None:
@@ -292,7 +292,7 @@ class Transport:
             return plain
 
     def _raise_transient(self, answer: Answer) -> None:
-        """Raise TransientError if the status says that a later request may succeed."""
+        """Raise TransientError if the status means that a later request may succeed."""
         if answer.status in (408, 425, 429, 500, 502, 503, 504):
             after = retry_after(answer.headers.get("Retry-After", ""))
             if answer.status == 429 and after is None:

@@ -1,4 +1,4 @@
-"""Signatures: ours against real cosign in both directions, and every way in which an image is not vouched for."""
+"""Signatures: ours against real cosign in both directions, and every way in which an image is not signed."""
 
 from __future__ import annotations
 

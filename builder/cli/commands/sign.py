@@ -1,4 +1,4 @@
-"""The verb `sign`: vouch for a cache image in a registry with a key."""
+"""The verb `sign`: sign a cache image in a registry with a key."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def run(args: SignArgs, invocation: Invocation) -> None:
     key = keys.signing_key(Path(args.key), args.location("key"))
     with invocation.signals.handled(), registry.client(args, invocation, reference) as client:
         digest = client.get_manifest(named).digest
-        vouched, added = signature.sign(client, digest, key, stream=stream, time=time.time())
+        signed, added = signature.sign(client, digest, key, stream=stream, time=time.time())
     image = f"{reference.name}@{digest}"
-    moment = signature.format_time(vouched.time) if vouched.time is not None else None
-    invocation.report.add(SignSection(image, digest, vouched.key.fingerprint, vouched.stream, moment, added))
+    moment = signature.format_time(signed.time) if signed.time is not None else None
+    invocation.report.add(SignSection(image, digest, signed.key.fingerprint, signed.stream, moment, added))
     invocation.report.text = None if args.json else image
-    of_stream = f" for the stream {vouched.stream}" if vouched.stream else ""
+    of_stream = f" for the stream {signed.stream}" if signed.stream else ""
     done = "signed" if added else "was already signed"
-    invocation.console.say(f"{image} {done} by {vouched.key.fingerprint}{of_stream}, of {moment}")
+    invocation.console.say(f"{image} {done} by {signed.key.fingerprint}{of_stream}, of {moment}")
