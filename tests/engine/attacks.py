@@ -24,7 +24,7 @@ BY = {
     "manifest": "a manifest of a pull request",
     "other user": "another user of the machine",
     "image": "a serving image, or what a manifest builds on one",
-    "registry": "a registry, or whoever can write to one, where nothing is signed",
+    "registry": "a registry, or whoever can write to one",
 }
 HEADING = "## Attacks\n"
 HEAD = f"""\

@@ -117,6 +117,11 @@ def test_certificate_has_to_be_known_or_ignored(registry_tls: StandIn, docker_co
         assert client.find_manifest("none") is None
 
 
+@pytest.mark.attack(
+    "serves a changed blob or manifest",
+    by="registry",
+    holds="12: the digest is compared before anything is used",
+)
 def test_damaged_blob_and_manifest_are_refused(registry: StandIn) -> None:
     layer = os.urandom(200_000)
     with registry.client("client/damaged") as client:

@@ -74,6 +74,11 @@ def test_token_that_ends_early_is_renewed(registry: StandIn) -> None:
         assert client.put_blob(digest_of(blob), len(blob), ends_while_it_is_opened) == len(blob)
 
 
+@pytest.mark.attack(
+    "names a token server that speaks plain http",
+    by="registry",
+    holds="12: no login is sent there",
+)
 def test_token_server_over_plain_http_gets_no_login(registry: StandIn, docker_config: Path) -> None:
     """A registry on this machine that names another host's plain http: the login stays here."""
     rule = TokenServer(realm="http://tokens.example/token")
@@ -165,6 +170,11 @@ def test_fifty_pulls_at_once_of_a_registry_that_limits_its_rate(registry: StandI
     assert len(before.requests) < 50 * 4 * 4
 
 
+@pytest.mark.attack(
+    "redirects a blob to another host",
+    by="registry",
+    holds="it is read without the login or the token, and no message has the address with its signature",
+)
 def test_redirect_to_another_host_carries_no_credentials(registry: StandIn, docker_config: Path) -> None:
     layer = os.urandom(50_000)
     with registry.client("field/redirect") as client:
@@ -193,6 +203,11 @@ def test_redirect_to_another_host_carries_no_credentials(registry: StandIn, dock
         assert "s3cret" not in refused.value.message
 
 
+@pytest.mark.attack(
+    "redirects to plain http, to a file, or without end",
+    by="registry",
+    holds="12, each with its sentence",
+)
 @pytest.mark.parametrize(
     ("location", "said"),
     [
@@ -213,6 +228,11 @@ def test_redirect_that_is_not_followed(registry: StandIn, location: str, said: s
         list(client.read_blob(digest_of(b"x"), 1))
 
 
+@pytest.mark.attack(
+    "continues its list of tags at another host",
+    by="registry",
+    holds="12: nothing is requested there",
+)
 def test_list_of_tags_that_continues_elsewhere_is_refused(registry: StandIn) -> None:
     pages = {"": ("a-1", '</v2/field/pages/tags/list?n=1000&last=a-1>; rel="next"'), "last=a-1": ("b-1", "")}
 
@@ -338,6 +358,11 @@ def test_json_of_any_shape_is_one_error(registry: StandIn, raw: bytes) -> None:
         client.tags()
 
 
+@pytest.mark.attack(
+    "serves a manifest without end",
+    by="registry",
+    holds="12 after 4 MiB",
+)
 def test_manifest_that_never_ends_is_refused(registry: StandIn) -> None:
     def rule(request: Request) -> bool | None:
         return request.answer(200, b" " * (5 << 20)) if "/one" in request.path else None
@@ -380,6 +405,11 @@ def test_signal_ends_a_wait(deaf: str) -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.attack(
+    "answers byte by byte without end",
+    by="registry",
+    holds="16 at the deadline",
+)
 def test_bytes_that_drip_are_ended_by_the_deadline(registry: StandIn) -> None:
     """One byte now and then is no progress: a time-out between bytes would wait for ever."""
     enough = threading.Event()

@@ -128,6 +128,11 @@ def no_signature(client: RegistryClient, digest: str, pair: Callable[[str], Pair
     return "has no signature that can be read: .*tar.gzip is not known"
 
 
+@pytest.mark.attack(
+    "serves an image without a signature, with one by another key, or with that of another image",
+    by="registry",
+    holds="12, each with its sentence, before the first layer",
+)
 @pytest.mark.parametrize("how", [unsigned, other_key, other_image, no_signature])
 def test_unsigned_is_refused(
     registry: StandIn, pair: Callable[[str], Pair], how: Callable[[RegistryClient, str, Callable[[str], Pair]], str]
@@ -139,6 +144,11 @@ def test_unsigned_is_refused(
             verify_signature(client, digest, pair("old")[1])
 
 
+@pytest.mark.attack(
+    "changes what a signature is for",
+    by="registry",
+    holds="12: the payload is proven by its digest, and then by the key",
+)
 def test_changed_payload_is_refused(registry: StandIn, pair: Callable[[str], Pair]) -> None:
     """The registry serves another payload under the digest of the signed one."""
     key, public = pair("old")
@@ -152,6 +162,11 @@ def test_changed_payload_is_refused(registry: StandIn, pair: Callable[[str], Pai
             verify_signature(client, digest, public)
 
 
+@pytest.mark.attack(
+    "serves an older signed image, or one of another stream",
+    by="registry",
+    holds="12: stream and time are signed, and what is older than the last restored one is refused",
+)
 def test_replay_is_refused(registry: StandIn, pair: Callable[[str], Pair]) -> None:
     key, public = pair("old")
     with registry.client("signed/replay") as client:
