@@ -3,8 +3,7 @@
 A line is an event only if it begins with ``@warmup <nonce> `` and the rest is a JSON object of one of the classes here:
 ``event`` has its wire name, the other keys are its fields. Any other line is log, a malformed event included.
 
-Times are seconds since the epoch, durations seconds, sizes bytes. Paths are relative to the cache root or, where a
-family and its key are given, to that family directory.
+Times are seconds since the epoch, durations seconds, sizes bytes. Paths are below the root, or the family's directory.
 """
 
 from __future__ import annotations
@@ -196,9 +195,6 @@ class Freed(Event):
     blocked: float = 0.0  # seconds for which the removal that waits longest was kept waiting by jobs
 
 
-# --- what the root holds ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FamilyContents(Event):
     """Mode ``status``: one family directory."""
@@ -326,6 +322,7 @@ class ModelWalked(Event):
     source: Literal["sglang", "table"]
     shapes: tuple[str, ...]
     note: str = ""  # why sglang's own code did not tell
+    modules: tuple[str, ...] = ()  # of sglang's own JIT (`prebuild_forks.Request`)
 
 
 @dataclass(frozen=True)
@@ -333,7 +330,7 @@ class PrebuildProblem(Event):
     """Modes ``plan`` and ``prebuild``: something that was not done. what: a shape, a task, or names of entries."""
 
     what: tuple[str, ...]
-    kind: Literal["shape", "task", "entries", "all"]
+    kind: Literal["shape", "task", "entries", "modules", "all"]
     why: str
 
 
@@ -353,7 +350,11 @@ class KernelsPrebuilt(Event):
     paused: float  # seconds, under pressure
 
 
-# --- recording launches ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ModulesPrebuilt(Event):
+    """Mode ``prebuild``: modules of sglang's own JIT that a later process finds, which may compile nothing."""
+
+    found: int
 
 
 @dataclass(frozen=True)

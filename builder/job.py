@@ -92,6 +92,7 @@ class PrebuildRequest:
     """The object of the modes ``plan`` and ``prebuild``, on a simulated GPU.
 
     models: tasks whose shapes sglang's own code tells. key: of deep_gemm, where the GPU stage looks for entries.
+    modules: of sglang's own JIT, as a walk named them; jit_key: of sglang_jit.
     workers: the most at the same time. memory: bytes for all workers together; None: what is available.
     cpus: the processors to use; empty: all. gentle: give way to whatever else runs here.
     """
@@ -100,6 +101,8 @@ class PrebuildRequest:
     shapes: tuple[PlannedShape, ...] = ()
     models: tuple[Task, ...] = ()
     key: str = ""
+    modules: tuple[str, ...] = ()
+    jit_key: str = ""
     workers: int = 0  # 0: one for each processor
     memory: int | None = None
     cpus: tuple[int, ...] = ()

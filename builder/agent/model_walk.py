@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import json
 import os
 import sys
 import traceback
@@ -80,13 +81,15 @@ def missing_names() -> list[str]:
 def walk(argv: Sequence[str]) -> dict[str, Any]:
     """Return ``shapes`` (kernel type, N, K, groups), ``chunked_prefill_size``, ``classes`` and ``problems``.
 
+    And ``modules`` of sglang's own JIT that layers asked for: arguments of ``load_jit``, by place and by name, as JSON.
+
     argv: of a server. It changes sglang, torch and this process for good: call it in a fork, and once.
     """
     # Groups of a world of one process would wait for the others.
     os.environ.update(SGLANG_USE_MESSAGE_QUEUE_BROADCASTER="0", SGLANG_ENABLE_JIT_DEEPGEMM="1")
     if missing := missing_names():
         problems = {"sglang lacks": ", ".join(missing)}
-        return {"shapes": [], "classes": [], "chunked_prefill_size": 0, "problems": problems}
+        return {"shapes": [], "classes": [], "modules": [], "chunked_prefill_size": 0, "problems": problems}
     return _Walk(argv).run()
 
 
@@ -102,6 +105,7 @@ class _Walk:
         self._shapes: dict[tuple[str, int, int, int], None] = {}
         self._problems: dict[str, str] = {}
         self._modules: collections.Counter[str] = collections.Counter()
+        self._jit_modules: dict[str, None] = {}
         self._at = ""
         self._torch = importlib.import_module("torch")
         self._jit = importlib.import_module("sglang.kernels.jit.utils").load_jit
@@ -129,6 +133,7 @@ class _Walk:
         return {
             "shapes": [list(shape) for shape in self._shapes],
             "classes": classes,
+            "modules": list(self._jit_modules),
             "chunked_prefill_size": int(context.get_schedule().chunked_prefill_size),
             "problems": self._problems,
         }
@@ -158,13 +163,18 @@ class _Walk:
         """Call; what it raises is a problem, because a shape would be missing in silence."""
         for module in list(sys.modules.values()):  # they bind it when they are imported, some of them late
             if getattr(module, "__dict__", {}).get("load_jit") is self._jit:
-                module.load_jit = lambda *_, **__: _NoKernel()  # type: ignore[attr-defined]
+                module.load_jit = self._note_module  # type: ignore[attr-defined]
         try:
             call()
         except Exception as error:  # noqa: BLE001 - see above
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self._problems[self._at] = f"{text} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+
+    def _note_module(self, *args: Any, **options: Any) -> _NoKernel:
+        """Stand for `load_jit`: note what it is asked for."""
+        self._jit_modules[json.dumps([[str(each) for each in args], options], default=str)] = None
+        return _NoKernel()
 
     def _model(self, config: Any, who: str) -> str:
         loader = _names("model_loader.loader")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import events, processes, sglang_args
-from builder.agent import model_shapes, probe, simulated_gpu
+from builder.agent import model_shapes, prebuild_modules, probe, simulated_gpu
 from builder.agent.guard import SCRATCH, Guard
 from builder.agent.output import Output
 from builder.agent.prebuild_forks import Kernel, ModelWalk, Sweep, WorkerRequest
@@ -160,7 +160,7 @@ def _plan(job: Job, request: PrebuildRequest, place: str, output: Output, guard:
             _report_unplanned(answer, output)
         elif "walked" in answer:
             shapes = tuple(str(Shape(*each["problem"])) for each in answer["sweeps"])
-            output.event(events.ModelWalked(answer["walked"], "sglang", shapes))
+            output.event(events.ModelWalked(answer["walked"], "sglang", shapes, modules=tuple(answer["modules"])))
         elif "unwalked" in answer:
             fallen_back += _from_table(answer, request, environ, output)
     if fallen_back:
@@ -241,9 +241,16 @@ def _prebuild(job: Job, request: PrebuildRequest, place: str, output: Output, gu
     layout.describe_family(root, "deep_gemm", key, toolchain.family_factors(record, "deep_gemm"))
     lock = guard.acquire(layout.family_lock(root, "deep_gemm", key), exclusive=False)
     try:
-        _compile(job, request, place, key, environ, output, guard)
+        if request.shapes:
+            _compile(job, request, place, key, environ, output, guard)
     finally:
         os.close(lock)
+    if request.modules:
+
+        def ask(asked: WorkerRequest, environ: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+            return _answers(asked, environ, request, job.workdir, output, guard)
+
+        prebuild_modules.prebuild(root, place, request, _workers(request), record, environ, ask, output, guard)
 
 
 def _compile(

@@ -70,10 +70,11 @@ class WorkerRequest:
     """The argument. memory: bytes for all workers together, 0 for what is available.
 
     scratch: a folder for this process alone. cache: the family's directory. architecture: as nvcc names it.
+    modules: arguments of sglang's ``load_jit``, positional and named ones, as JSON.
     cpus: the processors to use, empty for all. gentle: give way to whatever else runs on this machine.
     """
 
-    mode: str  # plan, walk or compile
+    mode: str  # plan, walk, compile or modules
     report: int  # descriptor for answers
     scratch: str
     workers: int
@@ -83,6 +84,7 @@ class WorkerRequest:
     models: list[ModelWalk] = field(default_factory=list)
     cache: str = ""
     kernels: list[Kernel] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
     memory: int = 0
     cpus: list[int] = field(default_factory=list)
     gentle: bool = False
@@ -111,7 +113,7 @@ class Answers:
 
 def main(file: str) -> int:
     """Do the work of the request in this file. Returns the exit status: 1 where nothing can be done here at all."""
-    from builder.agent import prebuild_plan, prebuild_pool
+    from builder.agent import prebuild_modules, prebuild_plan, prebuild_pool
 
     request = WorkerRequest.from_json(Path(file).read_text(encoding="ascii"))
     _give_way(request)
@@ -133,6 +135,9 @@ def main(file: str) -> int:
         )
         return 1
     answers.write(imported=round(time.monotonic() - begun, 2))
+    if request.mode == "modules":
+        prebuild_modules.build(request, answers)
+        return 0
     if request.mode == "compile":
         prebuild_pool.Pool(request, answers, compile_utils).run()
         return 0

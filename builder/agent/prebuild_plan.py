@@ -154,7 +154,8 @@ class PlanPass:
         sweeps = [
             Sweep((shape[0], *shape[1:]), model.m_values, found["chunked_prefill_size"]) for shape in found["shapes"]
         ]
-        self._answers.write(walked=model.label, classes=found["classes"], sweeps=[vars(each) for each in sweeps])
+        rows = [vars(each) for each in sweeps]
+        self._answers.write(walked=model.label, classes=found["classes"], modules=found["modules"], sweeps=rows)
         yield from map(_hashable, sweeps)
 
     def _copying_compiler(self) -> Path:

@@ -67,6 +67,9 @@ class Stage:
     unverified: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    #: Modules of sglang's own JIT that a later process found, and why others were not: tasks build them.
+    modules: int = 0
+    modules_missing: list[str] = field(default_factory=list)
     #: Kernels that tasks compiled although the stage ran; None before they did.
     gpu_kernels: int | None = None
 
@@ -233,6 +236,7 @@ class _Prebuild:
         self._executor.start()
         seen: set[str] = set()
         for group in self._groups:
+            self._modules: dict[str, None] = {}
             planned = self._plan(group)
             new = []
             for shape in planned:
@@ -241,6 +245,8 @@ class _Prebuild:
                 new += [rest] if rest.kernels else []
             for batch in prebuild_jobs.batches(new):
                 self._compile(group, batch)
+            if self._modules:
+                self._build_modules(group)
         self._stage.named = len(seen)
         if not self._stage.named and not self._stage.problems:
             return
@@ -262,6 +268,7 @@ class _Prebuild:
                 shape = Shape.parse(event.shape)
                 found.append(PlannedShape(shape, event.m_values, event.chunked_prefill_size, event.kernels))
             elif isinstance(event, events.ModelWalked):
+                self._modules |= dict.fromkeys(event.modules)
                 note = f"{event.source} ({event.note})" if event.note else event.source
                 self._stage.tasks[event.task] = f"{counted(len(event.shapes), 'shape')} of {note}"
             else:
@@ -286,6 +293,11 @@ class _Prebuild:
         request = replace(self._limits, gpu=group.gpu, shapes=tuple(shapes), key=group.key)
         self._do("prebuild", group, request, COMPILE_TIMEOUT, self._note)
 
+    def _build_modules(self, group: _Group) -> None:
+        jit_key = toolchain.family_key(group.items[0].record, "sglang_jit")
+        request = replace(self._limits, gpu=group.gpu, key=group.key, modules=tuple(self._modules), jit_key=jit_key)
+        self._do("prebuild", group, request, COMPILE_TIMEOUT, self._note)
+
     def _do(
         self,
         mode: Literal["plan", "prebuild"],
@@ -307,6 +319,10 @@ class _Prebuild:
         stage = self._stage
         if isinstance(event, events.PrebuildProblem) and event.kind == "task":
             stage.unverified.append(printable(f"{', '.join(event.what)}: {event.why}"))
+        elif isinstance(event, events.PrebuildProblem) and event.kind == "modules":
+            stage.modules_missing.append(printable(f"{', '.join(event.what)}: {event.why}".lstrip(": ")))
+        elif isinstance(event, events.ModulesPrebuilt):
+            stage.modules += event.found
         elif isinstance(event, events.PrebuildProblem):
             what = ", ".join(event.what[:2]) + (f" and {len(event.what) - 2} more" if len(event.what) > 2 else "")
             stage.problems.append(printable(f"{what}: {event.why}" if what else event.why))
@@ -362,7 +378,9 @@ def _report(executor: Executor, stage: Stage) -> None:
     if stage.keys:
         text += f", key {', '.join(stage.keys)}"
     say(text)
-    warnings += [f"prebuild: {text}" for text in stage.unverified]
+    if stage.modules:
+        say(f"prebuild: {counted(stage.modules, 'module')} of sglang's own JIT")
+    warnings += [f"prebuild: {text}" for text in (*stage.unverified, *stage.modules_missing)]
     for problem in stage.problems[:_SHOWN]:
         warnings.append(f"prebuild: {problem}")
     if len(stage.problems) > _SHOWN:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,23 @@ def test_walk_that_fails_falls_back_to_the_table(program: Program, stub: dict[st
     assert (problem.what, problem.kind) == (("other",), "task")
     assert problem.why.startswith("shapes unverified: ")
     assert {Shape.parse(each.shape) for each in done.all(events.KernelsPlanned)} == V3_TP8
+
+
+def test_modules_of_sglangs_own_jit_are_built_and_found_again(program: Program, stub: dict[str, str]) -> None:
+    modules = tuple(json.dumps([[name], {"cuda_wrappers": [["run", "Kernel"]]}]) for name in ("activation", "broken"))
+    request = PrebuildRequest(gpu=GPUS["H200"], modules=modules, workers=2)
+    failing = program.run(program.task("module-fails"), mode="prebuild", prebuild=request, environ=stub)
+    (built,) = failing.all(events.ModulesPrebuilt)
+    (problem,) = failing.all(events.PrebuildProblem)
+    assert (built.found, problem.kind, problem.what) == (1, "modules", ("broken",))
+    assert "ninja: build stopped: subcommand failed" in problem.why
+    assert len(list(program.root.glob("sglang_jit/*/sm90a/activation/build-*/deps-*"))) == 1
+    done = program.run(program.task(), mode="prebuild", prebuild=request, environ=stub)
+    assert [each.found for each in done.all(events.ModulesPrebuilt)] == [2]
+    other = replace(request, jit_key="0123456789abcdef")
+    refused = program.run(program.task(), mode="prebuild", prebuild=other, environ=stub)
+    assert not refused.all(events.ModulesPrebuilt)
+    assert "where the tasks run" in refused.all(events.PrebuildProblem)[0].why
 
 
 def test_plan_without_simulated_gpu_is_impossible(program: Program, stub: dict[str, str]) -> None:

@@ -46,6 +46,7 @@ class FakeExecutor(story.FakeExecutor):
         self.requests: list[tuple[str, PrebuildRequest]] = []
         self.in_use, self.missing, self.fails = "", set[str](), ""
         self.unverified: tuple[str, str] | None = None
+        self.modules: tuple[str, ...] = ()
 
     def records(self, tasks: Any) -> dict[Any, Record]:
         return {(): {**story.record(), "gpus": [dict(H200)]}}
@@ -58,11 +59,17 @@ class FakeExecutor(story.FakeExecutor):
         if self.fails:
             raise BuilderError(self.fails)
         if mode == "plan":
+            for task in request.models if self.modules else ():
+                on_event(events.ModelWalked(task.label, "sglang", (), modules=self.modules))
             if self.unverified:
                 on_event(events.PrebuildProblem((self.unverified[0],), "task", self.unverified[1]))
             for each in request.shapes:
                 kernels = ((1, ("shared.00", f"kernel-{each.shape.n}.00")), (64, (f"kernel-{each.shape.n}.01",)))
                 on_event(events.KernelsPlanned(str(each.shape), each.m_values, 8192, kernels))
+            return ""
+        if request.modules:
+            on_event(events.PrebuildProblem(("norm",), "modules", "ninja: build stopped"))
+            on_event(events.ModulesPrebuilt(len(request.modules) - 1))
             return ""
         names = {name for shape in request.shapes for _, names in shape.kernels for name in names}
         left = tuple(sorted(names & self.missing))
@@ -115,6 +122,19 @@ def test_shape_with_missed_kernels_is_planned_over_every_m(tmp_path: Path) -> No
     assert [item.prebuilt for item in prebuild.with_keys(stage, items)] == [{"deep_gemm": key}]
     stage.state = "incomplete"
     assert [item.prebuilt for item in prebuild.with_keys(stage, items)] == [{}], "it did not make all that it named"
+
+
+def test_modules_of_models_are_built_once_and_those_missing_are_named(tmp_path: Path) -> None:
+    tasks = [Task(label=name, model="", recipe="command", argv=("x",)) for name in ("one", "two")]
+    servers = [replace(task, model=str(tmp_path), recipe="serve", argv=()) for task in tasks]
+    (tmp_path / "config.json").write_text("{}")
+    executor = FakeExecutor(tmp_path, *servers)
+    executor.modules = ('[["activation"], {}]', '[["norm"], {}]')
+    stage = executor.run_stage()
+    (request,) = (request for mode, request in executor.requests if mode == "prebuild")
+    assert request.modules == executor.modules and request.jit_key and not request.shapes
+    assert (stage.modules, stage.modules_missing) == (1, ["norm: ninja: build stopped"])
+    assert "prebuild: norm: ninja: build stopped" in executor.context.report.warnings
 
 
 def test_environments_of_tasks_are_kept_apart_and_share_kernels(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@
 | no-kernels | the success line, and nothing compiled |
 | nvcc-fails | the compiler fails for every kernel of a tile above the first |
 | disk-full | no kernel but the first can be written |
+| module-fails | the module `broken` of sglang's own JIT cannot be built |
 | worker-dies-once | the process that compiles a kernel of the second tile is killed, the first time |
 | worker-dies | the process that compiles a kernel of the second tile is killed |
 | oom | takes memory until something gives |
