@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +79,16 @@ def test_killed_fork_is_named_and_rest_continues(simulating: Program, workers: i
     assert (done.status, done.verdict.state) == (21, "partial")
     assert "4 of 5 shapes done" in done.verdict.reason and "killed by SIGKILL" in done.verdict.reason
     assert imports(simulating) == 1
+
+
+def test_pass_goes_on_without_the_process_it_was_forked_of(simulating: Program, until: Callable[..., None]) -> None:
+    running = simulating.start(task_of(simulating, *SHAPES, workers=1, TINY_COMPILE_SECONDS="0.2"))
+    until(lambda: b"Try DeepGEMM JIT Compiling" in running.stdout, what="a worker at work")
+    (imported,) = (int(pid) for pid in (simulating.place / "imports").read_text().split())
+    os.kill(imported, signal.SIGKILL)
+    done = running.end()
+    assert (done.verdict.state, done.verdict.second_pass_added) == ("warmed", 0), done.verdict
+    assert imports(simulating) == 2, "the worker finished its work, and that of the second pass imported sglang itself"
 
 
 def test_import_that_fails_is_shown_by_a_worker_of_its_own(simulating: Program) -> None:
