@@ -226,6 +226,7 @@ class _Prebuild:
 
     def __init__(self, executor: Executor, known: Known, items: Sequence[Item], stage: Stage) -> None:
         self._executor, self._known, self._stage = executor, known, stage
+        self._modules: dict[str, tuple[_Group, dict[str, None]]] = {}  # of sglang's own JIT, by the key of its family
         stage.unverified += _unprepared(items)
         self._context = executor.context
         self._groups = list(_groups((item for item in items if _asks(item)), self._context.manifest))
@@ -233,21 +234,23 @@ class _Prebuild:
         self._limits = prebuild_jobs.limits(self._context.manifest.prebuild, busy, executor.shares_machine)
 
     def run(self) -> None:
+        """Plan for each environment, then compile for each key: what makes other kernels is a part of the key."""
         self._executor.start()
-        seen: set[str] = set()
+        seen: dict[str, set[str]] = {}
+        new: dict[str, tuple[_Group, list[PlannedShape]]] = {}
         for group in self._groups:
-            self._modules: dict[str, None] = {}
-            planned = self._plan(group)
-            new = []
-            for shape in planned:
-                rest = prebuild_jobs.without(shape, seen)
-                seen |= {name for _, names in rest.kernels for name in names}
-                new += [rest] if rest.kernels else []
-            for batch in prebuild_jobs.batches(new):
+            named = seen.setdefault(group.key, set())
+            for shape in self._plan(group):
+                rest = prebuild_jobs.without(shape, named)
+                named |= {name for _, names in rest.kernels for name in names}
+                new.setdefault(group.key, (group, []))[1].extend([rest] if rest.kernels else [])
+        for group, shapes in new.values():
+            for batch in prebuild_jobs.batches(shapes):
                 self._compile(group, batch)
-            if self._modules:
-                self._build_modules(group)
-        self._stage.named = len(seen)
+        for key, (group, modules) in self._modules.items():
+            request = replace(self._limits, gpu=group.gpu, key=group.key, modules=tuple(modules), jit_key=key)
+            self._do("prebuild", group, request, COMPILE_TIMEOUT, self._note)
+        self._stage.named = sum(map(len, seen.values()))
         if not self._stage.named and not self._stage.problems:
             return
         complete = not self._stage.missing and not self._stage.problems
@@ -268,7 +271,9 @@ class _Prebuild:
                 shape = Shape.parse(event.shape)
                 found.append(PlannedShape(shape, event.m_values, event.chunked_prefill_size, event.kernels))
             elif isinstance(event, events.ModelWalked):
-                self._modules |= dict.fromkeys(event.modules)
+                jit_key = toolchain.family_key(group.items[0].record, "sglang_jit")
+                for module in event.modules:
+                    self._modules.setdefault(jit_key, (group, {}))[1][module] = None
                 note = f"{event.source} ({event.note})" if event.note else event.source
                 self._stage.tasks[event.task] = f"{counted(len(event.shapes), 'shape')} of {note}"
             else:
@@ -291,11 +296,6 @@ class _Prebuild:
 
     def _compile(self, group: _Group, shapes: Sequence[PlannedShape]) -> None:
         request = replace(self._limits, gpu=group.gpu, shapes=tuple(shapes), key=group.key)
-        self._do("prebuild", group, request, COMPILE_TIMEOUT, self._note)
-
-    def _build_modules(self, group: _Group) -> None:
-        jit_key = toolchain.family_key(group.items[0].record, "sglang_jit")
-        request = replace(self._limits, gpu=group.gpu, key=group.key, modules=tuple(self._modules), jit_key=jit_key)
         self._do("prebuild", group, request, COMPILE_TIMEOUT, self._note)
 
     def _do(

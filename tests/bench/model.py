@@ -82,7 +82,8 @@ def profile() -> tuple[Stage, float, int]:
     kernels = sum(launch.kernels for launch in own)
     environments = len({launch.env for launch in own})
     shapes = sum(launch.dense + 2 * launch.grouped for launch in own)
-    stage = Stage(kernels, kernels * KERNEL, shapes, len(PROFILE), 2 * environments)
+    # A plan for each environment, one container for all kernels, and one for modules of sglang's own JIT.
+    stage = Stage(kernels, kernels * KERNEL, shapes, len(PROFILE), environments + 2)
     return stage, kernels * KERNEL, len(PROFILE)
 
 
