@@ -128,7 +128,7 @@ def copy_content(source: int, target: int) -> None:
 
 
 def read_proc(path: str) -> str:
-    """Return the text of a file of /proc, whose size says nothing. Raises UnreadableError."""
+    """Return the text of a file of /proc, which has no size. Raises UnreadableError."""
     fd, _ = open_regular(path)
     with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
         try:

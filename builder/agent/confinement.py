@@ -109,7 +109,7 @@ def _filter(architecture: int, numbers: dict[str, int], own: int) -> bytes:
         elif name in ("connect", "sendmsg", "sendmmsg"):
             body = [_refuse(errno.ECONNREFUSED)]
         elif name == "clone3":
-            body = [_refuse(errno.ENOSYS)]  # glibc goes on to clone, whose flags can be read
+            body = [_refuse(errno.ENOSYS)]  # glibc then calls clone, with flags that can be read
         else:
             body = [_refuse(errno.EPERM)]
         lines += [(_EQUAL, 0, len(body), number), *body]

@@ -149,7 +149,7 @@ def _may_launch(module: str) -> bool:
 
 
 def _command(words: list[Any], kind: str, env: Mapping[str, Any] | None, launched: Launched) -> None:
-    """Record a server's command line without what says where it listens."""
+    """Record a server's command line without its host and port."""
     model: object = None
     kept: list[Any] = []
     skip = False
@@ -167,7 +167,7 @@ def _command(words: list[Any], kind: str, env: Mapping[str, Any] | None, launche
 
 
 def replace_multiprocessing() -> None:
-    """Run processes as threads, and let queues say that they are empty rather than wait for ever."""
+    """Run processes as threads, and let queues report that they are empty rather than wait for ever."""
 
     class Child(threading.Thread):
         def __init__(

@@ -204,7 +204,7 @@ def _is_definition(value: object) -> bool:
 
 
 def _unpacked(frame: Any) -> int:
-    """Return how many values the instruction that asks for an iterator wants; 1 where it wants no certain number."""
+    """Return how many values the instruction that asks for an iterator takes; 1 where it takes any number."""
     code, at = frame.f_code.co_code, frame.f_lasti
     if not 0 <= at < len(code) - 1:
         return 1

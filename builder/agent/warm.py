@@ -65,7 +65,7 @@ class Proven:
     used: Mapping[str, set[str]]  # entries by family
     proof: Proof
     doubt: str  # why the proof is weaker than requested, or how it was reached
-    missed: tuple[str, ...] = ()  # DeepGEMM problems that were compiled in spite of a prebuild
+    missed: tuple[str, ...] = ()  # DeepGEMM problems that were compiled after a prebuild
 
 
 class _Disturbed(Failed):

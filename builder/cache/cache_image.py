@@ -246,7 +246,7 @@ def parsed(manifest: bytes) -> CacheImage:
 
 
 def config_matches(config: bytes, image: CacheImage) -> bool:
-    """Return whether the config says of the layers what the manifest says."""
+    """Return whether config and manifest agree about the layers."""
     try:
         document = _object(config)
     except NotACacheImageError:

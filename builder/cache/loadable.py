@@ -69,7 +69,7 @@ def stale(
 
 
 def unjudged(family: Family, record: Record, noted: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the compilers whose headers ninja compares with, and whose times are not known on both sides.
+    """Return compilers with headers that ninja compares, but without times on both sides.
 
     noted: times of the marker. An earlier version of this program recorded none.
     """

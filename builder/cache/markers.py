@@ -100,7 +100,7 @@ def judge(
        only a name for the work. Markers that `run` wrote are tried first, then those of real GPUs before those of
        simulated ones, those of the task's own label before others, and newer ones before older ones.
        Where nothing else is warm, those of folders of another name: of schema 1, and, for a checkout without tags,
-       whose release nobody knows, of every release, those of the same kernel sources first.
+       of an unknown release, those of every release, those of the same kernel sources first.
     2. Such a marker of the task's own label, the first in this order: ``entries`` if some are missing or invalid,
        ``unverified``, ``build`` or ``age`` if all are valid but another proof is wanted.
     3. An unreadable file where the task's marker should be: ``marker-unreadable``.

@@ -72,7 +72,7 @@ def _difference(row: Row) -> str:
     factor, was, now = row
     before, after = brief(*(_versions(factor, was, now) or (was, now)))
     name = _WORDS.get(factor, factor)
-    # A package by another name says so itself.
+    # A package by another name is shown with that name.
     name = "" if any(value.startswith(("sgl-kernel ", "deep-gemm ")) for value in (was, now)) else name
     return " ".join(filter(None, (name[:100], before, "→", after)))
 

@@ -78,7 +78,7 @@ def touched(status: os.stat_result, *, accessed: bool) -> float:
 
 
 def written(status: os.stat_result) -> float:
-    """Return when a file was written to: never after its last change, which nobody can choose."""
+    """Return when a file was written to: never after its last change, which no program can choose."""
     return min(status.st_mtime, status.st_ctime)
 
 

@@ -161,7 +161,7 @@ class _Program:
         return status
 
     def _end_stuck(self, used: str, signum: int | None, is_main: bool) -> None:
-        """End the process, whose main thread or one of whose tasks is stuck in a file system. In the watch's thread.
+        """End the process: its main thread or one of its tasks is stuck in a file system. In the watch's thread.
 
         Containers that are left end by their leases.
         """
@@ -257,7 +257,7 @@ class _Program:
         return verb is not None and (VERBS[verb].shown or bool(getattr(self.line.args, "dry_run", False)))
 
     def _shown(self) -> list[str]:
-        """Wait until all that was said is on stdout; return why it is not there, as `_print` does."""
+        """Wait until all output is on stdout; return why it is not there, as `_print` does."""
         if sys.stdout is None:
             return self._unwritten("the result", "stdout is closed")
         self.console.flush(self._patience)

@@ -61,7 +61,7 @@ class ManifestArgs(Args):
 
 @dataclass(frozen=True, kw_only=True)
 class ProofArgs(ManifestArgs):
-    """The options that say which proof makes a task warm: PROOF."""
+    """The options for which proof makes a task warm: PROOF."""
 
     build: str | None = None
     max_proof_age: str | None = None
@@ -87,7 +87,7 @@ class PolicyArgs(ManifestArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class RegistryArgs(Args):
-    """The options that say how a registry is reached: REGISTRY."""
+    """The options for reaching a registry: REGISTRY."""
 
     insecure: bool = False
     ca_file: str | None = None

@@ -1,4 +1,4 @@
-"""How an engine is asked for GPUs: by its NVIDIA driver, or as devices of the Container Device Interface (CDI).
+"""Asks an engine for GPUs: by its NVIDIA driver, or as devices of the Container Device Interface (CDI).
 
 Docker names the first by a count, the second by the names of a CDI specification (``nvidia.com/gpu=0``). Podman knows
 the second alone, from 5.4 on. Docker lists the devices that it found in its description from 28.3 on. Sources: the

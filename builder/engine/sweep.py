@@ -100,7 +100,7 @@ def has_pending_releases(state_dir: Path) -> bool:
 
 
 def kept_for_others(state_dir: Path, engine: str) -> list[Path]:
-    """Return the lease directories of this user that are for other engines and whose owners are dead."""
+    """Return the lease directories of this user that are for other engines, of dead owners."""
     found = []
     for item in files.listing(str(home_directory(state_dir))) or ():
         directory = Path(item.path)
@@ -176,7 +176,7 @@ def _is_past_deadline(labels: Mapping[str, str]) -> bool:
 
 
 def _dead_leases(home: Path, held: contextlib.ExitStack, engine: str) -> list[Path]:
-    """Return lease directories whose owners are dead, and hold their locks: they are dead before what is asked next.
+    """Return lease directories of dead owners, and hold their locks: they are dead before what is asked next.
 
     Those of other engines only where a release is pending: they stay, and do not take the place of one that may go.
     """

@@ -64,7 +64,7 @@ class Fleet:
 
     @property
     def key_options(self) -> tuple[str, ...]:
-        """Return the options that say whose signatures count."""
+        """Return the options for the keys of signatures."""
         key = ("--key", f"{FILES}/{KEY_FILE}") if KEY_FILE in self.files else ()
         return (*key, "--stream", self.stream) if self.stream else key
 

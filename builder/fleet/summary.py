@@ -88,7 +88,7 @@ def rows(reports: Sequence[RunReport]) -> list[list[str]]:
 
 
 def signal_name(status: int | None) -> str:
-    """Return the signal that ended a run, as its status tells; "" for none."""
+    """Return the signal that ended a run, by its status; "" for none."""
     if status is None or status <= 128:
         return ""
     try:

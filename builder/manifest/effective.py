@@ -1,4 +1,4 @@
-"""Every value that a run works with, and where it comes from: an option, a line of the manifest, or the default."""
+"""Every value that a run works with, and its origin: an option, a line of the manifest, or the default."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Where the policy is. No option, variable or manifest names another place.
 PATH = Path("/etc/warm-cache/policy.toml")
-#: The user who has to own the file and the directories above it.
+#: The user that has to own the file and the directories above it.
 OWNER = 0
 SCHEMA = 1
 

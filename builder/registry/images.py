@@ -159,7 +159,7 @@ def move(client: RegistryClient, digest: str, tag: str) -> None:
 
 
 def check_config(client: RegistryClient, stored: StoredImage) -> None:
-    """Raise RegistryRefusedError unless the config says of the layers what the manifest says."""
+    """Raise RegistryRefusedError unless config and manifest agree about the layers."""
     config = client.read_small_blob(stored.config_digest, stored.config_size, _CONFIG_LIMIT)
     if not cache_image.config_matches(config, stored.image):
         raise RegistryRefusedError(f"{client.reference.name}: {stored.shown}: its config names other layers")

@@ -83,14 +83,14 @@ class PrebuildSection(Section):
 
 @dataclass(frozen=True)
 class Known:
-    """What markers of earlier runs tell, by model. missed: shapes of which a prebuild did not name every kernel."""
+    """Facts from markers of earlier runs, by model. missed: shapes of which a prebuild did not name every kernel."""
 
     shapes: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
     missed: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
 
 
 def known_shapes(root: Path, items: Iterable[Item]) -> Known:
-    """Return what markers tell about the models of these tasks. root: the cache's index."""
+    """Return facts from markers about the models of these tasks. root: the cache's index."""
     items = tuple(items)
     models = {item.task.model for item in items if _asks(item) and _is_walked(item.task)}
     models |= {item.task.model for item in items if "markers" in item.task.shapes_from}

@@ -202,7 +202,7 @@ def _memos(client: RegistryClient, stored: StoredImage, scratch: Path, pulled: P
 
 
 def _ignored(_name: str, _done: int, _total: int) -> None:
-    """Show nothing of a step that takes no time beside the download."""
+    """Show nothing of a step that is short against the download."""
 
 
 def _signed_by(

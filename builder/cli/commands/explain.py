@@ -42,7 +42,7 @@ class TaskFactor:
 class ExplainedTask:
     """Why a task is warm or cold.
 
-    marker: path of the one that it was compared with. unjudged: compilers whose headers were not compared.
+    marker: path of the one that it was compared with. unjudged: compilers without compared headers.
     """
 
     label: str
@@ -135,7 +135,7 @@ def show_tasks(console: Console, report: Report, plan: Plan | None) -> None:
 
 
 def _unjudged(item: Item) -> tuple[str, ...]:
-    """Return the compilers whose headers were not compared for this warm task."""
+    """Return the compilers of this warm task without compared headers."""
     marker = item.judgement.marker if item.judgement.state == "warm" else None
     if marker is None:
         return ()
