@@ -18,6 +18,7 @@ import pytest
 from builder.errors import Interrupted, RegistryLostError, RegistryRefusedError
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
+from builder.registry import client as client_module
 from builder.registry import transport
 from builder.registry.client import RegistryClient
 from builder.registry.documents import digest_of
@@ -145,7 +146,7 @@ def test_rate_limit_beyond_the_deadline_ends_at_once(registry: StandIn) -> None:
 
 
 def test_fifty_pulls_at_once_of_a_registry_that_limits_its_rate(registry: StandIn) -> None:
-    """20 requests a second for all: each pull gets its image, and none asks again before it may."""
+    """20 requests in a quarter of a second for all: each pull gets its image, and few requests are made in vain."""
     layer = os.urandom(10_000)
     with registry.client("field/fifty") as client:
         image(client, layer, "one")
@@ -157,7 +158,7 @@ def test_fifty_pulls_at_once_of_a_registry_that_limits_its_rate(registry: StandI
             if now - window[0] >= 0.25:
                 window[:] = [now, 0]
             window[1] += 1
-            return request.answer(429, Retry_After="1") if window[1] > 15 else None
+            return request.answer(429, Retry_After="1") if window[1] > 20 else None
 
     def pull(_: int) -> bool:
         with before.client("field/fifty") as client:
@@ -166,8 +167,8 @@ def test_fifty_pulls_at_once_of_a_registry_that_limits_its_rate(registry: StandI
 
     with front(registry.host, rule) as before, ThreadPoolExecutor(50) as pool:
         assert all(pool.map(pull, range(50)))
-    # Of 150 requests that are needed (two pings and two reads each at most) few have to be made again.
-    assert len(before.requests) < 50 * 4 * 4
+    # A pull needs three: one for the address, and one each for the manifest and the layer.
+    assert len(before.requests) < 50 * 3 * 4
 
 
 @pytest.mark.attack(
@@ -308,7 +309,8 @@ def test_blob_whose_answer_was_lost_is_not_sent_again(registry: StandIn) -> None
     assert (len(opened), sum(moved)) == (1, len(blob))
 
 
-def test_registry_that_always_breaks_is_lost(registry: StandIn) -> None:
+def test_registry_that_always_breaks_is_lost(registry: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_READS", 2)
     layer = os.urandom(500_000)
     with registry.client("field/always") as client:
         image(client, layer, "one")
