@@ -6,15 +6,17 @@ The fake compiles one kernel for each tile of 64 Ms, up to four, and one that al
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from builder import events
+from builder import events, processes
 from builder.cache import inventory, marker_files
 from builder.cache.families import FAMILY
 from builder.cache.marker_format import Prebuild
@@ -146,6 +148,26 @@ def test_interrupted_prebuild_keeps_what_is_finished(
     assert summary(done).present == len(before) and summary(done).missing == ()
     for name, written in before.items():
         assert (entries(program)[name] / "kernel.cubin").stat().st_mtime_ns == written
+
+
+def test_beside_others_workers_give_way(
+    program: Program, stub: dict[str, str], shapes: tuple[PlannedShape, ...], until: Callable[..., None]
+) -> None:
+    """On one processor, at nice 19, and the first to be killed when memory runs out."""
+    cpu = min(os.sched_getaffinity(0))
+    request = PrebuildRequest(gpu=GPUS["H200"], shapes=shapes, cpus=(cpu,), gentle=True)
+    slow = {**stub, "TINY_COMPILE_SECONDS": "1"}
+    running = program.start(program.task(), mode="prebuild", prebuild=request, environ=slow)
+    until(lambda: list(program.root.glob("deep_gemm/*/tmp/*")) or entries(program), what="a worker at work")
+    children = [psutil.Process(pid) for pid in processes.descendants(running.process.pid)]
+    facts = {
+        (child.nice(), tuple(child.cpu_affinity()), Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip())
+        for child in children
+    }
+    assert facts == {(19, (cpu,), "500"), (19, (cpu,), "1000")}, "the process with the import, and its one worker"
+    assert psutil.Process(running.process.pid).nice() < 19
+    running.process.terminate()
+    running.end()
 
 
 def test_killed_worker_gets_its_kernel_tried_again(
