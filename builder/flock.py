@@ -15,7 +15,7 @@ from pathlib import Path
 
 from builder import openat
 from builder.beneath import Tree
-from builder.text import printable
+from builder.text import printable, shortened
 
 LOCKS = Path("/proc/locks")
 
@@ -91,5 +91,5 @@ def _process(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
         # Any user's command line, such as a test job's hold: a URL given as an option is a secret here too.
         shown = _SECRET.sub(r"\1…", words.decode("utf-8", "replace"))
-        return f"pid {pid} ({printable(shown)[:80]})"
+        return f"pid {pid} ({shortened(printable(shown), 80)})"
     return f"pid {pid}"

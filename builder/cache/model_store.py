@@ -85,7 +85,7 @@ def _hub_digest(store: Path, model: str, revision: str | None) -> tuple[str | No
         return None, f"{printable(model)}: not a model and revision of the hub"
     place = store / repository(model)
     if not place.is_dir():
-        return None, f"{model} is not in the store: there is no {place}"
+        return None, f"{model} is not in the store: there is no {place} (HF_HOME={store} hf download {model})"
     folder = _snapshot(store, model, revision)
     if folder is None:
         return None, f"{model} has no revision {wanted} in the store: {place / 'refs' / wanted} names no snapshot"

@@ -86,6 +86,11 @@ class Invocation:
             ways = f"{args.location('manifest')} {args.manifest} and {args.location('profile')} {args.profile}"
             raise UsageError(f"{ways} exclude each other")
         overrides = Overrides(image=args.image, cache=args.cache, models=args.models, needs_cache=needs_cache, **limits)
+        self.report.warnings += [
+            f"{args.location(name.replace('_', '-'))} {text} is {text} seconds; {text} minutes are {text}m"
+            for name, text in limits.items()
+            if text and text.isascii() and text.isdigit() and text != "0"
+        ]
         with self._problems_located():
             manifest, document = read_manifest(args.manifest, profile=args.profile, overrides=overrides)
         self.report.image_ref, cache = manifest.image.ref, manifest.cache

@@ -90,6 +90,10 @@ def refusal(action: str, status: int, explanation: str) -> EngineRefusedError:
     return kind(f"{text}. {remedy}" if remedy else text, status=status)
 
 
+#: Words of docker-py and of urllib for an address that is none.
+_MALFORMED = ("bind address format", "bind address protocol", "Port could not be cast", "Port out of range")
+
+
 def loss(action: str, error: BaseException, *, hint: str = "") -> EngineLostError:
     """Return the error for a request without an answer, or with one that broke off. hint: ssh's last error."""
     causes = list(_causes(error))
@@ -105,8 +109,8 @@ def loss(action: str, error: BaseException, *, hint: str = "") -> EngineLostErro
         errno.EACCES: "Run as root or as a member of the group docker, or set DOCKER_HOST to an engine of yours",
     }
     remedy = advice.get(number or 0, "")
-    if "bind address format" in text:  # docker-py's words for a malformed address
-        remedy = "An engine's address is unix:///PATH, tcp://HOST:PORT or ssh://HOST"
+    if any(words in text for words in _MALFORMED) or number == errno.EINVAL:
+        text, remedy = "that is no address", "An engine's address is unix:///PATH, tcp://HOST:PORT or ssh://HOST"
     return EngineLostError(f"{action}: {text.rstrip('.')}" + (f". {remedy}" if remedy else ""))
 
 

@@ -166,7 +166,7 @@ class GpusSpec:
     )
     name: str | None = key(a_string, None, "A part of every GPU's name; other GPUs are an error.", '"H200"')
     pretend: str | None = key(
-        one_of(GPUS, "GPU to pretend"),
+        one_of(GPUS, "GPU to pretend", guess=False),
         None,
         "Compile for this GPU on a machine without one, for `shapes` tasks (experimental). Needs `count = 0`.",
         '"H200"',

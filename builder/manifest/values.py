@@ -163,7 +163,8 @@ def list_of(item: Kind[T], names: str) -> Kind[tuple[T, ...]]:
     @kind(f"list of {names}", type="array", items=item.schema)
     def convert(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"expected a list of {names}, found {describe(value)}")
+            hint = f"; write {toml(value.split())}" if names == "arguments" and isinstance(value, str) else ""
+            raise ValueError(f"expected a list of {names}, found {describe(value)}{hint}")
         done = []
         for index, each in enumerate(value):
             try:
@@ -175,15 +176,19 @@ def list_of(item: Kind[T], names: str) -> Kind[tuple[T, ...]]:
     return convert
 
 
-def one_of(names: Iterable[str], what: str) -> Kind[str]:
-    """Return the kind for one of a few names. what: what the names are of, for messages."""
+def one_of(names: Iterable[str], what: str, *, guess: bool = True) -> Kind[str]:
+    """Return the kind for one of a few names. what: what the names are of, for messages.
+
+    guess: whether a wrong one is probably a misspelt one; else all are named.
+    """
     known = tuple(names)
 
     @kind(" or ".join(f'`"{name}"`' for name in known) if len(known) < 5 else "name", enum=list(known))
     def convert(value: Any) -> str:
         name = _a_string(value)
         if name not in known:
-            raise ValueError(f"there is no {what} {name!r} ({did_you_mean(name, known)})")
+            hint = did_you_mean(name, known) if guess else f"known: {', '.join(known)}"
+            raise ValueError(f"there is no {what} {name!r} ({hint})")
         return name
 
     return convert

@@ -16,7 +16,7 @@ FOR_CONTRIBUTORS = [ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md
 
 
 def test_contributing_names_private_methods_of_docker_py() -> None:
-    """pyproject.toml excludes docker-py 8, and README.md gives the number of private methods as the reason."""
+    """pyproject.toml excludes docker-py 8, because private methods of it are used (decisions.md)."""
     api_client = importlib.import_module("docker").APIClient
     source = (ROOT / "builder" / "engine" / "connection.py").read_text(encoding="utf-8")
     used = set(re.findall(r"\b(?:api|_api|client)\.(_[a-z][a-z_]*)\(", source))

@@ -75,7 +75,16 @@ def test_workflow_actions_and_expressions_are_known(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", named([*FILES, ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")), ROOT / "docker" / "README.md"])
+    "path",
+    named(
+        [
+            *FILES,
+            ROOT / "README.md",
+            *sorted((ROOT / ".github").glob("*.md")),
+            ROOT / "docker" / "README.md",
+            *sorted((ROOT / "builder" / "docs").glob("*.md")),
+        ]
+    ),
 )
 def test_actions_pinned_by_commit(path: Path) -> None:
     """Local actions need no pin; examples for other repositories have the words COMMIT and VERSION in these places."""

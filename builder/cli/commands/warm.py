@@ -72,6 +72,8 @@ def run(args: WarmArgs, invocation: Invocation) -> None:
         creates=not args.dry_run,
         create=args.create and not args.dry_run,
     )
+    if args.log_dir and not args.dry_run:
+        context.log_directory()  # a wrong one is noticed also where nothing is cold
     with invocation.containers(context, greet=True) as executor:
         if args.prebuild_only and manifest.gpus.count and executor.engine.local and not gpus.host_gpus():
             executor.context = replace(context, manifest=prebuild.on_simulated_gpu(manifest))

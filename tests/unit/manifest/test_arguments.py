@@ -36,7 +36,7 @@ def test_argv_with_group_name_is_expanded(tmp_path: Path) -> None:
         ("\n".join(HEAD.splitlines()[:3]) + "\n", '["@tp"]', "m.toml:6: argv: item 1: no group 'tp' is in [args]"),
         (HEAD + 'early = ["@late"]\nlate = ["x"]\n', "[]", "m.toml:7: early: item 1: no group 'late'"),
         (HEAD + 'me = ["@me"]\n', "[]", "m.toml:7: me: item 1: no group 'me'"),
-        (HEAD + 'one = "--tp"\n', "[]", "m.toml:7: one: expected a list of arguments, found a string: '--tp'."),
+        (HEAD + 'one = "--tp"\n', "[]", "m.toml:7: one: expected a list of arguments, found a string: '--tp'; write"),
     ],
 )  # fmt: skip
 def test_group_that_is_wrong_is_reported_with_its_line(tmp_path: Path, head: str, argv: str, expected: str) -> None:

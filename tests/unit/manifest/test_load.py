@@ -209,7 +209,7 @@ class TestBad:
             (HEAD + TASK + "recipe = []\n", "m.toml:8: recipe: expected"),
             (HEAD + TASK + "families = ['deepgemm']\n", "m.toml:8: families: item 1: there is no family 'deepgemm' (did you mean 'deep_gemm'?)."),
             (HEAD + TASK + "families = ['cuda']\n", "m.toml:8: families: item 1: the family 'cuda' cannot be claimed"),
-            (HEAD + TASK + "argv = '--tp 8'\n", "m.toml:8: argv: expected a list of arguments, found a string: '--tp 8'."),
+            (HEAD + TASK + "argv = '--tp 8'\n", "m.toml:8: argv: expected a list of arguments, found a string: '--tp 8'; write"),
             (HEAD + TASK + "argv = ['--tp', 8]\n", "m.toml:8: argv: item 2: expected a string, found an integer: 8."),
             (HEAD + TASK + "argv = ['--model-path=x']\n", "m.toml:8: argv holds --model-path: set the model with 'model'."),
             (HEAD + TASK + "argv = ['--api-key', 'x']\n", "m.toml:8: argv holds --api-key"),
