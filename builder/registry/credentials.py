@@ -7,6 +7,7 @@ docker-py finds and reads the file (``DOCKER_CONFIG``, else ``~/.docker/config.j
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from builder import files
 from builder.errors import RegistryRefusedError
 from builder.processes import end_group
 from builder.text import printable, shortened
@@ -76,16 +78,11 @@ def find(host: str, *, timeout: float = HELPER_TIMEOUT) -> Credentials | None:
 def _read(path: Path) -> dict[str, Any]:
     """Return the object in config.json. Raises RegistryRefusedError."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(_LIMIT + 1)
-    except OSError as error:
-        raise RegistryRefusedError(f"{path} cannot be read ({error.strerror}): no credentials of registries") from None
-    try:
-        found = json.loads(raw) if len(raw) <= _LIMIT else None
-    except (ValueError, RecursionError):
-        found = None
+        found = files.read_json(os.path.realpath(path), _LIMIT)  # a mounted secret is a link
+    except files.UnreadableError as error:
+        raise RegistryRefusedError(f"{path} {error}: it holds the logins of registries") from None
     if not isinstance(found, dict):
-        raise RegistryRefusedError(f"{path} is no JSON object of at most {_LIMIT} bytes, as docker login writes it")
+        raise RegistryRefusedError(f"{path} is no JSON object, as docker login writes it")
     return found or {"auths": {}}  # docker-py would look for an older file
 
 

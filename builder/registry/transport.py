@@ -67,7 +67,7 @@ class Transport:
         self._host = reference.host
         self._api_host = reference.api_host
         self._access = access
-        self._authorization = Authorization(self._host, lambda: credentials.find(self._host), self._token)
+        self._authorization = Authorization(self._host, self._credentials, self._token)
         self._lock = threading.Lock()
         self._session: requests.Session | None = None
         self._base = ""
@@ -272,6 +272,9 @@ class Transport:
             )
 
         return Answer(self.wait_for(request, host, body if isinstance(body, Body) else None), self)
+
+    def _credentials(self) -> credentials.Credentials | None:
+        return credentials.find(self._host, timeout=min(credentials.HELPER_TIMEOUT, self._access.deadline.left()))
 
     def _token(self, method: str, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None) -> TokenAnswer:
         """Ask a token server. A redirect is not followed: it would carry the credentials."""

@@ -12,7 +12,10 @@ import psutil
 import pytest
 
 from builder.errors import RegistryRefusedError
+from builder.host.deadlines import Deadline
+from builder.registry.client import RegistryClient
 from builder.registry.credentials import Credentials, find
+from tests.registries import StandIn
 from tests.registry.test_client import log_in
 
 
@@ -47,6 +50,17 @@ def test_login_in_the_file(docker_config: Path) -> None:
     assert "s3cret" not in repr(find("r.example"))
     configure(docker_config, auths={"r.example": {"identitytoken": "t0ken", "auth": ""}})
     assert find("r.example") == Credentials(identity_token="t0ken")
+
+
+def test_file_behind_a_link_and_one_that_is_none(docker_config: Path) -> None:
+    log_in(docker_config, "r.example", "me", "s3cret")
+    (docker_config / "config.json").rename(docker_config / "..data")
+    (docker_config / "config.json").symlink_to("..data")
+    assert find("r.example") == Credentials("me", "s3cret")
+    (docker_config / "config.json").unlink()
+    os.mkfifo(docker_config / "config.json")
+    with pytest.raises(RegistryRefusedError, match=r"config.json is not a regular file"):
+        find("r.example")
 
 
 def test_login_of_docker_hub_has_its_old_name(docker_config: Path) -> None:
@@ -98,6 +112,17 @@ def test_helper_that_hangs_is_ended_with_what_it_started(docker_config: Path, he
     assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def test_helper_has_no_longer_than_the_deadline(docker_config: Path, helper: Path, registry_tls: StandIn) -> None:
+    configure(docker_config, credsStore="test")
+    helper.write_text("#!/bin/sh\nexec sleep 987.5\n", encoding="utf-8")
+    reference, ca_file = registry_tls.reference("credentials/late"), registry_tls.ca_file
+    started = time.monotonic()
+    client = RegistryClient(reference, ca_file=ca_file, deadline=Deadline(2))
+    with client, pytest.raises(RegistryRefusedError, match="gave no credentials"):
+        client.tags()
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize("name", ["none-of-this-name", "../evil", "a b"])
 def test_helper_that_is_not_there(docker_config: Path, name: str) -> None:
     configure(docker_config, credsStore=name)
@@ -116,7 +141,7 @@ def test_helper_that_is_not_there(docker_config: Path, name: str) -> None:
 )
 def test_file_that_is_broken_is_one_error_without_its_content(docker_config: Path, text: str) -> None:
     (docker_config / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(RegistryRefusedError, match=r"config.json (is no JSON|does not have)") as error:
+    with pytest.raises(RegistryRefusedError, match=r"config.json (is no|does not have)") as error:
         find("r.example")
     assert "s3cret" not in error.value.message
     assert "czNjcmV0" not in error.value.message
