@@ -38,6 +38,8 @@ from builder.openat import (
 DEPTH = 128
 #: Names of one directory that are read where a caller sets no limit.
 NAMES = 1_000_000
+#: Names that a `ReadOnceTree` keeps, about 300 bytes each; directories beyond them are listed again.
+REMEMBERED = 1_000_000
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 #: No name of a directory.
@@ -82,6 +84,10 @@ class Tree:
     def below(self, name: str) -> Tree:
         """Return the tree of a directory in this one."""
         return Tree(self._root, f"{self._below}/{name}".strip("/"))
+
+    def read_once(self) -> ReadOnceTree:
+        """Return the same directory, for one look at all of it."""
+        return ReadOnceTree(self._root, self._below)
 
     @property
     def path(self) -> Path:
@@ -153,6 +159,9 @@ class Tree:
 
     def some(self, name: str, most: int) -> list[TreeItem] | None:
         """Return at most so many items of a directory, in any order, otherwise like `listing`."""
+        return self._listed(name, most)
+
+    def _listed(self, name: str, most: int) -> list[TreeItem] | None:
         try:
             fd = os.open(".", LISTED, dir_fd=self.descriptor(name))
         except (OSError, ValueError) as error:
@@ -369,3 +378,24 @@ class Tree:
                 os.close(fd)
             fd = inner
         return fd
+
+
+class ReadOnceTree(Tree):
+    """A tree whose directories are listed once, for one look at all of it: what changes meanwhile is not seen."""
+
+    def __init__(self, root: str | os.PathLike[str], below: str = "") -> None:
+        super().__init__(root, below)
+        self._known: dict[str, list[TreeItem] | None] = {}
+        self._room = REMEMBERED
+
+    def some(self, name: str, most: int) -> list[TreeItem] | None:
+        """Return what the first listing of this directory returned, if that was all of it."""
+        if name in self._known:
+            known = self._known[name]
+            return None if known is None else known[:most]
+        found = self._listed(name, most)
+        number = len(found or ()) + 1
+        if number <= min(most, self._room):
+            self._room -= number
+            self._known[name] = found
+        return found

@@ -14,7 +14,7 @@ from builder.events import EntryCounts, Phase, Progress
 
 LOG_SECONDS = 1.0  # between two `Phase` or two `Progress` events
 ENTRIES_SECONDS = 5.0  # between two `EntryCounts` events
-MOST_FILES = 50_000  # of one family that are counted; the number is for people
+MOST_FILES = 50_000  # and directories of one family that are looked at; the number is for people
 
 
 class LogProgress:
@@ -74,6 +74,6 @@ class EntryProgress:
 def _count(layout: str, directory: Tree) -> int:
     with directory:
         if layout == "files":
-            found = (item for _, item in directory.walk() if item is not None and not item.is_dir)
-            return sum(1 for _ in itertools.islice(found, MOST_FILES))
+            seen = itertools.islice(directory.walk(), MOST_FILES)
+            return sum(1 for _, item in seen if item is not None and not item.is_dir)
         return len(directory.some("cache" if layout == "deep_gemm" else "", MOST_FILES) or ())

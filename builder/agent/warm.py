@@ -236,9 +236,10 @@ class Warming:
             return self._prove_passes(passes, environ, task, imported)
 
     def _prove_passes(self, passes: Passes, environ: Mapping[str, str], task: Task, imported: Imported) -> Proven:
-        self._watches = []
         entries = self._entries
-        before = entries.scan()
+        # A second attempt begins where the first one left off.
+        before = entries.scan() if self._watches else entries.before
+        self._watches = []
         context = PassContext(
             watches=self._watches,
             task=task,

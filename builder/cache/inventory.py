@@ -177,10 +177,11 @@ def sweep(
     if not family.claimable:
         return []
     tree, aside = Tree.of(directory), Tree.of(quarantine)
+    seen = tree.read_once()
     doomed: dict[str, tuple[str, float | None]] = {}
-    for name, reason, known in _leftovers(family, tree, temporary=job_max is not None):
+    for name, reason, known in _leftovers(family, seen, temporary=job_max is not None):
         doomed.setdefault(name, (reason, older_than if known else job_max))
-    for name, problem in scan(family, tree, mount=mount).invalid.items():
+    for name, problem in scan(family, seen, mount=mount).invalid.items():
         if problem.kind is ProblemKind.UNREADABLE:
             continue  # another user's file may be good
         whole = families.whole(family, name)

@@ -17,7 +17,7 @@ from builder import text
 from builder.beneath import Tree
 from builder.cache import leaves, marker_files, marker_format, toolchain, usage
 from builder.cache.entries import NAMES
-from builder.cache.families import FAMILY, Family
+from builder.cache.families import Family
 from builder.cache.layout import family_directories
 from builder.cache.memos import memos_in, records
 
@@ -83,7 +83,7 @@ class Holdings:
 
     strangers: reason by path of markers that this program cannot read. newer: one of them has another schema, so that
     its needs are unknown. dirs, entries: by family and key; entries only of what can be removed alone. bytes: of the
-    root, without what only generations and views hold, which is `view_bytes`.
+    root, without what only generations and views hold, which is `view_bytes`. numbers: of all entries, where counted.
     """
 
     marks: tuple[SurveyedMarker, ...]
@@ -94,24 +94,27 @@ class Holdings:
     entries: Mapping[Dir, Mapping[str, Object]]
     bytes: int
     view_bytes: int = 0
+    numbers: Mapping[Dir, int] = field(default_factory=dict)
 
 
-def survey(root: Path) -> Holdings:
-    """Return what the root holds, from one walk."""
+def survey(root: Path, *, counted: bool = False) -> Holdings:
+    """Return what the root holds, from one walk. counted: with the number of entries, valid or not."""
     accessed = usage.has_access_times(root)
     found, strangers = marks(root)
     measure = _Measure(accessed)
     dirs: dict[Dir, Object] = {}
     entries: dict[Dir, dict[str, Object]] = {}
+    numbers: dict[Dir, int] = {}
     total, view_bytes = 0, 0
     apart = set()
     with Tree(root) as tree:
         for each in family_directories(root):
-            base, family = f"{each.family.name}/{each.key}", each.family
-            names = list(_alone(family, each.tree()))
-            dirs[each.name], entries[each.name] = measure.split(tree, base, names)
+            with each.tree().read_once() as inner:
+                names = list(_alone(each.family, inner))
+                dirs[each.name], entries[each.name] = measure.split(inner, names)
+                numbers[each.name] = sum(1 for _ in NAMES[each.family.layout](each.family, inner)) if counted else 0
             total += dirs[each.name].bytes
-            apart.add(base)
+            apart.add(f"{each.family.name}/{each.key}")
         # Generations hold other names of the same files, so they are measured last.
         for item in sorted(tree.listing() or (), key=lambda item: item.name in VIEWS):
             size = measure.of(tree, item.name, apart).bytes
@@ -125,6 +128,7 @@ def survey(root: Path) -> Holdings:
         entries=entries,
         bytes=total,
         view_bytes=view_bytes,
+        numbers=numbers,
     )
 
 
@@ -189,11 +193,10 @@ class _Measure:
         except OSError:
             return Object(0, 0.0)
 
-    def split(self, tree: Tree, base: str, names: list[str]) -> tuple[Object, dict[str, Object]]:
+    def split(self, tree: Tree, names: list[str]) -> tuple[Object, dict[str, Object]]:
         """Return the measure of a family directory, and of each of its entries."""
-        entries = {name: self.of(tree, f"{base}/{name}") for name in names}
-        apart = {f"{base}/{name}" for name in names}
-        rest = self.of(tree, base, apart)
+        entries = {name: self.of(tree, name) for name in names}
+        rest = self.of(tree, "", entries)
         size = rest.bytes + sum(entry.bytes for entry in entries.values())
         return Object(size, max([rest.used, *(entry.used for entry in entries.values())])), entries
 
@@ -226,26 +229,19 @@ class _Measure:
         return status.st_blocks * 512
 
 
-def count(root: Path, place: Dir) -> int:
-    """Return the number of entries in a family directory, valid or not."""
-    family = FAMILY[place[0]]
-    with Tree(root, f"{place[0]}/{place[1]}") as tree:
-        return sum(1 for _ in NAMES[family.layout](family, tree))
-
-
 def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
     """Yield what a cache root holds as metrics: name, value, labels.
 
     A family directory counts for every toolchain that uses it.
     """
-    found = survey(root)
+    found = survey(root, counted=True)
     users: dict[Dir, set[str]] = {}
     for memo in found.memos:
         for keys, name in zip(memo.keys, memo.toolchains, strict=True):
             for place in keys.items():
                 users.setdefault(place, set()).add(name)
     for place, item in sorted(found.dirs.items()):
-        entries = count(root, place)
+        entries = found.numbers[place]
         for name in sorted(users.get(place, {"none"})):
             labels = {"family": place[0], "key": place[1], "toolchain": name}
             yield "entries", entries, labels
