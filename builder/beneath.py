@@ -391,8 +391,7 @@ class ReadOnceTree(Tree):
     def some(self, name: str, most: int) -> list[TreeItem] | None:
         """Return what the first listing of this directory returned, if that was all of it."""
         if name in self._known:
-            known = self._known[name]
-            return None if known is None else known[:most]
+            return (known := self._known[name]) and known[:most]
         found = self._listed(name, most)
         number = len(found or ()) + 1
         if number <= min(most, self._room):
