@@ -27,6 +27,9 @@ _TAGS_LIMIT, _MOST_PAGES, _MOST_TAGS = 4 << 20, 1000, 200_000
 #: Requests in a row for a blob that give no byte of it.
 _READS = 5
 
+#: Answers to a request for referrers: 200, and those of registries without that API.
+_REFERRERS = (200, 400, 403, 404, 405, 406, 410, 415, 501)
+
 Progress = Callable[[int], None]
 
 
@@ -342,7 +345,7 @@ class RegistryClient:
 
         def attempt() -> StoredManifest | None:
             with self._transport.send(
-                "GET", f"{self._path}/referrers/{digest}", scope=self._reading, what=what, expected=(200, 400, 404, 405)
+                "GET", f"{self._path}/referrers/{digest}", scope=self._reading, what=what, expected=_REFERRERS
             ) as answer:
                 if answer.status != 200:
                     return None

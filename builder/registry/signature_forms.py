@@ -55,7 +55,11 @@ def of_tag(client: RegistryClient, stored: StoredManifest | None) -> tuple[list[
     if stored is None:
         return [], []
     found, problems = [], []
-    for layer in stored.layers[:MOST]:
+    try:
+        layers = stored.layers[:MOST]
+    except RegistryRefusedError as error:  # whatever is in its place, the other form may be there
+        return [], [error.message]
+    for layer in layers:
         try:
             found.append(_from_layer(client, layer))
         except RegistryRefusedError as error:
@@ -94,7 +98,11 @@ def of_referrers(client: RegistryClient, digest: str) -> tuple[list[Candidate], 
     index = client.referrers(digest)
     found: list[Candidate] = []
     problems: list[str] = []
-    for each in index.manifests[:MOST] if index is not None else ():
+    try:
+        rows = index.manifests[:MOST] if index is not None else ()
+    except RegistryRefusedError as error:
+        return [], [error.message]
+    for each in rows:
         try:
             found += _of_manifest(client, each)
         except RegistryRefusedError as error:

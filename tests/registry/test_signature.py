@@ -12,7 +12,7 @@ import pytest
 from builder.errors import RegistryRefusedError
 from builder.registry import keys
 from builder.registry.client import RegistryClient
-from builder.registry.documents import OCI_MANIFEST
+from builder.registry.documents import OCI_INDEX, OCI_MANIFEST, Descriptor, dumped
 from builder.registry.signature import STREAM, TIME, parse_time, require_current, sign, verify_signature
 from builder.registry.signature_forms import tag_of
 from tests.registries import StandIn, tool
@@ -128,12 +128,21 @@ def no_signature(client: RegistryClient, digest: str, pair: Callable[[str], Pair
     return "has no signature that can be read: .*tar.gzip is not known"
 
 
+def an_index(client: RegistryClient, digest: str, pair: Callable[[str], Pair]) -> str:
+    """An index in the place of the signature, and an image in that of what refers to this one."""
+    row = Descriptor(OCI_MANIFEST, digest, len(client.get_manifest(digest).raw)).document()
+    index = dumped({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [row]})
+    client.put_manifest(index, OCI_INDEX, tag_of(digest))
+    client.put_manifest(client.get_manifest(digest).raw, OCI_MANIFEST, tag_of(digest).removesuffix(".sig"))
+    return "has no signature that can be read: the manifest .* has no layers of the form"
+
+
 @pytest.mark.attack(
     "serves an image without a signature, with one by another key, or with that of another image",
     by="registry",
     holds="12, each with its sentence, before the first layer",
 )
-@pytest.mark.parametrize("how", [unsigned, other_key, other_image, no_signature])
+@pytest.mark.parametrize("how", [unsigned, other_key, other_image, no_signature, an_index])
 def test_unsigned_is_refused(
     registry: StandIn, pair: Callable[[str], Pair], how: Callable[[RegistryClient, str, Callable[[str], Pair]], str]
 ) -> None:
