@@ -122,6 +122,7 @@ class Job:
     lifetime: float = 7200.0  # after which the container ends by itself
     grace: float = 8.0  # between SIGTERM and the end of all children
     log_limit: int = 2 << 30  # bytes of log after which the task is ended
+    gpus: tuple[int, ...] = ()  # indices of the task's GPUs on the machine, as far as they are known, for the history
     workdir: str = "/"  # where children start: the image's own
     secrets: tuple[str, ...] = ()  # NAMES of environment variables with values that are never printed
     job_max: float = 6 * 3600.0  # a test job may last so long, and use the cache without a lock (``sweep``, ``prune``)

@@ -28,7 +28,7 @@ from builder.agent.output import Output
 from builder.agent.prebuild_forks import Kernel, ModelWalk, Sweep, WorkerRequest
 from builder.agent.progress import LOG_SECONDS
 from builder.beneath import Tree
-from builder.cache import families, inventory, layout, model_store, toolchain
+from builder.cache import families, history, inventory, layout, model_store, toolchain
 from builder.cache.families import FAMILY
 from builder.events import FAILED, WARMED
 from builder.job import Job, PrebuildRequest
@@ -256,7 +256,7 @@ def _prebuild(job: Job, request: PrebuildRequest, place: str, output: Output, gu
 def _compile(
     job: Job, request: PrebuildRequest, place: str, key: str, environ: Mapping[str, str], output: Output, guard: Guard
 ) -> None:
-    family = FAMILY["deep_gemm"]
+    family, began = FAMILY["deep_gemm"], time.monotonic()
     directory = Tree(job.mount, f"deep_gemm/{key}")
     quarantine = layout.quarantine(Path(job.mount), "deep_gemm", key)
     moved = inventory.sweep(family, directory, quarantine, now=time.time(), older_than=inventory.IN_PROGRESS)
@@ -315,20 +315,20 @@ def _compile(
             output.event(events.PrebuildProblem((), "all", str(why)))
     still = tuple(sorted(name for name in wanted if not is_there(name)))
     made = missing - set(still)
-    output.event(
-        events.KernelsPrebuilt(
-            key,
-            len(made),
-            present,
-            still,
-            sum(inventory.weigh(family, directory, f"cache/{name}") for name in made),
-            summary.get("workers", 0),
-            summary.get("worker_bytes", 0),
-            summary.get("cpu_seconds", 0.0),
-            imported,
-            summary.get("paused", 0.0),
-        )
+    finished = events.KernelsPrebuilt(
+        key,
+        len(made),
+        present,
+        still,
+        sum(inventory.weigh(family, directory, f"cache/{name}") for name in made),
+        summary.get("workers", 0),
+        summary.get("worker_bytes", 0),
+        summary.get("cpu_seconds", 0.0),
+        imported,
+        summary.get("paused", 0.0),
     )
+    output.event(finished)
+    history.add_prebuild(Path(job.mount), job, finished, time.monotonic() - began)
 
 
 # --- the child -------------------------------------------------------------------------------------------------------

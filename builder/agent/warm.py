@@ -33,6 +33,7 @@ from builder.agent.shape_forks import Imported
 from builder.agent.task_entries import TaskEntries
 from builder.cache import (
     families,
+    history,
     inventory,
     layout,
     leaves,
@@ -95,11 +96,11 @@ class Warming:
             self._clear_host_specific()
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
-        seconds = round(time.monotonic() - self._begun, 3)
-        self.verdict = replace(self.verdict, seconds=seconds, shapes=self._shapes())
+        self.verdict = replace(self.verdict, seconds=round(time.monotonic() - self._begun, 3), shapes=self._shapes())
         if self._entries.before and not self.verdict.entries:
             self._count(self._entries.scan(), only=list(self._entries.trees()))
         self._output.event(self.verdict)
+        history.add_task(self._root, self._job, self.verdict, self._entries.keys)
         return status
 
     def _run(self) -> int:

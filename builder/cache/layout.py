@@ -25,6 +25,8 @@ LAYOUT = "layout.json"
 QUARANTINE = "aside"
 #: Where a restore unpacks a cache image before anything of it gets its place, and its record of what was restored.
 STAGING, RESTORED = "staging", "restored.json"
+#: Lines of past runs (`history`).
+HISTORY = "runs.jsonl"
 #: Names of a directory that are looked at to see whether it is a cache root.
 _NAMES = 10_000
 #: Folders of what jobs write and mount. The mode keeps other users of the host from what jobs leave there, programs
@@ -100,7 +102,7 @@ def is_current(root: Path) -> bool:
 
 def foreign(root: Path) -> str | None:
     """Return a name in this directory that shows that it is no cache root; None in a root or an empty directory."""
-    own = {"lost+found", QUARANTINE, "used", RESTORED, *CLOSED, *FOLDERS, *FAMILY}
+    own = {"lost+found", QUARANTINE, "used", RESTORED, HISTORY, *CLOSED, *FOLDERS, *FAMILY}
     with Tree(root) as tree:
         names = [item.name for item in tree.some("", _NAMES) or ()]
     if LAYOUT in names:

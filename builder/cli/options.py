@@ -143,6 +143,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "also set SGLANG_CRASH_ON_JIT_COMPILE=1: sglang then fails where it would compile",
     },
     "fail-on-jit": {"action": "store_true", "help": "exit 10 if anything was compiled although the cache is warm"},
+    "html": {"metavar": "FILE", "help": "write one HTML page that needs nothing else"},
+    "audits": {"metavar": "DIR", "help": "add what jobs compiled: JSON documents of audits, in any folder below"},
     "source": {"metavar": "DIR", "help": "the cache root, or one generation of it, mounted read-only"},
     "target": {"metavar": "DIR", "help": "the container's own directory where jobs look for kernels (default /jit)"},
     "before": {"metavar": "FILE", "help": "before a job: record what the cache holds"},
@@ -249,6 +251,7 @@ OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
         "key": {"help": "the private key (PEM) to sign with"},
         "stream": {"help": "the stream that the image is of: machines that take another one refuse it"},
     },
+    "report": {"cache": {"metavar": "DIR", "help": "the cache root"}},
     "audit": {"cache": {"metavar": "DIR", "help": "the cache root, where it is mounted here"}},
     "fleet": {
         "cache": {"metavar": "DIR", "help": "the cache root on the nodes, instead of the manifest's"},

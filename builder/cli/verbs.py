@@ -99,6 +99,20 @@ GPUs. A container that has the cache mounted need not use it: only a hold, a vie
         shown=True,
         exits=(0,),
     ),
+    "report": Verb(
+        "Inspect",
+        "past runs, proven tasks, bytes, and what jobs compiled: as text, JSON or one HTML page",
+        "warm-cache report --cache /data/sglang-jit --html report.html",
+        ("cache", "html", "audits"),
+        needs="nothing",
+        engine=False,
+        shown=True,
+        details="""Reads the directory of the cache: markers, entries, and runs.jsonl, in which each task of a run has
+a line. Writes nothing but FILE. The page has no script and loads nothing: it can be opened from a file, mailed, or kept
+as an artifact. With --audits it adds up what test jobs compiled, by family and build, from the JSON documents of
+`audit --here --after FILE --json` and of `view audit JOB --json` of any number of runners; that needs no cache.""",
+        exits=(0,),
+    ),
     "verify": Verb(
         "Maintain",
         "check every entry in the cache; exit 0 or 10",

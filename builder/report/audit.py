@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from builder.cache.findings import KINDS, Audit
+from builder.cache.findings import JIT, KINDS, Audit
 from builder.errors import ColdError
 from builder.events import Finding
+from builder.report.overview import JobJit
 from builder.report.results import Section
+from builder.text import printable, shortened
 
 #: Findings that are listed for people; the document has more.
 MOST_LISTED = 40
+#: No time of a finding is later (the year 2286).
+_LATEST = 1e10
 #: Title of each kind of finding in a list.
 _TITLES = {
     "compiled": "compiled in spite of the cache",
@@ -74,6 +78,19 @@ class AuditResult:
 
 
 @dataclass
+class JobSection(Section):
+    """The test job that an audit is of, as far as GitHub's runner says: its commit, name and run."""
+
+    job: Mapping[str, str]
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> JobSection:
+        """Return the section. environ: of the job."""
+        names = {"build": "GITHUB_SHA", "name": "GITHUB_JOB", "run": "GITHUB_RUN_ID"}
+        return cls({key: shortened(printable(environ.get(name, "")), 200) for key, name in names.items()})
+
+
+@dataclass
 class AuditSection(Section):
     """The result of an audit."""
 
@@ -94,6 +111,35 @@ class AuditSection(Section):
                 findings=findings,
             )
         )
+
+
+def jit_of(document: object, job: str) -> list[JobJit]:
+    """Return what a job compiled, by family, from the document of an audit. Raises ValueError for any other document.
+
+    The document comes from a runner: numbers are bounded, and texts are made printable.
+    """
+    body = document.get("audit") if isinstance(document, dict) else None
+    findings = body.get("findings") if isinstance(body, dict) else None
+    if not isinstance(document, dict) or not isinstance(body, dict) or not isinstance(findings, list):
+        raise ValueError("it holds no audit")
+    about = document.get("job")
+    build = about.get("build") if isinstance(about, dict) else None
+    build = shortened(printable(build), 40) if isinstance(build, str) else ""
+    by_family: dict[str, list[Finding]] = {}
+    for each in findings:
+        if not isinstance(each, dict) or each.get("kind") not in JIT:
+            continue
+        texts = [str(each.get(name, "")) for name in ("family", "key", "path")]
+        times = [_time(each.get(name)) for name in ("began", "ended")]
+        finding = Finding(texts[0], texts[1], "compiled", texts[2], began=times[0], ended=max(times))
+        by_family.setdefault(shortened(printable(texts[0]), 40), []).append(finding)
+    return [
+        JobJit(job, build, family, len(found), round(Audit(found).seconds, 3)) for family, found in by_family.items()
+    ]
+
+
+def _time(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and 0 < value < _LATEST else 0.0
 
 
 def _listed(found: Audit, kind: str) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
 from builder.host import outside
 from builder.host.outside import GiveUp, StuckError, never
-from builder.report.results import Report
+from builder.report.results import Report, TaskResult
 from builder.report.tables import TASK_COLUMNS, task_table
-from builder.text import counted, readable
+from builder.text import counted, readable, size
 
 #: Verbs with a job summary and outputs.
 REPORTED = ("warm", "check", "refresh")
@@ -26,7 +26,11 @@ _SUMMARY = "GITHUB_STEP_SUMMARY"
 #: Seconds that each file has to take what is written to it.
 TIMEOUT = 5.0
 #: GitHub drops a step's summary above 1 MiB.
-_LONGEST_CELL, _MOST_ROWS = 600, 500
+_LONGEST_CELL, _MOST_ROWS, _MOST_FAMILIES = 600, 500, 40
+#: Mermaid draws no diagram of more than 50,000 characters.
+_MOST_BARS, _LONGEST_NAME = 200, 60
+#: Characters of a name that Mermaid, or the end of its block, could interpret.
+_NO_NAME = re.compile(r"[^A-Za-z0-9 ./+=_-]")
 #: Characters that Markdown, its tables, autolinks, mentions or HTML could interpret.
 _MARKUP = re.compile(r"[^\w ,/=%–×·…-]|_")
 
@@ -119,7 +123,41 @@ def summary(report: Report, status: int, error: BuilderError | None) -> str:
             lines.append(_row([label, f"{_SIGNS.get(word, '')} {word}".strip(), *rest]))
         if len(report.tasks) > _MOST_ROWS:
             lines += ["", f"and {counted(len(report.tasks) - _MOST_ROWS, 'more task')}"]
+        lines += [*_families(report), *_gantt(report)]
     return "\n".join(lines) + "\n\n"
+
+
+def _families(report: Report) -> list[str]:
+    """Return a table of what the run added, by family; nothing where it added nothing."""
+    names = sorted({name for task in report.tasks for name, number in task.added.items() if number})
+    if not names:
+        return []
+    lines = ["", _row(("family", "compiled", "bytes", "tasks that need it")), _row(["---"] * 4)]
+    for name in names[:_MOST_FAMILIES]:
+        added = sum(task.added.get(name, 0) for task in report.tasks)
+        room = sum(task.added_bytes.get(name, 0) for task in report.tasks)
+        using = sum(name in task.entries for task in report.tasks)
+        lines.append(_row([text(name), str(added), text(size(room)), str(using)]))
+    return lines
+
+
+def _gantt(report: Report) -> list[str]:
+    """Return a Mermaid diagram of which task ran when, on which GPUs; nothing where fewer than two tasks ran."""
+    ran = [task for task in report.tasks if task.began is not None and task.seconds is not None]
+    if len(ran) < 2:
+        return []
+    lines = ["", "```mermaid", "gantt", "    dateFormat X", "    axisFormat %H:%M:%S"]
+    places: dict[str, list[TaskResult]] = {}
+    for task in sorted(ran[:_MOST_BARS], key=lambda task: (list(task.gpus), task.began)):
+        places.setdefault(f"GPU {' '.join(map(str, task.gpus))}" if task.gpus else "no GPU", []).append(task)
+    for place, tasks in places.items():
+        lines.append(f"    section {place}")
+        for task in tasks:
+            began, mark = int(task.began or 0), "crit" if task.state == "failed" else "done"
+            ended = began + max(1, round(task.seconds or 0))
+            name = _NO_NAME.sub(" ", task.label)[:_LONGEST_NAME].strip() or "task"
+            lines.append(f"    {name} :{mark}, {began}, {ended}")
+    return [*lines, "```"]
 
 
 def text(raw: str) -> str:

@@ -33,7 +33,7 @@ class TaskResult:
     """The result of one task.
 
     state: warm, warmed, cold, failed, partial or skipped.
-    seconds: run time; None if nothing ran.
+    seconds: run time; None if nothing ran. began: seconds since the epoch. gpus: indices of those that it had.
     loaded: the weights it was warmed with, if it has a model (``weights``, ``dummy weights, 4 layers``).
     reservation: a limit of its proof that is shown wherever the task is called warm.
     short_of_budget: it was not done because the run's budget did not suffice.
@@ -46,6 +46,8 @@ class TaskResult:
     state: str
     reason: str = ""
     seconds: float | None = None
+    began: float | None = None
+    gpus: Sequence[int] = ()
     entries: Mapping[str, int] = field(default_factory=dict)
     added: Mapping[str, int] = field(default_factory=dict)
     added_bytes: Mapping[str, int] = field(default_factory=dict)

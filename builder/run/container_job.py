@@ -212,6 +212,7 @@ def _job(executor: ContainerExecutor, mode: Mode, task: Task, deadlines: Deadlin
         lifetime=deadlines.task + deadlines.grace + manifest.run.start,
         grace=deadlines.grace,
         log_limit=manifest.container.log_limit,
+        gpus=_indices(manifest, request.devices) if mode == "run" else (),
         workdir=executor.serving.workdir or "/",
         secrets=tuple(name for name in secrets if context.options.environ.get(name)),
         job_max=manifest.cache.job_max,
@@ -348,6 +349,12 @@ def _environment(executor: ContainerExecutor, job: Job) -> dict[str, str]:
 def _store(manifest: Manifest) -> tuple[Mount, ...]:
     models = manifest.models
     return (Mount(source=str(models.store), target=STORE, read_only=not models.writable),) if models.store else ()
+
+
+def _indices(manifest: Manifest, devices: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the indices of GPUs that a container gets."""
+    chosen = manifest.gpus.devices if devices is None else devices
+    return tuple(range(manifest.gpus.count)) if chosen is None else tuple(chosen)
 
 
 def _devices(manifest: Manifest, devices: tuple[int, ...] | None) -> int | tuple[str, ...]:

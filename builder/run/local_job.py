@@ -82,6 +82,7 @@ def run_task(
         workdir=str(Path.cwd()),
         secrets=tuple(name for name in spec.container.secrets if environ.get(name)),
         concurrent=allocation.concurrent,
+        gpus=allocation.visible_gpus or (),
         prebuilt=item.prebuilt,
         observed=RunOrigin(socket.gethostname(), __version__, "this environment", context.run_id),
     )
@@ -133,6 +134,7 @@ def run_prebuild(
         log_limit=spec.container.log_limit,
         workdir=str(Path.cwd()),
         prebuild=request,
+        observed=RunOrigin(socket.gethostname(), __version__, "this environment", context.run_id),
     )
     reported: list[str] = []
 

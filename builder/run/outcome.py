@@ -5,6 +5,7 @@ Only a marker of this run that holds on disk makes a task warmed, whatever its p
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from builder.cache.marker_format import VERIFIED
@@ -34,7 +35,7 @@ def result_of_execution(executor: Executor, item: Item, execution: Execution) ->
     """Return the result of a task after the end of its program."""
     verdict = execution.verdict or Verdict()
     result = _judge(executor, item, execution, verdict)
-    result.seconds = execution.seconds
+    result.seconds, result.began = execution.seconds, time.time() - execution.seconds
     result.log = str(execution.log) if execution.log else None
     result.tail = execution.tail
     result.entries = {} if result.state == "cold" else verdict.entries  # those of a cold task may be another's

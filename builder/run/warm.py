@@ -101,6 +101,7 @@ def warm_task(executor: Executor, gpus: Reservation, item: Item, allocation: All
         watcher = Watcher(output.log, lambda event: show(allocation.progress, output, event))
         execution = executor.execute(item, allocation, watcher)
         result = outcome.result_of_execution(executor, item, execution)
+        result.gpus = allocation.visible_gpus or ()
         outcome.add_result(report, output, result)
         outcome.raise_if_fatal(execution, result)
 

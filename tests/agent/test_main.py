@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from builder import events
-from builder.cache import markers, toolchain
+from builder.cache import history, markers, toolchain
 from builder.cache.model_store import config_digest
 from builder.job import JOB_VARIABLE, Job, RunOrigin
 from builder.task import Shape, Task
@@ -58,6 +58,17 @@ def test_job_is_read_in_any_locale(program: Program) -> None:
         done = program.run(task, environ=locale)
         assert done.status == 0, done.stderr
         assert json.loads((program.root / done.marker).read_text())["coverage"]["model"] == "é模"
+
+
+def test_each_run_has_one_line_in_the_history(program: Program) -> None:
+    origin = RunOrigin("h1", "0.1", "img", "run-1")
+    program.run(program.task(gpus=2), gpus=(3, 5, 7), observed=origin)
+    program.run(program.command("raise SystemExit(3)"), observed=origin)
+    first, second = history.read(program.root).lines
+    assert (first.run, first.state, first.gpus, first.host) == ("run-1", "warmed", (3, 5), "h1")
+    assert first.added["deep_gemm"] == first.entries["deep_gemm"] > 0
+    assert (second.state, second.gpus) == ("failed", ())
+    assert second.reason
 
 
 def test_job_without_task_is_refused(program: Program) -> None:

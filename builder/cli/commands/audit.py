@@ -70,6 +70,7 @@ def _compare(path: str, places: list[FamilyDirectory], args: AuditArgs, invocati
     except snapshot.SnapshotError as error:
         raise UsageError(f"--after: {error}") from None
     invocation.report.add(audit.AuditSection.of(found))
+    invocation.report.add(audit.JobSection.of(invocation.environ))
     invocation.report.text = None if args.json else audit.text_of(found, "the job")
     if args.fail_on_jit:
         audit.raise_if_compiled(found, "the job")

@@ -102,3 +102,23 @@ def test_outputs_of_env_are_docker_arguments() -> None:
 def test_write_files_that_cannot_be_written_are_warnings(environ: Mapping[str, str], tmp_path: Path) -> None:
     (problem,) = github.write_files(report("warm"), 0, None, {**environ, "GITHUB_OUTPUT": str(tmp_path)})
     assert problem.startswith("GITHUB_OUTPUT could not be written: ")
+
+
+def test_summary_has_a_time_line_and_families_with_no_name_interpreted() -> None:
+    found = report("warmed", "failed", "warm", verb="warm")
+    for at, task in enumerate(found.tasks[:2]):
+        task.began, task.seconds, task.gpus = 1.8e9 + at * 60, 90.4, (at, at + 1)
+        task.added, task.added_bytes, task.entries = {"deep_gemm": 2, HOSTILE: 1}, {"deep_gemm": 1000}, {"deep_gemm": 9}
+        task.label = f"{HOSTILE}\n```\n{at}"
+    text = github.summary(found, 11, TasksError("1 failed of 3 tasks"))
+    block = re.search(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
+    assert block
+    assert re.fullmatch(
+        r"gantt\n    dateFormat X\n    axisFormat %H:%M:%S\n"
+        r"    section GPU 0 1\n    [\w ./+=-]{1,60} :done, 1800000000, 1800000090\n"
+        r"    section GPU 1 2\n    [\w ./+=-]{1,60} :crit, 1800000060, 1800000150",
+        block[1],
+    )
+    assert "\n| deep&#95;gemm | 4 | 2&#46;0 kB | 2 |\n" in text
+    assert text.count("```") == 2
+    assert "<img" not in text
