@@ -176,6 +176,7 @@ class Dispatcher:
         self._running: list[_TaskThread] = []
         self._errors: list[BaseException] = []
         self._schedule, self._scheduled, self._is_sure = Schedule((), 0.0), time.monotonic(), True
+        self._acknowledged = False
         self._wake_reader, self._wake_writer = os.pipe()
         self._live = LiveProgress(self._context.console, self.summary)
 
@@ -261,7 +262,7 @@ class Dispatcher:
         while not select.select([self._wake_reader], [], [], _POLL)[0]:
             # The kernel may deliver a signal to any thread, which wakes no other, and Python runs its handler in this
             # one: so this thread has to run now and then.
-            pass
+            self._acknowledge()
         os.read(self._wake_reader, 1)
         for thread in [thread for thread in self._running if thread.finished]:
             thread.join()
@@ -270,6 +271,12 @@ class Dispatcher:
             self._ended += 1
             if thread.error is not None:
                 self._errors.append(thread.error)
+
+    def _acknowledge(self) -> None:
+        """Say that a signal was noticed, once: the tasks take some seconds to end."""
+        if self._context.cancel.is_set and not self._acknowledged:
+            self._acknowledged = True
+            self._context.console.say(f"stopping {counted(len(self._running), 'task')} (a second signal: at once)")
 
     def _raise(self) -> None:
         """Raise for a signal, else the most important error; every other one becomes a warning, once."""

@@ -85,18 +85,13 @@ def raise_if_fatal(execution: Execution, result: TaskResult) -> None:
 
 
 def add_result(report: Report, output: TaskOutput, result: TaskResult) -> None:
-    """Put a task's result into the report and write it; with the end of its log where it did not succeed."""
+    """Put a task's result into the report and write it."""
     report.add_result(result)
     if result.state in ("warmed", "warm", "cold"):
         why = f" ({result.reason})" if result.reason else ""
         output.finish(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
         return
-    output.finish(f"{result.label}: {result.state}: {result.reason}")
-    if result.tail:
-        lines = "line" if len(result.tail) == 1 else f"{len(result.tail)} lines"
-        output.say(f"the last {lines} of its log:")
-        for line in result.tail:
-            output.log("out", line)
+    output.finish(f"{result.label}: {result.state}: {result.reason}", result.tail)
     output.annotate(f"{result.label} {result.state}", result.reason)
 
 

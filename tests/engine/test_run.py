@@ -178,7 +178,7 @@ def test_github_actions_groups_tasks_and_annotates_failures(bad: dict[str, Group
 
 def test_failed_task_shows_log_tail(bad: dict[str, Group]) -> None:
     _, ended = bad["crash"]
-    shown = ended.err.split("crash-tp8: failed: ")[1].split("::endgroup::")[0]
+    shown = ended.err.split("crash-tp8: failed: ")[1].split("::group::")[0]
     assert "lines of its log:\n" in shown
     assert "Received sigquit from a child process" in shown
 

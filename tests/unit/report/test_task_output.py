@@ -29,3 +29,18 @@ def test_output_elsewhere_of_a_concurrent_task_labels_each_line() -> None:
         output.log("err", "x")
         output.remark("second pass")
     assert stream.getvalue() == "[1/2] a\n  ┃ a: x\n  ▸ a: second pass\n"
+
+
+def test_tail_is_repeated_below_a_collapsed_group_alone() -> None:
+    """Where the lines of the log were in sight, they are not written again."""
+    for github, concurrent in ((True, True), (True, False), (False, True), (False, False)):
+        stream = io.StringIO()
+        console = Console(stream, terminal=False, github=github)
+        with open_output(console, "[1/2] a", "a", concurrent=concurrent) as output:
+            output.log("out", "first")
+            output.log("out", "second")
+            output.finish("a: failed: why", ["second"])
+        text = stream.getvalue()
+        assert text.count("second") == 1 + github
+        if github:
+            assert text.endswith("::endgroup::\na: failed: why\nthe last line of its log:\n  │ second\n")

@@ -334,12 +334,13 @@ def test_marker_of_another_run_makes_nothing_warmed(tmp_path: Path) -> None:
     assert executor.result("one").reason == "its verdict is warmed, but the marker is an older one"
 
 
-def test_failed_task_shows_the_end_of_its_log(tmp_path: Path) -> None:
+def test_failed_task_shows_the_end_of_its_log_below_its_group(tmp_path: Path) -> None:
     executor = FakeExecutor(tmp_path, task("one"))
+    executor.context.console.github = True
     executor.do = lambda _: ended(events.Verdict(reason="exit status 3"), tail=("first", "second"))
     with pytest.raises(TasksError, match="1 failed of 1 task"):
         run(executor)
-    assert "the last 2 lines of its log:\n  │ first\n  │ second\n" in executor.output.getvalue()
+    assert "exit status 3\nthe last 2 lines of its log:\n  │ first\n  │ second\n" in executor.output.getvalue()
 
 
 def test_task_whose_marker_is_removed_by_a_later_one_is_failed(tmp_path: Path) -> None:
