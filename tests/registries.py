@@ -34,6 +34,15 @@ class StandIn:
     def client(self, name: str = "team/cache") -> RegistryClient:
         return RegistryClient(self.reference(name), ca_file=self.ca_file)
 
+    def kill(self) -> None:
+        """End it, in the middle of whatever it does."""
+        subprocess.run([SCRIPT, "down", self.folder], check=True, timeout=30)
+
+    def comes_back(self) -> None:
+        """Start it again, at the same port."""
+        port = self.host.rpartition(":")[2]
+        subprocess.run([SCRIPT, "up", self.folder, "--port", port], check=True, capture_output=True, timeout=60)
+
     def blob(self, digest: str) -> Path:
         """The file that holds a blob or a manifest: the registry serves what is in it, right or wrong."""
         hexadecimal = digest.removeprefix("sha256:")

@@ -19,7 +19,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from builder import files
@@ -141,6 +141,10 @@ class CacheImage:
     def index(self) -> Layer:
         """The layer of markers and memos."""
         return self.layers[-1]
+
+    def at(self, moment: int) -> CacheImage:
+        """Return the image as if it had been packed at another time."""
+        return replace(self, description=replace(self.description, time=moment))
 
     def of(self, family: str, key: str) -> tuple[Layer, ...]:
         """Return the layers of one family directory."""

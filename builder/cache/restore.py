@@ -129,7 +129,7 @@ def clear_staging(root: Path) -> list[str]:
     with Tree(root) as tree:
         found = [item.name for item in tree.some(layout.STAGING, 1000) or ()]
         for name in found:
-            tree.remove(name)
+            _discard(tree, name)
     return found
 
 
@@ -166,7 +166,16 @@ def _locked(root: Path, request: RestoreRequest) -> Iterator[contextlib.ExitStac
 
 def _remove(root: Path, name: str) -> None:
     with contextlib.suppress(OSError), Tree(root) as tree:
-        tree.remove(name)
+        _discard(tree, name)
+
+
+def _discard(tree: Tree, name: str) -> None:
+    """Delete what is in staging: one file first, since a full disk has no room for what a removal makes."""
+    for path, item in tree.walk(name):
+        if item is not None and item.is_file:
+            tree.unlink(path)
+            break
+    tree.remove(name)
 
 
 # --- unpacking beside ------------------------------------------------------------------------------------------------

@@ -191,6 +191,12 @@ class Policy:
         )
 
 
+def refused_metrics(path: Path, location: str) -> Problem | None:
+    """Return why this host's policy refuses a file of metrics; None for one that is allowed, or without a policy."""
+    rules = current()
+    return rules.problem("refresh", "metrics", str(path), location) if rules is not None else None
+
+
 def current() -> Policy | None:
     """Return this host's policy; None where it has none. Raises UsageError for one that cannot be trusted or read."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from builder.cache import cache_image
 from builder.cache.cache_image import MANIFEST_TYPE, CacheImage, Layer, NotACacheImageError
 from builder.cache.packing import blob_name
-from builder.errors import RegistryRefusedError
+from builder.errors import CANNOT_RUN, PreflightError, Problem, RegistryRefusedError
 from builder.registry.client import RegistryClient
 from builder.registry.documents import digest_of
 from builder.text import printable, size
@@ -105,9 +105,8 @@ def same_layers(image: CacheImage, before: CacheImage) -> CacheImage:
 
 def is_same(image: CacheImage, before: CacheImage) -> bool:
     """Return whether two images differ in nothing but their time."""
-    return replace(image.description, time=0) == replace(before.description, time=0) and [
-        layer.diff_id for layer in image.layers
-    ] == [layer.diff_id for layer in before.layers]
+    same = [layer.diff_id for layer in image.layers] == [layer.diff_id for layer in before.layers]
+    return same and image.at(0).description == before.at(0).description
 
 
 def send(client: RegistryClient, image: CacheImage, blobs: Path, say: Say, *, dry_run: bool) -> Iterator[LayerSent]:
@@ -166,13 +165,22 @@ def check_config(client: RegistryClient, stored: StoredImage) -> None:
 
 
 def fetch(client: RegistryClient, layer: Layer, blobs: Path) -> int:
-    """Read a layer into the directory, proven by its digest, unless it is there; return the bytes that were read."""
+    """Read a layer into the directory, proven by its digest, unless it is there; return the bytes that were read.
+
+    Raises PreflightError where the directory has no room.
+    """
     path = blobs / blob_name(layer.digest)
     if path.exists():
         return 0
     temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
-        for data in client.read_blob(layer.digest, layer.size):
-            file.write(data)
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            for data in client.read_blob(layer.digest, layer.size):
+                file.write(data)
+        temporary.rename(path)
+    except OSError as error:
+        problem = Problem(
+            "disk", f"{layer.name} cannot be kept in {blobs}: {error.strerror}.", "Free space, or set TMPDIR."
+        )
+        raise PreflightError(CANNOT_RUN, [problem]) from error
     return layer.size

@@ -22,6 +22,10 @@ GAUGES: Mapping[str, str] = {
     "refresh_tasks": "Tasks of the manifest by state.",
     "refresh_pruned_bytes": "Bytes that the last refresh removed from the cache.",
     "refresh_prune_blocked_seconds": "For how long jobs have kept removals waiting: holds, and files that they touch.",
+    "pull_last_run_timestamp_seconds": "When the last pull ended, with any status.",
+    "pull_last_success_timestamp_seconds": "When a pull last restored a cache image, or found it there.",
+    "pull_duration_seconds": "How long the last pull took.",
+    "pull_exit_code": "Exit status of the last pull, as it is without --fail-open.",
     "image_info": "The serving image of the last refresh; always 1.",
     "entries": "Compile results by family and toolchain; what toolchains share is counted for each of them.",
     "entries_size_bytes": "Bytes allotted to a family's directory; what toolchains share is counted for each of them.",
@@ -29,7 +33,7 @@ GAUGES: Mapping[str, str] = {
     "filesystem_free_bytes": "Free space of the file system of the cache.",
 }
 STATES = ("warm", "warmed", "cold", "failed", "partial", "skipped")
-SUCCESS = "refresh_last_success_timestamp_seconds"
+SUCCESS, PULL_SUCCESS = "refresh_last_success_timestamp_seconds", "pull_last_success_timestamp_seconds"
 #: Gauges of the contents of the cache, as opposed to what a run did.
 CONTENTS = ("entries", "entries_size_bytes", "size_bytes", "filesystem_free_bytes")
 

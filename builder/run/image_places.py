@@ -13,7 +13,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from builder.cache.packing import OnLayer, Packed, PackRequest
 from builder.cache.restore import RefusedImageError, RestoreBusyError, RestoreRequest, RestoreResult
 from builder.cache.toolchain import Record
 from builder.errors import CANNOT_RUN, BusyError, PreflightError, Problem, RegistryRefusedError
-from builder.host import gpus
+from builder.host import gpus, temporary
 from builder.host.deadlines import Attempt, Deadline
 from builder.host.gpus import HostGpus
 from builder.job import Mode
@@ -68,8 +68,8 @@ class ImagePlace(Protocol):
     def records(self, memos_root: Path | None) -> list[Record]:
         """Return the toolchain records of the tasks' environments: by a memo of the root, or of another, or probed."""
 
-    def reading(self) -> AbstractContextManager[Path]:
-        """Yield a directory with the root's markers and memos, and the entries that the markers list."""
+    def reading(self, keys: Collection[tuple[str, str]] = ()) -> AbstractContextManager[Path]:
+        """Yield a directory with the root's markers and memos, and the entries of these (family, key)."""
 
     def require_root(self) -> None:
         """Raise PreflightError where there is no cache root to pack."""
@@ -115,7 +115,7 @@ class LocalPlace:
             self._check()
         return attempt.result()
 
-    def reading(self) -> AbstractContextManager[Path]:
+    def reading(self, keys: Collection[tuple[str, str]] = ()) -> AbstractContextManager[Path]:
         return contextlib.nullcontext(self.executor.root)
 
     def require_root(self) -> None:
@@ -165,8 +165,8 @@ class ContainerPlace:
                 return found
         return list(executor.records(tasks).values())
 
-    def reading(self) -> AbstractContextManager[Path]:
-        return self.executor.cache.view()
+    def reading(self, keys: Collection[tuple[str, str]] = ()) -> AbstractContextManager[Path]:
+        return self.executor.cache.view(entries=bool(keys), keys=keys)
 
     def require_root(self) -> None:
         maintenance.require_root(self.executor)
@@ -186,8 +186,10 @@ class ContainerPlace:
         return from_object(Packed, document, "what was packed")
 
     def prepare(self) -> None:
-        self.executor.require_root()
-        self.executor.start()
+        executor = self.executor
+        if executor.context.options.create and executor.cache.create():
+            executor.context.console.say(f"created {executor.cache.name}")
+        executor.start()
 
     def restore(self, blobs: Path, request: RestoreRequest, limit: Deadline, on_layer: OnLayer) -> RestoreResult:
         names = {f"{LAYERS}/{path.name}": path for path in sorted(blobs.iterdir())}
@@ -253,6 +255,14 @@ def _remembered(
             return None
         found.append(toolchain.of_task(record, dict(env)))
     return found
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a private directory with a folder for layers, removed with the context. Raises PreflightError."""
+    with temporary.room("image") as made:
+        (made / LAYERS).mkdir()
+        yield made
 
 
 def late() -> PreflightError:

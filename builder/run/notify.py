@@ -9,7 +9,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,9 +146,15 @@ def _write(
         samples.add("image_info", 1, **labels)
     for name, value, labels in record.contents:
         samples.add(name, value, **labels)
+    write_metrics(context, path, samples, (metrics.SUCCESS, *metrics.CONTENTS))
+
+
+def write_metrics(context: Context, path: Path, samples: metrics.Samples, kept: Sequence[str]) -> None:
+    """Write a file of metrics; what cannot be written in time is a warning. kept: names of values that may stay."""
+    report = context.report
 
     def write() -> None:
-        samples.keep(metrics.before(path), (metrics.SUCCESS, *metrics.CONTENTS))
+        samples.keep(metrics.before(path), kept)
         metrics.write(path, samples)
 
     try:

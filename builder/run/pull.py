@@ -7,6 +7,7 @@ What is restored is decided here; how, by `cache.restore`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +21,15 @@ from builder.cache.restore import FamilyRestored, RefusedImageError, RestoreRequ
 from builder.cache.restored import Restored
 from builder.cache.toolchain import Record
 from builder.errors import CANNOT_RUN, PreflightError, Problem, RegistryRefusedError
-from builder.host import temporary
 from builder.host.deadlines import Deadline
 from builder.registry import images, signature
 from builder.registry.client import RegistryClient
 from builder.registry.images import StoredImage
 from builder.registry.keys import VerificationKey
+from builder.report import metrics
 from builder.report.results import Section
+from builder.run import image_places, notify
+from builder.run.context import Context
 from builder.run.image_places import LAYERS, ImagePlace
 from builder.text import counted, printable, size
 
@@ -85,6 +88,17 @@ class PullSection(Section):
     pull: Pulled
 
 
+def write_metrics(context: Context, path: Path, status: int, seconds: float) -> None:
+    """Write the metrics of a pull. status: that it would have without --fail-open. seconds: that it took."""
+    samples, now = metrics.Samples({"cache": context.report.cache}), time.time()
+    samples.add("pull_last_run_timestamp_seconds", now)
+    if status == 0:
+        samples.add(metrics.PULL_SUCCESS, now)
+    samples.add("pull_duration_seconds", seconds)
+    samples.add("pull_exit_code", status)
+    notify.write_metrics(context, path, samples, (metrics.PULL_SUCCESS,))
+
+
 class _UnfitError(PreflightError):
     """No family of an image fits here."""
 
@@ -98,8 +112,7 @@ def pull(place: ImagePlace, client: RegistryClient, settings: PullSettings, limi
     context = place.executor.context
     pulled = Pulled(client.reference.name)
     context.report.add(PullSection(pulled))
-    with temporary.room("image") as scratch:
-        (scratch / LAYERS).mkdir()
+    with image_places.scratch() as scratch:
         names, left, unfit = _names(client, settings), settings.fallback, None
         for name in names:
             try:
@@ -255,7 +268,7 @@ def _is_there(place: ImagePlace, history: Sequence[Restored], stored: StoredImag
     known = [each for each in history if (each.digest, each.keys) == (stored.digest, keys)]
     if not known:
         return False
-    with place.reading() as root:
+    with place.reading({(family.family, family.key) for family in stored.image.description.families}) as root:
         return restored.holds(root, known[0], place.mount)
 
 
@@ -270,14 +283,10 @@ def _fetch(
     """Fetch the layers of the families that fit."""
     context = place.executor.context
     wanted = [layer for family in fits for layer in image.of(family.family, family.key)] + [image.index]
-    try:
-        for number, layer in enumerate(wanted, 1):
-            context.cancel.check()
-            pulled.fetched += images.fetch(client, layer, blobs)
-            context.console.say(f"[{number}/{len(wanted)}] {layer.name}: {size(layer.size)}")
-    except OSError as error:
-        problem = Problem("disk", f"the layers cannot be kept in {blobs}: {error.strerror}.", "Set TMPDIR.")
-        raise PreflightError(CANNOT_RUN, [problem]) from error
+    for number, layer in enumerate(wanted, 1):
+        context.cancel.check()
+        pulled.fetched += images.fetch(client, layer, blobs)
+        context.console.say(f"[{number}/{len(wanted)}] {layer.name}: {size(layer.size)}")
 
 
 def _told(client: RegistryClient, stored: StoredImage, pulled: Pulled) -> str:

@@ -13,11 +13,11 @@ from builder.cache.families import TABLE_VERSION
 from builder.cache.model_store import is_directory
 from builder.cache.packing import Packed, PackRequest
 from builder.errors import ColdError
-from builder.host import temporary
 from builder.registry import images
 from builder.registry.client import RegistryClient
 from builder.registry.images import LayerSent, StoredImage
 from builder.report.results import Section
+from builder.run import image_places
 from builder.run.image_places import LAYERS, ImagePlace
 from builder.run.plan import Item
 from builder.text import counted, printable, size
@@ -66,9 +66,8 @@ def push(place: ImagePlace, client: RegistryClient, settings: PushSettings) -> P
     context = executor.context
     say = context.console.say
     place.require_root()
-    with temporary.room("image") as scratch:
+    with image_places.scratch() as scratch:
         blobs = scratch / LAYERS
-        blobs.mkdir()
         with executor.run_lock():
             items, omitted = _items(place, settings)
             packed = place.pack(
@@ -120,6 +119,8 @@ def _items(place: ImagePlace, settings: PushSettings) -> tuple[list[Item], list[
         label = printable(item.task.label)
         if not item.warm:
             omitted.append(f"{label} is cold")
+        elif item.judgement.marker is None or not item.judgement.marker.claims:
+            omitted.append(f"{label} claims no family, so that there is nothing of it to push")
         elif (reason := _private(item)) and not settings.named:
             omitted.append(f"{label}: {reason}, which others would see; to push it all the same, name it by --only")
         else:

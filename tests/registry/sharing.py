@@ -8,11 +8,30 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from builder.registry.client import RegistryClient
-from builder.registry.images import StoredImage, find
-from tests.cli.test_here import IMAGE, Job
+from tests.cli.test_here import DENSE, IMAGE, Job
 from tests.program import ROOT
 from tests.registries import StandIn
+
+#: A task whose one kernel, of a family that looks its entries up by content, is large enough to be cut on its way.
+BIG = """
+import os, random
+path = os.path.join(os.environ["QUACK_CACHE_DIR"], "kernel.bin")
+if not os.path.exists(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(random.Random(1).randbytes(3 << 20))
+print("KERNELS READY")
+"""
+TASKS = (
+    DENSE,
+    {
+        "model": "org/big",
+        "recipe": "command",
+        "argv": ["python3", "-c", BIG],
+        "success": "KERNELS READY",
+        "families": ["quack"],
+    },
+)
 
 
 class Machine(Job):
@@ -53,12 +72,13 @@ class Machine(Job):
         found: dict[str, Any] = self.share("pull", f"{registry.host}/{name}", *words, status=status, **more)
         return found["pull"] if status == 0 else found
 
-    def is_warm(self, *words: str) -> bool:
-        process = self.start("check", "--here", "--strict", "--manifest", str(self.path), *words)
-        process.communicate(timeout=60)
-        return process.returncode == 0
+    def warm_tasks(self) -> set[str]:
+        """Labels of the tasks that a check finds warm."""
+        process = self.start("check", "--here", "--strict", "--json", "--manifest", str(self.path))
+        out, _ = process.communicate(timeout=60)
+        return {task["label"] for task in json.loads(out)["tasks"] if task["state"] == "warm"}
 
-
-def stored(client: RegistryClient, reference: str) -> StoredImage:
-    """The image of a tag or digest."""
-    return find(client, reference)
+    def is_untouched(self) -> bool:
+        """Whether nothing of a cache is in the root: no entry, no marker, nothing unpacked."""
+        folders = ("deep_gemm", "quack", "markers/*", "images/*", "staging/*", "restored.json")
+        return not any(list(self.root.glob(folder)) for folder in folders)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from builder.cli import registry
@@ -14,6 +17,7 @@ from builder.cli.options import ManifestArgs, RegistryArgs
 from builder.errors import BuilderError, Interrupted, Problem, UsageError
 from builder.host.cancel import LimitedCancel
 from builder.host.deadlines import Deadline
+from builder.manifest import policy
 from builder.manifest.load import Manifest, without_tasks
 from builder.manifest.values import a_string, positive_seconds, seconds
 from builder.registry.reference import Reference, parse
@@ -35,6 +39,7 @@ class PullArgs(ManifestArgs, RegistryArgs):
     deadline: str | None = None
     jitter: str | None = None
     create: bool = False
+    metrics: str | None = None
     lock_timeout: str | None = None
     here: bool = False
 
@@ -50,7 +55,10 @@ class _Times:
 def run(args: PullArgs, invocation: Invocation) -> None:
     """Restore. With --fail-open every error but one of usage, and a signal, becomes a reason in the report."""
     reference, (settings, times) = parse(args.ref), _settings(args)
-    manifest = _manifest(args, invocation)
+    manifest, began, status = _manifest(args, invocation), time.monotonic(), 0
+    path = Path(os.path.abspath(args.metrics)) if args.metrics else None
+    if path is not None and (problem := policy.refused_metrics(path, args.location("metrics"))):
+        raise UsageError(str(problem), [problem])
     with invocation.signals.handled():
         if times.jitter and invocation.cancel.wait(random.uniform(0, times.jitter)):  # noqa: S311 - no secret
             invocation.cancel.check()
@@ -59,6 +67,7 @@ def run(args: PullArgs, invocation: Invocation) -> None:
         except (UsageError, Interrupted):
             raise
         except BuilderError as error:
+            status = error.exit_code
             if not args.fail_open:
                 raise
             report = invocation.report
@@ -67,6 +76,15 @@ def run(args: PullArgs, invocation: Invocation) -> None:
             report.add(section)
             problems = [str(each) for each in getattr(error, "problems", ())]
             report.warnings.append("; ".join([f"nothing was restored: {error.message}", *problems]))
+        finally:
+            if path is not None:
+                context = invocation.context(manifest)
+                pull.write_metrics(
+                    context,
+                    path,
+                    128 + invocation.cancel.signum if invocation.cancel.signum else status,
+                    time.monotonic() - began,
+                )
 
 
 def _manifest(args: PullArgs, invocation: Invocation) -> Manifest:
@@ -102,6 +120,7 @@ def _pull(
             else:
                 context = limited(invocation.context(manifest, creates=True, create=args.create))
                 executor = stack.enter_context(invocation.connected(context))
+                executor.require_root()
                 executor.sweep()
                 place = ContainerPlace(executor)
             client = stack.enter_context(registry.client(args, invocation, reference, deadline=limit))

@@ -72,9 +72,8 @@ def _settings(args: RefreshArgs, manifest: Manifest) -> RefreshSettings:
         webhook=checked(args.webhook, args.location("webhook")),
         may_wait=args.lock_timeout is not None,
     )
-    rules = policy.current()
-    if rules is not None and args.metrics is not None and found.metrics is not None:
-        refused = rules.problem("refresh", "metrics", str(found.metrics), args.location("metrics"))
+    if args.metrics is not None and found.metrics is not None:
+        refused = policy.refused_metrics(found.metrics, args.location("metrics"))
         problems += [refused] if refused else []
     if problems:
         raise UsageError("options cannot be used as they are", problems)

@@ -1,0 +1,59 @@
+"""A cache of real kernels by way of a real registry: warm on another root, and nothing is compiled there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.registries import StandIn, stand_in
+from tests.stand_in.test_real_sglang import MANIFEST, warm_cache
+
+pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
+
+#: torch's own loader, by ninja: without torch's headers it compiles in a second.
+NINJA = """
+from torch.utils import cpp_extension
+source = 'extern "C" int answer() { return 42; }'
+cpp_extension.load_inline("warm", [source], is_python_module=False, no_implicit_headers=True)
+print("NINJA READY")
+"""
+TASK = f"""
+[[task]]
+model = "stand-in/ninja"
+recipe = "command"
+argv = ["python3", "-c", {json.dumps(NINJA)}]
+success = "NINJA READY"
+families = ["torch_extensions"]
+"""
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[StandIn]:
+    with stand_in(tmp_path / "registry") as found:
+        yield found
+
+
+def test_pulled_kernels_are_used_and_none_is_compiled(registry: StandIn, tmp_path: Path, stand_in_image: str) -> None:
+    manifest, first, other = tmp_path / "manifest.toml", tmp_path / "first", tmp_path / "other"
+    manifest.write_text(MANIFEST.format(image=stand_in_image) + TASK)
+    common = ("--manifest", manifest, "--json")
+    made = warm_cache("warm", *common, "--cache", first, "--log-dir", tmp_path / "logs")
+    assert made.status == 0, made.err
+    pushed = warm_cache("push", f"{registry.host}/real/cache", *common, "--cache", first)
+    assert pushed.status == 0, pushed.err
+    pulled = warm_cache("pull", f"{registry.host}/real/cache", *common, "--cache", other)
+    assert pulled.status == 0, pulled.err
+    families = {row["family"]: row for row in pulled.document["pull"]["families"]}
+    assert families.keys() == {"deep_gemm", "triton", "torch_extensions"} and not pulled.document["pull"]["left"]
+    check = warm_cache("check", "--strict", "--no-probe", *common, "--cache", other)
+    assert check.status == 0, check.err
+    built = {path.name: path.stat().st_mtime_ns for path in other.glob("torch_extensions/**/*") if path.is_file()}
+    assert {"warm.so", "build.ninja", ".ninja_deps"} <= built.keys()
+    again = warm_cache("warm", "--force", *common, "--cache", other, "--log-dir", tmp_path / "logs")
+    assert again.status == 0, again.err
+    assert [(task["verified"], task["entries_added"]) for task in again.document["tasks"]] == [(True, 0)] * 3
+    for path in other.glob("torch_extensions/**/*.*o"):
+        assert path.stat().st_mtime_ns == built[path.name], f"ninja built {path.name} again"
