@@ -96,25 +96,26 @@ def reset(source: Path, target: Path, *, whatever: bool = False) -> Outcome:
 
 
 def _refuse(source: Path, target: Path, whatever: bool) -> None:
-    if not (source / "layout.json").is_file():
-        raise ResetError(f"{source} is no cache root and no generation: it has no layout.json. Mount one there.")
     mine, theirs = target.resolve(), source.resolve()
-    if (
-        mine == theirs
-        or mine in theirs.parents
-        or theirs in mine.parents
-        or (mine.exists() and os.path.samestat(mine.stat(), theirs.stat()))
-        or any(os.path.samestat(generations.tree(mine, each).stat(), theirs.stat()) for each in generations.known(mine))
-    ):
-        raise _same(source, target)
+    with Tree(theirs) as published, Tree(mine) as own:
+        if not (published.exists(layout.LAYOUT) and stat.S_ISREG(published.lstat(layout.LAYOUT).st_mode)):
+            raise ResetError(f"{source} is no cache root and no generation: it has no layout.json. Mount one there.")
+        inner = [f"{generations.FOLDER}/{each}" for each in generations.known(mine)]
+        if (
+            mine == theirs
+            or mine in theirs.parents
+            or theirs in mine.parents
+            or any(os.path.samestat(own.lstat(each), published.lstat("")) for each in ("", *inner) if own.exists(each))
+        ):
+            raise _same(source, target)
+        first = own.some("", 1)
+        is_cache = any(map(own.exists, (layout.LAYOUT, *layout.FOLDERS, *FAMILY)))
     if mine in Path(__file__).resolve().parents:
         raise ResetError(f"this program is in {target}, all of which would be removed. Name a directory of its own.")
-    known = {"layout.json", *layout.FOLDERS, *FAMILY}
-    names = sorted(path.name for path in mine.iterdir()) if mine.is_dir() else []
-    if names and not whatever and not known.intersection(names):
+    if first and not whatever and not is_cache:
         raise ResetError(
-            f"{target} is not empty, and nothing in it is a cache's ({printable(names[0])}, …). All of it would be "
-            "removed: empty it, or name another directory."
+            f"{target} is not empty, and nothing in it is a cache's ({printable(first[0].last)}, …). All of it would "
+            "be removed: empty it, or name another directory."
         )
 
 
@@ -283,7 +284,8 @@ class _Reset:
                 return False
             left = status.st_size
             while left > 0:
-                ours, theirs = os.read(target, _CHUNK), os.read(source, _CHUNK)
+                # No more room than the rest takes: a read of 1 MiB costs its pages, also where 1 kB is there.
+                ours, theirs = (os.read(each, min(left, _CHUNK)) for each in (target, source))
                 if ours != theirs or not theirs:
                     return False
                 left -= len(theirs)

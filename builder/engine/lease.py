@@ -28,6 +28,7 @@ from pathlib import Path
 from builder import files, flock
 from builder.engine.api import Mount
 from builder.errors import PreflightError
+from builder.host import outside
 from builder.host.hooks import PENDING_RELEASE
 
 LABEL = "io.sglang.warm-cache."
@@ -164,9 +165,18 @@ def lease_of(labels: Mapping[str, str]) -> Mapping[str, object]:
     return lease if isinstance(path, str) and _PATH.fullmatch(path) else {}
 
 
-def owner_is_dead(labels: Mapping[str, str]) -> bool | None:
-    """Return whether the owner that these labels name is dead; None if that cannot be proven from here."""
-    lease = lease_of(labels)
+def owner_is_dead(labels: Mapping[str, str], patience: float) -> bool | None:
+    """Return whether the owner that these labels name is dead; None if that cannot be proven from here.
+
+    patience: seconds to wait for the file system of the path, which the labels' author has chosen, and which may hang.
+    """
+    try:
+        return outside.call(lambda: _owner_is_dead(lease_of(labels)), "the lease", patience)
+    except outside.StuckError:
+        return None
+
+
+def _owner_is_dead(lease: Mapping[str, object]) -> bool | None:
     try:
         descriptor = flock.open_lock(Path(str(lease.get("path"))))
     except (OSError, ValueError):

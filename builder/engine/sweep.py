@@ -44,6 +44,9 @@ _NEW_AGE = 3600.0
 #: Seconds for which the lease of a dead owner is kept for an engine other than the one that is swept. After that its
 #: containers, if that engine still exists, are past their own deadlines, by which a sweep there removes them.
 OTHERS_AGE = 30 * 86400.0
+#: Seconds for which all leases that labels name are waited for, and each of them in any case: anybody's label may name
+#: a file system that hangs.
+_PATIENCE, _LEAST_PATIENCE = 3.0, 0.1
 #: Dead owners' leases that one sweep removes: each takes a descriptor.
 _LEASES = 256
 
@@ -82,8 +85,12 @@ def sweep(
     swept, referred = [], set()
     with contextlib.ExitStack() as held:
         dead = _dead_leases(private_directory(state_dir), held, engine.identity)
+        patience = _PATIENCE
         for container in engine.containers([LABEL_LEASE]):
-            result = _sweep_container(engine, container, grace, save)
+            began = time.monotonic()
+            proof = owner_is_dead(container.labels, max(patience, _LEAST_PATIENCE))
+            patience -= time.monotonic() - began
+            result = None if proof is False else _sweep_container(engine, container, proof, grace, save)
             if result is not None:
                 swept.append(result)
             if result is None or not result.removed:
@@ -143,13 +150,14 @@ def save_log(engine: Containers, container: ListedContainer, directory: Path) ->
 
 
 def _sweep_container(
-    engine: Containers, container: ListedContainer, grace: float, save: Callable[[ListedContainer], str]
-) -> Swept | None:
-    """Remove one container if its owner is dead; None if the owner is alive."""
+    engine: Containers,
+    container: ListedContainer,
+    dead: bool | None,
+    grace: float,
+    save: Callable[[ListedContainer], str],
+) -> Swept:
+    """Remove one container if its owner is dead. dead: None where that cannot be proven."""
     task = container.labels.get(LABEL_TASK, "?")
-    dead = owner_is_dead(container.labels)
-    if dead is False:
-        return None
     why = "its builder is gone"
     if dead is None:
         if container.status not in _ENDED or not _is_past_deadline(container.labels):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from builder.engine.api import ContainerSpec
+from builder.engine.lease import LABEL_LEASE
 from builder.host.deadlines import Deadline, poll
 from tests.engine.cli import GATE, READY, Cli, command
 from tests.engine.faults import Aftermath, changed
@@ -118,3 +121,25 @@ def test_cache_that_hangs_during_task_ends_run(cli: Cli, hang: Hang, aftermath: 
     assert ended.status == 12, ended.said
     assert f"(in use: {cli.root / 'markers'}" in ended.said
     assert ended.document["exit"] == 12
+
+
+@pytest.mark.attack(
+    "a container has the label of a lease whose path is on a file system that hangs",
+    by="image",
+    holds="it is not waited for longer than 3 s, and its container is named and left alone; what else is dead is swept",
+)
+def test_label_naming_file_system_that_hangs_delays_no_sweep(
+    cli: Cli, hang: Hang, tmp_path: Path, tiny_image: str
+) -> None:
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    cli.manifest(command("any", READY))
+    cli.root.mkdir()
+    label = {LABEL_LEASE: json.dumps({"path": f"{place}/warm-cache-0/held-x/lease", "dev": 1, "ino": 1})}
+    with cli.engine() as engine:
+        made = engine.create(ContainerSpec(image=tiny_image, name="forged", command=("true",), labels=label))
+        hang(place)
+        ended = cli.start("sweep", program=HURRIED).end(20)
+        engine.remove(made, force=True)
+    assert ended.status == 0, ended.said
+    assert "left forged (?): its lease file cannot be seen from here" in ended.said
