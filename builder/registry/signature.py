@@ -10,7 +10,7 @@ import base64
 import datetime
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from builder.errors import RegistryRefusedError, UsageError
 from builder.registry.client import RegistryClient
@@ -74,7 +74,8 @@ def sign(
         raise UsageError(f"{digest[:19]}… was pushed for the stream {own!r}, and is not signed for {stream!r}")
     if stream is None and own is not None and is_stream(own):
         stream = own
-    time = float(int(_time_of(image, time)))
+    made = _own_time(image)
+    time = float(int(time if made is None else made))
     optional = {TIME: format_time(time), **({STREAM: stream} if stream is not None else {})}
     payload = dumped(
         {
@@ -91,10 +92,10 @@ def sign(
         for signed in _verified(of_tag(client, stored)[0], digest, [key.public]):
             if signed.stream == stream:
                 return signed, False
-        _add(client, digest, stored, payload, key)
+        added = _add(client, digest, stored, payload, key)
         # Two that sign at the same time read the same manifest: the later one has to add its own again.
         after = client.find_manifest(tag_of(digest))
-        if after is not None and any(layer.digest == digest_of(payload) for layer in after.layers):
+        if after is not None and added in after.layers:
             return SignedImage(digest, key.public, stream, time), True
     raise RegistryRefusedError(f"{client.reference.name}: others write {tag_of(digest)} at the same time; sign again")
 
@@ -114,7 +115,9 @@ def verify_signature(
         found = _verified(more, digest, keys)
         candidates, unreadable = [*candidates, *more], [*unreadable, *also]
     if found:
-        return max(found, key=lambda each: (each.stream == stream, each.time or 0.0))
+        best = max(found, key=lambda each: (each.stream == stream, each.time or 0.0))
+        # A signature by cosign need not name a time; that of the image is a part of what the digest proves.
+        return best if best.time is not None else replace(best, time=_own_time(client.get_manifest(digest)))
     raise _unsigned(client, digest, keys, candidates, unreadable)
 
 
@@ -206,25 +209,27 @@ def _unsigned(
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _time_of(image: StoredManifest, otherwise: float) -> float:
-    """Return when an image was made, by its own annotations, which its digest holds.
+def _own_time(image: StoredManifest) -> float | None:
+    """Return when an image was made, by its annotations, which its digest holds; None where they have no time.
 
     The time of signing would make an old image new when a second key signs it.
     """
     text = image.annotations.get(TIME, "")
     if text.isascii() and text.isdigit() and len(text) < 12:
         return float(text)
-    created = parse_time(image.annotations.get(CREATED, ""))
-    return otherwise if created is None else created
+    return parse_time(image.annotations.get(CREATED, ""))
 
 
-def _add(client: RegistryClient, digest: str, stored: StoredManifest | None, payload: bytes, key: SigningKey) -> None:
-    """Store the signatures that were there, and one more."""
+def _add(
+    client: RegistryClient, digest: str, stored: StoredManifest | None, payload: bytes, key: SigningKey
+) -> Descriptor:
+    """Store the signatures that were there, and one more; return its layer."""
     before = stored.layers if stored is not None else ()
     if len(before) >= MOST:
         raise RegistryRefusedError(f"{tag_of(digest)} has {len(before)} signatures: more are not read")
     annotations = {SIGNATURE: base64.b64encode(key.sign(payload)).decode("ascii")}
-    layers = (*before, Descriptor(PAYLOAD_TYPE, digest_of(payload), len(payload), annotations))
+    added = Descriptor(PAYLOAD_TYPE, digest_of(payload), len(payload), annotations)
+    layers = (*before, added)
     # As cosign writes it: an image with no platform; its layers are the payloads as they are.
     config = dumped(
         {
@@ -245,3 +250,4 @@ def _add(client: RegistryClient, digest: str, stored: StoredManifest | None, pay
         "layers": [layer.document() for layer in layers],
     }
     client.put_manifest(dumped(manifest), OCI_MANIFEST, tag_of(digest))
+    return added

@@ -16,12 +16,12 @@ from tests.registries import StandIn
 from tests.registry.conftest import LOGIN
 
 
-def image(client: RegistryClient, layer: bytes, tag: str) -> str:
+def image(client: RegistryClient, layer: bytes, tag: str, *, created: str = "") -> str:
     """Store an image with this layer under a tag; return its digest."""
     config = b"{}"
     for blob in (config, layer):
         client.put_blob(digest_of(blob), len(blob), lambda blob=blob: [blob])  # type: ignore[misc]
-    manifest = {
+    manifest: dict[str, object] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
         "config": {"mediaType": OCI_CONFIG, "digest": digest_of(config), "size": len(config)},
@@ -33,6 +33,8 @@ def image(client: RegistryClient, layer: bytes, tag: str) -> str:
             }
         ],
     }
+    if created:
+        manifest["annotations"] = {"org.opencontainers.image.created": created}
     return client.put_manifest(dumped(manifest), OCI_MANIFEST, tag)
 
 

@@ -13,7 +13,7 @@ from builder.errors import RegistryRefusedError
 from builder.registry import keys
 from builder.registry.client import RegistryClient
 from builder.registry.documents import OCI_INDEX, OCI_MANIFEST, Descriptor, dumped
-from builder.registry.signature import STREAM, TIME, parse_time, require_current, sign, verify_signature
+from builder.registry.signature import STREAM, parse_time, require_current, sign, verify_signature
 from builder.registry.signature_forms import tag_of
 from tests.registries import StandIn, tool
 from tests.registry.test_client import image
@@ -64,10 +64,10 @@ def test_we_verify_what_cosign_signed(registry: StandIn, tmp_path: Path, form: s
     program = tool("cosign")
     cosign(program, tmp_path, "generate-key-pair")
     with registry.client(f"signed/by-cosign-{form}") as client:
-        digest = image(client, b"theirs", "one")
+        digest = image(client, b"theirs", "one", created="2026-11-28T10:00:00Z")
         name = f"{client.reference.name}@{digest}"
         if form == "tag":
-            labels = ("-a", f"{STREAM}=release", "-a", f"{TIME}=2026-11-28T10:00:00Z")
+            labels = ("-a", f"{STREAM}=release")
             cosign(program, tmp_path, "sign", "--key", "cosign.key", "--tlog-upload=false", "-y", *labels, name)
         else:
             (tmp_path / "predicate").write_text("{}", encoding="utf-8")
@@ -75,9 +75,9 @@ def test_we_verify_what_cosign_signed(registry: StandIn, tmp_path: Path, form: s
             bundle = ("--new-bundle-format", "--tlog-upload=false", "-y")
             cosign(program, tmp_path, "attest", "--key", "cosign.key", *bundle, *kind, name)
         found = verify_signature(client, digest, keys.verification_keys([tmp_path / "cosign.pub"]))
-    assert found.digest == digest
-    if form == "tag":
-        assert (found.stream, found.time) == ("release", parse_time("2026-11-28T10:00:00Z"))
+    # cosign signs no time; that of the image counts.
+    assert (found.digest, found.time) == (digest, parse_time("2026-11-28T10:00:00Z"))
+    assert found.stream == ("release" if form == "tag" else None)
 
 
 def test_sign_again_adds_nothing(registry: StandIn, pair: Callable[[str], Pair]) -> None:
@@ -93,6 +93,27 @@ def test_sign_again_adds_nothing(registry: StandIn, pair: Callable[[str], Pair])
         assert added
         assert verify_signature(client, digest, public, stream="release").stream == "release"
         assert len(client.get_manifest(tag_of(digest)).layers) == 2
+
+
+def test_two_that_sign_at_the_same_time_both_stay(registry: StandIn, pair: Callable[[str], Pair]) -> None:
+    """The other one writes between our reading and our writing, the same payload even."""
+    with registry.client("signed/both") as client:
+        digest = image(client, b"both", "one")
+        put, late = client.put_manifest, iter([True])
+
+        def overtaken(raw: bytes, media_type: str, reference: str | None = None) -> str:
+            found = put(raw, media_type, reference)
+            if next(late, None):
+                client.put_manifest = put  # type: ignore[method-assign]
+                put(other, media_type, reference)
+            return found
+
+        sign(client, digest, pair("new")[0], time=NOW)
+        other = client.get_manifest(tag_of(digest)).raw
+        client.put_manifest = overtaken  # type: ignore[method-assign]
+        sign(client, digest, pair("old")[0], time=NOW)
+        for name in ("old", "new"):
+            assert verify_signature(client, digest, pair(name)[1]).digest == digest
 
 
 def test_any_of_several_keys_is_enough(registry: StandIn, pair: Callable[[str], Pair]) -> None:
