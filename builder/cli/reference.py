@@ -1,4 +1,4 @@
-"""Generates pages of the reference from the program: commands, exit statuses, metrics.
+"""Generates pages of the reference from the program: commands, exit statuses, metrics, JSON.
 
 ``python3 -m builder.cli.reference`` writes them.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from builder import errors
+from builder.cli import json_page
 from builder.cli.help_texts import PAGES, usage
 from builder.cli.options import OPTIONS, OPTIONS_OF
 from builder.cli.statuses import MEANS, MEANS_OF, REMEDIES, codes
@@ -16,7 +17,7 @@ from builder.cli.verb import GROUPS, SHARED, Action, Verb
 from builder.cli.verbs import VERBS
 from builder.report import metrics
 
-COMMANDS, STATUSES, METRICS = (PAGES / f"{name}.md" for name in ("commands", "exit-statuses", "metrics"))
+COMMANDS, STATUSES, METRICS, JSON = (PAGES / f"{name}.md" for name in ("commands", "exit-statuses", "metrics", "json"))
 _GENERATED = "This page is generated: `python3 -m builder.cli.reference`."
 _COMMANDS = f"""\
 # Commands
@@ -130,6 +131,7 @@ def write() -> None:
     COMMANDS.write_text(commands(), encoding="utf-8")
     STATUSES.write_text(exit_statuses(), encoding="utf-8")
     METRICS.write_text(metrics_page(), encoding="utf-8")
+    JSON.write_text(json_page.page(), encoding="utf-8")
 
 
 def _errors() -> list[type[errors.BuilderError]]:
