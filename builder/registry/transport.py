@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from builder import __version__
-from builder.errors import RegistryLostError, RegistryRefusedError
+from builder.errors import RegistryLostError, RegistryRefusedError, UsageError
 from builder.host import outside
 from builder.host.cancel import Cancel
 from builder.host.deadlines import Deadline
@@ -344,7 +344,7 @@ def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 
 def _trusting(ca_file: Path) -> requests.adapters.HTTPAdapter:
-    """Return an adapter that trusts these certificates too. Raises RegistryRefusedError."""
+    """Return an adapter that trusts these certificates too. Raises UsageError."""
     import requests.adapters
     import urllib3.util.ssl_
 
@@ -352,7 +352,8 @@ def _trusting(ca_file: Path) -> requests.adapters.HTTPAdapter:
     try:
         context.load_verify_locations(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one
-        raise RegistryRefusedError(f"--ca-file {ca_file} holds no certificates in PEM ({error.strerror})") from None
+        why = getattr(error, "reason", None) or error.strerror
+        raise UsageError(f"--ca-file {printable(str(ca_file))} holds no certificates in PEM ({why})") from None
 
     class Trusting(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *arguments: Any, **keywords: Any) -> None:

@@ -98,6 +98,25 @@ def test_keys_of_cosign_and_missing_ones(tmp_path: Path, capsys: pytest.CaptureF
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("r.example/x",), "sign which image? Name its tag or its digest"),
+        (("r.example/x:1", "--stream", "a b"), "--stream: 'a b' is no name of a stream"),
+        (("r.example/x:1", "--ca-file", "/nonexistent"), "--ca-file: /nonexistent is no file"),
+        (("r.example/x:1", "--ca-file", __file__), "holds no certificates in PEM (NO_CERTIFICATE_OR_CRL_FOUND)"),
+        (("me:s3cret@r.example/x:1",), "a reference holds no credentials"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_no_request(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    assert cli.main(["sign", *words, "--key", str(pair[0])], environ={}) == 2
+    written = capsys.readouterr().err
+    assert said in written
+    assert "s3cret" not in written
+
+
 def test_public_keys_are_wanted_where_signatures_are_verified(pair: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="holds a private key: machines that verify get the public one"):
         keys.verification_keys([pair[0]])
