@@ -2,8 +2,7 @@
 
 A user that can write below a root can put a link, a device or a FIFO wherever a program expects a directory or a file,
 also between two of its system calls. So nothing here resolves a path: each component is opened relative to the
-directory before it (openat), and none of them may be a link. A file is opened for reading only once it is known to be
-regular: opening a device can already do harm, and opening a FIFO waits.
+directory before it (openat), and none of them may be a link. A file is opened for reading once it is known as regular.
 
 The root itself is trusted and may be a link. Names below it are relative, with slashes; ``""`` is the root.
 """
@@ -29,6 +28,7 @@ from builder.openat import (
     open_regular_at,
     plain,
     readable,
+    rename,
     some_names,
     split,
     unlock,
@@ -289,7 +289,7 @@ class Tree:
         source, last = split(name)
         target, goal = split(new)
         with to.below("") as other:  # with its own descriptors: it may be this tree
-            os.rename(last, goal, src_dir_fd=self.descriptor(source), dst_dir_fd=other.descriptor(target))
+            rename(last, goal, self.descriptor(source), other.descriptor(target), DEPTH)
         self.close()
 
     def unlink(self, name: str) -> None:

@@ -120,3 +120,31 @@ def plain(part: str) -> str:
     if part in _NO_NAMES or "/" in part:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), part)
     return part
+
+
+def rename(name: str, new: str, source: int, target: int, depth: int) -> None:
+    """Rename something of one directory into another; where overlayfs refuses, move its files. Raises OSError.
+
+    overlayfs renames no directory of a lower layer. source, target: descriptors; depth: most levels of directories.
+    After a kill the rest is where it was.
+    """
+    try:
+        os.rename(name, new, src_dir_fd=source, dst_dir_fd=target)
+        return
+    except OSError as error:
+        is_dir = stat.S_ISDIR(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode)
+        if error.errno != errno.EXDEV or not is_dir or not depth:
+            raise
+    os.mkdir(new, dir_fd=target)
+    inner, outer = open_folder(source, name), -1
+    try:
+        outer = open_folder(target, new)
+        with readable(inner) as folder, os.scandir(folder) as found:
+            items = list(found)
+        for item in items:
+            rename(item.name, item.name, inner, outer, depth - 1)
+    finally:
+        os.close(inner)
+        if outer >= 0:
+            os.close(outer)
+    os.rmdir(name, dir_fd=source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -203,3 +204,27 @@ def test_remove_of_what_is_not_there_raises(root: Path) -> None:
     with Tree(root) as tree, pytest.raises(FileNotFoundError):
         tree.remove("gone")
     assert [path.name for path in root.iterdir()] == ["a"]
+
+
+def test_directory_that_cannot_be_renamed_is_moved_file_by_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As overlayfs has it, for directories of a lower layer."""
+    (tmp_path / "entry" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "aside").mkdir()
+    (tmp_path / "entry" / "a").write_text("a")
+    (tmp_path / "entry" / "deep" / "er" / "b").write_text("b")
+    (tmp_path / "entry" / "link").symlink_to("/etc")
+    rename = os.rename
+
+    def of_overlays(source: str, target: str, **where: int) -> None:
+        if stat.S_ISDIR(os.stat(source, dir_fd=where["src_dir_fd"], follow_symlinks=False).st_mode):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target, **where)
+
+    monkeypatch.setattr(os, "rename", of_overlays)
+    with Tree(tmp_path) as tree, Tree(tmp_path, "aside") as aside:
+        tree.move("entry", aside, "gone")
+    assert not (tmp_path / "entry").exists()
+    assert (tmp_path / "aside/gone/a").read_text() + (tmp_path / "aside/gone/deep/er/b").read_text() == "ab"
+    assert (tmp_path / "aside/gone/link").is_symlink()
