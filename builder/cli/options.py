@@ -253,6 +253,14 @@ OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
     },
     "report": {"cache": {"metavar": "DIR", "help": "the cache root"}},
     "audit": {"cache": {"metavar": "DIR", "help": "the cache root, where it is mounted here"}},
+    "refresh": {
+        "pull": {
+            "metavar": "REF",
+            "action": "store",
+            "help": "restore this cache image first, and compile only what it has not",
+        },
+        "push": {"metavar": "REF", "help": "publish what is warm as a cache image; its tag, if it has one, is moved"},
+    },
     "fleet": {
         "cache": {"metavar": "DIR", "help": "the cache root on the nodes, instead of the manifest's"},
         "target": {

@@ -160,7 +160,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
     if rest:
         raise CommandLineError(_surplus(name, rest, action), name)
     values = {**vars(found), **({"action": action.name} if action else {})}
-    sources = _add_variables(verb.options_of(action), values, environ)
+    sources = _add_variables(name, verb.options_of(action), values, environ)
     _check(name, values, sources)
     _check_action(name, values)
     if verb.needs == "command":
@@ -241,7 +241,9 @@ def _close(word: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else ""
 
 
-def _add_variables(options: Iterable[str], values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+def _add_variables(
+    verb: str, options: Iterable[str], values: dict[str, Any], environ: Mapping[str, str]
+) -> dict[str, str]:
     """Add the values that variables give to options without a flag. Return the variables used, by option."""
     sources: dict[str, str] = {}
     chosen = bool(values.get("manifest") is not None or values.get("profile") is not None)
@@ -253,7 +255,7 @@ def _add_variables(options: Iterable[str], values: dict[str, Any], environ: Mapp
             continue
         if option in ("manifest", "profile") and chosen:
             continue  # a flag takes precedence, also over the other way to name a manifest
-        action = OPTIONS[option].get("action")
+        action = {**OPTIONS[option], **OPTIONS_OF.get(verb, {}).get(option, {})}.get("action")
         if action == "store_true":
             word = value.strip().lower()
             if word not in SWITCHES:

@@ -97,6 +97,18 @@ same stream changes nothing. The key is a private one of ECDSA on P-256, in PEM 
 KMS, cosign signs. Needs the package cryptography: pip install 'warm-cache[sign]'.""",
         exits=(0,),
     ),
+    "bake": Verb(
+        "Share",
+        "build the serving image with the warm cache in it",
+        "warm-cache bake sglang-warm:v0.5.23 --profile h200 --cache /data/sglang-jit",
+        ("only", "lock-timeout"),
+        (Argument("name", "TAG", "name of the new image on the engine"),),
+        details="""Packs what the markers of warm tasks claim, while no other builder works in the cache, and builds an
+image: the serving image (with the commands of [image] setup), the cache at its mount, and the variables that find it. A
+container of it is warm without any volume. Cold tasks are left out, and named. The engine builds it; nothing is pushed.
+To bake what another machine warmed, pull it first.""",
+        exits=(0, 10, 15),
+    ),
     "fleet": Verb(
         "Share",
         "print what Kubernetes or Slurm run to warm once and restore everywhere",

@@ -6,7 +6,7 @@ with one field for each option and argument (``CheckArgs`` for ``check``), and `
 
 from __future__ import annotations
 
-from builder.cli.options import POLICY, PROOF, STARTS
+from builder.cli.options import POLICY, PROOF, REGISTRY, STARTS
 from builder.cli.sharing import SHARING
 from builder.cli.verb import Action, Argument, Verb, named
 
@@ -142,12 +142,16 @@ that no view uses.""",
             *("manifest", "profile", "cache", "image", "models"),
             *("create", "allow-busy", "budget", "timeout", "silence", "lock-timeout", "log-dir"),
             *("when-idle", "metrics", "webhook", *PROOF, *POLICY),
+            *("pull", "push", "key", "stream", *REGISTRY),
         ),
         needs="nothing",
         details="""A cache root that does not exist is an error without --create. Asks the registry whether the image
 has moved, without pulling it. Kernels of a new image are added to those in use, which stay until the policy of prune
 removes them. If nothing has changed, no container is started. A second refresh of the same cache ends at once with
-15, unless --lock-timeout lets it wait.""",
+15, unless --lock-timeout lets it wait.
+
+With --push one machine publishes what is warm, also where a task failed; with --pull others restore that, verified, and
+compile only what does not fit or is not there. What goes wrong with a restore is a warning.""",
         exits=(0, 11, 13, 14, 15, 17),
     ),
     "prune": Verb(

@@ -15,7 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from builder.engine import answers
 from builder.engine.api import Image, ListedImage
@@ -132,7 +132,7 @@ class Images(EngineConnection):
 
     def build(
         self,
-        context: bytes,
+        context: bytes | IO[bytes],
         *,
         tag: str,
         labels: Mapping[str, str] | None = None,
@@ -292,12 +292,19 @@ def warmup_image(engine: Images, serving: Image, setup: Sequence[str], on_line: 
     except EngineRefusedError as error:
         if any(_AFTER_BASE.match(line) for line in error.notes):
             raise
-    # Some engines build on no id: BuildKit takes it for a repository (moby #39769), and the classic builder on
-    # containerd's image store has missed images by their digest (for-mac #7607). The name is of this id alone.
+    text = _with_setup(dockerfile(), serving_base(engine, serving), setup)
+    return engine.build(_context(text, files), tag=tag, labels=labels, on_line=on_line)
+
+
+def serving_base(engine: Images, serving: Image) -> str:
+    """Return a name of the serving image on which every engine builds, made where it is missing.
+
+    Some build on no id: BuildKit takes it for a repository (moby #39769), and the classic builder on containerd's
+    image store has missed images by their digest (for-mac #7607). The name is of this id alone.
+    """
     name = serving.id.rpartition(":")[2][:16]
     engine.tag_image(serving.id, BASES, name)
-    text = _with_setup(dockerfile(), f"{BASES}:{name}", setup)
-    return engine.build(_context(text, files), tag=tag, labels=labels, on_line=on_line)
+    return f"{BASES}:{name}"
 
 
 def _program() -> list[tuple[str, bytes]]:

@@ -1,7 +1,6 @@
 """Runs tasks in containers of one engine. Everything is looked up when it is first needed.
 
-A warm check needs little: an image id, a memo and the markers. It starts no container, takes no lease and touches no
-GPU.
+A warm check needs little: an image id, a memo and the markers. It starts nothing and touches no GPU.
 """
 
 from __future__ import annotations
@@ -105,12 +104,13 @@ class ContainerExecutor:
         if not self.context.options.probes:
             raise ColdError("the cache does not know this image any more, and --no-probe builds and starts nothing")
         try:
-            return warmup_image(self.engine, self.serving, self.context.manifest.image.setup, self._build_line)
+            return warmup_image(self.engine, self.serving, self.context.manifest.image.setup, self.show_build)
         except EngineRefusedError as error:
             problem = Problem("image", f"{error.message}.", "See [image] setup, and ONBUILD of the serving image.")
             raise PreflightError(CANNOT_RUN, [problem], notes=error.notes) from error
 
-    def _build_line(self, line: str) -> None:
+    def show_build(self, line: str) -> None:
+        """Show a line of an image's build, if the user wants them."""
         if self.context.console.verbose:
             self.context.console.say(line)
 
@@ -151,6 +151,11 @@ class ContainerExecutor:
             raise PreflightError(missing.text.removesuffix("."))
         others = preflight.problems(manifest, self.engine)
         raise PreflightError(CANNOT_RUN, [*(each for each in others if each.location != missing.location), missing])
+
+    def create_root(self) -> None:
+        """Make the directory of the root where it is missing and may be made."""
+        if self.context.options.create and self.cache.create():
+            self.context.console.say(f"created {self.cache.name}")
 
     def require_shared_root(self) -> None:
         """Raise PreflightError where containers would write to another directory than the one that is read here."""
@@ -385,8 +390,7 @@ class ContainerExecutor:
         from builder.run import container_job
 
         self.prepare()
-        if self.context.options.create and self.cache.create():
-            self.context.console.say(f"created {self.cache.name}")
+        self.create_root()
         outcome = container_job.run_probe(self, env, PROBE_TIMEOUT)
         self.context.cancel.check()
         record = container_job.probed_record(outcome, self.context.manifest.image.ref)

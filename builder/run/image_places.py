@@ -123,7 +123,7 @@ class LocalPlace:
             raise PreflightError(f"there is no cache to pack: {missing}")
 
     def pack(self, out: Path, request: PackRequest, on_layer: OnLayer) -> Packed:
-        return _called(lambda: packing.pack(self.executor.root, out, request, self._check, on_layer))
+        return called(lambda: packing.pack(self.executor.root, out, request, self._check, on_layer))
 
     def restore(self, blobs: Path, request: RestoreRequest, limit: Deadline, on_layer: OnLayer) -> RestoreResult:
         def check() -> None:
@@ -131,7 +131,7 @@ class LocalPlace:
             if limit.expired:
                 raise late()
 
-        return _called(lambda: restore.restore(self.executor.root, blobs, request, check, on_layer))
+        return called(lambda: restore.restore(self.executor.root, blobs, request, check, on_layer))
 
     def prepare(self) -> None:
         self.executor.prepare()
@@ -174,7 +174,7 @@ class ContainerPlace:
     def pack(self, out: Path, request: PackRequest, on_layer: OnLayer) -> Packed:
         root, context = self.executor.direct_root(), self.executor.context
         if root is not None:
-            return _called(lambda: packing.pack(root, out, request, context.cancel.check, on_layer))
+            return called(lambda: packing.pack(root, out, request, context.cancel.check, on_layer))
         engine = self.executor.engine
 
         def copy_out(container: str) -> None:
@@ -186,10 +186,8 @@ class ContainerPlace:
         return from_object(Packed, document, "what was packed")
 
     def prepare(self) -> None:
-        executor = self.executor
-        if executor.context.options.create and executor.cache.create():
-            executor.context.console.say(f"created {executor.cache.name}")
-        executor.start()
+        self.executor.create_root()
+        self.executor.start()
 
     def restore(self, blobs: Path, request: RestoreRequest, limit: Deadline, on_layer: OnLayer) -> RestoreResult:
         names = {f"{LAYERS}/{path.name}": path for path in sorted(blobs.iterdir())}
@@ -278,7 +276,7 @@ def _failure(why: str, *, busy: bool, refusal: bool) -> Exception:
     return PreflightError(CANNOT_RUN, [Problem("cache", f"{why}.", "Try again when nothing works in the cache.")])
 
 
-def _called(call: Callable[[], T]) -> T:
+def called(call: Callable[[], T]) -> T:
     """Return what a call in this process returns, with its errors in this program's terms."""
     try:
         return call()

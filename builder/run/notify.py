@@ -9,7 +9,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from builder.report.results import Section
 from builder.run import maintenance
 from builder.run.container_executor import ContainerExecutor
 from builder.run.context import Context
+from builder.run.pull import Pulled
+from builder.run.push import Pushed
 from builder.text import counted, printable
 
 #: Seconds that the file of metrics has to take them.
@@ -37,6 +39,8 @@ class RefreshSettings:
     when_idle: float | None  # seconds to wait for an idle machine; None: do not wait
     webhook: str | None = field(repr=False)  # a URL, which may hold a secret
     may_wait: bool = False  # for another builder on the same cache
+    restore: Callable[[ContainerExecutor], Pulled] | None = None  # from a cache image
+    publish: Callable[[ContainerExecutor], Pushed] | None = None  # as a cache image
 
 
 @dataclass
@@ -47,6 +51,8 @@ class RefreshRecord:
     digest: str | None = None  # of the registry's image
     pulled: bool = False
     warmed: bool = False
+    restored: str | None = None  # digest of the cache image that is restored here
+    published: str | None = None  # digest of the cache image that holds what is warm here
     waited: float = 0.0  # seconds for an idle machine
     freed: int = 0  # bytes
     blocked: float = 0.0  # seconds for which jobs have kept removals waiting
@@ -85,6 +91,8 @@ class RefreshSection(Section):
                 "image_before": record.image_before,
                 "registry_digest": record.digest,
                 "pulled": record.pulled,
+                "restored": record.restored,
+                "published": record.published,
                 "waited_seconds": round(record.waited, 3),
                 "freed": record.freed,
                 "prune_blocked_seconds": round(record.blocked, 3),

@@ -69,13 +69,13 @@ def push(place: ImagePlace, client: RegistryClient, settings: PushSettings) -> P
     with image_places.scratch() as scratch:
         blobs = scratch / LAYERS
         with executor.run_lock():
-            items, omitted = _items(place, settings)
+            items, omitted = warm_items(place, settings)
             packed = place.pack(
-                blobs, _request(place, items), lambda name, done, total: _show(place, name, done, total)
+                blobs, pack_request(place, items), lambda name, done, total: _show(place, name, done, total)
             )
         omitted += packed.omitted
         context.report.warnings += [f"not pushed: {text}" for text in omitted]
-        image = CacheImage(_description(place, packed, items), packed.layers)
+        image = CacheImage(description_of(place, packed, items), packed.layers)
         before = images.newest(client, image.description.gpu, image.description.toolchain)
         same = before is not None and images.is_same(image, before.image)
         if before is not None:
@@ -109,7 +109,7 @@ def _show(place: ImagePlace, name: str, done: int, total: int) -> None:
 # --- what is pushed --------------------------------------------------------------------------------------------------
 
 
-def _items(place: ImagePlace, settings: PushSettings) -> tuple[list[Item], list[str]]:
+def warm_items(place: ImagePlace, settings: PushSettings) -> tuple[list[Item], list[str]]:
     """Return the warm tasks that may be pushed, and why others are not, one sentence each."""
     executor = place.executor
     plan = executor.plan(executor.context.manifest.tasks)
@@ -127,7 +127,7 @@ def _items(place: ImagePlace, settings: PushSettings) -> tuple[list[Item], list[
             found.append(item)
     if not found:
         why = f": {omitted[0]}" if omitted else ""
-        raise ColdError(f"there is nothing to push{why}")
+        raise ColdError(f"there is nothing warm to pack{why}")
     return found, omitted
 
 
@@ -142,7 +142,7 @@ def _private(item: Item) -> str:
     return ""
 
 
-def _request(place: ImagePlace, items: Sequence[Item]) -> PackRequest:
+def pack_request(place: ImagePlace, items: Sequence[Item]) -> PackRequest:
     image = place.image()
     envs: list[dict[str, str]] = []
     for item in items:
@@ -157,7 +157,7 @@ def _request(place: ImagePlace, items: Sequence[Item]) -> PackRequest:
     )
 
 
-def _description(place: ImagePlace, packed: Packed, items: Sequence[Item]) -> Description:
+def description_of(place: ImagePlace, packed: Packed, items: Sequence[Item]) -> Description:
     record = items[0].record
     return Description(
         gpu=toolchain.distinct(record["gpus"], "name") or "",

@@ -1,4 +1,4 @@
-"""What a machine runs each night: pull the image if it moved, warm what is cold, prune, and tidy.
+"""What a machine runs each night: pull the image if it moved, restore, warm what is cold, publish, prune, and tidy.
 
 Each step happens only if there is something to do. Nothing before the wait for an idle machine changes what test jobs
 use: a deferred refresh leaves everything as it was. Steps add to a `RefreshRecord`, which is complete at every moment,
@@ -10,12 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from builder.cache import retention
 from builder.cache.retention import PrunePlan
-from builder.errors import CANNOT_RUN, BusyError, EngineLostError, PreflightError
+from builder.errors import (
+    CANNOT_RUN,
+    BudgetError,
+    BuilderError,
+    BusyError,
+    ColdError,
+    EngineLostError,
+    Interrupted,
+    PreflightError,
+    TasksError,
+    UsageError,
+)
 from builder.flock import holder, try_lock
 from builder.host.locks import open_lock
 from builder.run import cache_locks, forecast, gpu_reservation, prune, sweep, warm
@@ -23,6 +35,8 @@ from builder.run.container_executor import ContainerExecutor
 from builder.run.notify import RefreshRecord, RefreshSettings
 from builder.run.plan import Plan
 from builder.run.prune import Limits, PruneResult
+from builder.run.pull import Pulled, PullSection
+from builder.run.push import Pushed
 from builder.text import size
 
 
@@ -45,6 +59,8 @@ def _refresh(executor: ContainerExecutor, settings: RefreshSettings, limits: Lim
         context.console.say(f"pulling {context.manifest.image.ref}")
         executor.engine.pull(context.manifest.image.ref, context.console.say)
         record.pulled = True
+    if settings.restore is not None:
+        restore(executor, settings.restore, record)
     if not waited and not executor.remembers(context.manifest.tasks):
         waited = _wait(executor, settings, record)  # it was never used here: it is cold, and that needs no probe
     plan = executor.plan(context.manifest.tasks)
@@ -53,11 +69,56 @@ def _refresh(executor: ContainerExecutor, settings: RefreshSettings, limits: Lim
         if not waited:
             _wait(executor, settings, record, plan)
         make_room(executor, limits, plan, record)
-        warm.warm(executor)
+        try:
+            warm.warm(executor)
+        except (TasksError, BudgetError):
+            # What failed here keeps no other machine from what is warm.
+            if settings.publish is not None:
+                publish(executor, settings.publish, record, late=True)
+            raise
         record.warmed = True
+    if settings.publish is not None:
+        publish(executor, settings.publish, record)
     tidy(executor, limits, record)
     if record.warmed or record.freed:
         sweep.sweep(executor)  # leftovers, and generations that no view uses any more
+
+
+def restore(executor: ContainerExecutor, pull: Callable[[ContainerExecutor], Pulled], record: RefreshRecord) -> None:
+    """Restore what another machine warmed. Whatever is wrong with it is a warning: it is compiled here then."""
+    report = executor.context.report
+    try:
+        record.restored = pull(executor).digest
+    except (UsageError, Interrupted):
+        raise
+    except BuilderError as error:
+        if (section := report.section(PullSection)) is not None:
+            section.pull.reason = error.message
+        problems = [str(each) for each in getattr(error, "problems", ())]
+        report.warnings.append("; ".join([f"nothing was restored: {error.message}", *problems]))
+
+
+def publish(
+    executor: ContainerExecutor,
+    push: Callable[[ContainerExecutor], Pushed],
+    record: RefreshRecord,
+    *,
+    late: bool = False,
+) -> None:
+    """Publish what is warm. late: after a failure, which a failure to publish must not hide."""
+    report = executor.context.report
+    tasks = report.tasks
+    try:
+        record.published = push(executor).digest
+    except Interrupted:
+        raise
+    except BuilderError as error:
+        if not late:
+            raise
+        if not isinstance(error, ColdError):
+            report.warnings.append(f"what is warm was not published: {error.message}")
+    finally:
+        report.tasks = tasks  # as this refresh left them: a push says of each whether it is warm
 
 
 def _wait(
