@@ -308,7 +308,7 @@ class _Program:
             lines.append(f"error: {error.message} ({counted(len(problems), 'problem')}):")
             width = max(len(problem.location) for problem in problems)
             lines += [
-                f"  {problem.location:<{width}}  " + sentence(f"{problem.text} {problem.remedy}")
+                _hanging(f"  {problem.location:<{width}}  ", sentence(f"{problem.text} {problem.remedy}"))
                 for problem in problems
             ]
             if error.exit_code == PreflightError.exit_code and DEMO.intersection(each.location for each in problems):
@@ -329,6 +329,24 @@ class _Program:
             stream.close(PATIENCE)
         reasons = [f"{problem.location}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
         self.console.annotate("warm-cache", "\n".join([error.message, *reasons]))
+
+
+def _hanging(head: str, text: str) -> str:
+    """Return a head and the text beside it; on a terminal in lines of its width, which cut no word."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return head + text
+    import textwrap  # only where something is wrong
+
+    indent = min(len(head), 12)
+    columns = max(indent + 20, shutil.get_terminal_size((80, 24)).columns)
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=head,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _failure(out: Console) -> str:

@@ -57,12 +57,16 @@ def table(
     """Draw a table: a header, then one line a row, or as many lines as its longest cell needs.
 
     width: columns of the terminal, into which cells are folded; None: cells stay whole, so that grep finds sentences.
+    Where it is too narrow for the columns, each row is several lines: its first cell, and a line for every other one.
     styles: SGR code by text of a cell in the column ``state``, and the header is bold; None: no escape sequences.
     """
     cells = [[cell.splitlines() or [""] for cell in row] for row in (columns, *rows)]
     widths = [max(_width(line) for row in cells for line in row[column]) for column in range(len(columns))]
     if width is not None:
-        _shrink(widths, width - len(_GAP) * (len(columns) - 1))
+        room = width - len(_GAP) * (len(columns) - 1)
+        if sum(min(each, _LEAST) for each in widths) > room:
+            return _records(columns, rows, width, styles)
+        _shrink(widths, room)
         cells = [
             [[part for line in cell for part in _fold(line, room)] for cell, room in zip(row, widths, strict=True)]
             for row in cells
@@ -80,6 +84,24 @@ def table(
             padded = [text + " " * (room - _width(text)) for text, room in zip(texts, widths, strict=True)]
             padded[-1] = padded[-1].rstrip()
             lines.append(_GAP.join(map(_styled, padded, codes)).rstrip())
+    return "\n".join(lines)
+
+
+def _records(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, styles: Mapping[str, str] | None
+) -> str:
+    """Draw each row as its first cell, and below it a line for each other cell that is not empty."""
+    names = max(_width(name) for name in columns[1:]) if len(columns) > 1 else 0
+    indent = 2 + names + len(_GAP)
+    lines = []
+    for row in rows:
+        lines += _fold(row[0], width)
+        for name, cell in zip(columns[1:], row[1:], strict=True):
+            code = styles.get(cell, "") if styles is not None and name == "state" else ""
+            parts = [part for line in cell.splitlines() for part in _fold(line, max(_LEAST, width - indent))]
+            for number, part in enumerate(parts if cell != "–" else ()):
+                head = f"  {name if number == 0 else '':<{names}}{_GAP}"
+                lines.append(f"{head}{_styled(part, code)}".rstrip())
     return "\n".join(lines)
 
 

@@ -277,3 +277,18 @@ def test_text_is_written_ahead_of_what_is_wrong_with_it(bench: Bench, monkeypatc
     monkeypatch.setattr(sys, "stderr", both)
     assert bench.run("import-tests", "test") == 10
     assert both.getvalue() == "the report\nerror: 1 of 2 launches covered by no task. Exit 10.\n"
+
+
+def test_problem_list_on_a_narrow_terminal_cuts_no_word(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "docker pull lmsysorg/sglang:v0.5.23"
+    bench.fail(
+        PreflightError("no", [Problem("image", "it is not on this engine.", f"Run: {command}"), Problem("a", "b")])
+    )
+    monkeypatch.setenv("COLUMNS", "40")
+    bench.run("check")
+    assert f"  image  it is not on this engine. Run: {command}.\n" in bench.said(), "a pipe gets whole lines"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bench.run("check")
+    lines = bench.said().splitlines()
+    assert max(map(len, lines[:-2])) <= 40
+    assert any("lmsysorg/sglang:v0.5.23" in line for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder.report import tables
+from builder.report.tables import TASK_COLUMNS, table
 
 COLUMNS = ("task", "state", "note")
 ROWS = [["a-tp8", "failed", "crash: the scheduler hit an exception, and more words follow"], ["日本", "warm", ""]]
@@ -46,3 +47,14 @@ def test_families_are_sorted_with_sign_and_size() -> None:
     sizes = {"triton": 40_100, "deep_gemm": 51_200_000}
     assert tables.families(counts, "+", sizes) == "+518 deep_gemm (51.2 MB), +3 triton (40.1 kB)"
     assert tables.families({}) == "–"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_table_of_tasks_fits_the_terminal_and_cuts_no_word(width: int) -> None:
+    note = "crash: Scheduler hit an exception while it compiled"
+    rows = [["DeepSeek-V3.2-tp8", "failed", "0:52", "+31 deep_gemm (1.2 MB)", "–", note]]
+    drawn = table(TASK_COLUMNS, rows, width=width)
+    assert max(map(len, drawn.splitlines())) <= width
+    words = drawn.split()
+    assert {"failed", "Scheduler", "exception", "compiled"} <= set(words)
+    assert table(TASK_COLUMNS, rows, width=40, styles={"failed": "31"}).count("\x1b[31mfailed\x1b[0m") == 1
