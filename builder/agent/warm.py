@@ -271,11 +271,10 @@ class Warming:
 
     def _missed(self, first: Watch, before: Mapping[str, Inventory], after: Mapping[str, Inventory]) -> tuple[str, ...]:
         """Return what was compiled although a prebuild had named every kernel: problems, or entries of none."""
-        family = "deep_gemm"
-        if self._job.prebuilt.get(family) != self._entries.keys[family]:
+        if self._job.prebuilt.get(family := "deep_gemm") != self._entries.keys[family]:
             return ()
-        new = inventory.added(before[family], after[family])
-        return model_shapes.missed(self._entries.tree(family), sorted(new), first.shapes)
+        new = sorted(inventory.added(before[family], after[family]))
+        return model_shapes.missed(self._entries.tree(family), new, first.shapes)
 
     def _clear_host_specific(self) -> None:
         """Remove, on every way out, files that are true on this host alone."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from builder import text
 from builder.beneath import Tree
-from builder.cache import leaves, marker_files, marker_format, toolchain, usage
+from builder.cache import layout, leaves, marker_files, marker_format, toolchain, usage
 from builder.cache.entries import NAMES
 from builder.cache.families import Family
 from builder.cache.layout import family_directories
@@ -247,4 +247,13 @@ def samples(root: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
             yield "entries", entries, labels
             yield "entries_size_bytes", item.bytes, labels
     yield "size_bytes", found.bytes + found.view_bytes, {}
-    yield "filesystem_free_bytes", shutil.disk_usage(root).free, {}
+    yield "quarantined_entries", quarantined(root), {}
+    disk = shutil.disk_usage(root)
+    yield "filesystem_free_bytes", disk.free, {}
+    yield "filesystem_size_bytes", disk.total, {}
+
+
+def quarantined(root: Path) -> int:
+    """Return how many entries and leftovers are in quarantine."""
+    with Tree(root, layout.QUARANTINE) as tree:
+        return sum(len(tree.listing(item.name) or ()) for item in tree.listing() or () if item.is_dir)

@@ -42,14 +42,16 @@ counts: a signal, 1, 16, 13, 14, 11. Only `hold` ends with the status of the com
 _METRICS = f"""\
 # Metrics and the webhook
 
-`warm-cache refresh --metrics FILE` writes metrics in the text format of Prometheus' textfile collector, by one rename,
-however the refresh ends. All are gauges, and all have the labels `manifest` (its path, or the profile) and `cache`.
-What a run did not measure keeps its value of the run before.
+`refresh`, `check`, `pull` and `report` write metrics with `--metrics FILE`, in the text format of Prometheus' textfile
+collector, by one rename, however they end. They may share a file: each replaces its own metrics and leaves the others.
+All have the labels `manifest` (its path, or the profile) and `cache`. What a run did not measure keeps its value of the
+run before, where the last column says so. `report --audits DIR --metrics FILE` adds up the audits of many runners, on
+one machine. A dashboard and rules for alerts are in `docker/grafana/` of the repository.
 
 {_GENERATED}
 
-| metric | meaning |
-| --- | --- |
+| metric | type | labels | meaning | by | kept |
+| --- | --- | --- | --- | --- | --- |
 """
 _WEBHOOK = """
 ## The webhook
@@ -123,7 +125,11 @@ def exit_statuses() -> str:
 
 def metrics_page() -> str:
     """Return the page of metrics and the webhook, in Markdown."""
-    rows = [f"| `{metrics.PREFIX}{name}` | {_cell(text)} |" for name, text in metrics.GAUGES.items()]
+    rows = []
+    for metric in metrics.TABLE:
+        labels = ", ".join(f"`{label}`" for label in metric.labels) or "–"
+        cells = (metric.type, labels, _cell(metric.help), ", ".join(metric.by), "yes" if metric.kept else "–")
+        rows.append(f"| `{metrics.PREFIX}{metric.name}` | {' | '.join(cells)} |")
     return _METRICS + "\n".join(rows) + "\n" + _WEBHOOK
 
 

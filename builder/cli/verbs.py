@@ -71,7 +71,7 @@ With --prebuild-only no task runs and no GPU is used: kernels of cold tasks are 
         "Warm",
         "report warm or cold per task; exit 0 or 10",
         "warm-cache check --profile h200 --cache /data/sglang-jit",
-        ("only", "strict", *PROOF, "on-cold", "no-probe"),
+        ("only", "strict", *PROOF, "on-cold", "no-probe", "metrics"),
         here=True,
         details="""Reads markers and the entries that they list. An image that was never used with this cache is
 looked at in a container, for which the warm-up image is built, and what was found is kept in the folder images of the
@@ -103,7 +103,7 @@ GPUs. A container that has the cache mounted need not use it: only a hold, a vie
         "Inspect",
         "past runs, proven tasks, bytes, and what jobs compiled: as text, JSON or one HTML page",
         "warm-cache report --cache /data/sglang-jit --html report.html",
-        ("cache", "html", "audits"),
+        ("cache", "html", "audits", "metrics"),
         needs="nothing",
         engine=False,
         shown=True,

@@ -5,6 +5,7 @@ The locks are on files that are never unlinked: a lock on a name that was replac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,13 +35,22 @@ class LockWait:
 
     seconds: for all locks together.
     say: prints a line for people.
+    waited: gets the seconds of each wait at its end.
     """
 
-    def __init__(self, seconds: float, *, say: Callable[[str], None], cancel: Cancel) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        say: Callable[[str], None],
+        cancel: Cancel,
+        waited: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self._seconds = seconds
         self._limit = Deadline(seconds)
         self._say = say
         self._cancel = cancel
+        self._waited = waited
 
     def acquire(self, descriptor: int, *, holder_action: str, busy: str) -> None:
         """Lock this file exclusively, waiting while another builder holds it. Raises BusyError, Interrupted.
@@ -48,6 +58,13 @@ class LockWait:
         holder_action: what the other builder does with it, for the line that is printed once (``holds GPU 3``).
         busy: what is unavailable, for the error (``GPU 3 is in use``).
         """
+        began = time.monotonic()
+        try:
+            self._acquire(descriptor, holder_action, busy)
+        finally:
+            self._waited(time.monotonic() - began)
+
+    def _acquire(self, descriptor: int, holder_action: str, busy: str) -> None:
         announced = False
         while not try_lock(descriptor):
             self._cancel.check()

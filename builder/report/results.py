@@ -134,12 +134,17 @@ class Report:
     gpus: list[GpuResult] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    lock_wait: float = 0.0  # seconds, for locks of other builders
     #: Text that the verb prints on stdout.
     text: str | None = None
     #: `text` is arguments of ``docker run``.
     docker_arguments: bool = False
     #: By class: there is one of each.
     _sections: dict[type[Section], Section] = field(default_factory=dict)
+
+    def add_lock_wait(self, seconds: float) -> None:
+        """Count a wait for a lock of another builder."""
+        self.lock_wait += seconds
 
     def add(self, section: Section) -> None:
         """Add a section to the document, or replace the one of this class."""

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +136,20 @@ class _Holder:
     def wait(self) -> None:
         """Wait until the lock is held. Raises BusyError when it cannot be had in time."""
         run, lock = self._context.manifest.run, self._lock
-        starting, limit, reported = Deadline(run.start), Deadline(None), False
+        starting, limit, reported, asked = Deadline(run.start), Deadline(None), False, 0.0
         while not self._locked.is_set():
             self._context.cancel.check()
             if self._failure is not None:
                 raise self._failure
             if self._waiting.is_set() and not reported:
-                limit, reported = Deadline(run.lock_timeout), True
+                limit, reported, asked = Deadline(run.lock_timeout), True, time.monotonic()
                 if not poll(self._is_settled, limit.within(_SAY_AFTER), every=0.02):
                     self._context.console.say(f"waiting for {lock.owner_description}, which {lock.waiting_message}")
             if limit.expired or (starting.expired and not reported):
                 raise self._context.lock_wait().timeout_error(f"{lock.busy_message} by {lock.owner_description}")
             poll(self._is_settled, limit.within(0.2), every=0.02)
+        if asked:
+            self._context.report.add_lock_wait(time.monotonic() - asked)
 
     def end(self) -> None:
         """Release the lock. The container has been removed when this returns."""

@@ -55,7 +55,12 @@ class Context:
         """Return how long this run waits for other builders, from now on."""
         from builder.host.locks import LockWait
 
-        return LockWait(self.manifest.run.lock_timeout, say=self.console.say, cancel=self.cancel)
+        return LockWait(
+            self.manifest.run.lock_timeout,
+            say=self.console.say,
+            cancel=self.cancel,
+            waited=self.report.add_lock_wait,
+        )
 
     def log_path(self, label: str) -> Path:
         """Return the path of a task's log. Raises UsageError where its directory cannot be made."""

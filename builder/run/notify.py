@@ -6,28 +6,26 @@ It is reported once, however the refresh ends, and a failure to report it does n
 from __future__ import annotations
 
 import contextlib
-import signal
+import functools
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.cache import survey
-from builder.errors import BuilderError, DefectError, Interrupted
+from builder.errors import BuilderError
 from builder.events import Event, MetricSample
-from builder.host import outside
 from builder.report import metrics, webhook
+from builder.report.metrics import Samples
 from builder.report.results import Section
-from builder.run import maintenance
+from builder.run import maintenance, measure
 from builder.run.container_executor import ContainerExecutor
 from builder.run.context import Context
+from builder.run.prebuild import PrebuildSection
 from builder.run.pull import Pulled
 from builder.run.push import Pushed
 from builder.text import counted, printable
-
-#: Seconds that the file of metrics has to take them.
-_METRICS_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class RefreshRecord:
     published: str | None = None  # digest of the cache image that holds what is warm here
     waited: float = 0.0  # seconds for an idle machine
     freed: int = 0  # bytes
+    behind: bool | None = None  # the registry has another image than this machine; None: it was not asked
+    limit: int | None = None  # bytes of the cache
     blocked: float = 0.0  # seconds for which jobs have kept removals waiting
     contents: list[tuple[str, float, dict[str, str]]] = field(default_factory=list)  # metrics of the cache: name, value
 
@@ -112,11 +112,12 @@ def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRec
         raise
     finally:
         with context.cancel.shield():
-            status = _status(context, error)
+            status = measure.exit_status(context.cancel, error)
             context.report.add(RefreshSection(record))
             seconds = time.monotonic() - began
             if settings.metrics is not None:
-                _write(context, settings, settings.metrics, record, status, seconds)
+                add = functools.partial(_add, context, record, status, seconds)
+                measure.write(context.report, context.cancel, "refresh", settings.metrics, settings.series, add)
             if settings.webhook is not None:
                 document = summary(context, record, status, seconds, error)
                 failure = webhook.post(settings.webhook, document, give_up=context.cancel.left_too_late)
@@ -124,22 +125,9 @@ def notified(context: Context, settings: RefreshSettings) -> Iterator[RefreshRec
                     context.report.warnings.append(f"the webhook was not delivered: {failure}")
 
 
-def _status(context: Context, error: BaseException | None) -> int:
-    """Return the exit status that the command line will have."""
-    if context.cancel.signum is not None:
-        return Interrupted(context.cancel.signum).exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted(signal.SIGINT).exit_code
-    if isinstance(error, BuilderError):
-        return error.exit_code
-    return 0 if error is None else DefectError.exit_code
-
-
-def _write(
-    context: Context, settings: RefreshSettings, path: Path, record: RefreshRecord, status: int, seconds: float
-) -> None:
+def _add(context: Context, record: RefreshRecord, status: int, seconds: float, samples: Samples) -> None:
+    """Add the metrics of a refresh."""
     report, now = context.report, time.time()
-    samples = metrics.Samples({"manifest": settings.series, "cache": report.cache})
     samples.add("refresh_last_run_timestamp_seconds", now)
     if status == 0:
         samples.add(metrics.SUCCESS, now)
@@ -147,30 +135,28 @@ def _write(
     samples.add("refresh_exit_code", status)
     for state in metrics.STATES:
         samples.add("refresh_tasks", report.count(state), state=state)
+    gpus = {task.label: task.gpus for task in context.manifest.tasks}
+    for task in report.tasks:
+        samples.add("refresh_task_state", 1, task=task.label, state=task.state)
+        if task.seconds is not None:
+            samples.add("refresh_task_seconds", task.seconds, task=task.label)
+    ran = [(task.seconds, gpus.get(task.label, 0)) for task in report.tasks if task.seconds is not None]
+    samples.add("refresh_gpu_seconds", sum(took * number for took, number in ran))
+    samples.add("refresh_lock_wait_seconds", report.lock_wait)
+    samples.add("refresh_idle_wait_seconds", record.waited)
+    stage = report.section(PrebuildSection)
+    if stage is not None and stage.prebuild.gpu_kernels is not None:
+        samples.add("refresh_prebuild_missed_kernels", stage.prebuild.gpu_kernels)
     samples.add("refresh_pruned_bytes", record.freed)
     samples.add("refresh_prune_blocked_seconds", record.blocked)
     if report.image_id:
         labels = {"ref": report.image_ref, "id": report.image_id, "toolchain": report.toolchain or ""}
         samples.add("image_info", 1, **labels)
+    measure.since(samples, metrics.BEHIND, record.behind)
     for name, value, labels in record.contents:
         samples.add(name, value, **labels)
-    write_metrics(context, path, samples, (metrics.SUCCESS, *metrics.CONTENTS))
-
-
-def write_metrics(context: Context, path: Path, samples: metrics.Samples, kept: Sequence[str]) -> None:
-    """Write a file of metrics; what cannot be written in time is a warning. kept: names of values that may stay."""
-    report = context.report
-
-    def write() -> None:
-        samples.keep(metrics.before(path), kept)
-        metrics.write(path, samples)
-
-    try:
-        outside.call(write, "its file system", _METRICS_TIMEOUT, give_up=context.cancel.left_too_late)
-    except OSError as error:
-        report.warnings.append(f"metrics could not be written to {printable(str(path))}: {error.strerror}")
-    except outside.StuckError as error:
-        report.warnings.append(f"metrics could not be written to {printable(str(path))}: {error}")
+    if record.limit is not None:
+        samples.add("limit_bytes", record.limit)
 
 
 def summary(

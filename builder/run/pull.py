@@ -7,7 +7,6 @@ What is restored is decided here; how, by `cache.restore`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,8 @@ from builder.registry import images, signature
 from builder.registry.client import RegistryClient
 from builder.registry.images import StoredImage
 from builder.registry.keys import VerificationKey
-from builder.report import metrics
 from builder.report.results import Section
-from builder.run import image_places, notify
-from builder.run.context import Context
+from builder.run import image_places
 from builder.run.image_places import LAYERS, ImagePlace
 from builder.text import counted, printable, size
 
@@ -56,6 +53,7 @@ class FamilyLeft:
     family: str
     key: str
     why: str
+    factor: str = ""
 
 
 @dataclass
@@ -78,6 +76,7 @@ class Pulled:
     markers: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     refused: list[str] = field(default_factory=list)
+    signature_refusals: int = 0
     reason: str = ""
 
 
@@ -86,17 +85,6 @@ class PullSection(Section):
     """The result of a pull."""
 
     pull: Pulled
-
-
-def write_metrics(context: Context, path: Path, status: int, seconds: float) -> None:
-    """Write the metrics of a pull. status: that it would have without --fail-open. seconds: that it took."""
-    samples, now = metrics.Samples({"cache": context.report.cache}), time.time()
-    samples.add("pull_last_run_timestamp_seconds", now)
-    if status == 0:
-        samples.add(metrics.PULL_SUCCESS, now)
-    samples.add("pull_duration_seconds", seconds)
-    samples.add("pull_exit_code", status)
-    notify.write_metrics(context, path, samples, (metrics.PULL_SUCCESS,))
 
 
 class _UnfitError(PreflightError):
@@ -161,7 +149,7 @@ def _restore(
     pulled.digest, pulled.tag = stored.digest, stored.tag
     with place.reading() as root:
         history = restored.remembered(root) if root.is_dir() else []
-    pulled.signed_by = _signed_by(client, settings, stored, history)
+    pulled.signed_by = _signed_by(client, settings, stored, history, pulled)
     blobs = scratch / LAYERS
     if any(each.digest == stored.digest for each in history):
         records = place.records(None)
@@ -219,11 +207,24 @@ def _ignored(_name: str, _done: int, _total: int) -> None:
 
 
 def _signed_by(
-    client: RegistryClient, settings: PullSettings, stored: StoredImage, history: Sequence[Restored]
+    client: RegistryClient,
+    settings: PullSettings,
+    stored: StoredImage,
+    history: Sequence[Restored],
+    pulled: Pulled,
 ) -> str | None:
     """Return the key that signed the image; None where no key is asked for. Raises RegistryRefusedError."""
     if not settings.keys:
         return None
+    try:
+        return _vouched(client, settings, stored, history)
+    except RegistryRefusedError as error:
+        if not error.status:  # else it is the registry that refused, and no signature
+            pulled.signature_refusals += 1
+        raise
+
+
+def _vouched(client: RegistryClient, settings: PullSettings, stored: StoredImage, history: Sequence[Restored]) -> str:
     vouched = signature.verify_signature(client, stored.digest, settings.keys, stream=settings.stream)
     own = [each.time for each in history if each.source == client.reference.name and each.digest != stored.digest]
     last = max(own, default=None) if not settings.fallback else None
@@ -241,21 +242,24 @@ def fitting(image: CacheImage, records: Sequence[Record], mount: str) -> tuple[l
                 fits.append(each)
             else:
                 why = f"mount was {printable(image.description.mount)[:80]} is {printable(mount)[:80]}"
-                unfit.append(FamilyLeft(each.family, each.key, why))
+                unfit.append(FamilyLeft(each.family, each.key, why, "mount"))
         else:
-            unfit.append(FamilyLeft(each.family, each.key, _why(each, records)))
+            factor, why = _why(each, records)
+            unfit.append(FamilyLeft(each.family, each.key, why, factor))
     return fits, unfit
 
 
-def _why(family: PackedFamily, records: Sequence[Record]) -> str:
+def _why(family: PackedFamily, records: Sequence[Record]) -> tuple[str, str]:
+    """Return the first factor that differs, and a sentence."""
     rows = min(
         (differences(family.factors, toolchain.family_factors(record, family.family)) for record in records), key=len
     )
     if not rows:
-        return "it was made by another version of this program"
+        return "table", "it was made by another version of this program"
     factor, was, now = rows[0]
     before, after = brief(was, now)
-    return f"{factor[:100]} was {before} is {after}" + (f", and {len(rows) - 1} more" if len(rows) > 1 else "")
+    more = f", and {len(rows) - 1} more" if len(rows) > 1 else ""
+    return printable(factor)[:100], f"{factor[:100]} was {before} is {after}{more}"
 
 
 def _unfit(client: RegistryClient, stored: StoredImage, unfit: Sequence[FamilyLeft]) -> _UnfitError:

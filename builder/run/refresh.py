@@ -50,6 +50,7 @@ def refresh(executor: ContainerExecutor, settings: RefreshSettings, limits: Limi
 
 def _refresh(executor: ContainerExecutor, settings: RefreshSettings, limits: Limits, record: RefreshRecord) -> None:
     context = executor.context
+    record.limit = limits.max_size
     if not settings.may_wait:
         refuse_overlap(executor)
     executor.sweep()
@@ -58,7 +59,7 @@ def _refresh(executor: ContainerExecutor, settings: RefreshSettings, limits: Lim
         waited = _wait(executor, settings, record)
         context.console.say(f"pulling {context.manifest.image.ref}")
         executor.engine.pull(context.manifest.image.ref, context.console.say)
-        record.pulled = True
+        record.pulled, record.behind = True, False
     if settings.restore is not None:
         restore(executor, settings.restore, record)
     if not waited and not executor.remembers(context.manifest.tasks):
@@ -171,7 +172,8 @@ def has_moved(executor: ContainerExecutor, record: RefreshRecord) -> bool:
             return True  # the pull fails with the reason
         context.report.warnings.append(f"{error.message}; the image that is here is used")
         return False
-    if here is not None and here.has_digest(record.digest):
+    record.behind = here is None or not here.has_digest(record.digest)
+    if here is not None and not record.behind:
         context.console.say(f"{ref} has not moved ({record.digest[:19]}…)")
         return False
     if here is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from builder.cache import history, layout
 from builder.cache.history import HistoryLine
@@ -90,11 +91,17 @@ def test_report_adds_up_audits_of_many_runners(report: Report, tmp_path: Path) -
     (tmp_path / "audits" / "other.json").write_text('{"verb": "check"}')
     (tmp_path / "audits" / "link.json").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "audits" / "pipe.json")
-    shown = report("--audits", "audits")
+    shown = report("--audits", "audits", "--metrics", "jobs.prom")
     assert shown.returncode == 0, shown.stderr
     assert "3 audits: jobs compiled 5 kernels" in shown.stdout
     assert "  deep_gemm: 3 kernels in about 15 s, in jobs of build c0ffee" in shown.stdout
     assert "3 files below audits hold no audit" in shown.stdout
+    written = text_string_to_metric_families((tmp_path / "jobs.prom").read_text())
+    samples = [one for each in written for one in each.samples if one.name == "warm_cache_jobs_compiled_seconds"]
+    assert {(one.labels["family"], one.labels["build"], round(one.value)) for one in samples} >= {
+        ("deep_gemm", "c0ffee", 15),
+        ("triton", "beef", 0),
+    }
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,14 @@ def test_refresh_metrics_after_failure_keep_last_success(nights: Nights) -> None
     assert value(good, "warm_cache_entries_size_bytes", family="deep_gemm") > 0
     assert value(good, "warm_cache_size_bytes") > 0
     assert value(good, "warm_cache_filesystem_free_bytes") > 0
+    assert value(good, "warm_cache_filesystem_size_bytes") > value(good, "warm_cache_filesystem_free_bytes")
+    assert value(good, "warm_cache_image_behind_since_timestamp_seconds") == 0
+    assert value(good, "warm_cache_refresh_task_state", task="mine", state="warmed") == 1
+    assert value(good, "warm_cache_refresh_task_seconds", task="mine") > 0
+    assert nights.cli.run("check", "--metrics", str(nights.metrics)).status == 0
+    shared = parsed(nights.metrics)
+    assert value(shared, "warm_cache_check_tasks_by_build", build="same") == 1
+    assert value(shared, "warm_cache_refresh_tasks", state="warmed") == 1
     success = value(good, "warm_cache_refresh_last_success_timestamp_seconds")
     nights.manifest(shapes("mine"), command("other", "raise SystemExit(3)"))
     bad = nights.refresh()

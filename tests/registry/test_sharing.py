@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from builder.registry import images
 from tests.cli.test_here import IMAGE
@@ -82,7 +83,8 @@ def test_key_decides_what_is_restored(registry: StandIn, warm: Machine, machines
         run("openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", f"{name}.pem")
         run("openssl", "pkey", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub")
     other = machines("other")
-    key, name = ("--key", str(tmp_path / "own.pub")), "signed/cache"
+    prom = tmp_path / "pull.prom"
+    key, name = ("--key", str(tmp_path / "own.pub"), "--metrics", str(prom)), "signed/cache"
 
     def sign(digest: str, signer: str, stream: str = "nightly") -> None:
         environ = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
@@ -110,6 +112,10 @@ def test_key_decides_what_is_restored(registry: StandIn, warm: Machine, machines
         pulled = other.pull(registry, name, *key, "--fallback", "1", "--stream", "nightly")
         assert pulled["digest"] == first["digest"] and pulled["signed_by"] and "not signed" in pulled["refused"][0]
         assert other.warm_tasks() == {"dense"}
+        counted = {one.name: one.value for each in parsed(prom.read_text()) for one in each.samples}
+        assert counted["warm_cache_pull_signature_refusals_total"] == 5
+        assert counted["warm_cache_pull_behind_since_timestamp_seconds"] == 0
+        assert counted["warm_cache_pull_fetched_bytes"] > 0
         # The newer one is signed and restored; then the older one is a replay.
         sign(images.find(client, newer).digest, "own")
         assert other.pull(registry, name, *key)["tag"] == newer

@@ -35,11 +35,22 @@ class CheckArgs(ProofArgs):
     strict: bool = False
     no_probe: bool = False
     on_cold: str | None = None
+    metrics: str | None = None
     here: bool = False
 
 
 def run(args: CheckArgs, invocation: Invocation) -> None:
     """Report warm or cold per task. Raises ColdError if anything is cold."""
+    if args.metrics is None:
+        _check(args, invocation)
+        return
+    from builder.cli import measuring  # a check without metrics need not load it
+
+    with measuring.check(args.metrics, args, invocation):
+        _check(args, invocation)
+
+
+def _check(args: CheckArgs, invocation: Invocation) -> None:
     if args.here:
         _check_here(args, invocation)
         return

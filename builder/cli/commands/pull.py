@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
-import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from builder.cli import registry
+from builder.cli import measuring, registry
 from builder.cli.invocation import Invocation
 from builder.cli.options import ManifestArgs, RegistryArgs
 from builder.errors import BuilderError, Interrupted, Problem, UsageError
 from builder.host.cancel import LimitedCancel
 from builder.host.deadlines import Deadline
-from builder.manifest import policy
 from builder.manifest.load import Manifest, without_tasks
 from builder.manifest.values import a_string, positive_seconds, seconds
 from builder.registry.reference import Reference, parse
@@ -55,19 +51,17 @@ class _Times:
 def run(args: PullArgs, invocation: Invocation) -> None:
     """Restore. With --fail-open every error but one of usage, and a signal, becomes a reason in the report."""
     reference, (settings, times) = parse(args.ref), _settings(args)
-    manifest, began, status = _manifest(args, invocation), time.monotonic(), 0
-    path = Path(os.path.abspath(args.metrics)) if args.metrics else None
-    if path is not None and (problem := policy.refused_metrics(path, args.location("metrics"))):
-        raise UsageError(str(problem), [problem])
+    manifest = _manifest(args, invocation)
+    measured = measuring.pull(args.metrics, args, invocation)
     with invocation.signals.handled():
         if times.jitter and invocation.cancel.wait(random.uniform(0, times.jitter)):  # noqa: S311 - no secret
             invocation.cancel.check()
         try:
-            _pull(args, invocation, reference, manifest, settings, times)
+            with measured:
+                _pull(args, invocation, reference, manifest, settings, times)
         except (UsageError, Interrupted):
             raise
         except BuilderError as error:
-            status = error.exit_code
             if not args.fail_open:
                 raise
             report = invocation.report
@@ -76,15 +70,6 @@ def run(args: PullArgs, invocation: Invocation) -> None:
             report.add(section)
             problems = [str(each) for each in getattr(error, "problems", ())]
             report.warnings.append("; ".join([f"nothing was restored: {error.message}", *problems]))
-        finally:
-            if path is not None:
-                context = invocation.context(manifest)
-                pull.write_metrics(
-                    context,
-                    path,
-                    128 + invocation.cancel.signum if invocation.cancel.signum else status,
-                    time.monotonic() - began,
-                )
 
 
 def _manifest(args: PullArgs, invocation: Invocation) -> Manifest:

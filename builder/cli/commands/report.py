@@ -13,6 +13,7 @@ from pathlib import Path
 from builder import files
 from builder.beneath import Tree
 from builder.cache import history, inventory, layout, marker_files
+from builder.cli import measuring
 from builder.cli.invocation import Invocation
 from builder.cli.options import Args
 from builder.errors import PreflightError, UsageError
@@ -32,6 +33,7 @@ class ReportArgs(Args):
     cache: str | None = None
     html: str | None = None
     audits: str | None = None
+    metrics: str | None = None
 
 
 def run(args: ReportArgs, invocation: Invocation) -> None:
@@ -46,6 +48,8 @@ def run(args: ReportArgs, invocation: Invocation) -> None:
     invocation.report.add(found)
     invocation.report.warnings += found.problems
     _show(invocation, found)
+    if args.metrics:
+        measuring.report(args.metrics, found, invocation)
     if args.html:
         _write(args, found, invocation)
 
