@@ -13,11 +13,11 @@ from tests.stand_in.test_real_sglang import MANIFEST, warm_cache
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 
-#: torch's own loader, by ninja: without torch's headers it compiles in a second.
+#: tvm-ffi's own loader, by ninja and the host's compiler, as sglang's JIT used it up to 0.5.17.
 NINJA = """
-from torch.utils import cpp_extension
-source = 'extern "C" int answer() { return 42; }'
-cpp_extension.load_inline("warm", [source], is_python_module=False, no_implicit_headers=True)
+from tvm_ffi import cpp
+module = cpp.load_inline("warm", cpp_sources="int64_t answer(int64_t x) { return x + 41; }", functions=["answer"])
+assert module.answer(1) == 42
 print("NINJA READY")
 """
 TASK = f"""
@@ -26,7 +26,7 @@ model = "stand-in/ninja"
 recipe = "command"
 argv = ["python3", "-c", {json.dumps(NINJA)}]
 success = "NINJA READY"
-families = ["torch_extensions"]
+families = ["tvm_ffi"]
 """
 
 
@@ -47,13 +47,13 @@ def test_pulled_kernels_are_used_and_none_is_compiled(registry: StandIn, tmp_pat
     pulled = warm_cache("pull", f"{registry.host}/real/cache", *common, "--cache", other)
     assert pulled.status == 0, pulled.err
     families = {row["family"]: row for row in pulled.document["pull"]["families"]}
-    assert families.keys() == {"deep_gemm", "triton", "torch_extensions"} and not pulled.document["pull"]["left"]
+    assert families.keys() == {"deep_gemm", "triton", "tvm_ffi"} and not pulled.document["pull"]["left"]
     check = warm_cache("check", "--strict", "--no-probe", *common, "--cache", other)
     assert check.status == 0, check.err
-    built = {path.name: path.stat().st_mtime_ns for path in other.glob("torch_extensions/**/*") if path.is_file()}
+    built = {path.name: path.stat().st_mtime_ns for path in other.glob("tvm_ffi/**/*") if path.is_file()}
     assert {"warm.so", "build.ninja", ".ninja_deps"} <= built.keys()
     again = warm_cache("warm", "--force", *common, "--cache", other, "--log-dir", tmp_path / "logs")
     assert again.status == 0, again.err
     assert [(task["verified"], task["entries_added"]) for task in again.document["tasks"]] == [(True, 0)] * 3
-    for path in other.glob("torch_extensions/**/*.*o"):
+    for path in other.glob("tvm_ffi/**/*.*o"):
         assert path.stat().st_mtime_ns == built[path.name], f"ninja built {path.name} again"
