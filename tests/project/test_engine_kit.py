@@ -1,4 +1,4 @@
-"""docker/stand-in/engine/engine.sh: whose engine a command gets, and the one sentence where it gets none.
+"""The scripts of docker/stand-in: whose engine a command gets, and how the stand-in image is made.
 
 Fakes of `docker`, `id` and `unshare` on PATH: nothing is started here.
 """
@@ -6,21 +6,26 @@ Fakes of `docker`, `id` and `unshare` on PATH: nothing is started here.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "docker" / "stand-in" / "engine" / "engine.sh"
+STAND_IN = Path(__file__).resolve().parents[2] / "docker" / "stand-in"
+SCRIPT = STAND_IN / "engine" / "engine.sh"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs engine.sh with these fakes (name → shell) before everything else on PATH."""
+    """Runs a script with these fakes (name → shell) before everything else on PATH."""
 
-    def run(*arguments: str, fakes: dict[str, str], **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, fakes: dict[str, str], script: Path = SCRIPT, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         bin_ = tmp_path / "bin"
         bin_.mkdir()
         for name, text in fakes.items():
@@ -30,7 +35,7 @@ def run(tmp_path: Path) -> Run:
             name: value for name, value in os.environ.items() if name not in ("CI", "DOCKER_HOST", "INSTALL_ENGINE")
         }
         env = {**kept, "PATH": f"{bin_}:{os.environ['PATH']}", **environ}
-        return subprocess.run([SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run([script, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False)
 
     return run
 
@@ -93,3 +98,51 @@ def test_engine_script_down_without_engine_succeeds(run: Run, tmp_path: Path) ->
 def test_engine_script_kill_without_engine_is_refused(run: Run, tmp_path: Path) -> None:
     done = run("kill", str(tmp_path / "engine"), fakes=NOBODY)
     assert (done.returncode, done.stderr) == (1, f"error: no engine runs in {tmp_path}/engine\n")
+
+
+# --- the image -------------------------------------------------------------------------------------------------------
+
+BUILD = STAND_IN / "real" / "build.sh"
+
+
+def engine_that(pulls: bool) -> dict[str, str]:
+    """A docker command whose engine has no image; what it is to build is printed."""
+    pull = "exit 0" if pulls else "echo 'no such host' >&2; exit 1"
+    body = f'case "$1" in version) exit 0 ;; image) exit 1 ;; pull) {pull} ;; build) echo "$@"; ls "${{@: -1}}" ;; esac'
+    return {"docker": f'exec bash -c {shlex.quote(body)} docker "$@"'}
+
+
+def test_image_is_built_by_an_engine_that_can_pull_its_base(run: Run, tmp_path: Path) -> None:
+    """By any user, on any system: from a context that holds whatever Dockerfile copies."""
+    cache = str(tmp_path / "cache")
+    fakes = {**engine_that(pulls=True), "id": "echo 1000"}
+    options = "--network host --build-arg X=1"
+    environ = {"WARM_CACHE_STAND_IN_CACHE": cache, "WARM_CACHE_BUILD_OPTIONS": options}
+    done = run("some:tag", fakes=fakes, script=BUILD, **environ)
+    assert done.returncode == 0, done.stderr
+    (command,) = [line for line in done.stderr.splitlines() if line.startswith("build ")]
+    assert command.startswith(f"build {options} --platform linux/amd64 --label io.sglang.warm-cache.stand-in=")
+    assert " --tag some:tag " in command
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (BUILD.parent / "Dockerfile").read_text(), re.MULTILINE)
+    assert {name for names in copied for name in names.split()} <= set(done.stderr.split())
+
+
+def test_image_without_a_registry_says_what_it_takes(run: Run, tmp_path: Path) -> None:
+    fakes = {**engine_that(pulls=False), "id": "echo 1000", "grep": "exit ${GREP:-0}"}
+    environ = {"WARM_CACHE_STAND_IN_CACHE": str(tmp_path / "cache")}
+    done = run(fakes=fakes, script=BUILD, **environ)
+    assert done.returncode == 1
+    assert "it cannot (no such host)" in done.stderr
+    assert "which takes root. Use an engine that can pull debian:12" in done.stderr
+
+
+def test_shell_has_the_program_and_the_profile(run: Run, tmp_path: Path) -> None:
+    shown = 'echo "$WARM_CACHE_PROFILE $WARM_CACHE_IMAGE $WARM_CACHE_CACHE ${PATH%%:*}"'
+    script = STAND_IN / "shell.sh"
+    done = run("-c", shown, fakes={}, script=script, WARM_CACHE_CACHE=str(tmp_path))
+    root = STAND_IN.parents[1]
+    assert done.stdout.split() == ["stand-in", "warm-cache-stand-in:real", str(tmp_path), str(root / ".venv" / "bin")]
+    missing = str(tmp_path / "none")
+    done = subprocess.run([script], env={**os.environ, "WARM_CACHE_CACHE": missing}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: there is no {missing} yet; first: make demo\n"

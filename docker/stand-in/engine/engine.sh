@@ -148,7 +148,8 @@ halt() {   # ends the engine, in order if it can: what it has written must be th
 
 answers() {   # is there an engine without us?
   if command -v docker >/dev/null; then
-    timeout 15 docker version >/dev/null 2>&1
+    # macOS has no timeout.
+    $(command -v timeout >/dev/null && echo timeout 15) docker version >/dev/null 2>&1
   elif [ -n "${DOCKER_HOST:-}" ]; then
     fail "DOCKER_HOST is $DOCKER_HOST, and the docker command is missing: install the Docker CLI"
   else
@@ -173,7 +174,8 @@ run() {
   up "$DIR" 8>&-
   # Not in the foreground: a shell waits for its foreground child before it heeds a signal. Ctrl-C reaches the child from
   # the terminal (which the shell would have it ignore); SIGTERM is passed on.
-  DOCKER_HOST=$HOST env --default-signal=INT "$@" 8>&- &
+  # Its input is ours, for a shell: a job in the background would get none.
+  DOCKER_HOST=$HOST env --default-signal=INT "$@" 8>&- <&0 &
   child=$!
   trap : INT
   trap 'kill -TERM $child 2>/dev/null || :' TERM
