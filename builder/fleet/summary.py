@@ -5,7 +5,8 @@ A scheduler keeps the highest status of its jobs, so that 17 (nothing was done) 
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from builder import files
 from builder.errors import FIRST_OF_SEVERAL
+from builder.files import UnreadableError
 
 #: Bytes of the largest report that is read.
 _LARGEST = 64 << 20
+#: The highest exit status of a process, and more seconds than any run takes.
+_HIGHEST, _LONGEST = 255, 1e9
 #: Statuses after a signal's, in the order in which they count.
 _ORDER = (*FIRST_OF_SEVERAL, 12, 2, 10, 15, 17, 0)
 #: Status of a run that left no report: it was killed, or never began.
@@ -39,18 +44,23 @@ class RunReport:
 
 
 def read(path: Path) -> RunReport:
-    """Return the report in a file. Raises OSError for a file that cannot be read."""
-    with path.open("rb") as file:
-        raw = file.read(_LARGEST + 1)
+    """Return the report in a file. Raises OSError for a file that cannot be read.
+
+    Whoever runs jobs may have written it: a pipe in its place is not opened, and a number counts if it can be one.
+    """
     name = str(path)
+    path.stat()
+    try:
+        raw = files.read_bytes(name, _LARGEST)
+        found = files.parsed(raw) if raw.strip() else None
+    except UnreadableError as unusable:
+        if unusable.refused:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), name) from None
+        return RunReport(name, None, why=f"this is no report of warm-cache --json: it {unusable}")
     if not raw.strip():
         return RunReport(name, None, why="the report is empty: the run was killed, or has not ended")
-    try:
-        found = json.loads(raw) if len(raw) <= _LARGEST else None
-    except (ValueError, RecursionError):
-        found = None
     status = found.get("exit") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(status, int) or isinstance(status, bool):
+    if not isinstance(found, dict) or type(status) is not int or not 0 <= status <= _HIGHEST:
         return RunReport(name, None, why="this is no report of warm-cache --json")
     tasks = [each for each in _list(found.get("tasks")) if isinstance(each, dict)]
     error, image = found.get("error"), found.get("image")
@@ -112,4 +122,4 @@ def _list(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0.0
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < _LONGEST else 0.0

@@ -6,6 +6,7 @@ Every problem is reported at once, with its line and, for an unknown name, the k
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,11 +68,15 @@ def load(
     profile: str | None = None,
     overrides: Overrides = Overrides(),
     only: Sequence[str] = (),
+    pipes: bool = True,
 ) -> Manifest:
     """Return the manifest of this file, or the packaged profile of this name.
 
-    only: selects tasks, as `select` does. Raises UsageError with every problem.
+    only: selects tasks, as `select` does. pipes: the file may be a pipe, which is waited for. Raises UsageError with
+    every problem.
     """
+    if not pipes:
+        _require_regular(str(path))
     manifest, _ = read_manifest(path, profile=profile, overrides=overrides)
     return select(manifest, only)
 
@@ -171,6 +176,14 @@ def _read_profile(name: str) -> tuple[str, bytes]:
             f"there is no profile {name!r}", [Problem("--profile", f"there is no profile {name!r};", hint)]
         )
     return f"{name}.toml", (_PROFILES / f"{name}.toml").read_bytes()
+
+
+def _require_regular(name: str) -> None:
+    """Raise UsageError for a path that another manifest names, and that is no regular file."""
+    try:
+        os.close(files.open_regular(name)[0])
+    except files.UnreadableError as error:
+        raise UsageError(f"{printable(name)} cannot be read", [Problem(printable(name), f"{error}.")]) from None
 
 
 def _read_file(path: Path) -> tuple[str, bytes]:

@@ -8,6 +8,7 @@ the job: it is compiled anew, which is slower, and no failure.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -303,8 +304,8 @@ def _root(executor: ContainerExecutor, writable: Sequence[tuple[str, str]]) -> l
     cache = executor.context.manifest.cache
     below = [f"{family}/{key}" for family, key in writable]
     if cache.root is not None:
-        return [f"type=bind,src={cache.root},dst={cache.mount},readonly"] + [
-            f"type=bind,src={cache.root}/{part},dst={cache.mount}/{part}" for part in below
+        return [_bind(cache.root, cache.mount, "readonly")] + [
+            _bind(f"{cache.root}/{part}", f"{cache.mount}/{part}") for part in below
         ]
     if executor.engine.podman or tuple(map(int, executor.engine.api_version.split("."))) < SUBPATH_API:
         text = f"this engine cannot mount parts of the volume {cache.volume}, and all of it is not a job's to change."
@@ -317,7 +318,16 @@ def _root(executor: ContainerExecutor, writable: Sequence[tuple[str, str]]) -> l
 
 def _store(executor: ContainerExecutor) -> list[str]:
     store = executor.context.manifest.models.store
-    return [f"type=bind,src={store},dst={STORE},readonly"] if store else []
+    return [_bind(store, STORE, "readonly")] if store else []
+
+
+def _bind(source: Path | str, target: str, *flags: str) -> str:
+    """Return a mount in docker's words: fields of CSV, of which a path with a comma is one and not two."""
+    import csv  # a check mounts nothing
+
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(["type=bind", f"src={source}", f"dst={target}", *flags])
+    return line.getvalue()
 
 
 #: What every shell leaves alone in the middle of a word, pasted, substituted or in a workflow's script.
@@ -326,11 +336,11 @@ _WORD = re.compile(r"[\w@%+=:,./~#-]+")
 
 def _docker_arguments(mounts: Sequence[str], variables: Mapping[str, str]) -> str:
     words = [*mounts, *(f"{name}={value}" for name, value in sorted(variables.items()))]
-    split = [word for word in words if not _WORD.fullmatch(word) or "," in word.partition("src=")[2].split(",dst=")[0]]
+    split = [word for word in words if not _WORD.fullmatch(word)]
     if split:
         raise UsageError(
             f"docker run $(…) would not get {split[0]!r} as it is: shells interpret blanks, quotes and some signs, and "
-            "docker splits at commas. Use --format json, or a cache root without such characters."
+            "docker splits at commas. Use --format json, or a cache root and model store without such characters."
         )
     return " ".join(
         [f"--mount {mount}" for mount in mounts] + [f"-e {word}" for word in words[len(mounts) :]] + list(OPTIONS)
@@ -339,6 +349,8 @@ def _docker_arguments(mounts: Sequence[str], variables: Mapping[str, str]) -> st
 
 def _pod(mounts: Sequence[str], variables: Mapping[str, str]) -> dict[str, object]:
     """Return what is merged into a pod's spec, whose container is named sglang: variables, mounts and volumes."""
+    import csv
+
     container: dict[str, object] = {
         "name": "sglang",
         "env": [{"name": name, "value": value} for name, value in sorted(variables.items())],
@@ -346,8 +358,8 @@ def _pod(mounts: Sequence[str], variables: Mapping[str, str]) -> dict[str, objec
     sources: dict[str, str] = {}  # directory of the node → name of the volume
     mounted: list[dict[str, object]] = []
     for mount in mounts:
-        head, _, tail = mount.rpartition(",dst=")  # a path of the host may hold commas
-        (kind, _, source), (path, *flags) = head.partition(",src="), tail.split(",")
+        kind, source, path, *flags = next(csv.reader([mount]))
+        source, path = source.removeprefix("src="), path.removeprefix("dst=")
         if kind != "type=bind":
             raise UsageError(f"--format kubernetes: a pod cannot have the engine's volume {source}: use a directory")
         above = next((each for each in sources if source.startswith(f"{each}/")), source)

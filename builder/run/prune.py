@@ -123,7 +123,7 @@ def _pins(executor: ContainerExecutor) -> set[str]:
     """
     found: set[str] = set()
     for pin in executor.context.manifest.cache.pins:
-        spec = load(pin).image if pin.endswith((".toml", ".json")) else ImageSpec(ref=pin)
+        spec = load(pin, pipes=False).image if pin.endswith((".toml", ".json")) else ImageSpec(ref=pin)
         image = executor.engine.image(spec.ref)
         digest = spec.ref.rpartition("@")[2]
         if image is not None:

@@ -209,7 +209,7 @@ def _options(path: str, generation: str, job: str) -> Mapping[str, str]:
     layers = f"lowerdir={root / 'generations' / generation},upperdir={own / 'upper'},workdir={own / 'work'}"
     options = f"{_MOUNT_FLAGS},{layers},{_PLAIN}"
     if len(options) > _MOST_OPTIONS:
-        raise _refused(f"{path} is too long for the mount options of an ", "Use a shorter path.")
+        raise _refused(f"{path} is too long for the mount options of an overlay.", "Use a shorter path.")
     return {"type": "overlay", "device": "overlay", "o": options}
 
 

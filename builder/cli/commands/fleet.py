@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,14 @@ class _FleetReader:
         if runtime != "engine" and args.push:
             text = f"--runtime {runtime} warms inside the serving image, where the program cannot push."
             self._add("push", text, "Leave it out, and push from a node afterwards: warm-cache push REF.")
+        paths = {"cache": manifest.cache.root, "models": manifest.models.store, "manifest": args.manifest}
+        for option, path in {**paths, "program": args.program}.items() if runtime != "engine" else ():
+            if path and re.search("[:,]", os.path.abspath(path)):
+                self._add(
+                    option,
+                    f"{runtime} would read more than one mount from {str(path)!r}:",
+                    "use a path without : and ,",
+                )
         if args.logs is None:
             self._add("logs", "the directory for reports and logs is missing;", "it has to exist on all nodes.")
         gpus = manifest.gpus.count

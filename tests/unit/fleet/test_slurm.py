@@ -99,6 +99,16 @@ def test_prolog_ends_well_whatever_happens(script: Print) -> None:
             "--stream a stream is a part of a signature: pass --key too",
         ),
         (("slurm", "--push", "r.example/JIT"), "--push r.example/JIT: "),
+        pytest.param(
+            ("slurm", "--runtime", "pyxis", "--cache", "/data/x,/etc:/mnt"),
+            "--cache pyxis would read more than one mount from '/data/x,/etc:/mnt'",
+            marks=pytest.mark.attack(
+                "a cache root, model store or program has a path that pyxis and apptainer read as several mounts",
+                by="manifest",
+                holds="2: no script is printed",
+            ),
+            id="path-of-several-mounts",
+        ),
         (("prolog", "reg.example/jit", "--jitter", "x"), '--jitter expected a duration such as "20m"'),
     ],
 )

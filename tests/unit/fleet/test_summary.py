@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_status_that_counts(statuses: list[int | None], counts: int) -> None:
         ("{", "no report of warm-cache --json"),
         ("[]", "no report of warm-cache --json"),
         ('{"exit": true}', "no report of warm-cache --json"),
+        ('{"exit": 256}', "no report of warm-cache --json"),  # which a process would end with as 0
+        ('{"exit": -256}', "no report of warm-cache --json"),
+        (f'{{"exit": 0, "seconds": 1{"0" * 390}}}', ""),
         ("[" * 100_000, "no report of warm-cache --json"),
         ('{"exit": 0, "tasks": [{"state": 3}, 4], "seconds": "x", "image": 1, "error": []}', ""),
     ],
@@ -76,11 +80,25 @@ def test_run_without_a_report_counts_as_failed(
 
 
 def test_files_that_cannot_be_read_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fleet", "summary", str(tmp_path / "a"), str(tmp_path)], environ={}) == 2
-    said = capsys.readouterr().err
-    assert "No such file" in said and "Is a directory" in said
+    assert cli.main(["fleet", "summary", str(tmp_path / "a"), str(tmp_path / "b")], environ={}) == 2
+    assert capsys.readouterr().err.count("No such file") == 2
     assert cli.main(["fleet", "summary"], environ={}) == 2
     assert "fleet summary needs a REPORT: the documents that warm-cache --json wrote" in capsys.readouterr().err
+
+
+@pytest.mark.attack(
+    "a pipe or a directory is in the place of a run's report, or the report has a status that no process has (256)",
+    by="other user",
+    holds="it is not opened, and counts as a run without a report: 11; the other reports are summed up",
+)
+def test_what_is_no_report_hides_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    good = written(tmp_path / "h1.json", 0, one="warm")
+    forged = written(tmp_path / "h2.json", 256, two="warm")
+    names = [good, str(tmp_path / "pipe.json"), str(tmp_path), forged]
+    assert cli.main(["fleet", "summary", *names], environ={}) == 11
+    said = capsys.readouterr().out
+    assert said.count("it is not a regular file") == 2 and "1 warm" in said and "2 warm" not in said
 
 
 def test_names_in_reports_cannot_command_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -202,8 +203,8 @@ def test_docker_arguments_end_with_least_privilege() -> None:
 
 def test_pod_gets_the_root_read_only_and_keys_below_it() -> None:
     mounts = [
-        "type=bind,src=/data/a,b,dst=/jit,readonly",
-        "type=bind,src=/data/a,b/triton/0123,dst=/jit/triton/0123",
+        'type=bind,"src=/data/a,b",dst=/jit,readonly',
+        'type=bind,"src=/data/a,b/triton/0123",dst=/jit/triton/0123',
         "type=bind,src=/hf,dst=/models,readonly",
     ]
     job = JobEnvironment(variables={"B": "2", "A": "1"}, mounts=mounts)
@@ -236,4 +237,21 @@ def test_docker_arguments_take_what_shells_leave_alone(root: str) -> None:
 @pytest.mark.parametrize("path", ["/a b", "/a,b", "/a'b", '/a"b', "/a$b", "/a;b", "/a*b", "/a\\b", "/a\nb"])
 def test_docker_arguments_refuse_what_shells_or_docker_split(path: str) -> None:
     with pytest.raises(UsageError, match="Use --format json"):
-        job_environment._docker_arguments([f"type=bind,src={path},dst=/jit"], {})
+        job_environment._docker_arguments([job_environment._bind(Path(path), "/jit")], {})
+
+
+@pytest.mark.attack(
+    "a cache root or model store holds more fields of docker's --mount: `/data/x,dst=/a,src=/etc` is below /data for a "
+    "policy",
+    by="manifest",
+    holds="2 as docker arguments; in JSON and for a pod it is one path, whatever it holds",
+)
+def test_path_adds_no_field_to_a_mount() -> None:
+    path = Path("/data/x,dst=/a,src=/etc")
+    mount = job_environment._bind(path, "/jit", "readonly")
+    assert next(csv.reader([mount])) == ["type=bind", f"src={path}", "dst=/jit", "readonly"]
+    with pytest.raises(UsageError, match="docker splits at commas"):
+        job_environment._docker_arguments([mount], {})
+    assert job_environment._pod([mount], {})["volumes"] == [
+        {"name": "warm-cache", "hostPath": {"path": str(path), "type": "Directory"}}
+    ]
