@@ -107,8 +107,10 @@ dist: $(VENV)/.ready ## Build the wheel and the source distribution into dist/
 	@$(BIN)/hatchling build -d dist
 
 .PHONY: builder-image
-builder-image: dist ## Build the image that pods restore and push with (BUILDER_IMAGE=…, BUILDER_BASE=…, PIP_OPTIONS=…)
-	@docker build -f docker/Dockerfile --target builder -t $(BUILDER_IMAGE) \
+builder-image: $(VENV)/.ready ## Build the image that pods restore and push with (BUILDER_IMAGE=…, BUILDER_BASE=…, PIP_OPTIONS=…)
+	@rm -f dist/warm_cache-*.whl
+	$(BIN)/hatchling build -d dist -t wheel
+	docker build -f docker/Dockerfile --target builder -t $(BUILDER_IMAGE) \
 	  --build-arg BUILDER_BASE=$(BUILDER_BASE) --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" .
 
 # Everything but builder/ comes from the checkout; builder/ is what the wheel installed, also for child processes.

@@ -42,7 +42,8 @@ def objects(fleet: Fleet, parts: Sequence[str]) -> Object:
 def warm_job(fleet: Fleet) -> Object:
     """Return the job that warms on a GPU node and pushes what is warm; with a schedule, a CronJob of it."""
     run = f"{max(1, int(fleet.budget * _RUN_SHARE))}s"
-    first = [pods.program_container(fleet), pods.restore_container(fleet), pods.warm_container(fleet, run)]
+    restore = pods.restore_container(fleet, alone=True)  # it has the GPUs meanwhile
+    first = [pods.program_container(fleet), restore, pods.warm_container(fleet, run)]
     pod = _pod(fleet, "warm", first, [pods.push_container(fleet)], {"emptyDir": {}}, grace=_WARM_GRACE)
     job = _job(fleet, pod, fleet.budget)
     queue = {"kueue.x-k8s.io/queue-name": fleet.queue} if fleet.queue else {}

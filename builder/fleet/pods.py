@@ -121,10 +121,14 @@ def program_container(fleet: Fleet) -> Object:
     return builder_container(fleet, "program", ["python3", "-c", _COPIES], ["program", "scratch"])
 
 
-def restore_container(fleet: Fleet) -> Object:
-    """Return the container that restores the cache, verified, or leaves it as it is: it never fails."""
+def restore_container(fleet: Fleet, *, alone: bool = False) -> Object:
+    """Return the container that restores the cache, verified, or leaves it as it is: it never fails.
+
+    alone: no other pod begins at the same time, so that it does not wait.
+    """
+    jitter = () if alone else ("--jitter", fleet.jitter)
     words = ["pull", fleet.ref, "--here", "--cache", fleet.mount, *fleet.manifest, "--image", fleet.image]
-    words += ["--fail-open", "--deadline", fleet.deadline, "--jitter", fleet.jitter, *fleet.key_options]
+    words += ["--fail-open", "--deadline", fleet.deadline, *jitter, *fleet.key_options]
     return builder_container(fleet, "restore", ["warm-cache", *words], ["cache", "scratch", "files", "registry"])
 
 

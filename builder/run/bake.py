@@ -31,6 +31,7 @@ from builder.text import counted, size
 
 #: Names in the build's context.
 _ROOT, _DOCKERFILE = "cache.tar", "Dockerfile"
+_REMEDY = "a container that needs it sets it itself (docker run -e)"
 #: What a restore leaves in a root for itself, and no image needs.
 _NOT_BAKED = frozenset({"staging", "locks", "aside"})
 
@@ -72,7 +73,8 @@ def bake(place: ContainerPlace, tag: str) -> Baked:
         request = RestoreRequest("sha256:" + "0" * 64, "bake", image, pairs, "", place.mount)
         context.console.say(f"baking {counted(len(items), 'task')}, {size(image.description.bytes)}, into {tag}")
         called(lambda: restore(root, blobs, request, context.cancel.check))
-        variables = environment(executor.identity, place.mount, items)
+        variables, missed = environment(executor.identity, place.mount, items)
+        context.report.warnings += missed
         base = serving_base(executor.engine, executor.serving) if not manifest.image.setup else executor.warmup.ref
         with _context(scratch, root, _dockerfile(base, place.mount, variables)) as archive:
             built = executor.engine.build(
@@ -94,16 +96,20 @@ def bake(place: ContainerPlace, tag: str) -> Baked:
     return done
 
 
-def environment(identity: str, mount: str, items: list[Item]) -> dict[str, str]:
-    """Return the variables with which a container of the image hits the cache."""
-    records = [(item.task.label, item.record) for item in items]
-    keys, _ = job_environment.common_keys(records)
-    return {
-        **job_environment.common_env([item.task for item in items]),
+def environment(identity: str, mount: str, items: list[Item]) -> tuple[dict[str, str], list[str]]:
+    """Return the variables with which a container of the image hits the cache, and a warning for each that is not set.
+
+    Some tasks may have variables, and so directories, that others have not.
+    """
+    tasks, records = [item.task for item in items], [(item.task.label, item.record) for item in items]
+    keys, others = job_environment.common_keys(records, remedy=_REMEDY)
+    found = {
+        **job_environment.common_env(tasks),
         **families.environment(mount, keys),
         **job_environment.toolkit(records),
         IMAGE_VARIABLE: identity,
     }
+    return found, [*job_environment.missed(tasks, remedy=_REMEDY), *others]
 
 
 def _dockerfile(base: str, mount: str, variables: Mapping[str, str]) -> str:

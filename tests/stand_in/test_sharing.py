@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.registries import StandIn, stand_in
-from tests.stand_in.test_real_sglang import MANIFEST, warm_cache
+from tests.stand_in.test_real_sglang import MANIFEST, ROOT, warm_cache
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.timeout(600)]
 
@@ -36,12 +39,20 @@ def registry(tmp_path: Path) -> Iterator[StandIn]:
         yield found
 
 
-def test_pulled_kernels_are_used_and_none_is_compiled(registry: StandIn, tmp_path: Path, stand_in_image: str) -> None:
-    manifest, first, other = tmp_path / "manifest.toml", tmp_path / "first", tmp_path / "other"
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, stand_in_image: str) -> Path:
+    """A warm root, beside the manifest."""
+    folder = tmp_path_factory.mktemp("sharing")
+    manifest = folder / "manifest.toml"
     manifest.write_text(MANIFEST.format(image=stand_in_image) + TASK)
-    common = ("--manifest", manifest, "--json")
-    made = warm_cache("warm", *common, "--cache", first, "--log-dir", tmp_path / "logs")
+    words = ("--manifest", manifest, "--cache", folder / "first", "--log-dir", folder / "logs", "--json")
+    made = warm_cache("warm", *words)
     assert made.status == 0, made.err
+    return folder / "first"
+
+
+def test_pulled_kernels_are_used_and_none_is_compiled(registry: StandIn, tmp_path: Path, first: Path) -> None:
+    other, common = tmp_path / "other", ("--manifest", first.parent / "manifest.toml", "--json")
     pushed = warm_cache("push", f"{registry.host}/real/cache", *common, "--cache", first)
     assert pushed.status == 0, pushed.err
     pulled = warm_cache("pull", f"{registry.host}/real/cache", *common, "--cache", other)
@@ -57,3 +68,30 @@ def test_pulled_kernels_are_used_and_none_is_compiled(registry: StandIn, tmp_pat
     assert [(task["verified"], task["entries_added"]) for task in again.document["tasks"]] == [(True, 0)] * 3
     for path in other.glob("tvm_ffi/**/*.*o"):
         assert path.stat().st_mtime_ns == built[path.name], f"ninja built {path.name} again"
+
+
+def test_baked_kernels_are_warm_and_ninja_builds_nothing(first: Path, docker_host: str) -> None:
+    """Layers of images keep whole seconds, which ninja takes for what it built."""
+    tag = f"warm-cache-test-baked:{os.urandom(4).hex()}"
+    manifest = first.parent / "manifest.toml"
+    environ = {**os.environ, "DOCKER_HOST": docker_host}
+    baked = warm_cache("bake", tag, "--manifest", manifest, "--cache", first, "--json")
+    assert baked.status == 0, baked.err
+    script = f"""
+set -e
+list() {{ find /jit/torch_extensions -type f -name '*.*o' -printf '%p %T@\\n' | sort; }}
+list >/tmp/before
+python3 -m builder check --here --strict --manifest /manifest.toml --cache /jit
+python3 -c {shlex.quote(NINJA)}
+list >/tmp/after
+cmp /tmp/before /tmp/after
+grep -c warm.so /tmp/after
+"""
+    mounts = ["-v", f"{ROOT / 'builder'}:/src/builder:ro", "-v", f"{manifest}:/manifest.toml:ro", "-w", "/src"]
+    argv = ["docker", "run", "--rm", "--network", "none", *mounts, tag, "sh", "-c", script]
+    try:
+        inside = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=300)
+    finally:
+        subprocess.run(["docker", "rmi", "-f", tag], env=environ, capture_output=True, timeout=60)
+    assert inside.returncode == 0, inside.stdout + inside.stderr
+    assert "3 of 3 tasks warm" in inside.stdout and inside.stdout.rstrip().endswith("1")

@@ -166,6 +166,7 @@ def test_warm_job_has_deadline_statuses_and_pinned_image(fleet: Print) -> None:
     budget = warm["args"][warm["args"].index("--budget") + 1]
     assert 0 < int(budget[:-1]) < 50 * 60, "the run ends by itself ahead of the job"
     assert items["ConfigMap"]["data"] == {"manifest.toml": MANIFEST}
+    assert "--jitter" not in its["restore"]["command"], "no other pod begins with it, and it has the GPUs"
 
 
 def test_daemonset_pulls_verified_and_never_warms(fleet: Print, tmp_path: Path) -> None:
