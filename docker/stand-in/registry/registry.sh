@@ -118,7 +118,8 @@ down() {
   # Pids are used again: only a process of this folder is ended.
   if tr '\0' '\n' <"/proc/$pid/cmdline" 2>/dev/null | grep -qxF -- "$(readlink -f "$1")"; then
     kill "$pid" 2>/dev/null || :
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.02; done
+    # Of a process that has ended and whose parent does not ask for it, no command line is left.
+    while grep -q . "/proc/$pid/cmdline" 2>/dev/null; do sleep 0.02; done
   fi
   rm -f "$1/pid"
 }
