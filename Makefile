@@ -70,7 +70,7 @@ test-here: $(VENV)/.ready
 
 .PHONY: unit
 unit: $(VENV)/.ready ## Run the unit tests: no engine, no process, below a minute
-	@$(BIN)/pytest tests/unit $(ARGS)
+	@$(BIN)/pytest -n $(WORKERS) tests/unit $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.ready ## Check style and types

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder import sglang_args
+from tests.strategies import FUZZ
 
 
 def test_value_repeated_option_last_counts() -> None:
@@ -98,6 +99,7 @@ def test_normalised(argv: str, normal: str) -> None:
     assert sglang_args.normalised(wanted) == wanted
 
 
+@FUZZ
 @given(
     options=st.lists(st.tuples(st.sampled_from("abcd"), st.lists(st.sampled_from("123"), max_size=2)), max_size=6),
     data=st.data(),
@@ -115,6 +117,7 @@ def test_normalised_order_counts_among_repeats_only(options: list[tuple[str, lis
     assert sglang_args.normalised(spell(options)) == sglang_args.normalised(spell(shuffled))
 
 
+@FUZZ
 @given(
     st.lists(
         st.one_of(st.sampled_from(["--a", "--a=b", "-x", "-1", "--", "--a=--b", "c"]), st.text(max_size=4)), max_size=8

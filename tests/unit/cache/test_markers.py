@@ -23,6 +23,7 @@ from builder.cache.families import FAMILIES, FAMILY, directory
 from builder.cache.marker_format import Build, Claim, Marker, Observed
 from builder.cache.toolchain import Record
 from builder.task import RECIPES, Task
+from tests.strategies import FUZZ
 
 NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nBuilt on Wed_Aug_20\nCuda compilation tools, release 13.0, V13.0.88"
 TASK = Task(
@@ -507,7 +508,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(FUZZ, max_examples=50)
 @given(
     field=st.sampled_from(sorted(json.loads(marker_format.encoded(build())))),
     value=JSON,

@@ -26,6 +26,7 @@ from builder.host.deadlines import Deadline, poll
 from builder.text import readable
 from tests.fakes import FakeContainer, FakeEngine
 from tests.scripts import HANG, Step, command, err, leave, out, pause
+from tests.strategies import FUZZ
 
 NONCE = "cafe"
 
@@ -37,6 +38,7 @@ def frame(stream: int, data: bytes) -> bytes:
 # --- frames ---
 
 
+@FUZZ
 @given(
     st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=40))),
     st.lists(st.integers(1, 30), min_size=1, max_size=40),
@@ -53,6 +55,7 @@ def test_demux_cut_anywhere_gives_same_frames(sent: list[tuple[int, bytes]], cut
     assert [(stream, byte) for stream, piece in got for byte in piece] == told
 
 
+@FUZZ
 @given(st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=40))), st.integers(1, 50))
 def test_demux_whole_frames_stay_whole(sent: list[tuple[int, bytes]], size: int) -> None:
     data = b"".join(frame(stream, payload) for stream, payload in sent)
@@ -103,6 +106,7 @@ def reference(data: bytes) -> list[bytes]:
     return lines if lines[-1] else lines[:-1]
 
 
+@FUZZ
 @given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"bc"])).map(b"".join), st.integers(1, 9))
 def test_lines_split_at_newline_or_return(data: bytes, size: int) -> None:
     lines, regions = Lines(), []
@@ -159,6 +163,7 @@ def having(data: bytes, chunk: int = 1000) -> Received:
 TEXT = st.lists(st.sampled_from(["", "a", "same", "same", "line €", "𝄞𝄞", "x\ry", "\ufffd"])).map("\n".join)
 
 
+@FUZZ
 @given(TEXT, st.data())
 def test_resume_continues_at_last_byte(text: str, data: st.DataObject) -> None:
     whole = text.encode()
@@ -166,6 +171,7 @@ def test_resume_continues_at_last_byte(text: str, data: st.DataObject) -> None:
     assert whole[:cut] + take_up(having(whole[:cut]), stored(whole)) == whole
 
 
+@FUZZ
 @given(
     st.lists(st.sampled_from([b"\n", b"a", b"\xff", "€".encode(), b"\xe2\x82", b"\xf0\x9f", b"\x80"])).map(b"".join),
     st.data(),
@@ -221,7 +227,7 @@ def test_resume_memory_is_bounded() -> None:
     assert endless.cut + len(endless.partial) == 5 << 20
 
 
-@settings(max_examples=30)
+@settings(FUZZ, max_examples=30)
 @given(st.integers(0, 400), st.integers(1, 200))
 def test_resume_recognises_same_end(lines: int, tail: int) -> None:
     whole = b"".join(b"line %d\n" % number for number in range(lines)) + b"rest"

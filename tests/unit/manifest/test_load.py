@@ -17,6 +17,7 @@ from builder.manifest.document import Document
 from builder.manifest.fields import Overrides
 from builder.manifest.load import Manifest, load, profiles, select
 from builder.task import Shape
+from tests.strategies import FUZZ
 
 Write = Callable[[str], Path]
 
@@ -318,6 +319,7 @@ class TestUnreadable:
             load(profile="h20")
         assert "did you mean 'h200'?" in str(caught.value.problems[0])
 
+    @FUZZ
     @given(st.binary(max_size=200))
     def test_parse_any_bytes_raises_nothing_but_usage_error(self, raw: bytes) -> None:
         with contextlib.suppress(UsageError):
