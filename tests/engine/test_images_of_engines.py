@@ -32,7 +32,11 @@ def user_image(engine: Engine, tiny_image: str) -> Iterator[str]:
 
 
 def with_user(engine: Engine, base: str, tag: str, user: str) -> str:
-    text = f"FROM {base}\nUSER {user}\n".encode()
+    return with_line(engine, base, tag, f"USER {user}")
+
+
+def with_line(engine: Engine, base: str, tag: str, line: str) -> str:
+    text = f"FROM {base}\n{line}\n".encode()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         entry = tarfile.TarInfo("Dockerfile")
@@ -57,6 +61,15 @@ def test_doctor_and_warm_name_a_user_that_is_not_there_or_cannot_write(
         assert ended.status == 12, ended.said
         assert f"user 1234 (USER of {other}), which cannot write {cli.root}" in ended.said
         assert f"Run: sudo chown -R 1234 {cli.root}" in ended.said
+
+
+def test_mount_path_that_is_a_file_in_the_image_is_named(cli: Cli, engine: Engine, user_image: str) -> None:
+    cli.root.mkdir(exist_ok=True)
+    line = 'RUN ["python3", "-c", "open(\'/jit\', \'w\')"]'
+    cli.manifest(shapes(), image={"ref": with_line(engine, cli.image, f"{user_image}:file", line)})
+    ended = cli.run("warm")
+    assert ended.status == 12, ended.said
+    assert "not a directory" in ended.said and "what it has at the cache's mount path" in ended.said
 
 
 def test_root_is_warm_for_engine_whose_ids_are_digests_of_manifests(cli: Cli, tmp_path: Path) -> None:

@@ -414,7 +414,7 @@ def test_view_with_impossible_arguments_is_refused(user: Views) -> None:
     for words, said in (
         (["create", "../x"], "2 to 63 letters"),
         (["create"], "needs a JOB"),
-        (["list", "job"], "takes no argument 'job'"),
+        (["list", "job"], "takes no JOB, found 'job'"),
         (["audit", "nobody"], "there is no view 'nobody'"),
     ):
         ended = user.run("view", *words)
