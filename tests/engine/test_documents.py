@@ -82,6 +82,7 @@ NOT_RUN = {
     r"^digest=|^for node in|^install -d -o": "of a cluster; tests of fleet run what is printed",
     r"warm-cache fleet ": "of a cluster; tests of fleet run what is printed",
     r"^openssl |^pip install|warm-cache (sign|push|pull|bake) ": "needs a registry; the tests of these verbs have one",
+    r"registry\.example": "needs a registry; the tests of these verbs have one",
     r"^docker run \$\(warm-cache env": "the same as in README and ci.md, where it is run",
     r"warm-cache import-tests test ": "needs a checkout of sglang; the same verb of ci.md is run on a small one",
     r"warm-cache (audit|here-reset) ": "needs what a job left; run by the tests of ci.md's blocks",
