@@ -95,7 +95,7 @@ def _concrete(
         else:
             options.append(word)
             fields = {**OPTIONS, **OPTIONS_OF.get(verb, {})}.get(word[2:], {"action": "unknown"})
-            if own and fields.get("action", "append") == "append" and not own[0].startswith("--"):
+            if own and fields.get("action", "append") in ("append", "store") and not own[0].startswith("--"):
                 example = own.pop(0).rstrip(".,:")
                 options.append(values.get(word, example))
     wanted = [*arguments.get(" ".join(argv), ())] if positional else []

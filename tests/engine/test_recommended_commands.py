@@ -28,7 +28,7 @@ STATUS = {
     "sign": ((12, 16), "no registry answers"),
     "push": ((12, 16), "no registry answers"),
     "pull": ((12, 16), "no registry answers"),
-    "bake": ((0, 11, 12, 16), "no cache image is there"),
+    "refresh": ((0, 16), "no registry answers, where one is named to push to"),
     "warm --pull": ((12, 16), "no registry has the tiny image"),
     "warm --here": ((11, 12), "this process has no sglang"),
     "check --here": ((10,), "this process is not what the root was warmed in"),
@@ -48,6 +48,7 @@ OTHERS = {
     "nvidia-ctk system": "the NVIDIA container toolkit is not here",
     "chcon": "this kernel has no SELinux",
 }
+BAKED = "warm-cache-test-bake:1"
 #: The order in which a view lives.
 _VIEW = ("create", "list", "audit", "promote", "drop")
 
@@ -73,6 +74,8 @@ def machine(cli: Cli) -> Cli:
     plain = serialization.NoEncryption()
     form, encoding = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
     (cli.place / "key.pem").write_bytes(key.private_bytes(encoding, form, plain))
+    public = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (cli.place / "key.pub").write_bytes(public)
     return cli
 
 
@@ -95,22 +98,33 @@ def commands(cli: Cli) -> list[list[str]]:
         "--after": str(place / "before.json"),
         "--update": str(place / "update.toml"),
         "--logs": str(place / "logs"),
+        "--push": registry,
+        "--pull": registry,
         "--suite": "base-c-test-8-gpu-h200",
     }
     arguments = {
         **{f"view {action}": ["pr-1"] for action in _VIEW if action != "list"},
-        **{verb: [f"{registry}:1"] for verb in ("sign", "push", "pull", "fleet kubernetes", "fleet prolog")},
+        **{verb: [f"{registry}:1"] for verb in ("sign", "pull", "fleet kubernetes", "fleet prolog")},
+        "push": [registry],
         "fleet summary": [str(place / "report.json")],
-        "bake": ["warm-cache-test-bake:1"],
+        "bake": [BAKED],
         "profiles show": ["h200"],
         "help": ["manifest"],
         "init": [str(place / "new.toml")],
         "import-tests": [str(place / "checkout" / "test")],
         "completion": ["bash"],
     }
+    private, public = str(place / "key.pem"), str(place / "key.pub")
     pinned = f"r.example/sglang@sha256:{'0' * 64}"
     every = [
-        [pinned if argv[0] == "fleet" and word == cli.image else word for word in argv]
+        [
+            pinned
+            if argv[0] == "fleet" and word == cli.image
+            else public
+            if argv[0] != "sign" and word == private
+            else word
+            for word in argv
+        ]
         for argv in recommended(values, arguments).values()
     ]
     longest = [one for one in every if not any(set(one) < set(other) and one[0] == other[0] for other in every)]
@@ -139,6 +153,7 @@ def test_recommended_commands_end_with_their_status(machine: Cli, capfd: pytest.
             wrong.append(f"warm-cache {line}: {status}, not one of {wanted}\n{said[-600:]}")
     assert not wrong, "\n\n".join(wrong)
     with cli.engine() as engine:
+        engine.remove_image(BAKED)
         assert not cli.containers(engine)
 
 
