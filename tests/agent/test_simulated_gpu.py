@@ -60,7 +60,7 @@ def test_simulated_and_real_gpu_share_a_marker(tmp_path: Path) -> None:
     ("gpus", "recipe", "problem"),
     [
         ('gpus = { pretend = "H200", count = 8 }', "shapes", "set count = 0"),
-        ('gpus.pretend = "H20"', "shapes", "there is no GPU to pretend 'H20' (did you mean 'H200'?)"),
+        ('gpus.pretend = "H20"', "shapes", "there is no GPU to pretend 'H20' (known: H200, H100, B200)"),
         ('gpus.pretend = "H200"', "compile-deep-gemm", "on a pretended GPU nothing runs, and 'compile-deep-gemm' runs"),
     ],
 )
