@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from builder.cache.reasons import by_cost
+from builder.cache.reasons import by_cost, rank
 from builder.cli import parser
 from builder.cli.invocation import Invocation
 from builder.cli.parser import CommandLine, CommandLineError
@@ -327,8 +327,7 @@ class _Program:
         stream.say("\n".join(lines))
         if stream is not self.console:
             stream.close(PATIENCE)
-        reasons = [f"{problem.location}: {sentence(f'{problem.text} {problem.remedy}')}" for problem in problems]
-        self.console.annotate("warm-cache", "\n".join([error.message, *reasons]))
+        github.annotate(self.console, self.report, error, rank, self.environ.get("GITHUB_WORKSPACE", ""))
 
 
 def _hanging(head: str, text: str) -> str:

@@ -75,7 +75,8 @@ With --prebuild-only no task runs and no GPU is used: kernels of cold tasks are 
         here=True,
         details="""Reads markers and the entries that they list. An image that was never used with this cache is
 looked at in a container, for which the warm-up image is built, and what was found is kept in the folder images of the
-root; otherwise no container is started, and nothing is written. In GitHub Actions every cold task is annotated.""",
+root; otherwise no container is started, and nothing is written. In GitHub Actions one cold task is annotated, the one
+that costs most.""",
         exits=(0, 10),
     ),
     "explain": Verb(

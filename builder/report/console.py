@@ -185,10 +185,14 @@ class Console:
         inside = "".join(f"{harmless(displayed(line))}\n" for line in lines)
         self._write(f"::group::{_command_data(title)}\n{inside}::endgroup::")
 
-    def annotate(self, title: str, text: str, level: str = "error") -> None:
-        """Add an annotation to the run's page in GitHub Actions; nothing elsewhere. level: ``error`` or ``warning``."""
+    def annotate(self, title: str, text: str, level: str = "error", *, file: str = "", line: int = 0) -> None:
+        """Add an annotation to the run's page in GitHub Actions; nothing elsewhere. level: ``error`` or ``warning``.
+
+        file, line: where it is shown in the files of a pull request.
+        """
         if self.github:
-            self._write(f"::{level} title={_command_property(title)}::{_command_data(text)}")
+            place = f"file={_command_property(file)},line={line}," if file else ""
+            self._write(f"::{level} {place}title={_command_property(title)}::{_command_data(text)}")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Mapping[str, str] = STATE_STYLE

@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from builder.errors import BuilderError, ColdError, DeferredError, ProblemsError
+from builder.errors import BudgetError, BuilderError, ColdError, DeferredError, ProblemsError, TasksError, UsageError
 from builder.host import outside
 from builder.host.outside import GiveUp, StuckError, never
+from builder.report.console import Console
 from builder.report.results import Report, TaskResult
 from builder.report.tables import TASK_COLUMNS, task_table
-from builder.text import counted, readable, size
+from builder.text import counted, readable, sentence, size
 
 #: Verbs with a job summary and outputs.
 REPORTED = ("warm", "check", "refresh")
@@ -25,6 +26,8 @@ _OUTPUTS = "GITHUB_OUTPUT"
 _SUMMARY = "GITHUB_STEP_SUMMARY"
 #: Seconds that each file has to take what is written to it.
 TIMEOUT = 5.0
+#: A line of a file, as problems of a manifest are located; and annotations that GitHub shows of one step, less one.
+_LINE, _ANNOTATIONS = re.compile(r"(.+):(\d+)"), 9
 #: GitHub drops a step's summary above 1 MiB.
 _LONGEST_CELL, _MOST_ROWS, _MOST_FAMILIES = 600, 500, 40
 #: Mermaid draws no diagram of more than 50,000 characters.
@@ -73,6 +76,28 @@ def write_files(
                 why = failed.strerror if isinstance(failed, OSError) else str(failed)
                 problems.append(f"{name} could not be written: {why}")
     return problems
+
+
+def annotate(console: Console, report: Report, error: BuilderError, rank: Callable[[str], int], workspace: str) -> None:
+    """Annotate a run that failed: once, with the costliest reason; or each line of a manifest that is wrong.
+
+    rank: of a family by what compiling it costs, 0 for the costliest. workspace: of the runner.
+    """
+    worst = report.worst(rank) if isinstance(error, (TasksError, ColdError, BudgetError)) else None
+    if worst is not None:
+        console.annotate(f"{worst.label} {worst.state}", f"{worst.reason}\n{error.message}")
+        return
+    left, problems = [], error.problems if isinstance(error, ProblemsError) else ()
+    for number, problem in enumerate(problems):
+        shown = sentence(f"{problem.text} {problem.remedy}")
+        place = _LINE.fullmatch(problem.location) if isinstance(error, UsageError) else None
+        if place and number < _ANNOTATIONS:
+            file = os.path.abspath(place[1]).removeprefix(workspace.rstrip("/") + "/")
+            console.annotate("warm-cache", shown, file=file, line=int(place[2]))
+        else:
+            left.append(f"{problem.location}: {shown}")
+    if left or not problems:
+        console.annotate("warm-cache", "\n".join([error.message, *left]))
 
 
 def _append(path: Path, data: bytes) -> None:

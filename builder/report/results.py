@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeVar
 
 from builder.errors import BuilderError, ProblemsError
 
 JSON_SCHEMA = 1
+#: States of tasks that are not warm, the first to be named first.
+_WORST = ("failed", "partial", "skipped", "cold")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,17 @@ class Report:
     def of(self, label: str) -> TaskResult:
         """Return the current result of this task."""
         return next(task for task in self.tasks if task.label == label)
+
+    def worst(self, rank: Callable[[str], int]) -> TaskResult | None:
+        """Return the task whose reason comes first: failed before cold, then what costs most to compile anew.
+
+        rank: of a family, 0 for the costliest. None where no task failed or is cold.
+        """
+
+        def order(task: TaskResult) -> tuple[int, int]:
+            return _WORST.index(task.state), min(map(rank, task.compiled_anew), default=1000)
+
+        return min((task for task in self.tasks if task.state in _WORST), key=order, default=None)
 
     def count(self, *states: str) -> int:
         """Return how many tasks are in one of these states."""

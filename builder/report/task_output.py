@@ -41,9 +41,6 @@ class TaskOutput:
         """Write the result: one sentence that begins with the task's label. tail: the last lines of its log."""
         self._say(text)
 
-    def annotate(self, title: str, text: str) -> None:
-        self._console.annotate(title, text)
-
 
 class _FoldedOutput(TaskOutput):
     """Keep the result and the end of the log for below the task's collapsed group."""
@@ -51,13 +48,9 @@ class _FoldedOutput(TaskOutput):
     def __init__(self, console: Console, say: Callable[[str], None]) -> None:
         super().__init__(console, say)
         self._results: list[tuple[str, Sequence[str]]] = []
-        self._annotations: list[tuple[str, str]] = []
 
     def finish(self, text: str, tail: Sequence[str] = ()) -> None:
         self._results.append((text, tail))
-
-    def annotate(self, title: str, text: str) -> None:
-        self._annotations.append((title, text))
 
     def flush(self) -> None:
         """Write what was kept. Called when the group is closed."""
@@ -65,8 +58,6 @@ class _FoldedOutput(TaskOutput):
             lines = [f"the last {'line' if len(tail) == 1 else f'{len(tail)} lines'} of its log:"] if tail else []
             lines += [f"  {LOG_MARKS['out']} {line}" for line in tail]
             self._console.say("\n".join([text, *lines]))
-        for about, text in self._annotations:
-            self._console.annotate(about, text)
 
 
 class _BufferedOutput(_FoldedOutput):

@@ -92,7 +92,6 @@ def add_result(report: Report, output: TaskOutput, result: TaskResult) -> None:
         output.finish(f"{result.label}: {result.state} in {duration(result.seconds)}{why}")
         return
     output.finish(f"{result.label}: {result.state}: {result.reason}", result.tail)
-    output.annotate(f"{result.label} {result.state}", result.reason)
 
 
 def recheck(executor: Executor, tasks: Sequence[Task]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from builder.cache import environment
 from builder.cache.families import FAMILY
+from builder.cache.reasons import rank
 from builder.cli.invocation import Invocation
 from builder.cli.options import ProofArgs
 from builder.errors import ColdError
@@ -69,16 +69,15 @@ def check(executor: ContainerExecutor, on_cold: str | None) -> None:
 
 
 def gate(console: Console, report: Report, on_cold: str | None, remedy: str) -> None:
-    """Annotate every cold task, and raise ColdError if there is one; with on_cold ``warn`` add a warning instead."""
+    """Raise ColdError if a task is cold; with on_cold ``warn`` add a warning instead, and annotate the costliest."""
     cold = [task for task in report.tasks if task.state == "cold"]
-    level: Literal["warning", "error"] = "warning" if on_cold == "warn" else "error"
-    for task in cold:
-        console.annotate(f"{task.label} cold", task.reason, level)
     if not cold:
         return
     error = ColdError(f"{len(cold)} of {counted(len(report.tasks), 'task')} cold; {remedy}")
-    if level == "error":
+    if on_cold != "warn":
         raise error
+    if worst := report.worst(rank):
+        console.annotate(f"{worst.label} cold", f"{worst.reason}\n{error.message}", "warning")
     report.warnings.append(error.message)
 
 
@@ -104,7 +103,7 @@ def _check_here(args: CheckArgs, invocation: Invocation) -> None:
         console.say(f"warm-cache: every family that can be compared has a directory in {local.root}")
         return
     error = ColdError(f"{', '.join(other)} of this environment: not in {local.root}; {REMEDY_HERE}")
-    console.annotate("cache cold", error.message, "warning" if args.on_cold == "warn" else "error")
     if args.on_cold != "warn":
         raise error
+    console.annotate("cache cold", error.message, "warning")
     report.warnings.append(error.message)

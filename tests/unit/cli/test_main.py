@@ -110,6 +110,28 @@ def test_github_error_is_an_annotation(bench: Bench) -> None:
     assert "::error title=warm-cache::100%25 cold%0Areally\n" in bench.capsys.readouterr().out
 
 
+def test_github_has_one_annotation_for_all_tasks(bench: Bench) -> None:
+    def act(executor: ContainerExecutor, _tasks: tuple[Task, ...]) -> None:
+        rows = (("a", "cold", ("triton",)), ("b", "cold", ("deep_gemm",)), ("c", "warm", ()))
+        tasks = [TaskResult(name, "m", "k", state, f"why {name}", compiled_anew=anew) for name, state, anew in rows]
+        executor.context.report.tasks = tasks
+        raise ColdError("2 of 3 tasks cold")
+
+    bench.act(act)
+    assert bench.run("check", GITHUB_ACTIONS="true") == 10
+    found = [line for line in bench.capsys.readouterr().out.splitlines() if line.startswith("::")]
+    assert found == ["::error title=b cold::why b%0A2 of 3 tasks cold"]
+
+
+def test_github_shows_problems_of_a_manifest_at_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.toml").write_text('schema = 1\n[image]\nref = 3\n[cache]\nroot = "/jit"\n[[task]]\nmodle = "m"\n')
+    environ = {"GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": str(tmp_path)}
+    assert cli.main(["check", "--manifest", str(tmp_path / "m.toml")], environ=environ) == 2
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("::")]
+    assert any(line.startswith("::error file=m.toml,line=3,title=warm-cache::ref: expected a string") for line in found)
+    assert all("file=m.toml,line=" in line for line in found)
+
+
 def test_github_has_one_annotation_for_changed_kernel_sources(bench: Bench) -> None:
     """The costliest first, whatever the order of the tasks; a cold task says nothing of them."""
 

@@ -15,12 +15,11 @@ def test_output_in_github_of_a_concurrent_task_is_one_group() -> None:
         for number in range(KEPT + 5):
             output.log("out", f"::error::{number}")
         output.finish("a: failed: why")
-        output.annotate("a failed", "why")
         console.say("another line")
     lines = stream.getvalue().splitlines()
     assert lines[:3] == ["[1/2] a begins", "another line", "::group::[1/2] a"]
     assert lines[3:5] == ["the first 5 lines are in the log file only", "  │ ::error::5"]
-    assert lines[-3:] == ["::endgroup::", "a: failed: why", "::error title=a failed::why"]
+    assert lines[-2:] == ["::endgroup::", "a: failed: why"]
 
 
 def test_output_elsewhere_of_a_concurrent_task_labels_each_line() -> None:
